@@ -1,0 +1,1 @@
+"""The method: configuration, mathematics, training, checkpoints, export, sampling, evaluation."""

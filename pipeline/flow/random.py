@@ -1,0 +1,100 @@
+"""Random numbers that are a function of where they are used, not of what was drawn before.
+
+A draw is named by whole numbers: (seed, purpose, step, index of the sample in
+the global batch). Nothing else decides it: not the rank, not the batch it is
+computed in, not how often a run was stopped. No generator has a state, so
+there is none to save.
+
+The numbers are SplitMix64's: a counter walked in steps of the golden ratio and
+hashed. Each name is folded into the 64-bit start of a sequence of its own; the
+CPU generator of torch keeps only 32 bits of a seed, which would repeat the
+noise of some samples within 100,000 of them.
+Source: Steele, Lea and Flood, Fast Splittable Pseudorandom Number Generators;
+Box and Muller, A Note on the Generation of Random Normal Deviates.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
+_MIX1 = -0x40A7B892E31B1A47
+_MIX2 = -0x6B2FB644ECCEEE15
+
+
+class Purpose(IntEnum):
+    """What a draw is for; draws for different purposes are independent."""
+
+    NOISE = 1
+    TIME = 2
+    CONDITION_DROP = 3
+    INITIAL = 4
+    DIFFUSION = 5
+    PROBE = 6
+    COUPLING = 7
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical shift to the right; torch's own keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser: a bijection of 64-bit integers that changes half the bits for one."""
+    x = (x ^ _shift(x, 30)) * _MIX1
+    x = (x ^ _shift(x, 27)) * _MIX2
+    return x ^ _shift(x, 31)
+
+
+def _keys(seed: int, purpose: Purpose, step: int, index: Tensor) -> Tensor:
+    """One 64-bit start per sample, (B,); `index` is (B,) of whole numbers."""
+    key = torch.zeros_like(index, dtype=torch.int64)
+    for part in (seed, int(purpose), step, index.to(torch.int64)):
+        key = _mix((key ^ part) + _GOLDEN)
+    return key
+
+
+def _bits(keys: Tensor, count: int) -> Tensor:
+    """`count` hashed 64-bit integers for each key: (B, count)."""
+    counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64)
+    return _mix(keys[:, None] + counter * _GOLDEN)
+
+
+def uniform(seed: int, purpose: Purpose, step: int, index: Tensor) -> Tensor:
+    """One uniform number per sample.
+
+    Args:
+        seed: the run's seed, any 64-bit integer.
+        purpose: what the number is for.
+        step: optimiser or solver step.
+        index: position of each sample in the global batch, (B,).
+
+    Returns:
+        (B,), float64, inside (0, 1): neither end occurs.
+    """
+    bits = _bits(_keys(seed, purpose, step, index), 1)[:, 0]
+    return (_shift(bits, 12).double() + 0.5) / 2.0**52
+
+
+def normal(seed: int, purpose: Purpose, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Standard normal numbers for each sample.
+
+    Args:
+        seed, purpose, step, index: as in `uniform`.
+        shape: of one sample, S.
+
+    Returns:
+        (B, *S), float32, |value| below 6.8. Computed in float64, so that the
+        rounded result does not depend on vector widths and batch sizes.
+    """
+    size = math.prod(shape)
+    bits = _bits(_keys(seed, purpose, step, index), (size + 1) // 2)
+    high, low = _shift(bits, 32).double(), (bits & 0xFFFFFFFF).double()
+    radius = torch.sqrt(-2 * torch.log((high + 0.5) / 2.0**32))
+    angle = low * (2 * math.pi / 2.0**32)
+    pairs = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
+    return pairs[:, :size].float().reshape(len(index), *shape)
