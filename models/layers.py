@@ -1,0 +1,87 @@
+"""The parts a transformer is made of: patches, positions, attention, the feed-forward net."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sincos_positions(width: int, grid: int) -> Tensor:
+    """Fixed two-dimensional positions: half of the channels tell the column, half the row, each as sines, then cosines.
+
+    Args:
+        width: channels, a multiple of 4.
+        grid: tokens a side.
+
+    Returns:
+        (grid * grid, width), float32; tokens row by row.
+
+    Source: Vaswani et al., Attention Is All You Need, section 3.5, in two
+    dimensions as in He et al., Masked Autoencoders.
+    """
+    frequencies = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    columns = axis[None, :, :].expand(grid, grid, -1)
+    rows = axis[:, None, :].expand(grid, grid, -1)
+    return torch.cat([columns, rows], dim=2).reshape(grid * grid, width).float()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens, (B, N, D) -> (B, N, D).
+
+    Source: Vaswani et al., section 3.2.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a tanh-GELU between, four times as wide inside; any (..., D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(width, 4 * width)
+        self.leave = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(F.gelu(self.enter(x), approximate="tanh"))
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without weights of its own, then a shift and a scale per sample.
+
+    Args:
+        x: (B, N, D).
+        shift, scale: (B, 1, D); zero leaves the norm as it is.
+    """
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def patches(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) to (B, N, C * size * size): tokens row by row, each its channels, then rows, then columns.
+
+    The order in which a convolution of kernel and stride `size` reads them.
+    """
+    batch, channels, height, width = x.shape
+    x = x.view(batch, channels, height // size, size, width // size, size)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size)
+
+
+def unpatch(x: Tensor, size: int, channels: int) -> Tensor:
+    """(B, N, size * size * C) to (B, C, H, W): each token its rows, then columns, then channels, as DiT's output layer writes them."""
+    batch, tokens, _ = x.shape
+    grid = round(tokens**0.5)
+    x = x.view(batch, grid, grid, size, size, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, grid * size, grid * size)

@@ -1,0 +1,198 @@
+"""The schema of a run: frozen dataclasses that every recipe fills.
+
+The comment behind a field is its help text (`python train.py --help`). Fields
+are checked here where one value can be wrong by itself; what only the data or
+the number of ranks can tell is checked in `train.py`, still before any work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+
+def _require(rule: bool, name: str, value: object, text: str) -> None:
+    if not rule:
+        raise ValueError(f"{name}={value}: {text}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which images, at what size."""
+
+    shards: str = ""  # folder of shards with a manifest, as `python -m data.prepare` makes it
+    split: str = "train"  # which of the manifest's splits to train on
+    resolution: int = 256  # pixels; images are resized by the short side and cropped to this square
+    channels: Literal[1, 3] = 3  # 1 for gray, 3 for RGB
+    horizontal_flip: bool = False  # mirror half of the images, chosen by (seed, position)
+    shuffle_block: int = 16  # shards; so many are mixed with one another, which bounds the memory of the order
+    workers: int = 2  # threads that read and decode ahead on each rank; 0 reads inside the loop
+
+    def __post_init__(self) -> None:
+        _require(self.resolution >= 1, "data.resolution", self.resolution, "at least 1 pixel. Use the side of your images, or 256.")
+        _require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "at least 1 shard. Use 16 or more.")
+        _require(self.workers >= 0, "data.workers", self.workers, "0 or more threads.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """A diffusion transformer with adaLN-zero, as published; exported to stock diffusers."""
+
+    kind: Literal["dit"] = "dit"  # dit or unet: the other kind has fields of its own
+    patch_size: int = 2  # pixels a side of one token
+    width: int = 384  # channels of a token
+    depth: int = 12  # blocks
+    heads: int = 6  # attention heads; they divide the width
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """diffusers' UNet2DModel."""
+
+    kind: Literal["unet"] = "unet"  # dit or unet: the other kind has fields of its own
+    block_channels: tuple[int, ...] = (64, 128, 128)  # channels of each level, from fine to coarse; multiples of 32
+    layers_per_block: int = 2  # residual blocks of each level
+    attention_levels: int = 1  # so many of the coarsest levels attend
+    head_width: int = 32  # channels of one attention head; it divides the attending levels' channels
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """What is learned: the path, the prediction, the law of t."""
+
+    path: Literal["condot", "cosine"] = "condot"  # how signal and noise are mixed over time
+    predict: Literal["velocity", "noise", "data", "score"] = "velocity"  # what the network outputs
+    time: Literal["uniform", "logit_normal"] = "uniform"  # law of t in training
+    time_mean: float = 0.0  # logit of t; of the logit-normal law
+    time_std: float = 1.0  # logit of t; of the logit-normal law
+
+    def __post_init__(self) -> None:
+        _require(self.time_std > 0, "flow.time_std", self.time_std, "a standard deviation is positive. Use 1.0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long, how fast, in what precision."""
+
+    max_steps: int = 400_000  # optimiser steps in all
+    batch_size: int = 256  # images per optimiser step, all ranks together, so that the curve does not depend on their number
+    gradient_accumulation_steps: int = 1  # forward passes that one optimiser step is split into
+    learning_rate: float = 1e-4  # per step, at its highest
+    lr_warmup_steps: int = 0  # optimiser steps from zero to the learning rate
+    lr_ramp: Literal["constant", "linear", "cosine"] = "constant"  # shape of the way down at the end
+    lr_decay_fraction: float = 1.0  # share of the run's steps at its end over which a linear or cosine ramp falls to zero
+    weight_decay: float = 0.0  # of matrices only; vectors and embeddings are never decayed
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.999  # of AdamW
+    max_grad_norm: float = 1.0  # gradients longer than this are shortened to it; 0 leaves them
+    label_dropout: float = 0.1  # probability that a sample is trained without its class, for guidance
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None takes what the launcher says
+    compile: bool = False  # torch.compile the network: slower to start, faster on long runs
+    cpu_threads: int = 0  # on a CPU: threads of each process; 0 shares the cores among the processes of this machine
+
+    def __post_init__(self) -> None:
+        _require(self.max_steps >= 1, "train.max_steps", self.max_steps, "at least one optimiser step.")
+        _require(self.batch_size >= 1, "train.batch_size", self.batch_size, "at least one image a step.")
+        accumulation = self.gradient_accumulation_steps
+        _require(accumulation >= 1, "train.gradient_accumulation_steps", accumulation, "at least one pass a step.")
+        _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "it is positive. Use 1e-4 for a DiT.")
+        _require(self.lr_warmup_steps >= 0, "train.lr_warmup_steps", self.lr_warmup_steps, "0 or more steps.")
+        _require(0 < self.lr_decay_fraction <= 1, "train.lr_decay_fraction", self.lr_decay_fraction, "a share above 0, at most 1.")
+        _require(0 <= self.label_dropout < 1, "train.label_dropout", self.label_dropout, "a probability below 1. Use 0.1.")
+        _require(self.max_grad_norm >= 0, "train.max_grad_norm", self.max_grad_norm, "0 (off) or positive.")
+        _require(self.cpu_threads >= 0, "train.cpu_threads", self.cpu_threads, "0 (automatic) or a number of threads.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """The average of the weights that is sampled and exported."""
+
+    enabled: bool = True  # without it the raw weights are sampled and exported
+    halflife: float = 2e6  # images after which a weight counts half
+    ramp: float = 0.05  # the half-life is at most this share of the images seen so far
+
+    def __post_init__(self) -> None:
+        _require(self.halflife > 0, "ema.halflife", self.halflife, "a positive number of images.")
+        _require(self.ramp > 0, "ema.ramp", self.ramp, "a positive share. Use 0.05.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When the state is saved, and what is resumed."""
+
+    every: int = 5_000  # optimiser steps
+    keep: int = 2  # checkpoints kept; older ones go once a newer one is safe
+    resume: str = "latest"  # `latest` (fresh where there is none), `none`, or a checkpoint's folder
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "checkpoint.every", self.every, "at least one step.")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least one checkpoint is kept.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is shown while training goes on."""
+
+    every: int = 50  # optimiser steps between two lines of metrics.jsonl; the only time the loop waits for the device
+    sample_every: int = 5_000  # optimiser steps between two sample grids; 0 for none
+    sample_steps: int = 25  # solver steps of those samples
+    guidance_scale: float = 1.5  # of those samples; 1 is none
+    report_to: Literal["tensorboard", "none"] = "tensorboard"  # tracker beside metrics.jsonl
+
+    def __post_init__(self) -> None:
+        _require(self.every >= 1, "log.every", self.every, "at least one step.")
+        _require(self.sample_every >= 0, "log.sample_every", self.sample_every, "0 (off) or a number of steps.")
+        _require(self.sample_steps >= 1, "log.sample_steps", self.sample_steps, "at least one step.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train an image generator.
+
+    A recipe (`--config recipe.yaml`) fills these fields, `--section.field=value`
+    overrides it, and so do the names of diffusers' scripts (`--learning_rate`).
+    The run's folder keeps all of it; the same command resumes.
+    """
+
+    output_dir: str = "runs/untitled"  # the run's folder: checkpoints, metrics.jsonl, samples, export
+    seed: int = 0  # of the order, the noise, the times and the initial weights
+    export: bool = True  # write the folder `export` for stock diffusers at the end
+    data: DataConfig = field(default_factory=DataConfig)
+    model: DiTConfig | UNetConfig = field(default_factory=DiTConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+
+def model_options(config: Config, num_classes: int) -> dict[str, Any]:
+    """The arguments of `models.build`: the recipe's model, and what the data say of its input."""
+    options = {item.name: getattr(config.model, item.name) for item in fields(config.model)}
+    return {**options, "channels": config.data.channels, "resolution": config.data.resolution, "num_classes": num_classes}
+
+
+ALIASES = {
+    "resolution": "data.resolution",
+    "dataloader_num_workers": "data.workers",
+    "random_flip": "data.horizontal_flip",
+    "train_data_dir": "data.shards",
+    "train_batch_size": "train.batch_size",
+    "max_train_steps": "train.max_steps",
+    "gradient_accumulation_steps": "train.gradient_accumulation_steps",
+    "learning_rate": "train.learning_rate",
+    "lr_warmup_steps": "train.lr_warmup_steps",
+    "lr_scheduler": "train.lr_ramp",
+    "adam_beta1": "train.beta1",
+    "adam_beta2": "train.beta2",
+    "adam_weight_decay": "train.weight_decay",
+    "max_grad_norm": "train.max_grad_norm",
+    "mixed_precision": "train.mixed_precision",
+    "use_ema": "ema.enabled",
+    "checkpointing_steps": "checkpoint.every",
+    "checkpoints_total_limit": "checkpoint.keep",
+    "resume_from_checkpoint": "checkpoint.resume",
+    "report_to": "log.report_to",
+    "validation_steps": "log.sample_every",
+}
+"""Names that users of diffusers' training scripts know. `--train_batch_size` counts all ranks together here."""

@@ -1,0 +1,205 @@
+"""The folder that stock diffusers loads: written whole or not at all, and read back as a field."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from diffusers import DiffusionPipeline, DiTPipeline, DPMSolverMultistepScheduler, ModelMixin
+from PIL import Image
+from torch import Tensor
+
+from .config import Config, FlowConfig
+from .flow import CondOT, Prediction, uniform_grid
+from .generate import Sampler, Source, generate, grid, to_velocity
+from .identity import identity_autoencoder
+from .recipe import as_mapping
+
+STOCK_PREDICTIONS: dict[str, str] = {"velocity": "flow_prediction", "noise": "epsilon", "data": "sample"}
+"""Ours and diffusers' names for what a network on the CondOT path predicts."""
+STOCK_NULL = 1000
+"""The label that DiTPipeline passes for no class."""
+
+
+def check_exportable(flow: FlowConfig) -> None:
+    """Raises ValueError for a path or prediction that no stock pipeline and scheduler serve."""
+    if flow.path != "condot" or flow.predict not in STOCK_PREDICTIONS:
+        raise ValueError(
+            f"flow.path={flow.path} with flow.predict={flow.predict} has no stock scheduler: use condot with one of "
+            f"{', '.join(STOCK_PREDICTIONS)}, or --export=false and sample with `sample.py --run`."
+        )
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card says beside the configuration."""
+
+    title: str
+    images: int
+    """Seen in training."""
+    steps: int
+    loss: float | None
+    parameters: int
+
+
+def write_folder(
+    output: Path, network: ModelMixin, config: Config, class_names: tuple[str, ...], card: Card, progress: Callable[[str], None] = print
+) -> Path:
+    """Write a pipeline folder for stock diffusers.
+
+    Args:
+        output: the folder; replaced if it is one of ours already.
+        network: a stock DiTTransformer2DModel or UNet2DModel, in stock's sign.
+        config: of the run; kept as `config.yaml`.
+        class_names: name of each label; none for an unconditional model.
+        card: for README.md.
+        progress: told what was written.
+
+    Raises:
+        ValueError: a path or prediction that no stock pipeline serves, or an
+            `output` that holds something else.
+    """
+    check_exportable(config.flow)
+    if output.exists() and any(output.iterdir()) and not (output / "model_index.json").exists():
+        raise ValueError(f"{output} is not empty and no export: give another folder.")
+    scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, prediction_type=cast(Any, STOCK_PREDICTIONS[config.flow.predict]), flow_shift=1.0, algorithm_type="dpmsolver++"
+    )
+    vae = identity_autoencoder(config.data.channels, config.data.resolution)
+    temporary = output.parent / f".{output.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        pipe = DiTPipeline(transformer=cast(Any, network), vae=vae, scheduler=cast(Any, scheduler))
+        pipe.save_pretrained(temporary, safe_serialization=True)
+        _name_labels(temporary / "model_index.json", class_names)
+        (temporary / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+        count = len(class_names)
+        labels = torch.arange(4 * min(count, 10)) % min(count, 10) if count else torch.full((16,), STOCK_NULL)
+        guidance = 2.0 if count else 1.0
+        images = generate(open_folder(temporary), labels, Sampler("heun", 25, guidance), seed=0)
+        save_image(grid(images, min(count, 10) or 8, scale=max(1, 48 // config.data.resolution)), temporary / "samples.png")
+        (temporary / "README.md").write_text(_readme(config, class_names, card, guidance))
+        _replace(temporary, output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    progress(f"exported to {output}: a {type(network).__name__} in DiTPipeline, because stock diffusers holds it exactly")
+    return output
+
+
+def _replace(temporary: Path, output: Path) -> None:
+    """Put a finished folder in the place of an older one."""
+    old = output.parent / f".{output.name}.old"
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        os.rename(output, old)
+    os.rename(temporary, output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _name_labels(index: Path, class_names: tuple[str, ...]) -> None:
+    """`save_pretrained` drops id2label: write it afterwards, empty for an unconditional model."""
+    content = json.loads(index.read_text())
+    content["id2label"] = {str(i): name for i, name in enumerate(class_names)}
+    index.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def open_folder(folder: str | Path, device: torch.device | str = "cpu") -> Source:
+    """A pipeline folder as a velocity field, for our own solvers.
+
+    Args:
+        folder: a DiTPipeline whose scheduler has flow sigmas, such as `write_folder` makes.
+        device: to compute on.
+
+    Raises:
+        ValueError: no such folder, a damaged one, or one with another scheduler.
+    """
+    folder = Path(folder)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"pipeline={str(folder)!r} is no pipeline folder (no model_index.json): export one with `python sample.py export --run RUN --output FOLDER`.")
+    try:
+        pipe: Any = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+        names = json.loads((folder / "model_index.json").read_text()).get("id2label")
+    except Exception as error:  # diffusers raises many kinds for a damaged folder; each is the user's folder
+        raise ValueError(f"pipeline={str(folder)!r} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}): export it again.") from error
+    return pipeline_source(pipe.to(device), None if names is None else len(names))
+
+
+def pipeline_source(pipe: Any, num_classes: int | None = None) -> Source:
+    """A loaded DiTPipeline as a velocity field.
+
+    Args:
+        pipe: with components transformer, vae, scheduler.
+        num_classes: 0 for unconditional; None takes the size of the model's table.
+
+    Raises:
+        ValueError: a scheduler without flow sigmas.
+    """
+    kinds: dict[str, Prediction] = {stock: cast(Prediction, ours) for ours, stock in STOCK_PREDICTIONS.items()}
+    predicts = pipe.scheduler.config.get("prediction_type", "flow_prediction")
+    if not pipe.scheduler.config.get("use_flow_sigmas", predicts == "flow_prediction") or predicts not in kinds:
+        raise ValueError(f"{type(pipe.scheduler).__name__} with prediction_type={predicts} is not of a flow on the CondOT path: use the pipeline itself to sample it.")
+    kind, network, path = kinds[predicts], pipe.transformer, CondOT()
+
+    def field(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        out = network(x.to(network.dtype), 1000 * (1 - t), class_labels=labels).sample.to(x.dtype)
+        return -out if kind == "velocity" else to_velocity(out, kind, path, x, t)
+
+    def decode(latents: Tensor) -> Tensor:
+        return pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
+
+    shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
+    count = STOCK_NULL if num_classes is None else num_classes
+    return Source(field, path, shape, count, STOCK_NULL, network.device, decode, kind)
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Write (C, H, W), -1..1, as an image file; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(path)
+
+
+def _readme(config: Config, class_names: tuple[str, ...], card: Card, guidance: float) -> str:
+    """The model card, from what was measured."""
+    data, label = config.data, "0" if class_names else str(STOCK_NULL)
+    classes = f"{len(class_names)} classes: {', '.join(class_names[:20])}{', ...' if len(class_names) > 20 else ''}" if class_names else "no classes"
+    loss = "" if card.loss is None else f", last logged loss {card.loss:.4f}"
+    times = uniform_grid(25).numel() - 1
+    return f"""---
+library_name: diffusers
+pipeline_tag: unconditional-image-generation
+tags: [condot, flow-matching, class-conditional]
+---
+
+# {card.title}
+
+A {config.model.kind} of {card.parameters:,} parameters, trained from scratch by condot on
+{data.resolution} x {data.resolution} images with {data.channels} channel(s), {classes}.
+
+![samples](samples.png)
+
+Samples of seed 0, {times} Heun steps, guidance {guidance:g}.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
+image = pipe(class_labels=[{label}], guidance_scale={guidance}, num_inference_steps=25).images[0]
+```
+
+## Training
+
+{config.flow.predict} prediction on the {config.flow.path} path, {card.steps:,} steps of {config.train.batch_size} images ({card.images:,} images seen){loss}.
+The whole configuration is in `config.yaml`.
+
+## Limits
+
+It draws what it was trained on, at that size, and nothing else. Check the licence of the training images before sharing.
+"""

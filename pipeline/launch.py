@@ -1,0 +1,80 @@
+"""The start of a process: how many there are, what they may use, and who owns the run's folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import IO
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+
+from .config import Config
+
+
+def start(config: Config) -> Accelerator:
+    """Create the Accelerator, on the CPU where there is no GPU.
+
+    Raises:
+        ValueError: another number of processes runs than the launcher was asked for.
+    """
+    check_launcher()
+    tracker = None if config.log.report_to == "none" else config.log.report_to
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=config.train.mixed_precision,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        log_with=tracker,
+        project_dir=config.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != asked:
+        raise ValueError(
+            f"WORLD_SIZE={asked} but {accelerator.num_processes} process runs as one job: on CPUs start them with "
+            f"`accelerate launch --config_file configs/accelerate/cpu2.yaml` or torchrun."
+        )
+    if accelerator.device.type == "cpu":
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config.train.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
+    return accelerator
+
+
+def check_launcher() -> None:
+    """Refuse the launch that asks for several processes and silently starts one.
+
+    `accelerate launch --cpu --num_processes 2` names a meeting point for its
+    processes but starts one, without a rank.
+
+    Raises:
+        ValueError: that happened.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "several processes were asked for and one was started: on CPUs `accelerate launch --num_processes N` starts no second one. "
+            "Use `accelerate launch --config_file configs/accelerate/cpu2.yaml train.py ...`, or `torchrun --nproc_per_node N train.py ...`."
+        )
+
+
+def lock(folder: Path) -> IO[str]:
+    """Own a run's folder until the process ends.
+
+    Returns:
+        The open file that holds the lock; keep it.
+
+    Raises:
+        ValueError: another run owns the folder, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"output_dir={str(folder)!r} cannot be written ({error.strerror}): give a folder of yours.") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"output_dir={str(folder)!r} is in use by another run: wait for it, or give another folder.") from error
+    return file

@@ -1,0 +1,212 @@
+"""The story of training: what a run is made of, one optimiser step, and what falls due after it.
+
+Noise, time and dropped label of a sample are functions of (seed, step, place in
+the global batch), the learning rate is one of the step, the order one of the
+images consumed: so a resumed run is the uninterrupted one, and the number of
+ranks changes only the order in which gradients are summed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+from .checkpoint import Store, load_state, load_tensors
+from .config import Config
+from .ema import Ema
+from .flow import Objective, Purpose, TimeLaw, normal, uniform
+from .optim import learning_rate
+from .stopping import Stopper
+from .tracking import Log, Meter
+
+
+class MicroBatch(Protocol):
+    """What the stream gives: see data.stream.Batch."""
+
+    @property
+    def pixels(self) -> Tensor: ...
+    @property
+    def labels(self) -> Tensor: ...
+    @property
+    def index(self) -> Tensor: ...
+
+
+class Draws(NamedTuple):
+    """The random numbers of one micro-batch."""
+
+    noise: Tensor
+    t: Tensor
+    drop: Tensor
+
+
+def draw(seed: int, step: int, index: Tensor, law: TimeLaw, shape: tuple[int, ...]) -> Draws:
+    """Noise (B, *S), times (B,) and chances of a dropped label (B,), of samples at places `index`, (B,), of a step's batch."""
+    return Draws(
+        normal(seed, Purpose.NOISE, step, index, shape),
+        law.quantile(uniform(seed, Purpose.TIME, step, index)).float(),
+        uniform(seed, Purpose.CONDITION_DROP, step, index),
+    )
+
+
+@dataclass
+class Run:
+    """Everything that training changes or needs; `train.py` puts it together."""
+
+    config: Config
+    accelerator: Accelerator
+    network: nn.Module
+    """The bare network."""
+    model: nn.Module
+    """The network as Accelerate wrapped it."""
+    ema: Ema
+    optimizer: Any
+    objective: Objective
+    law: TimeLaw
+    encode: Callable[[Tensor], Tensor]
+    """From pixels, uint8, to what the model sees."""
+    drop_label: Callable[[Tensor, Tensor], Tensor]
+    """(labels, chance) -> labels, some of them null."""
+    store: Store
+    about: dict[str, Any]
+    """What a checkpoint says of its run: `config`, `class_names`, and `facts`, on which a resumed run must agree."""
+    stopper: Stopper
+    sample: Callable[[Run], None]
+    """Writes a grid of samples."""
+    step: int = 0
+    images: int = 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the state, by name."""
+        named = {f"model.{k}": v for k, v in self.network.state_dict().items()}
+        named |= {f"ema.{k}": v for k, v in self.ema.model.state_dict().items()}
+        return named | {f"optim.{k}": v for k, v in self._optimizer_state().items() if isinstance(v, Tensor)}
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return get_optimizer_state_dict(self.network, inner, options=StateDictOptions(flatten_optimizer_state_dict=True))
+
+    def save(self) -> bool:
+        """Write a checkpoint, all ranks together; on failure say why and go on."""
+        state = {"step": self.step, "images": self.images, **self.about}
+        errors = self.store.save(self.step, self.tensors(), state)
+        if errors and self.accelerator.is_main_process:
+            print(f"\ncheckpoint of step {self.step} failed, older ones are untouched: {'; '.join(errors)}. Free some space.", flush=True)
+        return not errors
+
+    def load(self, folder: Path) -> None:
+        """Restore a checkpoint.
+
+        Raises:
+            ValueError: it is damaged, or of another network, flow or data set.
+        """
+        state = load_state(folder)
+        differences = compare(state["facts"], self.about["facts"])
+        if differences:
+            raise ValueError(f"{folder} is of another run: {'; '.join(differences)}. Give another --output_dir, or that run's settings.")
+        tensors = load_tensors(folder)
+        for prefix, module in (("model.", self.network), ("ema.", self.ema.model)):
+            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        restored = self._optimizer_state()
+        for name in restored:
+            restored[name] = tensors.get(f"optim.{name}", restored[name])
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        set_optimizer_state_dict(self.network, inner, restored, options=StateDictOptions(flatten_optimizer_state_dict=True))
+        self.step, self.images = state["step"], state["images"]
+
+
+def compare(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Each place where two nested mappings differ, as `model.width is 128 there and 256 here`."""
+    found = []
+    for key in {**saved, **now}:
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += compare(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} is {a} there and {b} here")
+    return found
+
+
+def fit(run: Run, stream: Iterator[MicroBatch], log: Log, stop: int) -> None:
+    """Advance to optimiser step `stop`, or to the step at which a signal came; saved either way.
+
+    Raises:
+        ValueError: a loss that is not finite, seen at a log line; nothing is saved then.
+    """
+    meter = Meter(run.accelerator)
+    while run.step < stop and not _stopping(run):
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(run.step, run.config.train)
+        for _ in range(run.config.train.gradient_accumulation_steps):
+            batch = next(stream)
+            with run.accelerator.accumulate(run.model):
+                losses = loss_of(run, batch)
+                run.accelerator.backward(losses.mean())
+                meter.add(losses)
+                if run.accelerator.sync_gradients:
+                    meter.add_step(clip(run))
+                run.optimizer.step()
+                run.optimizer.zero_grad()
+        run.step += 1
+        run.images += run.config.train.batch_size
+        run.ema.update(run.network, run.images, run.config.train.batch_size)
+        log.advance()
+        notify(run, meter, log, stop)
+    if run.step % run.config.checkpoint.every:
+        run.save()
+
+
+def loss_of(run: Run, batch: MicroBatch) -> Tensor:
+    """The objective on a micro-batch, (B,)."""
+    device = run.accelerator.device
+    data = run.encode(batch.pixels.to(device, non_blocking=True))
+    draws = draw(run.config.seed, run.step, batch.index.to(device, non_blocking=True), run.law, tuple(data.shape[1:]))
+    labels = run.drop_label(batch.labels.to(device, non_blocking=True), draws.drop)
+    return run.objective(run.model, data, draws.noise, draws.t, labels)
+
+
+def clip(run: Run) -> Tensor:
+    """Shorten the gradients; their norm before, on the device."""
+    longest = run.config.train.max_grad_norm or float("inf")
+    return run.accelerator.clip_grad_norm_(run.model.parameters(), longest).detach()
+
+
+def notify(run: Run, meter: Meter, log: Log, stop: int) -> None:
+    """Whatever is due after a step: a log line, a checkpoint, a sample grid."""
+    config = run.config
+    if run.step % config.log.every == 0 or run.step == stop:
+        values = meter.read(config.train.batch_size)
+        if not abs(values["loss"]) < float("inf"):
+            raise ValueError(
+                f"the loss is {values['loss']} at step {run.step}: training diverged. Lower train.learning_rate={config.train.learning_rate}; the same command resumes."
+            )
+        log.write(run.step, run.images, {**values, "lr": learning_rate(run.step - 1, config.train)})
+    paused = time.perf_counter()
+    if run.step % config.checkpoint.every == 0:
+        run.save()
+    if config.log.sample_every and (run.step % config.log.sample_every == 0 or run.step == stop):
+        if run.accelerator.is_main_process:
+            run.sample(run)
+        run.accelerator.wait_for_everyone()
+    meter.since += time.perf_counter() - paused
+
+
+def _stopping(run: Run) -> bool:
+    """Whether any rank was told to stop; all ranks agree. Asked at log lines only where the answer waits for a device."""
+    if run.accelerator.num_processes == 1:
+        return run.stopper.requested
+    if run.accelerator.device.type != "cpu" and run.step % run.config.log.every:
+        return False
+    flag = torch.tensor([float(run.stopper.requested)], device=run.accelerator.device)
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    if flag.item() and run.stopper.received is None:
+        run.stopper.received = 15
+    return bool(flag.item())

@@ -1,0 +1,197 @@
+"""From a YAML recipe and a command line to a filled dataclass, with errors that name the nearest key.
+
+Everything becomes `--key value` words that tyro parses by the fields' types:
+one parser for files and flags, and nothing in a file can name code to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+
+T = TypeVar("T")
+Words = dict[str, list[str]]
+
+
+def load(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a recipe, on top of the one that its `extends` names (a path beside it).
+
+    Raises:
+        ValueError: no such file, no mapping, or recipes that extend one another in a circle.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such recipe. The shipped ones are in configs/.")
+    if path.resolve() in seen:
+        raise ValueError(f"{path}: recipes extend one another in a circle: {' -> '.join(p.name for p in (*seen, path))}.")
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path}: a recipe is a mapping of sections (data, model, flow, train, ...), not a {type(recipe).__name__}.")
+    base = recipe.pop("extends", None)
+    return _merge(load(path.parent / base, (*seen, path.resolve())), recipe) if base else recipe
+
+
+def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) -> T:
+    """Fill a dataclass from the command line and the recipe that `--config` names.
+
+    Args:
+        cls: a frozen dataclass whose fields are values, dataclasses, or unions
+            of dataclasses told apart by their field `kind`.
+        argv: words such as `--config a.yaml --train.max_steps=100 --labels 1 2`.
+        aliases: short names for dotted keys.
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), or a value of the wrong type.
+        SystemExit: after printing `--help`.
+    """
+    wants_help = any(word in ("-h", "--help") for word in argv)
+    words = _command_line([word for word in argv if word not in ("-h", "--help")], aliases or {})
+    config = words.pop("config", None)
+    given = {**(_flatten(load(config[0])) if config else {}), **words}
+    default = _choose_kinds(cls, given)
+    known = _keys(default)
+    for key in given:
+        if key not in known:
+            raise ValueError(_unknown(key, known, list(aliases or {}), cls))
+    if wants_help and aliases:
+        names = ", ".join(f"--{short} ({full})" for short, full in aliases.items())
+        tyro.cli(cls, default=default, args=["--help"], description=f"{cls.__doc__}\n\nAlso understood: {names}.", **TYRO)
+    args = ["--help"] if wants_help else [word for key, values in given.items() for word in (f"--{key}", *values)]
+    return _quietly(cls, default, args)
+
+
+def build(cls: type[T], mapping: dict[str, Any]) -> T:
+    """Fill a dataclass from a mapping, such as a saved configuration; errors as in `parse`."""
+    given = _flatten(mapping)
+    return parse(cls, [word for key, values in given.items() for word in (f"--{key}", *values)])
+
+
+def as_mapping(config: Any) -> dict[str, Any]:
+    """A dataclass as plain values that YAML and JSON keep."""
+    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
+
+
+TYRO: dict[str, Any] = {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), "use_underscores": True}
+
+
+def _quietly(cls: type[T], default: T, args: list[str]) -> T:
+    """Call tyro; its boxed error messages become one line."""
+    if "--help" in args:
+        return tyro.cli(cls, default=default, args=args, **TYRO)
+    out = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
+            return tyro.cli(cls, default=default, args=args, **TYRO)
+    except SystemExit:
+        title, *message = re.split(r"-{5,}", " ".join(out.getvalue().split()))
+        text = re.sub(r"^Error parsing \w+: ", "", (message or [title])[0].strip()).rstrip(".")
+        raise ValueError(f"{text}. --help says what each field takes.") from None
+
+
+def _command_line(argv: list[str], aliases: dict[str, str]) -> Words:
+    """`--a=1 --b 2 3 --c` as {a: [1], b: [2, 3], c: [True]}; a later word wins."""
+    words: Words = {}
+    key = None
+    for word in argv:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            key = aliases.get(name, name)
+            words[key] = [_word(value)] if equals else []
+        elif key is None:
+            raise ValueError(f"{word!r} stands alone: write --name value, as --config configs/digits.yaml.")
+        else:
+            words[key].append(_word(word))
+    return {name: values or ["True"] for name, values in words.items()}
+
+
+def _word(value: Any) -> str:
+    """A YAML or command-line value as tyro spells it."""
+    text = "None" if value is None else str(value)
+    return {"true": "True", "false": "False", "null": "None"}.get(text, text)
+
+
+def _flatten(mapping: dict[str, Any], prefix: str = "") -> Words:
+    words: Words = {}
+    for key, value in mapping.items():
+        if isinstance(value, dict):
+            words |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):
+            words[f"{prefix}{key}"] = [_word(item) for item in value]
+        else:
+            words[f"{prefix}{key}"] = [_word(value)]
+    return words
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`, section by section; another `kind` starts its section afresh."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        same = isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
+        merged[key] = _merge(typing.cast(dict[str, Any], old), value) if same else value
+    return merged
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The dataclasses of a union; empty for any other type."""
+    if typing.get_origin(kind) not in (typing.Union, types.UnionType):
+        return ()
+    return tuple(member for member in typing.get_args(kind) if dataclasses.is_dataclass(member))
+
+
+def _choose_kinds(cls: type[T], given: Words) -> T:
+    """The default of `cls`, with the member of each union that the given `kind` names.
+
+    Raises:
+        ValueError: a kind that no member has.
+    """
+    chosen: dict[str, Any] = {}
+    for name, hint in typing.get_type_hints(cls).items():
+        members = {typing.get_args(typing.get_type_hints(m)["kind"])[0]: m for m in _members(hint)}
+        kind = given.get(f"{name}.kind", [None])[0]
+        if members and kind is not None:
+            if kind not in members:
+                raise ValueError(f"{name}.kind={kind} is unknown: choose one of {', '.join(members)}.")
+            chosen[name] = members[kind]()
+    return cls(**chosen)
+
+
+def _keys(instance: Any, prefix: str = "") -> list[str]:
+    keys: list[str] = []
+    for item in dataclasses.fields(instance):
+        value = getattr(instance, item.name)
+        inner = dataclasses.is_dataclass(value)
+        keys += _keys(value, f"{prefix}{item.name}.") if inner else [f"{prefix}{item.name}"]
+    return keys
+
+
+def _unknown(key: str, known: list[str], aliases: list[str], cls: type) -> str:
+    section, _, leaf = key.rpartition(".")
+    for name, hint in typing.get_type_hints(cls).items():
+        for member in _members(hint) if name == section else ():
+            if leaf in [f.name for f in dataclasses.fields(member)]:
+                kind = typing.get_args(typing.get_type_hints(member)["kind"])[0]
+                return f"{key} is a field of {section}.kind={kind}, which was not chosen: set it, or leave the field out."
+    near = difflib.get_close_matches(key, known + aliases, 1, 0.5) or [k for k in known if k.rpartition(".")[2] == leaf][:1]
+    near = near or difflib.get_close_matches(leaf, [k.rpartition(".")[2] for k in known], 1, 0.5)
+    return f"unknown key {key!r}: did you mean {near[0]!r}?" if near else f"unknown key {key!r}: --help lists the known ones."
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

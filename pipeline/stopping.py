@@ -1,0 +1,55 @@
+"""Ctrl-C and SIGTERM: at once while nothing can be lost, after the step while training.
+
+Import this before anything slow: from then on an interruption prints one line
+instead of a traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopper:
+    """Remembers that a signal came.
+
+    Until `defer` is called a signal ends the process. After it, `requested`
+    becomes true and the loop is expected to save and return; a second Ctrl-C
+    more than a second later ends the process where it stands.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._deferred = False
+        self._since = 0.0
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
+    @property
+    def requested(self) -> bool:
+        """A signal came."""
+        return self.received is not None
+
+    @property
+    def exit_status(self) -> int:
+        """128 + the signal's number, as shells have it; 0 without one."""
+        return 128 + self.received if self.received else 0
+
+    def defer(self) -> None:
+        """From now on the loop looks at `requested`."""
+        self._deferred = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        again = self.requested and number == signal.SIGINT and time.monotonic() - self._since > 1
+        if not self._deferred or again:
+            sys.stderr.write("\ninterrupted: the same command goes on from the last checkpoint.\n")
+            sys.stderr.flush()
+            os._exit(128 + number)
+        if not self.requested:
+            self.received, self._since = number, time.monotonic()
+            sys.stderr.write("\nstopping after this step; Ctrl-C again to stop at once.\n")

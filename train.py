@@ -1,0 +1,165 @@
+"""Train an image generator: `accelerate launch train.py --config configs/digits.yaml`; the same command resumes."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pipeline.stopping import Stopper
+
+STOPPER = Stopper()  # before the slow imports: from here on Ctrl-C is a clean exit
+
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+import models
+from data.decode import to_unit
+from data.stream import Shards, Share, Stream
+from models.condition import drop
+from models.convert import to_stock
+from pipeline import launch
+from pipeline.checkpoint import Store, choose
+from pipeline.config import ALIASES, Config, FlowConfig, model_options
+from pipeline.ema import Ema
+from pipeline.export import Card, check_exportable, save_image, write_folder
+from pipeline.flow import PATHS, LogitNormal, Objective, TimeLaw, Uniform
+from pipeline.generate import Sampler, generate, grid, network_source
+from pipeline.loop import Run, fit
+from pipeline.optim import adamw
+from pipeline.recipe import as_mapping, parse
+from pipeline.tracking import Log, last_loss
+
+
+def train(config: Config) -> int:
+    """Train, resume, export; returns the exit status.
+
+    Raises:
+        ValueError: what a user can mend, before any work is lost.
+    """
+    if config.export:
+        check_exportable(config.flow)
+    folder = Path(config.output_dir)
+    shards = Shards(config.data.shards, config.data.split)
+    accelerator = launch.start(config)
+    share = Share(
+        batch_size=config.train.batch_size,
+        accumulation=config.train.gradient_accumulation_steps,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+    )
+    owned = launch.lock(folder) if accelerator.is_main_process else None
+    run = assemble(config, shards, accelerator)
+    checkpoint = choose(run.store, config.checkpoint.resume)
+    if checkpoint:
+        run.load(checkpoint)
+    if accelerator.is_main_process:
+        run.store.sweep()
+        (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+        origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
+        print(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {accelerator.num_processes} process(es) on {accelerator.device}")
+    stream = Stream(
+        shards,
+        channels=config.data.channels,
+        resolution=config.data.resolution,
+        seed=config.seed,
+        share=share,
+        block=config.data.shuffle_block,
+        flip=config.data.horizontal_flip,
+        workers=config.data.workers,
+        start=run.images,
+    )
+    accelerator.init_trackers("tensorboard")
+    log = Log(folder, main=accelerator.is_main_process, start=run.step, stop=config.train.max_steps, accelerator=accelerator)
+    STOPPER.defer()
+    try:
+        fit(run, stream, log, config.train.max_steps)
+    finally:
+        log.close()
+        stream.close()
+    accelerator.end_training()
+    if STOPPER.requested:
+        log.say(f"stopped at step {run.step}; the same command goes on from there.")
+    elif config.export and accelerator.is_main_process:
+        export(run, folder / "export")
+    if owned:
+        owned.close()
+    return STOPPER.exit_status
+
+
+def assemble(config: Config, shards: Shards, accelerator: Accelerator) -> Run:
+    """Introduce the rooms to one another: network, objective, optimiser, average, checkpoints."""
+    set_seed(config.seed)
+    names = shards.manifest.class_names
+    network = models.build(**model_options(config, len(names))).to(accelerator.device)
+    ema = Ema(network, config.ema)
+    if config.train.compile:
+        network.compile()
+    model, optimizer = accelerator.prepare(network, adamw(network, config.train))
+    settings = as_mapping(config)
+    data = {key: settings["data"][key] for key in ("split", "resolution", "channels", "horizontal_flip", "shuffle_block")}
+    facts = {"model": settings["model"], "flow": settings["flow"], "data": {**data, "shards": shards.manifest.fingerprint}, "seed": config.seed}
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        network=network,
+        model=model,
+        ema=ema,
+        optimizer=optimizer,
+        objective=Objective(PATHS[config.flow.path](), config.flow.predict),
+        law=time_law(config.flow),
+        encode=to_unit,
+        drop_label=partial(drop, null=len(names), probability=config.train.label_dropout),
+        store=Store(Path(config.output_dir), config.checkpoint.keep),
+        about={"config": settings, "class_names": list(names), "facts": facts},
+        stopper=STOPPER,
+        sample=sample_grid,
+    )
+
+
+def time_law(flow: FlowConfig) -> TimeLaw:
+    """The law of t that a recipe names."""
+    return LogitNormal(flow.time_mean, flow.time_std) if flow.time == "logit_normal" else Uniform()
+
+
+def sample_grid(run: Run) -> None:
+    """Draw some of each class with the averaged weights; written as samples/step-<step>.png."""
+    config, count = run.config, len(run.about["class_names"])
+    source = network_source(run.ema.model, config.flow, (config.data.channels, *[config.data.resolution] * 2), count, lambda x: x)
+    columns = min(count, 10) or 8
+    labels = torch.arange(4 * columns) % columns if count else torch.full((4 * columns,), source.null)
+    images = generate(source, labels, Sampler("heun", config.log.sample_steps, config.log.guidance_scale if count else 1.0), seed=config.seed)
+    path = Path(config.output_dir) / "samples" / f"step-{run.step:07d}.png"
+    save_image(grid(images, columns, scale=max(1, 48 // config.data.resolution)), path)
+
+
+def export(run: Run, output: Path) -> None:
+    """Write the averaged weights as a folder for stock diffusers."""
+    card = Card(
+        title=Path(run.config.output_dir).name,
+        images=run.images,
+        steps=run.step,
+        loss=last_loss(Path(run.config.output_dir)),
+        parameters=sum(p.numel() for p in run.network.parameters()),
+    )
+    network = to_stock(run.ema.model.cpu(), flip=run.config.flow.predict == "velocity")
+    write_folder(output, network, run.config, tuple(run.about["class_names"]), card)
+
+
+def main(argv: list[str]) -> int:
+    """The command; returns its exit status. CONDOT_DEBUG=1 shows where an error came from."""
+    try:
+        return train(parse(Config, argv, ALIASES))
+    except (ValueError, OSError) as error:
+        if os.environ.get("CONDOT_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
