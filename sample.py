@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -175,7 +176,7 @@ def compare(options: Evaluate) -> int:
 def _read_all(shards: Shards, channels: int, resolution: int) -> tuple[Tensor, Tensor]:
     """Every image of a split, in -1..1, and its class."""
     pairs = [shards.pixels(s, n, channels, resolution) for s, count in enumerate(shards.counts) for n in range(count)]
-    return to_unit(torch.stack([torch.from_numpy(pixels) for pixels, _ in pairs])), torch.tensor([label for _, label in pairs])
+    return to_unit(torch.from_numpy(np.stack([pixels for pixels, _ in pairs]))), torch.tensor([label for _, label in pairs])
 
 
 def export(options: Export) -> int:

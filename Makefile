@@ -1,0 +1,43 @@
+# make demo: the whole way on handwritten digits.  make test: the tests.  Both set up .venv where needed.
+PYTHON ?= python3
+RUN ?= runs/digits
+# A shorter demo, say `make demo STEPS=150 GOALS=`: fewer steps, and no figures to reach.
+STEPS ?= 2000
+GOALS ?= --min_accuracy 0.97 --min_diversity 0.7 --min_nearest 0.7
+SAMPLE = --pipeline $(RUN)/export --class_labels 0 1 2 3 4 5 6 7 8 9 --num_images 10 --num_inference_steps 25 --guidance_scale 2 --seed 0
+
+BIN = .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: demo test test-slow lint bench wheel clean
+.DELETE_ON_ERROR:
+
+.venv/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"condot needs Python 3.11 or newer, this is {sys.version.split()[0]}: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: .venv/.ready
+	python -m data.prepare digits --output $(RUN)/shards
+	accelerate launch --quiet train.py --config configs/digits.yaml --output_dir $(RUN) --data.shards $(RUN)/shards --train.max_steps $(STEPS)
+	python sample.py export --run $(RUN) --output $(RUN)/export
+	python sample.py $(SAMPLE) --solver heun --output $(RUN)/ode.png
+	python sample.py $(SAMPLE) --solver euler_maruyama --output $(RUN)/sde.png
+	python sample.py evaluate --pipeline $(RUN)/export --reference $(RUN)/shards $(GOALS)
+
+test: .venv/.ready
+	OMP_NUM_THREADS=1 python -m pytest -m 'not slow and not gpu'
+
+test-slow: .venv/.ready
+	OMP_NUM_THREADS=1 python -m pytest -m 'slow'
+
+lint: .venv/.ready
+	ruff check . && ruff format --check . && mypy
+
+wheel: .venv/.ready
+	python -m build --wheel --outdir dist .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,73 @@
+"""Shared by tests: digits packed once, a small recipe, and a run trained once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+sys.path.insert(0, str(ROOT))
+import train  # noqa: E402
+
+for _number in (signal.SIGINT, signal.SIGTERM):  # importing train took them
+    signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real data beside the checkout; tests that need it are skipped where it is absent."""
+    folder = SHARED / "data"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent: real data sets lie beside the checkout on the project's own machines only")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The digits in several small shards, a fifth of them held out."""
+    from data.prepare import main
+
+    folder = tmp_path_factory.mktemp("digits") / "shards"
+    assert main(["digits", "--output", str(folder), "--shard_size", "400kB"]) == 0
+    return folder
+
+
+def arguments(shards: Path, output: Path, *more: str) -> list[str]:
+    """A run of seconds: a small DiT on the digits."""
+    return [
+        f"--data.shards={shards}", f"--output_dir={output}", "--data.resolution=8", "--data.channels=1", "--data.workers=1",
+        "--model.width=32", "--model.depth=2", "--model.heads=2", "--train.batch_size=16", "--train.max_steps=12", "--train.learning_rate=1e-3",
+        "--train.cpu_threads=1", "--ema.halflife=100", "--log.every=2", "--log.sample_every=0", "--log.report_to=none", "--checkpoint.every=4", "--export=false",
+        *more,
+    ]  # fmt: skip
+
+
+def fit(shards: Path, output: Path, *more: str) -> int:
+    """Train in this process; returns the exit status."""
+    AcceleratorState._reset_state(True)
+    train.STOPPER.received, train.STOPPER._deferred = None, False
+    return train.main(arguments(shards, output, *more))
+
+
+@pytest.fixture(scope="session")
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of 12 steps with its export."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    assert fit(digits, folder, "--export=true", "--log.sample_every=12", "--log.sample_steps=2") == 0
+    return folder
+
+
+def launch(*words: str, timeout: float = 240, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in the checkout, as a user would."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
