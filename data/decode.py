@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-DECODE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+DECODE_ERRORS = (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for a damaged, a foreign or an absurd file."""
 
 
@@ -25,8 +25,11 @@ def upright(data: bytes, channels: int) -> Image.Image:
         One of DECODE_ERRORS: not an image, damaged, too large.
     """
     image: Image.Image = Image.open(io.BytesIO(data))
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)
+    try:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+    except (OSError, SyntaxError):
+        image.load()  # passes where the pixels are whole and only what follows them is damaged, as viewers see it
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

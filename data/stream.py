@@ -74,7 +74,8 @@ class Shards:
         """One sample, checked against its crc32.
 
         Raises:
-            ValueError: bytes that changed since they were indexed.
+            ValueError: bytes that changed since they were indexed, or a class
+                that the manifest does not name.
         """
         record = self.records(shard)[number]
         name = self.shards[shard].name
@@ -82,6 +83,8 @@ class Shards:
             span = os.pread(file.fileno(), int(record["bytes"]), int(record["offset"]))
         if zlib.crc32(span) != record["crc32"]:
             raise ValueError(f"{self.folder / name}, sample {number}: its bytes changed since it was packed. Copy or pack the shard again.")
+        if record["label"] >= len(self.manifest.class_names):
+            raise ValueError(f"{self.folder / name}, sample {number}: class {record['label']} of {len(self.manifest.class_names)} that the manifest names. Pack it again.")
         key, files = sample_files(span)
         return Sample(key, files, int(record["label"]))
 
