@@ -34,7 +34,7 @@ def sinusoids(clock: Tensor) -> Tensor:
     """
     half = FREQUENCIES // 2
     steps = torch.arange(half, device=clock.device, dtype=torch.float32)
-    angles = clock.float()[:, None] * torch.exp(-math.log(10000) / (half - 1) * steps)
+    angles = clock.float()[:, None] * torch.exp(-math.log(10000) * steps / (half - 1))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 

@@ -42,7 +42,8 @@ def dit_from_stock(stock: DiTTransformer2DModel, num_classes: int, flip: bool) -
     """The reverse of `to_stock` for a DiT; exact, so there and back gives the same weights.
 
     Raises:
-        ValueError: a stock configuration that our DiT cannot hold.
+        ValueError: a stock configuration that our DiT cannot hold, or
+            embeddings of time and class that differ between blocks.
     """
     c = stock.config
     width = c.num_attention_heads * c.attention_head_dim
@@ -56,7 +57,10 @@ def dit_from_stock(stock: DiTTransformer2DModel, num_classes: int, flip: bool) -
     state: dict[str, Tensor] = {}
     for name, sources in _dit_names(c.num_layers).items():
         parts = [theirs[source] for source in sources]
-        state[name] = torch.cat(parts) if name.rpartition(".")[0].endswith("qkv") else parts[0]
+        joined = name.rpartition(".")[0].endswith("qkv")
+        if not joined and any(not torch.equal(part, parts[0]) for part in parts[1:]):
+            raise ValueError(f"{sources[0]} differs from block to block: ours has one embedding of time and class for all blocks.")
+        state[name] = torch.cat(parts) if joined else parts[0]
     state["enter.weight"] = state["enter.weight"].flatten(1)
     table = state["condition.classes.weight"]
     state["condition.classes.weight"] = torch.cat([table[:num_classes], table[STOCK_NULL:]])

@@ -142,7 +142,8 @@ def choose(store: Store, resume: str) -> Path | None:
             raise ValueError(f"checkpoint.resume=none, but {store.root} holds {newest.name}: resume it, or give another --output_dir.")
         return None
     chosen = Path(resume)
-    if newest is not None and int(newest.name.removeprefix(PREFIX)) > load_state(chosen)["step"]:
+    step = load_state(chosen)["step"]
+    if newest is not None and int(newest.name.removeprefix(PREFIX)) > step:
         raise ValueError(f"checkpoint.resume={resume} is older than {newest.name} in {store.root}: to branch off, give another --output_dir.")
     return chosen
 

@@ -83,6 +83,8 @@ class Run:
     """Writes a grid of samples."""
     step: int = 0
     images: int = 0
+    saved: int = 0
+    """The step of the newest checkpoint."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state, by name."""
@@ -94,13 +96,14 @@ class Run:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         return get_optimizer_state_dict(self.network, inner, options=StateDictOptions(flatten_optimizer_state_dict=True))
 
-    def save(self) -> bool:
-        """Write a checkpoint, all ranks together; on failure say why and go on."""
+    def save(self) -> None:
+        """Write a checkpoint, all ranks together; on failure say why and go on, to try again when the next is due."""
         state = {"step": self.step, "images": self.images, **self.about}
         errors = self.store.save(self.step, self.tensors(), state)
         if errors and self.accelerator.is_main_process:
             print(f"\ncheckpoint of step {self.step} failed, older ones are untouched: {'; '.join(errors)}. Free some space.", flush=True)
-        return not errors
+        if not errors:
+            self.saved = self.step
 
     def load(self, folder: Path) -> None:
         """Restore a checkpoint.
@@ -120,7 +123,8 @@ class Run:
             restored[name] = tensors.get(f"optim.{name}", restored[name])
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         set_optimizer_state_dict(self.network, inner, restored, options=StateDictOptions(flatten_optimizer_state_dict=True))
-        self.step, self.images = state["step"], state["images"]
+        self.step = self.saved = state["step"]
+        self.images = state["images"]
 
 
 def compare(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -139,7 +143,8 @@ def fit(run: Run, stream: Iterator[MicroBatch], log: Log, stop: int) -> None:
     """Advance to optimiser step `stop`, or to the step at which a signal came; saved either way.
 
     Raises:
-        ValueError: a loss that is not finite, seen at a log line; nothing is saved then.
+        ValueError: a loss that is not finite, seen at a log line, and nothing
+            is saved then; or a last state that could not be saved.
     """
     meter = Meter(run.accelerator)
     while run.step < stop and not _stopping(run):
@@ -160,8 +165,10 @@ def fit(run: Run, stream: Iterator[MicroBatch], log: Log, stop: int) -> None:
         run.ema.update(run.network, run.images, run.config.train.batch_size)
         log.advance()
         notify(run, meter, log, stop)
-    if run.step % run.config.checkpoint.every:
+    if run.saved != run.step:
         run.save()
+    if run.saved != run.step:
+        raise ValueError(f"the state of step {run.step} could not be saved in {run.store.root}: free some space; the same command goes on from step {run.saved}.")
 
 
 def loss_of(run: Run, batch: MicroBatch) -> Tensor:

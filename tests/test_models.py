@@ -1,0 +1,185 @@
+"""Networks: equal to the published layouts, zero at the start, one drop of the class for all blocks."""
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
+
+import models
+from models.condition import FREQUENCIES, drop, noise_clock, sinusoids
+from models.convert import STOCK_NULL, dit_from_stock, to_stock
+from models.layers import patches, sincos_positions, unpatch
+
+DIT = {"kind": "dit", "channels": 3, "resolution": 12, "num_classes": 7, "patch_size": 2, "width": 48, "depth": 3, "heads": 4}
+UNET = {
+    "kind": "unet", "channels": 1, "resolution": 8, "num_classes": 4,
+    "block_channels": (32, 64), "layers_per_block": 1, "attention_levels": 1, "head_width": 32,
+}  # fmt: skip
+
+
+def shaken(options, seed=0, dtype=torch.float32):
+    """A network without a zero weight, so that every part shows in its output."""
+    torch.manual_seed(seed)
+    model = models.build(**options).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(options, batch=5, dtype=torch.float32):
+    torch.manual_seed(1)
+    side = options["resolution"]
+    x = torch.randn(batch, options["channels"], side, side, dtype=dtype)
+    labels = torch.tensor([0, options["num_classes"], options["num_classes"] - 1, 1, options["num_classes"]])[:batch]
+    return x, torch.linspace(0, 1, batch, dtype=dtype), labels
+
+
+def stock_output(stock, x, t, labels, null):
+    return stock(x, 1000 * (1 - t), class_labels=torch.where(labels == null, STOCK_NULL, labels)).sample
+
+
+@pytest.mark.parametrize("options", [DIT, {**DIT, "patch_size": 1, "resolution": 5, "channels": 1}, {**DIT, "patch_size": 4}, {**DIT, "num_classes": 0}, UNET])
+@pytest.mark.parametrize("flip", [True, False])
+@torch.no_grad()
+def test_the_stock_network_gives_our_output(options, flip):
+    """In float64, where a wrong layout cannot hide behind rounding; a flipped velocity has the other sign."""
+    model = shaken(options, dtype=torch.float64)
+    x, t, labels = inputs(options, dtype=torch.float64)
+    labels = labels.clamp(0, options["num_classes"])
+    theirs = stock_output(to_stock(model, flip).double(), x, t, labels, options["num_classes"])
+    ours = model(x, t, labels)
+    scale = ours.abs().max()
+    assert (theirs - (-ours if flip else ours)).abs().max() < 2e-6 * scale, "positions and times are float32 in both"
+    wrong = stock_output(to_stock(model, not flip).double(), x, t, labels, options["num_classes"])
+    assert (wrong - (-ours if flip else ours)).abs().max() > 0.5 * scale
+
+
+@torch.no_grad()
+def test_conversion_in_float32_is_rounding():
+    """Every tensor of the stock network matters: changing any one of a kind changes its output."""
+    model = shaken(DIT)
+    stock = to_stock(model, True)
+    x, t, labels = inputs(DIT)
+    ours, reference = model(x, t, labels), stock_output(stock, x, t, labels, 7)
+    assert (ours + reference).abs().max() <= 1e-5 * ours.abs().max()
+    for name, tensor in stock.state_dict().items():
+        if "transformer_blocks.1" in name or "block" not in name:
+            kept = tensor.clone()
+            tensor.mul_(1.5)
+            key_bias = name.endswith("to_k.bias")  # adds the same to every key of a query: softmax does not see it
+            assert key_bias or (stock_output(stock, x, t, labels, 7) - reference).abs().max() > 1e-4, name
+            tensor.copy_(kept)
+
+
+def test_conversion_there_and_back_is_exact():
+    model = shaken(DIT)
+    back = dit_from_stock(to_stock(model, True), 7, True)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in back.state_dict().items())
+    assert back.state_dict().keys() == model.state_dict().keys()
+
+
+def test_published_weights_come_in():
+    """A stock DiT with random weights, turned into ours, gives its outputs."""
+    torch.manual_seed(3)
+    stock = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_eps=1e-6
+    ).eval()
+    with pytest.raises(ValueError, match="differs from block to block"):
+        dit_from_stock(stock, 1000, False)
+    stock.transformer_blocks[1].norm1.emb.load_state_dict(stock.transformer_blocks[0].norm1.emb.state_dict())
+    ours = dit_from_stock(stock, 1000, False).eval()
+    x, t = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.3, 1.0])
+    labels = torch.tensor([1, 999, 1000])
+    with torch.no_grad():
+        assert (ours(x, t, labels) - stock(x, 1000 * (1 - t), class_labels=labels).sample).abs().max() < 1e-5
+
+
+def test_parts_are_those_of_the_reference():
+    assert torch.equal(sincos_positions(48, 5), torch.as_tensor(get_2d_sincos_pos_embed(48, 5, base_size=5, output_type="pt")).float())
+    clock = noise_clock(torch.rand(9))
+    reference = get_timestep_embedding(clock, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=1)
+    torch.testing.assert_close(sinusoids(clock), reference)
+    x = torch.randn(2, 3, 6, 6)
+    weight = torch.randn(10, 3, 2, 2)
+    convolved = torch.nn.functional.conv2d(x, weight, stride=2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(patches(x, 2) @ weight.flatten(1).T, convolved)
+    tokens = torch.arange(9 * 4 * 3).reshape(1, 9, 12)
+    assert unpatch(tokens, 2, 3)[0, 1, 3, 4] == tokens[0, 3 * 1 + 2, 2 * 3 + 1], "row 3, column 4 is token (1, 2), its row 1, column 0, channel 1"
+
+
+def test_times_are_told_apart():
+    """The embedding of [0, 1] unscaled has an effective rank near 1; that of the clock is far richer."""
+
+    def rank(clock):
+        p = torch.linalg.svdvals(sinusoids(clock).double()).square()
+        p = p / p.sum()
+        return torch.exp(-(p * p.clamp_min(1e-300).log()).sum())
+
+    t = torch.linspace(0, 1, 500)
+    assert rank(t) < 1.5 and rank(noise_clock(t)) > 20
+
+
+@pytest.mark.parametrize("options", [DIT, UNET])
+def test_a_network_starts_at_zero_and_learns(options):
+    torch.manual_seed(0)
+    model = models.build(**options)
+    x, t, labels = inputs(options)
+    assert model(x, t, labels).abs().max() == 0
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    losses = []
+    for _ in range(4):
+        loss = (model(x, t, labels) - x).square().mean()
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
+
+
+def test_the_class_is_dropped_once_per_sample():
+    """The null class replaces a label in the share of samples asked for, and where there is none."""
+    labels, chance = torch.arange(1000) % 5, (torch.arange(1000) + 0.5) / 1000
+    dropped = drop(labels, chance, null=5, probability=0.1)
+    assert (dropped == 5).sum() == 100 and torch.equal(dropped[100:], labels[100:])
+    assert drop(torch.tensor([-1, 2]), torch.tensor([0.9, 0.9]), null=5, probability=0.1).tolist() == [5, 2]
+
+
+def test_the_null_class_is_a_class_of_its_own():
+    model = shaken(DIT)
+    x, t, _ = inputs(DIT, 3)
+    outputs = [model(x, t, torch.full((3,), label)) for label in range(8)]
+    assert all((outputs[7] - other).abs().max() > 1e-3 for other in outputs[:7])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": 5}, "model.patch_size=5 does not divide the resolution 12"),
+        ({"heads": 5}, "model.width=48 must be a multiple of 4 and of model.heads=5: use 60"),
+        ({"depth": 0}, "model.depth=0"),
+        ({"kind": "vit"}, "model.kind='vit' is unknown"),
+    ],
+)
+def test_sizes_that_do_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(**{**DIT, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"block_channels": (30,)}, "multiple of 32"),
+        ({"block_channels": ()}, "at least one level"),
+        ({"resolution": 6, "block_channels": (32, 32, 32)}, "cannot be halved 2 times"),
+        ({"head_width": 48}, "of divisible channels"),
+    ],
+)
+def test_unet_sizes_that_do_not_fit(change, message):
+    with pytest.raises(ValueError, match=message):
+        models.build(**{**UNET, **change})
+
+
+def test_more_classes_than_the_stock_pipeline_can_tell():
+    with pytest.raises(ValueError, match="at most 1000"):
+        to_stock(models.build(**{**DIT, "num_classes": 1001, "depth": 1}), True)

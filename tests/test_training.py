@@ -1,0 +1,262 @@
+"""Training: an interrupted run is the uninterrupted one, and the number of processes does not change the curve."""
+
+import hashlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, arguments, fit, launch
+
+from pipeline.checkpoint import load_tensors
+from pipeline.config import EmaConfig, TrainConfig
+from pipeline.ema import Ema
+from pipeline.flow import LogitNormal
+from pipeline.loop import compare, draw
+from pipeline.optim import adamw, learning_rate
+
+
+def curve(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(folder):
+    return [line["loss"] for line in curve(folder)]
+
+
+def digest(folder):
+    """Every weight, average and moment of a checkpoint."""
+    tensors = load_tensors(folder)
+    return {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in tensors.items()}
+
+
+# --- resume
+
+
+@pytest.mark.parametrize("more", [(), ("--train.gradient_accumulation_steps=4", "--data.horizontal_flip=true", "--train.lr_ramp=cosine"), ("--model.kind=unet",)])
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(digits, tmp_path, more):
+    """Weights, averages, moments and the log; stopped in the middle of a log interval, where no checkpoint was due."""
+    if "--model.kind=unet" in more:
+        more = ("--model.kind=unet", "--model.block_channels", "32", "--model.head_width=32", "--train.batch_size=4", "--train.max_steps=9")
+    words = [w for w in arguments(digits, tmp_path / "whole", *more) if not ("unet" in " ".join(more) and w.startswith(("--model.width", "--model.depth", "--model.heads")))]
+    import train
+
+    def run(folder, *extra):
+        from accelerate.state import AcceleratorState
+
+        AcceleratorState._reset_state(True)
+        train.STOPPER.received, train.STOPPER._deferred = None, False
+        return train.main([w.replace(str(tmp_path / "whole"), str(folder)) for w in words] + list(extra))
+
+    assert run(tmp_path / "whole") == 0
+    step = train.fit
+
+    def stop_after(run, stream, log, stop, at=7):
+        advance = log.advance
+
+        def count():
+            advance()
+            if run.step == at:
+                run.stopper.received = signal.SIGINT
+
+        log.advance = count
+        step(run, stream, log, stop)
+
+    train.fit = stop_after
+    try:
+        assert run(tmp_path / "parts") == 128 + signal.SIGINT
+    finally:
+        train.fit = step
+    assert (tmp_path / "parts/checkpoint-7").is_dir()
+    assert run(tmp_path / "parts") == 0
+    last = max((tmp_path / "whole").glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])).name
+    assert digest(tmp_path / "parts" / last) == digest(tmp_path / "whole" / last)
+    whole = {line["step"]: line["loss"] for line in curve(tmp_path / "whole")}
+    assert {line["step"]: line["loss"] for line in curve(tmp_path / "parts") if line["step"] != 8} == {k: v for k, v in whole.items() if k != 8}
+
+
+def test_a_finished_run_is_left_as_it_is(digits, trained, capsys):
+    before = digest(trained / "checkpoint-12")
+    lines = (trained / "metrics.jsonl").read_text()
+    assert fit(digits, trained) == 0
+    assert "step 12 of 12" in capsys.readouterr().out
+    assert digest(trained / "checkpoint-12") == before and (trained / "metrics.jsonl").read_text() == lines
+
+
+def test_killed_at_a_random_moment_the_run_ends_the_same(digits, tmp_path):
+    """kill -9 twice, wherever it falls; the log has no line twice."""
+    words = arguments(digits, tmp_path / "run", "--train.max_steps=40", "--checkpoint.every=3", "--log.every=1")
+    for wait in (0.4, 0.9):
+        process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process.stdout.readline()  # the run is set up
+        time.sleep(wait)
+        process.kill()
+        process.wait()
+    assert fit(digits, tmp_path / "run", *words[2:]) == 0
+    assert fit(digits, tmp_path / "whole", *[w for w in words if not w.startswith("--output_dir")]) == 0
+    assert digest(tmp_path / "run/checkpoint-40") == digest(tmp_path / "whole/checkpoint-40")
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert [line["step"] for line in curve(tmp_path / "run")] == list(range(1, 41))
+
+
+def test_metrics_say_what_is_promised(trained):
+    for line in curve(trained):
+        assert {"step", "images", "loss", "lr", "images_per_second", "grad_norm"} <= line.keys() and line["images"] == 16 * line["step"]
+    assert (trained / "config.yaml").exists() and (trained / "samples/step-0000012.png").exists()
+    assert json.loads((trained / "checkpoint-12/state.json").read_text())["config"]["model"]["width"] == 32
+
+
+# --- processes
+
+
+def test_two_processes_have_the_curve_of_one(digits, tmp_path):
+    """The same global batch, noise, times and drops; the sums differ by the order of their terms."""
+    more = ("--train.max_steps=20", "--log.every=1", "--checkpoint.every=20")
+    assert fit(digits, tmp_path / "one", *more) == 0
+    done = launch(
+        "-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu2.yaml", "train.py",
+        *arguments(digits, tmp_path / "two", *more, "--train.gradient_accumulation_steps=2"),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert max(abs(a - b) / a for a, b in zip(one, two, strict=True)) < 1e-5
+    files = [p.name for p in (tmp_path / "two/checkpoint-20").iterdir()]
+    assert {"rank-00000.safetensors", "rank-00001.safetensors"} <= set(files), "each rank writes its part"
+    first, second = load_tensors(tmp_path / "one/checkpoint-20"), load_tensors(tmp_path / "two/checkpoint-20")
+    assert first.keys() == second.keys()
+    assert all((first[k] - second[k]).abs().max() < 1e-3 for k in first if k.startswith("ema.") and first[k].numel())
+
+
+def test_a_launch_that_starts_fewer_processes_than_asked_is_refused(digits, tmp_path):
+    """`accelerate launch --cpu --num_processes 2` starts one, without a word."""
+    words = arguments(digits, tmp_path / "run")
+    environment = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    done = launch("train.py", *words, **environment)
+    assert done.returncode == 2 and "several processes were asked for and one was started" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# --- signals
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(digits, tmp_path):
+    words = arguments(digits, tmp_path / "run", "--train.max_steps=100000", "--checkpoint.every=100000")
+    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    process.stdout.readline()
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error and "stopping after this step" in error
+    steps = [int(p.name.split("-")[1]) for p in (tmp_path / "run").glob("checkpoint-*")]
+    assert len(steps) == 1 and f"stopped at step {steps[0]}" in out + error
+
+
+def test_ctrl_c_while_it_starts_says_one_line(digits, tmp_path):
+    process = subprocess.Popen([sys.executable, "train.py", *arguments(digits, tmp_path / "run")], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    time.sleep(0.7)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.strip() == "interrupted: the same command goes on from the last checkpoint."
+
+
+# --- what a user can get wrong
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data.shards=/nowhere"], "data.shards='/nowhere' is no folder"),
+        (["--train.batch_size=10", "--train.gradient_accumulation_steps=4"], "train.batch_size=10 is not a multiple"),
+        (["--train.max_step=3"], "did you mean 'train.max_steps'"),
+        (["--model.heads=5"], "model.width=32 must be a multiple of 4 and of model.heads=5"),
+        (["--data.split=test"], "split 'test' has no shard"),
+        (["--output_dir=/proc/nowhere"], "cannot be written"),
+        (["--export=true", "--flow.path=cosine"], "has no stock scheduler"),
+        (["--checkpoint.resume=/nowhere"], "is no whole checkpoint"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_work(digits, tmp_path, capsys, words, message):
+    assert fit(digits, tmp_path / "run", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert not list(tmp_path.glob("run/checkpoint*"))
+
+
+def test_a_checkpoint_of_another_run_is_refused(digits, trained, capsys):
+    assert fit(digits, trained, "--model.width=64", "--flow.predict=noise") == 2
+    error = capsys.readouterr().err
+    assert "model.width is 32 there and 64 here" in error and "flow.predict is velocity there and noise here" in error
+
+
+def test_two_runs_on_one_folder(digits, tmp_path, capsys):
+    from pipeline.launch import lock
+
+    held = lock(tmp_path / "run")
+    assert fit(digits, tmp_path / "run") == 2 and "in use by another run" in capsys.readouterr().err
+    held.close()
+
+
+def test_a_full_disk_does_not_stop_training(digits, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.checkpoint.save_file", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        assert fit(digits, tmp_path / "run") == 2
+    out, error = capsys.readouterr()
+    assert "the state of step 12 could not be saved" in error and len(curve(tmp_path / "run")) == 6
+    assert "checkpoint of step 4 failed, older ones are untouched: rank 0: [Errno 28] No space left on device" in out
+    assert not list((tmp_path / "run").glob("*checkpoint*")) and not list((tmp_path / "run").glob(".tmp*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(digits, tmp_path, capsys):
+    assert fit(digits, tmp_path / "run", "--train.learning_rate=1e30", "--train.max_grad_norm=0") == 2
+    assert "training diverged" in capsys.readouterr().err
+
+
+# --- parts
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    config = TrainConfig(max_steps=100, learning_rate=2.0, lr_warmup_steps=9, lr_ramp="linear", lr_decay_fraction=0.5)
+    assert [learning_rate(s, config) for s in (0, 4, 9, 50)] == pytest.approx([0.2, 1.0, 2.0, 2.0])
+    assert [learning_rate(s, config) for s in (75, 99, 100)] == pytest.approx([1.0, 0.04, 0.0])
+    cosine = TrainConfig(max_steps=100, learning_rate=2.0, lr_ramp="cosine")
+    assert learning_rate(25, cosine) == pytest.approx(1 + math.cos(math.pi / 4)) and learning_rate(50, cosine) == pytest.approx(1.0)
+
+
+def test_only_matrices_decay():
+    model = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.Linear(4, 5))
+    decayed, plain = adamw(model, TrainConfig(weight_decay=0.1)).param_groups
+    assert [p.shape for p in decayed["params"]] == [(5, 4)] and len(plain["params"]) == 2
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+
+
+def test_the_average_is_on_an_image_clock():
+    """A weight that jumps from 0 to 1 is half there after one half-life, in steps of any size."""
+    for batch in (10, 50):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        ema = Ema(model, EmaConfig(halflife=1000, ramp=1e9))
+        torch.nn.init.ones_(model.weight)
+        for images in range(batch, 1001, batch):
+            ema.update(model, images, batch)
+        assert ema.model.weight.item() == pytest.approx(0.5, abs=1e-5)
+    assert Ema(model, EmaConfig(halflife=1e9, ramp=0.1)).decay(1000, 100) == pytest.approx(0.5), "at first the half-life is a share of the images seen"
+    assert Ema(model, EmaConfig(enabled=False)).decay(1000, 100) == 0
+
+
+def test_draws_are_a_function_of_seed_step_and_place():
+    index = torch.arange(6)
+    whole = draw(0, 3, index, LogitNormal(), (2, 3))
+    part = draw(0, 3, index[4:], LogitNormal(), (2, 3))
+    assert all(torch.equal(a[4:], b) for a, b in zip(whole, part, strict=True))
+    assert not torch.equal(whole.noise, draw(0, 4, index, LogitNormal(), (2, 3)).noise)
+    assert not torch.equal(whole.noise, draw(1, 3, index, LogitNormal(), (2, 3)).noise)
+    assert abs(torch.corrcoef(torch.stack([whole.t.double(), whole.drop]))[0, 1]) < 0.99
+
+
+def test_compare_lists_every_difference():
+    assert compare({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}) == ["a.c is 2 there and 5 here", "d is 3 there and None here", "e is None there and 4 here"]
