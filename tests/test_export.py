@@ -1,0 +1,257 @@
+"""The exported folder: a stranger's stock diffusers loads it, and it draws what the trainer draws."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import fit
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+import sample
+from pipeline.config import FlowConfig
+from pipeline.export import check_exportable, open_folder, write_folder
+from pipeline.flow import euler, guide
+from pipeline.generate import Sampler, generate, grid
+from pipeline.identity import identity_autoencoder
+
+STRANGER = """
+import sys
+from diffusers import DiffusionPipeline
+import torch
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
+images = pipe(class_labels=[1, 2], num_inference_steps=4, guidance_scale=3.0, generator=torch.manual_seed(0)).images
+images[0].save(sys.argv[2])
+assert pipe.get_label_ids(["7"]) == [7]
+own = [m for m in sys.modules if m.split(".")[0] in ("condot", "pipeline", "models", "data", "train")]
+print(type(pipe).__name__, images[0].size, images[0].mode, own)
+"""
+
+
+def test_a_stranger_loads_it_with_stock_diffusers(trained, tmp_path):
+    """In a process of its own, isolated from the checkout, with no code of ours."""
+    shutil.copytree(trained / "export", tmp_path / "moved")
+    words = [sys.executable, "-I", "-c", STRANGER, str(tmp_path / "moved"), str(tmp_path / "one.png")]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "DiTPipeline (8, 8) L []"
+    assert not list((tmp_path / "moved").rglob("*.py")) and not list((tmp_path / "moved").rglob("*.bin"))
+
+
+def pipeline_run(folder, labels, steps, guidance, seed):
+    """The stock pipeline, first order, and the noise it starts from."""
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, "solver_order": 1})
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    images = pipe(class_labels=labels, num_inference_steps=steps, guidance_scale=guidance, generator=generator, output_type="np").images
+    shape = (len(labels), pipe.transformer.config.in_channels, *[pipe.transformer.config.sample_size] * 2)
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1, noise, pipe.scheduler.sigmas
+
+
+def ours_on_stock_schedule(source, labels, noise, sigmas, guidance):
+    """Our Euler steps on the pipeline's sigmas; the pipeline tells its network the time in whole thousandths."""
+    labels = torch.tensor(labels)
+    field = guide(source.field, labels, torch.full_like(labels, source.null), guidance)
+
+    def rounded(x, t):
+        return field(x, 1 - torch.floor(1000 * (1 - t.double()) + 1e-6).float() / 1000)
+
+    with torch.no_grad():
+        return source.decode(euler(rounded, noise, 1 - sigmas.double()).x).clamp(-1, 1)
+
+
+KINDS = {
+    "velocity": (),
+    "noise": ("--flow.predict=noise",),
+    "data": ("--flow.predict=data",),
+    "unet": ("--model.kind=unet", "--model.block_channels", "32", "--model.head_width=32", "--train.batch_size=4"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_our_sampler_and_the_pipeline_draw_the_same(digits, tmp_path, kind):
+    """The trained network through our sampler, and the exported one through the stock pipeline: equal to 1e-4; another seed is not."""
+    import conftest
+
+    words = conftest.arguments(digits, tmp_path / "run", "--export=true", "--train.learning_rate=1e-2", *KINDS[kind])
+    if kind == "unet":
+        words = [w for w in words if not w.startswith(("--model.width", "--model.depth", "--model.heads"))]
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    conftest.train.STOPPER.received, conftest.train.STOPPER._deferred = None, False
+    assert conftest.train.main(words) == 0
+    labels = [0, 3, 9]
+    theirs, noise, sigmas = pipeline_run(tmp_path / "run/export", labels, 7, 2.5, 5)
+    for source in (sample.Trained(tmp_path / "run").source("cpu"), open_folder(tmp_path / "run/export")):
+        ours = ours_on_stock_schedule(source, labels, noise, sigmas, 2.5)
+        assert (ours - theirs).abs().max() < 1e-4
+        assert (ours_on_stock_schedule(source, labels, noise.flip(0), sigmas, 2.5) - theirs).abs().max() > 0.1
+
+
+def test_the_exported_network_is_ours_to_rounding(trained):
+    mine, theirs = sample.Trained(trained).source("cpu"), open_folder(trained / "export")
+    x, t = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 0.2, 0.9, 1.0])
+    with torch.no_grad():
+        a = mine.field(x, t, torch.tensor([0, 4, 9, mine.null]))
+        b = theirs.field(x, t, torch.tensor([0, 4, 9, theirs.null]))
+        wrong = theirs.field(x, t, torch.tensor([1, 5, 8, 0]))
+    assert (a - b).abs().max() <= 2e-6 * a.abs().max() < (a - wrong).abs().max()
+
+
+def test_the_folder_says_what_it_is(trained):
+    folder = trained / "export"
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["id2label"] == {str(i): str(i) for i in range(10)} and index["_class_name"] == "DiTPipeline"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["model"]["width"] == 32 and config["train"]["batch_size"] == 16
+    card = (folder / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "diffusers" and "DiffusionPipeline.from_pretrained" in card and "192 images seen" in card
+    assert Image.open(folder / "samples.png").size[0] > 100
+    assert not list(trained.glob(".export*"))
+
+
+def test_exporting_again_gives_the_same_files(trained, tmp_path):
+    assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "again")]) == 0
+    first = {p.relative_to(trained / "export"): p.read_bytes() for p in (trained / "export").rglob("*") if p.is_file() and p.name != "evaluation.json"}
+    again = {p.relative_to(tmp_path / "again"): p.read_bytes() for p in (tmp_path / "again").rglob("*") if p.is_file()}
+    assert first == again
+
+
+def test_an_export_that_fails_leaves_the_older_one(trained, tmp_path, monkeypatch):
+    assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "out")]) == 0
+    before = (tmp_path / "out/model_index.json").read_bytes()
+    monkeypatch.setattr("pipeline.export._readme", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "out")]) == 2
+    assert (tmp_path / "out/model_index.json").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out"]
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis/chapter.txt").write_text("x")
+    assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "thesis")]) == 2 and (tmp_path / "thesis/chapter.txt").exists()
+
+
+@pytest.mark.parametrize("flow", [FlowConfig(path="cosine"), FlowConfig(predict="score")])
+def test_what_no_stock_scheduler_serves_is_refused(flow, tmp_path):
+    with pytest.raises(ValueError, match="has no stock scheduler"):
+        check_exportable(flow)
+    assert write_folder is not None
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_identity_autoencoder_is_one(channels):
+    vae = identity_autoencoder(channels, 8)
+    x = torch.rand(2, channels, 8, 8) * 3 - 1.5
+    with torch.no_grad():
+        assert (vae.decode(x).sample - x).abs().max() < 1e-5
+        assert (vae.encode(x).latent_dist.mode() - x).abs().max() < 1e-5
+
+
+# --- sampling
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama"])
+def test_an_image_is_a_function_of_seed_and_index(trained, solver):
+    source, labels = open_folder(trained / "export"), torch.arange(7)
+    sampler = Sampler(solver, 5, 2.0)
+    whole = generate(source, labels, sampler, seed=3)
+    parts = generate(source, labels, sampler, seed=3, batch_size=3)
+    tail = generate(source, labels[4:], sampler, seed=3, first=4)
+    torch.testing.assert_close(whole, parts, atol=2e-5, rtol=0)
+    torch.testing.assert_close(whole[4:], tail, atol=2e-5, rtol=0)
+    assert (whole - generate(source, labels, sampler, seed=4)).abs().max() > 0.1
+
+
+def test_zero_diffusion_is_eulers_method(trained):
+    source, labels = open_folder(trained / "export"), torch.arange(3)
+    ode = generate(source, labels, Sampler("euler", 6), seed=0)
+    assert torch.equal(ode, generate(source, labels, Sampler("euler_maruyama", 6, sigma_t="zero"), seed=0))
+    assert not torch.equal(ode, generate(source, labels, Sampler("euler_maruyama", 6, sigma_t="noise"), seed=0))
+
+
+def test_a_grid_puts_images_where_they_belong():
+    images = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 1, 2, 2)
+    sheet = grid(images, 3, scale=2)
+    assert sheet.shape == (1, 14, 20) and sheet[0, 2, 2] == -1 and sheet[0, 8, 8] == 1 and sheet[0, 8, 2] == 0.5 and sheet[0, 0, 0] == 1
+
+
+def run(capsys, *words):
+    status = sample.main(list(words))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_the_command_draws_a_grid(trained, tmp_path, capsys):
+    output = tmp_path / "new" / "grid.png"
+    words = ["--pipeline", str(trained / "export"), "--class_labels", "0", "1", "2", "--num_images", "6", "--num_inference_steps", "3", "--solver", "heun"]
+    status, out, _ = run(capsys, *words, "--output", str(output), "--seed", "1")
+    assert status == 0 and out.startswith(f"{output}: 6 images") and "6 evaluations each" in out
+    assert Image.open(output).size == (8 * (3 * 9 + 1), 8 * (2 * 9 + 1))
+    status, out, _ = run(capsys, "--run", str(trained), "--num_inference_steps", "2", "--solver", "euler_maruyama", "--output", str(tmp_path / "b.png"))
+    assert status == 0 and "10 images" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--class_labels", "10"], "class label 10 is out of range: the model has classes 0 to 9"),
+        (["--class_labels", "-1"], "class label -1 is out of range"),
+        (["--num_inference_steps", "0"], "num_inference_steps=0"),
+        (["--solver", "rk45"], "invalid choice 'rk45'"),
+        (["--solver", "euler_maruyama", "--sigma_t", "forward"], "sigma_t=inf at t=0"),
+        (["--sigma_scale", "-1"], "sigma_scale=-1.0"),
+        (["--guidance_scale", "inf"], "guidance_scale=inf is not finite"),
+        (["--run", "x"], "give one of them"),
+        (["--num_images", "-3"], "--num_images -3"),
+        (["--num_image", "3"], "did you mean 'num_images'"),
+        (["--output", "/proc/nowhere/a.png"], "/proc/nowhere"),
+    ],
+)
+def test_mistakes_are_one_line(trained, tmp_path, capsys, words, message):
+    status, _, error = run(capsys, "--pipeline", str(trained / "export"), "--num_inference_steps", "1", "--output", str(tmp_path / "a.png"), *words)
+    assert status == 2 and message in error.splitlines()[-1] and error.splitlines()[-1].startswith("error: ") and not (tmp_path / "a.png").exists()
+
+
+def test_folders_that_are_none(trained, tmp_path, capsys):
+    assert "is no pipeline folder" in run(capsys, "--pipeline", str(tmp_path))[2]
+    assert "holds no whole checkpoint" in run(capsys, "--run", str(tmp_path))[2]
+    assert "verb 'draw' is unknown" in run(capsys, "draw")[2]
+    shutil.copytree(trained / "export", tmp_path / "cut")
+    weights = next((tmp_path / "cut/transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:1000])
+    status, _, error = run(capsys, "--pipeline", str(tmp_path / "cut"))
+    assert status == 2 and "cannot be loaded" in error.splitlines()[-1]
+    weights.unlink()
+    status, _, error = run(capsys, "--pipeline", str(tmp_path / "cut"))
+    assert status == 2 and "cannot be loaded" in error.splitlines()[-1]
+
+
+def test_a_model_without_classes(digits, tmp_path, capsys):
+    """An unlabelled folder trains an unconditional model; guidance and labels are refused."""
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.fromarray(np.full((8, 8), 12 * i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    from data.prepare import main
+
+    assert main(["imagefolder", str(tmp_path / "images"), "--output", str(tmp_path / "shards")]) == 0
+    assert fit(tmp_path / "shards", tmp_path / "run", "--export=true") == 0
+    folder = str(tmp_path / "run/export")
+    status, out, _ = run(capsys, "--pipeline", folder, "--output", str(tmp_path / "a.png"), "--num_inference_steps", "2", "--num_images", "5")
+    assert status == 0 and "5 images" in out
+    assert "model without classes" in run(capsys, "--pipeline", folder, "--guidance_scale", "2")[2]
+    assert "model without classes" in run(capsys, "--pipeline", folder, "--class_labels", "0")[2]
+
+
+def test_evaluate_writes_what_it_measured(trained, digits, tmp_path, capsys):
+    words = ["evaluate", "--pipeline", str(trained / "export"), "--reference", str(digits), "--num_images", "60", "--num_inference_steps", "2"]
+    status, out, _ = run(capsys, *words, "--output", str(tmp_path / "e.json"))
+    figures = json.loads((tmp_path / "e.json").read_text())
+    assert status == 0 and figures["samples"] == 60 and figures["accuracy_of_held_out"] > 0.97 and "nearest training image" in out
+    assert run(capsys, *words, "--output", str(tmp_path / "e.json"), "--min_accuracy", "0.99")[0] == 1
+    assert "--reference is missing" in run(capsys, *words[:3])[2]
