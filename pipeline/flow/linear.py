@@ -52,23 +52,33 @@ class NormalPrior:
 
 @dataclass(frozen=True)
 class UniformPrior:
-    """Every coordinate uniform on [low, high]."""
+    """Every coordinate uniform on [low, high], plus logistic noise of scale `softness`.
+
+    With soft edges every point has a density, so that a marginal field is
+    defined also where the rounding of a solver carries x out of the supports.
+    """
 
     low: float = 0.0
     high: float = 1.0
+    softness: float = 0.0
     is_normal: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
-        if not -math.inf < self.low < self.high < math.inf:
-            raise ValueError(f"uniform prior on [{self.low}, {self.high}]: low < high, both finite.")
+        if not (-math.inf < self.low < self.high < math.inf and 0 <= self.softness < math.inf):
+            raise ValueError(f"uniform prior on [{self.low}, {self.high}], softness {self.softness}: low < high, softness >= 0, all finite.")
 
     def draw(self, seed: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return (self.low + (self.high - self.low) * uniform(seed, Purpose.NOISE, step, index, shape)).float()
+        u, edge = uniform(seed, Purpose.NOISE, step, index, (2, *shape)).unbind(1)
+        return (self.low + (self.high - self.low) * u + self.softness * torch.logit(edge)).float()
 
     def log_density(self, x: Tensor) -> Tensor:
-        inside = ((x >= self.low) & (x <= self.high)).flatten(1).all(1)
-        value = -x[0].numel() * math.log(self.high - self.low)
-        return torch.where(inside, value, -math.inf).to(x.dtype)
+        above, below, width = x - self.low, self.high - x, self.high - self.low
+        if not self.softness:
+            inside = ((above >= 0) & (below >= 0)).flatten(1).all(1)
+            return torch.where(inside, x.new_tensor(-x[0].numel() * math.log(width)), -torch.inf)
+        # sigmoid(u) - sigmoid(v) = sigmoid(u) sigmoid(-v) (1 - exp(v - u))
+        edges = torch.nn.functional.logsigmoid(above / self.softness) + torch.nn.functional.logsigmoid(below / self.softness)
+        return (edges + math.log(-math.expm1(-width / self.softness) / width)).flatten(1).sum(1)
 
 
 def straight_mean(t: Tensor, z: Tensor) -> Tensor:
