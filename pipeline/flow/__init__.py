@@ -1,45 +1,150 @@
 """The mathematics of flows and diffusions, in one convention: t = 0 is noise, t = 1 is data.
 
-`path` mixes signal and noise, `parameterisation` names what a network predicts,
-`time` says where it is trained and `objective` for what, `guidance` sharpens
-the field, `solver` follows it, `random` names every random number.
+`path`, `diffusion`, `ddpm` and `linear` mix signal and noise;
+`parameterisation` names what a network predicts and `field` makes a velocity
+of it; `time` says where it is trained, `objective` and `matching` for what,
+`weighting` how much it counts, `coupling` on which pairs; `precondition` scales
+it. `guidance` sharpens the field, `grid`, `solver`, `sde` and `langevin` follow
+it, `likelihood` and `inverse` ask it questions; `random` names every random number.
 """
 
-from .guidance import guide
-from .objective import Objective
-from .parameterisation import PREDICTIONS, Prediction, convert, target
-from .path import PATHS, Coefficients, CondOT, Cosine, Path, interpolate, widen
-from .random import Purpose, normal, uniform
-from .solver import COEFFICIENTS, ODE_SOLVERS, SDE_SOLVERS, Solution, coefficient, euler, euler_maruyama, heun, uniform_grid
-from .time import LogitNormal, TimeLaw, Uniform
+from .coupling import COUPLINGS, assign, couple
+from .ddpm import DDPM, VARIANCES, step_variances
+from .diffusion import EDM, PATHS, VE, VP, SubVP
+from .divergence import EXACT_LIMIT, divergence
+from .field import Field, denoise, singular, velocity_field
+from .grid import GRIDS, grid, rho_grid, shifted_grid, uniform_grid
+from .guidance import autoguide, guide
+from .inverse import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction, replacement
+from .langevin import annealed_langevin, langevin, predictor_corrector
+from .likelihood import Density, Estimate, bits_per_dimension, dequantise, estimate, log_density
+from .linear import LinearPath, NormalPrior, Prior, UniformPrior, finite_field
+from .matching import ScoreMatching
+from .objective import JointObjective, Objective
+from .parameterisation import PREDICTIONS, Prediction, change, convert, target
+from .path import Coefficients, CondOT, Cosine, Path, initial, interpolate, widen
+from .precondition import precondition
+from .random import Purpose, normal, rademacher, uniform
+from .sde import (
+    COEFFICIENTS,
+    SDE_SOLVERS,
+    Diffusion,
+    coefficient,
+    euler_maruyama,
+    exponential,
+    noising,
+    stochastic_heun,
+)
+from .solver import ODE_SOLVERS, Solution, dormand_prince, euler, heun, midpoint, multistep, rk4
+from .time import (
+    TIME_LAWS,
+    CosMap,
+    Discrete,
+    LogitNormal,
+    LogNormalSigma,
+    Mode,
+    Shifted,
+    TimeLaw,
+    Uniform,
+    draw_times,
+    importance,
+    resolution_shift,
+)
+from .weighting import WEIGHTINGS, weight
 
 __all__ = [
     "COEFFICIENTS",
+    "COUPLINGS",
+    "DDPM",
+    "EDM",
+    "EXACT_LIMIT",
+    "GRIDS",
     "ODE_SOLVERS",
     "PATHS",
     "PREDICTIONS",
     "SDE_SOLVERS",
+    "TIME_LAWS",
+    "VARIANCES",
+    "VE",
+    "VP",
+    "WEIGHTINGS",
     "Coefficients",
+    "Colourisation",
     "CondOT",
+    "CosMap",
     "Cosine",
+    "Density",
+    "Diffusion",
+    "Discrete",
+    "Estimate",
+    "Field",
+    "Inpainting",
+    "JointObjective",
+    "LinearPath",
+    "LogNormalSigma",
     "LogitNormal",
+    "Measurement",
+    "Mode",
+    "NormalPrior",
     "Objective",
     "Path",
     "Prediction",
+    "Prior",
     "Purpose",
+    "ScoreMatching",
+    "Shifted",
     "Solution",
+    "SubVP",
+    "SuperResolution",
     "TimeLaw",
     "Uniform",
+    "UniformPrior",
+    "annealed_langevin",
+    "assign",
+    "autoguide",
+    "bits_per_dimension",
+    "change",
     "coefficient",
     "convert",
+    "couple",
+    "denoise",
+    "dequantise",
+    "divergence",
+    "dormand_prince",
+    "draw_times",
+    "estimate",
     "euler",
     "euler_maruyama",
+    "exponential",
+    "finite_field",
+    "grid",
     "guide",
     "heun",
+    "importance",
+    "initial",
     "interpolate",
+    "langevin",
+    "log_density",
+    "midpoint",
+    "multistep",
+    "noising",
     "normal",
+    "precondition",
+    "predictor_corrector",
+    "rademacher",
+    "reconstruction",
+    "replacement",
+    "resolution_shift",
+    "rho_grid",
+    "rk4",
+    "shifted_grid",
+    "singular",
+    "step_variances",
+    "stochastic_heun",
     "target",
     "uniform",
     "uniform_grid",
+    "velocity_field",
+    "weight",
     "widen",
 ]

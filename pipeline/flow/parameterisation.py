@@ -14,10 +14,21 @@ other form `q = U z + W eps = A x + C p`, where `A a + C u = U` and
 too; that is why one network serves both ODE and SDE.
 
 The division is by `D = a w - b u`, which vanishes only where the prediction
-says nothing about the rest: data at t = 1 (D = -b), noise and score at t = 0
-(D = a). A velocity on CondOT has D = -1 everywhere; so nothing is singular
-there but the score itself, which grows as 1 / b towards t = 1. Nothing is
-clamped: where D = 0 the result is not finite.
+says nothing about the rest. With n = 1 - t, on CondOT (cosine alike, n and t
+up to a factor):
+
+    from, to   data      noise     velocity  score     v
+    data         -         1 / n     1 / n     1 / n^2   1 / n
+    noise        1 / t     -         1 / t     1 / n     1 / t
+    velocity     none      none      -         1 / n     none
+    score        n^2 / t   none      n / t     -         n / t
+    v            none      none      none      1 / n     -
+
+Each entry is the factor on an error of the prediction, so 1 / n is singular
+at t = 1 and 1 / t at t = 0. On VP and DDPM, beta grows as sqrt(n) and the
+velocity itself as 1 / sqrt(n) towards t = 1. On VE and EDM alpha = 1 and
+beta > 0: nothing is singular. A velocity on CondOT has D = -1 everywhere.
+Nothing is clamped: where D = 0 the result is not finite.
 Source: mathematics.md section 2; Holderrieth and Erives, Proposition 1.
 """
 
@@ -49,9 +60,8 @@ def form(kind: Prediction, c: Coefficients) -> tuple[Tensor, Tensor]:
         return c.da, c.db
     if kind == "score":
         return zero, -1 / c.b
-    if kind == "v":
-        return -c.b, c.a
-    raise ValueError(f"prediction {kind!r} is unknown: choose one of {', '.join(PREDICTIONS)}.")
+    check_kind(kind)
+    return -c.b, c.a
 
 
 def target(kind: Prediction, data: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
@@ -70,6 +80,25 @@ def target(kind: Prediction, data: Tensor, noise: Tensor, c: Coefficients) -> Te
     return u * data + w * noise
 
 
+def change(source: Prediction, target: Prediction, c: Coefficients) -> tuple[Tensor, Tensor]:
+    """The numbers (A, C) with `target = A x + C source`; each of the coefficients' shape.
+
+    Not finite where the module's table says so; C is the factor on an error.
+    """
+    if source == target:
+        return torch.zeros_like(c.a), torch.ones_like(c.a)
+    if source == "score":
+        of_x, of_noise = change("noise", target, c)
+        return of_x, -c.b * of_noise
+    if target == "score":
+        of_x, of_prediction = change(source, "noise", c)
+        return -of_x / c.b, -of_prediction / c.b
+    u, w = form(source, c)
+    wanted_u, wanted_w = form(target, c)
+    determinant = c.a * w - c.b * u
+    return (wanted_u * w - wanted_w * u) / determinant, (c.a * wanted_w - c.b * wanted_u) / determinant
+
+
 def convert(prediction: Tensor, source: Prediction, target: Prediction, x: Tensor, c: Coefficients) -> Tensor:
     """Say a prediction in another name.
 
@@ -78,18 +107,30 @@ def convert(prediction: Tensor, source: Prediction, target: Prediction, x: Tenso
         source: its kind.
         target: the kind wanted.
         x: the point on the path, (B, *S).
-        c: coefficients there, each (B, 1, ..., 1).
+        c: coefficients there, each (B, 1, ..., 1), at least float32.
 
     Returns:
-        (B, *S). Not finite where the module's table says so.
+        (B, *S), in at least float32 unless there is nothing to do. Not finite
+        where the module's table says so.
+
+    Raises:
+        ValueError: an unknown kind; a prediction that has not the shape of x;
+            coefficients that are not widened.
     """
+    if prediction.shape != x.shape or c.a.ndim != x.ndim:
+        raise ValueError(
+            f"prediction {tuple(prediction.shape)}, x {tuple(x.shape)}, coefficients {tuple(c.a.shape)}: the first two are alike "
+            f"and the coefficients (B, 1, ..., 1). Take them from interpolate, or path(widen(t, x))."
+        )
+    for kind in (source, target):
+        check_kind(kind)
     if source == target:
         return prediction
-    if source == "score":
-        return convert(-c.b * prediction, "noise", target, x, c)
-    if target == "score":
-        return -convert(prediction, source, "noise", x, c) / c.b
-    u, w = form(source, c)
-    wanted_u, wanted_w = form(target, c)
-    determinant = c.a * w - c.b * u
-    return (wanted_u * w - wanted_w * u) / determinant * x + (c.a * wanted_w - c.b * wanted_u) / determinant * prediction
+    of_x, of_prediction = change(source, target, c)
+    return of_x * x + of_prediction * prediction
+
+
+def check_kind(kind: str) -> None:
+    """A ValueError unless `kind` is one of PREDICTIONS."""
+    if kind not in PREDICTIONS:
+        raise ValueError(f"prediction {kind!r} is unknown: choose one of {', '.join(PREDICTIONS)}.")

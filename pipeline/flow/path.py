@@ -2,6 +2,8 @@
 
 A Gaussian path is `p_t(x | z) = N(alpha_t z, beta_t^2 I)`, so that
 `x_t = alpha_t z + beta_t eps`. Time runs from t = 0 (noise) to t = 1 (data).
+Here are the two paths that end on both sides exactly; those of the diffusion
+literature are in `diffusion` and `ddpm`, any other prior in `linear`.
 Source: mathematics.md sections 0 and 1; Holderrieth and Erives, MIT 6.S184.
 """
 
@@ -32,11 +34,11 @@ class Path(Protocol):
         ...
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """`log(alpha^2 / beta^2)`: -inf at t = 0 and +inf at t = 1."""
+        """`log(alpha^2 / beta^2)`, rising with t; infinite where alpha or beta vanish."""
         ...
 
     def time_of(self, log_snr: Tensor) -> Tensor:
-        """The inverse of `log_snr`."""
+        """The inverse of `log_snr`; outside [0, 1] for a level the path does not reach."""
         ...
 
 
@@ -68,17 +70,26 @@ class Cosine:
 
     def __call__(self, t: Tensor) -> Coefficients:
         w = math.pi / 2
-        a, b = torch.sin(w * t), torch.cos(w * t)
+        a, b = torch.sin(w * t), torch.sin(w * (1 - t))  # cos(w t) would miss 0 at t = 1
         return Coefficients(a, b, w * b, -w * a)
 
     def log_snr(self, t: Tensor) -> Tensor:
-        return 2 * torch.log(torch.tan(math.pi / 2 * t))
+        c = self(t)
+        return 2 * torch.log(c.a / c.b)
 
     def time_of(self, log_snr: Tensor) -> Tensor:
         return 2 / math.pi * torch.atan(torch.exp(log_snr / 2))
 
 
-PATHS: dict[str, type[CondOT] | type[Cosine]] = {"condot": CondOT, "cosine": Cosine}
+def require_finite(name: str, x: Tensor) -> None:
+    """A ValueError unless `x` is of a floating type and, where it can be seen without waiting for an accelerator, finite."""
+    if not x.is_floating_point():
+        raise ValueError(
+            f"{name} has dtype {x.dtype}: points are floating numbers. Scale images to data units first, e.g. x.float() / 127.5 - 1."
+        )
+    if x.device.type == "cpu" and not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x)).sum())
+        raise ValueError(f"{name} holds {bad} values that are not finite, of {x.numel()}: all must be. Look for NaN where it was made.")
 
 
 def widen(t: Tensor, x: Tensor) -> Tensor:
@@ -99,8 +110,9 @@ def widen(t: Tensor, x: Tensor) -> Tensor:
             without waiting for an accelerator, a time outside [0, 1].
     """
     if t.ndim != 1 or x.ndim < 1 or t.shape[0] != x.shape[0]:
+        batch = x.shape[0] if x.ndim else "?"
         raise ValueError(
-            f"t has shape {tuple(t.shape)} beside x {tuple(x.shape)}: one time per sample, shape (B,) = ({x.shape[0]},). "
+            f"t has shape {tuple(t.shape)} beside x {tuple(x.shape)}: one time per sample, shape (B,) = ({batch},). "
             f"For one time for all, pass torch.full((B,), t)."
         )
     if t.device.type == "cpu" and not bool(((t >= 0) & (t <= 1)).all()):
@@ -122,9 +134,30 @@ def interpolate(path: Path, data: Tensor, noise: Tensor, t: Tensor) -> tuple[Ten
         x_t, (B, *S), and coefficients of shape (B, 1, ..., 1), in at least float32.
 
     Raises:
-        ValueError: data and noise of different shapes.
+        ValueError: data and noise of different shapes, not floating or (on
+            the CPU) not finite; times as in `widen`.
     """
     if data.shape != noise.shape:
         raise ValueError(f"data {tuple(data.shape)} and noise {tuple(noise.shape)} differ: draw one noise per datum, of its shape.")
+    require_finite("data", data)
+    require_finite("noise", noise)
     c = path(widen(t, data))
     return c.a * data + c.b * noise, c
+
+
+def initial(path: Path, noise: Tensor, t: float = 0.0) -> Tensor:
+    """Where a solver starts: `beta_t eps`, with the signal, if any is left at `t`, left out.
+
+    Exact at t = 0 on CondOT and cosine; on VP, DDPM and VE the signal left in
+    p_0 is alpha_0 = 0.0066, 0.006 and beta_0 / 50 of data, and is neglected as
+    everyone does.
+
+    Args:
+        path: a Gaussian path.
+        noise: standard normal, (B, *S).
+        t: the first time of the grid, in [0, 1).
+
+    Returns:
+        (B, *S), in the dtype of `noise`.
+    """
+    return noise * path(torch.tensor(t, dtype=torch.float64)).b.item()

@@ -52,6 +52,10 @@ def _mix(x: Tensor) -> Tensor:
 
 def _keys(seed: int, purpose: Purpose, step: int, index: Tensor) -> Tensor:
     """One 64-bit start per sample, (B,); `index` is (B,) of whole numbers."""
+    if index.ndim != 1 or index.is_floating_point():
+        raise ValueError(
+            f"index has shape {tuple(index.shape)} and dtype {index.dtype}: one whole number per sample, (B,). Use torch.arange."
+        )
     key = torch.zeros_like(index, dtype=torch.int64)
     for part in (seed, int(purpose), step, index.to(torch.int64)):
         key = _mix((key ^ part) + _GOLDEN)
@@ -64,20 +68,24 @@ def _bits(keys: Tensor, count: int) -> Tensor:
     return _mix(keys[:, None] + counter * _GOLDEN)
 
 
-def uniform(seed: int, purpose: Purpose, step: int, index: Tensor) -> Tensor:
-    """One uniform number per sample.
+def uniform(seed: int, purpose: Purpose, step: int, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
+    """Uniform numbers for each sample; one, unless a shape is given.
 
     Args:
         seed: the run's seed, any 64-bit integer.
         purpose: what the number is for.
         step: optimiser or solver step.
         index: position of each sample in the global batch, (B,).
+        shape: of one sample, S.
 
     Returns:
-        (B,), float64, inside (0, 1): neither end occurs.
+        (B, *S), float64, inside (0, 1): neither end occurs.
+
+    Raises:
+        ValueError: an index that is not (B,) of whole numbers.
     """
-    bits = _bits(_keys(seed, purpose, step, index), 1)[:, 0]
-    return (_shift(bits, 12).double() + 0.5) / 2.0**52
+    bits = _bits(_keys(seed, purpose, step, index), math.prod(shape))
+    return ((_shift(bits, 12).double() + 0.5) / 2.0**52).reshape(len(index), *shape)
 
 
 def normal(seed: int, purpose: Purpose, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -98,3 +106,8 @@ def normal(seed: int, purpose: Purpose, step: int, index: Tensor, shape: tuple[i
     angle = low * (2 * math.pi / 2.0**32)
     pairs = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
     return pairs[:, :size].float().reshape(len(index), *shape)
+
+
+def rademacher(seed: int, purpose: Purpose, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Signs, +1 or -1 with equal probability: (B, *S), float32. Arguments as in `uniform`."""
+    return torch.where(uniform(seed, purpose, step, index, shape) < 0.5, -1.0, 1.0)

@@ -1,11 +1,13 @@
-"""Solvers: from noise at t = 0 to data at t = 1 along a learned field.
+"""ODE solvers: from noise at t = 0 to data at t = 1 along a velocity field, `dX = u dt`.
 
-The ODE `dX = u dt` and, for any coefficient `sigma_t >= 0` chosen after
-training, the SDE `dX = [u + sigma_t^2 / 2 score] dt + sigma_t dW` have the
-same marginals. A grid of n + 1 times means n steps. Every solver returns how
-often it evaluated the field.
-Source: mathematics.md section 4; Hairer, Norsett and Wanner, chapter II;
-Ma et al., SiT, section 2.
+A grid of n + 1 times means n steps; each interval is stepped once, except by
+the adaptive method. Every solver returns how often it evaluated the field.
+Heun, RK4 and Dormand-Prince evaluate at the last time too. A field that is
+singular there (`singular` of field.py says which) is solved with
+`last_euler=True`: the last interval is then one Euler step, in the open, and
+the evaluations say so.
+Source: mathematics.md section 4; Hairer, Norsett and Wanner, Solving Ordinary
+Differential Equations I, sections II.1, II.4, II.5 and III.5.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .guidance import Field
-from .parameterisation import convert
-from .path import Coefficients, Path, widen
+from .field import Field, velocity_and_score
+from .grid import intervals
+from .path import require_finite
 
-Coefficient = Callable[[Tensor, Coefficients], Tensor]
+After = Callable[[Tensor, float], Tensor]  # what becomes of x after a step that ended at t
 
 
 class Solution(NamedTuple):
@@ -31,122 +33,216 @@ class Solution(NamedTuple):
     evaluations: int
 
 
-def uniform_grid(steps: int) -> Tensor:
-    """`steps` equal intervals from 0 to 1: steps + 1 times, float64.
+class Table(NamedTuple):
+    """An explicit Runge-Kutta method: where slopes are taken, from which points, and how they are averaged.
 
-    Raises:
-        ValueError: fewer than one step.
+    `rows[i]` are the weights of the earlier slopes in the point of slope i;
+    `weights` those of the step; `check` those of the error estimate, if any.
     """
-    if steps < 1:
-        raise ValueError(f"num_inference_steps={steps}: a solver takes at least one step. Use 25 to 50 as a rule.")
-    return torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+
+    nodes: tuple[float, ...]
+    rows: tuple[tuple[float, ...], ...]
+    weights: tuple[float, ...]
+    check: tuple[float, ...] = ()
 
 
-def _intervals(times: Tensor) -> list[tuple[float, float]]:
-    """The grid as pairs of floats; a ValueError unless it rises strictly inside [0, 1]."""
-    grid = times.tolist()
-    if len(grid) < 2 or grid[0] < 0 or grid[-1] > 1 or any(not s < t for s, t in zip(grid, grid[1:], strict=False)):
-        raise ValueError(f"times {grid} are no grid: at least two, rising strictly, inside [0, 1] from noise to data.")
-    return list(zip(grid, grid[1:], strict=False))
+EULER = Table((0,), ((),), (1,))
+MIDPOINT = Table((0, 1 / 2), ((), (1 / 2,)), (0, 1))
+HEUN = Table((0, 1), ((), (1,)), (1 / 2, 1 / 2))
+RK4 = Table((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+_FIFTH = (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
+DORMAND_PRINCE = Table(
+    nodes=(0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
+    rows=(
+        (),
+        (1 / 5,),
+        (3 / 40, 9 / 40),
+        (44 / 45, -56 / 15, 32 / 9),
+        (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+        (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        _FIFTH,
+    ),
+    weights=(*_FIFTH, 0),
+    check=(71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
+)
 
 
-def _at(t: float, x: Tensor) -> Tensor:
+def at(t: float, x: Tensor) -> Tensor:
     """One time for all samples, (B,)."""
     return torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype)
 
 
-def euler(field: Field, x: Tensor, times: Tensor) -> Solution:
-    """Order 1, one evaluation a step.
+def begin(x: Tensor) -> Tensor:
+    """A start in at least float32; a ValueError unless it is (B, *S) and finite."""
+    if x.ndim < 2:
+        raise ValueError(f"the start has shape {tuple(x.shape)}: samples come first, (B, *S). Use x[None] for one.")
+    require_finite("the start", x)
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def finish(x: Tensor, evaluations: int) -> Solution:
+    """A solution; a ValueError unless its end is finite. The only wait for an accelerator, once per solve."""
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(
+            "the end point is not finite: the field is singular on the grid, or the steps are too long for it. "
+            "Begin at 1e-3, use last_euler=True, or take more steps."
+        )
+    return Solution(x, evaluations)
+
+
+def _move(x: Tensor, h: float, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+    """`x + h sum_i w_i k_i`."""
+    for w, slope in zip(weights, slopes, strict=False):
+        if w:
+            x = torch.add(x, slope, alpha=h * w)
+    return x
+
+
+def _slopes(table: Table, field: Field, x: Tensor, s: float, t: float, first: Tensor | None = None) -> list[Tensor]:
+    """The slopes of one step from s to t; `first` saves the evaluation at s where it is known."""
+    slopes: list[Tensor] = [] if first is None else [first]
+    for node, row in list(zip(table.nodes, table.rows, strict=True))[len(slopes) :]:
+        now = t if node == 1 else s + node * (t - s)
+        slopes.append(velocity_and_score(field(_move(x, t - s, row, slopes), at(now, x)))[0])
+    return slopes
+
+
+def runge_kutta(table: Table, field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, after: After | None = None) -> Solution:
+    """One step of an explicit Runge-Kutta method per interval.
 
     Args:
+        table: the method.
         field: velocity of (x, t).
         x: start, (B, *S), at times[0].
-        times: grid, (n + 1,), rising.
+        times: grid, (n + 1,), rising, in [0, 1].
+        last_euler: take the last interval as one Euler step.
+        after: called with (x, t) after each step; what it returns goes on.
 
     Raises:
-        ValueError: a grid that does not rise inside [0, 1].
+        ValueError: a grid that does not rise inside [0, 1]; a start or an end
+            that is not finite.
     """
-    steps = _intervals(times)
-    for s, t in steps:
-        x = x + (t - s) * field(x, _at(s, x))
-    return Solution(x, len(steps))
-
-
-def heun(field: Field, x: Tensor, times: Tensor) -> Solution:
-    """Order 2, two evaluations a step: the mean of the slopes at both ends.
-
-    Arguments and errors as in `euler`. The field is evaluated at times[-1]
-    too; a velocity that is converted from data is singular at t = 1.
-    """
-    steps = _intervals(times)
-    for s, t in steps:
-        slope = field(x, _at(s, x))
-        ahead = field(x + (t - s) * slope, _at(t, x))
-        x = x + (t - s) / 2 * (slope + ahead)
-    return Solution(x, 2 * len(steps))
-
-
-def euler_maruyama(field: Field, x: Tensor, times: Tensor, path: Path, sigma: Coefficient, noise: Callable[[int], Tensor]) -> Solution:
-    """The SDE by Euler-Maruyama: weak order 1, one evaluation a step.
-
-    The last step takes sigma = 0, that is, a step of the ODE: it ends on the
-    posterior mean and not on noise, and leaves the marginals as they are.
-
-    Args:
-        field, x, times: as in `euler`.
-        path: the Gaussian path the field belongs to, for its score.
-        sigma: diffusion coefficient of (t, coefficients), of t's shape, >= 0.
-        noise: `noise(k)` -> (B, *S), standard normal, for step k from 0.
-
-    Raises:
-        ValueError: a grid as in `euler`; a coefficient that is negative or
-            not finite at a time where it is needed.
-    """
-    steps = _intervals(times)
+    steps, x, evaluations = intervals(times), begin(x), 0
     for k, (s, t) in enumerate(steps):
-        now, h = _at(s, x), t - s
-        v = field(x, now)
-        if k + 1 == len(steps):
-            x = x + h * v
-            break
-        c = path(widen(now, x))
-        g = sigma(widen(now, x), c)
-        level = g.flatten()[0].item()
-        if not 0 <= level < math.inf:
-            raise ValueError(f"sigma_t={level} at t={s}: a diffusion coefficient is finite and not negative. Start the grid later, or take another.")
-        if level == 0:
-            x = x + h * v
-            continue
-        score = convert(v, "velocity", "score", x, c)
-        x = x + h * (v + g**2 / 2 * score) + math.sqrt(h) * g * noise(k)
-    return Solution(x, len(steps))
+        method = EULER if last_euler and k + 1 == len(steps) else table
+        x = _move(x, t - s, method.weights, _slopes(method, field, x, s, t))
+        evaluations += len(method.nodes)
+        x = after(x, t) if after else x
+    return finish(x, evaluations)
 
 
-def coefficient(name: str, scale: float = 1.0) -> Coefficient:
-    """A named diffusion coefficient sigma_t.
+def euler(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, after: After | None = None) -> Solution:
+    """Order 1, one evaluation a step. Arguments and errors of every solver here: see `runge_kutta`."""
+    return runge_kutta(EULER, field, x, times, last_euler=last_euler, after=after)
+
+
+def midpoint(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, after: After | None = None) -> Solution:
+    """Order 2, two evaluations a step, none at its end: the slope half-way."""
+    return runge_kutta(MIDPOINT, field, x, times, last_euler=last_euler, after=after)
+
+
+def heun(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, after: After | None = None) -> Solution:
+    """Order 2, two evaluations a step: the mean of the slopes at both ends; evaluates at times[-1] too."""
+    return runge_kutta(HEUN, field, x, times, last_euler=last_euler, after=after)
+
+
+def rk4(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, after: After | None = None) -> Solution:
+    """Order 4, four evaluations a step; evaluates at times[-1] too."""
+    return runge_kutta(RK4, field, x, times, last_euler=last_euler, after=after)
+
+
+def multistep(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, after: After | None = None) -> Solution:
+    """Order 2, one evaluation a step, none at times[-1]: Adams and Bashforth's two-step method, on any grid.
+
+    The slope is drawn through the last two points, so with r = h / h_before
+    the step is `h ((1 + r / 2) u - (r / 2) u_before)`. The first step is Euler's.
+    """
+    steps, x = intervals(times), begin(x)
+    before: Tensor | None = None
+    width = 0.0
+    for k, (s, t) in enumerate(steps):
+        slope = velocity_and_score(field(x, at(s, x)))[0]
+        if before is None or (last_euler and k + 1 == len(steps)):
+            x = torch.add(x, slope, alpha=t - s)
+        else:
+            r = (t - s) / width
+            x = _move(x, t - s, (1 + r / 2, -r / 2), [slope, before])
+        before, width = slope, t - s
+        x = after(x, t) if after else x
+    return finish(x, len(steps))
+
+
+def dormand_prince(
+    field: Field,
+    x: Tensor,
+    times: Tensor,
+    *,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    limit: int = 10_000,
+    last_euler: bool = False,
+    after: After | None = None,
+) -> Solution:
+    """Dormand and Prince's 5(4): steps as long as the tolerances allow, six evaluations each.
+
+    Every time of the grid is hit. The error of a step is the root mean square
+    over a sample's values, in units of `atol + rtol |x|`, and the worst sample
+    decides; so each sample meets the tolerances, but the steps depend on the
+    batch, and each waits for the accelerator once.
 
     Args:
-        name: `zero` (the ODE), `constant`, `noise` (in proportion to beta) or
-            `forward` (`sqrt(2 (b^2 da / a - db b))`, the reverse-time SDE of
-            the forward process; infinite at t = 0).
-        scale: a factor, >= 0.
+        field, x, times, last_euler, after: as in `runge_kutta`.
+        rtol, atol: relative and absolute error allowed in a step, > 0.
+        limit: most evaluations.
 
     Raises:
-        ValueError: an unknown name, or a scale that is negative or not finite.
+        ValueError: as `runge_kutta`; tolerances that are not positive, or that
+            cannot be met within the limit or the precision of time.
     """
-    if not 0 <= scale < math.inf:
-        raise ValueError(f"sigma_scale={scale}: the scale of a diffusion coefficient is finite and not negative.")
-    if name not in COEFFICIENTS:
-        raise ValueError(f"sigma_t={name!r} is unknown: choose one of {', '.join(COEFFICIENTS)}.")
-    shape = COEFFICIENTS[name]
-    return lambda t, c: scale * shape(t, c)
+    if not (0 < rtol < math.inf and 0 < atol < math.inf):
+        raise ValueError(f"rtol={rtol}, atol={atol}: tolerances are positive and finite. Use 1e-5.")
+    grid, x = intervals(times), begin(x)
+    slope: Tensor | None = None
+    h, evaluations = (grid[-1][1] - grid[0][0]) / 20, 0
+    for k, (s, t) in enumerate(grid):
+        if last_euler and k + 1 == len(grid):
+            slope = velocity_and_score(field(x, at(s, x)))[0] if slope is None else slope
+            x, evaluations = torch.add(x, slope, alpha=t - s), evaluations + 1
+            s = t
+        while s < t:
+            end = t if s + 1.01 * h >= t else s + h
+            if end - s < 1e-10 or evaluations + 6 > limit:
+                raise ValueError(
+                    f"tolerances rtol={rtol}, atol={atol} cannot be met: at t={s:.6g} the step is {end - s:.2g} after {evaluations} of {limit} "
+                    f"evaluations. Loosen them, use float64, or keep the grid off times where the field is singular."
+                )
+            width, slopes = end - s, _slopes(DORMAND_PRINCE, field, x, s, end, slope)
+            evaluations += 6 if slope is not None else 7
+            ahead = _move(x, width, DORMAND_PRINCE.weights, slopes)
+            error = _error(slopes, width, x, ahead, rtol, atol)
+            factor = min(5.0, max(0.2, 0.9 * max(error, 1e-10) ** -0.2)) if error < math.inf else 0.2
+            if error <= 1:
+                h = max(h, width * factor) if width < h else width * factor
+                x, s, slope = ahead, end, slopes[-1]
+            else:
+                h, slope = width * factor, slopes[0]
+        if after:
+            x, slope = after(x, t), None
+    return finish(x, evaluations)
 
 
-COEFFICIENTS: dict[str, Coefficient] = {
-    "zero": lambda t, c: torch.zeros_like(t),
-    "constant": lambda t, c: torch.ones_like(t),
-    "noise": lambda t, c: c.b,
-    "forward": lambda t, c: torch.sqrt(2 * (c.b**2 * c.da / c.a - c.db * c.b)),
+def _error(slopes: list[Tensor], h: float, x: Tensor, ahead: Tensor, rtol: float, atol: float) -> float:
+    """The estimated error of the worst sample in units of the tolerance; not a number where the field is not."""
+    estimate = _move(torch.zeros_like(x), h, DORMAND_PRINCE.check, slopes)
+    scale = atol + rtol * torch.maximum(x.abs(), ahead.abs())
+    return (estimate / scale).square().flatten(1).mean(1).sqrt().max().item()
+
+
+ODE_SOLVERS: dict[str, Callable[..., Solution]] = {
+    "euler": euler,
+    "midpoint": midpoint,
+    "heun": heun,
+    "rk4": rk4,
+    "multistep": multistep,
+    "dormand_prince": dormand_prince,
 }
-ODE_SOLVERS: dict[str, Callable[[Field, Tensor, Tensor], Solution]] = {"euler": euler, "heun": heun}
-SDE_SOLVERS = {"euler_maruyama": euler_maruyama}

@@ -1,0 +1,172 @@
+"""The paths of the diffusion literature, told in our time: t = 0 noise, t = 1 data.
+
+Their papers run a time s = 1 - t from data to noise and name a noising process
+`dx = f x ds + g dw`; here only what it leaves in x_t counts, alpha and beta.
+The variance-exploding paths end at a little noise, beta_1 > 0: take their last
+point through `denoise` for a clean one.
+Source: mathematics.md section 1; Song et al., Score-Based Generative Modeling
+through SDEs, appendix B and C; Karras et al., Elucidating the Design Space of
+Diffusion-Based Generative Models (EDM), table 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .ddpm import DDPM, variance_preserving
+from .path import Coefficients, CondOT, Cosine, Path
+
+
+@dataclass(frozen=True)
+class VP:
+    """Variance preserving, linear rate: `log alpha = -s^2 (high - low) / 4 - s low / 2`, `beta = sqrt(1 - alpha^2)`, s = 1 - t.
+
+    The continuous form of DDPM. alpha_0 = 0.0066, so p_0 is N(0, I) but for
+    that; at t = 1 beta = 0 and its derivative is -inf, as a square root's.
+
+    Args:
+        low, high: the noising rate at the data and the noise end, per unit time; 0 < low < high.
+    """
+
+    low: float = 0.1
+    high: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.low < self.high < math.inf:
+            raise ValueError(f"rates low={self.low}, high={self.high} of the VP path: 0 < low < high, finite. Use 0.1 and 20.")
+
+    def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log alpha and its derivative in t."""
+        s, spread = 1 - t, self.high - self.low
+        return -(s**2) * spread / 4 - s * self.low / 2, (s * spread + self.low) / 2
+
+    def _time_of_log_alpha(self, log_alpha: Tensor) -> Tensor:
+        """The positive root of the quadratic in s, written without cancellation."""
+        depth, half = -log_alpha, self.low / 2
+        return 1 - 2 * depth / (half + torch.sqrt(half**2 + (self.high - self.low) * depth))
+
+    def __call__(self, t: Tensor) -> Coefficients:
+        return variance_preserving(*self._log_alpha(t))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        log_alpha = self._log_alpha(t)[0]
+        return 2 * log_alpha - torch.log(-torch.expm1(2 * log_alpha))
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return self._time_of_log_alpha(torch.nn.functional.logsigmoid(log_snr) / 2)
+
+
+@dataclass(frozen=True)
+class SubVP(VP):
+    """`alpha` of VP and `beta = 1 - alpha^2`: less noise than VP everywhere, and a finite derivative at t = 1.
+
+    Source: Song et al., eq. 12; made for likelihood.
+    """
+
+    def __call__(self, t: Tensor) -> Coefficients:
+        log_alpha, rate = self._log_alpha(t)
+        a = torch.exp(log_alpha)
+        return Coefficients(a, -torch.expm1(2 * log_alpha), a * rate, -2 * a**2 * rate)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        log_alpha = self._log_alpha(t)[0]
+        return 2 * log_alpha - 2 * torch.log(-torch.expm1(2 * log_alpha))
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        # r = a / (1 - a^2) has the root a = tanh(asinh(2 r) / 2); the logarithm is taken without cancellation near a = 1.
+        decay = torch.exp(-torch.asinh(2 * torch.exp(log_snr / 2)))
+        return self._time_of_log_alpha(torch.log1p(-decay) - torch.log1p(decay))
+
+
+@dataclass(frozen=True)
+class VE:
+    """Variance exploding: `alpha = 1, beta = low (high / low)^(1 - t)`.
+
+    On a uniform grid of L times these are NCSN's geometric noise levels. p_0 is
+    only close to N(0, high^2 I), and p_1 keeps noise of size `low`.
+
+    Args:
+        low, high: noise at t = 1 and t = 0, data units; 0 < low < high.
+    """
+
+    low: float = 0.01
+    high: float = 50.0
+
+    def __post_init__(self) -> None:
+        _check_levels(self.low, self.high)
+
+    def __call__(self, t: Tensor) -> Coefficients:
+        growth = math.log(self.high / self.low)
+        one, b = torch.ones_like(t), self.low * torch.exp(growth * (1 - t))
+        return Coefficients(one, b, torch.zeros_like(t), -growth * b)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * (math.log(self.low) + math.log(self.high / self.low) * (1 - t))
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        return 1 - (-log_snr / 2 - math.log(self.low)) / math.log(self.high / self.low)
+
+
+@dataclass(frozen=True)
+class EDM:
+    """`alpha = 1, beta = sigma` with `sigma^(1 / rho)` falling linearly: the grid of Karras et al. is uniform in this t.
+
+    p_1 keeps noise of size `low`, a quarter of an 8-bit step of images in
+    [-1, 1]. Comes with `precondition` and the weighting `edm`.
+
+    Args:
+        low, high: sigma at t = 1 and t = 0, data units; 0 < low < high.
+        rho: how much finer the grid is at the data end; > 0.
+
+    Source: Karras et al., eq. 5.
+    """
+
+    low: float = 0.002
+    high: float = 80.0
+    rho: float = 7.0
+
+    def __post_init__(self) -> None:
+        _check_levels(self.low, self.high)
+        if not 0 < self.rho < math.inf:
+            raise ValueError(f"rho={self.rho} of the EDM path: positive and finite. Use 7.")
+
+    def _ends(self) -> tuple[float, float]:
+        return self.low ** (1 / self.rho), self.high ** (1 / self.rho)
+
+    def __call__(self, t: Tensor) -> Coefficients:
+        low, high = self._ends()
+        root = high + t * (low - high)
+        return Coefficients(torch.ones_like(t), root**self.rho, torch.zeros_like(t), self.rho * root ** (self.rho - 1) * (low - high))
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        return -2 * torch.log(self(t).b)
+
+    def time_of(self, log_snr: Tensor) -> Tensor:
+        low, high = self._ends()
+        return (high - torch.exp(-log_snr / (2 * self.rho))) / (high - low)
+
+
+def _check_levels(low: float, high: float) -> None:
+    if not 0 < low < high < math.inf:
+        raise ValueError(
+            f"noise levels low={low}, high={high}: 0 < low < high, finite, in data units. Use 0.01 and 50 for images in [-1, 1]."
+        )
+
+
+PATHS: dict[str, Callable[[], Path]] = {
+    "condot": CondOT,
+    "cosine": Cosine,
+    "vp": VP,
+    "sub_vp": SubVP,
+    "ve": VE,
+    "edm": EDM,
+    "ddpm": DDPM,
+    "ddpm_scaled_linear": partial(DDPM, "scaled_linear"),
+    "ddpm_cosine": partial(DDPM, "cosine"),
+}

@@ -1,0 +1,135 @@
+"""Likelihood: the log-density a flow gives to a point, and bits per dimension of images.
+
+Along the ODE `d/dt log p_t(X_t) = -div u_t(X_t)`. From a point at t = 1 the
+ODE is run back to noise with the divergence summed on the way, and
+`log p_1(x) = log p_0(X_0) - integral of div u`. The divergence is exact in
+small dimension; else Hutchinson's estimate, with one probe for the whole
+solve: a new one in every evaluation would make the field jump, and an adaptive
+solver with it.
+Source: mathematics.md section 5; Chen et al., Neural ODEs, theorem 1;
+Grathwohl et al., FFJORD, section 3.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .divergence import Mode, check_exact, divergence
+from .field import Field, velocity_and_score
+from .path import Path, require_finite
+from .solver import Solution, heun
+
+
+class Density(NamedTuple):
+    """log p of each sample, nats, (B,); where it came from, (B, *S); evaluations of the field with its divergence."""
+
+    log_density: Tensor
+    origin: Tensor
+    evaluations: int
+
+
+class Estimate(NamedTuple):
+    """A mean and its standard error, both 0-dimensional."""
+
+    mean: Tensor
+    error: Tensor
+
+
+def log_density(
+    field: Field,
+    x: Tensor,
+    times: Tensor,
+    path: Path,
+    *,
+    probe: Tensor | None = None,
+    prior: Callable[[Tensor], Tensor] | None = None,
+    solver: Callable[..., Solution] = heun,
+    mode: Mode = "reverse",
+) -> Density:
+    """log p of points at times[-1], by the instantaneous change of variables.
+
+    Args:
+        field: velocity of (x, t), differentiable in x.
+        x: points, (B, *S), data units.
+        times: grid, rising, as for sampling; it is run backwards. End before 1 where
+            the field is singular there: then the density is that of p at the last time.
+        path: the field's path; p at times[0] is taken as N(0, beta^2 I) there.
+        probe: v, (B, *S), of mean 0 and covariance I, kept for the whole solve;
+            None for the exact divergence, in at most 64 dimensions.
+        prior: log-density of p at times[0], (B, *S) -> (B,), where it is not that.
+        solver: an ODE solver.
+        mode: how derivative products are taken.
+
+    Raises:
+        ValueError: too many dimensions without a probe; what the solver refuses.
+    """
+    if probe is None:
+        check_exact(tuple(x.shape[1:]), "Pass a probe: rademacher(seed, Purpose.PROBE, step, index, shape).")
+    require_finite("x", x)
+    shape = x.shape
+
+    def backwards(state: Tensor, s: Tensor) -> Tensor:
+        point = state[:, :-1].reshape(shape)
+        with torch.no_grad():
+            value, trace = divergence(lambda p: velocity_and_score(field(p, 1 - s))[0], point, probe, mode)
+        return torch.cat([-value.flatten(1), trace[:, None]], 1)
+
+    start = torch.cat([x.flatten(1), x.new_zeros(len(x), 1)], 1)
+    end, evaluations = solver(backwards, start, (1 - times.double()).flip(0))
+    origin = end[:, :-1].reshape(shape)
+    at_origin = _normal(origin, path(times[:1].double()).b.item()) if prior is None else prior(origin)
+    return Density(at_origin - end[:, -1], origin, evaluations)
+
+
+def _normal(x: Tensor, std: float) -> Tensor:
+    """log N(x; 0, std^2 I) of each sample, (B,)."""
+    each = -((x / std) ** 2) / 2 - math.log(std * math.sqrt(2 * math.pi))
+    return each.flatten(1).sum(1)
+
+
+def dequantise(data: Tensor, u: Tensor, step: float = 2 / 255) -> Tensor:
+    """Spread 8-bit values evenly over their bins, so that they have a density.
+
+    Args:
+        data: images on the lattice of 8 bits, data units, (B, *S).
+        u: uniform on (0, 1), (B, *S).
+        step: from one 8-bit value to the next, data units; 2 / 255 for images in [-1, 1].
+    """
+    return data + (u.to(data) - 0.5) * step
+
+
+def bits_per_dimension(log_density: Tensor, dimensions: int, step: float = 2 / 255) -> Tensor:
+    """Bits per dimension of 8-bit images from the log-density of their dequantised values.
+
+    A bin of width `step` in each of D dimensions holds probability of about
+    p step^D (at least that of the mean logarithm, by Jensen), so
+    `bits = -log2(p) / D - log2(step)`; the second term, the dequantisation
+    term, is 6.99 for images in [-1, 1].
+
+    Args:
+        log_density: nats, (B,), data units.
+        dimensions: D, values of one image.
+        step: as in `dequantise`.
+
+    Raises:
+        ValueError: no dimension, or a step that is not positive.
+    """
+    if dimensions < 1 or not 0 < step < math.inf:
+        raise ValueError(f"dimensions={dimensions}, step={step}: at least one, and a positive step. Use 2 / 255 for images in [-1, 1].")
+    return -log_density / (dimensions * math.log(2)) - math.log2(step)
+
+
+def estimate(values: Tensor) -> Estimate:
+    """Mean of one value per image and its standard error, which spans images, probes and dequantisation alike.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    if values.numel() < 2:
+        raise ValueError(f"{values.numel()} values have no standard error: give two images or more.")
+    return Estimate(values.mean(), values.std() / math.sqrt(values.numel()))

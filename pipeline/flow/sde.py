@@ -1,0 +1,264 @@
+"""SDE solvers: the same marginals as the ODE, for any noise added on the way.
+
+For every `sigma_t >= 0`, chosen after training,
+`dX = [u + sigma_t^2 / 2 score] dt + sigma_t dW` has the marginals of the ODE.
+With one evaluation a step both integrators have the form
+
+    x' = P x + Q u + S score + R xi
+
+with numbers that follow from the path and the grid alone. They are computed
+before the first evaluation, in float64 on the CPU; so a step is a few
+additions and an accelerator is never waited for. The last step adds no noise.
+Source: mathematics.md section 4 and export.md; Ma et al., SiT, section 2;
+Song et al., Score-Based Generative Modeling through SDEs, eq. 6.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .field import Field, velocity_and_score
+from .grid import intervals
+from .parameterisation import change
+from .path import Coefficients, Path
+from .solver import After, Solution, at, begin, finish
+
+Coefficient = Callable[[Tensor, Coefficients], Tensor]  # of (t, coefficients there), of t's shape, >= 0
+Noise = Callable[[int], Tensor]  # of the step's number, standard normal, (B, *S)
+
+COEFFICIENTS: dict[str, Coefficient] = {
+    "zero": lambda t, c: torch.zeros_like(t),
+    "constant": lambda t, c: torch.ones_like(t),
+    "noise": lambda t, c: c.b,
+    "forward": lambda t, c: torch.sqrt(2 * (c.b**2 * c.da / c.a - c.db * c.b)),
+}
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """A named diffusion coefficient, `scale` times COEFFICIENTS[name]; called with (t, coefficients)."""
+
+    name: str
+    scale: float = 1.0
+
+    def __call__(self, t: Tensor, c: Coefficients) -> Tensor:
+        return self.scale * COEFFICIENTS[self.name](t, c) if self.scale else torch.zeros_like(t)
+
+
+def coefficient(name: str, scale: float = 1.0) -> Coefficient:
+    """A named diffusion coefficient sigma_t.
+
+    Args:
+        name: `zero` (the ODE), `constant`, `noise` (in proportion to beta) or
+            `forward` (`sqrt(2 (b^2 da / a - db b))`, the reverse-time SDE of
+            the forward process; infinite where alpha = 0).
+        scale: a factor, >= 0.
+
+    Raises:
+        ValueError: an unknown name, or a scale that is negative or not finite.
+    """
+    if not 0 <= scale < math.inf:
+        raise ValueError(f"sigma_scale={scale}: the scale of a diffusion coefficient is finite and not negative.")
+    if name not in COEFFICIENTS:
+        raise ValueError(f"sigma_t={name!r} is unknown: choose one of {', '.join(COEFFICIENTS)}.")
+    return Diffusion(name, scale)
+
+
+def levels(sigma: Coefficient, path: Path, t: Tensor) -> Tensor:
+    """sigma at times of any shape, float64; a ValueError where it is negative or not finite."""
+    t = t.double().cpu()
+    values = torch.as_tensor(sigma(t, path(t)), dtype=torch.float64).broadcast_to(t.shape)
+    bad = ~((values >= 0) & (values < math.inf))
+    if bool(bad.any()):
+        raise ValueError(
+            f"sigma_t={values[bad][0].item()} at t={t[bad][0].item():.6g}: a diffusion coefficient is finite and not negative. "
+            f"Start the grid later, take another, or the exponential solver for `forward`."
+        )
+    return values
+
+
+def noising(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Drift factor f and squared diffusion g^2 of the process `dx = f x ds + g dw`, s = 1 - t, that makes the path's noise.
+
+    `f = dlog(alpha) / ds`, `g^2 = d(beta^2) / ds - 2 f beta^2`. Its reverse,
+    `dx = (f x - g^2 score) ds + g dw` run from s = 1 to 0, is the SDE here
+    with the coefficient `forward`.
+
+    Args:
+        t: any shape, in (0, 1); f is infinite where alpha = 0.
+    """
+    c = path(t)
+    f = -c.da / c.a
+    return f, -2 * c.b * c.db - 2 * f * c.b**2
+
+
+_NODES = torch.tensor([0.1834346424956498, 0.5255324099163290, 0.7966664774136267, 0.9602898564975363], dtype=torch.float64)
+_WEIGHTS = torch.tensor([0.3626837833783620, 0.3137066458778873, 0.2223810344533745, 0.1012285362903763], dtype=torch.float64)
+
+
+def decay(sigma: Coefficient, path: Path, times: Tensor) -> Tensor:
+    """`exp(-1/2 integral of sigma^2 / beta^2)` over each interval: how much of the old noise is kept.
+
+    Args:
+        times: grid, (n + 1,); sigma / beta is finite there.
+
+    Returns:
+        (n,), float64, 0 to 1. For `forward` the integral is the change of the
+        log signal-to-noise ratio; else eight-point Gauss quadrature.
+    """
+    times = times.double().cpu()
+    if isinstance(sigma, Diffusion) and sigma.name == "forward" and sigma.scale:
+        return torch.exp(-(sigma.scale**2) * path.log_snr(times).diff() / 2)
+    levels(sigma, path, times[:-1])
+    middle, half = (times[1:] + times[:-1])[:, None] / 2, times.diff()[:, None] / 2
+    inside = middle + half * torch.cat([-_NODES, _NODES])
+    rate = (levels(sigma, path, inside) / path(inside).b) ** 2
+    return torch.exp(-(rate * torch.cat([_WEIGHTS, _WEIGHTS])).sum(1) * half[:, 0] / 2)
+
+
+class Plan(NamedTuple):
+    """The numbers P, Q, S, R of each step, each (n,), float64."""
+
+    x: Tensor
+    velocity: Tensor
+    score: Tensor
+    noise: Tensor
+
+
+def _last_quiet(values: Tensor, quiet: float) -> Tensor:
+    """The values of all steps but the last, and what makes the last one noise-free."""
+    return torch.cat([values, values.new_tensor([quiet])])
+
+
+def euler_plan(path: Path, times: Tensor, sigma: Coefficient) -> Plan:
+    """Euler and Maruyama's step: `x' = x + h (u + sigma^2 / 2 score) + sqrt(h) sigma xi`."""
+    h = times.diff()
+    g = _last_quiet(levels(sigma, path, times[:-2]), 0.0)
+    return Plan(torch.ones_like(h), h, h * g**2 / 2, torch.sqrt(h) * g)
+
+
+def exponential_plan(path: Path, times: Tensor, sigma: Coefficient) -> Plan:
+    """The exact solution of a step over which the data prediction is frozen.
+
+    Then `x - alpha z` obeys a linear SDE: of the old noise stays
+    `beta_t keep / beta_s`, and new noise fills up to beta_t,
+
+        x' = alpha_t z + beta_t (keep eps + sqrt(1 - keep^2) xi).
+
+    Written here as the step of the ODE (keep = 1, DDIM; on CondOT Euler's)
+    plus what the score and the noise change.
+    """
+    now, then = path(times[:-1]), path(times[1:])
+    keep = _last_quiet(decay(sigma, path, times[:-1]), 1.0)
+    data, eps = change("velocity", "data", now), change("velocity", "noise", now)
+    return Plan(
+        then.a * data[0] + then.b * eps[0],
+        then.a * data[1] + then.b * eps[1],
+        then.b * now.b * (1 - keep),
+        then.b * torch.sqrt(1 - keep**2),
+    )
+
+
+def _follow(plan: Plan, field: Field, x: Tensor, times: Tensor, path: Path, noise: Noise, after: After | None) -> Solution:
+    """Take the planned steps; the score comes from the field, or else from its velocity."""
+    of_x, of_velocity = (torch.where(plan.score == 0, 0.0, plan.score * part) for part in change("velocity", "score", path(times[:-1])))
+    merged = torch.stack([plan.x + of_x, plan.velocity + of_velocity], 1).tolist()
+    learned = torch.stack(list(plan), 1).tolist()
+    steps, x = intervals(times), begin(x)
+    for k, (s, t) in enumerate(steps):
+        velocity, score = velocity_and_score(field(x, at(s, x)))
+        p, q = merged[k] if score is None else learned[k][:2]
+        x = torch.add(x * p, velocity, alpha=q)
+        if score is not None and learned[k][2]:
+            x = torch.add(x, score, alpha=learned[k][2])
+        if learned[k][3]:
+            x = torch.add(x, noise(k), alpha=learned[k][3])
+        x = after(x, t) if after else x
+    return finish(x, len(steps))
+
+
+def _grid(times: Tensor) -> Tensor:
+    """A checked grid, float64, on the CPU."""
+    intervals(times)
+    return times.detach().double().cpu()
+
+
+def exponential(
+    field: Field, x: Tensor, times: Tensor, path: Path, sigma: Coefficient, noise: Noise, *, after: After | None = None
+) -> Solution:
+    """The SDE by the exponential integrator, the default: exact in the linear part, stable for every coefficient.
+
+    One evaluation a step, order 1. With sigma = 0 it is DDIM, on CondOT
+    Euler's method. `forward` may start at t = 0: all noise is then renewed.
+
+    Args:
+        field: velocity of (x, t), or (velocity, score).
+        x: start, (B, *S), at times[0].
+        times: grid, (n + 1,), rising, in [0, 1].
+        path: the Gaussian path the field belongs to.
+        sigma: diffusion coefficient of (t, coefficients), of t's shape, >= 0.
+        noise: `noise(k)` -> (B, *S), standard normal, for step k from 0.
+        after: called with (x, t) after each step; what it returns goes on.
+
+    Raises:
+        ValueError: a grid that does not rise inside [0, 1]; a coefficient that
+            is negative or not finite where it is needed; a start or an end that is not finite.
+    """
+    times = _grid(times)
+    return _follow(exponential_plan(path, times, sigma), field, x, times, path, noise, after)
+
+
+def euler_maruyama(
+    field: Field, x: Tensor, times: Tensor, path: Path, sigma: Coefficient, noise: Noise, *, after: After | None = None
+) -> Solution:
+    """The SDE by Euler-Maruyama: weak order 1, one evaluation a step; unstable where sigma stays up as beta falls.
+
+    Arguments and errors as in `exponential`.
+    """
+    times = _grid(times)
+    return _follow(euler_plan(path, times, sigma), field, x, times, path, noise, after)
+
+
+def stochastic_heun(
+    field: Field, x: Tensor, times: Tensor, path: Path, sigma: Coefficient, noise: Noise, *, after: After | None = None
+) -> Solution:
+    """The SDE by Heun's method: weak order 2, two evaluations a step, one in the last (Euler's, without noise).
+
+    The noise is additive, so one draw serves both slopes; sigma over a step is
+    the root mean square of its ends. Arguments and errors as in `exponential`.
+    """
+    times = _grid(times)
+    g = levels(sigma, path, times[:-1])
+    half = g**2 / 2
+    of_x, of_velocity = (torch.where(half == 0, 0.0, half * part) for part in change("velocity", "score", path(times[:-1])))
+    merged = torch.stack([of_x, 1 + of_velocity], 1).tolist()
+    steps, x = intervals(times), begin(x)
+    joint, kick = half.tolist(), torch.sqrt((half[:-1] + half[1:]) * times[:-1].diff()).tolist()
+
+    def drift(k: int, point: Tensor) -> Tensor:
+        velocity, score = velocity_and_score(field(point, at(steps[k][0], point)))
+        if score is not None:
+            return torch.add(velocity, score, alpha=joint[k])
+        return torch.add(point * merged[k][0], velocity, alpha=merged[k][1])
+
+    for k, (s, t) in enumerate(steps[:-1]):
+        h, shock = t - s, kick[k] * noise(k)
+        slope = drift(k, x)
+        x = torch.add(x + shock, slope + drift(k + 1, torch.add(x + shock, slope, alpha=h)), alpha=h / 2)
+        x = after(x, t) if after else x
+    s, t = steps[-1]
+    x = torch.add(x, velocity_and_score(field(x, at(s, x)))[0], alpha=t - s)
+    return finish(after(x, t) if after else x, 2 * len(steps) - 1)
+
+
+SDE_SOLVERS: dict[str, Callable[..., Solution]] = {
+    "exponential": exponential,
+    "euler_maruyama": euler_maruyama,
+    "stochastic_heun": stochastic_heun,
+}
