@@ -44,8 +44,12 @@ class Sampling:
     run: str = ""  # a run's folder: its newest checkpoint is sampled, averaged weights
     guidance_scale: float = 1.0  # 1 is none
     num_inference_steps: int = 25  # solver steps; evaluations are reported
-    solver: Literal["euler", "heun", "euler_maruyama"] = "heun"  # euler and heun follow the ODE, euler_maruyama the SDE
-    sigma_t: Literal["zero", "constant", "noise", "forward"] = "noise"  # diffusion coefficient of the SDE; noise is in proportion to the path's
+    solver: Literal[
+        "euler", "midpoint", "heun", "rk4", "multistep", "dormand_prince", "exponential", "euler_maruyama", "stochastic_heun"
+    ] = "heun"  # euler to dormand_prince follow the ODE, exponential to stochastic_heun the SDE
+    sigma_t: Literal["zero", "constant", "noise", "forward"] = (
+        "noise"  # diffusion coefficient of the SDE; noise is in proportion to the path's
+    )
     sigma_scale: float = 1.0  # factor on sigma_t
     seed: int = 0  # image i is a function of (seed, i)
     batch_size: int = 256  # images at once
@@ -109,7 +113,9 @@ class Trained:
     def __init__(self, run: Path, checkpoint: Path | None = None) -> None:
         found = checkpoint or Store(run, keep=1).latest()
         if found is None:
-            raise ValueError(f"run={str(run)!r} holds no whole checkpoint: train first, `accelerate launch train.py --config ... --output_dir {run}`.")
+            raise ValueError(
+                f"run={str(run)!r} holds no whole checkpoint: train first, `accelerate launch train.py --config ... --output_dir {run}`."
+            )
         self.run, self.state = run, load_state(found)
         self.config = build(Config, self.state["config"])
         self.class_names = tuple(self.state["class_names"])
@@ -132,7 +138,9 @@ class Trained:
             loss=last_loss(self.run),
             parameters=sum(p.numel() for p in self.network.parameters()),
         )
-        return write_folder(output, to_stock(self.network, flip=self.config.flow.predict == "velocity"), self.config, self.class_names, card)
+        return write_folder(
+            output, to_stock(self.network, flip=self.config.flow.predict == "velocity"), self.config, self.class_names, card
+        )
 
 
 def images(options: Images) -> int:
@@ -145,10 +153,10 @@ def images(options: Images) -> int:
     if count < 1:
         raise ValueError(f"--num_images {count}: at least one.")
     labels = torch.tensor([classes[i % len(classes)] for i in range(count)]) if classes else torch.full((count,), source.null)
-    made = generate(source, labels, sampler, seed=options.seed, batch_size=options.batch_size)
+    made, evaluations = generate(source, labels, sampler, seed=options.seed, batch_size=options.batch_size)
     columns = len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(count))
     save_image(grid(made, min(columns, count), scale=max(1, 64 // source.shape[-1])), Path(options.output))
-    print(f"{options.output}: {count} images, {options.num_inference_steps} steps of {options.solver}, {sampler.evaluations} evaluations each")
+    print(f"{options.output}: {count} images, {options.num_inference_steps} steps of {options.solver}, {evaluations} evaluations each")
     return 0
 
 
@@ -156,20 +164,35 @@ def compare(options: Evaluate) -> int:
     """Sample every class alike, compare with real images, print and write the figures."""
     if not options.reference:
         raise ValueError("--reference is missing: give the folder of shards, as --reference runs/digits/shards.")
-    shards = {name: Shards(options.reference, split) for name, split in (("train", options.train_split), ("held out", options.held_out_split))}
+    shards = {
+        name: Shards(options.reference, split) for name, split in (("train", options.train_split), ("held out", options.held_out_split))
+    }
     source = options.source()
     channels, resolution = source.shape[0], source.shape[-1]
     train, held_out = (_read_all(s, channels, resolution) for s in shards.values())
     if source.num_classes != len(shards["train"].manifest.class_names) or not source.num_classes:
-        raise ValueError(f"the model has {source.num_classes} classes, {options.reference} has {len(shards['train'].manifest.class_names)}: give its own shards.")
+        raise ValueError(
+            f"the model has {source.num_classes} classes, {options.reference} "
+            f"has {len(shards['train'].manifest.class_names)}: give its own shards."
+        )
     labels = torch.arange(options.num_images) % source.num_classes
-    made = generate(source, labels, options.sampler(), seed=options.seed, batch_size=options.batch_size)
+    made = generate(source, labels, options.sampler(), seed=options.seed, batch_size=options.batch_size).images
     report = evaluate(made.clamp(-1, 1), labels, train, held_out)
     print(report)
     output = Path(options.output or Path(options.pipeline or options.run) / "evaluation.json")
-    output.write_text(json.dumps({**report.as_dict(), "guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps}, indent=1) + "\n")
+    output.write_text(
+        json.dumps(
+            {**report.as_dict(), "guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps},
+            indent=1,
+        )
+        + "\n"
+    )
     print(f"figures in {output}")
-    wanted = ((report.accuracy, options.min_accuracy), (report.diversity_ratio, options.min_diversity), (report.nearest_ratio, options.min_nearest))
+    wanted = (
+        (report.accuracy, options.min_accuracy),
+        (report.diversity_ratio, options.min_diversity),
+        (report.nearest_ratio, options.min_nearest),
+    )
     return 0 if all(figure >= least for figure, least in wanted) else 1
 
 
@@ -188,7 +211,11 @@ def export(options: Export) -> int:
     return 0
 
 
-VERBS: dict[str, tuple[type, Callable[[Any], int]]] = {"images": (Images, images), "evaluate": (Evaluate, compare), "export": (Export, export)}
+VERBS: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "images": (Images, images),
+    "evaluate": (Evaluate, compare),
+    "export": (Export, export),
+}
 
 
 def main(argv: list[str]) -> int:

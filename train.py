@@ -32,7 +32,7 @@ from pipeline.generate import Sampler, generate, grid, network_source
 from pipeline.loop import Run, fit
 from pipeline.optim import adamw
 from pipeline.recipe import as_mapping, parse
-from pipeline.tracking import Log, last_loss
+from pipeline.tracking import Log, Meter, last_loss
 
 
 def train(config: Config) -> int:
@@ -61,7 +61,10 @@ def train(config: Config) -> int:
         run.store.sweep()
         (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
         origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
-        print(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {accelerator.num_processes} process(es) on {accelerator.device}")
+        print(
+            f"{folder} {origin}: step {run.step} of {config.train.max_steps}, "
+            f"{accelerator.num_processes} process(es) on {accelerator.device}"
+        )
     stream = Stream(
         shards,
         channels=config.data.channels,
@@ -102,7 +105,12 @@ def assemble(config: Config, shards: Shards, accelerator: Accelerator) -> Run:
     model, optimizer = accelerator.prepare(network, adamw(network, config.train))
     settings = as_mapping(config)
     data = {key: settings["data"][key] for key in ("split", "resolution", "channels", "horizontal_flip", "shuffle_block")}
-    facts = {"model": settings["model"], "flow": settings["flow"], "data": {**data, "shards": shards.manifest.fingerprint}, "seed": config.seed}
+    facts = {
+        "model": settings["model"],
+        "flow": settings["flow"],
+        "data": {**data, "shards": shards.manifest.fingerprint},
+        "seed": config.seed,
+    }
     return Run(
         config=config,
         accelerator=accelerator,
@@ -117,6 +125,7 @@ def assemble(config: Config, shards: Shards, accelerator: Accelerator) -> Run:
         store=Store(Path(config.output_dir), config.checkpoint.keep),
         about={"config": settings, "class_names": list(names), "facts": facts},
         stopper=STOPPER,
+        meter=Meter(accelerator),
         sample=sample_grid,
     )
 
@@ -132,7 +141,9 @@ def sample_grid(run: Run) -> None:
     source = network_source(run.ema.model, config.flow, (config.data.channels, *[config.data.resolution] * 2), count, lambda x: x)
     columns = min(count, 10) or 8
     labels = torch.arange(4 * columns) % columns if count else torch.full((4 * columns,), source.null)
-    images = generate(source, labels, Sampler("heun", config.log.sample_steps, config.log.guidance_scale if count else 1.0), seed=config.seed)
+    images = generate(
+        source, labels, Sampler("heun", config.log.sample_steps, config.log.guidance_scale if count else 1.0), seed=config.seed
+    ).images
     path = Path(config.output_dir) / "samples" / f"step-{run.step:07d}.png"
     save_image(grid(images, columns, scale=max(1, 48 // config.data.resolution)), path)
 

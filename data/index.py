@@ -23,9 +23,7 @@ import numpy as np
 from PIL import Image
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
-RECORD = np.dtype(
-    [("offset", "<u8"), ("bytes", "<u4"), ("crc32", "<u4"), ("width", "<u2"), ("height", "<u2"), ("label", "<i4")]
-)
+RECORD = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("crc32", "<u4"), ("width", "<u2"), ("height", "<u2"), ("label", "<i4")])
 """One sample: where its first header lies in the tar, how many bytes its files span, their crc32, the image's size, its class or -1."""
 VERSION = 1
 _BLOCK = 512
@@ -247,7 +245,9 @@ def read_manifest(folder: str | Path) -> Manifest:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"data.shards={str(folder)!r} is no folder: make it with `python -m data.prepare imagefolder IMAGES --output {folder}`.")
+        raise ValueError(
+            f"data.shards={str(folder)!r} is no folder: make it with `python -m data.prepare imagefolder IMAGES --output {folder}`."
+        )
     try:
         raw: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
         shards = tuple(Shard(**shard) for shard in raw.pop("shards"))
@@ -260,7 +260,9 @@ def read_manifest(folder: str | Path) -> Manifest:
         tar = folder / shard.name
         found = tar.stat().st_size if tar.exists() else None
         if found != shard.bytes:
-            raise ValueError(f"{tar}: {'missing' if found is None else f'{found} bytes'}, the manifest says {shard.bytes}. Copy or pack it again.")
+            raise ValueError(
+                f"{tar}: {'missing' if found is None else f'{found} bytes'}, the manifest says {shard.bytes}. Copy or pack it again."
+            )
         if not index_path(tar).exists():
             raise ValueError(f"{index_path(tar)} is missing: copy it beside its tar, or pack the folder again.")
     return manifest

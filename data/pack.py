@@ -113,7 +113,9 @@ def _readable(samples: list[Source], skip: bool) -> list[Source]:
     bad = [text for text in faults if text]
     if bad and (not skip or len(bad) == len(samples)):
         shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise ValueError(f"{len(bad)} of {len(samples)} images cannot be read: {shown}. Mend or remove them, or leave them out with --skip_corrupt.")
+        raise ValueError(
+            f"{len(bad)} of {len(samples)} images cannot be read: {shown}. Mend or remove them, or leave them out with --skip_corrupt."
+        )
     for text in bad:
         print(f"left out: {text}")
     return [sample for sample, text in zip(samples, faults, strict=True) if text is None]

@@ -36,7 +36,9 @@ def digits() -> tuple[list[Source], tuple[str, ...]]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError("the digits come with scikit-learn: install it with `pip install condot[demo]`, or `pip install scikit-learn`.") from error
+        raise ValueError(
+            "the digits come with scikit-learn: install it with `pip install condot[demo]`, or `pip install scikit-learn`."
+        ) from error
     bunch = load_digits()
 
     def png(number: int) -> bytes:
@@ -85,7 +87,10 @@ def bytes_of(text: str) -> int:
 
 def summary(manifest: Manifest, output: Path) -> str:
     """What was packed, in a few lines."""
-    lines = [f"{output}: {sum(s.samples for s in manifest.shards):,} images in {len(manifest.shards)} shards, {sum(s.bytes for s in manifest.shards):,} bytes"]
+    lines = [
+        f"{output}: {sum(s.samples for s in manifest.shards):,} images in "
+        f"{len(manifest.shards)} shards, {sum(s.bytes for s in manifest.shards):,} bytes"
+    ]
     for split in sorted({s.split for s in manifest.shards}):
         shards = manifest.split(split)
         lines.append(f"  {split}: {sum(s.samples for s in shards):,} images in {len(shards)} shards")
@@ -98,7 +103,9 @@ def summary(manifest: Manifest, output: Path) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("kind", choices=("imagefolder", "digits"), help="what is packed")
     parser.add_argument("source", nargs="?", type=Path, help="the folder of images; not for digits")
     parser.add_argument("--output", required=True, type=Path, help="folder of the shards")

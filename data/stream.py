@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     """(B, C, H, W), uint8."""
     labels: Tensor
     """(B,), int64; -1 where a sample has no class."""
-    index: Tensor
+    places: Tensor
     """(B,), int64: place of each sample in its global batch, which names its noise and time."""
     positions: Tensor
     """(B,), int64: place of each sample in the endless order."""
@@ -84,7 +84,10 @@ class Shards:
         if zlib.crc32(span) != record["crc32"]:
             raise ValueError(f"{self.folder / name}, sample {number}: its bytes changed since it was packed. Copy or pack the shard again.")
         if record["label"] >= len(self.manifest.class_names):
-            raise ValueError(f"{self.folder / name}, sample {number}: class {record['label']} of {len(self.manifest.class_names)} that the manifest names. Pack it again.")
+            raise ValueError(
+                f"{self.folder / name}, sample {number}: class {record['label']} "
+                f"of {len(self.manifest.class_names)} that the manifest names. Pack it again."
+            )
         key, files = sample_files(span)
         return Sample(key, files, int(record["label"]))
 
@@ -122,7 +125,8 @@ class Share:
         if self.batch_size % unit:
             lower = self.batch_size // unit * unit
             raise ValueError(
-                f"train.batch_size={self.batch_size} is not a multiple of ranks x accumulation = {self.ranks} x {self.accumulation} = {unit}. "
+                f"train.batch_size={self.batch_size} is not a multiple of "
+                f"ranks x accumulation = {self.ranks} x {self.accumulation} = {unit}. "
                 f"Use {lower + unit}{f' or {lower}' if lower else ''}, or change train.gradient_accumulation_steps."
             )
 
@@ -152,7 +156,17 @@ class Stream:
     """
 
     def __init__(
-        self, shards: Shards, *, channels: int, resolution: int, seed: int, share: Share, block: int = 16, flip: bool = False, workers: int = 0, start: int = 0
+        self,
+        shards: Shards,
+        *,
+        channels: int,
+        resolution: int,
+        seed: int,
+        share: Share,
+        block: int = 16,
+        flip: bool = False,
+        workers: int = 0,
+        start: int = 0,
     ) -> None:
         self.shards, self.channels, self.resolution = shards, channels, resolution
         self.seed, self.share, self.flip, self.start = seed, share, flip, start

@@ -34,7 +34,9 @@ def to_stock(model: nn.Module, flip: bool) -> DiTTransformer2DModel | UNet2DMode
     if not isinstance(model, (DiT, UNet)):
         raise ValueError(f"{type(model).__name__} has no stock class: DiT and UNet have.")
     if model.num_classes > STOCK_NULL:
-        raise ValueError(f"{model.num_classes} classes: the stock pipeline takes label {STOCK_NULL} for none, so it holds at most {STOCK_NULL}.")
+        raise ValueError(
+            f"{model.num_classes} classes: the stock pipeline takes label {STOCK_NULL} for none, so it holds at most {STOCK_NULL}."
+        )
     return _dit_to_stock(model, flip) if isinstance(model, DiT) else _unet_to_stock(model, flip)
 
 
@@ -48,7 +50,10 @@ def dit_from_stock(stock: DiTTransformer2DModel, num_classes: int, flip: bool) -
     c = stock.config
     width = c.num_attention_heads * c.attention_head_dim
     if c.activation_fn != "gelu-approximate" or not c.attention_bias or (c.out_channels or c.in_channels) != c.in_channels:
-        raise ValueError(f"this DiT has activation {c.activation_fn}, attention_bias {c.attention_bias}, out_channels {c.out_channels}: ours has the published ones.")
+        raise ValueError(
+            f"this DiT has activation {c.activation_fn}, attention_bias "
+            f"{c.attention_bias}, out_channels {c.out_channels}: ours has the published ones."
+        )
     ours = DiT(
         channels=c.in_channels, resolution=c.sample_size, num_classes=num_classes,
         patch_size=c.patch_size, width=width, depth=c.num_layers, heads=c.num_attention_heads,

@@ -50,9 +50,15 @@ class DiT(nn.Module):
     def __init__(self, *, channels: int, resolution: int, num_classes: int, patch_size: int, width: int, depth: int, heads: int) -> None:
         super().__init__()
         if patch_size < 1 or resolution % patch_size:
-            raise ValueError(f"model.patch_size={patch_size} does not divide the resolution {resolution}: use a divisor, such as {_divisor(resolution, 2)}.")
+            raise ValueError(
+                f"model.patch_size={patch_size} does not divide the resolution "
+                f"{resolution}: use a divisor, such as {_divisor(resolution, 2)}."
+            )
         if heads < 1 or width % heads or width % 4:
-            raise ValueError(f"model.width={width} must be a multiple of 4 and of model.heads={heads}: use {-(-width // (4 * max(heads, 1))) * 4 * max(heads, 1)}.")
+            raise ValueError(
+                f"model.width={width} must be a multiple of 4 and of "
+                f"model.heads={heads}: use {-(-width // (4 * max(heads, 1))) * 4 * max(heads, 1)}."
+            )
         if depth < 1:
             raise ValueError(f"model.depth={depth}: a DiT has at least one block. Use 12.")
         self.channels, self.resolution, self.num_classes, self.patch_size = channels, resolution, num_classes, patch_size

@@ -26,18 +26,32 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, *, channels: int, resolution: int, num_classes: int, block_channels: tuple[int, ...], layers_per_block: int, attention_levels: int, head_width: int
+        self,
+        *,
+        channels: int,
+        resolution: int,
+        num_classes: int,
+        block_channels: tuple[int, ...],
+        layers_per_block: int,
+        attention_levels: int,
+        head_width: int,
     ) -> None:
         super().__init__()
         levels = len(block_channels)
         if not levels or any(c < 32 or c % 32 for c in block_channels):
-            raise ValueError(f"model.block_channels={block_channels}: at least one level, each a multiple of 32 (its norm has 32 groups). Use (64, 128).")
+            raise ValueError(
+                f"model.block_channels={block_channels}: at least one level, each a multiple of 32 (its norm has 32 groups). Use (64, 128)."
+            )
         if resolution % 2 ** (levels - 1):
             raise ValueError(
-                f"the resolution {resolution} cannot be halved {levels - 1} times: give model.block_channels={block_channels} fewer levels, or another resolution."
+                f"the resolution {resolution} cannot be halved {levels - 1} times: "
+                f"give model.block_channels={block_channels} fewer levels, or another resolution."
             )
         if not 0 <= attention_levels <= levels or any(c % head_width for c in block_channels[levels - attention_levels :]):
-            raise ValueError(f"model.attention_levels={attention_levels} of {levels} levels with model.head_width={head_width}: at most all, of divisible channels.")
+            raise ValueError(
+                f"model.attention_levels={attention_levels} of {levels} levels "
+                f"with model.head_width={head_width}: at most all, of divisible channels."
+            )
         plain = levels - attention_levels
         self.channels, self.resolution, self.num_classes = channels, resolution, num_classes
         self.net = UNet2DModel(

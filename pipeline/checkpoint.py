@@ -144,7 +144,9 @@ def choose(store: Store, resume: str) -> Path | None:
     chosen = Path(resume)
     step = load_state(chosen)["step"]
     if newest is not None and int(newest.name.removeprefix(PREFIX)) > step:
-        raise ValueError(f"checkpoint.resume={resume} is older than {newest.name} in {store.root}: to branch off, give another --output_dir.")
+        raise ValueError(
+            f"checkpoint.resume={resume} is older than {newest.name} in {store.root}: to branch off, give another --output_dir."
+        )
     return chosen
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import EmaConfig
 
@@ -46,5 +46,6 @@ class Ema:
     @torch.no_grad()
     def update(self, model: nn.Module, images: int, batch: int) -> None:
         """Move the average towards the weights; arguments as in `decay`."""
-        mine = list(self.model.parameters())
-        torch._foreach_lerp_(mine, list(model.parameters()), 1 - self.decay(images, batch))
+        average: list[Tensor] = list(self.model.parameters())
+        weights: list[Tensor] = list(model.parameters())
+        torch._foreach_lerp_(average, weights, 1 - self.decay(images, batch))

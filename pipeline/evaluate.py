@@ -8,6 +8,7 @@ those of held-out real images.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -46,8 +47,18 @@ class Report:
     def __str__(self) -> str:
         rows = [
             ("accuracy of a classifier", f"{self.accuracy:.1%}", f"{self.accuracy_of_held_out:.1%} on held-out images", ""),
-            ("distance within a class", f"{self.diversity:.3f}", f"{self.diversity_of_real:.3f} of real images", f"ratio {self.diversity_ratio:.2f}"),
-            ("distance to nearest training image", f"{self.nearest:.3f}", f"{self.nearest_of_held_out:.3f} of held-out images", f"ratio {self.nearest_ratio:.2f}"),
+            (
+                "distance within a class",
+                f"{self.diversity:.3f}",
+                f"{self.diversity_of_real:.3f} of real images",
+                f"ratio {self.diversity_ratio:.2f}",
+            ),
+            (
+                "distance to nearest training image",
+                f"{self.nearest:.3f}",
+                f"{self.nearest_of_held_out:.3f} of held-out images",
+                f"ratio {self.nearest_ratio:.2f}",
+            ),
         ]
         return "\n".join([f"{self.samples:,} samples"] + [f"  {a:36} {b:>8}   beside {c:28} {d}" for a, b, c, d in rows])
 
@@ -77,7 +88,7 @@ def evaluate(samples: Tensor, labels: Tensor, train: tuple[Tensor, Tensor], held
     )
 
 
-def classifier(images: Tensor, labels: Tensor):  # noqa: ANN201
+def classifier(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
     """A support vector machine on pixels: a function from (N, C, H, W) to (N,) classes.
 
     Raises:
@@ -86,7 +97,9 @@ def classifier(images: Tensor, labels: Tensor):  # noqa: ANN201
     try:
         from sklearn.svm import SVC
     except ImportError as error:
-        raise ValueError("evaluation needs scikit-learn: install it with `pip install condot[eval]`, or `pip install scikit-learn`.") from error
+        raise ValueError(
+            "evaluation needs scikit-learn: install it with `pip install condot[eval]`, or `pip install scikit-learn`."
+        ) from error
     machine = SVC(C=10, gamma="scale").fit(images.flatten(1).numpy(), labels.numpy())
     return lambda x: torch.from_numpy(machine.predict(x.flatten(1).numpy()))
 

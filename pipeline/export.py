@@ -13,12 +13,13 @@ from typing import Any, cast
 import torch
 import yaml
 from diffusers import DiffusionPipeline, DiTPipeline, DPMSolverMultistepScheduler, ModelMixin
+from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
 from .config import Config, FlowConfig
-from .flow import CondOT, Prediction, uniform_grid
-from .generate import Sampler, Source, generate, grid, to_velocity
+from .flow import CondOT, Prediction, velocity_field
+from .generate import Sampler, Source, generate, grid
 from .identity import identity_autoencoder
 from .recipe import as_mapping
 
@@ -70,7 +71,10 @@ def write_folder(
     if output.exists() and any(output.iterdir()) and not (output / "model_index.json").exists():
         raise ValueError(f"{output} is not empty and no export: give another folder.")
     scheduler = DPMSolverMultistepScheduler(
-        use_flow_sigmas=True, prediction_type=cast(Any, STOCK_PREDICTIONS[config.flow.predict]), flow_shift=1.0, algorithm_type="dpmsolver++"
+        use_flow_sigmas=True,
+        prediction_type=cast(Any, STOCK_PREDICTIONS[config.flow.predict]),
+        flow_shift=1.0,
+        algorithm_type="dpmsolver++",
     )
     vae = identity_autoencoder(config.data.channels, config.data.resolution)
     temporary = output.parent / f".{output.name}.tmp"
@@ -83,7 +87,7 @@ def write_folder(
         count = len(class_names)
         labels = torch.arange(4 * min(count, 10)) % min(count, 10) if count else torch.full((16,), STOCK_NULL)
         guidance = 2.0 if count else 1.0
-        images = generate(open_folder(temporary), labels, Sampler("heun", 25, guidance), seed=0)
+        images = generate(open_folder(temporary), labels, Sampler("heun", 25, guidance), seed=0).images
         save_image(grid(images, min(count, 10) or 8, scale=max(1, 48 // config.data.resolution)), temporary / "samples.png")
         (temporary / "README.md").write_text(_readme(config, class_names, card, guidance))
         _replace(temporary, output)
@@ -122,12 +126,24 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu") -> Sourc
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"pipeline={str(folder)!r} is no pipeline folder (no model_index.json): export one with `python sample.py export --run RUN --output FOLDER`.")
+        raise ValueError(
+            f"pipeline={str(folder)!r} is no pipeline folder (no model_index.json): "
+            f"export one with `python sample.py export --run RUN --output FOLDER`."
+        )
+    progress, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # it warns that the keys of id2label are words, as JSON has them
     try:
         pipe: Any = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
         names = json.loads((folder / "model_index.json").read_text()).get("id2label")
     except Exception as error:  # diffusers raises many kinds for a damaged folder; each is the user's folder
-        raise ValueError(f"pipeline={str(folder)!r} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}): export it again.") from error
+        raise ValueError(
+            f"pipeline={str(folder)!r} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}): export it again."
+        ) from error
+    finally:
+        logging.set_verbosity(verbosity)
+        if progress:
+            logging.enable_progress_bar()
     return pipeline_source(pipe.to(device), None if names is None else len(names))
 
 
@@ -144,19 +160,22 @@ def pipeline_source(pipe: Any, num_classes: int | None = None) -> Source:
     kinds: dict[str, Prediction] = {stock: cast(Prediction, ours) for ours, stock in STOCK_PREDICTIONS.items()}
     predicts = pipe.scheduler.config.get("prediction_type", "flow_prediction")
     if not pipe.scheduler.config.get("use_flow_sigmas", predicts == "flow_prediction") or predicts not in kinds:
-        raise ValueError(f"{type(pipe.scheduler).__name__} with prediction_type={predicts} is not of a flow on the CondOT path: use the pipeline itself to sample it.")
+        raise ValueError(
+            f"{type(pipe.scheduler).__name__} with prediction_type={predicts} "
+            f"is not of a flow on the CondOT path: use the pipeline itself to sample it."
+        )
     kind, network, path = kinds[predicts], pipe.transformer, CondOT()
 
-    def field(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def predict(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         out = network(x.to(network.dtype), 1000 * (1 - t), class_labels=labels).sample.to(x.dtype)
-        return -out if kind == "velocity" else to_velocity(out, kind, path, x, t)
+        return -out if kind == "velocity" else out
 
     def decode(latents: Tensor) -> Tensor:
         return pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
 
     shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
     count = STOCK_NULL if num_classes is None else num_classes
-    return Source(field, path, shape, count, STOCK_NULL, network.device, decode, kind)
+    return Source(velocity_field(predict, path, kind), path, shape, count, STOCK_NULL, network.device, decode, kind)
 
 
 def save_image(image: Tensor, path: Path) -> None:
@@ -169,9 +188,13 @@ def save_image(image: Tensor, path: Path) -> None:
 def _readme(config: Config, class_names: tuple[str, ...], card: Card, guidance: float) -> str:
     """The model card, from what was measured."""
     data, label = config.data, "0" if class_names else str(STOCK_NULL)
-    classes = f"{len(class_names)} classes: {', '.join(class_names[:20])}{', ...' if len(class_names) > 20 else ''}" if class_names else "no classes"
+    classes = (
+        f"{len(class_names)} classes: {', '.join(class_names[:20])}{', ...' if len(class_names) > 20 else ''}"
+        if class_names
+        else "no classes"
+    )
+    seen = f"{card.steps:,} steps of {config.train.batch_size} images ({card.images:,} images seen)"
     loss = "" if card.loss is None else f", last logged loss {card.loss:.4f}"
-    times = uniform_grid(25).numel() - 1
     return f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -185,7 +208,7 @@ A {config.model.kind} of {card.parameters:,} parameters, trained from scratch by
 
 ![samples](samples.png)
 
-Samples of seed 0, {times} Heun steps, guidance {guidance:g}.
+Samples of seed 0, 25 Heun steps, guidance {guidance:g}.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -196,7 +219,7 @@ image = pipe(class_labels=[{label}], guidance_scale={guidance}, num_inference_st
 
 ## Training
 
-{config.flow.predict} prediction on the {config.flow.path} path, {card.steps:,} steps of {config.train.batch_size} images ({card.images:,} images seen){loss}.
+{config.flow.predict} prediction on the {config.flow.path} path, {seen}{loss}.
 The whole configuration is in `config.yaml`.
 
 ## Limits

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +23,17 @@ from .flow import (
     Prediction,
     Purpose,
     coefficient,
-    convert,
-    euler_maruyama,
     guide,
+    initial,
     normal,
+    singular,
     uniform_grid,
-    widen,
+    velocity_field,
 )
-from .flow.guidance import ConditionalField
+from .flow.field import ConditionalField
+
+NEAR_NOISE = 1e-3
+"""Where sampling begins if the field is singular at t = 0, as one that predicts noise is: diffusers' own first step is there too."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,13 @@ class Source:
     """What the network gives, which says where on the path the field is singular."""
 
 
-def network_source(network: nn.Module, flow: FlowConfig, shape: tuple[int, ...], num_classes: int, decode: Callable[[Tensor], Tensor]) -> Source:
+def network_source(
+    network: nn.Module, flow: FlowConfig, shape: tuple[int, ...], num_classes: int, decode: Callable[[Tensor], Tensor]
+) -> Source:
     """A network of ours as a source; its null class is `num_classes`."""
     device = next(network.parameters()).device
-    return Source(velocity_field(network, flow), PATHS[flow.path](), shape, num_classes, num_classes, device, decode, flow.predict)
+    path = PATHS[flow.path]()
+    return Source(velocity_field(network, path, flow.predict), path, shape, num_classes, num_classes, device, decode, flow.predict)
 
 
 @dataclass(frozen=True)
@@ -70,7 +77,6 @@ class Sampler:
     guidance_scale: float = 1.0
     sigma_t: str = "noise"
     sigma_scale: float = 1.0
-    start: float = 0.0
 
     def __post_init__(self) -> None:
         known = (*ODE_SOLVERS, *SDE_SOLVERS)
@@ -78,38 +84,10 @@ class Sampler:
             raise ValueError(f"solver={self.solver!r} is unknown: choose one of {', '.join(known)}.")
         coefficient(self.sigma_t, self.sigma_scale)
         uniform_grid(self.steps)
-        if not 0 <= self.start < 1:
-            raise ValueError(f"start={self.start}: sampling begins at a time from 0 (noise) to below 1 (data).")
 
-    @property
-    def evaluations(self) -> int:
-        """Of the field, for each image; a guided one evaluates a batch of two."""
-        return self.steps * (2 if self.solver == "heun" else 1)
-
-    @property
-    def times(self) -> Tensor:
-        """The grid, (steps + 1,), from `start` to 1."""
-        return self.start + (1 - self.start) * uniform_grid(self.steps)
-
-
-def velocity_field(network: Callable[..., Tensor], flow: FlowConfig) -> ConditionalField:
-    """A network's prediction as a velocity, in float32 path arithmetic.
-
-    Args:
-        network: `network(x, t, labels)` -> the prediction that `flow` names.
-        flow: path and prediction.
-    """
-    path, kind = PATHS[flow.path](), flow.predict
-
-    def field(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        return to_velocity(network(x, t, labels).float(), kind, path, x, t)
-
-    return field
-
-
-def to_velocity(out: Tensor, kind: Prediction, path: Path, x: Tensor, t: Tensor) -> Tensor:
-    """A prediction at (x, t) as a velocity, (B, *S)."""
-    return out if kind == "velocity" else convert(out, kind, "velocity", x, path(widen(t, x)))
+    def times(self, source: Source) -> Tensor:
+        """The grid, (steps + 1,): from 0, or NEAR_NOISE where the field is singular at 0, to 1."""
+        return uniform_grid(self.steps, NEAR_NOISE if singular(source.path, source.predict, 0.0) else 0.0)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
@@ -120,8 +98,15 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"class label {int(bad[0])} is out of range: the model {known}.")
 
 
+class Samples(NamedTuple):
+    """Images, (N, C, H, W), -1..1, float32, on the CPU, and how often the field was evaluated for each."""
+
+    images: Tensor
+    evaluations: int
+
+
 @torch.no_grad()
-def generate(source: Source, labels: Tensor, sampler: Sampler, *, seed: int, first: int = 0, batch_size: int = 256) -> Tensor:
+def generate(source: Source, labels: Tensor, sampler: Sampler, *, seed: int, first: int = 0, batch_size: int = 256) -> Samples:
     """Sample images.
 
     Args:
@@ -132,9 +117,6 @@ def generate(source: Source, labels: Tensor, sampler: Sampler, *, seed: int, fir
         first: index of the first image; the noise is a function of (seed, index).
         batch_size: images at once.
 
-    Returns:
-        (N, C, H, W), -1..1, float32, on the CPU.
-
     Raises:
         ValueError: a label out of range, guidance of a model without classes,
             a sample that is not finite.
@@ -143,29 +125,27 @@ def generate(source: Source, labels: Tensor, sampler: Sampler, *, seed: int, fir
         check_labels(labels, source.num_classes)
     elif sampler.guidance_scale != 1:
         raise ValueError(f"guidance_scale={sampler.guidance_scale} on a model without classes: there is nothing to guide by, use 1.")
-    images = []
+    images, evaluations = [], 0
     for start in range(0, len(labels), batch_size):
         part = labels[start : start + batch_size].to(source.device)
         index = first + start + torch.arange(len(part), device=source.device)
-        images.append(source.decode(_solve(source, part, sampler, seed, index)).float().cpu())
-    result = torch.cat(images)
-    if not bool(result.isfinite().all()):
-        raise ValueError(f"the samples are not finite with solver={sampler.solver}, sigma_t={sampler.sigma_t}: take more steps, or a smaller sigma_scale.")
-    return result
+        end, evaluations = _solve(source, part, sampler, seed, index)
+        images.append(source.decode(end).float().cpu())
+    return Samples(torch.cat(images), evaluations)
 
 
-def _solve(source: Source, labels: Tensor, sampler: Sampler, seed: int, index: Tensor) -> Tensor:
-    """The end of the path for one batch."""
+def _solve(source: Source, labels: Tensor, sampler: Sampler, seed: int, index: Tensor) -> tuple[Tensor, int]:
+    """The end of the path for one batch, and the evaluations it took."""
     field = guide(source.field, labels, torch.full_like(labels, source.null), sampler.guidance_scale)
-    x = normal(seed, Purpose.INITIAL, 0, index, source.shape)
+    times = sampler.times(source)
+    x = initial(source.path, normal(seed, Purpose.INITIAL, 0, index, source.shape), float(times[0]))
     if sampler.solver in ODE_SOLVERS:
-        return ODE_SOLVERS[sampler.solver](field, x, sampler.times).x
-    sigma = coefficient(sampler.sigma_t, sampler.sigma_scale)
+        return ODE_SOLVERS[sampler.solver](field, x, times, last_euler=singular(source.path, source.predict, 1.0))
 
     def noise(step: int) -> Tensor:
         return normal(seed, Purpose.DIFFUSION, step, index, source.shape)
 
-    return euler_maruyama(field, x, sampler.times, source.path, sigma, noise).x
+    return SDE_SOLVERS[sampler.solver](field, x, times, source.path, coefficient(sampler.sigma_t, sampler.sigma_scale), noise)
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:

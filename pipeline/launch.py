@@ -55,7 +55,8 @@ def check_launcher() -> None:
     if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "several processes were asked for and one was started: on CPUs `accelerate launch --num_processes N` starts no second one. "
-            "Use `accelerate launch --config_file configs/accelerate/cpu2.yaml train.py ...`, or `torchrun --nproc_per_node N train.py ...`."
+            "Use `accelerate launch --config_file configs/accelerate/cpu2.yaml "
+            "train.py ...`, or `torchrun --nproc_per_node N train.py ...`."
         )
 
 
@@ -70,7 +71,7 @@ def lock(folder: Path) -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115
+        file = open(folder / ".lock", "w")
     except OSError as error:
         raise ValueError(f"output_dir={str(folder)!r} cannot be written ({error.strerror}): give a folder of yours.") from error
     try:

@@ -37,7 +37,7 @@ class MicroBatch(Protocol):
     @property
     def labels(self) -> Tensor: ...
     @property
-    def index(self) -> Tensor: ...
+    def places(self) -> Tensor: ...
 
 
 class Draws(NamedTuple):
@@ -79,6 +79,7 @@ class Run:
     about: dict[str, Any]
     """What a checkpoint says of its run: `config`, `class_names`, and `facts`, on which a resumed run must agree."""
     stopper: Stopper
+    meter: Meter
     sample: Callable[[Run], None]
     """Writes a grid of samples."""
     step: int = 0
@@ -98,7 +99,7 @@ class Run:
 
     def save(self) -> None:
         """Write a checkpoint, all ranks together; on failure say why and go on, to try again when the next is due."""
-        state = {"step": self.step, "images": self.images, **self.about}
+        state = {"step": self.step, "images": self.images, "meter": self.meter.state(), **self.about}
         errors = self.store.save(self.step, self.tensors(), state)
         if errors and self.accelerator.is_main_process:
             print(f"\ncheckpoint of step {self.step} failed, older ones are untouched: {'; '.join(errors)}. Free some space.", flush=True)
@@ -125,6 +126,7 @@ class Run:
         set_optimizer_state_dict(self.network, inner, restored, options=StateDictOptions(flatten_optimizer_state_dict=True))
         self.step = self.saved = state["step"]
         self.images = state["images"]
+        self.meter.restore(state["meter"])
 
 
 def compare(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -146,7 +148,7 @@ def fit(run: Run, stream: Iterator[MicroBatch], log: Log, stop: int) -> None:
         ValueError: a loss that is not finite, seen at a log line, and nothing
             is saved then; or a last state that could not be saved.
     """
-    meter = Meter(run.accelerator)
+    run.meter.since = time.perf_counter()
     while run.step < stop and not _stopping(run):
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, run.config.train)
@@ -155,27 +157,30 @@ def fit(run: Run, stream: Iterator[MicroBatch], log: Log, stop: int) -> None:
             with run.accelerator.accumulate(run.model):
                 losses = loss_of(run, batch)
                 run.accelerator.backward(losses.mean())
-                meter.add(losses)
+                run.meter.add(losses)
                 if run.accelerator.sync_gradients:
-                    meter.add_step(clip(run))
+                    run.meter.add_step(clip(run))
                 run.optimizer.step()
                 run.optimizer.zero_grad()
         run.step += 1
         run.images += run.config.train.batch_size
         run.ema.update(run.network, run.images, run.config.train.batch_size)
         log.advance()
-        notify(run, meter, log, stop)
+        notify(run, log, stop)
     if run.saved != run.step:
         run.save()
     if run.saved != run.step:
-        raise ValueError(f"the state of step {run.step} could not be saved in {run.store.root}: free some space; the same command goes on from step {run.saved}.")
+        raise ValueError(
+            f"the state of step {run.step} could not be saved in {run.store.root}: "
+            f"free some space; the same command goes on from step {run.saved}."
+        )
 
 
 def loss_of(run: Run, batch: MicroBatch) -> Tensor:
     """The objective on a micro-batch, (B,)."""
     device = run.accelerator.device
     data = run.encode(batch.pixels.to(device, non_blocking=True))
-    draws = draw(run.config.seed, run.step, batch.index.to(device, non_blocking=True), run.law, tuple(data.shape[1:]))
+    draws = draw(run.config.seed, run.step, batch.places.to(device, non_blocking=True), run.law, tuple(data.shape[1:]))
     labels = run.drop_label(batch.labels.to(device, non_blocking=True), draws.drop)
     return run.objective(run.model, data, draws.noise, draws.t, labels)
 
@@ -186,14 +191,15 @@ def clip(run: Run) -> Tensor:
     return run.accelerator.clip_grad_norm_(run.model.parameters(), longest).detach()
 
 
-def notify(run: Run, meter: Meter, log: Log, stop: int) -> None:
+def notify(run: Run, log: Log, stop: int) -> None:
     """Whatever is due after a step: a log line, a checkpoint, a sample grid."""
     config = run.config
     if run.step % config.log.every == 0 or run.step == stop:
-        values = meter.read(config.train.batch_size)
+        values = run.meter.read(config.train.batch_size)
         if not abs(values["loss"]) < float("inf"):
             raise ValueError(
-                f"the loss is {values['loss']} at step {run.step}: training diverged. Lower train.learning_rate={config.train.learning_rate}; the same command resumes."
+                f"the loss is {values['loss']} at step {run.step}: training diverged. "
+                f"Lower train.learning_rate={config.train.learning_rate}; the same command resumes."
             )
         log.write(run.step, run.images, {**values, "lr": learning_rate(run.step - 1, config.train)})
     paused = time.perf_counter()
@@ -203,7 +209,7 @@ def notify(run: Run, meter: Meter, log: Log, stop: int) -> None:
         if run.accelerator.is_main_process:
             run.sample(run)
         run.accelerator.wait_for_everyone()
-    meter.since += time.perf_counter() - paused
+    run.meter.since += time.perf_counter() - paused
 
 
 def _stopping(run: Run) -> bool:

@@ -24,7 +24,7 @@ class Meter:
         """Start the next interval."""
         self.loss = torch.zeros((), device=self.accelerator.device)
         self.norm = torch.zeros((), device=self.accelerator.device)
-        self.batches = self.steps = 0
+        self.batches = self.steps = self.timed = 0
         self.since = time.perf_counter()
 
     def add(self, losses: Tensor) -> None:
@@ -36,6 +36,18 @@ class Meter:
         """Count an optimiser step and its gradient norm, a scalar."""
         self.norm += norm
         self.steps += 1
+        self.timed += 1
+
+    def state(self) -> dict[str, float]:
+        """The sums so far, means over ranks, for a checkpoint in the middle of an interval; all ranks together."""
+        loss, norm = self.accelerator.reduce(torch.stack([self.loss, self.norm]), reduction="mean").tolist()
+        return {"loss": loss, "norm": norm, "batches": self.batches, "steps": self.steps}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Go on from `state`."""
+        self.loss.fill_(state["loss"])
+        self.norm.fill_(state["norm"])
+        self.batches, self.steps = int(state["batches"]), int(state["steps"])
 
     def read(self, batch_size: int) -> dict[str, float]:
         """Means over the interval and all ranks, then reset.
@@ -45,7 +57,7 @@ class Meter:
         """
         sums = torch.stack([self.loss / max(self.batches, 1), self.norm / max(self.steps, 1)])
         loss, norm = self.accelerator.reduce(sums, reduction="mean").tolist()
-        rate = self.steps * batch_size / max(time.perf_counter() - self.since, 1e-9)
+        rate = self.timed * batch_size / max(time.perf_counter() - self.since, 1e-9)
         self.reset()
         return {"loss": loss, "grad_norm": norm, "images_per_second": rate}
 

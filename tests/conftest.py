@@ -42,14 +42,17 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+UNET = ("--model.kind=unet", "--model.block_channels", "32", "--model.head_width=32", "--train.batch_size=4")
+DIT = ("--model.width=32", "--model.depth=2", "--model.heads=2")
+
+
 def arguments(shards: Path, output: Path, *more: str) -> list[str]:
-    """A run of seconds: a small DiT on the digits."""
-    return [
-        f"--data.shards={shards}", f"--output_dir={output}", "--data.resolution=8", "--data.channels=1", "--data.workers=1",
-        "--model.width=32", "--model.depth=2", "--model.heads=2", "--train.batch_size=16", "--train.max_steps=12", "--train.learning_rate=1e-3",
-        "--train.cpu_threads=1", "--ema.halflife=100", "--log.every=2", "--log.sample_every=0", "--log.report_to=none", "--checkpoint.every=4", "--export=false",
-        *more,
-    ]  # fmt: skip
+    """A run of seconds on the digits: a small DiT, or the network that `more` names."""
+    model = () if "--model.kind=unet" in more else DIT
+    run = "--train.batch_size=16 --train.max_steps=12 --train.learning_rate=1e-3 --train.cpu_threads=1 --checkpoint.every=4"
+    quiet = "--ema.halflife=100 --log.every=2 --log.sample_every=0 --log.report_to=none --export=false"
+    data = [f"--data.shards={shards}", f"--output_dir={output}", "--data.resolution=8", "--data.channels=1", "--data.workers=1"]
+    return [*data, *model, *run.split(), *quiet.split(), *more]
 
 
 def fit(shards: Path, output: Path, *more: str) -> int:

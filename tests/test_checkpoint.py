@@ -16,7 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def tensors(value):
-    return {"a": torch.full((3, 4), float(value)), "b.c": torch.arange(5) + value, "empty": torch.zeros(0), "scalar": torch.tensor(float(value))}
+    return {
+        "a": torch.full((3, 4), float(value)),
+        "b.c": torch.arange(5) + value,
+        "empty": torch.zeros(0),
+        "scalar": torch.tensor(float(value)),
+    }
 
 
 def test_what_was_saved_comes_back(tmp_path):
@@ -94,7 +99,8 @@ def test_killed_at_any_point_one_good_checkpoint_remains(tmp_path):
         root.mkdir()
         assert Store(root, keep=1).save(1, tensors(1), {"step": 1}) == []
     running = [
-        subprocess.Popen([sys.executable, "-c", KILLER, point, str(tmp_path / point)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}) for point in points
+        subprocess.Popen([sys.executable, "-c", KILLER, point, str(tmp_path / point)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        for point in points
     ]
     assert [process.wait() for process in running] == [-9] * len(points)
     for point in points:

@@ -84,7 +84,11 @@ def test_the_index_says_what_the_images_are(tmp_path):
     assert main(["imagefolder", str(root), "--output", str(tmp_path / "shards")]) == 0
     shards = Shards(tmp_path / "shards", "train")
     records = shards.records(0)
-    assert set(records["width"].tolist()) == {9} and set(records["height"].tolist()) == {7} and sorted(records["label"].tolist()) == [0] * 5 + [1] * 5
+    assert (
+        set(records["width"].tolist()) == {9}
+        and set(records["height"].tolist()) == {7}
+        and sorted(records["label"].tolist()) == [0] * 5 + [1] * 5
+    )
     captions = {json.loads(s.files["json"])["source"]: s.files.get("txt") for s in (shards.read(0, i) for i in range(10))}
     assert captions["cat/image 0.png"] == b"a cat" and sum(c is not None for c in captions.values()) == 1
     assert shards.manifest.class_names == ("cat", "dog") and shards.manifest.sizes == {"9x7": 10}
@@ -132,13 +136,20 @@ def test_sources_that_cannot_be_packed(tmp_path, capsys):
     (root / "dog" / "broken.jpg").write_bytes(b"no image at all")
     (root / "dog" / "cut.png").write_bytes((root / "dog" / "image 1.png").read_bytes()[:48])
     message = error("imagefolder", str(root))
-    assert "2 of 12 images cannot be read" in message and "dog/broken.jpg" in message and "dog/cut.png" in message and "--skip_corrupt" in message
+    assert (
+        "2 of 12 images cannot be read" in message
+        and "dog/broken.jpg" in message
+        and "dog/cut.png" in message
+        and "--skip_corrupt" in message
+    )
     assert "is no size" in error("imagefolder", str(root), "--shard_size", "many")
     assert "at least 0 and below 1" in error("imagefolder", str(root), "--holdout", "1")
     assert main(["imagefolder", str(root), "--output", str(tmp_path / "shards"), "--skip_corrupt"]) == 0
     assert "left out: dog/broken.jpg" in capsys.readouterr().out
     (root / "loose.png").write_bytes((root / "dog" / "image 1.png").read_bytes())
-    assert main(["imagefolder", str(root), "--output", str(tmp_path / "other")]) == 2 and "beside the class folders" in capsys.readouterr().err
+    assert (
+        main(["imagefolder", str(root), "--output", str(tmp_path / "other")]) == 2 and "beside the class folders" in capsys.readouterr().err
+    )
 
 
 # --- damage
@@ -254,7 +265,7 @@ def sequence(shards, steps, ranks, accumulation, workers, start=0):
     batches = []
     for _ in range(steps):
         parts = [next(s) for s in streams for _ in range(accumulation)]
-        batches.append([torch.cat([getattr(p, name) for p in parts]) for name in ("index", "positions", "labels", "pixels")])
+        batches.append([torch.cat([getattr(p, name) for p in parts]) for name in ("places", "positions", "labels", "pixels")])
     for s in streams:
         s.close()
     return batches
@@ -291,7 +302,9 @@ def test_mirroring_is_a_function_of_the_position(digits):
     assert torch.equal(b, c) and bool((same | mirrored).all()) and 150 < int((~same).sum()) < 362
 
 
-@pytest.mark.parametrize(("batch", "ranks", "accumulation", "remedy"), [(10, 4, 1, "Use 12 or 8"), (3, 2, 2, "Use 4"), (9, 1, 2, "Use 10 or 8")])
+@pytest.mark.parametrize(
+    ("batch", "ranks", "accumulation", "remedy"), [(10, 4, 1, "Use 12 or 8"), (3, 2, 2, "Use 4"), (9, 1, 2, "Use 10 or 8")]
+)
 def test_a_batch_that_ranks_do_not_divide(batch, ranks, accumulation, remedy):
     with pytest.raises(ValueError, match=remedy):
         Share(batch_size=batch, ranks=ranks, accumulation=accumulation)
@@ -329,7 +342,7 @@ def test_resizing_keeps_the_middle_and_the_mean():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_odd_files_decode_or_are_refused(shared_data):
-    """80 real odd files that a viewer opens arrive as pixels, 19 damaged ones raise one of DECODE_ERRORS; upright, as their manifest says."""
+    """80 real odd files that a viewer opens arrive upright, as their manifest says; 19 damaged ones raise one of DECODE_ERRORS."""
     facts = {f["file"]: f["pillow"] for f in json.loads((shared_data / "odd" / "manifest.json").read_text())["files"]}
     with tarfile.open(shared_data / "odd" / "odd-000000.tar") as tar:
         files = {m.name: tar.extractfile(m).read() for m in tar}

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import fit
+from conftest import UNET, fit
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 import sample
 from pipeline.config import FlowConfig
 from pipeline.export import check_exportable, open_folder, write_folder
-from pipeline.flow import euler, guide
+from pipeline.flow import euler, guide, velocity_field
 from pipeline.generate import Sampler, generate, grid
 from pipeline.identity import identity_autoencoder
 
@@ -55,45 +55,39 @@ def pipeline_run(folder, labels, steps, guidance, seed):
     return torch.from_numpy(images).permute(0, 3, 1, 2) * 2 - 1, noise, pipe.scheduler.sigmas
 
 
-def ours_on_stock_schedule(source, labels, noise, sigmas, guidance):
-    """Our Euler steps on the pipeline's sigmas; the pipeline tells its network the time in whole thousandths."""
-    labels = torch.tensor(labels)
-    field = guide(source.field, labels, torch.full_like(labels, source.null), guidance)
+def ours_on_stock_schedule(trained, labels, noise, sigmas, guidance):
+    """Our network and Euler steps on the pipeline's sigmas; the pipeline tells its network the time in whole thousandths."""
+    source, labels = trained.source("cpu"), torch.tensor(labels)
 
-    def rounded(x, t):
-        return field(x, 1 - torch.floor(1000 * (1 - t.double()) + 1e-6).float() / 1000)
+    def rounded(x, t, y):
+        return trained.network(x, 1 - torch.floor(1000 * (1 - t.double()) + 1e-6).float() / 1000, y)
 
+    field = guide(velocity_field(rounded, source.path, source.predict), labels, torch.full_like(labels, source.null), guidance)
     with torch.no_grad():
-        return source.decode(euler(rounded, noise, 1 - sigmas.double()).x).clamp(-1, 1)
+        return euler(field, noise, 1 - sigmas.double()).x.clamp(-1, 1)
 
 
 KINDS = {
     "velocity": (),
     "noise": ("--flow.predict=noise",),
     "data": ("--flow.predict=data",),
-    "unet": ("--model.kind=unet", "--model.block_channels", "32", "--model.head_width=32", "--train.batch_size=4"),
+    "unet": UNET,
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_our_sampler_and_the_pipeline_draw_the_same(digits, tmp_path, kind):
     """The trained network through our sampler, and the exported one through the stock pipeline: equal to 1e-4; another seed is not."""
-    import conftest
-
-    words = conftest.arguments(digits, tmp_path / "run", "--export=true", "--train.learning_rate=1e-2", *KINDS[kind])
-    if kind == "unet":
-        words = [w for w in words if not w.startswith(("--model.width", "--model.depth", "--model.heads"))]
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state(True)
-    conftest.train.STOPPER.received, conftest.train.STOPPER._deferred = None, False
-    assert conftest.train.main(words) == 0
+    assert fit(digits, tmp_path / "run", "--export=true", "--train.learning_rate=1e-2", *KINDS[kind]) == 0
     labels = [0, 3, 9]
     theirs, noise, sigmas = pipeline_run(tmp_path / "run/export", labels, 7, 2.5, 5)
-    for source in (sample.Trained(tmp_path / "run").source("cpu"), open_folder(tmp_path / "run/export")):
-        ours = ours_on_stock_schedule(source, labels, noise, sigmas, 2.5)
-        assert (ours - theirs).abs().max() < 1e-4
-        assert (ours_on_stock_schedule(source, labels, noise.flip(0), sigmas, 2.5) - theirs).abs().max() > 0.1
+    trained = sample.Trained(tmp_path / "run")
+    assert (ours_on_stock_schedule(trained, labels, noise, sigmas, 2.5) - theirs).abs().max() < 1e-4
+    assert (ours_on_stock_schedule(trained, labels, noise.flip(0), sigmas, 2.5) - theirs).abs().max() > 0.1
+    mine, folder = trained.source("cpu"), open_folder(tmp_path / "run/export")
+    t, y = torch.tensor([0.01, 0.5, 0.9]), torch.tensor(labels)
+    with torch.no_grad():
+        torch.testing.assert_close(folder.field(noise, t, y), mine.field(noise, t, y), atol=1e-4, rtol=1e-4)
 
 
 def test_the_exported_network_is_ours_to_rounding(trained):
@@ -121,7 +115,11 @@ def test_the_folder_says_what_it_is(trained):
 
 def test_exporting_again_gives_the_same_files(trained, tmp_path):
     assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "again")]) == 0
-    first = {p.relative_to(trained / "export"): p.read_bytes() for p in (trained / "export").rglob("*") if p.is_file() and p.name != "evaluation.json"}
+    first = {
+        p.relative_to(trained / "export"): p.read_bytes()
+        for p in (trained / "export").rglob("*")
+        if p.is_file() and p.name != "evaluation.json"
+    }
     again = {p.relative_to(tmp_path / "again"): p.read_bytes() for p in (tmp_path / "again").rglob("*") if p.is_file()}
     assert first == again
 
@@ -134,7 +132,10 @@ def test_an_export_that_fails_leaves_the_older_one(trained, tmp_path, monkeypatc
     assert (tmp_path / "out/model_index.json").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out"]
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.txt").write_text("x")
-    assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "thesis")]) == 2 and (tmp_path / "thesis/chapter.txt").exists()
+    assert (
+        sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "thesis")]) == 2
+        and (tmp_path / "thesis/chapter.txt").exists()
+    )
 
 
 @pytest.mark.parametrize("flow", [FlowConfig(path="cosine"), FlowConfig(predict="score")])
@@ -156,23 +157,26 @@ def test_the_identity_autoencoder_is_one(channels):
 # --- sampling
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama"])
+@pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama", "exponential"])
 def test_an_image_is_a_function_of_seed_and_index(trained, solver):
     source, labels = open_folder(trained / "export"), torch.arange(7)
     sampler = Sampler(solver, 5, 2.0)
-    whole = generate(source, labels, sampler, seed=3)
-    parts = generate(source, labels, sampler, seed=3, batch_size=3)
-    tail = generate(source, labels[4:], sampler, seed=3, first=4)
+    whole = generate(source, labels, sampler, seed=3).images
+    parts = generate(source, labels, sampler, seed=3, batch_size=3).images
+    tail = generate(source, labels[4:], sampler, seed=3, first=4).images
     torch.testing.assert_close(whole, parts, atol=2e-5, rtol=0)
     torch.testing.assert_close(whole[4:], tail, atol=2e-5, rtol=0)
-    assert (whole - generate(source, labels, sampler, seed=4)).abs().max() > 0.1
+    assert (whole - generate(source, labels, sampler, seed=4).images).abs().max() > 0.1
 
 
 def test_zero_diffusion_is_eulers_method(trained):
     source, labels = open_folder(trained / "export"), torch.arange(3)
-    ode = generate(source, labels, Sampler("euler", 6), seed=0)
-    assert torch.equal(ode, generate(source, labels, Sampler("euler_maruyama", 6, sigma_t="zero"), seed=0))
-    assert not torch.equal(ode, generate(source, labels, Sampler("euler_maruyama", 6, sigma_t="noise"), seed=0))
+    ode, zero, sde = (
+        generate(source, labels, Sampler(*how), seed=0).images
+        for how in (("euler", 6), ("euler_maruyama", 6, 1.0, "zero"), ("euler_maruyama", 6))
+    )
+    torch.testing.assert_close(ode, zero, atol=1e-5, rtol=0)
+    assert (ode - sde).abs().max() > 0.1
 
 
 def test_a_grid_puts_images_where_they_belong():
@@ -189,11 +193,26 @@ def run(capsys, *words):
 
 def test_the_command_draws_a_grid(trained, tmp_path, capsys):
     output = tmp_path / "new" / "grid.png"
-    words = ["--pipeline", str(trained / "export"), "--class_labels", "0", "1", "2", "--num_images", "6", "--num_inference_steps", "3", "--solver", "heun"]
+    words = [
+        "--pipeline",
+        str(trained / "export"),
+        "--class_labels",
+        "0",
+        "1",
+        "2",
+        "--num_images",
+        "6",
+        "--num_inference_steps",
+        "3",
+        "--solver",
+        "heun",
+    ]
     status, out, _ = run(capsys, *words, "--output", str(output), "--seed", "1")
     assert status == 0 and out.startswith(f"{output}: 6 images") and "6 evaluations each" in out
     assert Image.open(output).size == (8 * (3 * 9 + 1), 8 * (2 * 9 + 1))
-    status, out, _ = run(capsys, "--run", str(trained), "--num_inference_steps", "2", "--solver", "euler_maruyama", "--output", str(tmp_path / "b.png"))
+    status, out, _ = run(
+        capsys, "--run", str(trained), "--num_inference_steps", "2", "--solver", "euler_maruyama", "--output", str(tmp_path / "b.png")
+    )
     assert status == 0 and "10 images" in out
 
 
@@ -204,7 +223,7 @@ def test_the_command_draws_a_grid(trained, tmp_path, capsys):
         (["--class_labels", "-1"], "class label -1 is out of range"),
         (["--num_inference_steps", "0"], "num_inference_steps=0"),
         (["--solver", "rk45"], "invalid choice 'rk45'"),
-        (["--solver", "euler_maruyama", "--sigma_t", "forward"], "sigma_t=inf at t=0"),
+        (["--solver", "euler_maruyama", "--sigma_t", "forward", "--num_inference_steps", "2"], "sigma_t=inf at t=0"),
         (["--sigma_scale", "-1"], "sigma_scale=-1.0"),
         (["--guidance_scale", "inf"], "guidance_scale=inf is not finite"),
         (["--run", "x"], "give one of them"),
@@ -214,8 +233,15 @@ def test_the_command_draws_a_grid(trained, tmp_path, capsys):
     ],
 )
 def test_mistakes_are_one_line(trained, tmp_path, capsys, words, message):
-    status, _, error = run(capsys, "--pipeline", str(trained / "export"), "--num_inference_steps", "1", "--output", str(tmp_path / "a.png"), *words)
-    assert status == 2 and message in error.splitlines()[-1] and error.splitlines()[-1].startswith("error: ") and not (tmp_path / "a.png").exists()
+    status, _, error = run(
+        capsys, "--pipeline", str(trained / "export"), "--num_inference_steps", "1", "--output", str(tmp_path / "a.png"), *words
+    )
+    assert (
+        status == 2
+        and message in error.splitlines()[-1]
+        and error.splitlines()[-1].startswith("error: ")
+        and not (tmp_path / "a.png").exists()
+    )
 
 
 def test_folders_that_are_none(trained, tmp_path, capsys):
@@ -242,14 +268,26 @@ def test_a_model_without_classes(digits, tmp_path, capsys):
     assert main(["imagefolder", str(tmp_path / "images"), "--output", str(tmp_path / "shards")]) == 0
     assert fit(tmp_path / "shards", tmp_path / "run", "--export=true") == 0
     folder = str(tmp_path / "run/export")
-    status, out, _ = run(capsys, "--pipeline", folder, "--output", str(tmp_path / "a.png"), "--num_inference_steps", "2", "--num_images", "5")
+    status, out, _ = run(
+        capsys, "--pipeline", folder, "--output", str(tmp_path / "a.png"), "--num_inference_steps", "2", "--num_images", "5"
+    )
     assert status == 0 and "5 images" in out
     assert "model without classes" in run(capsys, "--pipeline", folder, "--guidance_scale", "2")[2]
     assert "model without classes" in run(capsys, "--pipeline", folder, "--class_labels", "0")[2]
 
 
 def test_evaluate_writes_what_it_measured(trained, digits, tmp_path, capsys):
-    words = ["evaluate", "--pipeline", str(trained / "export"), "--reference", str(digits), "--num_images", "60", "--num_inference_steps", "2"]
+    words = [
+        "evaluate",
+        "--pipeline",
+        str(trained / "export"),
+        "--reference",
+        str(digits),
+        "--num_images",
+        "60",
+        "--num_inference_steps",
+        "2",
+    ]
     status, out, _ = run(capsys, *words, "--output", str(tmp_path / "e.json"))
     figures = json.loads((tmp_path / "e.json").read_text())
     assert status == 0 and figures["samples"] == 60 and figures["accuracy_of_held_out"] > 0.97 and "nearest training image" in out

@@ -56,7 +56,9 @@ def test_files_import_from_lower_floors_only(room):
         for level, name in imports(path):
             sibling = name.split(".")[0]
             if level == 1 and sibling in height:
-                assert height[sibling] < height[path.stem], f"{path.name} (floor {height[path.stem]}) imports {sibling} (floor {height[sibling]})"
+                assert height[sibling] < height[path.stem], (
+                    f"{path.name} (floor {height[path.stem]}) imports {sibling} (floor {height[sibling]})"
+                )
 
 
 @pytest.mark.parametrize("path", [*FILES, ROOT / "train.py", ROOT / "sample.py"], ids=lambda p: str(p.relative_to(ROOT)))

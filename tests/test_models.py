@@ -39,7 +39,9 @@ def stock_output(stock, x, t, labels, null):
     return stock(x, 1000 * (1 - t), class_labels=torch.where(labels == null, STOCK_NULL, labels)).sample
 
 
-@pytest.mark.parametrize("options", [DIT, {**DIT, "patch_size": 1, "resolution": 5, "channels": 1}, {**DIT, "patch_size": 4}, {**DIT, "num_classes": 0}, UNET])
+@pytest.mark.parametrize(
+    "options", [DIT, {**DIT, "patch_size": 1, "resolution": 5, "channels": 1}, {**DIT, "patch_size": 4}, {**DIT, "num_classes": 0}, UNET]
+)
 @pytest.mark.parametrize("flip", [True, False])
 @torch.no_grad()
 def test_the_stock_network_gives_our_output(options, flip):
@@ -83,7 +85,14 @@ def test_published_weights_come_in():
     """A stock DiT with random weights, turned into ours, gives its outputs."""
     torch.manual_seed(3)
     stock = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, num_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_eps=1e-6
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        num_layers=2,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=1000,
+        norm_eps=1e-6,
     ).eval()
     with pytest.raises(ValueError, match="differs from block to block"):
         dit_from_stock(stock, 1000, False)
@@ -105,7 +114,9 @@ def test_parts_are_those_of_the_reference():
     convolved = torch.nn.functional.conv2d(x, weight, stride=2).flatten(2).transpose(1, 2)
     torch.testing.assert_close(patches(x, 2) @ weight.flatten(1).T, convolved)
     tokens = torch.arange(9 * 4 * 3).reshape(1, 9, 12)
-    assert unpatch(tokens, 2, 3)[0, 1, 3, 4] == tokens[0, 3 * 1 + 2, 2 * 3 + 1], "row 3, column 4 is token (1, 2), its row 1, column 0, channel 1"
+    assert unpatch(tokens, 2, 3)[0, 1, 3, 4] == tokens[0, 3 * 1 + 2, 2 * 3 + 1], (
+        "row 3, column 4 is token (1, 2), its row 1, column 0, channel 1"
+    )
 
 
 def test_times_are_told_apart():

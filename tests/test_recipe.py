@@ -14,7 +14,9 @@ def recipe(tmp_path, text, name="a.yaml"):
 
 def test_files_flags_and_aliases_fill_one_schema(tmp_path):
     path = recipe(tmp_path, "output_dir: x\ntrain: {max_steps: 5, learning_rate: 1e-3, mixed_precision: null}\nflow: {time: logit_normal}")
-    config = parse(Config, ["--config", path, "--train.max_steps=7", "--lr_warmup_steps", "3", "--use_ema=false", "--log.guidance_scale=-1"], ALIASES)
+    config = parse(
+        Config, ["--config", path, "--train.max_steps=7", "--lr_warmup_steps", "3", "--use_ema=false", "--log.guidance_scale=-1"], ALIASES
+    )
     assert (config.output_dir, config.train.max_steps, config.train.learning_rate, config.train.lr_warmup_steps) == ("x", 7, 1e-3, 3)
     assert config.train.mixed_precision is None and config.ema.enabled is False and config.log.guidance_scale == -1
 
@@ -52,13 +54,13 @@ def test_a_recipe_extends_another(tmp_path):
     ],
 )
 def test_errors_are_one_line_and_say_what_is_known(words, message):
-    with pytest.raises(ValueError, match=".") as error:
+    with pytest.raises(ValueError) as error:
         parse(Config, words, ALIASES)
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_class_path_in_a_recipe_is_data_and_not_code(tmp_path):
-    with pytest.raises(ValueError, match="unknown key 'model.class_path'"):
+    with pytest.raises(ValueError, match=r"unknown key 'model\.class_path'"):
         parse(Config, ["--config", recipe(tmp_path, "model: {class_path: os.system, init_args: {command: id}}")])
     with pytest.raises(ValueError, match="not valid YAML"):
         parse(Config, ["--config", recipe(tmp_path, "output_dir: !!python/object/apply:os.system ['id']")])
