@@ -6,11 +6,31 @@ import oracles
 import pytest
 import torch
 
-from pipeline.flow import SDE_SOLVERS, VE, CondOT, PATHS, Purpose, annealed_langevin, coefficient, convert, denoise, euler, euler_maruyama
-from pipeline.flow import exponential, initial, langevin, noising, normal, predictor_corrector, stochastic_heun, uniform_grid, widen
+from pipeline.flow import (
+    PATHS,
+    SDE_SOLVERS,
+    VE,
+    CondOT,
+    Purpose,
+    annealed_langevin,
+    coefficient,
+    convert,
+    denoise,
+    euler,
+    euler_maruyama,
+    exponential,
+    initial,
+    langevin,
+    noising,
+    normal,
+    predictor_corrector,
+    stochastic_heun,
+    uniform_grid,
+    widen,
+)
 
 MIXTURE = oracles.three()
-COUNT = 6000
+COUNT = 5000
 
 
 def stream(seed, count=COUNT, size=2):
@@ -41,7 +61,7 @@ COEFFICIENTS = {
 @pytest.mark.parametrize("sigma", COEFFICIENTS)
 @pytest.mark.parametrize("name", ["condot", "cosine", "vp", "ve"])
 def test_any_coefficient_keeps_the_marginals(name, sigma):
-    """6000 samples are those of the mixture, whatever sigma_t: below 3.2, which chance passes with probability 3e-9.
+    """5000 samples are those of the mixture, whatever sigma_t: below 3.2, which chance passes with probability 3e-9.
 
     The noise-free last step and the grid are part of it; 160 steps, so that the bias of order h is a fraction of the noise.
     """
@@ -133,7 +153,11 @@ def test_exponential_step_is_exact_where_its_score_is():
                 return unit
 
             seen = []
-            ends.append(exponential(field, x, uniform_grid(steps), path, COEFFICIENTS[sigma], noise, after=lambda y, t, s=seen: s.append((t, y)) or y))
+            ends.append(
+                exponential(
+                    field, x, uniform_grid(steps), path, COEFFICIENTS[sigma], noise, after=lambda y, t, s=seen: s.append((t, y)) or y
+                )
+            )
             for t, y in seen:
                 mean, variance = y[0].item(), (y[1:] - y[0]).square().sum().item()
                 assert abs(mean - 0.7 * t) < 1e-12 and abs(variance - (1 - t) ** 2) < 1e-12, (sigma, t)
@@ -219,7 +243,14 @@ def test_evaluations_are_counted():
 def test_the_last_step_draws_no_noise():
     for solver in SDE_SOLVERS.values():
         asked = []
-        solver(MIXTURE.field(oracles.condot), stream(1, 3)(0), uniform_grid(4), CondOT(), coefficient("noise"), lambda k, a=asked: a.append(k) or stream(2, 3)(k))
+        solver(
+            MIXTURE.field(oracles.condot),
+            stream(1, 3)(0),
+            uniform_grid(4),
+            CondOT(),
+            coefficient("noise"),
+            lambda k, a=asked: a.append(k) or stream(2, 3)(k),
+        )
         assert asked == [0, 1, 2]
 
 
@@ -305,9 +336,17 @@ BAD = {
     "scale": (lambda: coefficient("noise", -1.0), r"sigma_scale=-1\.0"),
     "infinite scale": (lambda: coefficient("noise", math.inf), r"sigma_scale=inf"),
     "negative": (lambda: exponential(FIELD, START, uniform_grid(4), CondOT(), lambda t, c: -c.b, stream(1, 3)), r"sigma_t=-1\.0 at t=0"),
-    "infinite": (lambda: euler_maruyama(FIELD, START, uniform_grid(4), CondOT(), coefficient("forward"), stream(1, 3)), r"sigma_t=inf at t=0.*exponential"),
+    "infinite": (
+        lambda: euler_maruyama(FIELD, START, uniform_grid(4), CondOT(), coefficient("forward"), stream(1, 3)),
+        r"sigma_t=inf at t=0.*exponential",
+    ),
     "nan": (lambda: stochastic_heun(FIELD, START, uniform_grid(4), CondOT(), lambda t, c: t * math.nan, stream(1, 3)), r"sigma_t=nan"),
-    "between": (lambda: exponential(FIELD, START, uniform_grid(1 + 4), CondOT(), lambda t, c: torch.where((t > 0.21) & (t < 0.39), -1.0, 1.0), stream(1, 3)), r"sigma_t=-1"),
+    "between": (
+        lambda: exponential(
+            FIELD, START, uniform_grid(1 + 4), CondOT(), lambda t, c: torch.where((t > 0.21) & (t < 0.39), -1.0, 1.0), stream(1, 3)
+        ),
+        r"sigma_t=-1",
+    ),
     "grid": (lambda: exponential(FIELD, START, torch.tensor([0.5, 0.2]), CondOT(), coefficient("zero"), stream(1, 3)), r"no grid"),
     "start": (lambda: exponential(FIELD, START + math.nan, uniform_grid(2), CondOT(), coefficient("zero"), stream(1, 3)), r"not finite"),
     "langevin step": (lambda: langevin(FAR.score, START, 0.0, 5, stream(1, 3)), r"step=0\.0"),

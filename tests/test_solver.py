@@ -6,8 +6,23 @@ import oracles
 import pytest
 import torch
 
-from pipeline.flow import EDM, GRIDS, ODE_SOLVERS, PATHS, VP, CondOT, Cosine, dormand_prince, euler, grid, heun, multistep, rho_grid, rk4
-from pipeline.flow import shifted_grid, uniform_grid
+from pipeline.flow import (
+    EDM,
+    GRIDS,
+    ODE_SOLVERS,
+    PATHS,
+    VP,
+    CondOT,
+    Cosine,
+    dormand_prince,
+    euler,
+    grid,
+    heun,
+    multistep,
+    rho_grid,
+    shifted_grid,
+    uniform_grid,
+)
 from pipeline.flow.solver import DORMAND_PRINCE, runge_kutta
 
 MIXTURE = oracles.three()

@@ -5,8 +5,25 @@ import math
 import pytest
 import torch
 
-from pipeline.flow import EDM, TIME_LAWS, VE, CondOT, CosMap, Cosine, Discrete, LogitNormal, LogNormalSigma, Mode, Purpose, Shifted, Uniform
-from pipeline.flow import draw_times, importance, resolution_shift, uniform
+from pipeline.flow import (
+    EDM,
+    TIME_LAWS,
+    VE,
+    CondOT,
+    Cosine,
+    CosMap,
+    Discrete,
+    LogitNormal,
+    LogNormalSigma,
+    Mode,
+    Purpose,
+    Shifted,
+    Uniform,
+    draw_times,
+    importance,
+    resolution_shift,
+    uniform,
+)
 from pipeline.flow.time import shift_time
 
 LAWS = {
@@ -43,7 +60,9 @@ def test_density_integrates_to_one(name):
 
 def test_laws_are_those_of_their_papers():
     u = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
-    torch.testing.assert_close(torch.logit(LogitNormal(0.3, 1.7).quantile(torch.tensor([0.5], dtype=torch.float64))), torch.tensor([0.3], dtype=torch.float64))
+    torch.testing.assert_close(
+        torch.logit(LogitNormal(0.3, 1.7).quantile(torch.tensor([0.5], dtype=torch.float64))), torch.tensor([0.3], dtype=torch.float64)
+    )
     theirs = 1 - u - 1.29 * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)  # Esser et al., eq. 20, t = 1 noise
     torch.testing.assert_close(Mode().quantile(u), 1 - theirs)
     torch.testing.assert_close(CosMap().quantile(u), 1 - 1 / (torch.tan(math.pi / 2 * u) + 1))
