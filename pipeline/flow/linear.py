@@ -162,7 +162,7 @@ class LinearPath:
 def require_gaussian(path: object, what: str) -> None:
     """A ValueError when a Gaussian path is needed and a general one is given."""
     if isinstance(path, LinearPath):
-        raise ValueError(f"{what} needs the score of a Gaussian path, not a general linear one. Use Objective for its velocity.")  # noqa: TRY004
+        raise ValueError(f"{what} needs the score of a Gaussian path, not a general linear one. Use Objective for its velocity.")
 
 
 def finite_field(path: LinearPath, points: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
