@@ -31,7 +31,7 @@ class Mixture:
         """Responsibilities (B, K), C_k^-1 (x - a m_k) (B, K, D), log-densities with weights (B, K), and C_k."""
         c = a**2 * self.covariances + b**2 * torch.eye(self.means.shape[1], dtype=x.dtype)
         left = x[:, None] - a * self.means
-        solved = torch.linalg.solve(c, left[..., None])[..., 0]
+        solved = torch.einsum("kij,bkj->bki", torch.linalg.inv(c), left)
         log = torch.log(self.weights) - (left * solved).sum(-1) / 2 - torch.linalg.slogdet(2 * math.pi * c)[1] / 2
         return torch.softmax(log, 1), solved, log, c
 
@@ -57,7 +57,9 @@ class Mixture:
 
     def velocity(self, x: Tensor, a: float, b: float, da: float, db: float) -> Tensor:
         """E[da z + db eps | x_t = x], (B, D)."""
-        return da * self.data(x, a, b) + db * self.noise(x, a, b)
+        r, solved, _, _ = self._parts(x, a, b)
+        data = self.means + a * torch.einsum("kij,bkj->bki", self.covariances, solved)
+        return (r[..., None] * (da * data + db * b * solved)).sum(1)
 
     def field(self, coefficients):
         """The velocity as a field of (x, t) with one t for all; `coefficients` maps a float to (a, b, da, db)."""

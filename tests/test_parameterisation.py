@@ -44,7 +44,9 @@ def test_targets_are_their_definitions(name):
 def test_marginal_fields_of_a_mixture_convert_into_one_another(name, t):
     """Posterior means obey the same identities: score, velocity and data of section 9, all from the velocity."""
     mixture, (a, b, da, db) = oracles.three(), oracles.BY_HAND[name](t)
-    x = a * mixture.sample(9, torch.Generator().manual_seed(1)) + b * torch.randn(9, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    x = a * mixture.sample(9, torch.Generator().manual_seed(1)) + b * torch.randn(
+        9, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     c = PATHS[name]()(widen(torch.full((9,), t, dtype=torch.float64), x))
     velocity = mixture.velocity(x, a, b, da, db)
     for kind, exact in (("score", mixture.score(x, a, b)), ("data", mixture.data(x, a, b)), ("noise", mixture.noise(x, a, b))):
@@ -115,7 +117,9 @@ def test_a_model_of_any_kind_becomes_the_same_velocity_field(kind):
     x = torch.randn(5, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     t = torch.full((5,), 0.37, dtype=torch.float64)
     torch.testing.assert_close(velocity_field(model, PATHS["cosine"](), kind)(x, t), mixture.velocity(x, *oracles.cosine(0.37)))
-    torch.testing.assert_close(finish(velocity_field(model, PATHS["cosine"](), kind), x, 0.37, PATHS["cosine"]()), mixture.data(x, *oracles.cosine(0.37)[:2]))
+    torch.testing.assert_close(
+        finish(velocity_field(model, PATHS["cosine"](), kind), x, 0.37, PATHS["cosine"]()), mixture.data(x, *oracles.cosine(0.37)[:2])
+    )
 
 
 def test_conversion_stays_in_single_precision_under_autocast():
@@ -131,7 +135,10 @@ def test_conversion_stays_in_single_precision_under_autocast():
 def test_karras_preconditioning_has_unit_input_and_unit_target(name):
     """For data of standard deviation sigma_data the wrapped network sees unit variance, and a unit error weighs one at every time."""
     sigma, generator = 0.5, torch.Generator().manual_seed(1)
-    data, noise = sigma * torch.randn(40_000, generator=generator, dtype=torch.float64), torch.randn(40_000, generator=generator, dtype=torch.float64)
+    data, noise = (
+        sigma * torch.randn(40_000, generator=generator, dtype=torch.float64),
+        torch.randn(40_000, generator=generator, dtype=torch.float64),
+    )
     for time in (0.02, 0.5, 0.98):
         t = torch.full((40_000,), time, dtype=torch.float64)
         x, c = interpolate(PATHS[name](), data[:, None], noise[:, None], t)

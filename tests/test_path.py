@@ -6,8 +6,24 @@ import oracles
 import pytest
 import torch
 
-from pipeline.flow import DDPM, EDM, PATHS, VE, VP, CondOT, LinearPath, NormalPrior, UniformPrior, finite_field, heun, initial, interpolate
-from pipeline.flow import step_variances, uniform_grid, widen
+from pipeline.flow import (
+    DDPM,
+    EDM,
+    PATHS,
+    VE,
+    VP,
+    CondOT,
+    LinearPath,
+    NormalPrior,
+    UniformPrior,
+    finite_field,
+    heun,
+    initial,
+    interpolate,
+    step_variances,
+    uniform_grid,
+    widen,
+)
 
 INSIDE = torch.linspace(0.013, 0.987, 41, dtype=torch.float64)
 

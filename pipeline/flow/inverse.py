@@ -192,8 +192,9 @@ def reconstruction(
             return c.b**2 / c.a * product
 
         with torch.no_grad():
-            left = y - measure(data)
-            _check_shape(left, y)
+            seen = measure(data)
+            _check_shape(y, seen)
+            left = y - seen
             variance = (data_std * c.b) ** 2 / ((data_std * c.a) ** 2 + c.b**2)
             size = measure.gain * variance + noise_std**2
             weights = left / size

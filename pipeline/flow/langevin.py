@@ -19,8 +19,8 @@ from torch import Tensor
 
 from .field import Field, velocity_and_score
 from .grid import intervals
-from .parameterisation import convert
-from .path import Path, widen
+from .parameterisation import change
+from .path import Path
 from .sde import Coefficient, Noise, exponential_plan
 from .solver import After, Solution, at, begin, finish
 
@@ -111,10 +111,17 @@ def predictor_corrector(
     steps, x, draw = intervals(times), begin(x), 0
     times = times.detach().double().cpu()
     plan = torch.stack(list(exponential_plan(path, times, sigma)), 1).tolist()
-    beta = path(times).b.tolist()
-    for k, (s, t) in enumerate(steps):
+    c = path(times[:-1])
+    beta, of_x, of_velocity = c.b.tolist(), *(part.tolist() for part in change("velocity", "score", c))
+
+    def both(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Velocity and score at a time of the grid."""
+        velocity, score = velocity_and_score(field(x, at(steps[k][0], x)))
+        return velocity, torch.add(x * of_x[k], velocity, alpha=of_velocity[k]) if score is None else score
+
+    for k, (_, t) in enumerate(steps):
         p, q, of_score, of_noise = plan[k]
-        velocity, score = _both(field, x, s, path)
+        velocity, score = both(x, k)
         x = torch.add(x * p, velocity, alpha=q)
         if of_score:
             x = torch.add(x, score, alpha=of_score)
@@ -122,17 +129,10 @@ def predictor_corrector(
             x, draw = torch.add(x, noise(draw), alpha=of_noise), draw + 1
         for _ in range(corrections if k + 1 < len(steps) else 0):
             h = 4 * (snr * beta[k + 1]) ** 2
-            x = torch.add(torch.add(x, _both(field, x, t, path)[1], alpha=h / 2), noise(draw), alpha=math.sqrt(h))
+            x = torch.add(torch.add(x, both(x, k + 1)[1], alpha=h / 2), noise(draw), alpha=math.sqrt(h))
             draw += 1
         x = after(x, t) if after else x
     return finish(x, len(steps) + (len(steps) - 1) * corrections)
-
-
-def _both(field: Field, x: Tensor, t: float, path: Path) -> tuple[Tensor, Tensor]:
-    """Velocity and score at one time."""
-    now = at(t, x)
-    velocity, score = velocity_and_score(field(x, now))
-    return velocity, convert(velocity, "velocity", "score", x, path(widen(now, x))) if score is None else score
 
 
 def _check(step: float, steps: int) -> None:

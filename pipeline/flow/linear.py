@@ -65,7 +65,9 @@ class UniformPrior:
 
     def __post_init__(self) -> None:
         if not (-math.inf < self.low < self.high < math.inf and 0 <= self.softness < math.inf):
-            raise ValueError(f"uniform prior on [{self.low}, {self.high}], softness {self.softness}: low < high, softness >= 0, all finite.")
+            raise ValueError(
+                f"uniform prior on [{self.low}, {self.high}], softness {self.softness}: low < high, softness >= 0, all finite."
+            )
 
     def draw(self, seed: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
         u, edge = uniform(seed, Purpose.NOISE, step, index, (2, *shape)).unbind(1)
@@ -160,7 +162,7 @@ class LinearPath:
 def require_gaussian(path: object, what: str) -> None:
     """A ValueError when a Gaussian path is needed and a general one is given."""
     if isinstance(path, LinearPath):
-        raise ValueError(f"{what} needs the score of a Gaussian path, not a general linear one. Use Objective for its velocity.")  # noqa: TRY004
+        raise ValueError(f"{what} needs the score of a Gaussian path, not a general linear one. Use Objective for its velocity.")
 
 
 def finite_field(path: LinearPath, points: Tensor) -> Callable[[Tensor, Tensor], Tensor]:

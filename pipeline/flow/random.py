@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
+_ALL = (1 << 64) - 1
 _MIX1 = -0x40A7B892E31B1A47
 _MIX2 = -0x6B2FB644ECCEEE15
 
@@ -40,14 +41,23 @@ class Purpose(IntEnum):
 
 def _shift(x: Tensor, bits: int) -> Tensor:
     """Logical shift to the right; torch's own keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser: a bijection of 64-bit integers that changes half the bits for one."""
-    x = (x ^ _shift(x, 30)) * _MIX1
-    x = (x ^ _shift(x, 27)) * _MIX2
-    return x ^ _shift(x, 31)
+    """SplitMix64's finaliser, in place: a bijection of 64-bit integers that changes half the bits for one."""
+    x.bitwise_xor_(_shift(x, 30)).mul_(_MIX1)
+    x.bitwise_xor_(_shift(x, 27)).mul_(_MIX2)
+    return x.bitwise_xor_(_shift(x, 31))
+
+
+def _fold(key: int, part: int) -> int:
+    """One whole number folded into a key: `_mix((key ^ part) + golden)` in Python's integers, as a signed 64-bit one."""
+    x = ((key ^ part) + _GOLDEN) & _ALL
+    x = ((x ^ (x >> 30)) * _MIX1) & _ALL
+    x = ((x ^ (x >> 27)) * _MIX2) & _ALL
+    x ^= x >> 31
+    return x - ((x >> 63) << 64)
 
 
 def _keys(seed: int, purpose: Purpose, step: int, index: Tensor) -> Tensor:
@@ -56,16 +66,14 @@ def _keys(seed: int, purpose: Purpose, step: int, index: Tensor) -> Tensor:
         raise ValueError(
             f"index has shape {tuple(index.shape)} and dtype {index.dtype}: one whole number per sample, (B,). Use torch.arange."
         )
-    key = torch.zeros_like(index, dtype=torch.int64)
-    for part in (seed, int(purpose), step, index.to(torch.int64)):
-        key = _mix((key ^ part) + _GOLDEN)
-    return key
+    key = _fold(_fold(_fold(0, seed), int(purpose)), step)
+    return _mix((index.to(torch.int64) ^ key).add_(_GOLDEN))
 
 
 def _bits(keys: Tensor, count: int) -> Tensor:
     """`count` hashed 64-bit integers for each key: (B, count)."""
     counter = torch.arange(1, count + 1, device=keys.device, dtype=torch.int64)
-    return _mix(keys[:, None] + counter * _GOLDEN)
+    return _mix(counter.mul_(_GOLDEN) + keys[:, None])
 
 
 def uniform(seed: int, purpose: Purpose, step: int, index: Tensor, shape: tuple[int, ...] = ()) -> Tensor:
@@ -101,9 +109,9 @@ def normal(seed: int, purpose: Purpose, step: int, index: Tensor, shape: tuple[i
     """
     size = math.prod(shape)
     bits = _bits(_keys(seed, purpose, step, index), (size + 1) // 2)
-    high, low = _shift(bits, 32).double(), (bits & 0xFFFFFFFF).double()
-    radius = torch.sqrt(-2 * torch.log((high + 0.5) / 2.0**32))
-    angle = low * (2 * math.pi / 2.0**32)
+    high, low = _shift(bits, 32).double(), bits.bitwise_and_(0xFFFFFFFF).double()
+    radius = high.add_(0.5).mul_(2.0**-32).log_().mul_(-2).sqrt_()
+    angle = low.mul_(2 * math.pi / 2.0**32)
     pairs = torch.cat([radius * torch.cos(angle), radius * torch.sin(angle)], dim=1)
     return pairs[:, :size].float().reshape(len(index), *shape)
 

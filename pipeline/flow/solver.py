@@ -206,8 +206,9 @@ def dormand_prince(
     h, evaluations = (grid[-1][1] - grid[0][0]) / 20, 0
     for k, (s, t) in enumerate(grid):
         if last_euler and k + 1 == len(grid):
+            evaluations += slope is None
             slope = velocity_and_score(field(x, at(s, x)))[0] if slope is None else slope
-            x, evaluations = torch.add(x, slope, alpha=t - s), evaluations + 1
+            x = torch.add(x, slope, alpha=t - s)
             s = t
         while s < t:
             end = t if s + 1.01 * h >= t else s + h

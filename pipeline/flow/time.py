@@ -235,7 +235,8 @@ def draw_times(law: TimeLaw, seed: int, step: int, index: Tensor, batch: int | N
             rotated by a random number in every step, so that no position is tied to a time.
 
     Returns:
-        (B,), float64, in [0, 1].
+        (B,), float32, in [0, 1]. Computed in float64, so that the rounded
+        result does not depend on vector widths and batch sizes.
 
     Raises:
         ValueError: an index outside the batch that is stratified over.
@@ -249,7 +250,7 @@ def draw_times(law: TimeLaw, seed: int, step: int, index: Tensor, batch: int | N
         rotation = uniform(seed, Purpose.TIME, step, torch.full_like(index[:1], -1))
         u = (((index * _stride(batch)) % batch + u) / batch + rotation) % 1
         u = u.clamp(2.0**-53, 1 - 2.0**-53)
-    return law.quantile(u)
+    return law.quantile(u).float()
 
 
 def _stride(batch: int) -> int:

@@ -1,0 +1,75 @@
+"""Couplings: the assignment is the cheapest, uses every noise once, and keeps to its class."""
+
+import itertools
+
+import pytest
+import torch
+from scipy.optimize import linear_sum_assignment
+
+from pipeline.flow import assign, couple
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 96])
+@pytest.mark.parametrize("kind", ["normal", "integer", "line"])
+def test_assignment_costs_what_scipys_does(n, kind):
+    cost = {"normal": draw(n, n), "integer": (draw(n, n) * 2).round(), "line": (draw(n, 1) - draw(1, n, seed=1)) ** 2}[kind]
+    columns = assign(cost)
+    assert sorted(columns.tolist()) == list(range(n))
+    rows, best = linear_sum_assignment(cost.numpy())
+    assert abs(cost[torch.arange(n), columns].sum().item() - cost.numpy()[rows, best].sum()) < 1e-9
+
+
+def test_assignment_is_the_best_of_all_permutations():
+    for seed in range(20):
+        cost = draw(6, 6, seed=seed)
+        best = min(sum(cost[i, j].item() for i, j in enumerate(order)) for order in itertools.permutations(range(6)))
+        assert abs(cost[torch.arange(6), assign(cost)].sum().item() - best) < 1e-12
+
+
+def test_coupling_on_a_line_sorts():
+    """In one dimension optimal transport keeps the order."""
+    data, noise = draw(33, 1), draw(33, 1, seed=1)
+    coupled = couple(data, noise)
+    assert torch.equal(coupled[data[:, 0].argsort(), 0], noise[:, 0].sort().values)
+
+
+def test_every_noise_is_used_once_and_travel_is_shorter():
+    data, noise = draw(40, 3, 2, 5), draw(40, 3, 2, 5, seed=1)
+    coupled = couple(data, noise)
+    assert {tuple(row) for row in coupled.flatten(1).tolist()} == {tuple(row) for row in noise.flatten(1).tolist()}
+    assert (data - coupled).square().sum() < (data - noise).square().sum()
+
+
+def test_noise_stays_in_its_class():
+    """Then the noise of a class is what it was: a conditional model starts from N(0, I)."""
+    data, noise, labels = draw(30, 2), draw(30, 2, seed=1), torch.arange(30) % 3
+    coupled = couple(data, noise, labels)
+    for label in range(3):
+        mine = labels == label
+        assert {tuple(row) for row in coupled[mine].tolist()} == {tuple(row) for row in noise[mine].tolist()}
+        assert torch.equal(coupled[mine], couple(data[mine], noise[mine]))
+
+
+def test_the_assignment_can_be_given():
+    data, noise = draw(20, 2), draw(20, 2, seed=1)
+    theirs = couple(data, noise, assignment=lambda cost: torch.as_tensor(linear_sum_assignment(cost.numpy())[1]))
+    assert torch.equal(theirs, couple(data, noise))
+
+
+BAD = {
+    "shapes": (lambda: couple(draw(3, 2), draw(3, 1)), r"\(3, 2\) and noise \(3, 1\) differ"),
+    "labels": (lambda: couple(draw(3, 2), draw(3, 2), torch.zeros(2)), r"labels \(2,\)"),
+    "square": (lambda: assign(draw(3, 2)), r"\(3, 2\): a square matrix"),
+    "nan": (lambda: couple(draw(3, 2) * torch.nan, draw(3, 2)), r"finite numbers"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_refused_with_the_reason(case):
+    call, message = BAD[case]
+    with pytest.raises(ValueError, match=message):
+        call()
