@@ -1,6 +1,6 @@
 """Sample, evaluate and export: `python sample.py --pipeline runs/digits/export --class_labels 0 1 2 --output three.png`.
 
-Verbs: `images` (the default), `evaluate`, `export`; each has its own `--help`.
+Verbs: `images` (the default), `evaluate`, `export`, `likelihood`, `restore`; each has its own `--help`.
 """
 
 from __future__ import annotations
@@ -8,99 +8,46 @@ from __future__ import annotations
 import os
 import sys
 
-from pipeline.stopping import Stopper
+from pipeline.process import Stopper
 
 Stopper()  # before the slow imports: from here on Ctrl-C is a clean exit
 
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import models
-from data.decode import to_unit
+from data.decode import decode_image, to_unit
 from data.stream import Shards
 from models.convert import to_stock
 from pipeline.checkpoint import Store, load_state, load_tensors
 from pipeline.config import Config, model_options
+from pipeline.density import affordable, bits
 from pipeline.evaluate import evaluate
 from pipeline.export import Card, open_folder, save_image, write_folder
-from pipeline.generate import Sampler, Source, generate, grid, network_source
+from pipeline.generate import Source, check_labels, generate, grid, network_source
+from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore
 from pipeline.recipe import build, parse
+from pipeline.restore import measurement, restore
 from pipeline.tracking import last_loss
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """What every verb that samples takes."""
+def source_of(options: Model) -> Source:
+    """The field to sample from.
 
-    pipeline: str = ""  # an exported folder; or give --run
-    run: str = ""  # a run's folder: its newest checkpoint is sampled, averaged weights
-    guidance_scale: float = 1.0  # 1 is none
-    num_inference_steps: int = 25  # solver steps; evaluations are reported
-    solver: Literal[
-        "euler", "midpoint", "heun", "rk4", "multistep", "dormand_prince", "exponential", "euler_maruyama", "stochastic_heun"
-    ] = "heun"  # euler to dormand_prince follow the ODE, exponential to stochastic_heun the SDE
-    sigma_t: Literal["zero", "constant", "noise", "forward"] = (
-        "noise"  # diffusion coefficient of the SDE; noise is in proportion to the path's
-    )
-    sigma_scale: float = 1.0  # factor on sigma_t
-    seed: int = 0  # image i is a function of (seed, i)
-    batch_size: int = 256  # images at once
-
-    def sampler(self) -> Sampler:
-        """The options as the pipeline knows them."""
-        return Sampler(self.solver, self.num_inference_steps, self.guidance_scale, self.sigma_t, self.sigma_scale)
-
-    def source(self) -> Source:
-        """The field to sample from.
-
-        Raises:
-            ValueError: neither or both of --pipeline and --run, or a folder that is none.
-        """
-        if bool(self.pipeline) == bool(self.run):
-            raise ValueError(f"--pipeline={self.pipeline!r} and --run={self.run!r}: give one of them, an exported folder or a run's.")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return open_folder(self.pipeline, device) if self.pipeline else Trained(Path(self.run)).source(device)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Images(Sampling):
-    """Sample images and write them as one grid."""
-
-    class_labels: tuple[int, ...] = ()  # classes; taken in turn until there are num_images. None: all in turn
-    num_images: int = 0  # images in all; 0 for one of each label
-    output: str = "samples.png"  # the grid
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluate(Sampling):
-    """Compare samples with real images: accuracy, diversity, memorisation. For small labelled images."""
-
-    reference: str = ""  # folder of shards with a split to train on and one held out
-    num_images: int = 1000  # samples, the same number of each class
-    guidance_scale: float = 2.0  # 1 is none
-    train_split: str = "train"  # what the model was trained on
-    held_out_split: str = "val"  # what it was not
-    output: str = ""  # figures as JSON; by default evaluation.json in the pipeline's or the run's folder
-    min_accuracy: float = 0.0  # fail below this share of samples in their class
-    min_diversity: float = 0.0  # fail below this ratio to real images
-    min_nearest: float = 0.0  # fail below this ratio of distances to the nearest training image
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """Write a run's averaged weights as a folder that stock diffusers loads."""
-
-    run: str = ""  # the run's folder; its newest checkpoint is taken
-    checkpoint: str = ""  # another of its checkpoints
-    output: str = ""  # the folder; by default `export` in the run's
+    Raises:
+        ValueError: neither or both of --pipeline and --run, or a folder that is none.
+    """
+    if bool(options.pipeline) == bool(options.run):
+        raise ValueError(f"--pipeline={options.pipeline!r} and --run={options.run!r}: give one of them, an exported folder or a run's.")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return open_folder(options.pipeline, device) if options.pipeline else Trained(Path(options.run)).source(device)
 
 
 class Trained:
@@ -145,7 +92,7 @@ class Trained:
 
 def images(options: Images) -> int:
     """Sample a grid and print its path."""
-    source, sampler = options.source(), options.sampler()
+    source, sampler = source_of(options), options.sampler()
     classes = options.class_labels or tuple(range(source.num_classes))
     if options.class_labels and not source.num_classes:
         raise ValueError(f"--class_labels {options.class_labels[0]} of a model without classes: leave the option out.")
@@ -167,7 +114,7 @@ def compare(options: Evaluate) -> int:
     shards = {
         name: Shards(options.reference, split) for name, split in (("train", options.train_split), ("held out", options.held_out_split))
     }
-    source = options.source()
+    source = source_of(options)
     channels, resolution = source.shape[0], source.shape[-1]
     train, held_out = (_read_all(s, channels, resolution) for s in shards.values())
     if source.num_classes != len(shards["train"].manifest.class_names) or not source.num_classes:
@@ -196,9 +143,10 @@ def compare(options: Evaluate) -> int:
     return 0 if all(figure >= least for figure, least in wanted) else 1
 
 
-def _read_all(shards: Shards, channels: int, resolution: int) -> tuple[Tensor, Tensor]:
-    """Every image of a split, in -1..1, and its class."""
-    pairs = [shards.pixels(s, n, channels, resolution) for s, count in enumerate(shards.counts) for n in range(count)]
+def _read_all(shards: Shards, channels: int, resolution: int, most: int | None = None) -> tuple[Tensor, Tensor]:
+    """The images of a split, in -1..1, and their classes; the first `most` of them."""
+    places = [(s, n) for s, count in enumerate(shards.counts) for n in range(count)][:most]
+    pairs = [shards.pixels(s, n, channels, resolution) for s, n in places]
     return to_unit(torch.from_numpy(np.stack([pixels for pixels, _ in pairs]))), torch.tensor([label for _, label in pairs])
 
 
@@ -211,10 +159,61 @@ def export(options: Export) -> int:
     return 0
 
 
+def likelihood(options: Likelihood) -> int:
+    """Measure and print bits per dimension."""
+    if not options.reference:
+        raise ValueError("--reference is missing: give a folder of shards, as --reference runs/digits/shards.")
+    source = source_of(options)
+    real, labels = _read_all(Shards(options.reference, options.split), source.shape[0], source.shape[-1], options.num_images)
+    if options.unconditional or not source.num_classes:
+        labels = torch.full_like(labels, source.null)
+    else:
+        check_labels(labels, source.num_classes)
+    exact = affordable(source.shape) and not options.estimate
+    print(bits(source, real, labels, steps=options.num_inference_steps, seed=options.seed, exact=exact, batch_size=options.batch_size))
+    return 0
+
+
+def restored(options: Restore) -> int:
+    """Restore an image and write what was left of it, then the samples."""
+    for name in ("input", *(["mask"] if options.task == "inpaint" else [])):
+        if not Path(getattr(options, name)).is_file():
+            raise ValueError(f"--{name} {getattr(options, name)!r} is no file: give an image.")
+    source = source_of(options)
+    channels, _, side = source.shape
+    mask = torch.from_numpy(decode_image(Path(options.mask).read_bytes(), 1, side)[0] > 127) if options.task == "inpaint" else None
+    measure = measurement(options.task, source.shape, mask, options.factor)
+    small = options.task == "super_resolution"
+    given = to_unit(torch.from_numpy(decode_image(Path(options.input).read_bytes(), channels, side // options.factor if small else side)))
+    y = given if small else measure(given[None])[0]
+    label = None if options.class_label == -1 else options.class_label
+    made = restore(
+        source,
+        measure,
+        y,
+        options.sampler(),
+        label=label,
+        count=options.num_images,
+        seed=options.seed,
+        method=options.method,
+        noise_std=options.noise_std,
+    )
+    difference = (measure(made) - y).square().mean().sqrt().item()
+    left = measure.pseudo_inverse(y[None]).clamp(-1, 1)
+    save_image(grid(torch.cat([left, made]), options.num_images + 1, scale=max(1, 64 // side)), Path(options.output))
+    print(
+        f"{options.output}: the input as measured, then {options.num_images} "
+        f"samples; they differ from it by {difference:.4f} (root mean square, -1..1)"
+    )
+    return 0
+
+
 VERBS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "images": (Images, images),
     "evaluate": (Evaluate, compare),
     "export": (Export, export),
+    "likelihood": (Likelihood, likelihood),
+    "restore": (Restore, restored),
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-from pipeline.stopping import Stopper
+from pipeline.process import Stopper
 
 STOPPER = Stopper()  # before the slow imports: from here on Ctrl-C is a clean exit
 
@@ -24,12 +24,12 @@ from models.condition import drop
 from models.convert import to_stock
 from pipeline import launch
 from pipeline.checkpoint import Store, choose
-from pipeline.config import ALIASES, Config, FlowConfig, model_options
+from pipeline.config import ALIASES, Config, model_options
 from pipeline.ema import Ema
 from pipeline.export import Card, check_exportable, save_image, write_folder
-from pipeline.flow import PATHS, LogitNormal, Objective, TimeLaw, Uniform
 from pipeline.generate import Sampler, generate, grid, network_source
 from pipeline.loop import Run, fit
+from pipeline.method import Method
 from pipeline.optim import adamw
 from pipeline.recipe import as_mapping, parse
 from pipeline.tracking import Log, Meter, last_loss
@@ -103,6 +103,8 @@ def assemble(config: Config, shards: Shards, accelerator: Accelerator) -> Run:
     if config.train.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, adamw(network, config.train))
+    shape = (config.data.channels, config.data.resolution, config.data.resolution)
+    method = Method(config.flow, shape, config.train.batch_size)
     settings = as_mapping(config)
     data = {key: settings["data"][key] for key in ("split", "resolution", "channels", "horizontal_flip", "shuffle_block")}
     facts = {
@@ -118,8 +120,7 @@ def assemble(config: Config, shards: Shards, accelerator: Accelerator) -> Run:
         model=model,
         ema=ema,
         optimizer=optimizer,
-        objective=Objective(PATHS[config.flow.path](), config.flow.predict),
-        law=time_law(config.flow),
+        method=method,
         encode=to_unit,
         drop_label=partial(drop, null=len(names), probability=config.train.label_dropout),
         store=Store(Path(config.output_dir), config.checkpoint.keep),
@@ -128,11 +129,6 @@ def assemble(config: Config, shards: Shards, accelerator: Accelerator) -> Run:
         meter=Meter(accelerator),
         sample=sample_grid,
     )
-
-
-def time_law(flow: FlowConfig) -> TimeLaw:
-    """The law of t that a recipe names."""
-    return LogitNormal(flow.time_mean, flow.time_std) if flow.time == "logit_normal" else Uniform()
 
 
 def sample_grid(run: Run) -> None:

@@ -65,7 +65,7 @@ def decode_image(data: bytes, channels: int, resolution: int, mirror: bool = Fal
         image = ImageOps.fit(image, (resolution, resolution), method=Image.Resampling.LANCZOS)
     pixels = np.asarray(image, np.uint8)
     pixels = pixels[:, ::-1] if mirror else pixels
-    return np.ascontiguousarray(pixels.reshape(resolution, resolution, channels).transpose(2, 0, 1))
+    return np.array(pixels.reshape(resolution, resolution, channels).transpose(2, 0, 1), order="C")
 
 
 def to_unit(pixels: Tensor) -> Tensor:

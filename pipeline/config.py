@@ -58,16 +58,32 @@ class UNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """What is learned: the path, the prediction, the law of t."""
+    """What is learned: the path, the prediction, the law of t. docs/theory.md explains each name."""
 
-    path: Literal["condot", "cosine"] = "condot"  # how signal and noise are mixed over time
-    predict: Literal["velocity", "noise", "data", "score"] = "velocity"  # what the network outputs
-    time: Literal["uniform", "logit_normal"] = "uniform"  # law of t in training
-    time_mean: float = 0.0  # logit of t; of the logit-normal law
-    time_std: float = 1.0  # logit of t; of the logit-normal law
+    path: Literal["condot", "cosine", "vp", "sub_vp", "ve", "edm", "ddpm", "ddpm_scaled_linear", "ddpm_cosine"] = (
+        "condot"  # how signal and noise are mixed over time
+    )
+    prior: Literal["normal", "uniform"] = "normal"  # where the path starts; uniform, of unit variance, on condot only
+    predict: Literal["velocity", "noise", "data", "score", "v"] = "velocity"  # what the network outputs
+    objective: Literal["regression", "explicit", "sliced"] = "regression"  # explicit and sliced score matching need predict=score
+    weighting: Literal["none", "velocity", "likelihood", "min_snr", "edm"] = "none"  # how errors count over time
+    min_snr_gamma: float = 5.0  # signal-to-noise ratio at which min_snr caps
+    precondition: bool = False  # scale the network the Karras way, with predict=data; always so on edm
+    sigma_data: float = 0.5  # standard deviation of the data, for precondition and the weighting edm
+    time: Literal["uniform", "logit_normal", "mode", "cosmap", "log_normal_sigma", "discrete"] = (
+        "uniform"  # law of t in training; discrete are DDPM's thousand steps
+    )
+    time_mean: float = 0.0  # logit of t for logit_normal, log of sigma for log_normal_sigma
+    time_std: float = 1.0  # of the same
+    time_scale: float = 1.29  # bump of the law mode, -1 to 1.75
+    time_shift: float = 1.0  # above 1 moves the law towards the noise, for higher resolutions; 1 is none
+    stratified: bool = False  # spread the times of each global batch evenly
+    coupling: Literal["independent", "optimal_transport"] = "independent"  # which noise goes with which image; among images of one class
+    coupling_group: int = 32  # images assigned to one another by optimal_transport; divides the micro-batch
 
     def __post_init__(self) -> None:
         _require(self.time_std > 0, "flow.time_std", self.time_std, "a standard deviation is positive. Use 1.0.")
+        _require(self.time_shift > 0, "flow.time_shift", self.time_shift, "a shift is positive; 1 is none.")
 
 
 @dataclass(frozen=True, kw_only=True)

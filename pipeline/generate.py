@@ -21,17 +21,24 @@ from .flow import (
     SDE_SOLVERS,
     Path,
     Prediction,
+    Prior,
     Purpose,
+    Solution,
     coefficient,
+    denoise,
     guide,
     initial,
     normal,
     singular,
-    uniform_grid,
     velocity_field,
 )
-from .flow.field import ConditionalField
+from .flow import grid as time_grid
+from .flow.field import ConditionalField, Field
+from .flow.solver import After
+from .method import prior_of, scaled
 
+LEFT_NOISE = 1e-6
+"""A path that ends on more noise than this is ended by its data prediction."""
 NEAR_NOISE = 1e-3
 """Where sampling begins if the field is singular at t = 0, as one that predicts noise is: diffusers' own first step is there too."""
 
@@ -53,23 +60,34 @@ class Source:
     """From the end of the path to images in -1..1, (B, C, H, W)."""
     predict: Prediction = "velocity"
     """What the network gives, which says where on the path the field is singular."""
+    prior: Prior | None = None
+    """Where the path starts, unless at N(0, I); then there is no score, and no SDE."""
 
 
 def network_source(
     network: nn.Module, flow: FlowConfig, shape: tuple[int, ...], num_classes: int, decode: Callable[[Tensor], Tensor]
 ) -> Source:
     """A network of ours as a source; its null class is `num_classes`."""
-    device = next(network.parameters()).device
     path = PATHS[flow.path]()
-    return Source(velocity_field(network, path, flow.predict), path, shape, num_classes, num_classes, device, decode, flow.predict)
+    return Source(
+        field=velocity_field(scaled(network, flow), path, flow.predict),
+        path=path,
+        shape=shape,
+        num_classes=num_classes,
+        null=num_classes,
+        device=next(network.parameters()).device,
+        decode=decode,
+        predict=flow.predict,
+        prior=prior_of(flow),
+    )
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How a field is followed.
+    """How a field is followed; `options.Sampling` explains each field.
 
     Raises:
-        ValueError: an unknown solver or coefficient, fewer than one step.
+        ValueError: an unknown solver, coefficient or grid, fewer than one step.
     """
 
     solver: str = "heun"
@@ -77,17 +95,27 @@ class Sampler:
     guidance_scale: float = 1.0
     sigma_t: str = "noise"
     sigma_scale: float = 1.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_rescale: float = 0.0
+    grid: str = "uniform"
+    grid_shift: float = 3.0
+    grid_rho: float = 7.0
+    tolerance: float = 1e-5
 
     def __post_init__(self) -> None:
         known = (*ODE_SOLVERS, *SDE_SOLVERS)
         if self.solver not in known:
             raise ValueError(f"solver={self.solver!r} is unknown: choose one of {', '.join(known)}.")
         coefficient(self.sigma_t, self.sigma_scale)
-        uniform_grid(self.steps)
+        time_grid(self.grid, self.steps, shift=self.grid_shift, rho=self.grid_rho)
 
     def times(self, source: Source) -> Tensor:
-        """The grid, (steps + 1,): from 0, or NEAR_NOISE where the field is singular at 0, to 1."""
-        return uniform_grid(self.steps, NEAR_NOISE if singular(source.path, source.predict, 0.0) else 0.0)
+        """The grid, (steps + 1,): from 0, or NEAR_NOISE where the field is singular at 0, to 1. An adaptive solver chooses inside."""
+        begin = NEAR_NOISE if singular(source.path, source.predict, 0.0) else 0.0
+        if self.solver == "dormand_prince":
+            inner = [1 - NEAR_NOISE] if singular(source.path, source.predict, 1.0) else []
+            return torch.tensor([begin, *inner, 1.0], dtype=torch.float64)
+        return time_grid(self.grid, self.steps, path=source.path, shift=self.grid_shift, rho=self.grid_rho, start=begin)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
@@ -134,18 +162,61 @@ def generate(source: Source, labels: Tensor, sampler: Sampler, *, seed: int, fir
     return Samples(torch.cat(images), evaluations)
 
 
-def _solve(source: Source, labels: Tensor, sampler: Sampler, seed: int, index: Tensor) -> tuple[Tensor, int]:
+def _solve(source: Source, labels: Tensor, sampler: Sampler, seed: int, index: Tensor) -> Solution:
     """The end of the path for one batch, and the evaluations it took."""
-    field = guide(source.field, labels, torch.full_like(labels, source.null), sampler.guidance_scale)
+    field = guide(
+        source.field,
+        labels,
+        torch.full_like(labels, source.null),
+        sampler.guidance_scale,
+        interval=sampler.guidance_interval,
+        rescale=sampler.guidance_rescale,
+    )
     times = sampler.times(source)
-    x = initial(source.path, normal(seed, Purpose.INITIAL, 0, index, source.shape), float(times[0]))
+    x, evaluations = follow(source, field, start(source, seed, index, float(times[0])), times, sampler, seed, index)
+    if source.path(times[-1]).b > LEFT_NOISE:  # VE, EDM and DDPM end on a little noise
+        return Solution(denoise(field, x, float(times[-1]), source.path), evaluations + 1)
+    return Solution(x, evaluations)
+
+
+def start(source: Source, seed: int, index: Tensor, t: float) -> Tensor:
+    """Where a solver starts at time t: (B, *S), a function of (seed, index)."""
+    if source.prior is not None:
+        return source.prior.draw(seed, 0, index, source.shape)
+    return initial(source.path, normal(seed, Purpose.INITIAL, 0, index, source.shape), t)
+
+
+def follow(
+    source: Source,
+    field: Field,
+    x: Tensor,
+    times: Tensor,
+    sampler: Sampler,
+    seed: int,
+    index: Tensor,
+    *,
+    last_euler: bool = False,
+    after: After | None = None,
+) -> Solution:
+    """Solve the ODE or the SDE; arguments as in flow.solver and flow.sde.
+
+    Raises:
+        ValueError: an SDE solver for a source without a score; what the solver refuses.
+    """
     if sampler.solver in ODE_SOLVERS:
-        return ODE_SOLVERS[sampler.solver](field, x, times, last_euler=singular(source.path, source.predict, 1.0))
+        last = last_euler or singular(source.path, source.predict, 1.0)
+        more = {"rtol": sampler.tolerance, "atol": sampler.tolerance} if sampler.solver == "dormand_prince" else {}
+        return ODE_SOLVERS[sampler.solver](field, x, times, last_euler=last, after=after, **more)
+    if source.prior is not None:
+        raise ValueError(
+            f"solver={sampler.solver} needs a score, which a path from a uniform prior has not: use heun, or another of the ODE."
+        )
 
     def noise(step: int) -> Tensor:
         return normal(seed, Purpose.DIFFUSION, step, index, source.shape)
 
-    return SDE_SOLVERS[sampler.solver](field, x, times, source.path, coefficient(sampler.sigma_t, sampler.sigma_scale), noise)
+    sigma = coefficient(sampler.sigma_t, sampler.sigma_scale)
+    return SDE_SOLVERS[sampler.solver](field, x, times, source.path, sigma, noise, after=after)
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:

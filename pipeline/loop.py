@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from .checkpoint import Store, load_state, load_tensors
 from .config import Config
 from .ema import Ema
-from .flow import Objective, Purpose, TimeLaw, normal, uniform
+from .method import Method
 from .optim import learning_rate
-from .stopping import Stopper
+from .process import Stopper
 from .tracking import Log, Meter
 
 
@@ -40,23 +40,6 @@ class MicroBatch(Protocol):
     def places(self) -> Tensor: ...
 
 
-class Draws(NamedTuple):
-    """The random numbers of one micro-batch."""
-
-    noise: Tensor
-    t: Tensor
-    drop: Tensor
-
-
-def draw(seed: int, step: int, index: Tensor, law: TimeLaw, shape: tuple[int, ...]) -> Draws:
-    """Noise (B, *S), times (B,) and chances of a dropped label (B,), of samples at places `index`, (B,), of a step's batch."""
-    return Draws(
-        normal(seed, Purpose.NOISE, step, index, shape),
-        law.quantile(uniform(seed, Purpose.TIME, step, index)).float(),
-        uniform(seed, Purpose.CONDITION_DROP, step, index),
-    )
-
-
 @dataclass
 class Run:
     """Everything that training changes or needs; `train.py` puts it together."""
@@ -69,8 +52,7 @@ class Run:
     """The network as Accelerate wrapped it."""
     ema: Ema
     optimizer: Any
-    objective: Objective
-    law: TimeLaw
+    method: Method
     encode: Callable[[Tensor], Tensor]
     """From pixels, uint8, to what the model sees."""
     drop_label: Callable[[Tensor, Tensor], Tensor]
@@ -180,9 +162,9 @@ def loss_of(run: Run, batch: MicroBatch) -> Tensor:
     """The objective on a micro-batch, (B,)."""
     device = run.accelerator.device
     data = run.encode(batch.pixels.to(device, non_blocking=True))
-    draws = draw(run.config.seed, run.step, batch.places.to(device, non_blocking=True), run.law, tuple(data.shape[1:]))
+    draws = run.method.draw(run.config.seed, run.step, batch.places.to(device, non_blocking=True))
     labels = run.drop_label(batch.labels.to(device, non_blocking=True), draws.drop)
-    return run.objective(run.model, data, draws.noise, draws.t, labels)
+    return run.method.losses(run.model, data, draws, labels)
 
 
 def clip(run: Run) -> Tensor:

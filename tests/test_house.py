@@ -9,10 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
-        ["config", "recipe", "stopping"],
-        ["optim", "ema", "tracking", "checkpoint", "identity", "launch"],
+        ["config", "recipe", "process"],
+        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method"],
         ["loop", "generate"],
-        ["export", "evaluate"],
+        ["export", "evaluate", "options", "density", "restore"],
     ],
     "models": [["layers", "condition"], ["dit", "unet"], ["convert"]],
     "data": [["index", "order", "decode"], ["stream", "pack"], ["prepare"]],

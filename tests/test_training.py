@@ -15,10 +15,10 @@ from conftest import ROOT, UNET, arguments, fit, launch
 
 import train
 from pipeline.checkpoint import load_tensors
-from pipeline.config import EmaConfig, TrainConfig
+from pipeline.config import EmaConfig, FlowConfig, TrainConfig
 from pipeline.ema import Ema
-from pipeline.flow import LogitNormal
-from pipeline.loop import compare, draw
+from pipeline.loop import compare
+from pipeline.method import Method
 from pipeline.optim import adamw, learning_rate
 
 
@@ -261,13 +261,15 @@ def test_the_average_is_on_an_image_clock():
     assert Ema(model, EmaConfig(enabled=False)).decay(1000, 100) == 0
 
 
-def test_draws_are_a_function_of_seed_step_and_place():
-    index = torch.arange(6)
-    whole = draw(0, 3, index, LogitNormal(), (2, 3))
-    part = draw(0, 3, index[4:], LogitNormal(), (2, 3))
-    assert all(torch.equal(a[4:], b) for a, b in zip(whole, part, strict=True))
-    assert not torch.equal(whole.noise, draw(0, 4, index, LogitNormal(), (2, 3)).noise)
-    assert not torch.equal(whole.noise, draw(1, 3, index, LogitNormal(), (2, 3)).noise)
+@pytest.mark.parametrize(
+    "flow", [{}, {"stratified": True, "time": "mode"}, {"prior": "uniform"}, {"objective": "sliced", "predict": "score"}]
+)
+def test_draws_are_a_function_of_seed_step_and_place(flow):
+    method, places = Method(FlowConfig(**flow), (2, 3), 6), torch.arange(6)
+    whole, part = method.draw(0, 3, places), method.draw(0, 3, places[4:])
+    assert all(torch.equal(a[4:], b) for a, b in zip(whole, part, strict=True) if a is not None)
+    assert not torch.equal(whole.noise, method.draw(0, 4, places).noise)
+    assert not torch.equal(whole.noise, method.draw(1, 3, places).noise)
     assert abs(torch.corrcoef(torch.stack([whole.t.double(), whole.drop]))[0, 1]) < 0.99
 
 

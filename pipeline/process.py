@@ -1,7 +1,8 @@
-"""Ctrl-C and SIGTERM: at once while nothing can be lost, after the step while training.
+"""The process itself: how its threads wait, and how it stops.
 
 Import this before anything slow: from then on an interruption prints one line
-instead of a traceback.
+instead of a traceback, at once while nothing can be lost, after the step while
+training.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import time
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# Read by the threads of torch when it is imported. By default they spin for each other for milliseconds, which on a machine that others
+# use too made a step of two threads on two cores 4 to 8 times slower (2.0 s against 0.25 to 0.6 s); docs/failed-ideas.md.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 
 class Stopper:

@@ -1,0 +1,117 @@
+"""What the verbs of `sample.py` take; the comment behind a field is its help."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .generate import Sampler
+
+Solver = Literal["euler", "midpoint", "heun", "rk4", "multistep", "dormand_prince", "exponential", "euler_maruyama", "stochastic_heun"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which model."""
+
+    pipeline: str = ""  # an exported folder; or give --run
+    run: str = ""  # a run's folder: its newest checkpoint, averaged weights
+    seed: int = 0  # image i is a function of (seed, i)
+    batch_size: int = 256  # images at once
+    num_inference_steps: int = 25  # solver steps; evaluations are reported
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling(Model):
+    """How images are drawn."""
+
+    guidance_scale: float = 1.0  # 1 is none
+    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance acts, 0 noise, 1 data
+    guidance_rescale: float = 0.0  # share of the guided field brought back to the spread of the unguided one, 0 to 1
+    solver: Solver = "heun"  # euler to dormand_prince follow the ODE, exponential to stochastic_heun the SDE
+    sigma_t: Literal["zero", "constant", "noise", "forward"] = "noise"  # diffusion coefficient of the SDE; noise: as the path's beta
+    sigma_scale: float = 1.0  # factor on sigma_t
+    grid: Literal["uniform", "shifted", "rho"] = "uniform"  # where the steps lie; shifted: finer near the noise; rho: Karras's
+    grid_shift: float = 3.0  # of the shifted grid
+    grid_rho: float = 7.0  # of the grid rho
+    tolerance: float = 1e-5  # of dormand_prince, relative and absolute; it takes as many steps as that needs
+
+    def sampler(self) -> Sampler:
+        """The options as the pipeline knows them."""
+        return Sampler(
+            solver=self.solver,
+            steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            guidance_interval=self.guidance_interval,
+            guidance_rescale=self.guidance_rescale,
+            sigma_t=self.sigma_t,
+            sigma_scale=self.sigma_scale,
+            grid=self.grid,
+            grid_shift=self.grid_shift,
+            grid_rho=self.grid_rho,
+            tolerance=self.tolerance,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(Sampling):
+    """Sample images and write them as one grid."""
+
+    class_labels: tuple[int, ...] = ()  # classes; taken in turn until there are num_images. None: all in turn
+    num_images: int = 0  # images in all; 0 for one of each label
+    output: str = "samples.png"  # the grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Sampling):
+    """Compare samples with real images: accuracy, diversity, memorisation. For small labelled images."""
+
+    reference: str = ""  # folder of shards with a split to train on and one held out
+    num_images: int = 1000  # samples, the same number of each class
+    guidance_scale: float = 2.0  # 1 is none
+    train_split: str = "train"  # what the model was trained on
+    held_out_split: str = "val"  # what it was not
+    output: str = ""  # figures as JSON; by default evaluation.json in the pipeline's or the run's folder
+    min_accuracy: float = 0.0  # fail below this share of samples in their class
+    min_diversity: float = 0.0  # fail below this ratio to real images
+    min_nearest: float = 0.0  # fail below this ratio of distances to the nearest training image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a run's averaged weights as a folder that stock diffusers loads."""
+
+    run: str = ""  # the run's folder; its newest checkpoint is taken
+    checkpoint: str = ""  # another of its checkpoints
+    output: str = ""  # the folder; by default `export` in the run's
+
+
+@dataclass(frozen=True, kw_only=True)
+class Likelihood(Model):
+    """Bits per dimension of 8-bit images under the model, by the probability flow ODE."""
+
+    reference: str = ""  # folder of shards
+    split: str = "val"  # of the shards
+    num_images: int = 100  # the first so many
+    num_inference_steps: int = 50  # Heun steps, two evaluations with their divergence each
+    unconditional: bool = False  # ignore the classes of the images
+    estimate: bool = False  # Hutchinson's estimate also where the exact divergence is affordable (64 dimensions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restore(Sampling):
+    """Fill in, colour or enlarge an image with samples that agree with it."""
+
+    task: Literal["inpaint", "colourise", "super_resolution"] = "inpaint"  # what was lost
+    method: Literal["reconstruction", "replacement"] = (
+        "reconstruction"  # reconstruction guides by the data prediction; costs a backward pass
+    )
+    input: str = ""  # the image; it is resized to the model's size (super_resolution: to that over the factor)
+    mask: str = ""  # of inpaint: white is filled in, black is kept
+    factor: int = 2  # of super_resolution: pixels a side that one pixel becomes
+    noise_std: float = 0.01  # standard deviation of the input's own noise, images in -1..1
+    class_label: int = -1  # class of the image; -1: not known
+    num_inference_steps: int = 100  # solver steps
+    solver: Solver = "euler"  # not dormand_prince with replacement, whose steps it would not see
+    num_images: int = 4  # samples
+    output: str = "restored.png"  # the input as measured, then the samples

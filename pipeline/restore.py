@@ -1,0 +1,88 @@
+"""Restoring images: samples of the model that agree with what is left of one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .flow import Colourisation, Inpainting, Measurement, SuperResolution, guide, reconstruction, replacement, uniform_grid
+from .generate import NEAR_NOISE, Sampler, Source, check_labels, follow, start
+
+DATA_STD = 0.5
+"""Standard deviation of images in -1..1, as reconstruction takes it."""
+
+
+def measurement(task: str, shape: tuple[int, ...], mask: Tensor | None, factor: int) -> Measurement:
+    """What a task measures of an image.
+
+    Args:
+        task: `inpaint`, `colourise` or `super_resolution`.
+        shape: of an image, (C, H, W).
+        mask: of inpaint, (H, W), true where the image is to be filled in.
+        factor: of super_resolution.
+
+    Raises:
+        ValueError: a task that the image or the options do not allow.
+    """
+    if task == "inpaint":
+        if mask is None or mask.shape != shape[1:]:
+            raise ValueError(
+                f"--mask is {'missing' if mask is None else f'{tuple(mask.shape)} beside an image of {shape[1:]}'}: white is filled in."
+            )
+        return Inpainting((~mask).float())
+    if task == "colourise":
+        if shape[0] != 3:
+            raise ValueError(f"--task colourise with a model of {shape[0]} channel(s): it takes one of three, red, green and blue.")
+        return Colourisation()
+    if shape[-1] % factor:
+        raise ValueError(f"--factor {factor} does not divide the model's {shape[-1]} pixels a side: use a divisor.")
+    return SuperResolution(factor)
+
+
+@torch.no_grad()
+def restore(
+    source: Source,
+    measure: Measurement,
+    y: Tensor,
+    sampler: Sampler,
+    *,
+    label: int | None,
+    count: int,
+    seed: int,
+    method: str,
+    noise_std: float,
+) -> Tensor:
+    """Sample images that agree with a measurement.
+
+    Args:
+        source: the model's field; pixels, since the measurement is of pixels.
+        measure: A.
+        y: what is left, of the shape of A x for one image.
+        sampler: solver, steps, guidance.
+        label: class of the image, or None.
+        count: samples.
+        seed: of the noise.
+        method: `reconstruction` or `replacement`.
+        noise_std: of the measurement, images in -1..1.
+
+    Returns:
+        (count, C, H, W), -1..1.
+
+    Raises:
+        ValueError: a label out of range, an SDE solver for a prior without score.
+    """
+    label = source.null if label is None else label
+    labels = torch.full((count,), label, device=source.device)
+    if label != source.null:
+        check_labels(labels, source.num_classes)
+    field = guide(source.field, labels, torch.full_like(labels, source.null), sampler.guidance_scale)
+    index = torch.arange(count, device=source.device)
+    begin = NEAR_NOISE if method == "reconstruction" else float(sampler.times(source)[0])
+    times = uniform_grid(sampler.steps, begin)
+    x, many = start(source, seed, index, begin), y[None].expand(count, *y.shape).to(source.device)
+    if method == "reconstruction":
+        field = reconstruction(field, source.path, measure, many, noise_std=noise_std, data_std=DATA_STD)
+        end = follow(source, field, x, times, sampler, seed, index, last_euler=True).x
+    else:
+        end = follow(source, field, x, times, sampler, seed, index, after=replacement(measure, many, source.path, x)).x
+    return source.decode(end).float().cpu()
