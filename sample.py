@@ -35,6 +35,7 @@ from pipeline.generate import Source, check_labels, generate, grid, network_sour
 from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore
 from pipeline.recipe import build, parse
 from pipeline.restore import measurement, restore
+from pipeline.stock import form_of
 from pipeline.tracking import last_loss
 
 
@@ -85,9 +86,7 @@ class Trained:
             loss=last_loss(self.run),
             parameters=sum(p.numel() for p in self.network.parameters()),
         )
-        return write_folder(
-            output, to_stock(self.network, flip=self.config.flow.predict == "velocity"), self.config, self.class_names, card
-        )
+        return write_folder(output, to_stock(self.network, form_of(self.config.flow).factor), self.config, self.class_names, card)
 
 
 def images(options: Images) -> int:

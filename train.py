@@ -26,12 +26,13 @@ from pipeline import launch
 from pipeline.checkpoint import Store, choose
 from pipeline.config import ALIASES, Config, model_options
 from pipeline.ema import Ema
-from pipeline.export import Card, check_exportable, save_image, write_folder
+from pipeline.export import Card, save_image, write_folder
 from pipeline.generate import Sampler, generate, grid, network_source
 from pipeline.loop import Run, fit
 from pipeline.method import Method
 from pipeline.optim import adamw
 from pipeline.recipe import as_mapping, parse
+from pipeline.stock import form_of
 from pipeline.tracking import Log, Meter, last_loss
 
 
@@ -42,7 +43,7 @@ def train(config: Config) -> int:
         ValueError: what a user can mend, before any work is lost.
     """
     if config.export:
-        check_exportable(config.flow)
+        form_of(config.flow)
     folder = Path(config.output_dir)
     shards = Shards(config.data.shards, config.data.split)
     accelerator = launch.start(config)
@@ -153,7 +154,7 @@ def export(run: Run, output: Path) -> None:
         loss=last_loss(Path(run.config.output_dir)),
         parameters=sum(p.numel() for p in run.network.parameters()),
     )
-    network = to_stock(run.ema.model.cpu(), flip=run.config.flow.predict == "velocity")
+    network = to_stock(run.ema.model.cpu(), form_of(run.config.flow).factor)
     write_folder(output, network, run.config, tuple(run.about["class_names"]), card)
 
 

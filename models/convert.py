@@ -1,7 +1,7 @@
 """Weights of ours as diffusers' stock classes, and back.
 
-Stock networks for flows predict noise minus data, where ours predict data
-minus noise: a velocity's output layer changes its sign. Both embed 1000 (1 - t).
+Where a stock network is to predict a multiple of what ours predicts (noise minus
+data for data minus noise), the output layer takes the factor. Both embed 1000 (1 - t).
 The stock pipeline calls the null class 1000, so the table of classes is padded
 to 1001 rows; the rows between are null as well.
 """
@@ -21,12 +21,12 @@ STOCK_NULL = 1000
 """The label that DiTPipeline passes for no class."""
 
 
-def to_stock(model: nn.Module, flip: bool) -> DiTTransformer2DModel | UNet2DModel:
-    """A stock network that gives the same output (its negative if `flip`).
+def to_stock(model: nn.Module, factor: float) -> DiTTransformer2DModel | UNet2DModel:
+    """A stock network that gives `factor` times the same output.
 
     Args:
         model: a DiT or UNet.
-        flip: change the output's sign, as a velocity needs.
+        factor: on the output layer.
 
     Raises:
         ValueError: another class, or more classes than the stock pipeline can tell from none.
@@ -37,10 +37,10 @@ def to_stock(model: nn.Module, flip: bool) -> DiTTransformer2DModel | UNet2DMode
         raise ValueError(
             f"{model.num_classes} classes: the stock pipeline takes label {STOCK_NULL} for none, so it holds at most {STOCK_NULL}."
         )
-    return _dit_to_stock(model, flip) if isinstance(model, DiT) else _unet_to_stock(model, flip)
+    return _dit_to_stock(model, factor) if isinstance(model, DiT) else _unet_to_stock(model, factor)
 
 
-def dit_from_stock(stock: DiTTransformer2DModel, num_classes: int, flip: bool) -> DiT:
+def dit_from_stock(stock: DiTTransformer2DModel, num_classes: int, factor: float) -> DiT:
     """The reverse of `to_stock` for a DiT; exact, so there and back gives the same weights.
 
     Raises:
@@ -69,7 +69,7 @@ def dit_from_stock(stock: DiTTransformer2DModel, num_classes: int, flip: bool) -
     state["enter.weight"] = state["enter.weight"].flatten(1)
     table = state["condition.classes.weight"]
     state["condition.classes.weight"] = torch.cat([table[:num_classes], table[STOCK_NULL:]])
-    ours.load_state_dict(_flipped(state, "leave") if flip else state)
+    ours.load_state_dict(_scaled(state, "leave", factor))
     return ours
 
 
@@ -94,7 +94,7 @@ def _dit_names(depth: int) -> dict[str, list[str]]:
     return names
 
 
-def _dit_to_stock(model: DiT, flip: bool) -> DiTTransformer2DModel:
+def _dit_to_stock(model: DiT, factor: float) -> DiTTransformer2DModel:
     width, heads = model.enter.out_features, model.blocks[0].attention.heads  # type: ignore[union-attr]
     stock = DiTTransformer2DModel(
         num_attention_heads=heads,  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ def _dit_to_stock(model: DiT, flip: bool) -> DiTTransformer2DModel:
         num_embeds_ada_norm=STOCK_NULL,
         norm_eps=1e-6,
     )
-    ours = _flipped(model.state_dict(), "leave") if flip else dict(model.state_dict())
+    ours = _scaled(model.state_dict(), "leave", factor)
     ours["enter.weight"] = ours["enter.weight"].view(width, model.channels, model.patch_size, model.patch_size)
     ours["condition.classes.weight"] = _padded(ours["condition.classes.weight"])
     state: dict[str, Tensor] = {}
@@ -118,16 +118,16 @@ def _dit_to_stock(model: DiT, flip: bool) -> DiTTransformer2DModel:
     return stock.eval()
 
 
-def _unet_to_stock(model: UNet, flip: bool) -> UNet2DModel:
+def _unet_to_stock(model: UNet, factor: float) -> UNet2DModel:
     stock = UNet2DModel.from_config({**model.net.config, "num_class_embeds": STOCK_NULL + 1})
-    state = _flipped(model.net.state_dict(), "conv_out") if flip else dict(model.net.state_dict())
+    state = _scaled(model.net.state_dict(), "conv_out", factor)
     state["class_embedding.weight"] = _padded(state["class_embedding.weight"])
     stock.load_state_dict(state)
     return stock.eval()
 
 
-def _flipped(state: Mapping[str, Tensor], layer: str) -> dict[str, Tensor]:
-    return {name: -value if name in (f"{layer}.weight", f"{layer}.bias") else value for name, value in state.items()}
+def _scaled(state: Mapping[str, Tensor], layer: str, factor: float) -> dict[str, Tensor]:
+    return {name: factor * value if name in (f"{layer}.weight", f"{layer}.bias") else value for name, value in state.items()}
 
 
 def _padded(table: Tensor) -> Tensor:

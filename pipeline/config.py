@@ -60,9 +60,8 @@ class UNetConfig:
 class FlowConfig:
     """What is learned: the path, the prediction, the law of t. docs/theory.md explains each name."""
 
-    path: Literal["condot", "cosine", "vp", "sub_vp", "ve", "edm", "ddpm", "ddpm_scaled_linear", "ddpm_cosine"] = (
-        "condot"  # how signal and noise are mixed over time
-    )
+    # how signal and noise are mixed over time
+    path: Literal["condot", "cosine", "vp", "sub_vp", "ve", "edm", "ddpm", "ddpm_scaled_linear", "ddpm_cosine"] = "condot"
     prior: Literal["normal", "uniform"] = "normal"  # where the path starts; uniform, of unit variance, on condot only
     predict: Literal["velocity", "noise", "data", "score", "v"] = "velocity"  # what the network outputs
     objective: Literal["regression", "explicit", "sliced"] = "regression"  # explicit and sliced score matching need predict=score
@@ -70,9 +69,8 @@ class FlowConfig:
     min_snr_gamma: float = 5.0  # signal-to-noise ratio at which min_snr caps
     precondition: bool = False  # scale the network the Karras way, with predict=data; always so on edm
     sigma_data: float = 0.5  # standard deviation of the data, for precondition and the weighting edm
-    time: Literal["uniform", "logit_normal", "mode", "cosmap", "log_normal_sigma", "discrete"] = (
-        "uniform"  # law of t in training; discrete are DDPM's thousand steps
-    )
+    # law of t in training; discrete are DDPM's thousand steps
+    time: Literal["uniform", "logit_normal", "mode", "cosmap", "log_normal_sigma", "discrete"] = "uniform"
     time_mean: float = 0.0  # logit of t for logit_normal, log of sigma for log_normal_sigma
     time_std: float = 1.0  # of the same
     time_scale: float = 1.29  # bump of the law mode, -1 to 1.75

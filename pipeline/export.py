@@ -12,30 +12,20 @@ from typing import Any, cast
 
 import torch
 import yaml
-from diffusers import DiffusionPipeline, DiTPipeline, DPMSolverMultistepScheduler, ModelMixin
+from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
 from diffusers.utils import logging
 from PIL import Image
 from torch import Tensor
 
 from .config import Config, FlowConfig
-from .flow import CondOT, Prediction, velocity_field
+from .flow import velocity_field
 from .generate import Sampler, Source, generate, grid
 from .identity import identity_autoencoder
-from .recipe import as_mapping
+from .recipe import as_mapping, build
+from .stock import read_scheduler, scheduler_of
 
-STOCK_PREDICTIONS: dict[str, str] = {"velocity": "flow_prediction", "noise": "epsilon", "data": "sample"}
-"""Ours and diffusers' names for what a network on the CondOT path predicts."""
 STOCK_NULL = 1000
 """The label that DiTPipeline passes for no class."""
-
-
-def check_exportable(flow: FlowConfig) -> None:
-    """Raises ValueError for a path or prediction that no stock pipeline and scheduler serve."""
-    if flow.path != "condot" or flow.predict not in STOCK_PREDICTIONS:
-        raise ValueError(
-            f"flow.path={flow.path} with flow.predict={flow.predict} has no stock scheduler: use condot with one of "
-            f"{', '.join(STOCK_PREDICTIONS)}, or --export=false and sample with `sample.py --run`."
-        )
 
 
 @dataclass(frozen=True)
@@ -67,15 +57,9 @@ def write_folder(
         ValueError: a path or prediction that no stock pipeline serves, or an
             `output` that holds something else.
     """
-    check_exportable(config.flow)
+    scheduler = scheduler_of(config.flow)
     if output.exists() and any(output.iterdir()) and not (output / "model_index.json").exists():
         raise ValueError(f"{output} is not empty and no export: give another folder.")
-    scheduler = DPMSolverMultistepScheduler(
-        use_flow_sigmas=True,
-        prediction_type=cast(Any, STOCK_PREDICTIONS[config.flow.predict]),
-        flow_shift=1.0,
-        algorithm_type="dpmsolver++",
-    )
     vae = identity_autoencoder(config.data.channels, config.data.resolution)
     temporary = output.parent / f".{output.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -118,7 +102,7 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu") -> Sourc
     """A pipeline folder as a velocity field, for our own solvers.
 
     Args:
-        folder: a DiTPipeline whose scheduler has flow sigmas, such as `write_folder` makes.
+        folder: a DiTPipeline, such as `write_folder` makes.
         device: to compute on.
 
     Raises:
@@ -144,27 +128,24 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu") -> Sourc
         logging.set_verbosity(verbosity)
         if progress:
             logging.enable_progress_bar()
-    return pipeline_source(pipe.to(device), None if names is None else len(names))
+    recipe = folder / "config.yaml"
+    flow = build(Config, yaml.safe_load(recipe.read_text())).flow if recipe.exists() else None
+    return pipeline_source(pipe.to(device), None if names is None else len(names), flow)
 
 
-def pipeline_source(pipe: Any, num_classes: int | None = None) -> Source:
+def pipeline_source(pipe: Any, num_classes: int | None = None, flow: FlowConfig | None = None) -> Source:
     """A loaded DiTPipeline as a velocity field.
 
     Args:
         pipe: with components transformer, vae, scheduler.
         num_classes: 0 for unconditional; None takes the size of the model's table.
+        flow: the recipe that came with it.
 
     Raises:
-        ValueError: a scheduler without flow sigmas.
+        ValueError: a scheduler of another kind of model.
     """
-    kinds: dict[str, Prediction] = {stock: cast(Prediction, ours) for ours, stock in STOCK_PREDICTIONS.items()}
-    predicts = pipe.scheduler.config.get("prediction_type", "flow_prediction")
-    if not pipe.scheduler.config.get("use_flow_sigmas", predicts == "flow_prediction") or predicts not in kinds:
-        raise ValueError(
-            f"{type(pipe.scheduler).__name__} with prediction_type={predicts} "
-            f"is not of a flow on the CondOT path: use the pipeline itself to sample it."
-        )
-    kind, network, path = kinds[predicts], pipe.transformer, CondOT()
+    path, kind = read_scheduler(pipe.scheduler.config, flow)
+    network = pipe.transformer
 
     def predict(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         out = network(x.to(network.dtype), 1000 * (1 - t), class_labels=labels).sample.to(x.dtype)

@@ -10,19 +10,20 @@ import pytest
 import torch
 import yaml
 from conftest import UNET, fit
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 from PIL import Image
 
 import sample
 from pipeline.config import FlowConfig
-from pipeline.export import check_exportable, open_folder, write_folder
-from pipeline.flow import euler, guide, velocity_field
+from pipeline.export import open_folder
+from pipeline.flow import convert, euler, guide, velocity_field
 from pipeline.generate import Sampler, generate, grid
 from pipeline.identity import identity_autoencoder
+from pipeline.stock import form_of, scheduler_of
 
 STRANGER = """
 import sys
-from diffusers import DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline
 import torch
 pipe = DiffusionPipeline.from_pretrained(sys.argv[1])
 images = pipe(class_labels=[1, 2], num_inference_steps=4, guidance_scale=3.0, generator=torch.manual_seed(0)).images
@@ -90,6 +91,46 @@ def test_our_sampler_and_the_pipeline_draw_the_same(digits, tmp_path, kind):
         torch.testing.assert_close(folder.field(noise, t, y), mine.field(noise, t, y), atol=1e-4, rtol=1e-4)
 
 
+TABLE_KINDS = {
+    "cosine velocity": ("--flow.path=cosine",),
+    "cosine noise": ("--flow.path=cosine", "--flow.predict=noise", "--flow.weighting=min_snr", "--flow.time=logit_normal"),
+    "ddpm noise": ("--flow.path=ddpm", "--flow.predict=noise", "--flow.time=discrete"),
+    "ddpm v": ("--flow.path=ddpm_cosine", "--flow.predict=v", "--flow.time=discrete"),
+    "vp data, unet": ("--flow.path=vp", "--flow.predict=data", *UNET),
+}
+
+
+@pytest.mark.parametrize("kind", TABLE_KINDS)
+def test_paths_of_unit_variance_run_under_ddim(digits, tmp_path, kind):
+    """The stock pipeline's DDIM steps, written out with our path and network: x' = alpha' z + beta' eps."""
+    assert fit(digits, tmp_path / "run", "--export=true", "--train.learning_rate=1e-2", *TABLE_KINDS[kind]) == 0
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "run/export")
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(
+        class_labels=[0, 3, 9], num_inference_steps=5, guidance_scale=1.0, generator=torch.manual_seed(2), output_type="np"
+    ).images
+    trained = sample.Trained(tmp_path / "run")
+    source, labels = trained.source("cpu"), torch.tensor([0, 3, 9])
+    x = torch.randn(3, 1, 8, 8, generator=torch.manual_seed(2)).double()
+    alphas = pipe.scheduler.alphas_cumprod.double().sqrt()  # in float32 there: near noise, 1 / alpha makes much of its rounding
+    steps = [999, 799, 599, 399, 199]
+    torch.testing.assert_close(alphas, source.path(1 - torch.arange(1000) / 1000).a.double(), rtol=1e-3, atol=0)
+    with torch.no_grad():
+        for k, after in zip(steps, [*steps[1:], None], strict=True):
+            t = torch.full((3,), 1 - k / 1000, dtype=torch.float64)
+            a, b = alphas[k], (1 - alphas[k] ** 2).sqrt()
+            c = source.path(t[:, None, None, None])._replace(a=a, b=b)
+            out = trained.network(x.float(), t.float(), labels).double()
+            z, eps = (convert(out, source.predict, form, x, c) for form in ("data", "noise"))
+            x = z if after is None else alphas[after] * z + (1 - alphas[after] ** 2).sqrt() * eps
+    assert (x.clamp(-1, 1) - (torch.from_numpy(theirs).permute(0, 3, 1, 2) * 2 - 1)).abs().max() < 1e-4
+    folder = open_folder(tmp_path / "run/export")
+    t = torch.tensor([0.05, 0.5, 0.9])
+    with torch.no_grad():
+        point = torch.randn(3, 1, 8, 8)
+        torch.testing.assert_close(folder.field(point, t, labels), source.field(point, t, labels), atol=1e-3, rtol=1e-4)
+
+
 def test_the_exported_network_is_ours_to_rounding(trained):
     mine, theirs = sample.Trained(trained).source("cpu"), open_folder(trained / "export")
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 0.2, 0.9, 1.0])
@@ -138,11 +179,20 @@ def test_an_export_that_fails_leaves_the_older_one(trained, tmp_path, monkeypatc
     )
 
 
-@pytest.mark.parametrize("flow", [FlowConfig(path="cosine"), FlowConfig(predict="score")])
-def test_what_no_stock_scheduler_serves_is_refused(flow, tmp_path):
+@pytest.mark.parametrize(
+    "flow", [{"path": "ve"}, {"predict": "score"}, {"path": "vp"}, {"predict": "v"}, {"prior": "uniform"}, {"precondition": True}]
+)
+def test_what_no_stock_scheduler_serves_is_refused(flow):
     with pytest.raises(ValueError, match="has no stock scheduler"):
-        check_exportable(flow)
-    assert write_folder is not None
+        form_of(FlowConfig(**flow))
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])
+def test_the_table_of_a_ddpm_path_is_diffusers_own(name):
+    theirs = DDPMScheduler(beta_schedule="squaredcos_cap_v2" if name == "cosine" else name)
+    path = "ddpm" if name == "linear" else f"ddpm_{name}"
+    ours = scheduler_of(FlowConfig(path=path, predict="noise"))
+    torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=2e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

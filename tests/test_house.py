@@ -10,7 +10,7 @@ ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
         ["config", "recipe", "process"],
-        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method"],
+        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock"],
         ["loop", "generate"],
         ["export", "evaluate", "options", "density", "restore"],
     ],

@@ -42,26 +42,26 @@ def stock_output(stock, x, t, labels, null):
 @pytest.mark.parametrize(
     "options", [DIT, {**DIT, "patch_size": 1, "resolution": 5, "channels": 1}, {**DIT, "patch_size": 4}, {**DIT, "num_classes": 0}, UNET]
 )
-@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("factor", [-1.0, 1.0, 0.5])
 @torch.no_grad()
-def test_the_stock_network_gives_our_output(options, flip):
-    """In float64, where a wrong layout cannot hide behind rounding; a flipped velocity has the other sign."""
+def test_the_stock_network_gives_our_output(options, factor):
+    """In float64, where a wrong layout cannot hide behind rounding; a factor on the output layer is one on the output."""
     model = shaken(options, dtype=torch.float64)
     x, t, labels = inputs(options, dtype=torch.float64)
     labels = labels.clamp(0, options["num_classes"])
-    theirs = stock_output(to_stock(model, flip).double(), x, t, labels, options["num_classes"])
+    theirs = stock_output(to_stock(model, factor).double(), x, t, labels, options["num_classes"])
     ours = model(x, t, labels)
     scale = ours.abs().max()
-    assert (theirs - (-ours if flip else ours)).abs().max() < 2e-6 * scale, "positions and times are float32 in both"
-    wrong = stock_output(to_stock(model, not flip).double(), x, t, labels, options["num_classes"])
-    assert (wrong - (-ours if flip else ours)).abs().max() > 0.5 * scale
+    assert (theirs - factor * ours).abs().max() < 2e-6 * scale, "positions and times are float32 in both"
+    wrong = stock_output(to_stock(model, -factor).double(), x, t, labels, options["num_classes"])
+    assert (wrong - factor * ours).abs().max() > 0.5 * scale
 
 
 @torch.no_grad()
 def test_conversion_in_float32_is_rounding():
     """Every tensor of the stock network matters: changing any one of a kind changes its output."""
     model = shaken(DIT)
-    stock = to_stock(model, True)
+    stock = to_stock(model, -1.0)
     x, t, labels = inputs(DIT)
     ours, reference = model(x, t, labels), stock_output(stock, x, t, labels, 7)
     assert (ours + reference).abs().max() <= 1e-5 * ours.abs().max()
@@ -76,7 +76,7 @@ def test_conversion_in_float32_is_rounding():
 
 def test_conversion_there_and_back_is_exact():
     model = shaken(DIT)
-    back = dit_from_stock(to_stock(model, True), 7, True)
+    back = dit_from_stock(to_stock(model, -1.0), 7, -1.0)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in back.state_dict().items())
     assert back.state_dict().keys() == model.state_dict().keys()
 
@@ -95,9 +95,9 @@ def test_published_weights_come_in():
         norm_eps=1e-6,
     ).eval()
     with pytest.raises(ValueError, match="differs from block to block"):
-        dit_from_stock(stock, 1000, False)
+        dit_from_stock(stock, 1000, 1.0)
     stock.transformer_blocks[1].norm1.emb.load_state_dict(stock.transformer_blocks[0].norm1.emb.state_dict())
-    ours = dit_from_stock(stock, 1000, False).eval()
+    ours = dit_from_stock(stock, 1000, 1.0).eval()
     x, t = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.3, 1.0])
     labels = torch.tensor([1, 999, 1000])
     with torch.no_grad():
@@ -193,4 +193,4 @@ def test_unet_sizes_that_do_not_fit(change, message):
 
 def test_more_classes_than_the_stock_pipeline_can_tell():
     with pytest.raises(ValueError, match="at most 1000"):
-        to_stock(models.build(**{**DIT, "num_classes": 1001, "depth": 1}), True)
+        to_stock(models.build(**{**DIT, "num_classes": 1001, "depth": 1}), 1.0)

@@ -1,5 +1,7 @@
 """Recipes and the command line: one schema, dotted overrides, aliases, errors that name the nearest key."""
 
+import re
+
 import pytest
 
 from pipeline.config import ALIASES, Config, DiTConfig, UNetConfig
@@ -79,10 +81,11 @@ def test_every_field_is_explained(capsys):
         text = " ".join(capsys.readouterr().out.split())
         for key in as_mapping(parse(Config, [f"--model.kind={kind}"])):
             assert f"--{key}" in text
-        for section in as_mapping(parse(Config, [f"--model.kind={kind}"])).values():
+        for name, section in as_mapping(parse(Config, [f"--model.kind={kind}"])).items():
             for field in section if isinstance(section, dict) else ():
-                after = text.split(f".{field} ", 1)[1][:400].replace("│", "")
-                assert "(default: " in after and not after.split("}")[-1].strip().startswith("(default"), field
+                entry = re.search(rf"--{name}\.{field} (.*?)\(default: ", text.replace("│", " "))
+                explained = re.sub(r"^(\{.*?\}|\[?[A-Z][A-Z|{}]*\b[^a-z]*)", "", entry[1].strip()) if entry else ""
+                assert explained.split(), f"{name}.{field}: {entry and entry[1]!r}"
 
 
 def test_shipped_recipes_parse():

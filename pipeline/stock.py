@@ -1,0 +1,93 @@
+"""What stock diffusers can hold of our paths and predictions, and under which scheduler.
+
+Its flow schedulers follow the CondOT path, its DDPM family any path with
+alpha^2 + beta^2 = 1, given as a table of step variances at times t = 1 - k / 1000.
+A velocity differs from what they expect by a constant factor, which goes into
+the network's last layer: -1 on CondOT (noise - data), -2 / pi on cosine, where
+`v = -(pi / 2) (alpha eps - beta z)`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+
+from .config import FlowConfig
+from .flow import DDPM, PATHS, CondOT, Path, Prediction
+
+STEPS = 1000
+"""Timesteps of a stock scheduler."""
+NAMES: dict[Prediction, str] = {"velocity": "flow_prediction", "noise": "epsilon", "data": "sample", "v": "v_prediction"}
+"""Ours and diffusers' words for what a network predicts."""
+UNIT_PATHS = ("cosine", "vp", "ddpm", "ddpm_scaled_linear", "ddpm_cosine")
+"""Paths with alpha^2 + beta^2 = 1."""
+
+
+class Form(NamedTuple):
+    """What the exported network predicts, and the factor on its last layer that makes it so."""
+
+    predict: Prediction
+    factor: float
+
+
+def form_of(flow: FlowConfig) -> Form:
+    """The stock form of a recipe's network.
+
+    Raises:
+        ValueError: a combination that no stock pipeline and scheduler serve.
+    """
+    plain = flow.prior == "normal" and not flow.precondition
+    if plain and flow.path == "condot" and flow.predict == "velocity":
+        return Form("velocity", -1.0)
+    if plain and flow.path == "condot" and flow.predict in ("noise", "data"):
+        return Form(flow.predict, 1.0)
+    if plain and flow.path == "cosine" and flow.predict == "velocity":
+        return Form("v", -2 / math.pi)
+    if plain and flow.path in UNIT_PATHS and flow.predict in ("noise", "data", "v"):
+        return Form(flow.predict, 1.0)
+    raise ValueError(
+        f"flow.path={flow.path}, predict={flow.predict}, prior={flow.prior}, precondition={flow.precondition} has no stock scheduler: "
+        f"those have condot with velocity, noise or data, and {', '.join(UNIT_PATHS)} with noise, data or v (cosine also velocity). "
+        f"Give --export=false and sample with `sample.py --run`."
+    )
+
+
+def scheduler_of(flow: FlowConfig) -> DPMSolverMultistepScheduler | DDIMScheduler:
+    """The default scheduler of an exported folder: DPM-Solver++ on flow sigmas, or DDIM on a table of step variances."""
+    kind: Any = NAMES[form_of(flow).predict]
+    if flow.path == "condot":
+        return DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type=kind, flow_shift=1.0, algorithm_type="dpmsolver++")
+    k = torch.arange(STEPS, dtype=torch.float64)
+    log_alpha = torch.log(PATHS[flow.path]()(1 - k / STEPS).a)
+    variances = -torch.expm1(2 * torch.diff(log_alpha, prepend=log_alpha.new_zeros(1)))
+    return DDIMScheduler(
+        trained_betas=variances.tolist(), prediction_type=kind, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+
+
+def read_scheduler(config: Any, flow: FlowConfig | None) -> tuple[Path, Prediction]:
+    """Path and prediction of a loaded pipeline.
+
+    Args:
+        config: of its scheduler.
+        flow: the recipe that came with the folder, if any.
+
+    Raises:
+        ValueError: a scheduler of another kind of model.
+    """
+    stock = config.get("prediction_type", "flow_prediction")
+    ours = {name: kind for kind, name in NAMES.items()}
+    if stock in ours:
+        if stock == "flow_prediction" or config.get("use_flow_sigmas"):
+            return CondOT(), ours[stock]
+        if flow is not None:
+            return PATHS[flow.path](), ours[stock]
+        variances = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}.get(config.get("beta_schedule"))
+        if variances and not config.get("trained_betas") and config.get("num_train_timesteps") == STEPS:
+            return DDPM(variances, STEPS, config["beta_start"], config["beta_end"]), ours[stock]  # type: ignore[arg-type]
+    raise ValueError(
+        f"{config.get('_class_name')} with prediction_type={stock} is of no path known here: use the pipeline itself to sample it."
+    )
