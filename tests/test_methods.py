@@ -1,0 +1,111 @@
+"""Recipes of the section `flow`: each combination trains, samples and, where stock can hold it, exports; what cannot be right is refused."""
+
+import itertools
+
+import pytest
+import torch
+from conftest import fit
+
+import sample
+from pipeline.config import FlowConfig
+from pipeline.flow import PATHS, WEIGHTINGS
+from pipeline.generate import Sampler, Source, generate
+from pipeline.method import Method
+from pipeline.stock import form_of
+
+PREDICTIONS = ("velocity", "noise", "data", "score", "v")
+LAWS = ("uniform", "logit_normal", "mode", "cosmap", "log_normal_sigma", "discrete")
+
+
+def flow_of(path, predict, weighting="none", time="uniform", **more):
+    predict = "data" if path == "edm" else predict
+    return FlowConfig(path=path, predict=predict, weighting=weighting, time=time, **more)
+
+
+@pytest.mark.parametrize(("path", "predict"), list(itertools.product(PATHS, PREDICTIONS)))
+def test_every_combination_has_finite_losses_and_gradients(path, predict):
+    """Path x prediction, each with every weighting and every law of t, on a linear network."""
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(1, 1, 3, padding=1)
+    data = torch.randn(6, 1, 5, 4) / 2
+    for weighting, time in itertools.product(WEIGHTINGS, LAWS):
+        method = Method(flow_of(path, predict, weighting, time, stratified=True), (1, 5, 4), 6)
+        draws = method.draw(0, 3, torch.arange(6))
+        losses = method.losses(lambda x, t, y: network(x), data, draws, torch.zeros(6, dtype=torch.int64))
+        assert losses.shape == (6,) and bool(losses.isfinite().all()) and bool((losses >= 0).all()), (weighting, time)
+    network.zero_grad()
+    losses.mean().backward()
+    assert bool(network.weight.grad.isfinite().all())
+
+
+def gaussian_source(path, predict):
+    """The exact predictions for data N(m, s^2) as a network, through the same doors as a trained one."""
+    from pipeline.flow import convert, velocity_field, widen
+
+    mean, std = 0.3, 0.4
+    p = PATHS[path]()
+
+    def network(x, t, labels):
+        x, t = x.double(), t.double().clamp(max=1 - 1e-6)
+        c = p(widen(t, x))
+        z = mean + c.a * std**2 / (c.a**2 * std**2 + c.b**2) * (x - c.a * mean)
+        return convert(z, "data", predict, x, c) if predict != "data" else z
+
+    return Source(velocity_field(network, p, predict), p, (1, 8, 8), 0, 0, torch.device("cpu"), lambda x: x, predict)
+
+
+@pytest.mark.parametrize(("path", "predict"), [(p, k) for p in PATHS for k in PREDICTIONS if not (p == "edm" and k != "data")])
+@pytest.mark.parametrize("solver", ["heun", "exponential"])
+def test_every_combination_samples_its_data(path, predict, solver):
+    """Gaussian data and the exact field: mean and deviation of the samples are the data's, by ODE and SDE. 32,000 values: 5 sigma is 0.011."""
+    sampler = Sampler(solver, 100, sigma_t="noise" if path not in ("ve", "edm") else "zero", grid="rho" if path in ("ve", "edm") else "uniform")
+    images = generate(gaussian_source(path, predict), torch.zeros(500, dtype=torch.int64), sampler, seed=1, batch_size=500).images
+    assert abs(images.mean() - 0.3) < 0.02 and abs(images.std() - 0.4) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [
+        ({"prior": "uniform", "predict": "score"}, "only where the prior is normal"),
+        ({"prior": "uniform", "path": "cosine"}, "goes with the straight line"),
+        ({"objective": "explicit", "predict": "score"}, "limit is 64"),
+        ({"objective": "sliced"}, "set flow.predict=score"),
+        ({"path": "edm"}, "Set flow.predict=data"),
+        ({"coupling": "optimal_transport", "coupling_group": 1}, "at least two images"),
+        ({"weighting": "edm", "prior": "uniform"}, "use none on a general linear path"),
+    ],
+)
+def test_what_cannot_be_right_is_refused_at_the_start(flow, message):
+    with pytest.raises(ValueError, match=message):
+        Method(FlowConfig(**flow), (3, 16, 16), 8)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--flow.path=edm", "--flow.predict=data", "--flow.weighting=edm", "--flow.time=log_normal_sigma", "--flow.time_mean=-1.2"),
+        ("--flow.path=sub_vp", "--flow.predict=score", "--flow.time=cosmap", "--flow.stratified=true"),
+        ("--flow.prior=uniform", "--flow.coupling=optimal_transport", "--flow.coupling_group=8"),
+        ("--flow.objective=sliced", "--flow.predict=score", "--flow.path=ve", "--flow.precondition=false"),
+    ],
+)
+def test_what_stock_cannot_hold_trains_and_samples_from_its_run(digits, tmp_path, capsys, words):
+    assert fit(digits, tmp_path / "run", *words) == 0
+    flow = sample.Trained(tmp_path / "run").config.flow
+    with pytest.raises(ValueError, match="has no stock scheduler"):
+        form_of(flow)
+    words = ["--run", str(tmp_path / "run"), "--num_inference_steps", "6", "--solver", "midpoint", "--output", str(tmp_path / "a.png")]
+    assert sample.main(words) == 0 and (tmp_path / "a.png").exists()
+
+
+def test_optimal_transport_straightens_and_keeps_ranks_alike():
+    """Coupled pairs are nearer than drawn ones; groups of fixed places give the same pairs in one batch and in two."""
+    method = Method(FlowConfig(coupling="optimal_transport", coupling_group=4), (2, 2, 2), 16)
+    draws, data = method.draw(0, 1, torch.arange(16)), torch.randn(16, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(16) % 2
+    whole = method.paired(data, draws.noise, labels)
+    halves = torch.cat([method.paired(data[s], draws.noise[s], labels[s]) for s in (slice(0, 8), slice(8, 16))])
+    assert torch.equal(whole, halves) and (data - whole).square().sum() < (data - draws.noise).square().sum()
+    assert sorted(whole.flatten(1).sum(1).tolist()) == sorted(draws.noise.flatten(1).sum(1).tolist()), "no noise twice"
+    with pytest.raises(ValueError, match="does not divide the micro-batch of 6 images"):
+        method.paired(data[:6], draws.noise[:6], labels[:6])
