@@ -22,6 +22,8 @@ STEPS = 1000
 """Timesteps of a stock scheduler."""
 NAMES: dict[Prediction, str] = {"velocity": "flow_prediction", "noise": "epsilon", "data": "sample", "v": "v_prediction"}
 """Ours and diffusers' words for what a network predicts."""
+CLEAN = 5e-7
+"""At least so much below 0 is log alpha at timestep 0: on a path that ends without noise DDIM would divide 0 by 0 there."""
 UNIT_PATHS = ("cosine", "vp", "ddpm", "ddpm_scaled_linear", "ddpm_cosine")
 """Paths with alpha^2 + beta^2 = 1."""
 
@@ -62,6 +64,7 @@ def scheduler_of(flow: FlowConfig) -> DPMSolverMultistepScheduler | DDIMSchedule
         return DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type=kind, flow_shift=1.0, algorithm_type="dpmsolver++")
     k = torch.arange(STEPS, dtype=torch.float64)
     log_alpha = torch.log(PATHS[flow.path]()(1 - k / STEPS).a)
+    log_alpha[0] = log_alpha[0].clamp(max=-CLEAN)
     variances = -torch.expm1(2 * torch.diff(log_alpha, prepend=log_alpha.new_zeros(1)))
     return DDIMScheduler(
         trained_betas=variances.tolist(), prediction_type=kind, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True

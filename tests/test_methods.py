@@ -58,7 +58,9 @@ def gaussian_source(path, predict):
 @pytest.mark.parametrize("solver", ["heun", "exponential"])
 def test_every_combination_samples_its_data(path, predict, solver):
     """Gaussian data and the exact field: mean and deviation of the samples are the data's, by ODE and SDE. 32,000 values: 5 sigma is 0.011."""
-    sampler = Sampler(solver, 100, sigma_t="noise" if path not in ("ve", "edm") else "zero", grid="rho" if path in ("ve", "edm") else "uniform")
+    sampler = Sampler(
+        solver, 100, sigma_t="noise" if path not in ("ve", "edm") else "zero", grid="rho" if path in ("ve", "edm") else "uniform"
+    )
     images = generate(gaussian_source(path, predict), torch.zeros(500, dtype=torch.int64), sampler, seed=1, batch_size=500).images
     assert abs(images.mean() - 0.3) < 0.02 and abs(images.std() - 0.4) < 0.02
 
