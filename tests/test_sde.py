@@ -28,6 +28,7 @@ from pipeline.flow import (
     uniform_grid,
     widen,
 )
+from pipeline.flow.sde import decay
 
 MIXTURE = oracles.three()
 COUNT = 5000
@@ -161,6 +162,30 @@ def test_exponential_step_is_exact_where_its_score_is():
             for t, y in seen:
                 mean, variance = y[0].item(), (y[1:] - y[0]).square().sum().item()
                 assert abs(mean - 0.7 * t) < 1e-12 and abs(variance - (1 - t) ** 2) < 1e-12, (sigma, t)
+
+
+def test_old_noise_decays_as_its_integral():
+    """exp(-1/2 integral of sigma^2 / beta^2), by hand: constant and noise-proportional on CondOT, `forward` on any path."""
+    times = torch.tensor([0.1, 0.25, 0.5, 0.7], dtype=torch.float64)
+    torch.testing.assert_close(decay(coefficient("constant", 0.8), CondOT(), times), torch.exp(-0.32 * (1 / (1 - times)).diff()), rtol=1e-7, atol=0)
+    torch.testing.assert_close(decay(coefficient("noise", 2.0), CondOT(), times), torch.exp(-2 * times.diff()))
+    for name in ("condot", "vp"):
+        c = PATHS[name]()(times)
+        kept = decay(coefficient("forward"), PATHS[name](), times)
+        torch.testing.assert_close(kept, (c.a[:-1] / c.b[:-1]) / (c.a[1:] / c.b[1:]))
+        same = decay(lambda t, c: torch.sqrt(2 * (c.b**2 * c.da / c.a - c.db * c.b)), PATHS[name](), times)
+        torch.testing.assert_close(same, kept, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("sigma", ["constant", "noise", "callable"])
+def test_integrators_agree_on_how_much_of_the_start_is_left(sigma):
+    """Marginals do not show sigma's size; the response of the end to the start does. 1600 steps, within 1 %."""
+    chosen, left = coefficient("constant", 0.5) if sigma == "constant" else COEFFICIENTS[sigma], []
+    for solver in SDE_SOLVERS.values():
+        x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+        end = solver(GAUSS.field(oracles.condot), x, uniform_grid(1600), CondOT(), chosen, lambda k: torch.zeros(2, 1, dtype=torch.float64)).x
+        left.append((end[1] - end[0]).item())
+    assert max(left) < 1.01 * min(left) and max(left) < 0.95 * math.sqrt(0.3)
 
 
 def test_without_noise_the_exponential_step_is_eulers_on_condot():
