@@ -36,11 +36,11 @@ def wave(x, t):
 
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_log_density_of_a_mixture_is_exact(mode):
-    result = log_density(FIELD, X, uniform_grid(60), CondOT(), solver=rk4, mode=mode)
-    torch.testing.assert_close(result.log_density, MIXTURE.log_density(X), rtol=0, atol=1e-4)
-    assert result.evaluations == 240
-    forth = rk4(FIELD, result.origin, uniform_grid(60)).x
-    torch.testing.assert_close(forth, X, rtol=0, atol=1e-4)
+    result = log_density(FIELD, X, uniform_grid(40), CondOT(), solver=rk4, mode=mode)
+    torch.testing.assert_close(result.log_density, MIXTURE.log_density(X), rtol=0, atol=4e-4)
+    assert result.evaluations == 160
+    forth = rk4(FIELD, result.origin, uniform_grid(40)).x
+    torch.testing.assert_close(forth, X, rtol=0, atol=4e-4)
 
 
 @pytest.mark.parametrize("name", ["cosine", "vp", "sub_vp", "ve"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..flow import CondOT, Purpose, coefficient, exponential, normal, uniform_grid
 from . import style
 from .scenes import Network
-from .still import recorded
+from .still import recorded, stream
 
 
 def flow_movie(model: Network, output: Path, count: int = 4500, frames: int = 60) -> None:
@@ -22,20 +23,19 @@ def flow_movie(model: Network, output: Path, count: int = 4500, frames: int = 60
     start = normal(11, Purpose.INITIAL, 0, index, (2,))
     lines: list[Tensor] = []
     for name, scale in (("zero", 0.0), ("noise", 1.5)):
-        noise = lambda k: normal(12, Purpose.DIFFUSION, k, index, (2,))  # noqa: E731
-        follow = lambda after, n=name, s=scale: exponential(model, start, uniform_grid(steps), CondOT(), coefficient(n, s), noise, after=after)  # noqa: E731
+        follow = partial(exponential, model, start, uniform_grid(steps), CondOT(), coefficient(name, scale), stream(12, index))
         lines.append(recorded(follow, start)[::4])
     colour = torch.atan2(start[:, 1], start[:, 0])
     images = [_frame(lines, colour, k, k / (frames - 1), reach) for k in range(frames)]
     durations = [70] * (frames - 1) + [2200]
-    images[0].save(output / "flow.webp", save_all=True, append_images=images[1:], duration=durations, loop=0, quality=62, method=4)
+    images[0].save(output / "flow.webp", save_all=True, append_images=images[1:], duration=durations, loop=0, quality=58, method=4)
 
 
 def _frame(lines: list[Tensor], colour: Tensor, k: int, t: float, reach: float) -> Image.Image:
     """One moment as an image."""
     figure, axes = style.panels(1, 2, 3.3)
     for ax, line, title in zip(axes[0], lines, ("ODE", "SDE,  $\\sigma_t = 1.5\\,(1 - t)$"), strict=True):
-        ax.scatter(*line[k].T, c=colour, cmap="twilight", s=2.4, linewidths=0)
+        ax.scatter(*line[k].T, c=colour, cmap=style.WHEEL, s=2.4, linewidths=0)
         ax.set_title(title)
         style.frame(ax, reach)
     figure.subplots_adjust(left=0.02, right=0.98, top=0.9, bottom=0.09, wspace=0.05)
@@ -45,7 +45,7 @@ def _frame(lines: list[Tensor], colour: Tensor, k: int, t: float, reach: float) 
     bar.set_ylim(-0.5, 0.5)
     bar.set_xticks([])
     bar.set_yticks([])
-    figure.text(0.5, 0.945, f"$t = {t:.2f}$", ha="center", fontsize=11)
+    figure.text(0.5, 0.93, f"$t = {t:.2f}$", ha="center", fontsize=11)
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
     plt.close(figure)

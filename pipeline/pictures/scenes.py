@@ -36,11 +36,12 @@ def moons(step: int, index: Tensor) -> Tensor:
     return 1.5 * torch.stack([x, y], 1) + 0.07 * normal(0, Purpose.COUPLING, step, index, (2,))
 
 
-def five_modes() -> torch.distributions.MixtureSameFamily:
-    """Five unlike normal laws on a ring, as torch's own distribution: its score comes by differentiation."""
+def five_modes(sigma: float = 0.0) -> torch.distributions.MixtureSameFamily:
+    """Five unlike normal laws on a ring, plus noise of size `sigma`, as torch's own distribution."""
     angle = 2 * math.pi * torch.arange(5) / 5 + math.pi / 2
     means = 2.2 * torch.stack([torch.cos(angle), torch.sin(angle)], 1)
     spread = torch.tensor([0.30, 0.45, 0.36, 0.50, 0.40])[:, None].expand(5, 2)
+    spread = torch.sqrt(spread**2 + sigma**2)
     weights = torch.distributions.Categorical(torch.tensor([0.30, 0.15, 0.20, 0.15, 0.20]))
     return torch.distributions.MixtureSameFamily(weights, torch.distributions.Independent(torch.distributions.Normal(means, spread), 1))
 
@@ -75,8 +76,8 @@ class Network(nn.Module):
         return out
 
 
-def train(sample: Sampler, steps: int, batch: int = 2048, rate: float = 4e-3) -> Network:
-    """Conditional flow matching on fresh draws; a few seconds per thousand steps. Returns the average of the last fifth of the weights."""
+def train(sample: Sampler, steps: int, batch: int = 1024, rate: float = 4e-3) -> Network:
+    """Conditional flow matching on fresh draws; about six seconds per thousand steps on one core. Returns the average of the last fifth of the weights."""
     torch.manual_seed(0)
     model, objective, index = Network(), Objective(CondOT()), torch.arange(batch)
     optimiser = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.99))
@@ -90,5 +91,5 @@ def train(sample: Sampler, steps: int, batch: int = 2048, rate: float = 4e-3) ->
         optimiser.step()
         if step > 0.8 * steps:
             average.update_parameters(model)
-    trained: Network = average.module.requires_grad_(False)
-    return trained
+    model.load_state_dict(average.module.state_dict())
+    return model.requires_grad_(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +13,16 @@ import torch
 from torch import Tensor
 
 from ..flow import (
-    ODE_SOLVERS,
-    PATHS,
+    VE,
     CondOT,
-    CosMap,
     LinearPath,
-    LogitNormal,
-    LogNormalSigma,
-    Mode,
     Purpose,
-    Shifted,
     UniformPrior,
     annealed_langevin,
     coefficient,
-    dormand_prince,
     exponential,
     finite_field,
+    initial,
     interpolate,
     langevin,
     normal,
@@ -35,17 +30,19 @@ from ..flow import (
     uniform,
     uniform_grid,
 )
-from ..flow.diffusion import VE
 from . import scenes, style
 from .scenes import Network, Sampler
-
-Field = Callable[[Tensor, Tensor], Any]
 
 
 def many(sample: Sampler, count: int) -> tuple[Tensor, Tensor]:
     """Points of data and noise, (count, 2) each."""
     index = torch.arange(count)
     return sample(10**6, index), normal(1, Purpose.NOISE, 0, index, (2,))
+
+
+def stream(seed: int, index: Tensor) -> Callable[[int], Tensor]:
+    """Normal numbers for step k of a solve in the plane."""
+    return lambda k: normal(seed, Purpose.DIFFUSION, k, index, (2,))
 
 
 def recorded(solve: Callable[..., Any], start: Tensor) -> Tensor:
@@ -93,7 +90,9 @@ def field_over_time(model: Network, sample: Sampler, output: Path) -> None:
         near = torch.cdist(grid, x[:4000]).min(1).values < 0.45
         shown, v, speed = grid[near], v[near], speed[near]
         length = v / speed[:, None] * speed[:, None].clamp(max=4).sqrt()
-        ax.quiver(*shown.T, *length.T, speed, cmap="YlOrRd", clim=(-1.5, 4), scale=26, width=0.0062, headwidth=4, headlength=4.5, alpha=0.95)
+        ax.quiver(
+            *shown.T, *length.T, speed, cmap="YlOrRd", clim=(-1.5, 4), scale=26, width=0.0062, headwidth=4, headlength=4.5, alpha=0.95
+        )
         ax.set_title(f"$u_{{{t:g}}}(x)$")
         style.frame(ax, reach)
     figure.subplots_adjust(wspace=0.05)
@@ -102,16 +101,14 @@ def field_over_time(model: Network, sample: Sampler, output: Path) -> None:
 
 def trajectories(model: Network, sample: Sampler, output: Path) -> None:
     """One model, five coefficients: the same starts along the ODE and along SDEs; below, where 20,000 samples end."""
-    steps, reach = 400, 2.6
+    steps, reach = 500, 2.6
     cases = [("zero", 0.0, "ODE: $\\sigma_t = 0$"), ("noise", 1.0, "$\\sigma_t = 1 - t$"), ("noise", 3.0, "$\\sigma_t = 3\\,(1 - t)$"),
-             ("constant", 1.0, "$\\sigma_t = 1$"), ("forward", 1.0, "forward: $\\sigma_t^2 = 2(1-t)/t$")]  # fmt: skip
+             ("constant", 0.4, "$\\sigma_t = 0.4$"), ("forward", 1.0, "forward: $\\sigma_t^2 = 2(1-t)/t$")]  # fmt: skip
     figure, axes = style.panels(2, len(cases), 2.5)
-    index, few = torch.arange(20_000), 14
-    start, times = normal(3, Purpose.INITIAL, 0, index, (2,)), 1 - (1 - uniform_grid(steps)) ** 2  # short steps at the end, where noise stops
+    index, few = torch.arange(20_000), 10
+    start, times = normal(3, Purpose.INITIAL, 0, index, (2,)), uniform_grid(steps)
     for column, (name, scale, title) in enumerate(cases):
-        noise = lambda k: normal(4, Purpose.DIFFUSION, k, index, (2,))  # noqa: E731
-        follow = lambda after, n=name, s=scale: exponential(model, start, times, CondOT(), coefficient(n, s), noise, after=after)  # noqa: E731
-        line = recorded(follow, start)
+        line = recorded(partial(exponential, model, start, times, CondOT(), coefficient(name, scale), stream(4, index)), start)
         upper, lower = axes[:, column]
         upper.scatter(*line[-1, :3000].T, s=0.6, color="#dfe4ec", linewidths=0)
         for i in range(few):
@@ -121,7 +118,7 @@ def trajectories(model: Network, sample: Sampler, output: Path) -> None:
         upper.set_title(title)
         style.frame(upper, reach)
         style.histogram(lower, line[-1], reach, bins=110, top=99)
-    axes[0, 0].set_ylabel("14 trajectories", labelpad=8)
+    axes[0, 0].set_ylabel("10 trajectories", labelpad=8)
     axes[1, 0].set_ylabel("20,000 ends", labelpad=8)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
     style.save(figure, str(output / "ode-and-sde.png"))
@@ -129,57 +126,37 @@ def trajectories(model: Network, sample: Sampler, output: Path) -> None:
 
 def relaxation(output: Path) -> None:
     """Langevin dynamics from one corner to five modes; below, annealed over noise levels, from wide noise."""
-    law, reach, count = scenes.five_modes(), 4.0, 1500
-    score, index = scenes.score_of(law), torch.arange(count)
-    noise = lambda k: normal(5, Purpose.DIFFUSION, k, index, (2,))  # noqa: E731
-    x = torch.tensor([3.0, -3.2]) + 0.15 * noise(-1)
-    stops, step = (0, 30, 150, 600, 3000), 0.02
+    index, stops = torch.arange(1500), (0, 30, 150, 600, 3000)
+    noise, law = stream(5, index), scenes.five_modes()
     figure, axes = style.panels(2, len(stops), 2.4)
-    done = 0
+    x, done = torch.tensor([3.0, -3.2]) + 0.15 * noise(-1), 0
     for ax, stop in zip(axes[0], stops, strict=True):
         if stop > done:
-            x = langevin(score, x, step, stop - done, lambda k, d=done: noise(d + k)).x
+            x = langevin(scenes.score_of(law), x, 0.02, stop - done, partial(_later, noise, done)).x
             done = stop
-        style.contours(ax, law.log_prob, reach, filled=True)
-        ax.scatter(*x.T, s=2.2, color=style.ACCENT, alpha=0.55, linewidths=0)
+        style.contours(ax, law.log_prob, 4.0, filled=True)
+        style.swarm(ax, x)
         ax.set_title(f"{stop} steps")
-    path, levels = VE(0.05, 3.0), uniform_grid(24)
-    at_level = lambda y, t: _smoothed(law, path, t)(y)  # noqa: E731
-    shots = {0.0: 3 * noise(-2)}
-    y = shots[0.0]
-    for i, t in enumerate(levels.tolist()):
-        times = torch.tensor([t, min(1.0, t + 1e-9)] if t < 1 else [1 - 1e-9, 1.0], dtype=torch.float64)
-        scale = (path(torch.tensor(t)).b / path(torch.tensor(1.0)).b).item() ** 2
-        y = annealed_langevin(at_level, y, times, path, 0.0025 * scale, 6, lambda k, i=i: normal(6, Purpose.DIFFUSION, 100 * i + k, index, (2,))).x
-        shots[t] = y
-    chosen = [0.0, *(levels[k].item() for k in (6, 10, 15, 24))]
-    for ax, t in zip(axes[1], chosen, strict=True):
-        b = path(torch.tensor(t)).b.item()
-        style.contours(ax, lambda p, t=t: _density(law, path, torch.tensor([t]))(p), reach, filled=True)
-        ax.scatter(*shots[t].T, s=2.2, color=style.ACCENT, alpha=0.55, linewidths=0)
-        ax.set_title(f"$\\sigma = {b:.2g}$")
+    path, times = VE(0.05, 3.0), uniform_grid(24)
+    start = initial(path, noise(-2))
+
+    def score(y: Tensor, t: Tensor) -> Tensor:
+        return scenes.score_of(scenes.five_modes(path(t[0]).b.item()))(y)
+
+    levels = recorded(partial(annealed_langevin, score, start, times, path, 0.0025, 12, stream(6, index)), start)
+    for ax, k in zip(axes[1], (0, 6, 10, 15, 24), strict=True):
+        sigma = path(times[k]).b.item()
+        style.contours(ax, scenes.five_modes(sigma).log_prob, 4.0, filled=True)
+        style.swarm(ax, levels[k + 1])
+        ax.set_title(f"$\\sigma = {sigma:.2g}$")
     axes[0, 0].set_ylabel("Langevin", labelpad=8)
     axes[1, 0].set_ylabel("annealed Langevin", labelpad=8)
     figure.subplots_adjust(wspace=0.05, hspace=0.16)
     style.save(figure, str(output / "langevin.png"))
 
 
-def _density(law: Any, path: Any, t: Tensor) -> Callable[[Tensor], Tensor]:
-    """log p_t of the five modes on a path with alpha = 1."""
-    b = path(t[:1]).b.item()
-    parts = law.component_distribution.base_dist
-    wide = torch.distributions.Normal(parts.loc, torch.sqrt(parts.scale**2 + b**2))
-    mixture = torch.distributions.MixtureSameFamily(law.mixture_distribution, torch.distributions.Independent(wide, 1))
-    return mixture.log_prob
-
-
-def _smoothed(law: Any, path: Any, t: Tensor) -> Callable[[Tensor], Tensor]:
-    density = _density(law, path, t)
-
-    class _Law:
-        log_prob = staticmethod(density)
-
-    return scenes.score_of(_Law())  # type: ignore[arg-type]
+def _later(noise: Callable[[int], Tensor], done: int, k: int) -> Tensor:
+    return noise(done + k)
 
 
 def uniform_prior(output: Path) -> None:
@@ -189,9 +166,11 @@ def uniform_prior(output: Path) -> None:
     field = finite_field(path, points)
     times = uniform_grid(600, end=0.999)
     start = (2 * (torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None]
-    line = recorded(lambda after: rk4(field, start, times, after=after), start)[..., 0]
+    line = recorded(partial(rk4, field, start, times), start)[..., 0]
     colours = {0.5: style.SERIES[0], 1.2: style.SERIES[1], 1.7: style.SERIES[2]}
-    figure, (left, middle, right, scale) = plt.subplots(1, 4, figsize=(12.6, 3.9), gridspec_kw={"width_ratios": [1, 1.15, 0.3, 0.035], "wspace": 0.09})
+    figure, (left, middle, right, scale) = plt.subplots(
+        1, 4, figsize=(12.6, 3.9), gridspec_kw={"width_ratios": [1, 1.15, 0.3, 0.035], "wspace": 0.09}
+    )
     pairs = uniform(8, Purpose.INITIAL, 0, torch.arange(60), (2,))
     for a, which in pairs.tolist():
         z = points[int(4 * which), 0].item()
@@ -199,11 +178,12 @@ def uniform_prior(output: Path) -> None:
     left.set_title("bridges  $x_t = t\\,z + (1 - t)\\,x_{\\rm init}$")
     t, x = torch.linspace(0, 0.985, 260, dtype=torch.float64), torch.linspace(0, 2, 261, dtype=torch.float64)[:, None]
     speed = torch.stack([field(x, torch.full((len(x),), s, dtype=torch.float64))[:, 0] for s in t.tolist()], 1)
-    low = torch.minimum(t * 0.5, t * 1.7), torch.maximum(t * 0.5 + 2 * (1 - t), t * 1.7 + 2 * (1 - t))
-    outside = (x < low[0]) | (x > low[1])
-    mesh = middle.pcolormesh(t, x[:, 0], np.ma.masked_array(speed, outside), cmap="RdBu_r", vmin=-1.6, vmax=1.6, shading="auto", alpha=0.55, rasterized=True)
+    inside = torch.stack([(x >= t * z) & (x <= t * z + 2 * (1 - t)) for z in points[:, 0].tolist()]).any(0)
+    mesh = middle.pcolormesh(
+        t, x[:, 0], np.ma.masked_array(speed, ~inside), cmap="RdBu_r", vmin=-1.6, vmax=1.6, shading="auto", alpha=0.55, rasterized=True
+    )
     for i in range(count):
-        z = min(colours, key=lambda c, e=line[-1, i].item(): abs(c - e))
+        z = points[(points[:, 0] - line[-1, i]).abs().argmin(), 0].item()
         middle.plot(times, line[:, i], color=colours[z], linewidth=1.0)
     middle.set_title("the marginal field $u_t(x)$ and its flow")
     figure.colorbar(mesh, cax=scale, label="velocity")
@@ -228,59 +208,6 @@ def uniform_prior(output: Path) -> None:
     style.save(figure, str(output / "uniform-prior.png"))
 
 
-def schedules(output: Path) -> None:
-    """alpha and beta of every path, their log signal-to-noise ratio, and the laws of t."""
-    t = torch.linspace(0.002, 0.998, 400, dtype=torch.float64)
-    names = {"condot": "CondOT", "cosine": "cosine", "vp": "VP", "sub_vp": "sub-VP", "ddpm_cosine": "DDPM cosine", "ve": "VE", "edm": "EDM"}
-    figure, axes = plt.subplots(1, 4, figsize=(14.5, 3.3), gridspec_kw={"wspace": 0.28})
-    for (name, label), colour in zip(names.items(), style.SERIES, strict=False):
-        path = PATHS[name]()
-        c = path(t)
-        axes[2].plot(t, path.log_snr(t), color=colour, label=label, linewidth=1.6)
-        if c.b.max() <= 1:
-            dashes = (4, 3) if name in ("sub_vp", "ddpm_cosine") else (1, 0)
-            axes[0].plot(t, c.a, color=colour, linewidth=1.6, dashes=dashes)
-            axes[1].plot(t, c.b, color=colour, linewidth=1.6, dashes=dashes)
-    laws = {"uniform": None, "logit-normal": LogitNormal(), "mode": Mode(), "cosmap": CosMap(), "shifted by 3": Shifted(3.0), "log-normal in sigma": LogNormalSigma()}
-    for (label, law), colour in zip(laws.items(), style.SERIES, strict=False):
-        axes[3].plot(t, torch.ones_like(t) if law is None else law.density(t), color=colour, label=label, linewidth=1.5)
-    for ax, title in zip(axes, ("signal $\\alpha_t$", "noise $\\beta_t$", "$\\log\\,(\\alpha_t^2 / \\beta_t^2)$", "laws of $t$: density"), strict=True):
-        ax.set_title(title)
-        ax.set_xlabel("$t$   (0 noise, 1 data)")
-        ax.spines[["top", "right"]].set_visible(False)
-    axes[2].set_ylim(-13, 13)
-    axes[3].set_ylim(0, 4)
-    axes[2].legend(fontsize=8, frameon=False, loc="upper left")
-    axes[3].legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    style.save(figure, str(output / "paths.png"))
-
-
-def convergence(model: Network, output: Path) -> None:
-    """Error against evaluations, on the learned field in float64: the slope is the order."""
-    field, index = model.double(), torch.arange(64)
-    start = normal(9, Purpose.INITIAL, 0, index, (2,)).double()
-    exact = dormand_prince(field, start, uniform_grid(1), rtol=1e-11, atol=1e-11, limit=200_000).x
-    figure, ax = plt.subplots(figsize=(5.8, 4.1))
-    labels = {"euler": "Euler (1)", "midpoint": "midpoint (2)", "heun": "Heun (2)", "multistep": "two-step (2)", "rk4": "RK4 (4)", "dormand_prince": "Dormand-Prince 5(4)"}
-    for (name, label), colour in zip(labels.items(), style.SERIES, strict=False):
-        spent, errors = [], []
-        for k in range(9):
-            if name == "dormand_prince":
-                end = dormand_prince(field, start, uniform_grid(1), rtol=10.0 ** -(k / 1.1 + 1), atol=10.0 ** -(k / 1.1 + 1), limit=100_000)
-            else:
-                end = ODE_SOLVERS[name](field, start, uniform_grid(max(2, round((8 if name != "rk4" else 4) * 2 ** (k * 0.9)))))
-            spent.append(end.evaluations)
-            errors.append((end.x - exact).norm(dim=1).mean().item())
-        ax.loglog(spent, errors, "o-", color=colour, label=label, markersize=3.5, linewidth=1.4)
-    model.float()
-    ax.set_xlabel("evaluations of the network")
-    ax.set_ylabel("mean distance to the exact end")
-    ax.grid(True, which="major", color="#e6e9ef", linewidth=0.7)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=9)
-    style.save(figure, str(output / "convergence.png"))
-
-
 def draw_all(board: Network, moon: Network, output: Path) -> None:
     """Every still picture into a folder that exists."""
     conditional_and_marginal(scenes.checkerboard, output)
@@ -288,7 +215,3 @@ def draw_all(board: Network, moon: Network, output: Path) -> None:
     trajectories(moon, scenes.moons, output)
     relaxation(output)
     uniform_prior(output)
-    schedules(output)
-    convergence(moon, output)
-
-

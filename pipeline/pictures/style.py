@@ -20,6 +20,7 @@ INK, NOISE, DATA, ACCENT, PAPER = "#1b2a41", "#8d99ae", "#2a6f97", "#e4572e", "#
 SERIES = ["#2a6f97", "#e4572e", "#6a994e", "#f2a541", "#7b5ea7", "#17a398", "#b23a48", "#5c677d", "#0b132b"]
 DENSITY = LinearSegmentedColormap.from_list("ink", ["#ffffff", "#d7e6f0", "#8fbcd4", "#3c86b0", "#1d4e73", "#0f2a44"])
 SOFT = LinearSegmentedColormap.from_list("soft", ["#eef4f8", "#d7e6f0", "#a9cbe0", "#7fb0cd"])
+WHEEL = LinearSegmentedColormap.from_list("wheel", ["#2a6f97", "#17a398", "#8ab17d", "#f2a541", "#e4572e", "#b23a48", "#7b5ea7", "#2a6f97"])
 TIME = LinearSegmentedColormap.from_list("time", ["#c3cad6", "#8fbcd4", "#2a6f97", "#e4572e"])
 
 plt.rcParams.update(
@@ -41,9 +42,9 @@ plt.rcParams.update(
 )
 
 
-def panels(rows: int, columns: int, size: float = 2.3, **options: float) -> tuple[Figure, np.ndarray]:
+def panels(rows: int, columns: int, size: float = 2.3) -> tuple[Figure, np.ndarray]:
     """Square panels, (rows, columns), without ticks."""
-    figure, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * size + 0.3), squeeze=False, **options)
+    figure, axes = plt.subplots(rows, columns, figsize=(columns * size, rows * size + 0.3), squeeze=False)
     for ax in axes.flat:
         ax.set_xticks([])
         ax.set_yticks([])
@@ -74,6 +75,11 @@ def contours(ax: Axes, log_density: Callable[[Tensor], Tensor], reach: float, fi
         ax.contourf(line, line, value, levels=levels, cmap=SOFT)
     ax.contour(line, line, value, levels=levels, colors=DATA, linewidths=0.6, alpha=0.6, linestyles="solid")
     frame(ax, reach)
+
+
+def swarm(ax: Axes, x: Tensor) -> None:
+    """Points, (N, 2), small and orange."""
+    ax.scatter(x[:, 0], x[:, 1], s=2.2, color=ACCENT, alpha=0.55, linewidths=0)
 
 
 def threaded(ax: Axes, line: Tensor, times: Tensor) -> None:

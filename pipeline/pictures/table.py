@@ -21,7 +21,7 @@ def worst_errors(name: str, source: str, wanted: str, size: int = 64, times: int
     path, generator = PATHS[name](), torch.Generator().manual_seed(0)
     data, noise = (torch.randn(times, size, generator=generator, dtype=torch.float64) for _ in range(2))
     t = torch.linspace(1e-3, 1 - 1e-3, times).double()
-    x, c = interpolate(path, data, noise, t)
+    _, c = interpolate(path, data, noise, t)
     given, exact = target(source, data, noise, c), target(wanted, data, noise, c)  # type: ignore[arg-type]
     single_x, single_c = interpolate(path, data.float(), noise.float(), t.float())
     errors = []
