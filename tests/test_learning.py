@@ -23,6 +23,7 @@ from pipeline.flow import (
     rademacher,
     uniform,
     uniform_grid,
+    velocity_field,
     widen,
 )
 
@@ -90,11 +91,11 @@ def relative(law, got, wanted_of, times=(0.3, 0.5, 0.7)):
 
 def test_score_and_velocity_networks_give_one_field(trained):
     """Trained on the same draws for the same steps: fields that differ by less than 15 % where data live (measured 9 %)."""
-    law, path = oracles.three(), CondOT()
+    law, by_score = oracles.three(), velocity_field(trained["score"], CondOT(), "score")
     errors = {
         "velocity": relative(law, trained["velocity"], law.velocity),
-        "score": relative(law, lambda x, t: convert(trained["score"](x, t), "score", "velocity", x, path(widen(t, x))), law.velocity),
-        "apart": relative(law, lambda x, t: convert(trained["score"](x, t), "score", "velocity", x, path(widen(t, x))) - trained["velocity"](x, t),
+        "score": relative(law, by_score, law.velocity),
+        "apart": relative(law, lambda x, t: by_score(x, t) - trained["velocity"](x, t),
                           lambda *_: torch.zeros(2000, 2, dtype=torch.float64) + 1e-9),
     }  # fmt: skip
     size = relative(law, trained["velocity"], lambda *_: torch.full((2000, 2), 1e-9, dtype=torch.float64))
@@ -129,7 +130,7 @@ def test_score_matching_recovers_the_score_of_a_mixture(which):
 
 
 def test_ncsn_with_annealed_langevin_samples_far_modes_in_proportion():
-    """Trained score, two modes 14 apart with weights 0.2 and 0.8: annealed Langevin near 0.8, plain Langevin at the last level stays at one half."""
+    """Trained score, two modes 14 apart with weights 0.2 and 0.8: annealed near 0.8, plain at the last level stays at one half."""
     law = oracles.Mixture(
         torch.tensor([0.2, 0.8], dtype=torch.float64),
         torch.tensor([[-5.0, -5.0], [5.0, 5.0]], dtype=torch.float64),

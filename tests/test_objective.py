@@ -102,7 +102,7 @@ def test_min_snr_weights_of_its_paper():
 @pytest.mark.parametrize("name", ["condot", "cosine", "vp", "ve"])
 @pytest.mark.parametrize("kind", PREDICTIONS)
 def test_the_minimiser_is_the_marginal_field(name, kind):
-    """By enumeration: at a point x the data z_k came with known probability and one noise each; the weighted mean target is the marginal one."""
+    """By enumeration: at x each z_k has a known probability and one noise; the weighted mean of the targets is the marginal one."""
     path, time = PATHS[name](), 0.6
     a, b, da, db = oracles.BY_HAND[name](time)
     law, x = oracles.finite(POINTS), a * POINTS[:1] + b * torch.tensor([[0.4, -0.2]], dtype=torch.float64)

@@ -77,7 +77,10 @@ class Network(nn.Module):
 
 
 def train(sample: Sampler, steps: int, batch: int = 1024, rate: float = 4e-3) -> Network:
-    """Conditional flow matching on fresh draws; about six seconds per thousand steps on one core. Returns the average of the last fifth of the weights."""
+    """Conditional flow matching on fresh draws, about six seconds per thousand steps on one core.
+
+    Returns the average of the weights over the last fifth of the steps.
+    """
     torch.manual_seed(0)
     model, objective, index = Network(), Objective(CondOT()), torch.arange(batch)
     optimiser = torch.optim.Adam(model.parameters(), rate, betas=(0.9, 0.99))
