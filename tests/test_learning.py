@@ -16,7 +16,6 @@ from pipeline.flow import (
     Purpose,
     ScoreMatching,
     annealed_langevin,
-    convert,
     initial,
     langevin,
     normal,
