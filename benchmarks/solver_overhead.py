@@ -64,9 +64,7 @@ def main() -> int:
         steps = options.steps if name != "dormand_prince" else evaluations[name] / 6
         overhead = (seconds - evaluations[name] * best_field) / steps * 1e6
         worst = max(worst, overhead)
-        print(
-            f"{name:32s} {overhead:7.1f} us a step   {overhead / LIMIT:5.2f} of the limit of {LIMIT:.0f} us   {evaluations[name]} evaluations"
-        )
+        print(f"{name:32s} {overhead:7.1f} us a step   {overhead / LIMIT:5.2f} of {LIMIT:.0f} us   {evaluations[name]} evaluations")
     print(f"worst {worst:.1f} us: {'within' if worst < LIMIT else 'ABOVE'} {LIMIT:.0f} us")
     return worst >= LIMIT
 

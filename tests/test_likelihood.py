@@ -36,16 +36,16 @@ def wave(x, t):
 
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_log_density_of_a_mixture_is_exact(mode):
-    result = log_density(FIELD, X, uniform_grid(60), CondOT(), solver=rk4, mode=mode)
-    torch.testing.assert_close(result.log_density, MIXTURE.log_density(X), rtol=0, atol=1e-4)
-    assert result.evaluations == 240
-    forth = rk4(FIELD, result.origin, uniform_grid(60)).x
-    torch.testing.assert_close(forth, X, rtol=0, atol=1e-4)
+    result = log_density(FIELD, X, uniform_grid(40), CondOT(), solver=rk4, mode=mode)
+    torch.testing.assert_close(result.log_density, MIXTURE.log_density(X), rtol=0, atol=4e-4)
+    assert result.evaluations == 160
+    forth = rk4(FIELD, result.origin, uniform_grid(40)).x
+    torch.testing.assert_close(forth, X, rtol=0, atol=4e-4)
 
 
 @pytest.mark.parametrize("name", ["cosine", "vp", "sub_vp", "ve"])
 def test_log_density_on_every_kind_of_path(name):
-    """Ending at 1 - 1e-3 where the velocity is singular: the density there is that of p_t; VE's start is N(0, 50^2) but for data of size 1."""
+    """Ending at 1 - 1e-3 where the velocity is singular: there the density is p_t's; VE's start is N(0, 50^2) but for data of size 1."""
     end = 1.0 if name in ("cosine", "ve") else 1 - 1e-3
     a, b, *_ = oracles.BY_HAND[name](end)
     field = MIXTURE.field(oracles.BY_HAND[name])
@@ -56,7 +56,7 @@ def test_log_density_on_every_kind_of_path(name):
 
 
 def test_hutchinson_is_right_in_the_mean_with_one_probe_a_solve():
-    """The mean over probes is the exact value, for signs and normal numbers; an adaptive solver meets its tolerances with the probe kept."""
+    """The mean over probes is the exact value, for signs and normal numbers; an adaptive solver keeps its tolerances."""
     n, size = 3000, (2, 2, 3)
     x = 0.5 * normal(0, Purpose.INITIAL, 0, torch.arange(1), size).double()
     many = x.expand(n, *size).contiguous()

@@ -143,7 +143,7 @@ def test_karras_preconditioning_has_unit_input_and_unit_target(name):
         t = torch.full((40_000,), time, dtype=torch.float64)
         x, c = interpolate(PATHS[name](), data[:, None], noise[:, None], t)
         seen = []
-        skip = precondition(lambda x, t: seen.append(x) or torch.zeros_like(x), PATHS[name](), sigma)(x, t)
+        skip = precondition(lambda x, t, seen=seen: seen.append(x) or torch.zeros_like(x), PATHS[name](), sigma)(x, t)
         out = precondition(lambda x, t: torch.ones_like(x), PATHS[name](), sigma)(x, t) - skip
         bound = 6 * (2 / 40_000) ** 0.5
         assert abs(seen[0].var().item() - 1) < bound

@@ -54,6 +54,14 @@ def test_no_noise_is_repeated_over_many_steps_and_indices():
     assert len(torch.unique(u)) == 400_000
 
 
+def test_every_bit_of_a_name_counts():
+    """Indices, steps and seeds that differ in one bit only, of all that fit."""
+    names = [(0, 0, 0), *((1 << k, 0, 0) for k in range(63)), *((0, 1 << k, 0) for k in range(63)), *((0, 0, 1 << k) for k in range(63))]
+    for draw in (lambda *name: uniform(*name, (2,)), lambda *name: normal(*name, (2,))):
+        draws = {tuple(draw(seed, Purpose.NOISE, step, torch.tensor([index]))[0].tolist()) for seed, step, index in names}
+        assert len(draws) == len(names)
+
+
 @pytest.mark.parametrize("shape", [(3,), (1, 5, 7), (4, 8, 8)])
 def test_draws_do_not_depend_on_the_batch(shape):
     """Bitwise: all at once, one by one, in odd slices, in another order."""

@@ -63,6 +63,17 @@ def test_order_of_convergence(name, warp, truth, wide_truth):
     assert abs(math.log2(errors[0] / errors[1]) - ORDERS[name]) < 0.15
 
 
+def test_two_step_method_keeps_its_order_when_steps_alternate(truth):
+    """Steps in turns of h and 2 h: the slope is drawn through the last two points as they lie."""
+    errors = []
+    for n in (320, 640):
+        widths = torch.tensor([1.0, 2.0], dtype=torch.float64).repeat(n // 2)
+        times = torch.cat([torch.zeros(1, dtype=torch.float64), widths.cumsum(0) / widths.sum()])
+        times[-1] = 1
+        errors.append((multistep(FIELD, START, times).x - truth).norm().item())
+    assert abs(math.log2(errors[0] / errors[1]) - 2) < 0.15
+
+
 @pytest.mark.parametrize(("name", "per_step"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("multistep", 1), ("rk4", 4)])
 def test_evaluations_are_counted(name, per_step):
     seen = []

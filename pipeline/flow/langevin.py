@@ -45,7 +45,9 @@ def langevin(score: Callable[[Tensor], Tensor], x: Tensor, step: float, steps: i
     return finish(x, steps)
 
 
-def annealed_langevin(score: Field, x: Tensor, times: Tensor, path: Path, step: float, repeats: int, noise: Noise) -> Solution:
+def annealed_langevin(
+    score: Field, x: Tensor, times: Tensor, path: Path, step: float, repeats: int, noise: Noise, *, after: After | None = None
+) -> Solution:
     """NCSN's sampler: Langevin dynamics at each noise level, from the largest to the smallest.
 
     At the level sigma_i = beta / alpha the step is `h sigma_i^2 / sigma_L^2`, with
@@ -59,6 +61,7 @@ def annealed_langevin(score: Field, x: Tensor, times: Tensor, path: Path, step: 
         step: h, the step at the last level, squared data units; below about sigma_L^2.
         repeats: steps at each level, >= 1.
         noise: `noise(k)`, k counting all steps from 0.
+        after: called with (x, t) after each level; what it returns goes on.
 
     Returns:
         The end, with noise of size sigma_L left in it, and L x repeats evaluations.
@@ -74,6 +77,7 @@ def annealed_langevin(score: Field, x: Tensor, times: Tensor, path: Path, step: 
         now = at(t, x)
         for k in range(repeats):
             x = torch.add(torch.add(x, score(x, now), alpha=sizes[i] / 2), noise(i * repeats + k), alpha=math.sqrt(sizes[i]))
+        x = after(x, t) if after else x
     return finish(x, len(sizes) * repeats)
 
 

@@ -214,8 +214,9 @@ def dormand_prince(
             end = t if s + 1.01 * h >= t else s + h
             if end - s < 1e-10 or evaluations + 6 > limit:
                 raise ValueError(
-                    f"tolerances rtol={rtol}, atol={atol} cannot be met: at t={s:.6g} the step is {end - s:.2g} after {evaluations} of {limit} "
-                    f"evaluations. Loosen them, use float64, or keep the grid off times where the field is singular."
+                    f"tolerances rtol={rtol}, atol={atol} cannot be met: at t={s:.6g} the step is {end - s:.2g} "
+                    f"after {evaluations} of {limit} evaluations. Loosen them, use float64, "
+                    f"or keep the grid off times where the field is singular."
                 )
             width, slopes = end - s, _slopes(DORMAND_PRINCE, field, x, s, end, slope)
             evaluations += 6 if slope is not None else 7

@@ -144,7 +144,9 @@ class LogNormalSigma:
 
 @dataclass(frozen=True)
 class Shifted:
-    """Another law moved towards the noise: `t = t' / (t' + shift (1 - t'))`, which multiplies every noise-to-signal ratio on CondOT by `shift`.
+    """Another law moved towards the noise: `t = t' / (t' + shift (1 - t'))`.
+
+    On CondOT it multiplies every noise-to-signal ratio by `shift`.
 
     Args:
         shift: > 0; 1 is no shift. See `resolution_shift`.
