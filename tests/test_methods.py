@@ -1,4 +1,4 @@
-"""Recipes of the section `flow`: each combination trains, samples and, where stock can hold it, exports; what cannot be right is refused."""
+"""Recipes of the section `flow`: each combination trains and samples, and what cannot be right is refused."""
 
 import itertools
 
@@ -57,7 +57,10 @@ def gaussian_source(path, predict):
 @pytest.mark.parametrize(("path", "predict"), [(p, k) for p in PATHS for k in PREDICTIONS if not (p == "edm" and k != "data")])
 @pytest.mark.parametrize("solver", ["heun", "exponential"])
 def test_every_combination_samples_its_data(path, predict, solver):
-    """Gaussian data and the exact field: mean and deviation of the samples are the data's, by ODE and SDE. 32,000 values: 5 sigma is 0.011."""
+    """Gaussian data and the exact field: mean and deviation of the samples are the data's, by ODE and SDE.
+
+    32,000 values: 5 sigma is 0.011.
+    """
     sampler = Sampler(
         solver, 100, sigma_t="noise" if path not in ("ve", "edm") else "zero", grid="rho" if path in ("ve", "edm") else "uniform"
     )

@@ -36,7 +36,17 @@ def test_bits_of_gaussian_data(path, predict, exact):
 
 
 def test_likelihood_of_held_out_digits(trained, digits, capsys):
-    words = ["likelihood", "--pipeline", str(trained / "export"), "--reference", str(digits), "--num_images", "3", "--num_inference_steps", "3"]
+    words = [
+        "likelihood",
+        "--pipeline",
+        str(trained / "export"),
+        "--reference",
+        str(digits),
+        "--num_images",
+        "3",
+        "--num_inference_steps",
+        "3",
+    ]
     status, out, _ = run(capsys, *words)
     assert status == 0 and "exact divergence" in out and "3 images of 64 values" in out and 2 < float(out.split()[0]) < 20
     assert "Hutchinson" in run(capsys, *words, "--estimate", "true")[1]
@@ -57,7 +67,9 @@ def test_what_is_measured_comes_back(task, method):
     made = restore(source, measure, y, Sampler("euler", 150), label=None, count=200, seed=1, method=method, noise_std=0.01)
     assert (measure(made) - y).square().mean().sqrt() < 0.05
     if task == "inpaint":
-        assert abs(made[..., 4:].mean() - 0.3) < 0.05 and abs(made[..., 4:].std() - 0.4) < 0.08, "the hidden half is independent of the other"
+        assert abs(made[..., 4:].mean() - 0.3) < 0.05 and abs(made[..., 4:].std() - 0.4) < 0.08, (
+            "the hidden half is independent of the other"
+        )
 
 
 def test_restoring_a_digit(trained, tmp_path, capsys):
