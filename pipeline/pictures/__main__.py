@@ -22,8 +22,11 @@ def main() -> None:
         print(table())
         return
     if options.steps < 1:
-        raise ValueError(f"--steps={options.steps}: at least one. Use 5000.")
-    from . import charts, moving, still  # matplotlib and Pillow, which the table does without
+        parser.error(f"--steps {options.steps}: at least one. Use 5000.")
+    try:
+        from . import charts, moving, still  # matplotlib, which the table does without
+    except ImportError as error:
+        parser.error(f"{error}: the pictures need matplotlib, install it with `pip install condot[demo]`.")
 
     options.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
