@@ -24,13 +24,18 @@ from .flow import (
     Prior,
     Purpose,
     Solution,
+    annealed_langevin,
     coefficient,
+    convert,
     denoise,
     guide,
     initial,
+    langevin,
     normal,
+    predictor_corrector,
     singular,
     velocity_field,
+    widen,
 )
 from .flow import grid as time_grid
 from .flow.field import ConditionalField, Field
@@ -39,6 +44,9 @@ from .method import prior_of, scaled
 
 LEFT_NOISE = 1e-6
 """A path that ends on more noise than this is ended by its data prediction."""
+LAST_LEVEL = 0.99
+"""Where Langevin dynamics end: at the last time the score is finite at, nearly; the noise left there is taken off at once."""
+LANGEVIN_SOLVERS = ("langevin", "annealed_langevin", "predictor_corrector")
 NEAR_NOISE = 1e-3
 """Where sampling begins if the field is singular at t = 0, as one that predicts noise is: diffusers' own first step is there too."""
 
@@ -100,22 +108,32 @@ class Sampler:
     grid: str = "uniform"
     grid_shift: float = 3.0
     grid_rho: float = 7.0
+    given_times: tuple[float, ...] = ()
     tolerance: float = 1e-5
+    corrections: int = 1
+    langevin_step: float = 0.2
+    snr: float = 0.16
 
     def __post_init__(self) -> None:
-        known = (*ODE_SOLVERS, *SDE_SOLVERS)
+        known = (*ODE_SOLVERS, *SDE_SOLVERS, *LANGEVIN_SOLVERS)
         if self.solver not in known:
             raise ValueError(f"solver={self.solver!r} is unknown: choose one of {', '.join(known)}.")
         coefficient(self.sigma_t, self.sigma_scale)
         time_grid(self.grid, self.steps, shift=self.grid_shift, rho=self.grid_rho)
 
     def times(self, source: Source) -> Tensor:
-        """The grid, (steps + 1,): from 0, or NEAR_NOISE where the field is singular at 0, to 1. An adaptive solver chooses inside."""
+        """The grid, (steps + 1,): the caller's, or from 0, or NEAR_NOISE where the field is singular at 0, to 1.
+
+        An adaptive solver chooses inside; Langevin dynamics end at LAST_LEVEL.
+        """
+        if self.given_times:
+            return torch.tensor(self.given_times, dtype=torch.float64)
         begin = NEAR_NOISE if singular(source.path, source.predict, 0.0) else 0.0
         if self.solver == "dormand_prince":
             inner = [1 - NEAR_NOISE] if singular(source.path, source.predict, 1.0) else []
             return torch.tensor([begin, *inner, 1.0], dtype=torch.float64)
-        return time_grid(self.grid, self.steps, path=source.path, shift=self.grid_shift, rho=self.grid_rho, start=begin)
+        end = LAST_LEVEL if self.solver in ("langevin", "annealed_langevin") else 1.0
+        return time_grid(self.grid, self.steps, path=source.path, shift=self.grid_shift, rho=self.grid_rho, start=begin, end=end)
 
 
 def check_labels(labels: Tensor, num_classes: int) -> None:
@@ -215,8 +233,26 @@ def follow(
     def noise(step: int) -> Tensor:
         return normal(seed, Purpose.DIFFUSION, step, index, source.shape)
 
+    if sampler.solver in ("langevin", "annealed_langevin"):
+        return _relax(source.path, field, x, times, sampler, noise)
     sigma = coefficient(sampler.sigma_t, sampler.sigma_scale)
+    if sampler.solver == "predictor_corrector":
+        snr, corrections = sampler.snr, sampler.corrections
+        return predictor_corrector(field, x, times, source.path, sigma, noise, snr=snr, corrections=corrections, after=after)
     return SDE_SOLVERS[sampler.solver](field, x, times, source.path, sigma, noise, after=after)
+
+
+def _relax(path: Path, field: Field, x: Tensor, times: Tensor, sampler: Sampler, noise: Callable[[int], Tensor]) -> Solution:
+    """Langevin dynamics at the last time of a grid, or at every one in turn; steps in units of the last level's variance."""
+
+    def score(point: Tensor, t: Tensor) -> Tensor:
+        return convert(field(point, t), "velocity", "score", point, path(widen(t, point)))
+
+    step = sampler.langevin_step * float(path(times[-1]).b) ** 2
+    if sampler.solver == "annealed_langevin":
+        return annealed_langevin(score, x, times, path, step, sampler.corrections, noise)
+    last = torch.full((len(x),), float(times[-1]), device=x.device, dtype=x.dtype)
+    return langevin(lambda point: score(point, last), x, step, sampler.steps, noise)
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:

@@ -7,7 +7,11 @@ from typing import Literal
 
 from .generate import Sampler
 
-Solver = Literal["euler", "midpoint", "heun", "rk4", "multistep", "dormand_prince", "exponential", "euler_maruyama", "stochastic_heun"]
+Solver = Literal[
+    "euler", "midpoint", "heun", "rk4", "multistep", "dormand_prince",
+    "exponential", "euler_maruyama", "stochastic_heun",
+    "langevin", "annealed_langevin", "predictor_corrector",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,13 +32,17 @@ class Sampling(Model):
     guidance_scale: float = 1.0  # 1 is none
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance acts, 0 noise, 1 data
     guidance_rescale: float = 0.0  # share of the guided field brought back to the spread of the unguided one, 0 to 1
-    solver: Solver = "heun"  # euler to dormand_prince follow the ODE, exponential to stochastic_heun the SDE
+    solver: Solver = "heun"  # to dormand_prince the ODE, to stochastic_heun the SDE, then Langevin dynamics
     sigma_t: Literal["zero", "constant", "noise", "forward"] = "noise"  # diffusion coefficient of the SDE; noise: as the path's beta
     sigma_scale: float = 1.0  # factor on sigma_t
     grid: Literal["uniform", "shifted", "rho"] = "uniform"  # where the steps lie; shifted: finer near the noise; rho: Karras's
     grid_shift: float = 3.0  # of the shifted grid
     grid_rho: float = 7.0  # of the grid rho
+    given_times: tuple[float, ...] = ()  # a grid of your own, rising from 0 (noise) to 1 (data), in place of num_inference_steps
     tolerance: float = 1e-5  # of dormand_prince, relative and absolute; it takes as many steps as that needs
+    corrections: int = 1  # Langevin steps at each time, of annealed_langevin and predictor_corrector
+    langevin_step: float = 0.2  # of langevin and annealed_langevin, in units of the last level's variance
+    snr: float = 0.16  # signal-to-noise ratio of a correction of predictor_corrector
 
     def sampler(self) -> Sampler:
         """The options as the pipeline knows them."""
@@ -49,7 +57,11 @@ class Sampling(Model):
             grid=self.grid,
             grid_shift=self.grid_shift,
             grid_rho=self.grid_rho,
+            given_times=self.given_times,
             tolerance=self.tolerance,
+            corrections=self.corrections,
+            langevin_step=self.langevin_step,
+            snr=self.snr,
         )
 
 

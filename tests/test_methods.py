@@ -1,5 +1,6 @@
 """Recipes of the section `flow`: each combination trains and samples, and what cannot be right is refused."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -66,6 +67,37 @@ def test_every_combination_samples_its_data(path, predict, solver):
     )
     images = generate(gaussian_source(path, predict), torch.zeros(500, dtype=torch.int64), sampler, seed=1, batch_size=500).images
     assert abs(images.mean() - 0.3) < 0.02 and abs(images.std() - 0.4) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("sampler", "tolerance"),
+    [
+        (Sampler("predictor_corrector", 60), 0.02),
+        (Sampler("annealed_langevin", 60, corrections=10), 0.05),
+        (Sampler("dormand_prince", tolerance=1e-4), 0.02),
+        (Sampler("multistep", 40, grid="shifted"), 0.02),
+        (Sampler("stochastic_heun", 40), 0.02),
+        (Sampler("rk4", given_times=(0.0, 0.1, 0.3, 0.6, 0.9, 1.0)), 0.02),
+    ],
+)
+def test_every_sampler_samples_its_data(sampler, tolerance):
+    """Gaussian data and the exact velocity on CondOT; evaluations are counted as they happen."""
+    source, calls = gaussian_source("condot", "velocity"), []
+
+    def counted(x, t, labels):
+        calls.append(len(x))
+        return source.field(x, t, labels)
+
+    found = generate(dataclasses.replace(source, field=counted), torch.zeros(500, dtype=torch.int64), sampler, seed=1, batch_size=500)
+    assert abs(found.images.mean() - 0.3) < tolerance and abs(found.images.std() - 0.4) < tolerance
+    assert found.evaluations == len(calls)
+
+
+def test_plain_langevin_relaxes_to_the_density_of_its_time():
+    """At t = 1/2 N(m, s^2) has become N(m / 2, (s^2 + 1) / 4); its denoised points have mean m and deviation s^2 / sqrt(s^2 + 1)."""
+    sampler = Sampler("langevin", 300, langevin_step=0.1, given_times=(0.0, 0.5))
+    images = generate(gaussian_source("condot", "velocity"), torch.zeros(200, dtype=torch.int64), sampler, seed=1).images
+    assert abs(images.mean() - 0.3) < 0.02 and abs(images.std() - 0.16 / 1.16**0.5) < 0.01
 
 
 @pytest.mark.parametrize(
