@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 import sys
 
-from pipeline.process import Stopper
+from pipeline.process import Stopper, one_line
 
-Stopper()  # before the slow imports: from here on Ctrl-C is a clean exit
+Stopper("no file was left half-written")  # before the slow imports
 
 import json
 import math
@@ -20,11 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 import models
-from data.decode import decode_image, to_unit
-from data.stream import Shards
+from data.decode import decode_image
+from data.stream import Shards, to_unit
 from models.convert import to_stock
 from pipeline.checkpoint import Store, load_state, load_tensors
 from pipeline.config import Config, model_options
@@ -224,10 +225,10 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"verb {verb!r} is unknown: choose one of {', '.join(VERBS)}.")
         options, act = VERBS[verb]
         return act(parse(options, rest))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("CONDOT_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(one_line(error), file=sys.stderr, flush=True)
         return 2
 
 

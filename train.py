@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-from pipeline.process import Stopper
+from pipeline.process import Stopper, one_line
 
-STOPPER = Stopper()  # before the slow imports: from here on Ctrl-C is a clean exit
+STOPPER = Stopper("the same command goes on from the last checkpoint")  # before the slow imports
 
 from functools import partial
 from pathlib import Path
@@ -16,10 +16,10 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 
 import models
-from data.decode import to_unit
-from data.stream import Shards, Share, Stream
+from data.stream import Shards, Share, Stream, to_unit
 from models.condition import drop
 from models.convert import to_stock
 from pipeline import launch
@@ -162,10 +162,10 @@ def main(argv: list[str]) -> int:
     """The command; returns its exit status. CONDOT_DEBUG=1 shows where an error came from."""
     try:
         return train(parse(Config, argv, ALIASES))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         if os.environ.get("CONDOT_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(one_line(error), file=sys.stderr, flush=True)
         return 2
 
 

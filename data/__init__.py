@@ -1,6 +1,5 @@
-"""The stream: from images on disk to batches whose order is a pure function of (seed, epoch, position)."""
+"""The stream: from images on disk to batches whose order is a pure function of (seed, epoch, position).
 
-from .index import Manifest, read_manifest
-from .stream import Batch, Stream
-
-__all__ = ["Batch", "Manifest", "Stream", "read_manifest"]
+`prepare` packs images into shards, `index` says what is in them, `order` which
+sample comes when, `decode` makes pixels of files, `stream` puts it together.
+"""

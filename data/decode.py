@@ -2,7 +2,7 @@
 
 The image is turned upright (EXIF), its transparency laid on white, its short
 side resized to the resolution with antialiasing, and the centre cropped.
-Pixels are whole numbers here; `to_unit` makes of them what a pixel model sees.
+Pixels are whole numbers here; `stream.to_unit` makes of them what a pixel model sees.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import io
 
 import numpy as np
 from PIL import Image, ImageOps
-from torch import Tensor
 
 DECODE_ERRORS = (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What Pillow raises for a damaged, a foreign or an absurd file."""
@@ -66,8 +65,3 @@ def decode_image(data: bytes, channels: int, resolution: int, mirror: bool = Fal
     pixels = np.asarray(image, np.uint8)
     pixels = pixels[:, ::-1] if mirror else pixels
     return np.array(pixels.reshape(resolution, resolution, channels).transpose(2, 0, 1), order="C")
-
-
-def to_unit(pixels: Tensor) -> Tensor:
-    """Pixels 0..255, uint8, to -1..1, float32; any shape."""
-    return pixels.float() / 127.5 - 1

@@ -108,8 +108,11 @@ def _readable(samples: list[Source], skip: bool) -> list[Source]:
             return f"{sample.name} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
         return None
 
-    with ThreadPoolExecutor() as pool:
+    pool = ThreadPoolExecutor()
+    try:
         faults = list(tqdm(pool.map(fault, samples), "checking", len(samples), unit="image", mininterval=1))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
     bad = [text for text in faults if text]
     if bad and (not skip or len(bad) == len(samples)):
         shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")

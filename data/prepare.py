@@ -8,8 +8,8 @@ through the same code.
 from __future__ import annotations
 
 import argparse
+import errno
 import io
-import os
 import re
 import sys
 from functools import partial
@@ -122,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
         samples, classes = digits() if args.kind == "digits" else imagefolder(args.source)
         print(summary(pack(samples, classes, args.output, packing), args.output))
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        full = " Free some space and run the same command again." if getattr(error, "errno", None) == errno.ENOSPC else ""
+        print(f"error: {error}{full}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: nothing was packed; run the same command again.", file=sys.stderr)
@@ -131,6 +132,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    os._exit(status) if status == 130 else sys.exit(status)
+    sys.exit(main())

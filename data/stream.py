@@ -210,3 +210,8 @@ class Stream:
             mirror = self.flip and bool(keys(1, self.seed, 3, position)[0] & np.uint64(1))
             pixels[i], labels[i] = self.shards.pixels(shard, number, self.channels, self.resolution, mirror)
         return Batch(*map(torch.from_numpy, (pixels, labels, indices, positions)))
+
+
+def to_unit(pixels: Tensor) -> Tensor:
+    """Pixels 0..255, uint8, to -1..1, float32; any shape."""
+    return pixels.float() / 127.5 - 1

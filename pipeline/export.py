@@ -160,10 +160,15 @@ def pipeline_source(pipe: Any, num_classes: int | None = None, flow: FlowConfig 
 
 
 def save_image(image: Tensor, path: Path) -> None:
-    """Write (C, H, W), -1..1, as an image file; the folder is made."""
+    """Write (C, H, W), -1..1, as an image file, whole or not at all; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
     array = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(path)
+    try:
+        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _readme(config: Config, class_names: tuple[str, ...], card: Card, guidance: float) -> str:

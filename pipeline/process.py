@@ -7,6 +7,7 @@ training.
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
@@ -26,9 +27,13 @@ class Stopper:
     Until `defer` is called a signal ends the process. After it, `requested`
     becomes true and the loop is expected to save and return; a second Ctrl-C
     more than a second later ends the process where it stands.
+
+    Args:
+        consolation: what an interruption at once leaves the user with.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, consolation: str) -> None:
+        self._consolation = consolation
         self.received: int | None = None
         self._deferred = False
         self._since = 0.0
@@ -52,9 +57,16 @@ class Stopper:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         again = self.requested and number == signal.SIGINT and time.monotonic() - self._since > 1
         if not self._deferred or again:
-            sys.stderr.write("\ninterrupted: the same command goes on from the last checkpoint.\n")
+            sys.stderr.write(f"\ninterrupted: {self._consolation}.\n")
             sys.stderr.flush()
             os._exit(128 + number)
         if not self.requested:
             self.received, self._since = number, time.monotonic()
             sys.stderr.write("\nstopping after this step; Ctrl-C again to stop at once.\n")
+
+
+def one_line(error: Exception) -> str:
+    """An error as the user reads it; a full disk with its remedy."""
+    text = " ".join(str(error).split())
+    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "StorageFull" in text
+    return f"error: {text}{' Free some space and run the same command again.' if full else ''}"

@@ -12,12 +12,12 @@ import webdataset
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data.decode import DECODE_ERRORS, decode_image, to_unit, upright
+from data.decode import DECODE_ERRORS, decode_image, upright
 from data.index import RECORD, index_path, members, read_manifest
 from data.order import Order, keys, permutation
 from data.pack import Packing, pack
 from data.prepare import bytes_of, imagefolder, main
-from data.stream import Shards, Share, Stream
+from data.stream import Shards, Share, Stream, to_unit
 
 
 def folder_of_images(root, classes=("cat", "dog"), count=5, size=(9, 7)):
