@@ -5,10 +5,9 @@ Verbs: `images` (the default), `evaluate`, `export`, `likelihood`, `restore`; ea
 
 from __future__ import annotations
 
-import os
 import sys
 
-from pipeline.process import Stopper, one_line
+from pipeline.process import Stopper, reported
 
 Stopper("no file was left half-written")  # before the slow imports
 
@@ -20,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 import models
@@ -31,13 +29,12 @@ from pipeline.checkpoint import Store, load_state, load_tensors
 from pipeline.config import Config, model_options
 from pipeline.density import affordable, bits
 from pipeline.evaluate import evaluate
-from pipeline.export import Card, open_folder, save_image, write_folder
-from pipeline.generate import Source, check_labels, generate, grid, network_source
+from pipeline.export import Card, open_folder, write_folder
+from pipeline.generate import Source, check_labels, generate, grid, network_source, save_image
 from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore
 from pipeline.recipe import build, parse
 from pipeline.restore import measurement, restore
 from pipeline.stock import form_of
-from pipeline.tracking import last_loss
 
 
 def source_of(options: Model) -> Source:
@@ -80,13 +77,7 @@ class Trained:
 
     def export(self, output: Path) -> Path:
         """Write it for stock diffusers."""
-        card = Card(
-            title=Path(self.config.output_dir).name,
-            images=self.state["images"],
-            steps=self.state["step"],
-            loss=last_loss(self.run),
-            parameters=sum(p.numel() for p in self.network.parameters()),
-        )
+        card = Card.of(self.run, self.state["images"], self.state["step"], self.network)
         return write_folder(output, to_stock(self.network, form_of(self.config.flow).factor), self.config, self.class_names, card)
 
 
@@ -217,19 +208,14 @@ VERBS: dict[str, tuple[type, Callable[[Any], int]]] = {
 }
 
 
+@reported
 def main(argv: list[str]) -> int:
-    """The command; returns its exit status. CONDOT_DEBUG=1 shows where an error came from."""
+    """The command; returns its exit status."""
     verb, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("images", argv)
-    try:
-        if verb not in VERBS:
-            raise ValueError(f"verb {verb!r} is unknown: choose one of {', '.join(VERBS)}.")
-        options, act = VERBS[verb]
-        return act(parse(options, rest))
-    except (ValueError, OSError, SafetensorError) as error:
-        if os.environ.get("CONDOT_DEBUG"):
-            raise
-        print(one_line(error), file=sys.stderr, flush=True)
-        return 2
+    if verb not in VERBS:
+        raise ValueError(f"verb {verb!r} is unknown: choose one of {', '.join(VERBS)}.")
+    options, act = VERBS[verb]
+    return act(parse(options, rest))
 
 
 if __name__ == "__main__":

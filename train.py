@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-from pipeline.process import Stopper, one_line
+from pipeline.process import Stopper, reported
 
 STOPPER = Stopper("the same command goes on from the last checkpoint")  # before the slow imports
 
 from functools import partial
 from pathlib import Path
 
-import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
 
 import models
 from data.stream import Shards, Share, Stream, to_unit
@@ -26,14 +23,14 @@ from pipeline import launch
 from pipeline.checkpoint import Store, choose
 from pipeline.config import ALIASES, Config, model_options
 from pipeline.ema import Ema
-from pipeline.export import Card, save_image, write_folder
-from pipeline.generate import Sampler, generate, grid, network_source
+from pipeline.export import Card, write_folder
 from pipeline.loop import Run, fit
 from pipeline.method import Method
 from pipeline.optim import adamw
+from pipeline.preview import preview
 from pipeline.recipe import as_mapping, parse
 from pipeline.stock import form_of
-from pipeline.tracking import Log, Meter, last_loss
+from pipeline.tracking import Log, Meter
 
 
 def train(config: Config) -> int:
@@ -128,45 +125,21 @@ def assemble(config: Config, shards: Shards, accelerator: Accelerator) -> Run:
         about={"config": settings, "class_names": list(names), "facts": facts},
         stopper=STOPPER,
         meter=Meter(accelerator),
-        sample=sample_grid,
+        sample=preview,
     )
-
-
-def sample_grid(run: Run) -> None:
-    """Draw some of each class with the averaged weights; written as samples/step-<step>.png."""
-    config, count = run.config, len(run.about["class_names"])
-    source = network_source(run.ema.model, config.flow, (config.data.channels, *[config.data.resolution] * 2), count, lambda x: x)
-    columns = min(count, 10) or 8
-    labels = torch.arange(4 * columns) % columns if count else torch.full((4 * columns,), source.null)
-    images = generate(
-        source, labels, Sampler("heun", config.log.sample_steps, config.log.guidance_scale if count else 1.0), seed=config.seed
-    ).images
-    path = Path(config.output_dir) / "samples" / f"step-{run.step:07d}.png"
-    save_image(grid(images, columns, scale=max(1, 48 // config.data.resolution)), path)
 
 
 def export(run: Run, output: Path) -> None:
     """Write the averaged weights as a folder for stock diffusers."""
-    card = Card(
-        title=Path(run.config.output_dir).name,
-        images=run.images,
-        steps=run.step,
-        loss=last_loss(Path(run.config.output_dir)),
-        parameters=sum(p.numel() for p in run.network.parameters()),
-    )
+    card = Card.of(Path(run.config.output_dir), run.images, run.step, run.network)
     network = to_stock(run.ema.model.cpu(), form_of(run.config.flow).factor)
     write_folder(output, network, run.config, tuple(run.about["class_names"]), card)
 
 
+@reported
 def main(argv: list[str]) -> int:
-    """The command; returns its exit status. CONDOT_DEBUG=1 shows where an error came from."""
-    try:
-        return train(parse(Config, argv, ALIASES))
-    except (ValueError, OSError, SafetensorError) as error:
-        if os.environ.get("CONDOT_DEBUG"):
-            raise
-        print(one_line(error), file=sys.stderr, flush=True)
-        return 2
+    """The command; returns its exit status."""
+    return train(parse(Config, argv, ALIASES))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -74,14 +75,10 @@ def patches(x: Tensor, size: int) -> Tensor:
 
     The order in which a convolution of kernel and stride `size` reads them.
     """
-    batch, channels, height, width = x.shape
-    x = x.view(batch, channels, height // size, size, width // size, size)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * size * size)
+    return rearrange(x, "b c (row p) (column q) -> b (row column) (c p q)", p=size, q=size)
 
 
 def unpatch(x: Tensor, size: int, channels: int) -> Tensor:
     """(B, N, size * size * C) to (B, C, H, W): each token its rows, then columns, then channels, as DiT's output layer writes them."""
-    batch, tokens, _ = x.shape
-    grid = round(tokens**0.5)
-    x = x.view(batch, grid, grid, size, size, channels)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, grid * size, grid * size)
+    side = round(x.shape[1] ** 0.5)
+    return rearrange(x, "b (row column) (p q c) -> b c (row p) (column q)", row=side, p=size, q=size, c=channels)

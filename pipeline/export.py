@@ -14,15 +14,15 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
 from diffusers.utils import logging
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config import Config, FlowConfig
 from .flow import velocity_field
-from .generate import Sampler, Source, generate, grid
+from .generate import Sampler, Source, generate, grid, save_image
 from .identity import identity_autoencoder
 from .recipe import as_mapping, build
 from .stock import read_scheduler, scheduler_of
+from .tracking import last_loss
 
 STOCK_NULL = 1000
 """The label that DiTPipeline passes for no class."""
@@ -38,6 +38,11 @@ class Card:
     steps: int
     loss: float | None
     parameters: int
+
+    @classmethod
+    def of(cls, run: Path, images: int, steps: int, network: nn.Module) -> Card:
+        """The facts of a run's folder and network."""
+        return cls(run.name, images, steps, last_loss(run), sum(p.numel() for p in network.parameters()))
 
 
 def write_folder(
@@ -157,18 +162,6 @@ def pipeline_source(pipe: Any, num_classes: int | None = None, flow: FlowConfig 
     shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
     count = STOCK_NULL if num_classes is None else num_classes
     return Source(velocity_field(predict, path, kind), path, shape, count, STOCK_NULL, network.device, decode, kind)
-
-
-def save_image(image: Tensor, path: Path) -> None:
-    """Write (C, H, W), -1..1, as an image file, whole or not at all; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    array = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    try:
-        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _readme(config: Config, class_names: tuple[str, ...], card: Card, guidance: float) -> str:

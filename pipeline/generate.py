@@ -7,11 +7,14 @@ nor on the batch's size, up to the rounding of the network.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path as FilePath
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from .config import FlowConfig
@@ -273,3 +276,15 @@ def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
         top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
         sheet[:, top : top + height, left : left + width] = images[i]
     return sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+
+
+def save_image(image: Tensor, path: FilePath) -> None:
+    """Write (C, H, W), -1..1, as an image file, whole or not at all; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    array = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    try:
+        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

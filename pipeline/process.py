@@ -8,10 +8,12 @@ training.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -65,8 +67,25 @@ class Stopper:
             sys.stderr.write("\nstopping after this step; Ctrl-C again to stop at once.\n")
 
 
-def one_line(error: Exception) -> str:
-    """An error as the user reads it; a full disk with its remedy."""
-    text = " ".join(str(error).split())
-    full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "StorageFull" in text
-    return f"error: {text}{' Free some space and run the same command again.' if full else ''}"
+def reported(act: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
+    """Make a command of a function of words to an exit status: what a user can cause becomes one line and status 2.
+
+    CONDOT_DEBUG=1 shows the traceback instead.
+    """
+
+    @functools.wraps(act)
+    def main(argv: list[str]) -> int:
+        from safetensors import SafetensorError
+
+        try:
+            return act(argv)
+        except (ValueError, OSError, SafetensorError) as error:
+            if os.environ.get("CONDOT_DEBUG"):
+                raise
+            text = " ".join(str(error).split())
+            full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
+            remedy = " Free some space and run the same command again." if full else ""
+            print(f"error: {text}{remedy}", file=sys.stderr, flush=True)
+            return 2
+
+    return main

@@ -12,7 +12,7 @@ FLOORS = {
         ["config", "recipe", "process"],
         ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock"],
         ["loop", "generate"],
-        ["export", "evaluate", "options", "density", "restore"],
+        ["export", "evaluate", "options", "density", "restore", "preview"],
     ],
     "models": [["layers", "condition"], ["dit", "unet"], ["convert"]],
     "data": [["index", "order", "decode"], ["stream", "pack"], ["prepare"]],
