@@ -29,7 +29,8 @@ from pipeline.checkpoint import Store, load_state, load_tensors
 from pipeline.config import Config, model_options
 from pipeline.density import affordable, bits
 from pipeline.evaluate import evaluate
-from pipeline.export import Card, open_folder, write_folder
+from pipeline.export import Card, write_folder
+from pipeline.folder import open_folder
 from pipeline.generate import Source, check_labels, generate, grid, network_source, save_image
 from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore
 from pipeline.recipe import build, parse

@@ -1,4 +1,4 @@
-"""The folder that stock diffusers loads: written whole or not at all, and read back as a field."""
+"""The folder that stock diffusers loads: written whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any, cast
 
 import torch
 import yaml
-from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
-from diffusers.utils import logging
-from torch import Tensor, nn
+from diffusers import DiTPipeline, ModelMixin
+from torch import nn
 
-from .config import Config, FlowConfig
-from .flow import velocity_field
-from .generate import Sampler, Source, generate, grid, save_image
+from .config import Config
+from .folder import STOCK_NULL, open_folder
+from .generate import Sampler, generate, grid, save_image
 from .identity import identity_autoencoder
-from .recipe import as_mapping, build
-from .stock import read_scheduler, scheduler_of
+from .recipe import as_mapping
+from .scheduling_condot_v1 import CondotScheduler
+from .stock import form_of, scheduler_of
 from .tracking import last_loss
 
-STOCK_NULL = 1000
-"""The label that DiTPipeline passes for no class."""
+CODE = Path(__file__).with_name("scheduling_condot_v1.py")
+"""The scheduler that travels with models which no stock one serves."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def write_folder(
         ValueError: a path or prediction that no stock pipeline serves, or an
             `output` that holds something else.
     """
-    scheduler = scheduler_of(config.flow)
+    form, scheduler = form_of(config.flow), scheduler_of(config.flow)
     if output.exists() and any(output.iterdir()) and not (output / "model_index.json").exists():
         raise ValueError(f"{output} is not empty and no export: give another folder.")
     vae = identity_autoencoder(config.data.channels, config.data.resolution)
@@ -71,7 +71,7 @@ def write_folder(
     try:
         pipe = DiTPipeline(transformer=cast(Any, network), vae=vae, scheduler=cast(Any, scheduler))
         pipe.save_pretrained(temporary, safe_serialization=True)
-        _name_labels(temporary / "model_index.json", class_names)
+        _mend_index(temporary, class_names, own_scheduler=not form.stock)
         (temporary / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
         count = len(class_names)
         labels = torch.arange(4 * min(count, 10)) % min(count, 10) if count else torch.full((16,), STOCK_NULL)
@@ -82,7 +82,10 @@ def write_folder(
         _replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    progress(f"exported to {output}: a {type(network).__name__} in DiTPipeline, because stock diffusers holds it exactly")
+    why = (
+        "stock diffusers holds it exactly" if form.stock else "with our own scheduler (trust_remote_code=True), for no stock one serves it"
+    )
+    progress(f"exported to {output}: a {type(network).__name__} in DiTPipeline, {why}")
     return output
 
 
@@ -96,72 +99,15 @@ def _replace(temporary: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _name_labels(index: Path, class_names: tuple[str, ...]) -> None:
-    """`save_pretrained` drops id2label: write it afterwards, empty for an unconditional model."""
-    content = json.loads(index.read_text())
+def _mend_index(folder: Path, class_names: tuple[str, ...], own_scheduler: bool) -> None:
+    """What `save_pretrained` leaves out of model_index.json: id2label (empty for an unconditional model), and code of ours."""
+    path = folder / "model_index.json"
+    content = json.loads(path.read_text())
     content["id2label"] = {str(i): name for i, name in enumerate(class_names)}
-    index.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def open_folder(folder: str | Path, device: torch.device | str = "cpu") -> Source:
-    """A pipeline folder as a velocity field, for our own solvers.
-
-    Args:
-        folder: a DiTPipeline, such as `write_folder` makes.
-        device: to compute on.
-
-    Raises:
-        ValueError: no such folder, a damaged one, or one with another scheduler.
-    """
-    folder = Path(folder)
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(
-            f"pipeline={str(folder)!r} is no pipeline folder (no model_index.json): "
-            f"export one with `python sample.py export --run RUN --output FOLDER`."
-        )
-    progress, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()  # it warns that the keys of id2label are words, as JSON has them
-    try:
-        pipe: Any = DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
-        names = json.loads((folder / "model_index.json").read_text()).get("id2label")
-    except Exception as error:  # diffusers raises many kinds for a damaged folder; each is the user's folder
-        raise ValueError(
-            f"pipeline={str(folder)!r} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}): export it again."
-        ) from error
-    finally:
-        logging.set_verbosity(verbosity)
-        if progress:
-            logging.enable_progress_bar()
-    recipe = folder / "config.yaml"
-    flow = build(Config, yaml.safe_load(recipe.read_text())).flow if recipe.exists() else None
-    return pipeline_source(pipe.to(device), None if names is None else len(names), flow)
-
-
-def pipeline_source(pipe: Any, num_classes: int | None = None, flow: FlowConfig | None = None) -> Source:
-    """A loaded DiTPipeline as a velocity field.
-
-    Args:
-        pipe: with components transformer, vae, scheduler.
-        num_classes: 0 for unconditional; None takes the size of the model's table.
-        flow: the recipe that came with it.
-
-    Raises:
-        ValueError: a scheduler of another kind of model.
-    """
-    path, kind = read_scheduler(pipe.scheduler.config, flow)
-    network = pipe.transformer
-
-    def predict(x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        out = network(x.to(network.dtype), 1000 * (1 - t), class_labels=labels).sample.to(x.dtype)
-        return -out if kind == "velocity" else out
-
-    def decode(latents: Tensor) -> Tensor:
-        return pipe.vae.decode((latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)).sample
-
-    shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
-    count = STOCK_NULL if num_classes is None else num_classes
-    return Source(velocity_field(predict, path, kind), path, shape, count, STOCK_NULL, network.device, decode, kind)
+    if own_scheduler:
+        content["scheduler"] = [CODE.stem, CondotScheduler.__name__]
+        shutil.copyfile(CODE, folder / "scheduler" / CODE.name)
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _readme(config: Config, class_names: tuple[str, ...], card: Card, guidance: float) -> str:
@@ -174,6 +120,7 @@ def _readme(config: Config, class_names: tuple[str, ...], card: Card, guidance: 
     )
     seen = f"{card.steps:,} steps of {config.train.batch_size} images ({card.images:,} images seen)"
     loss = "" if card.loss is None else f", last logged loss {card.loss:.4f}"
+    trust = "" if form_of(config.flow).stock else ", trust_remote_code=True"
     return f"""---
 library_name: diffusers
 pipeline_tag: unconditional-image-generation
@@ -192,7 +139,7 @@ Samples of seed 0, 25 Heun steps, guidance {guidance:g}.
 ```python
 from diffusers import DiffusionPipeline
 
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder")
+pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{trust})
 image = pipe(class_labels=[{label}], guidance_scale={guidance}, num_inference_steps=25).images[0]
 ```
 

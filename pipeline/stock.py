@@ -4,7 +4,8 @@ Its flow schedulers follow the CondOT path, its DDPM family any path with
 alpha^2 + beta^2 = 1, given as a table of step variances at times t = 1 - k / 1000.
 A velocity differs from what they expect by a constant factor, which goes into
 the network's last layer: -1 on CondOT (noise - data), -2 / pi on cosine, where
-`v = -(pi / 2) (alpha eps - beta z)`.
+`v = -(pi / 2) (alpha eps - beta z)`. Everything else takes a scheduler of our
+own along, a file that stands alone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from .config import FlowConfig
-from .flow import DDPM, PATHS, CondOT, Path, Prediction
+from .flow import DDPM, PATHS, CondOT, Path, Prediction, singular
+from .scheduling_condot_v1 import CondotScheduler
 
 STEPS = 1000
 """Timesteps of a stock scheduler."""
@@ -29,19 +31,25 @@ UNIT_PATHS = ("cosine", "vp", "ddpm", "ddpm_scaled_linear", "ddpm_cosine")
 
 
 class Form(NamedTuple):
-    """What the exported network predicts, and the factor on its last layer that makes it so."""
+    """What the exported network predicts, the factor on its last layer that makes it so, and whether a stock scheduler serves it."""
 
     predict: Prediction
     factor: float
+    stock: bool = True
 
 
 def form_of(flow: FlowConfig) -> Form:
-    """The stock form of a recipe's network.
+    """The form in which a recipe's network is exported.
 
     Raises:
-        ValueError: a combination that no stock pipeline and scheduler serve.
+        ValueError: a prior that is not normal, which no stock pipeline starts from.
     """
-    plain = flow.prior == "normal" and not flow.precondition
+    if flow.prior != "normal":
+        raise ValueError(
+            f"flow.prior={flow.prior} cannot be exported: stock pipelines start from normal noise. "
+            f"Give --export=false and sample with `sample.py --run`."
+        )
+    plain = not flow.precondition
     if plain and flow.path == "condot" and flow.predict == "velocity":
         return Form("velocity", -1.0)
     if plain and flow.path == "condot" and flow.predict in ("noise", "data"):
@@ -50,16 +58,15 @@ def form_of(flow: FlowConfig) -> Form:
         return Form("v", -2 / math.pi)
     if plain and flow.path in UNIT_PATHS and flow.predict in ("noise", "data", "v"):
         return Form(flow.predict, 1.0)
-    raise ValueError(
-        f"flow.path={flow.path}, predict={flow.predict}, prior={flow.prior}, precondition={flow.precondition} has no stock scheduler: "
-        f"those have condot with velocity, noise or data, and {', '.join(UNIT_PATHS)} with noise, data or v (cosine also velocity). "
-        f"Give --export=false and sample with `sample.py --run`."
-    )
+    return Form(flow.predict, 1.0, stock=False)
 
 
-def scheduler_of(flow: FlowConfig) -> DPMSolverMultistepScheduler | DDIMScheduler:
-    """The default scheduler of an exported folder: DPM-Solver++ on flow sigmas, or DDIM on a table of step variances."""
-    kind: Any = NAMES[form_of(flow).predict]
+def scheduler_of(flow: FlowConfig) -> DPMSolverMultistepScheduler | DDIMScheduler | CondotScheduler:
+    """The scheduler of an exported folder: DPM-Solver++ on flow sigmas, DDIM on a table of step variances, or our own on a table."""
+    form = form_of(flow)
+    if not form.stock:
+        return _own(flow)
+    kind: Any = NAMES[form.predict]
     if flow.path == "condot":
         return DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type=kind, flow_shift=1.0, algorithm_type="dpmsolver++")
     k = torch.arange(STEPS, dtype=torch.float64)
@@ -68,6 +75,21 @@ def scheduler_of(flow: FlowConfig) -> DPMSolverMultistepScheduler | DDIMSchedule
     variances = -torch.expm1(2 * torch.diff(log_alpha, prepend=log_alpha.new_zeros(1)))
     return DDIMScheduler(
         trained_betas=variances.tolist(), prediction_type=kind, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
+    )
+
+
+def _own(flow: FlowConfig) -> CondotScheduler:
+    """Our own scheduler with the recipe's path as a table; what is infinite at an end is taken a millionth inside."""
+    path = PATHS[flow.path]()
+    t = 1 - torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
+    exact, inside = path(t), path(t.clamp(1e-6, 1 - 1e-6))
+    table = [torch.where(a.isfinite(), a, b).tolist() for a, b in zip(exact, inside, strict=True)]
+    scaled = flow.precondition or flow.path == "edm"
+    return CondotScheduler(
+        *table,
+        prediction_type=flow.predict,
+        sigma_data=flow.sigma_data if scaled else 0.0,
+        first_timestep=STEPS - 1 if singular(path, flow.predict, 0.0) else STEPS,
     )
 
 
@@ -81,6 +103,8 @@ def read_scheduler(config: Any, flow: FlowConfig | None) -> tuple[Path, Predicti
     Raises:
         ValueError: a scheduler of another kind of model.
     """
+    if config.get("_class_name") == CondotScheduler.__name__ and flow is not None:
+        return PATHS[flow.path](), flow.predict
     stock = config.get("prediction_type", "flow_prediction")
     ours = {name: kind for kind, name in NAMES.items()}
     if stock in ours:

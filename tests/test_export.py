@@ -15,10 +15,11 @@ from PIL import Image
 
 import sample
 from pipeline.config import FlowConfig
-from pipeline.export import open_folder
-from pipeline.flow import convert, euler, guide, velocity_field
+from pipeline.flow import convert, euler, guide, initial, velocity_field, widen
+from pipeline.folder import open_folder
 from pipeline.generate import Sampler, generate, grid
 from pipeline.identity import identity_autoencoder
+from pipeline.scheduling_condot_v1 import CondotScheduler
 from pipeline.stock import form_of, scheduler_of
 
 STRANGER = """
@@ -181,12 +182,54 @@ def test_an_export_that_fails_leaves_the_older_one(trained, tmp_path, monkeypatc
     )
 
 
-@pytest.mark.parametrize(
-    "flow", [{"path": "ve"}, {"predict": "score"}, {"path": "vp"}, {"predict": "v"}, {"prior": "uniform"}, {"precondition": True}]
-)
-def test_what_no_stock_scheduler_serves_is_refused(flow):
-    with pytest.raises(ValueError, match="has no stock scheduler"):
-        form_of(FlowConfig(**flow))
+def test_what_no_stock_pipeline_starts_from_is_refused():
+    with pytest.raises(ValueError, match="stock pipelines start from normal noise"):
+        form_of(FlowConfig(prior="uniform"))
+
+
+OWN_KINDS = {
+    "condot score": ("--flow.predict=score",),
+    "vp velocity": ("--flow.path=vp",),
+    "sub_vp noise": ("--flow.path=sub_vp", "--flow.predict=noise"),
+    "ve noise": ("--flow.path=ve", "--flow.predict=noise"),
+    "edm": ("--flow.path=edm", "--flow.predict=data", "--flow.weighting=edm", "--flow.time=log_normal_sigma"),
+    "cosine, scaled": ("--flow.path=cosine", "--flow.predict=data", "--flow.precondition=true"),
+}
+
+
+@pytest.mark.parametrize("kind", OWN_KINDS)
+def test_every_other_recipe_takes_a_scheduler_of_its_own_along(digits, tmp_path, kind):
+    """Refused without trust; with it, guided, it draws what our network gives in data-and-noise steps on its timesteps."""
+    assert fit(digits, tmp_path / "run", "--export=true", "--train.learning_rate=1e-2", *OWN_KINDS[kind]) == 0
+    folder = tmp_path / "run/export"
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        DiffusionPipeline.from_pretrained(folder)
+    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    assert type(pipe.scheduler).__name__ == "CondotScheduler" and not isinstance(pipe.scheduler, CondotScheduler), (
+        "it comes from the folder"
+    )
+    theirs = pipe(
+        class_labels=[0, 3, 9], num_inference_steps=6, guidance_scale=2.0, generator=torch.manual_seed(2), output_type="np"
+    ).images
+    trained = sample.Trained(tmp_path / "run")
+    source, labels = trained.source("cpu"), torch.tensor([0, 3, 9])
+    field = guide(source.field, labels, torch.full_like(labels, source.null), 2.0)
+    times = (1 - pipe.scheduler.timesteps.double() / 1000).tolist()
+    x = initial(source.path, torch.randn(3, 1, 8, 8, generator=torch.manual_seed(2)), times[0])
+    with torch.no_grad():
+        for t, after in zip(times, [*times[1:], None], strict=True):
+            now = torch.full((3,), t)
+            c, v = source.path(widen(now, x)), field(x, now)
+            z, eps = (convert(v, "velocity", form, x, c) for form in ("data", "noise"))
+            end = None if after is None else source.path(widen(torch.full((3,), after), x))
+            x = z if end is None else end.a * z + end.b * eps
+    difference = (x.clamp(-1, 1) - (torch.from_numpy(theirs).permute(0, 3, 1, 2) * 2 - 1)).abs().max()
+    assert difference < (1e-3 if kind == "sub_vp noise" else 1e-4)
+    reopened, point = open_folder(folder), torch.randn(3, 1, 8, 8)
+    t = torch.tensor([0.05, 0.5, 0.9])
+    with torch.no_grad():
+        torch.testing.assert_close(reopened.field(point, t, labels), source.field(point, t, labels), atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["linear", "scaled_linear", "cosine"])

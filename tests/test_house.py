@@ -9,9 +9,10 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
-        ["config", "recipe", "process"],
+        ["config", "recipe", "process", "scheduling_condot_v1"],
         ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock"],
         ["loop", "generate"],
+        ["folder"],
         ["export", "evaluate", "options", "density", "restore", "preview"],
     ],
     "models": [["layers", "condition"], ["dit", "unet"], ["convert"]],

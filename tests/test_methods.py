@@ -12,7 +12,6 @@ from pipeline.config import FlowConfig
 from pipeline.flow import PATHS, WEIGHTINGS
 from pipeline.generate import Sampler, Source, generate
 from pipeline.method import Method
-from pipeline.stock import form_of
 
 PREDICTIONS = ("velocity", "noise", "data", "score", "v")
 LAWS = ("uniform", "logit_normal", "mode", "cosmap", "log_normal_sigma", "discrete")
@@ -126,11 +125,8 @@ def test_what_cannot_be_right_is_refused_at_the_start(flow, message):
         ("--flow.objective=sliced", "--flow.predict=score", "--flow.path=ve", "--flow.precondition=false"),
     ],
 )
-def test_what_stock_cannot_hold_trains_and_samples_from_its_run(digits, tmp_path, capsys, words):
+def test_unusual_recipes_train_and_sample_from_their_runs(digits, tmp_path, capsys, words):
     assert fit(digits, tmp_path / "run", *words) == 0
-    flow = sample.Trained(tmp_path / "run").config.flow
-    with pytest.raises(ValueError, match="has no stock scheduler"):
-        form_of(flow)
     words = ["--run", str(tmp_path / "run"), "--num_inference_steps", "6", "--solver", "midpoint", "--output", str(tmp_path / "a.png")]
     assert sample.main(words) == 0 and (tmp_path / "a.png").exists()
 

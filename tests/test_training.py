@@ -187,7 +187,7 @@ def test_ctrl_c_while_it_starts_says_one_line(digits, tmp_path):
         (["--model.heads=5"], "model.width=32 must be a multiple of 4 and of model.heads=5"),
         (["--data.split=test"], "split 'test' has no shard"),
         (["--output_dir=/proc/nowhere"], "cannot be written"),
-        (["--export=true", "--flow.path=ve"], "has no stock scheduler"),
+        (["--export=true", "--flow.prior=uniform"], "stock pipelines start from normal noise"),
         (["--checkpoint.resume=/nowhere"], "is no whole checkpoint"),
     ],
 )
