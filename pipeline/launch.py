@@ -56,7 +56,7 @@ def check_launcher() -> None:
         raise ValueError(
             "several processes were asked for and one was started: on CPUs `accelerate launch --num_processes N` starts no second one. "
             "Use `accelerate launch --config_file configs/accelerate/cpu2.yaml "
-            "train.py ...`, or `torchrun --nproc_per_node N train.py ...`."
+            "train.py ...`, or `torchrun --standalone --nproc_per_node N train.py ...`."
         )
 
 

@@ -85,7 +85,9 @@ def reported(act: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             text = " ".join(str(error).split())
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
             remedy = " Free some space and run the same command again." if full else ""
-            print(f"error: {text}{remedy}", file=sys.stderr, flush=True)
+            rank = os.environ.get("RANK", "0")
+            where = f" (rank {rank})" if rank != "0" else ""
+            print(f"error{where}: {text}{remedy}", file=sys.stderr, flush=True)
             return 2
 
     return main
