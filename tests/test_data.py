@@ -192,6 +192,9 @@ def test_a_bad_header_in_the_middle_is_an_error_and_not_the_end(digits, tmp_path
     broken.write_bytes(whole[:at] + b"\7" * 512 + whole[at + 512 :])
     with pytest.raises(ValueError, match=f"damaged tar header at byte {at}"):
         list(members(broken))
+    broken.write_bytes(whole[: at + 3] + bytes([whole[at + 3] ^ 1]) + whole[at + 4 :])  # another name: only the checksum tells
+    with pytest.raises(ValueError, match=f"damaged tar header at byte {at}"):
+        list(members(broken))
     broken.write_bytes(whole[:at])
     with pytest.raises(ValueError, match="end-of-archive block is missing"):
         list(members(broken))
@@ -207,7 +210,7 @@ def test_a_stream_names_the_sample_it_cannot_decode(digits, tmp_path, monkeypatc
 # --- order
 
 
-@pytest.mark.parametrize("counts", [[1], [5, 1, 0, 7, 3], [1] * 40, [100, 2, 50]])
+@pytest.mark.parametrize("counts", [[1], [40], [5, 1, 0, 7, 3], [1] * 40, [100, 2, 50]])
 @pytest.mark.parametrize("block", [1, 2, 16])
 def test_an_epoch_is_a_permutation(counts, block):
     order = Order(counts, seed=1, block=block)
@@ -216,7 +219,7 @@ def test_an_epoch_is_a_permutation(counts, block):
         shards, numbers = order(np.arange(epoch * order.samples, (epoch + 1) * order.samples))
         epochs.append(list(zip(shards.tolist(), numbers.tolist(), strict=True)))
         assert sorted(epochs[-1]) == [(s, n) for s, count in enumerate(counts) for n in range(count)]
-    assert len(counts) < 4 or (epochs[0] != epochs[1] and epochs[1] != epochs[2])
+    assert order.samples < 10 or (epochs[0] != epochs[1] and epochs[1] != epochs[2])
 
 
 def test_a_position_does_not_depend_on_how_it_is_reached():

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, UNET, arguments, fit, launch
 
+import models
 import train
 from pipeline.checkpoint import load_tensors
 from pipeline.config import EmaConfig, FlowConfig, TrainConfig
@@ -111,6 +112,25 @@ def test_metrics_say_what_is_promised(trained):
         assert {"step", "images", "loss", "lr", "images_per_second", "grad_norm"} <= line.keys() and line["images"] == 16 * line["step"]
     assert (trained / "config.yaml").exists() and (trained / "samples/step-0000012.png").exists()
     assert json.loads((trained / "checkpoint-12/state.json").read_text())["config"]["model"]["width"] == 32
+
+
+def test_what_the_network_is_shown(digits, tmp_path, monkeypatch):
+    """Over 100 steps: new times in every step, a tenth of the labels null (5 sigma), pixels in -1..1 mixed with noise of unit size."""
+    seen = []
+    forward = models.DiT.forward
+
+    def spy(self, x, t, labels):
+        if self.training:
+            seen.append((x.detach().clone(), t.clone(), labels.clone()))
+        return forward(self, x, t, labels)
+
+    monkeypatch.setattr(models.DiT, "forward", spy)
+    assert fit(digits, tmp_path / "run", "--train.max_steps=100", "--checkpoint.every=1000") == 0
+    x, t, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert len(t) == 1600 == len(t.unique()) and bool(((t > 0) & (t < 1)).all())
+    assert abs((labels == 10).double().mean() - 0.1) < 5 * (0.09 / 1600) ** 0.5 and set(labels.tolist()) == set(range(11))
+    noisy, clean = x[t < 0.1], x[t > 0.97]
+    assert abs(noisy.std() - 1) < 0.1 and clean.min() > -1.2 and clean.max() < 1.2 and clean.std() > 0.5
 
 
 # --- processes

@@ -32,6 +32,8 @@ def test_bits_of_gaussian_data(path, predict, exact):
     expected = nats.mean().item() / math.log(2) - math.log2(STEP)
     found = bits(gaussian_source(path, predict), images.double(), torch.zeros(4, dtype=torch.int64), steps=60, seed=0, exact=exact)
     assert found.mean == pytest.approx(expected, abs=0.03 if path == "vp" or predict == "data" else 0.005)
+    again = bits(gaussian_source(path, predict), images.double(), torch.zeros(4, dtype=torch.int64), steps=60, seed=1, exact=exact)
+    assert 0 < abs(found.mean - again.mean) < 0.1, "each seed spreads the images over their bins anew"
     assert found.exact is exact and found.dimensions == 64 and affordable((1, 8, 8)) and not affordable((3, 8, 8))
 
 
@@ -62,6 +64,7 @@ def test_what_is_measured_comes_back(task, method):
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[:, 4:] = True
     measure = measurement(task, (3, 8, 8), mask, 2)
+    assert task != "inpaint" or measure(torch.ones(1, 1, 8, 8))[0, 0].equal((~mask).float()), "white is filled in, black is kept"
     torch.manual_seed(0)
     y = measure(0.3 + 0.4 * torch.randn(1, 3, 8, 8))[0]
     made = restore(source, measure, y, Sampler("euler", 150), label=None, count=200, seed=1, method=method, noise_std=0.01)
