@@ -80,13 +80,29 @@ class Run:
         return get_optimizer_state_dict(self.network, inner, options=StateDictOptions(flatten_optimizer_state_dict=True))
 
     def save(self) -> None:
-        """Write a checkpoint, all ranks together; on failure say why and go on, to try again when the next is due."""
-        state = {"step": self.step, "images": self.images, "meter": self.meter.state(), **self.about}
+        """Write a checkpoint, all ranks together; on failure say why and go on, to try again when the next is due.
+
+        Raises:
+            ValueError: a loss or gradient since the last log line was not finite; nothing is saved then.
+        """
+        meter = self.meter.state()
+        self.check_finite("loss", meter["loss"])
+        if self.accelerator.scaler is None:  # with fp16 a gradient may overflow: the scaler skips that step
+            self.check_finite("gradient", meter["norm"])
+        state = {"step": self.step, "images": self.images, "meter": meter, **self.about}
         errors = self.store.save(self.step, self.tensors(), state)
         if errors and self.accelerator.is_main_process:
             print(f"\ncheckpoint of step {self.step} failed, older ones are untouched: {'; '.join(errors)}. Free some space.", flush=True)
         if not errors:
             self.saved = self.step
+
+    def check_finite(self, what: str, value: float) -> None:
+        """Raises ValueError for a figure that says the run diverged."""
+        if not abs(value) < float("inf"):
+            raise ValueError(
+                f"the {what} is {value} at step {self.step}: training diverged. Lower train.learning_rate="
+                f"{self.config.train.learning_rate}; the same command goes on from step {self.saved}."
+            )
 
     def load(self, folder: Path) -> None:
         """Restore a checkpoint.
@@ -127,8 +143,9 @@ def fit(run: Run, stream: Iterator[MicroBatch], log: Log, stop: int) -> None:
     """Advance to optimiser step `stop`, or to the step at which a signal came; saved either way.
 
     Raises:
-        ValueError: a loss that is not finite, seen at a log line, and nothing
-            is saved then; or a last state that could not be saved.
+        ValueError: a loss or gradient that is not finite, seen at a log line
+            or a checkpoint, which is not saved then; or a last state that
+            could not be saved.
     """
     run.meter.since = time.perf_counter()
     while run.step < stop and not _stopping(run):
@@ -178,11 +195,7 @@ def notify(run: Run, log: Log, stop: int) -> None:
     config = run.config
     if run.step % config.log.every == 0 or run.step == stop:
         values = run.meter.read(config.train.batch_size)
-        if not abs(values["loss"]) < float("inf"):
-            raise ValueError(
-                f"the loss is {values['loss']} at step {run.step}: training diverged. "
-                f"Lower train.learning_rate={config.train.learning_rate}; the same command resumes."
-            )
+        run.check_finite("loss", values["loss"])
         log.write(run.step, run.images, {**values, "lr": learning_rate(run.step - 1, config.train)})
     paused = time.perf_counter()
     if run.step % config.checkpoint.every == 0:

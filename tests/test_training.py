@@ -242,9 +242,11 @@ def test_a_full_disk_does_not_stop_training(digits, tmp_path, monkeypatch, capsy
     assert not list((tmp_path / "run").glob("*checkpoint*")) and not list((tmp_path / "run").glob(".tmp*"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(digits, tmp_path, capsys):
-    assert fit(digits, tmp_path / "run", "--train.learning_rate=1e30", "--train.max_grad_norm=0") == 2
-    assert "training diverged" in capsys.readouterr().err
+@pytest.mark.parametrize("words", [(), ("--log.every=100",)])
+def test_a_run_that_diverges_stops_and_saves_nothing_of_it(digits, tmp_path, capsys, words):
+    """Seen at a log line, or, where none comes before, at the first checkpoint."""
+    assert fit(digits, tmp_path / "run", "--train.learning_rate=1e30", "--train.max_grad_norm=0", *words) == 2
+    assert "training diverged" in capsys.readouterr().err and not list((tmp_path / "run").glob("checkpoint*"))
 
 
 # --- parts
