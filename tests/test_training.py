@@ -152,6 +152,9 @@ def test_two_processes_have_the_curve_of_one(digits, tmp_path):
     first, second = load_tensors(tmp_path / "one/checkpoint-20"), load_tensors(tmp_path / "two/checkpoint-20")
     assert first.keys() == second.keys()
     assert all((first[k] - second[k]).abs().max() < 1e-3 for k in first if k.startswith("ema.") and first[k].numel())
+    further = ("--train.max_steps=26", *more[1:])
+    assert fit(digits, tmp_path / "one", *further) == fit(digits, tmp_path / "two", *further) == 0, "two ranks' checkpoint goes on with one"
+    assert losses(tmp_path / "two")[20:] == pytest.approx(losses(tmp_path / "one")[20:], rel=1e-5) and len(losses(tmp_path / "two")) == 26
 
 
 def test_a_launch_that_starts_fewer_processes_than_asked_is_refused(digits, tmp_path):
