@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.process import Stopper, reported
+from pipeline.process import Stopper, leave_group, reported
 
 STOPPER = Stopper("the same command goes on from the last checkpoint")  # before the slow imports
 
@@ -87,6 +87,7 @@ def train(config: Config) -> int:
         log.say(f"stopped at step {run.step}; the same command goes on from there.")
     elif config.export and accelerator.is_main_process:
         export(run, folder / "export")
+    leave_group(STOPPER.exit_status)
     if owned:
         owned.close()
     return STOPPER.exit_status
