@@ -95,7 +95,7 @@ def images(options: Images) -> int:
     made, evaluations = generate(source, labels, sampler, seed=options.seed, batch_size=options.batch_size)
     columns = len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(count))
     save_image(grid(made, min(columns, count), scale=max(1, 64 // source.shape[-1])), Path(options.output))
-    print(f"{options.output}: {count} images, {options.num_inference_steps} steps of {options.solver}, {evaluations} evaluations each")
+    print(f"{options.output}: {count} images by {options.solver}, {evaluations} evaluations each")
     return 0
 
 

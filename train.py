@@ -18,7 +18,7 @@ from accelerate.utils import set_seed
 import models
 from data.stream import Shards, Share, Stream, to_unit
 from models.condition import drop
-from models.convert import to_stock
+from models.convert import check_classes, to_stock
 from pipeline import launch
 from pipeline.checkpoint import Store, choose
 from pipeline.config import ALIASES, Config, model_options
@@ -39,10 +39,11 @@ def train(config: Config) -> int:
     Raises:
         ValueError: what a user can mend, before any work is lost.
     """
-    if config.export:
-        form_of(config.flow)
     folder = Path(config.output_dir)
     shards = Shards(config.data.shards, config.data.split)
+    if config.export:  # what could not be exported at the end is refused at the start
+        form_of(config.flow)
+        check_classes(len(shards.manifest.class_names))
     accelerator = launch.start(config)
     share = Share(
         batch_size=config.train.batch_size,

@@ -33,11 +33,17 @@ def to_stock(model: nn.Module, factor: float) -> DiTTransformer2DModel | UNet2DM
     """
     if not isinstance(model, (DiT, UNet)):
         raise ValueError(f"{type(model).__name__} has no stock class: DiT and UNet have.")
-    if model.num_classes > STOCK_NULL:
-        raise ValueError(
-            f"{model.num_classes} classes: the stock pipeline takes label {STOCK_NULL} for none, so it holds at most {STOCK_NULL}."
-        )
+    check_classes(model.num_classes)
     return _dit_to_stock(model, factor) if isinstance(model, DiT) else _unet_to_stock(model, factor)
+
+
+def check_classes(num_classes: int) -> None:
+    """Raises ValueError for more classes than the stock pipeline can tell from none."""
+    if num_classes > STOCK_NULL:
+        raise ValueError(
+            f"{num_classes} classes: the stock pipeline takes label {STOCK_NULL} for none, so it holds at most {STOCK_NULL}. "
+            f"Give --export=false and sample with `sample.py --run`."
+        )
 
 
 def dit_from_stock(stock: DiTTransformer2DModel, num_classes: int, factor: float) -> DiT:

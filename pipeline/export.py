@@ -52,15 +52,15 @@ def write_folder(
 
     Args:
         output: the folder; replaced if it is one of ours already.
-        network: a stock DiTTransformer2DModel or UNet2DModel, in stock's sign.
+        network: a stock DiTTransformer2DModel or UNet2DModel, in the form that `stock.form_of` names.
         config: of the run; kept as `config.yaml`.
         class_names: name of each label; none for an unconditional model.
         card: for README.md.
         progress: told what was written.
 
     Raises:
-        ValueError: a path or prediction that no stock pipeline serves, or an
-            `output` that holds something else.
+        ValueError: a prior that no stock pipeline starts from, or an `output`
+            that holds something else.
     """
     form, scheduler = form_of(config.flow), scheduler_of(config.flow)
     if output.exists() and any(output.iterdir()) and not (output / "model_index.json").exists():
@@ -83,7 +83,9 @@ def write_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     why = (
-        "stock diffusers holds it exactly" if form.stock else "with our own scheduler (trust_remote_code=True), for no stock one serves it"
+        "which stock diffusers holds exactly"
+        if form.stock
+        else "with our own scheduler (trust_remote_code=True), for no stock one serves it"
     )
     progress(f"exported to {output}: a {type(network).__name__} in DiTPipeline, {why}")
     return output

@@ -124,14 +124,15 @@ class Sampler:
         coefficient(self.sigma_t, self.sigma_scale)
         time_grid(self.grid, self.steps, shift=self.grid_shift, rho=self.grid_rho)
 
-    def times(self, source: Source) -> Tensor:
+    def times(self, source: Source, off_noise: bool = False) -> Tensor:
         """The grid, (steps + 1,): the caller's, or from 0, or NEAR_NOISE where the field is singular at 0, to 1.
 
         An adaptive solver chooses inside; Langevin dynamics end at LAST_LEVEL.
+        `off_noise` begins at NEAR_NOISE in any case.
         """
         if self.given_times:
             return torch.tensor(self.given_times, dtype=torch.float64)
-        begin = NEAR_NOISE if singular(source.path, source.predict, 0.0) else 0.0
+        begin = NEAR_NOISE if off_noise or singular(source.path, source.predict, 0.0) else 0.0
         if self.solver == "dormand_prince":
             inner = [1 - NEAR_NOISE] if singular(source.path, source.predict, 1.0) else []
             return torch.tensor([begin, *inner, 1.0], dtype=torch.float64)
@@ -185,19 +186,22 @@ def generate(source: Source, labels: Tensor, sampler: Sampler, *, seed: int, fir
 
 def _solve(source: Source, labels: Tensor, sampler: Sampler, seed: int, index: Tensor) -> Solution:
     """The end of the path for one batch, and the evaluations it took."""
-    field = guide(
-        source.field,
-        labels,
-        torch.full_like(labels, source.null),
-        sampler.guidance_scale,
-        interval=sampler.guidance_interval,
-        rescale=sampler.guidance_rescale,
-    )
-    times = sampler.times(source)
-    x, evaluations = follow(source, field, start(source, seed, index, float(times[0])), times, sampler, seed, index)
-    if source.path(times[-1]).b > LEFT_NOISE:  # VE, EDM and DDPM end on a little noise
-        return Solution(denoise(field, x, float(times[-1]), source.path), evaluations + 1)
-    return Solution(x, evaluations)
+    field, times = guided(source, labels, sampler), sampler.times(source)
+    x = start(source, seed, index, float(times[0]))
+    return cleaned(source, field, follow(source, field, x, times, sampler, seed, index), float(times[-1]))
+
+
+def guided(source: Source, labels: Tensor, sampler: Sampler) -> Field:
+    """The source's field with its labels, (B,), bound and guided as the sampler says."""
+    null = torch.full_like(labels, source.null)
+    return guide(source.field, labels, null, sampler.guidance_scale, interval=sampler.guidance_interval, rescale=sampler.guidance_rescale)
+
+
+def cleaned(source: Source, field: Field, end: Solution, t: float) -> Solution:
+    """A solution at time t without the noise that some paths (VE, EDM, DDPM) and Langevin dynamics end on."""
+    if source.path(torch.tensor(t, dtype=torch.float64)).b > LEFT_NOISE:
+        return Solution(denoise(field, end.x, t, source.path), end.evaluations + 1)
+    return end
 
 
 def start(source: Source, seed: int, index: Tensor, t: float) -> Tensor:

@@ -124,6 +124,6 @@ class Restore(Sampling):
     noise_std: float = 0.01  # standard deviation of the input's own noise, images in -1..1
     class_label: int = -1  # class of the image; -1: not known
     num_inference_steps: int = 100  # solver steps
-    solver: Solver = "euler"  # not dormand_prince with replacement, whose steps it would not see
+    solver: Solver = "euler"  # of an ODE or an SDE, with steps of its own: not langevin, annealed_langevin or dormand_prince
     num_images: int = 4  # samples
     output: str = "restored.png"  # the input as measured, then the samples

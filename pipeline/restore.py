@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .flow import Colourisation, Inpainting, Measurement, SuperResolution, guide, reconstruction, replacement, uniform_grid
-from .generate import NEAR_NOISE, Sampler, Source, check_labels, follow, start
+from .flow import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction, replacement
+from .generate import Sampler, Source, check_labels, cleaned, follow, guided, start
 
 DATA_STD = 0.5
 """Standard deviation of images in -1..1, as reconstruction takes it."""
@@ -69,20 +69,23 @@ def restore(
         (count, C, H, W), -1..1.
 
     Raises:
-        ValueError: a label out of range, an SDE solver for a prior without score.
+        ValueError: a label out of range, an SDE solver for a prior without
+            score, a solver that follows no path.
     """
+    if sampler.solver in ("langevin", "annealed_langevin", "dormand_prince"):
+        raise ValueError(f"--solver {sampler.solver} cannot restore: it has no steps along the path to mend. Use euler, or exponential.")
     label = source.null if label is None else label
     labels = torch.full((count,), label, device=source.device)
     if label != source.null:
         check_labels(labels, source.num_classes)
-    field = guide(source.field, labels, torch.full_like(labels, source.null), sampler.guidance_scale)
+    field, times = guided(source, labels, sampler), sampler.times(source, off_noise=method == "reconstruction")
     index = torch.arange(count, device=source.device)
-    begin = NEAR_NOISE if method == "reconstruction" else float(sampler.times(source)[0])
-    times = uniform_grid(sampler.steps, begin)
-    x, many = start(source, seed, index, begin), y[None].expand(count, *y.shape).to(source.device)
+    x, many = start(source, seed, index, float(times[0])), y[None].expand(count, *y.shape).to(source.device)
     if method == "reconstruction":
         field = reconstruction(field, source.path, measure, many, noise_std=noise_std, data_std=DATA_STD)
-        end = follow(source, field, x, times, sampler, seed, index, last_euler=True).x
+        end = follow(source, field, x, times, sampler, seed, index, last_euler=True)
     else:
-        end = follow(source, field, x, times, sampler, seed, index, after=replacement(measure, many, source.path, x)).x
-    return source.decode(end).float().cpu()
+        noise = x / float(source.path(times[0]).b)
+        end = follow(source, field, x, times, sampler, seed, index, after=replacement(measure, many, source.path, noise))
+        end = cleaned(source, field, end, float(times[-1]))
+    return source.decode(end.x).float().cpu()

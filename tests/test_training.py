@@ -12,9 +12,11 @@ import time
 import pytest
 import torch
 from conftest import ROOT, UNET, arguments, fit, launch
+from PIL import Image
 
 import models
 import train
+from data import prepare
 from pipeline.checkpoint import load_tensors
 from pipeline.config import EmaConfig, FlowConfig, TrainConfig
 from pipeline.ema import Ema
@@ -225,6 +227,15 @@ def test_a_checkpoint_of_another_run_is_refused(digits, trained, capsys):
     assert fit(digits, trained, "--model.width=64", "--flow.predict=noise") == 2
     error = capsys.readouterr().err
     assert "model.width is 32 there and 64 here" in error and "flow.predict is velocity there and noise here" in error
+
+
+def test_more_classes_than_an_export_holds_are_refused_at_the_start(tmp_path, capsys):
+    for i in range(1001):
+        (tmp_path / f"images/{i:04d}").mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / f"images/{i:04d}/a.png")
+    assert prepare.main(["imagefolder", str(tmp_path / "images"), "--output", str(tmp_path / "shards")]) == 0
+    assert fit(tmp_path / "shards", tmp_path / "run", "--export=true") == 2 and not (tmp_path / "run").exists()
+    assert "1001 classes: the stock pipeline takes label 1000 for none" in capsys.readouterr().err
 
 
 def test_two_runs_on_one_folder(digits, tmp_path, capsys):

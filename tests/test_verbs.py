@@ -75,6 +75,19 @@ def test_what_is_measured_comes_back(task, method):
         )
 
 
+@pytest.mark.parametrize(("path", "predict"), [("ve", "noise"), ("vp", "noise"), ("ddpm", "v")])
+def test_replacement_on_paths_of_other_scales(path, predict):
+    """Where beta_0 is 50, or a little noise is left at the end: what is measured comes back, and the hidden half is the data's."""
+    source = gaussian_source(path, predict)
+    mask = torch.zeros(8, 8, dtype=torch.bool)
+    mask[:, 4:] = True
+    measure = measurement("inpaint", (1, 8, 8), mask, 2)
+    y = measure(torch.full((1, 1, 8, 8), 0.6))[0]
+    made = restore(source, measure, y, Sampler("euler", 200), label=None, count=300, seed=1, method="replacement", noise_std=0.0)
+    assert (measure(made) - y).square().mean().sqrt() < 0.02
+    assert abs(made[..., 4:].mean() - 0.3) < 0.05 and abs(made[..., 4:].std() - 0.4) < 0.05
+
+
 def test_restoring_a_digit(trained, tmp_path, capsys):
     Image.fromarray((np.arange(64, dtype=np.uint8) * 4).reshape(8, 8)).save(tmp_path / "photo.png")
     Image.fromarray(np.tri(8, dtype=np.uint8) * 255).save(tmp_path / "mask.png")
@@ -84,6 +97,7 @@ def test_restoring_a_digit(trained, tmp_path, capsys):
     assert Image.open(tmp_path / "out.png").size == (8 * (5 * 9 + 1), 8 * 10)
     status, out, _ = run(capsys, *words, *output, "--task", "super_resolution", "--method", "replacement")
     assert status == 0 and "differ from it by 0.0000" in out
+    assert "cannot restore" in run(capsys, *words, *output, "--task", "super_resolution", "--solver", "langevin")[2]
     assert "--mask '' is no file" in run(capsys, *words, *output)[2]
     assert "it takes one of three" in run(capsys, *words, *output, "--task", "colourise")[2]
     assert "--factor 3 does not divide" in run(capsys, *words, *output, "--task", "super_resolution", "--factor", "3")[2]
