@@ -1,9 +1,9 @@
 """What is in a shard: where each sample lies, how large it is, and what it must hash to.
 
-A shard is a plain webdataset tar: files that share a name up to the first dot
-are one sample and lie next to one another. Beside `train-000000.tar` lies
-`train-000000.npy`, 24 bytes a sample, memory-mapped; `manifest.json` lists the
-shards of a folder with their hashes. A folder without it is not whole.
+Beside `train-000000.tar` lies `train-000000.npy`, 24 bytes a sample,
+memory-mapped; `manifest.json` lists the shards of a folder with their hashes.
+A folder without it is not whole. Latents and text embeddings lie in side
+shards: other folders of the same form, with the same keys in the same order.
 """
 
 from __future__ import annotations
@@ -14,29 +14,36 @@ import json
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
+from .tar import BLOCK, Span, samples
+
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
-RECORD = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("crc32", "<u4"), ("width", "<u2"), ("height", "<u2"), ("label", "<i4")])
-"""One sample: where its first header lies in the tar, how many bytes its files span, their crc32, the image's size, its class or -1."""
-VERSION = 1
-_BLOCK = 512
-
-
-class Member(NamedTuple):
-    """One file inside a tar: its name, where its header and its bytes begin, how many there are, and where the next header is."""
-
-    name: str
-    header: int
-    offset: int
-    size: int
-    end: int
+RECORD = np.dtype(
+    [
+        ("start", "<u4"),
+        ("blocks", "<u4"),
+        ("crc32", "<u4"),
+        ("payload_bytes", "<u4"),
+        ("payload_at", "<u2"),
+        ("label", "<u2"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+    ]
+)
+"""One sample: where its first header lies and how much its files span (both in blocks of 512 bytes), their crc32, its image's
+(or array's) bytes and where they begin (in blocks from the start), its class or NO_LABEL, the upright image's size in pixels."""
+NO_LABEL = 65535
+MAX_TEXT_BYTES = 1 << 20
+"""A larger .json, .txt or .cls is refused."""
+SIZES_KEPT = 10_000
+VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +59,38 @@ class Shard:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tally:
+    """What a shard, or a folder, holds; tallies add up."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Images of each upright "width x height", the most common first; "other" sums what is beyond SIZES_KEPT."""
+    labels: dict[str, int] = field(default_factory=dict)
+    """Samples of each class number."""
+    captions: int = 0
+    """Samples with a `.txt`."""
+
+    def __add__(self, other: Tally) -> Tally:
+        sizes, labels = Counter(self.sizes), Counter(self.labels)
+        sizes.update(other.sizes)
+        labels.update(other.labels)
+        rest = sizes.pop("other", 0)
+        kept = dict(sizes.most_common(SIZES_KEPT))
+        rest += sizes.total() - sum(kept.values())
+        ordered = {key: labels[key] for key in sorted(labels, key=int)}
+        return Tally(sizes=kept | ({"other": rest} if rest else {}), labels=ordered, captions=self.captions + other.captions)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Manifest:
     """A folder of shards: all of it, or the folder is refused."""
 
     shards: tuple[Shard, ...]
     class_names: tuple[str, ...] = ()
-    sizes: dict[str, int] = field(default_factory=dict)
-    """Images of each "width x height"."""
+    tally: Tally = field(default_factory=Tally)
     source: str = ""
+    """A hash of what was asked for when it was packed."""
+    encoding: dict[str, Any] = field(default_factory=dict)
+    """For side shards: what they were made from and how; empty for images."""
     version: int = VERSION
 
     def split(self, name: str) -> tuple[Shard, ...]:
@@ -79,129 +110,89 @@ class Manifest:
         return hashlib.sha256("".join(f"{s.split}:{s.sha256};" for s in self.shards).encode()).hexdigest()
 
 
-def members(path: Path) -> Iterator[Member]:
-    """Walk the headers of a tar, strictly: where Python's `tarfile` takes a damaged header for the end, this is an error.
-
-    Raises:
-        ValueError: a damaged header, a file that is cut, no end-of-archive block.
-    """
-    size, at, long_name = path.stat().st_size, 0, None
-    with open(path, "rb") as file:
-        while True:
-            head = os.pread(file.fileno(), _BLOCK, at)
-            if len(head) < _BLOCK:
-                raise ValueError(f"{path}: cut at byte {at}, the end-of-archive block is missing. Pack or copy this shard again.")
-            if not head.rstrip(b"\0"):
-                return
-            name, length, kind = _header(_checked(head, path, at))
-            end = at + _BLOCK + -(-length // _BLOCK) * _BLOCK
-            if end > size:
-                raise ValueError(f"{path}: cut inside {name!r} at byte {at}. Pack or copy this shard again.")
-            if kind in (b"L", b"x"):
-                long_name = _long_name(kind, os.pread(file.fileno(), length, at + _BLOCK)) or long_name
-            elif kind in (b"0", b"\0"):
-                yield Member(long_name or name, at, at + _BLOCK, length, end)
-                long_name = None
-            at = end
-
-
-def _checked(head: bytes, path: Path, at: int) -> bytes:
-    """The header, if its checksum is right."""
-    try:
-        good = int(head[148:156].strip(b" \0"), 8) == sum(head[:148]) + 256 + sum(head[156:])
-        _header(head)
-    except ValueError:
-        good = False
-    if not good:
-        raise ValueError(f"{path}: damaged tar header at byte {at}. Pack or copy this shard again.")
-    return head
-
-
-def _header(head: bytes) -> tuple[str, int, bytes]:
-    """Name, length and kind of a tar member; a ValueError where the length is no number."""
-    base256 = head[124] & 0x80
-    length = int.from_bytes(head[125:136], "big") if base256 else int(head[124:136].strip(b" \0") or b"0", 8)
-    ustar = head[257:262] == b"ustar" and head[262:263] == b"\0"
-    prefix = head[345:500].rstrip(b"\0").decode(errors="replace") if ustar else ""
-    name = head[:100].rstrip(b"\0").decode(errors="replace")
-    return (f"{prefix}/{name}" if prefix else name), length, head[156:157]
-
-
-def _long_name(kind: bytes, body: bytes) -> str | None:
-    """A name too long for its header, in GNU's (L) or POSIX's (x) form."""
-    if kind == b"L":
-        return body.rstrip(b"\0").decode(errors="replace")
-    while body:
-        length = int(body[: body.index(b" ")])
-        key, _, value = body[body.index(b" ") + 1 : length - 1].partition(b"=")
-        if key == b"path":
-            return value.decode(errors="replace")
-        body = body[length:]
-    return None
-
-
-def key_and_extension(name: str) -> tuple[str, str]:
-    """`a/b.seg.png` is the file `seg.png` of the sample `a/b`: the name is split at the first dot of its last part."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
-    return f"{folder}{slash}{stem}", extension.lower()
-
-
-def sample_files(span: bytes) -> tuple[str, dict[str, bytes]]:
-    """Key and files of one sample from the bytes that it spans in its tar.
-
-    Args:
-        span: from its first header to the end of its last file's block, as
-            `members` walked it or as its crc32 vouches for it.
-    """
-    at, key, files, long_name = 0, "", {}, None
-    while at < len(span):
-        name, length, kind = _header(span[at : at + _BLOCK])
-        body = span[at + _BLOCK : at + _BLOCK + length]
-        if kind in (b"L", b"x"):
-            long_name = _long_name(kind, body) or long_name
-        else:
-            key, extension = key_and_extension(long_name or name)
-            files[extension] = body
-            long_name = None
-        at += _BLOCK + -(-length // _BLOCK) * _BLOCK
-    return key, files
-
-
-def index_shard(path: Path) -> np.ndarray:
+def index_shard(path: Path, *, like: np.ndarray | None = None, faults: list[str] | None = None) -> tuple[np.ndarray, int]:
     """Read a tar once and describe its samples, in order.
 
+    Args:
+        path: the tar.
+        like: for side shards, the records of the images' shard, whose sizes
+            and classes these take over.
+        faults: where given, samples that cannot be indexed are left out and
+            named here, instead of an error.
+
     Returns:
-        One RECORD a sample.
+        One RECORD a sample, and the number of samples with a caption.
 
     Raises:
-        ValueError: a damaged tar, a sample with no image, an image whose
-            header cannot be read, a class that is no whole number.
+        ValueError: a damaged tar; a sample with no image, an image whose
+            header cannot be read, a class that is no whole number from 0 to
+            65,534, a text of more than a megabyte; another number of samples
+            than `like`.
     """
-    records, start, end, key = [], 0, 0, None
+    records, captions = [], 0
     with open(path, "rb") as file:
-        for member in members(path):
-            name, _ = key_and_extension(member.name)
-            if key is not None and name != key:
-                records.append(_record(os.pread(file.fileno(), end - start, start), start, f"{path}: {key}"))
-                start = end
-            key, end = name, member.end
-        if key is not None:
-            records.append(_record(os.pread(file.fileno(), end - start, start), start, f"{path}: {key}"))
-    return np.array(records, RECORD)
+        for number, span in enumerate(samples(path)):
+            body = os.pread(file.fileno(), span.end - span.start, span.start)
+            try:
+                label, width, height = (NO_LABEL, 0, 0) if like is None else like[["label", "width", "height"]][number].item()
+                payload = _payload(span, ("npy",) if like is not None else IMAGE_EXTENSIONS)
+                if like is None:
+                    label = _label(span, body)
+                    width, height = _size(_bytes_of(span, payload, body))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                if faults is None:
+                    raise ValueError(f"{path}: {span.key} cannot be indexed: {error}. Leave it out when packing.") from error
+                faults.append(f"{path.name}: {span.key} ({' '.join(str(error).split())})")
+                continue
+            member = span.files[payload]
+            at = (member.offset - span.start) // BLOCK
+            captions += "txt" in span.files
+            records.append((span.start // BLOCK, len(body) // BLOCK, zlib.crc32(body), member.size, at, label, width, height))
+    if like is not None and len(records) != len(like):
+        raise ValueError(f"{path} holds {len(records)} samples, the images' shard {len(like)}: encode it again.")
+    return np.array(records, RECORD), captions
 
 
-def _record(span: bytes, start: int, where: str) -> tuple[int, int, int, int, int, int]:
-    _, files = sample_files(span)
-    image = next((files[e] for e in IMAGE_EXTENSIONS if e in files), None)
-    if image is None:
-        raise ValueError(f"{where} has no image: one of {', '.join(IMAGE_EXTENSIONS)} is needed beside {', '.join(files)}.")
+def _payload(span: Span, extensions: tuple[str, ...]) -> str:
+    """The extension of a sample's image, or of its array."""
+    found = next((e for kind in extensions for e in span.files if e == kind or e.endswith(f".{kind}") and kind == "npy"), None)
+    if found is None:
+        raise ValueError(f"no image: one of {', '.join(extensions)} is needed beside {', '.join(span.files)}")
+    for text in ("json", "txt", "cls"):
+        if text in span.files and span.files[text].size > MAX_TEXT_BYTES:
+            raise ValueError(f"its .{text} has {span.files[text].size} bytes, at most {MAX_TEXT_BYTES} are read")
+    if (span.files[found].offset - span.start) // BLOCK > 65535:
+        raise ValueError(f"{found} begins more than 32 MB behind the sample's start: put the image first")
+    return found
+
+
+def _bytes_of(span: Span, extension: str, body: bytes) -> bytes:
+    member = span.files[extension]
+    return body[member.offset - span.start : member.offset - span.start + member.size]
+
+
+def _label(span: Span, body: bytes) -> int:
+    if "cls" not in span.files:
+        return NO_LABEL
+    label = int(_bytes_of(span, "cls", body))
+    if not 0 <= label < NO_LABEL:
+        raise ValueError(f"class {label} is not in 0 to {NO_LABEL - 1}")
+    return label
+
+
+def _size(image: bytes) -> tuple[int, int]:
+    """Width and height of an image file as it is shown upright, from its header alone."""
+    turned = False
     try:
-        width, height = Image.open(io.BytesIO(image)).size
-        label = int(files["cls"]) if "cls" in files else -1
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{where} cannot be indexed: {error}. Leave it out when packing.") from error
-    return start, len(span), zlib.crc32(span), min(width, 65535), min(height, 65535), label
+        height, width, _, _ = simplejpeg.decode_jpeg_header(image)
+        if b"Exif" in image[:65536]:
+            turned = Image.open(io.BytesIO(image)).getexif().get(0x0112) in (5, 6, 7, 8)
+    except ValueError:  # no JPEG, or an odd one
+        picture = Image.open(io.BytesIO(image))
+        width, height = picture.size
+        turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)
+    width, height = min(width, 65535), min(height, 65535)
+    return (height, width) if turned else (width, height)
 
 
 def index_path(tar: Path) -> Path:
@@ -209,65 +200,55 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".npy")
 
 
-def describe(tar: Path, split: str) -> tuple[Shard, Counter[str]]:
-    """Index a tar, write the index beside it, and give its line of the manifest and its images' sizes."""
-    records = index_shard(tar)
+def describe(tar: Path, split: str, *, like: np.ndarray | None = None, faults: list[str] | None = None) -> tuple[Shard, Tally]:
+    """Index a tar, write the index beside it, and give its line of the manifest and what it holds; arguments as `index_shard`."""
+    records, captions = index_shard(tar, like=like, faults=faults)
     path = index_path(tar)
     with open(path, "wb") as file:
         np.lib.format.write_array(file, records, allow_pickle=False)
     sizes = Counter(f"{w}x{h}" for w, h in zip(records["width"].tolist(), records["height"].tolist(), strict=True))
+    labels = Counter(str(label) for label in records["label"].tolist() if label != NO_LABEL)
     shard = Shard(
         name=tar.name,
         split=split,
         samples=len(records),
         bytes=tar.stat().st_size,
-        sha256=_sha256(tar),
-        index_sha256=_sha256(path),
+        sha256=sha256(tar),
+        index_sha256=sha256(path),
     )
-    return shard, sizes
+    return shard, Tally() + Tally(sizes=sizes, labels=labels, captions=captions)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` under a temporary name and rename it: it is there whole or not at all."""
-    temporary = folder / ".manifest.json.tmp"
+    raw = asdict(manifest)
+    lines = ",\n  ".join(json.dumps(shard) for shard in raw.pop("shards"))
+    temporary = folder / f".manifest.json.{os.getpid()}"
     with open(temporary, "w") as file:
-        json.dump(asdict(manifest), file, indent=1)
+        file.write(json.dumps(raw, indent=1)[:-2] + f',\n "shards": [\n  {lines}\n ]\n}}\n')
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, folder / "manifest.json")
 
 
-def read_manifest(folder: str | Path) -> Manifest:
-    """Read and check a folder of shards: every file there, of the right length.
+def parse_manifest(text: str | bytes, where: str) -> Manifest:
+    """A manifest from its text.
 
     Raises:
-        ValueError: no such folder, no manifest, a shard missing or changed.
+        ValueError: text that is no manifest of this version.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(
-            f"data.shards={str(folder)!r} is no folder: make it with `python -m data.prepare imagefolder IMAGES --output {folder}`."
-        )
     try:
-        raw: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        raw: dict[str, Any] = json.loads(text)
+        if raw["version"] != VERSION:
+            raise ValueError(f"version {raw['version']}, this release reads {VERSION}")
         shards = tuple(Shard(**shard) for shard in raw.pop("shards"))
-        manifest = Manifest(**{**raw, "shards": shards, "class_names": tuple(raw["class_names"])})
-    except FileNotFoundError as error:
-        raise ValueError(f"{folder} has no manifest.json, so packing never finished: run `python -m data.prepare` again.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}/manifest.json cannot be read ({error}): run `python -m data.prepare` again.") from error
-    for shard in manifest.shards:
-        tar = folder / shard.name
-        found = tar.stat().st_size if tar.exists() else None
-        if found != shard.bytes:
-            raise ValueError(
-                f"{tar}: {'missing' if found is None else f'{found} bytes'}, the manifest says {shard.bytes}. Copy or pack it again."
-            )
-        if not index_path(tar).exists():
-            raise ValueError(f"{index_path(tar)} is missing: copy it beside its tar, or pack the folder again.")
-    return manifest
+        names, tally = tuple(raw.pop("class_names")), Tally(**raw.pop("tally"))
+        return Manifest(**raw, shards=shards, class_names=names, tally=tally)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} cannot be read ({error}): run `python -m data.prepare` again.") from error
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,140 @@
+"""What a recipe's section `data` says, for the commands of this room: `pipeline/config.py` describes the same fields to `train.py`.
+
+A test holds the two to the same names and defaults.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def _require(rule: bool, name: str, value: object, text: str) -> None:
+    if not rule:
+        raise ValueError(f"data.{name}={value}: {text}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Which samples, in what shape, from where.
+
+    Raises:
+        ValueError: a value that can be wrong by itself.
+    """
+
+    shards: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    split: str = "train"
+    resolution: int = 256
+    channels: int = 3
+    horizontal_flip: bool = False
+    random_crop: bool = False
+    aspect_ratios: tuple[float, ...] = ()
+    bucket_step: int = 32
+    caption: str = "txt"
+    shuffle_block: int = 16
+    workers: int = 2
+    max_bad_share: float = 0.001
+    cache_dir: str = ""
+    cache_size: str = "100GB"
+    retry_seconds: float = 300.0
+    autoencoder: str = ""
+    text_encoder: str = ""
+    max_tokens: int = 128
+    encoding: str = "online"
+    encoded: str = ""
+
+    def __post_init__(self) -> None:
+        _require(self.resolution >= 1, "resolution", self.resolution, "at least 1 pixel. Use the side of your images, or 256.")
+        _require(self.shuffle_block >= 1, "shuffle_block", self.shuffle_block, "at least 1 shard. Use 16 or more.")
+        _require(self.workers >= 0, "workers", self.workers, "0 or more threads.")
+        _require(0 <= self.max_bad_share < 1, "max_bad_share", self.max_bad_share, "a share below 1. Use 0.001; 0 stops at the first.")
+        _require(self.retry_seconds > 0, "retry_seconds", self.retry_seconds, "a positive number of seconds.")
+        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least one token. Use 77 or 128.")
+        bytes_of(self.cache_size, "data.cache_size")
+        self._check_buckets()
+        self._check_weights()
+        self._check_encoding()
+
+    def _check_buckets(self) -> None:
+        if not self.aspect_ratios:
+            return
+        _require(min(self.aspect_ratios) > 0, "aspect_ratios", self.aspect_ratios, "width / height of each bucket, positive. Use 0.75 1 1.33.")
+        _require(1 <= self.bucket_step <= self.resolution, "bucket_step", self.bucket_step, "1 pixel to data.resolution.")
+
+    def _check_weights(self) -> None:
+        if not self.weights:
+            return
+        if len(self.weights) != len(self.shards):
+            raise ValueError(f"data.weights has {len(self.weights)} numbers for {len(self.shards)} sources in data.shards: give one each.")
+        total = sum(self.weights)
+        if min(self.weights) <= 0 or abs(total - 1) > 1e-6:
+            share = ", ".join(f"{w / total:.6g}" for w in self.weights) if min(self.weights) > 0 else "positive shares"
+            raise ValueError(f"data.weights={self.weights} sum to {total:g}: positive shares that sum to 1. Use {share}.")
+
+    def _check_encoding(self) -> None:
+        if self.encoding not in ("online", "cached"):
+            raise ValueError(f"data.encoding={self.encoding!r}: choose `online` or `cached`.")
+        if self.encoding == "cached" and not self.encoded:
+            raise ValueError(
+                "data.encoding=cached without data.encoded: name the folder that `accelerate launch -m data.encode --config ...` writes."
+            )
+        if self.encoding == "cached" and self.autoencoder and self.random_crop:
+            raise ValueError("data.random_crop=true with data.encoding=cached: latents are encoded once. Crop at the centre, or encode online.")
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes that cached shards may take."""
+        return bytes_of(self.cache_size, "data.cache_size")
+
+
+def bytes_of(text: str, name: str) -> int:
+    """`256MB` as a number of bytes; a ValueError that calls the value `name` for what is no size."""
+    number = text.strip().upper().rstrip("KMGTB")
+    unit = text.strip().upper()[len(number) :].strip()
+    try:
+        return int(float(number) * UNITS[unit if unit in UNITS else f"{unit}B"])
+    except (ValueError, KeyError, OverflowError) as error:
+        raise ValueError(f"{name} {text!r} is no size: write 256MB, 1GB or a number of bytes.") from error
+
+
+def read_options(recipe: str | Path, over: dict[str, Any] | None = None) -> tuple[Options, dict[str, Any]]:
+    """The section `data` of a recipe, and the whole recipe as a mapping.
+
+    Args:
+        recipe: a YAML file; what it `extends` is read first.
+        over: fields of the section that replace the recipe's.
+
+    Raises:
+        ValueError: no such file, an unknown field, a value that cannot be right.
+    """
+    whole = _load(Path(recipe))
+    section = {**whole.get("data", {}), **(over or {})}
+    known = {item.name: item for item in fields(Options)}
+    for key, value in section.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.5)
+            raise ValueError(f"unknown key 'data.{key}'" + (f": did you mean 'data.{near[0]}'?" if near else "."))
+        if isinstance(known[key].default, tuple):
+            section[key] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    return Options(**section), whole
+
+
+def _load(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such recipe. The shipped ones are in configs/.")
+    if path.resolve() in seen:
+        raise ValueError(f"{path}: recipes extend one another in a circle.")
+    try:
+        recipe = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+    base = recipe.pop("extends", None)
+    under = _load(path.parent / base, (*seen, path.resolve())) if base else {}
+    return {**under, **recipe, "data": {**under.get("data", {}), **recipe.get("data", {})}}
