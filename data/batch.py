@@ -130,20 +130,23 @@ class Loader:
             ValueError: too many bad samples in a row, or a lost shard.
         """
         array = self.reader.empty(len(plan.positions), plan.shape)
-        faults = list[Fault]()
+        faults, captions = list[Fault](), list[str]()
         payload, fill = self.shards.payload, self.reader.fill
         records = zip(*(plan.records[name].tolist() for name in ("payload", "bytes", "crc32")), strict=True)
         rows = zip(array, plan.samples[:, 0].tolist(), records, plan.mirrored.tolist(), plan.corners, strict=True)
         for i, (out, shard, record, mirror, corner) in enumerate(rows):
             try:
                 fill(out, payload(shard, *record), mirror, corner)
+                if self.caption:
+                    captions.append(self._caption(plan, i))
             except (LostShard, *DECODE_ERRORS) as error:
                 self._substitute(plan, i, out, faults, error)
-        captions = self._captions(plan) if self.caption else ()
+                if self.caption:
+                    captions.append(self._caption(plan, i))
         places, positions, samples, labels, sizes = map(
             torch.from_numpy, (plan.places, plan.positions, plan.samples, plan.labels, plan.sizes)
         )
-        return Batch(self.reader.tensor(array), labels, places, positions, samples, sizes, captions, tuple(faults))
+        return Batch(self.reader.tensor(array), labels, places, positions, samples, sizes, tuple(captions), tuple(faults))
 
     def _substitute(self, plan: Plan, i: int, out: np.ndarray, faults: list[Fault], error: Exception) -> None:
         """Put another sample, which (seed, position, try) names, in the place of a bad one."""
@@ -172,10 +175,12 @@ class Loader:
         plan.sizes[i : i + 1] = crops(plan.records[i : i + 1], plan.corners[i : i + 1], np.array([plan.shape]))
         payload = self.shards.payload(int(shard), *plan.records[i].item()[:3])
         self.reader.fill(out, payload, bool(plan.mirrored[i]), plan.corners[i])
+        if self.caption:
+            self._caption(plan, i)  # a substitute whose caption is damaged is none
 
-    def _captions(self, plan: Plan) -> tuple[str, ...]:
-        """The captions of the samples that a plan ended with."""
-        return tuple(caption_of(self.shards.read(shard, number).files, self.caption) for shard, number in plan.samples.tolist())
+    def _caption(self, plan: Plan, i: int) -> str:
+        """The caption of row i of a plan."""
+        return caption_of(self.shards.read(*plan.samples[i].tolist()).files, self.caption)
 
 
 def labels_of(records: np.ndarray) -> np.ndarray:
