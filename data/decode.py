@@ -9,7 +9,7 @@ the rest, and has the last word on what is damaged.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import simplejpeg
@@ -73,15 +73,16 @@ def decode_into(out: np.ndarray, data: bytes, mirror: bool = False, at: Sequence
         One of DECODE_ERRORS.
     """
     pixels = None
-    if data[:2] == b"\xff\xd8" and not has_exif(data):
-        try:  # straight into `out`, which reads the header only once
-            found = simplejpeg.decode_jpeg(data, buffer=out) if out.shape[2] == 3 else None
-        except ValueError:  # larger than `out`, or no plain JPEG
-            found = None
-        if found is not None and found.shape == out.shape:
-            if mirror:
-                out[:] = out[:, ::-1].copy()
-            return
+    if data[:2] == b"\xff\xd8":
+        if out.shape[2] == 3 and _plain_colours(data):
+            try:  # straight into `out`, which reads the header only once
+                found = simplejpeg.decode_jpeg(data, buffer=out)
+            except ValueError:  # larger than `out`, or damaged
+                found = None
+            if found is not None and found.shape == out.shape:
+                if mirror:
+                    out[:] = out[:, ::-1].copy()
+                return
         pixels = _plain_jpeg(data, out.shape[2])
     image = upright(data, out.shape[2]) if pixels is None else Image.fromarray(pixels)
     height, width = out.shape[:2]
@@ -94,21 +95,34 @@ def decode_into(out: np.ndarray, data: bytes, mirror: bool = False, at: Sequence
 
 def has_exif(data: bytes) -> bool:
     """Whether a JPEG file says how the camera was held: an Exif segment before its first scan."""
-    if len(data) < 4096:
-        return b"Exif" in data  # faster than the walk, and seldom wrong
-    at = 2
-    while data[at] == 0xFF and data[at + 1] != 0xDA and at < len(data) - 8:
+    return any(data[at + 1] == 0xE1 and data[at + 4 : at + 8] == b"Exif" for at in _segments(data))
+
+
+def _plain_colours(data: bytes) -> bool:
+    """Whether a JPEG file has three colours and no Exif; where this says no, Pillow is asked."""
+    if len(data) < 4096:  # searching is faster than walking
+        return b"Exif" not in data and (b"\xff\xc0\0\x11" in data or b"\xff\xc2\0\x11" in data)
+    for at in _segments(data):
+        if data[at + 1] in (0xC0, 0xC2):
+            return data[at + 9] == 3
         if data[at + 1] == 0xE1 and data[at + 4 : at + 8] == b"Exif":
-            return True
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+            return False
     return False
+
+
+def _segments(data: bytes) -> Iterator[int]:
+    """Where the segments of a JPEG file begin, up to its first scan."""
+    at = 2
+    while at + 10 < len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        yield at
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
 
 
 def _plain_jpeg(data: bytes, channels: int) -> np.ndarray | None:
     """The pixels of a plain JPEG file, (H, W) or (H, W, 3); None for what Pillow should look at."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        if channels == 1 and space != "Gray":
+        if space not in (("Gray",) if channels == 1 else ("Gray", "YCbCr", "RGB")) or has_exif(data):
             return None
         _check(width, height)
         return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY").squeeze(2 if channels == 1 else ())

@@ -196,14 +196,14 @@ class Shards:
         """The name of a sample, as far as it can still be read."""
         try:
             block, _, _, before, *_ = self.records(shard)[number].item()
-            head = self._again(shard, (block - before) * BLOCK, (before + 1) * BLOCK, waits=(0.0,))
-            return files_of(head)[0] or f"sample {number}"
+            file = self._files.get(shard) or self._open(shard)
+            return files_of(os.pread(file.fileno(), (before + 1) * BLOCK, (block - before) * BLOCK))[0] or f"sample {number}"
         except (ValueError, OSError):
             return f"sample {number}"
 
-    def _again(self, shard: int, start: int, length: int, waits: tuple[float, ...] = RETRY_SECONDS) -> bytes:
+    def _again(self, shard: int, start: int, length: int) -> bytes:
         """Bytes of a file whose reading failed: opened and read again, a few times, since network disks come back."""
-        for wait in waits:
+        for wait in RETRY_SECONDS:
             time.sleep(wait)
             self._files.pop(shard, None)
             try:
