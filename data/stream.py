@@ -89,7 +89,7 @@ class Planner:
     def next(self) -> Plan:
         """The plan of the next micro-batch."""
         if not self._ahead:
-            count = max(1, AHEAD // self.share.micro_batch)
+            count = min(max(1, self._portion), max(1, AHEAD // self.share.micro_batch))  # the first soon, then more at once
             self._ahead.extend(self._plans(range(self._portion, self._portion + count)))
             self._portion += count
         return self._ahead.popleft()
