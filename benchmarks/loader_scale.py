@@ -78,8 +78,6 @@ def scale(scratch: Path) -> None:
         begin(replace(options, **more), shards, kind)
     epoch(options, shards)
     million(folder.parent / "million", first)
-    epoch(options, shards)
-    million(folder.parent / "million", first)
 
 
 def begin(options: Options, shards, kind: str) -> None:

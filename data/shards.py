@@ -144,10 +144,12 @@ class Shards:
     def gather(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """The records of many samples, (N,)."""
         sort = np.argsort(shards, kind="stable")
-        starts = np.flatnonzero(np.diff(shards[sort], prepend=-1))
-        found = [self.records(int(shards[here[0]]))[numbers[here]] for here in np.split(sort, starts[1:])]
-        out = np.empty(len(shards), RECORD)
-        out[sort] = np.concatenate(found)
+        starts = np.flatnonzero(np.diff(shards[sort], prepend=-1)).tolist()
+        sorted_numbers, found = numbers[sort], np.empty(len(shards), RECORD)
+        for first, last, shard in zip(starts, [*starts[1:], len(sort)], shards[sort[starts]].tolist(), strict=True):
+            found[first:last] = self.records(shard)[sorted_numbers[first:last]]
+        out = np.empty_like(found)
+        out[sort] = found
         return out
 
     def _open(self, shard: int) -> FileIO:
