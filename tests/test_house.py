@@ -16,7 +16,13 @@ FLOORS = {
         ["export", "evaluate", "options", "density", "restore", "preview"],
     ],
     "models": [["layers", "condition"], ["dit", "unet"], ["convert"]],
-    "data": [["index", "order", "decode"], ["stream", "pack"], ["prepare"]],
+    "data": [
+        ["tar", "order", "decode", "options", "retry", "flock"],
+        ["index", "fetch", "cache"],
+        ["source", "stream", "pack"],
+        ["remote", "prepare"],
+        ["open"],
+    ],
 }
 FILES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
 
