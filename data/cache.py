@@ -191,8 +191,8 @@ class Cache:
     def _hold(self, name: str, fd: int, size: int) -> None:
         self._held[name] = (fd, size)
         self._held.move_to_end(name)
-        while len(self._held) > MOST_HELD or (
-            len(self._held) > 2 and sum(s for _, s in self._held.values()) > HELD_SHARE * self.limit_bytes  # a tar and its index
+        while len(self._held) > 1 and (
+            len(self._held) > MOST_HELD or sum(s for _, s in self._held.values()) > HELD_SHARE * self.limit_bytes
         ):
             self.release(next(iter(self._held)))
 
@@ -216,7 +216,7 @@ class Cache:
                     if fits():
                         os.truncate(fd, 1)  # a part that is not empty counts with the size in its name
                         return True
-                    if own and name in list(self._held)[:-2]:
+                    if own and name in list(self._held)[:-1]:
                         self.release(name)
                     if remove_unused(self.folder / name):
                         used -= size

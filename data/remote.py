@@ -95,14 +95,15 @@ class RemoteFolder:
                 self._tar(shard, ahead=True)
 
     def _tar(self, shard: Shard, ahead: bool = False) -> Path | None:
-        """A tar and, before it, its index; None where it is fetched ahead and another process is at it."""
-        self._index(shard, ahead)
-        return self._fetch(Item(_cached(shard), shard.bytes, shard.bytes), shard.name, shard.sha256, ahead)
+        """A tar with its index beside it; None where it is fetched ahead and another process is at it."""
+        while True:
+            self._index(shard, ahead)
+            path = self._fetch(Item(_cached(shard), shard.bytes, shard.bytes), shard.name, shard.sha256, ahead)
+            if path is None or self.cache.get(_index_item(shard)):  # room for the tar may have cost the index
+                return path
 
     def _index(self, shard: Shard, ahead: bool = False) -> Path:
-        records = shard.samples * RECORD.itemsize
-        item = Item(index_path(Path(_cached(shard))).name, records, records + HEADER_BYTES)
-        path = self._fetch(item, index_path(Path(shard.name)).name, shard.index_sha256, ahead, wait=True)
+        path = self._fetch(_index_item(shard), index_path(Path(shard.name)).name, shard.index_sha256, ahead, wait=True)
         assert path is not None, "None is for those who do not wait"
         return path
 
@@ -130,6 +131,11 @@ class RemoteFolder:
 def _cached(shard: Shard) -> str:
     """The name of a tar in the cache: another content has another name, and so has another index of the same content."""
     return f"{shard.name.removesuffix('.tar')}.{shard.sha256[:32]}.{shard.index_sha256[:16]}.tar"
+
+
+def _index_item(shard: Shard) -> Item:
+    records = shard.samples * RECORD.itemsize
+    return Item(index_path(Path(_cached(shard))).name, records, records + HEADER_BYTES)
 
 
 def _check(manifest: Manifest, where: str) -> None:

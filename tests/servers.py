@@ -94,6 +94,7 @@ class Server:
         handler.wfile.flush()
         if fault.stall_at >= 0:
             self.closing.wait(10)
+        time.sleep(0.05 if broken >= 0 or fault.length else 0)  # aiohttp throws away what is unread when the connection breaks
         if fault.cut_at >= 0 and not fault.unsized:
             handler.connection.shutdown(socket.SHUT_RDWR)
         handler.close_connection = True

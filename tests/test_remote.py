@@ -1,5 +1,6 @@
 """Shards from elsewhere: the right bytes or an error that names them, whatever the source does, in a cache that keeps its bound."""
 
+import contextlib
 import fcntl
 import hashlib
 import io
@@ -68,12 +69,23 @@ def cache(tmp_path):
     cache.close()
 
 
+@pytest.fixture(autouse=True)
+def silent_so_far(monkeypatch):
+    monkeypatch.setattr("data.retry._said_at", -1e9)
+
+
 def opened(server, cache, seconds=SECONDS):
     return RemoteFolder(server.url, cache=cache, retry_seconds=seconds)
 
 
 def contents(cache):
-    return {path.name: path.stat().st_size for path in cache.folder.iterdir() if path.name != ".lock"}
+    """Bytes of every file, while nobody may evict or begin; one that gets its final name meanwhile is counted once."""
+    found = {}
+    with cache._alone():
+        for path in cache.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                found[path.name] = path.stat().st_size
+    return {n: size for n, size in found.items() if n != ".lock" and n[1:].rpartition(".")[0].rpartition(".")[0] not in found}
 
 
 # --- what arrives
@@ -243,7 +255,7 @@ def test_sources_that_cannot_be_opened(server, cache, tmp_path, packed):
     def error(url, **files):
         server.files.update(files)
         with pytest.raises(ValueError) as caught:
-            RemoteFolder(url, cache=cache, retry_seconds=SECONDS)
+            RemoteFolder(url, cache=cache, retry_seconds=0.2)
         return str(caught.value)
 
     assert "has no manifest.json" in error(f"{server.url}/elsewhere") and "upload the manifest last" in error(tmp_path.as_uri())
@@ -378,7 +390,7 @@ def test_a_full_disk_evicts_and_then_is_named(tmp_path, monkeypatch):
     cache.close()
 
     def disk(folder):  # 1,500 bytes for everything
-        return os.statvfs_result((1, 1, 1500, 0, 1500 - sum(contents(cache).values()), 0, 0, 0, 0, 255))
+        return os.statvfs_result((1, 1, 1500, 0, 1500 - sum(p.stat().st_size for p in tmp_path.glob("file-*")), 0, 0, 0, 0, 255))
 
     monkeypatch.setattr("data.cache.os.statvfs", disk)
     fill(cache, 1)
@@ -406,7 +418,7 @@ CHILD = """
 import sys
 from data.cache import Cache
 from data.remote import RemoteFolder
-folder = RemoteFolder(sys.argv[1], cache=Cache(sys.argv[2], 10**8), retry_seconds=20)
+folder = RemoteFolder(sys.argv[1], cache=Cache(sys.argv[2], 10**8), retry_seconds=float(sys.argv[4]))
 print("open", flush=True)
 sys.stdin.readline()
 for shard in folder.manifest.shards[: int(sys.argv[3])]:
@@ -414,8 +426,8 @@ for shard in folder.manifest.shards[: int(sys.argv[3])]:
 """
 
 
-def child(server, cache, shards):
-    words = [sys.executable, "-c", CHILD, server.url, str(cache.folder), str(shards)]
+def child(server, cache, shards, seconds):
+    words = [sys.executable, "-c", CHILD, server.url, str(cache.folder), str(shards), str(seconds)]
     process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return process
 
@@ -423,7 +435,7 @@ def child(server, cache, shards):
 def test_two_processes_fetch_a_shard_once(packed, server, cache):
     for number in range(4):
         server.always[f"train-00000{number}.tar"] = Fault(seconds=0.1)
-    children = [child(server, cache, 4) for _ in range(2)]
+    children = [child(server, cache, 4, 20) for _ in range(2)]
     assert [c.stdout.readline() for c in children] == ["open\n"] * 2
     outs = _both(children)
     assert outs[0] == outs[1] and len(outs[0].split()) == 4
@@ -440,7 +452,7 @@ def _both(children):
 
 def test_a_killed_download_leaves_nothing_that_passes_for_whole(packed, server, cache):
     server.faults["train-000000.tar"] = [Fault(stall_at=30_000)]
-    process = child(server, cache, 1)
+    process = child(server, cache, 1, 1.5)
     process.stdout.readline()
     process.stdin.write("\n")
     process.stdin.flush()
