@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from collections.abc import Iterator
@@ -141,7 +142,12 @@ class Origin:
         elif self._fs.async_impl:  # s3, gs: a request can be aborted from outside
             while start < most:
                 end = min(start + PIECE, most)
-                body = self._fs.cat_file(path, start=start, end=end, timeout=self.stall)
+                try:
+                    body = self._fs.cat_file(path, start=start, end=end, timeout=self.stall)
+                except OSError as error:
+                    if error.errno == errno.EINVAL and start:  # s3fs: a range that begins behind the end
+                        return
+                    raise
                 yield start, body
                 start += len(body)
                 if start < end:
@@ -182,8 +188,6 @@ async def _get(fs: Any, url: str, start: int, stall: float) -> aiohttp.ClientRes
             raise ConnectionError(f"asked for the bytes from {start}, the answer has {span!r}")
         return response
     response.close()
-    if response.status in (404, 410):
-        raise FileNotFoundError(shown(url))
     if response.status == 416:
         raise Mismatch(f"it ends at byte {start} or before")
     raise HttpError(response.status, response.reason or "", response.headers.get("Retry-After", ""))

@@ -78,6 +78,8 @@ class Patience:
             except (FileNotFoundError, OurDisk):
                 raise
             except Exception as error:  # the filesystems of many makers have errors of their own
+                if status_of(error) in (404, 410):
+                    raise FileNotFoundError(one_line(error)) from error
                 self._wait(error)
             between()
 
@@ -106,14 +108,10 @@ class Patience:
 
 def may_pass(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
-    status = (
-        getattr(error, "status", None) or getattr(error, "code", None) or getattr(getattr(error, "response", None), "status_code", None)
-    )
-    if isinstance(status, str) and status.isdigit():
-        status = int(status)
-    if isinstance(status, int) and 400 <= status < 600:
+    status = status_of(error)
+    if status:
         return status >= 500 or status in PASSING
-    if "Credentials" in type(error).__name__:
+    if "Credentials" in type(error).__name__:  # botocore's, which is no error of rights to Python
         return False
     never = (
         PermissionError,
@@ -126,6 +124,15 @@ def may_pass(error: BaseException) -> bool:
         AttributeError,
     )
     return not isinstance(error, never)
+
+
+def status_of(error: BaseException) -> int:
+    """The HTTP status behind an error, wherever its library keeps it; 0 where there is none."""
+    for holder, name in ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code")):
+        found = str(getattr(holder, name, ""))
+        if found.isdigit() and 400 <= int(found) < 600:
+            return int(found)
+    return 0
 
 
 def one_line(error: BaseException) -> str:

@@ -1,6 +1,8 @@
 """Shards from elsewhere: the right bytes or an error that names them, whatever the source does, in a cache that keeps its bound."""
 
+import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
@@ -18,6 +20,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from fsspec.asyn import AsyncFileSystem
 from PIL import Image
 from servers import Fault, serving
 
@@ -172,6 +175,43 @@ def test_a_slow_source_that_moves_is_waited_for(packed, server, cache):
     start = time.monotonic()
     assert folder.file(folder.manifest.shards[0]).read_bytes() == (packed / "train-000000.tar").read_bytes()
     assert time.monotonic() - start > 0.9 and server.sent["train-000000.tar"] == folder.manifest.shards[0].bytes
+
+
+class Pieces(AsyncFileSystem):
+    """A bucket as s3fs shows one: asynchronous, by ranges, an OSError behind the end; here the second request hangs."""
+
+    cachable = False
+
+    def __init__(self, bucket):
+        super().__init__()
+        self.bucket, self.spans = bucket, []
+
+    async def _cat_file(self, path, start=None, end=None, **more):
+        self.spans.append((start, end))
+        if len(self.spans) == 2:
+            await asyncio.sleep(30)
+        if start and start >= self.bucket.size(path):
+            raise OSError(errno.EINVAL, "The requested range is not satisfiable")
+        return self.bucket.cat_file(path, start, end)
+
+
+def test_buckets_are_read_by_ranges(packed, cache, monkeypatch):
+    """Each piece once, the one that hung twice; an object that ends early, between two pieces or within one, is named."""
+    memory = fsspec.filesystem("memory")
+    memory.put(f"{packed}/", "/pieces/", recursive=True)
+    folder = RemoteFolder("memory://pieces", cache=cache, retry_seconds=SECONDS)
+    a, b, c, _ = folder.manifest.shards
+    [folder.index(shard) for shard in folder.manifest.shards]
+    monkeypatch.setattr("data.fetch.PIECE", 16_384)
+    folder._origin._fs = pieces = Pieces(memory)
+    assert folder.file(a).read_bytes() == (packed / a.name).read_bytes()
+    ends = [*range(16_384, a.bytes, 16_384), a.bytes]
+    wanted = list(zip([0, *ends[:-1]], ends, strict=True))
+    assert pieces.spans == [*wanted[:2], *wanted[1:]] and len(wanted) == 5
+    for shard, size in ((b, 32_768), (c, 30_000)):
+        memory.pipe(f"/pieces/{shard.name}", (packed / shard.name).read_bytes()[:size])
+        with pytest.raises(ValueError, match=f"{shard.name}: {size} bytes, the manifest says {shard.bytes}, 3 downloads in a row"):
+            folder.file(shard)
 
 
 def test_bytes_that_are_wrong_once_are_fetched_again(packed, server, cache):
