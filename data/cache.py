@@ -180,9 +180,9 @@ class Cache:
         size = os.fstat(fd).st_size
         assert item.least <= size <= item.most, f"{item} was written with {size} bytes"
         held = os.dup(fd)  # the same open file, so the lock has no gap
-        os.rename(part, self.folder / item.name)
-        fcntl.flock(held, fcntl.LOCK_SH)
-        with self._lock:
+        with self._lock, self._alone():  # whoever counts the folder's bytes would miss a file that changes its name meanwhile
+            os.rename(part, self.folder / item.name)
+            fcntl.flock(held, fcntl.LOCK_SH)
             if item.name in self._held:
                 os.close(held)
             else:
