@@ -66,7 +66,8 @@ class Origin:
         self._query = f"?{parts.query}" if self._web and parts.query else ""
         base = urlunsplit(parts._replace(query="", fragment="")) if self._web else url
         try:
-            self._fs, path = fsspec.url_to_fs(base.rstrip("/"))
+            more = {"client_kwargs": {"trust_env": True}} if self._web else {}  # $HTTPS_PROXY and ~/.netrc, as curl has it
+            self._fs, path = fsspec.url_to_fs(base.rstrip("/"), **more)
         except ImportError as error:
             package = PACKAGES[parts.scheme]
             raise ValueError(f"{self.name}: {parts.scheme}:// needs a package that is not installed: `pip install {package}`.") from error

@@ -41,6 +41,7 @@ class Server:
         self.ranges = True
         self.requests: list[tuple[str, int]] = []
         """(name, first byte asked for) of every GET."""
+        self.queries: set[str] = set()
         self.sent: Counter[str] = Counter()
         """Bytes of bodies."""
         self.most_at_once = 0
@@ -52,10 +53,11 @@ class Server:
         return sum(n == name for n, _ in self.requests)
 
     def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        name = handler.path.partition("?")[0].lstrip("/")
+        name, _, query = handler.path.lstrip("/").partition("?")
         span = re.match(r"bytes=(\d+)-(\d*)$", handler.headers.get("Range", ""))
         start = int(span[1]) if span and self.ranges else 0
         with self._lock:
+            self.queries.add(query)
             self.requests.append((name, int(span[1]) if span else 0))
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)

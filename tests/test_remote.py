@@ -73,8 +73,10 @@ def cache(tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def silent_so_far(monkeypatch):
+def alone(monkeypatch):
+    """No line said lately, no proxy in between."""
     monkeypatch.setattr("data.retry._said_at", -1e9)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
 def opened(server, cache, seconds=SECONDS):
@@ -274,16 +276,21 @@ def test_what_cannot_pass_is_an_error_at_once(server, cache, status, rule):
     folder.file(folder.manifest.shards[0])
 
 
-@pytest.mark.parametrize("fault", [Fault(status=503), Fault(stall_at=5000), Fault(cut_at=5000)], ids=["503", "stall", "cut"])
-def test_the_deadline_holds(server, cache, fault):
+@pytest.mark.parametrize(
+    ("fault", "ranges"),
+    [(Fault(status=503), True), (Fault(stall_at=5000), True), (Fault(cut_at=5000), True), (Fault(cut_at=5000), False)],
+    ids=["503", "stall", "cut", "cut-and-from-the-start"],
+)
+def test_the_deadline_holds(server, cache, fault, ranges):
+    """What was had before and comes again is nothing new."""
     server.always["train-000001.tar"] = fault
+    server.ranges = ranges
     folder = opened(server, cache, 0.6)
     start = time.monotonic()
-    with pytest.raises(
-        ValueError, match=r"train-000001.tar cannot be read: nothing new in 0.6 s, \d+ attempts, the last: .*raise data.retry_seconds"
-    ):
+    rule = r"train-000001.tar cannot be read: nothing new in 0.6 s, \d+ attempts, the last: .*raise data.retry_seconds"
+    with pytest.raises(ValueError, match=rule):
         folder.file(folder.manifest.shards[1])
-    assert 0.6 <= time.monotonic() - start < 1.6 and 3 <= server.asked("train-000001.tar") < 100
+    assert 0.6 <= time.monotonic() - start < 2 and 3 <= server.asked("train-000001.tar") < 100
 
 
 def test_a_server_that_is_not_there_is_named(server, cache):
@@ -319,7 +326,15 @@ def test_sources_that_cannot_be_opened(server, cache, tmp_path, packed):
 def test_a_signature_goes_with_every_request(server, cache):
     folder = RemoteFolder(f"{server.url}?sig=abc", cache=cache, retry_seconds=SECONDS)
     folder.file(folder.manifest.shards[0])
-    assert folder.name == server.url
+    assert folder.name == server.url and server.queries == {"sig=abc"}
+
+
+def test_a_proxy_is_used_where_the_environment_names_one(packed, server, cache, monkeypatch):
+    server.files = {f"http://nowhere.invalid/{name}": body for name, body in server.files.items()}
+    monkeypatch.setenv("http_proxy", server.url)
+    folder = RemoteFolder("http://nowhere.invalid", cache=cache, retry_seconds=SECONDS)
+    shard = folder.manifest.shards[0]
+    assert folder.file(shard).read_bytes() == (packed / shard.name).read_bytes()
 
 
 def test_a_changed_shard_is_not_served_from_the_cache(packed, server, cache):
