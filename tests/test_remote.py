@@ -176,7 +176,7 @@ def test_a_slow_source_that_moves_is_waited_for(packed, server, cache):
     folder = opened(server, cache, 0.6)
     start = time.monotonic()
     assert folder.file(folder.manifest.shards[0]).read_bytes() == (packed / "train-000000.tar").read_bytes()
-    assert time.monotonic() - start > 0.9 and server.sent["train-000000.tar"] == folder.manifest.shards[0].bytes
+    assert time.monotonic() - start > 0.9
 
 
 class Pieces(AsyncFileSystem):
