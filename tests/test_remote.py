@@ -33,8 +33,10 @@ from data.remote import RemoteFolder
 from data.source import expand
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 1.2
-"""Of patience: a stall is noticed after a third."""
+SECONDS = 20.0
+"""Of patience: more than a busy machine needs."""
+STALLING = 1.2
+"""Of patience where a source stalls, which is noticed after a third."""
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +76,8 @@ def cache(tmp_path):
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
-    """No line said lately, no proxy in between."""
+    """No line said lately, no long pauses, no proxy in between."""
+    monkeypatch.setattr("data.retry.FIRST_PAUSE", 0.02)
     monkeypatch.setattr("data.retry._said_at", -1e9)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
@@ -160,7 +163,7 @@ def test_a_broken_download_goes_on_where_it_broke(packed, server, cache, ranges,
     """By a range request where the server has them; where it has not, from the start."""
     server.ranges = ranges
     server.faults["train-000001.tar"] = [fault, fault if ranges else Fault()]
-    folder = opened(server, cache)
+    folder = opened(server, cache, STALLING if fault.stall_at >= 0 else SECONDS)
     shard = folder.manifest.shards[1]
     assert folder.file(shard).read_bytes() == (packed / shard.name).read_bytes()
     starts = [start for name, start in server.requests if name == shard.name]
@@ -201,7 +204,7 @@ def test_buckets_are_read_by_ranges(packed, cache, monkeypatch):
     """Each piece once, the one that hung twice; an object that ends early, between two pieces or within one, is named."""
     memory = fsspec.filesystem("memory")
     memory.put(f"{packed}/", "/pieces/", recursive=True)
-    folder = RemoteFolder("memory://pieces", cache=cache, retry_seconds=SECONDS)
+    folder = RemoteFolder("memory://pieces", cache=cache, retry_seconds=STALLING)
     a, b, c, _ = folder.manifest.shards
     [folder.index(shard) for shard in folder.manifest.shards]
     monkeypatch.setattr("data.fetch.PIECE", 16_384)
