@@ -90,9 +90,9 @@ class Server:
         handler.end_headers()
         broken = max(fault.cut_at, fault.stall_at)
         stop = min(len(body), len(body) + fault.length) if broken < 0 else max(0, broken - start)
-        handler.wfile.write(body[:stop])
         with self._lock:
             self.sent[name] += len(body[:stop])
+        handler.wfile.write(body[:stop])
         handler.wfile.flush()
         if fault.stall_at >= 0:
             self.closing.wait(10)
