@@ -49,7 +49,7 @@ def one_shard(folder: Path, count: int) -> Path:
 def scale(scratch: Path) -> None:
     """Print what opening, beginning, and going on cost."""
     first = one_shard(scratch, EACH)
-    shard, tally = describe(first, "train")
+    shard, _ = describe(first, "train")
     folder = scratch / "billion"
     folder.mkdir()
     lines = []

@@ -10,10 +10,10 @@ from __future__ import annotations
 from .batch import Loader, Look, Pixels
 from .buckets import Buckets
 from .index import Tally
+from .open import open_sources
 from .options import Options
 from .order import Mixture, Order, Sequence
 from .shards import Shards
-from .source import LocalFolder
 from .stream import Planner, Share, Stream
 
 
@@ -46,9 +46,12 @@ def open_shards(options: Options) -> Shards:
     Raises:
         ValueError: none named, or one that cannot be opened.
     """
-    if not options.shards:
-        raise ValueError("data.shards is empty: name a folder of shards, as `python -m data.prepare` makes it.")
-    return Shards([LocalFolder(source) for source in options.shards], options.split)
+    opened = open_sources(options)
+    if options.weights and len(opened) != len(options.weights):
+        raise ValueError(
+            f"data.weights has {len(options.weights)} numbers, and the patterns of data.shards name {len(opened)} folders: give one each."
+        )
+    return Shards([folder for folder, _ in opened], options.split, [names for _, names in opened])
 
 
 def order_of(shards: Shards, options: Options, seed: int) -> Sequence:

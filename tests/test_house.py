@@ -17,12 +17,12 @@ FLOORS = {
     ],
     "models": [["layers", "condition"], ["dit", "unet"], ["convert"]],
     "data": [
-        ["tar", "order", "decode", "options"],
-        ["index", "buckets"],
+        ["tar", "order", "decode", "options", "retry", "flock"],
+        ["index", "buckets", "fetch", "cache"],
         ["source"],
-        ["shards"],
-        ["batch", "pack"],
-        ["stream", "prepare"],
+        ["shards", "remote", "pack"],
+        ["batch", "open", "prepare"],
+        ["stream"],
     ],
 }
 FILES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
