@@ -1,0 +1,289 @@
+"""Encode shards once: `accelerate launch -m data.encode --config recipe.yaml`; the same command goes on, and more may join.
+
+Writes latents and text embeddings, whichever encoders the recipe names, into
+side shards below `data.encoded`. A shard is the unit of work, claimed by
+whoever is free; nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from .claim import Claim
+    from .forms import Form, Item
+    from .index import Shard
+    from .options import Options
+    from .side import Side
+    from .source import Folder
+
+WINDOW = 4
+"""Batches that are read and decoded ahead, and kept in memory."""
+
+
+class Interrupted(BaseException):
+    """A signal came."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return run(*_words(sys.argv[1:] if argv is None else argv))
+    except Interrupted as signalled:
+        print("\ninterrupted: finished shards are kept; the same command goes on.", file=sys.stderr, flush=True)
+        return 128 + int(signalled.args[0])
+    except (ValueError, OSError) as error:
+        if os.environ.get("CONDOT_DEBUG"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def _words(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command's own options, and the fields of the recipe's section `data` that `--data.key=value` replaces."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.encode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`--data.key=value` replaces a field of the recipe's section data; several values: --data.shards a b.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="the recipe; its section data names shards and encoders")
+    parser.add_argument("--output", default="", help="folder of the cache (default: data.encoded)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images or captions at once (default: 32)")
+    parser.add_argument("--flips", choices=("both", "none"), help="also encode mirrored images (default: as data.horizontal_flip)")
+    parser.add_argument("--splits", default="", help="splits to encode, as train,val (default: all)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the encoders (default: fp32)")
+    args, rest = parser.parse_known_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch_size {args.batch_size}: at least 1")
+    return args, _fields(rest, parser)
+
+
+def _fields(words: list[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    from .options import Options
+
+    kinds = {item.name: item.default for item in fields(Options)}
+    over: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--data."):
+            name, equals, value = word.removeprefix("--data.").partition("=")
+            over[name] = [value] if equals else []
+        elif not name or word.startswith("--"):
+            parser.error(f"unknown option {word}: fields of the recipe are written --data.key=value")
+        else:
+            over[name].append(word)
+    values: dict[str, Any] = {key: [yaml.safe_load(word) for word in given] for key, given in over.items()}
+    for key, given in values.items():
+        values[key] = over[key][0] if isinstance(kinds.get(key), str) else given if isinstance(kinds.get(key), tuple) else given[0]
+        values[key] = float(values[key]) if isinstance(kinds.get(key), float) else values[key]
+    return values
+
+
+def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
+    """Encode what nobody else has, and say how things stand."""
+    from .encoded import Form as Name
+    from .encoded import side_folder
+    from .options import read_options
+    from .side import Side
+    from .source import LocalFolder
+
+    options, _ = read_options(args.config, over)
+    output = args.output or options.encoded
+    if not output:
+        raise ValueError("data.encoded is empty: name the folder of the cache there, or with --output.")
+    if not options.shards:
+        raise ValueError("data.shards is empty: name the folder of images to encode.")
+    made = _forms(args, options)
+    missing = 0
+    for number, path in enumerate(options.shards):
+        folder = LocalFolder(path)
+        splits = [split for split in args.splits.split(",") if split] or sorted({shard.split for shard in folder.manifest.shards})
+        wanted = [shard for split in splits for shard in folder.manifest.split(split)]
+        for name, form in made.items():
+            kind: Name = name  # type: ignore[assignment]
+            side = Side(side_folder(output, kind, number, len(options.shards)), form.facts(folder.manifest), folder.manifest)
+            missing += encode(folder, wanted, name, form, side, options)
+    return 0
+
+
+def _forms(args: argparse.Namespace, options: Options) -> dict[str, Form]:
+    """What the recipe's encoders make, the networks still to be built."""
+    import torch
+
+    from .encoders import Autoencoder, TextEncoder, read_autoencoder, text_fingerprint
+    from .forms import Latents, Text
+
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    made: dict[str, Form] = {}
+    if options.autoencoder:
+        mirrored = options.horizontal_flip if args.flips is None else args.flips == "both"
+        made["latents"] = Latents(
+            options,
+            read_autoencoder(options.autoencoder),
+            lambda: Autoencoder(options.autoencoder, device, dtype),
+            mirrored,
+            args.batch_size,
+            args.dtype,
+        )
+    if options.text_encoder:
+        made["text"] = Text(
+            options,
+            text_fingerprint(options.text_encoder, options.max_tokens),
+            lambda: TextEncoder(options.text_encoder, device, dtype, options.max_tokens),
+            args.batch_size,
+            args.dtype,
+        )
+    if not made:
+        raise ValueError("neither data.autoencoder nor data.text_encoder is named: there is nothing to encode. Name one in the recipe.")
+    return made
+
+
+def encode(folder: Folder, wanted: list[Shard], name: str, form: Form, side: Side, options: Options) -> int:
+    """Encode the shards of one folder that are neither done nor claimed; returns how many others still work on.
+
+    Raises:
+        ValueError: more samples that cannot be decoded than data.max_bad_share allows.
+    """
+    from tqdm import tqdm
+
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    turned = wanted[rank * len(wanted) // ranks :] + wanted[: rank * len(wanted) // ranks]  # ranks begin apart, so that they seldom meet
+    samples = sum(shard.samples for shard in wanted)
+    bad: list[str] = []
+    again = True
+    todo = [shard for shard in turned if not side.done(shard)]
+    worked = bool(todo)
+    title = f"{name}{f' (rank {rank})' if ranks > 1 else ''}"
+    with (
+        tqdm(total=samples, initial=samples - sum(s.samples for s in todo), desc=title, unit="sample", mininterval=1, position=rank) as bar,
+        ThreadPoolExecutor(max(1, options.workers), "decode") as pool,
+    ):
+        while again:
+            again = False
+            for shard in todo:
+                claim = None if side.done(shard) else side.claim(shard)
+                if claim is None:
+                    continue
+                with claim:
+                    if not side.done(shard):
+                        again = True
+                        _encode_shard(folder, shard, form, side, claim, pool, bar)
+                        bad += side.note(shard)["sums"]["bad"]
+                _check_bad(bad, samples, options.max_bad_share)
+    left = [shard for shard in wanted if not side.done(shard)]
+    if left:
+        print(f"{side.folder}: others still encode {len(left)} of {len(wanted)} shards; the last of them writes the manifest.", flush=True)
+        return len(left)
+    _finish(side, form, wanted, options, worked)
+    return 0
+
+
+def _finish(side: Side, form: Form, wanted: list[Shard], options: Options, worked: bool) -> None:
+    """Write the manifest, unless it is there already."""
+    manifest = side.manifest()
+    names = {shard.name for shard in manifest.shards} if manifest else set()
+    if manifest is None or worked or not {shard.name for shard in wanted} <= names:
+        bad = [text for shard in wanted for text in side.note(shard)["sums"]["bad"]]
+        _check_bad(bad, sum(shard.samples for shard in wanted), options.max_bad_share)
+        manifest = side.finish(form.describe)
+    count, size = sum(s.samples for s in manifest.shards), sum(s.bytes for s in manifest.shards)
+    bad_count = len(manifest.encoding["bad"])
+    already = "" if worked else "already "
+    print(f"{side.folder}: {count:,} samples {already}encoded, {size:,} bytes, {bad_count} of them undecodable.", flush=True)
+
+
+def _check_bad(bad: list[str], samples: int, most: float) -> None:
+    if len(bad) > most * samples:
+        shown = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise ValueError(
+            f"{len(bad)} of {samples} samples cannot be decoded, above data.max_bad_share={most}: {shown}. "
+            f"Pack the images without them, or raise data.max_bad_share and run the same command again."
+        )
+
+
+def _encode_shard(folder: Folder, shard: Shard, form: Form, side: Side, claim: Claim, pool: ThreadPoolExecutor, bar: Any) -> None:
+    """One shard from its tar to its side shard."""
+    import numpy as np
+
+    from .encoded import EXTENSIONS
+    from .index import index_path
+
+    tar = folder.file(shard)
+    records = np.load(index_path(tar), allow_pickle=False)
+    extension = EXTENSIONS[side.facts["form"]]
+    form.sums()
+    with side.writing(shard, claim, records, form.sums) as writer:
+        for keys, items, prepared in _ahead(tar, records, form, pool, WINDOW * 32):
+            for key, array in zip(keys, form.encode(items, prepared), strict=True):
+                writer.add(f"{key}.{extension}", array)
+            claim.touch()
+            bar.update(len(items))
+
+
+def _ahead(tar: Path, records: Any, form: Form, pool: ThreadPoolExecutor, size: int) -> Iterator[tuple[list[str], list[Item], list[Any]]]:
+    """Windows of a shard, the next one prepared by threads while this one is encoded."""
+    waiting: list[Any] = []
+
+    def begin(first: int) -> list[Any]:
+        def one(number: int) -> tuple[str, Item, Any]:
+            key, item = read(tar, number, records[number])
+            return key, item, form.prepare(item)
+
+        return [pool.submit(one, number) for number in range(first, min(first + size, len(records)))]
+
+    waiting = begin(0)
+    for first in range(0, len(records), size):
+        ready, waiting = [future.result() for future in waiting], begin(first + size)
+        yield [key for key, _, _ in ready], [item for _, item, _ in ready], [prepared for _, _, prepared in ready]
+
+
+def read(tar: Path, number: int, record: Any) -> tuple[str, Item]:
+    """One sample of a tar by its record.
+
+    Raises:
+        ValueError: its bytes are not those that were indexed.
+    """
+    import zlib
+
+    from .forms import Item
+    from .tar import BLOCK, files_of
+
+    with open(tar, "rb", buffering=0) as file:
+        span = os.pread(file.fileno(), int(record["blocks"]) * BLOCK, int(record["start"]) * BLOCK)
+    if zlib.crc32(span) != record["crc32"]:
+        raise ValueError(f"{tar}, sample {number}: its bytes changed since it was packed. Copy or pack the shard again.")
+    key, files = files_of(span)
+    at = int(record["payload_at"]) * BLOCK
+    image = span[at : at + int(record["payload_bytes"])]
+    return key, Item(f"{tar.name}: {key}", image, files, int(record["width"]), int(record["height"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
