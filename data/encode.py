@@ -14,7 +14,6 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
     from .forms import Form, Item
     from .index import Shard
     from .options import Options
+    from .shards import Shards
     from .side import Side
     from .source import Folder
 
@@ -117,7 +117,6 @@ def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
     if not options.shards:
         raise ValueError("data.shards is empty: name the folder of images to encode.")
     made = _forms(args, options)
-    missing = 0
     for number, path in enumerate(options.shards):
         folder = LocalFolder(path)
         splits = [split for split in args.splits.split(",") if split] or sorted({shard.split for shard in folder.manifest.shards})
@@ -125,7 +124,7 @@ def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
         for name, form in made.items():
             kind: Name = name  # type: ignore[assignment]
             side = Side(side_folder(output, kind, number, len(options.shards)), form.facts(folder.manifest), folder.manifest)
-            missing += encode(folder, wanted, name, form, side, options)
+            encode(folder, wanted, name, form, side, options)
     return 0
 
 
@@ -165,8 +164,8 @@ def _forms(args: argparse.Namespace, options: Options) -> dict[str, Form]:
     return made
 
 
-def encode(folder: Folder, wanted: list[Shard], name: str, form: Form, side: Side, options: Options) -> int:
-    """Encode the shards of one folder that are neither done nor claimed; returns how many others still work on.
+def encode(folder: Folder, wanted: list[Shard], name: str, form: Form, side: Side, options: Options) -> None:
+    """Encode the shards of one folder that are neither done nor claimed; whoever finds all done writes the manifest.
 
     Raises:
         ValueError: more samples that cannot be decoded than data.max_bad_share allows.
@@ -200,9 +199,8 @@ def encode(folder: Folder, wanted: list[Shard], name: str, form: Form, side: Sid
     left = [shard for shard in wanted if not side.done(shard)]
     if left:
         print(f"{side.folder}: others still encode {len(left)} of {len(wanted)} shards; the last of them writes the manifest.", flush=True)
-        return len(left)
-    _finish(side, form, wanted, options, worked)
-    return 0
+    else:
+        _finish(side, form, wanted, options, worked)
 
 
 def _finish(side: Side, form: Form, wanted: list[Shard], options: Options, worked: bool) -> None:
@@ -233,56 +231,44 @@ def _encode_shard(folder: Folder, shard: Shard, form: Form, side: Side, claim: C
     import numpy as np
 
     from .encoded import EXTENSIONS
-    from .index import index_path
+    from .shards import Shards
 
-    tar = folder.file(shard)
-    records = np.load(index_path(tar), allow_pickle=False)
+    images = Shards([folder], shard.split, [(shard.name,)])
+    records = np.array(images.records(0))
     extension = EXTENSIONS[side.facts["form"]]
     form.sums()
     with side.writing(shard, claim, records, form.sums) as writer:
-        for keys, items, prepared in _ahead(tar, records, form, pool, WINDOW * 32):
-            for key, array in zip(keys, form.encode(items, prepared), strict=True):
-                writer.add(f"{key}.{extension}", array)
+        for items, prepared in _ahead(images, records, form, pool, WINDOW * form.batch_size):
+            for item, array in zip(items, form.encode(items, prepared), strict=True):
+                writer.add(f"{item.key}.{extension}", array)
             claim.touch()
             bar.update(len(items))
 
 
-def _ahead(tar: Path, records: Any, form: Form, pool: ThreadPoolExecutor, size: int) -> Iterator[tuple[list[str], list[Item], list[Any]]]:
-    """Windows of a shard, the next one prepared by threads while this one is encoded."""
-    waiting: list[Any] = []
+def _ahead(images: Shards, records: Any, form: Form, pool: ThreadPoolExecutor, size: int) -> Iterator[tuple[list[Item], list[Any]]]:
+    """Windows of a shard, in order, the next one read and prepared by threads while this one is encoded."""
+
+    def one(number: int) -> tuple[Item, Any]:
+        item = _item(images, number, records[number])
+        return item, form.prepare(item)
 
     def begin(first: int) -> list[Any]:
-        def one(number: int) -> tuple[str, Item, Any]:
-            key, item = read(tar, number, records[number])
-            return key, item, form.prepare(item)
-
         return [pool.submit(one, number) for number in range(first, min(first + size, len(records)))]
 
     waiting = begin(0)
     for first in range(0, len(records), size):
         ready, waiting = [future.result() for future in waiting], begin(first + size)
-        yield [key for key, _, _ in ready], [item for _, item, _ in ready], [prepared for _, _, prepared in ready]
+        yield [item for item, _ in ready], [prepared for _, prepared in ready]
 
 
-def read(tar: Path, number: int, record: Any) -> tuple[str, Item]:
-    """One sample of a tar by its record.
-
-    Raises:
-        ValueError: its bytes are not those that were indexed.
-    """
-    import zlib
-
+def _item(images: Shards, number: int, record: Any) -> Item:
+    """One sample, its bytes checked."""
     from .forms import Item
-    from .tar import BLOCK, files_of
+    from .index import IMAGE_EXTENSIONS
 
-    with open(tar, "rb", buffering=0) as file:
-        span = os.pread(file.fileno(), int(record["blocks"]) * BLOCK, int(record["start"]) * BLOCK)
-    if zlib.crc32(span) != record["crc32"]:
-        raise ValueError(f"{tar}, sample {number}: its bytes changed since it was packed. Copy or pack the shard again.")
-    key, files = files_of(span)
-    at = int(record["payload_at"]) * BLOCK
-    image = span[at : at + int(record["payload_bytes"])]
-    return key, Item(f"{tar.name}: {key}", image, files, int(record["width"]), int(record["height"]))
+    sample = images.read(0, number)
+    image = next(sample.files[e] for e in IMAGE_EXTENSIONS if e in sample.files)
+    return Item(sample.key, f"{images.shards[0].name}: {sample.key}", image, sample.files, int(record["width"]), int(record["height"]))
 
 
 if __name__ == "__main__":

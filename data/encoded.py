@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .fingerprint import differences
 from .index import Manifest
@@ -110,7 +112,9 @@ def latents_of(payload: bytes | memoryview, shape: tuple[int, int, int, int], mi
     size = channels * height * width
     start = len(payload) - 2 * flips * size
     if not 64 <= start <= 192 or mirror >= flips:
-        raise ValueError(f"{len(payload)} bytes are no latents of shape {shape}: this sample could not be encoded (see the manifest's bad).")
+        raise ValueError(
+            f"{len(payload)} bytes are no latents of shape {shape}: this sample could not be encoded (see the manifest's bad)."
+        )
     return np.frombuffer(payload, "<f2", size, start + 2 * size * mirror).reshape(channels, height, width)
 
 
@@ -124,3 +128,26 @@ def text_of(payload: bytes | memoryview, width: int) -> np.ndarray:
     if (len(payload) - start) % (2 * width) or len(payload) <= start:
         raise ValueError(f"{len(payload)} bytes are no token states of width {width}: encode the captions again.")
     return np.frombuffer(payload, "<f2", -1, start).reshape(-1, width)
+
+
+class Moments:
+    """Payloads of latents as the arrays of a micro-batch: a `batch.Reader`.
+
+    Args:
+        encoding: of the cache's manifest.
+    """
+
+    def __init__(self, encoding: Mapping[str, Any]) -> None:
+        self.encoding = encoding
+
+    def empty(self, count: int, shape: tuple[int, int]) -> np.ndarray:
+        """(count, moments x channels, h, w), float16."""
+        return np.empty((count, *latent_shape(self.encoding, *shape)[1:]), np.float16)
+
+    def fill(self, out: np.ndarray, payload: bytes, mirror: bool, corner: np.ndarray) -> None:
+        """Copy a sample's moments; `corner` says nothing here, for all were cropped at the centre."""
+        out[:] = latents_of(payload, (len(self.encoding["flips"]), *out.shape), mirror)
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """As it is."""
+        return torch.from_numpy(array)

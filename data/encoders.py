@@ -99,7 +99,7 @@ class Autoencoder:
                 f"Give the one that the model was trained with."
             )
         folder = locate(name, "data.autoencoder", "vae")
-        self.model: Any = _load(folder, self.fingerprint["class"]).to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.model: Any = _load(folder, self.fingerprint["class"], dtype).to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def moments(self, x: Tensor) -> Tensor:
@@ -141,8 +141,8 @@ def check_images(facts: AutoencoderFacts, channels: int, *sides: int) -> None:
         )
 
 
-def _load(folder: Path, kind: str) -> nn.Module:
-    """An autoencoder with its weights, in float32, from safetensors alone.
+def _load(folder: Path, kind: str, dtype: torch.dtype) -> nn.Module:
+    """An autoencoder with its weights, from safetensors alone.
 
     Raises:
         ValueError: weights that do not fit its configuration.
@@ -154,11 +154,14 @@ def _load(folder: Path, kind: str) -> nn.Module:
     try:
         if kind == "AutoencoderTiny":
             state = {name: value for file in files for name, value in load_file(file).items()}
-            vae = diffusers.AutoencoderTiny.from_config(read_config(folder))
+            known = inspect.signature(diffusers.AutoencoderTiny.__init__).parameters
+            vae = diffusers.AutoencoderTiny(**{key: value for key, value in read_config(folder).items() if key in known})
             _add_pools(vae, state)
             vae.load_state_dict(state)
-            return vae
-        loaded: nn.Module = getattr(diffusers, kind).from_pretrained(folder, use_safetensors=True, local_files_only=True)
+            return nn.Module.to(vae, dtype=dtype)
+        loaded: nn.Module = getattr(diffusers, kind).from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False
+        )
         return loaded
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder}: the weights do not fit ({' '.join(str(error).split())[:300]}): copy the autoencoder again.") from error
@@ -186,9 +189,7 @@ class TextEncoder:
             tokens than it reads.
     """
 
-    def __init__(
-        self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, max_tokens: int = 128
-    ) -> None:
+    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, max_tokens: int = 128) -> None:
         import transformers
 
         folder = locate(name, "data.text_encoder", "text_encoder")
@@ -204,8 +205,9 @@ class TextEncoder:
             "clip_text_model": transformers.CLIPTextModel,
         }
         kind = kinds.get(config.model_type, transformers.AutoModel)
-        model: Any = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=torch.float32)
-        self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        transformers.logging.disable_progress_bar()
+        model: Any = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype)
+        self.model = model.to(device).eval().requires_grad_(False)
         inner = self.model.config.get_text_config()
         self.width: int = inner.hidden_size
         """Of a token's state."""

@@ -112,7 +112,7 @@ def weights_hash(files: list[Path]) -> str:
         for name in sorted(where):
             value = where[name].get_tensor(name)
             value = value.float() if value.is_floating_point() and value.dtype != torch.float64 else value
-            digest.update(f"{name}:{str(value.dtype)}:{tuple(value.shape)};".encode())
+            digest.update(f"{name}:{value.dtype!s}:{tuple(value.shape)};".encode())
             digest.update(value.contiguous().numpy().tobytes())
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{files[0].parent}: weights cannot be read ({error}): copy the encoder again.") from error

@@ -15,18 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .decode import DECODE_ERRORS, decode_image
+from .batch import caption_of
+from .buckets import Buckets
+from .decode import DECODE_ERRORS, decode_into
 from .encoded import wanted_latents, wanted_text
-from .encoders import AutoencoderFacts, Autoencoder, TextEncoder, check_images
+from .encoders import Autoencoder, AutoencoderFacts, TextEncoder, check_images
 from .index import Manifest
 from .options import Options
 from .side import Sums
+from .stream import to_unit
 
 
 @dataclass(frozen=True)
 class Item:
     """One sample as it lies in the images' shard."""
 
+    key: str
     where: str
     """Shard and key, for messages."""
     image: bytes
@@ -38,6 +42,8 @@ class Item:
 
 class Form(Protocol):
     """One kind of side shard."""
+
+    batch_size: int
 
     def facts(self, images: Manifest) -> dict[str, Any]:
         """What it is made from and how."""
@@ -75,7 +81,9 @@ class Latents:
     def __init__(
         self, options: Options, known: AutoencoderFacts, load: Callable[[], Autoencoder], mirrored: bool, batch_size: int, computed: str
     ) -> None:
-        check_images(known, options.channels, options.resolution)
+        self.buckets = Buckets(options.aspect_ratios, options.resolution, options.bucket_step)
+        for shape in self.buckets.shapes:
+            check_images(known, options.channels, *shape)
         self.options, self.known, self._load, self.batch_size, self.computed = options, known, load, batch_size, computed
         self.flips = ["plain", "mirrored"] if mirrored else ["plain"]
         self._start()
@@ -104,10 +112,13 @@ class Latents:
 
     def prepare(self, item: Item) -> np.ndarray | str:
         """The image as training sees it, (C, H, W) uint8, or why there is none."""
+        bucket = self.buckets.nearest(np.array([item.width]), np.array([item.height]))[0]
+        out = np.empty((*self.buckets.shapes[bucket], self.options.channels), np.uint8)
         try:
-            return picture(item, self.options)
+            decode_into(out, item.image)
         except DECODE_ERRORS as error:
             return " ".join(str(error).split()) or type(error).__name__
+        return np.ascontiguousarray(out.transpose(2, 0, 1))
 
     def encode(self, items: list[Item], prepared: list[np.ndarray | str]) -> list[np.ndarray]:
         """(flips, moments x channels, h, w) each; without rows where the image cannot be decoded."""
@@ -129,7 +140,7 @@ class Latents:
         return [made[i] for i in range(len(items))]
 
     def _moments(self, pixels: Tensor) -> Tensor:
-        x = pixels.to(self.autoencoder.model.device).float() / 127.5 - 1
+        x = to_unit(pixels.to(self.autoencoder.model.device))
         views = (x, x.flip(-1))[: len(self.flips)]
         return torch.stack([self.autoencoder.moments(view) for view in views], dim=1)
 
@@ -147,14 +158,15 @@ class Latents:
         return sums
 
     def describe(self, total: Sums) -> dict[str, Any]:
-        """Mean and deviation of each channel: of the posterior means, and of samples of the posterior, whose variance is larger by E[std^2]."""
+        """Mean and deviation of each channel: of the means, and of samples, whose variance is larger by E[std^2]."""
         if not total["values"]:
             raise ValueError(f"none of the {len(total['bad'])} images can be decoded: {'; '.join(total['bad'][:5])}. Pack them again.")
         mean, square, variance = (np.array(total[key]) / total["values"] for key in ("mean", "square", "variance"))
         spread = np.maximum(square - mean**2, 0)
         statistics = {"mean": mean, "mean_std": np.sqrt(spread), "std": np.sqrt(spread + variance)}
         return {
-            "statistics": {key: value.tolist() for key, value in statistics.items()} | {"samples": total["count"], "values": total["values"]},
+            "statistics": {key: value.tolist() for key, value in statistics.items()}
+            | {"samples": total["count"], "values": total["values"]},
             "bad": total["bad"],
         }
 
@@ -162,7 +174,11 @@ class Latents:
 class Text:
     """Captions as the states of their tokens; a sample without one has the empty caption, the null condition."""
 
-    def __init__(self, options: Options, fingerprint: dict[str, Any], load: Callable[[], TextEncoder], batch_size: int, computed: str) -> None:
+    def __init__(
+        self, options: Options, fingerprint: dict[str, Any], load: Callable[[], TextEncoder], batch_size: int, computed: str
+    ) -> None:
+        if not options.caption:
+            raise ValueError("data.caption is empty beside data.text_encoder: choose `txt` or `json.KEY`.")
         self.options, self.fingerprint, self._load, self.batch_size, self.computed = options, fingerprint, load, batch_size, computed
         self._counts = dict.fromkeys(("count", "tokens", "missing", "cut"), 0)
 
@@ -175,15 +191,15 @@ class Text:
         wanted = wanted_text(self.options, images, self.fingerprint)
         return {**wanted, "name": self.options.text_encoder, "dtype": "float16", "computed": self.computed}
 
-    def prepare(self, item: Item) -> str | None:
-        """The caption."""
-        return caption_of(item, self.options)
+    def prepare(self, item: Item) -> str:
+        """The caption; "" where there is none."""
+        return caption_of(item.files, self.options.caption)
 
-    def encode(self, items: list[Item], prepared: list[str | None]) -> list[np.ndarray]:
+    def encode(self, items: list[Item], prepared: list[str]) -> list[np.ndarray]:
         """(tokens, width) each, without padding."""
         made = []
         for first in range(0, len(items), self.batch_size):
-            captions = [caption or "" for caption in prepared[first : first + self.batch_size]]
+            captions = prepared[first : first + self.batch_size]
             states, mask = self.encoder.states(captions)
             lengths = mask.sum(1).tolist()
             self._counts["tokens"] += sum(lengths)
@@ -191,7 +207,7 @@ class Text:
             whole = half(states, [item.where for item in items[first : first + self.batch_size]])
             made += [array[:length] for array, length in zip(whole, lengths, strict=True)]
         self._counts["count"] += len(items)
-        self._counts["missing"] += sum(caption is None for caption in prepared)
+        self._counts["missing"] += sum(not caption for caption in prepared)
         return made
 
     def sums(self) -> Sums:
@@ -201,17 +217,6 @@ class Text:
     def describe(self, total: Sums) -> dict[str, Any]:
         counted = {"samples": total["count"], "tokens": total["tokens"], "missing": total["missing"], "cut": total["cut"]}
         return {"width": self.encoder.width, "statistics": counted, "bad": []}
-
-
-def picture(item: Item, options: Options) -> np.ndarray:
-    """The pixels that training would see, unmirrored."""
-    return decode_image(item.image, options.channels, options.resolution)
-
-
-def caption_of(item: Item, options: Options) -> str | None:
-    """The caption of a sample, or None."""
-    text = item.files.get(options.caption)
-    return None if text is None else text.decode(errors="replace").strip()
 
 
 def half(values: Tensor, where: list[str]) -> list[np.ndarray]:

@@ -17,12 +17,14 @@ FLOORS = {
     ],
     "models": [["layers", "condition"], ["dit", "unet"], ["convert"]],
     "data": [
-        ["tar", "order", "decode", "options"],
-        ["index", "buckets"],
-        ["source"],
-        ["shards"],
+        ["tar", "order", "decode", "options", "claim", "fingerprint"],
+        ["index", "buckets", "encoders"],
+        ["source", "encoded"],
+        ["shards", "side"],
         ["batch", "pack"],
         ["stream", "prepare"],
+        ["forms"],
+        ["encode"],
     ],
 }
 FILES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
