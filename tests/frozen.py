@@ -14,7 +14,7 @@ from PIL import Image
 from data.index import Manifest, Tally, describe, write_manifest
 
 SIZES = ((32, 32), (48, 32), (32, 48), (40, 33))
-WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *"a red green blue big small square circle of on and the".split())
+WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *["a", "red", "green", "blue", "big", "small", "square", "circle", "of", "on", "and", "the"])
 
 
 def picture(number: int, channels: int = 3) -> Image.Image:
