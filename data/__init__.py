@@ -13,6 +13,7 @@ from .index import Tally
 from .options import Options
 from .order import Mixture, Order, Sequence
 from .shards import Shards
+from .source import LocalFolder
 from .stream import Planner, Share, Stream
 
 
@@ -47,7 +48,7 @@ def open_shards(options: Options) -> Shards:
     """
     if not options.shards:
         raise ValueError("data.shards is empty: name a folder of shards, as `python -m data.prepare` makes it.")
-    return Shards(options.shards[0], options.split)
+    return Shards([LocalFolder(source) for source in options.shards], options.split)
 
 
 def order_of(shards: Shards, options: Options, seed: int) -> Sequence:

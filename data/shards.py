@@ -163,8 +163,9 @@ class Shards:
             BadSample: its bytes changed since they were indexed.
             LostShard: the shard cannot be read.
         """
+        file = self._files.get(shard) or self._open(shard)  # held while it is read, for else it may be closed
         try:
-            body = os.pread((self._files.get(shard) or self._open(shard)).fileno(), size, block * BLOCK)
+            body = os.pread(file.fileno(), size, block * BLOCK)
         except OSError:
             body = self._again(shard, block * BLOCK, size)
         if crc32_of(body) != crc32:
@@ -181,8 +182,9 @@ class Shards:
         record = self.records(shard)[number].item()
         block, size, _, before, after, _, label, _, _ = record
         start, length = (block - before) * BLOCK, (before + after) * BLOCK + -(-size // BLOCK) * BLOCK
+        file = self._files.get(shard) or self._open(shard)
         try:
-            body = os.pread((self._files.get(shard) or self._open(shard)).fileno(), length, start)
+            body = os.pread(file.fileno(), length, start)
         except OSError:
             body = self._again(shard, start, length)
         if len(body) != length or locate(body, block * BLOCK, size, start) != record[:6]:
@@ -205,7 +207,8 @@ class Shards:
             time.sleep(wait)
             self._files.pop(shard, None)
             try:
-                return os.pread(self._open(shard).fileno(), length, start)
+                file = self._open(shard)
+                return os.pread(file.fileno(), length, start)
             except OSError as error:
                 problem = error
         raise LostShard(f"{self.name(shard)} cannot be read at byte {start}: {problem.strerror or problem}.") from problem
