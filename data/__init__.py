@@ -7,8 +7,13 @@ sample comes when, `buckets` in what shape, `decode` makes pixels of files,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
 from .batch import Loader, Look, Pixels
 from .buckets import Buckets
+from .encoded import Moments, check_encoding, pooled, side_folder, wanted_latents
+from .encoders import AutoencoderFacts, check_images
 from .index import Tally
 from .options import Options
 from .order import Mixture, Order, Sequence
@@ -17,7 +22,23 @@ from .source import LocalFolder
 from .stream import Planner, Share, Stream
 
 
-def build(options: Options, *, seed: int, share: Share, start: int = 0, captions: bool = False, shards: Shards | None = None) -> Stream:
+class Cache(NamedTuple):
+    """Latents that were encoded before: where they lie, and what their manifest says of them."""
+
+    shards: Shards
+    encoding: Mapping[str, Any]
+
+
+def build(
+    options: Options,
+    *,
+    seed: int,
+    share: Share,
+    start: int = 0,
+    captions: bool = False,
+    shards: Shards | None = None,
+    encoding: Mapping[str, Any] | None = None,
+) -> Stream:
     """Open a stream of batches.
 
     Args:
@@ -27,6 +48,7 @@ def build(options: Options, *, seed: int, share: Share, start: int = 0, captions
         start: positions consumed so far by all ranks together: the whole cursor.
         captions: read them too.
         shards: opened already, or None to open what `options` names.
+        encoding: of these shards, where they hold latents.
 
     Raises:
         ValueError: shards that cannot be had, weights, shapes or a start that cannot be.
@@ -36,7 +58,8 @@ def build(options: Options, *, seed: int, share: Share, start: int = 0, captions
     buckets.check(sum((folder.manifest.tally for folder in shards.folders), Tally()).sizes)
     order = order_of(shards, options, seed)
     look = Look(seed, options.horizontal_flip, options.random_crop)
-    loader = Loader(shards, order, Pixels(options.channels), look, options.caption if captions else "", options.lost_shards == "skip")
+    reader = Moments(encoding) if encoding else Pixels(options.channels)
+    loader = Loader(shards, order, reader, look, options.caption if captions else "", options.lost_shards == "skip")
     return Stream(Planner(shards, order, buckets, share, look, start), loader, options.workers)
 
 
@@ -49,6 +72,37 @@ def open_shards(options: Options) -> Shards:
     if not options.shards:
         raise ValueError("data.shards is empty: name a folder of shards, as `python -m data.prepare` makes it.")
     return Shards([LocalFolder(source) for source in options.shards], options.split)
+
+
+def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> Cache:
+    """The encoded latents of some images.
+
+    Args:
+        options: the recipe's section `data`, with `encoded`.
+        images: what they must have been made from.
+        known: what they must have been made with.
+
+    Raises:
+        ValueError: no such cache, or one of another making, with every difference.
+    """
+    folders = []
+    for number, folder in enumerate(images.folders):
+        place = side_folder(options.encoded, "latents", number, len(images.folders))
+        if not (place / "manifest.json").is_file():
+            raise ValueError(
+                f"data.encoded={options.encoded!r}: {place} holds no finished latents. Run `accelerate launch -m data.encode --config ...`."
+            )
+        side = LocalFolder(place)
+        check_encoding(side.manifest, wanted_latents(options, folder.manifest, known.fingerprint), side.name)
+        folders.append(side)
+    chosen = [tuple(shard.name for shard in part) for part in images.parts]
+    return Cache(Shards(folders, options.split, chosen), pooled([side.manifest.encoding for side in folders]))
+
+
+def check_shapes(options: Options, known: AutoencoderFacts) -> None:
+    """Raises ValueError for images that an autoencoder does not read."""
+    for shape in Buckets(options.aspect_ratios, options.resolution, options.bucket_step).shapes:
+        check_images(known, options.channels, *shape)
 
 
 def order_of(shards: Shards, options: Options, seed: int) -> Sequence:

@@ -14,20 +14,22 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import Any
 
-import yaml
+import numpy as np
+import torch
+from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from types import FrameType
-
-    from .claim import Claim
-    from .forms import Form, Item
-    from .index import Shard
-    from .options import Options
-    from .shards import Shards
-    from .side import Side
-    from .source import Folder
+from .claim import Claim
+from .encoded import EXTENSIONS, FormName, side_folder
+from .encoders import Autoencoder, TextEncoder, read_autoencoder, text_fingerprint
+from .forms import Form, Item, Latents, Text
+from .index import IMAGE_EXTENSIONS, Shard
+from .options import Options, read_options
+from .shards import Shards
+from .side import Side
+from .source import Folder, LocalFolder
 
 WINDOW = 4
 """Batches that are read and decoded ahead, and kept in memory."""
@@ -82,9 +84,7 @@ def _words(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
 
 
 def _fields(words: list[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
-    from .options import Options
-
-    kinds = {item.name: item.default for item in fields(Options)}
+    """Words such as `--data.resolution=64` or `--data.shards a b` as fields of the section."""
     over: dict[str, list[str]] = {}
     name = ""
     for word in words:
@@ -95,21 +95,23 @@ def _fields(words: list[str], parser: argparse.ArgumentParser) -> dict[str, Any]
             parser.error(f"unknown option {word}: fields of the recipe are written --data.key=value")
         else:
             over[name].append(word)
-    values: dict[str, Any] = {key: [yaml.safe_load(word) for word in given] for key, given in over.items()}
-    for key, given in values.items():
-        values[key] = over[key][0] if isinstance(kinds.get(key), str) else given if isinstance(kinds.get(key), tuple) else given[0]
-        values[key] = float(values[key]) if isinstance(kinds.get(key), float) else values[key]
-    return values
+    kinds = {item.name: str(item.type) for item in fields(Options)}
+    return {name: _value(name, given or ["true"], kinds.get(name, "str")) for name, given in over.items()}
+
+
+def _value(name: str, words: list[str], kind: str) -> Any:
+    """Words as a field's type has it, which is written `int` or `tuple[int, ...]`."""
+    one = kind.removeprefix("tuple[").split(",")[0]
+    read = {"int": int, "float": float, "bool": lambda word: {"true": True, "false": False}[word.lower()]}.get(one, str)
+    try:
+        values = tuple(read(word) for word in words)
+    except (ValueError, KeyError):
+        raise ValueError(f"data.{name}={' '.join(words)}: give {one}.") from None
+    return values if kind.startswith("tuple") else values[-1]
 
 
 def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
     """Encode what nobody else has, and say how things stand."""
-    from .encoded import Form as Name
-    from .encoded import side_folder
-    from .options import read_options
-    from .side import Side
-    from .source import LocalFolder
-
     options, _ = read_options(args.config, over)
     output = args.output or options.encoded
     if not output:
@@ -122,25 +124,19 @@ def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
         splits = [split for split in args.splits.split(",") if split] or sorted({shard.split for shard in folder.manifest.shards})
         wanted = [shard for split in splits for shard in folder.manifest.split(split)]
         for name, form in made.items():
-            kind: Name = name  # type: ignore[assignment]
-            side = Side(side_folder(output, kind, number, len(options.shards)), form.facts(folder.manifest), folder.manifest)
+            side = Side(side_folder(output, name, number, len(options.shards)), form.facts(folder.manifest), folder.manifest)
             encode(folder, wanted, name, form, side, options)
     return 0
 
 
-def _forms(args: argparse.Namespace, options: Options) -> dict[str, Form]:
+def _forms(args: argparse.Namespace, options: Options) -> dict[FormName, Form]:
     """What the recipe's encoders make, the networks still to be built."""
-    import torch
-
-    from .encoders import Autoencoder, TextEncoder, read_autoencoder, text_fingerprint
-    from .forms import Latents, Text
-
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    made: dict[str, Form] = {}
+    made: dict[FormName, Form] = {}
     if options.autoencoder:
         mirrored = options.horizontal_flip if args.flips is None else args.flips == "both"
         made["latents"] = Latents(
@@ -170,7 +166,6 @@ def encode(folder: Folder, wanted: list[Shard], name: str, form: Form, side: Sid
     Raises:
         ValueError: more samples that cannot be decoded than data.max_bad_share allows.
     """
-    from tqdm import tqdm
 
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     turned = wanted[rank * len(wanted) // ranks :] + wanted[: rank * len(wanted) // ranks]  # ranks begin apart, so that they seldom meet
@@ -228,10 +223,6 @@ def _check_bad(bad: list[str], samples: int, most: float) -> None:
 
 def _encode_shard(folder: Folder, shard: Shard, form: Form, side: Side, claim: Claim, pool: ThreadPoolExecutor, bar: Any) -> None:
     """One shard from its tar to its side shard."""
-    import numpy as np
-
-    from .encoded import EXTENSIONS
-    from .shards import Shards
 
     images = Shards([folder], shard.split, [(shard.name,)])
     records = np.array(images.records(0))
@@ -263,8 +254,6 @@ def _ahead(images: Shards, records: Any, form: Form, pool: ThreadPoolExecutor, s
 
 def _item(images: Shards, number: int, record: Any) -> Item:
     """One sample, its bytes checked."""
-    from .forms import Item
-    from .index import IMAGE_EXTENSIONS
 
     sample = images.read(0, number)
     image = next(sample.files[e] for e in IMAGE_EXTENSIONS if e in sample.files)

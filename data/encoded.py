@@ -6,7 +6,7 @@ that keys stay aligned with the images'; reading it is an error as the image's i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +18,13 @@ from .fingerprint import differences
 from .index import Manifest
 from .options import Options
 
-Form = Literal["latents", "text"]
-EXTENSIONS: dict[Form, str] = {"latents": "moments.npy", "text": "text.npy"}
+FormName = Literal["latents", "text"]
+EXTENSIONS: dict[FormName, str] = {"latents": "moments.npy", "text": "text.npy"}
 TRANSFORM = "upright, on white, resized by the short side (Lanczos), cropped at the centre"
 """What training makes of an image before the autoencoder sees it; a change of it is a change of this text."""
 
 
-def side_folder(encoded: str | Path, form: Form, number: int = 0, count: int = 1) -> Path:
+def side_folder(encoded: str | Path, form: FormName, number: int = 0, count: int = 1) -> Path:
     """Where the side shards of one of `count` sources lie."""
     return Path(encoded) / form if count == 1 else Path(encoded) / f"source-{number}" / form
 
@@ -86,6 +86,18 @@ def disagreements(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[s
         elif had != here:
             found.append(f"{key} is {had} there and {here} here")
     return found
+
+
+def pooled(encodings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The encoding of several caches of one making, with the statistics of all their latents together."""
+    counts = np.array([e["statistics"]["values"] for e in encodings], np.float64)[:, None]
+    parts = {key: np.array([e["statistics"][key] for e in encodings]) for key in ("mean", "std", "mean_std")}
+    mean = (counts * parts["mean"]).sum(0) / counts.sum()
+    spread = {
+        key: np.sqrt((counts * (parts[key] ** 2 + parts["mean"] ** 2)).sum(0) / counts.sum() - mean**2) for key in ("std", "mean_std")
+    }
+    statistics = {key: value.tolist() for key, value in {"mean": mean, **spread}.items()}
+    return {**encodings[0], "statistics": {**statistics, "values": int(counts.sum())}} if len(encodings) > 1 else dict(encodings[0])
 
 
 def latent_shape(encoding: Mapping[str, Any], height: int, width: int) -> tuple[int, int, int, int]:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .fingerprint import config_hash, differences, locate, read_config, weight_files, weights_hash
+from .fingerprint import config_hash, differences, locate, read_config, weight_files, weight_names, weights_hash
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 
@@ -44,10 +44,12 @@ def read_autoencoder(name: str) -> AutoencoderFacts:
     """The facts of an autoencoder; arguments and errors as in `Autoencoder`."""
     folder = locate(name, "data.autoencoder", "vae")
     kind, config = _kind(folder)
+    files = weight_files(folder)
+    named = f"{kind} with pools" if kind == "AutoencoderTiny" and any(".pool." in name for name in weight_names(files)) else kind
     scale, mean, std = float(config.get("scaling_factor") or 1.0), config.get("latents_mean"), config.get("latents_std")
     return AutoencoderFacts(
         name=name,
-        fingerprint={"class": kind, "config": config_hash(config), "weights": weights_hash(weight_files(folder))},
+        fingerprint={"class": named, "config": config_hash(config), "weights": weights_hash(files)},
         channels=config["latent_channels"],
         image_channels=config["in_channels"],
         factor=2 ** (len(config["block_out_channels" if kind == "AutoencoderKL" else "encoder_block_out_channels"]) - 1),
@@ -99,7 +101,7 @@ class Autoencoder:
                 f"Give the one that the model was trained with."
             )
         folder = locate(name, "data.autoencoder", "vae")
-        self.model: Any = _load(folder, self.fingerprint["class"], dtype).to(device).eval().requires_grad_(False)
+        self.model: Any = _load(folder, self.fingerprint["class"].split()[0], dtype).to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def moments(self, x: Tensor) -> Tensor:

@@ -119,6 +119,14 @@ def weights_hash(files: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def weight_names(files: list[Path]) -> list[str]:
+    """The names of all weights; a ValueError for a damaged file."""
+    try:
+        return [name for file in files for name in safe_open(file, "pt").keys()]  # noqa: SIM118 (no mapping)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{files[0].parent}: weights cannot be read ({error}): copy the encoder again.") from error
+
+
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], what: str) -> list[str]:
     """Each fact of two fingerprints that is not the same, as `autoencoder weights are 12ab there and 34cd here`."""
     found = []

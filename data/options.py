@@ -93,7 +93,12 @@ class Options:
                 "data.encoding=cached without data.encoded: name the folder that `accelerate launch -m data.encode --config ...` writes."
             )
         if self.latent_scale:
-            _require(min(self.latent_scale) > 0, "latent_scale", self.latent_scale, "positive: one number, or one a channel. Use 0.18215 for SD's.")
+            _require(
+                min(self.latent_scale) > 0,
+                "latent_scale",
+                self.latent_scale,
+                "positive: one number, or one a channel. Use 0.18215 for SD's.",
+            )
         if self.encoding == "cached" and self.autoencoder and self.random_crop:
             raise ValueError(
                 "data.random_crop=true with data.encoding=cached: latents are encoded once. Crop at the centre, or encode online."

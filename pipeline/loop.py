@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,7 +66,8 @@ class Run:
     meter: Meter
     sample: Callable[[Run], None]
     """Writes a grid of samples."""
-    bad: BadSamples
+    bad: BadSamples = field(init=False)
+    """Counted from where the run goes on."""
     step: int = 0
     images: int = 0
     saved: int = 0

@@ -10,8 +10,8 @@ ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
         ["config", "recipe", "process", "scheduling_condot_v1"],
-        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock"],
-        ["loop", "generate"],
+        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space"],
+        ["loop", "generate", "fold"],
         ["folder"],
         ["export", "evaluate", "options", "density", "restore", "preview"],
     ],
