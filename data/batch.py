@@ -64,6 +64,8 @@ class Plan(NamedTuple):
     sizes: np.ndarray
     mirrored: np.ndarray
     corners: np.ndarray
+    plain: np.ndarray
+    """Those that `decode.is_plain` and have the wanted shape."""
     shape: tuple[int, int]
     """Height and width of all images, pixels."""
 
@@ -94,7 +96,7 @@ class Reader(Protocol):
         """The array of a micro-batch of images of (height, width) pixels, to be filled."""
         ...
 
-    def fill(self, out: np.ndarray, payload: bytes, mirror: bool, corner: np.ndarray) -> None:
+    def fill(self, out: np.ndarray, payload: bytes, mirror: bool, corner: np.ndarray, plain: bool, /) -> None:
         """Make a row of that array of a sample's payload.
 
         Raises:
@@ -133,10 +135,10 @@ class Loader:
         faults, captions = list[Fault](), list[str]()
         payload, fill = self.shards.payload, self.reader.fill
         records = zip(*(plan.records[name].tolist() for name in ("payload", "bytes", "crc32")), strict=True)
-        rows = zip(array, plan.samples[:, 0].tolist(), records, plan.mirrored.tolist(), plan.corners, strict=True)
-        for i, (out, shard, record, mirror, corner) in enumerate(rows):
+        rows = zip(array, plan.samples[:, 0].tolist(), records, plan.mirrored.tolist(), plan.corners, plan.plain.tolist(), strict=True)
+        for i, (out, shard, record, *look) in enumerate(rows):
             try:
-                fill(out, payload(shard, *record), mirror, corner)
+                fill(out, payload(shard, *record), *look)
                 if self.caption:
                     captions.append(self._caption(plan, i))
             except (LostShard, *DECODE_ERRORS) as error:
@@ -174,7 +176,7 @@ class Loader:
         plan.labels[i : i + 1] = labels_of(plan.records[i : i + 1])
         plan.sizes[i : i + 1] = crops(plan.records[i : i + 1], plan.corners[i : i + 1], np.array([plan.shape]))
         payload = self.shards.payload(int(shard), *plan.records[i].item()[:3])
-        self.reader.fill(out, payload, bool(plan.mirrored[i]), plan.corners[i])
+        self.reader.fill(out, payload, bool(plan.mirrored[i]), plan.corners[i], False)
         if self.caption:
             self._caption(plan, i)  # a substitute whose caption is damaged is none
 

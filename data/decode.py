@@ -9,7 +9,7 @@ the rest, and has the last word on what is damaged.
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import simplejpeg
@@ -60,7 +60,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.round(values.clip(0, top) * (255 / top)).astype(np.uint8))
 
 
-def decode_into(out: np.ndarray, data: bytes, mirror: bool = False, at: Sequence[float] | np.ndarray = (0.5, 0.5)) -> None:
+def decode_into(
+    out: np.ndarray, data: bytes, mirror: bool = False, at: Sequence[float] | np.ndarray = (0.5, 0.5), plain: bool = False
+) -> None:
     """Decode an image file into pixels of a given size.
 
     Args:
@@ -68,21 +70,16 @@ def decode_into(out: np.ndarray, data: bytes, mirror: bool = False, at: Sequence
         data: the file.
         mirror: left to right, after cropping.
         at: where to crop what the wanted size leaves over: 0 at the top (left), 1 at the bottom (right).
+        plain: known to be what `is_plain` says, and of the size of `out`.
 
     Raises:
         One of DECODE_ERRORS.
     """
-    pixels = None
-    if data[:2] == b"\xff\xd8" and not has_exif(data):
-        try:  # straight into `out`, which reads the header only once
-            found = simplejpeg.decode_jpeg(data, buffer=out) if out.shape[2] == 3 else None
-        except ValueError:  # larger than `out`, or no plain JPEG
-            found = None
-        if found is not None and found.shape == out.shape:
-            if mirror:
-                out[:] = out[:, ::-1].copy()
-            return
-        pixels = _plain_jpeg(data, out.shape[2])
+    if (plain or (out.shape[2] == 3 and is_plain(data))) and _in_place(out, data):
+        if mirror:
+            out[:] = out[:, ::-1].copy()
+        return
+    pixels = _jpeg(data, out.shape[2]) if data[:2] == b"\xff\xd8" else None
     image = upright(data, out.shape[2]) if pixels is None else Image.fromarray(pixels)
     height, width = out.shape[:2]
     if image.size != (width, height):
@@ -94,21 +91,44 @@ def decode_into(out: np.ndarray, data: bytes, mirror: bool = False, at: Sequence
 
 def has_exif(data: bytes) -> bool:
     """Whether a JPEG file says how the camera was held: an Exif segment before its first scan."""
-    if len(data) < 4096:
-        return b"Exif" in data  # faster than the walk, and seldom wrong
-    at = 2
-    while data[at] == 0xFF and data[at + 1] != 0xDA and at < len(data) - 8:
+    return any(data[at + 1] == 0xE1 and data[at + 4 : at + 8] == b"Exif" for at in _segments(data))
+
+
+def is_plain(data: bytes) -> bool:
+    """Whether a file is a JPEG of three colours that says nothing of how the camera was held; where this says no, Pillow is asked."""
+    if data[:2] != b"\xff\xd8":
+        return False
+    if len(data) < 4096:  # searching is faster than walking
+        return b"Exif" not in data and (b"\xff\xc0\0\x11" in data or b"\xff\xc2\0\x11" in data)
+    for at in _segments(data):
+        if data[at + 1] in (0xC0, 0xC2):
+            return data[at + 9] == 3
         if data[at + 1] == 0xE1 and data[at + 4 : at + 8] == b"Exif":
-            return True
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+            return False
     return False
 
 
-def _plain_jpeg(data: bytes, channels: int) -> np.ndarray | None:
-    """The pixels of a plain JPEG file, (H, W) or (H, W, 3); None for what Pillow should look at."""
+def _segments(data: bytes) -> Iterator[int]:
+    """Where the segments of a JPEG file begin, up to its first scan."""
+    at = 2
+    while at + 10 < len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        yield at
+        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+
+
+def _in_place(out: np.ndarray, data: bytes) -> bool:
+    """Decode a JPEG straight into `out`, which reads the header only once; whether it has that shape and is whole."""
+    try:
+        return simplejpeg.decode_jpeg(data, buffer=out).shape == out.shape
+    except ValueError:
+        return False
+
+
+def _jpeg(data: bytes, channels: int) -> np.ndarray | None:
+    """The pixels of a JPEG file, (H, W) or (H, W, 3); None for what Pillow should look at."""
     try:
         height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        if channels == 1 and space != "Gray":
+        if space not in (("Gray",) if channels == 1 else ("Gray", "YCbCr", "RGB")) or has_exif(data):
             return None
         _check(width, height)
         return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY").squeeze(2 if channels == 1 else ())

@@ -22,7 +22,7 @@ import simplejpeg
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, three times as fast
 from PIL import Image
 
-from .decode import has_exif
+from .decode import has_exif, is_plain
 from .tar import BLOCK, Span, samples
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
@@ -40,7 +40,10 @@ RECORD = np.dtype(
     ]
 )
 """One sample: the block of 512 bytes at which its image (or array) begins, that file's length and crc32; the blocks of the same
-sample before and after it, with the low half of their crc32; its class or NO_LABEL; the upright image's size in pixels."""
+sample before and after it, with 15 bits of their crc32, and a bit that says `decode.is_plain`; its class or NO_LABEL; the upright
+image's size in pixels."""
+PLAIN = 0x8000
+"""That bit of `rest`."""
 NO_LABEL = 65535
 MAX_TEXT_BYTES = 1 << 20
 """A larger .json, .txt or .cls is refused."""
@@ -175,9 +178,10 @@ def locate(body: bytes, offset: int, size: int, start: int) -> tuple[int, int, i
         start: of the sample, likewise.
     """
     first, last = offset - start, offset - start + size
-    rest = crc32_of(body[last:], crc32_of(body[:first])) & 0xFFFF
+    payload = body[first:last]
+    rest = crc32_of(body[last:], crc32_of(body[:first])) % PLAIN + PLAIN * is_plain(payload)
     after = len(body) // BLOCK - (last + BLOCK - 1) // BLOCK
-    return offset // BLOCK, size, crc32_of(body[first:last]), first // BLOCK, after, rest
+    return offset // BLOCK, size, crc32_of(payload), first // BLOCK, after, rest
 
 
 def _bytes_of(span: Span, extension: str, body: bytes) -> bytes:

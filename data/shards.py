@@ -144,10 +144,12 @@ class Shards:
     def gather(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """The records of many samples, (N,)."""
         sort = np.argsort(shards, kind="stable")
-        starts = np.flatnonzero(np.diff(shards[sort], prepend=-1))
-        found = [self.records(int(shards[here[0]]))[numbers[here]] for here in np.split(sort, starts[1:])]
-        out = np.empty(len(shards), RECORD)
-        out[sort] = np.concatenate(found)
+        starts = np.flatnonzero(np.diff(shards[sort], prepend=-1)).tolist()
+        sorted_numbers, found = numbers[sort], np.empty(len(shards), RECORD)
+        for first, last, shard in zip(starts, [*starts[1:], len(sort)], shards[sort[starts]].tolist(), strict=True):
+            found[first:last] = self.records(shard)[sorted_numbers[first:last]]
+        out = np.empty_like(found)
+        out[sort] = found
         return out
 
     def _open(self, shard: int) -> FileIO:
@@ -196,14 +198,14 @@ class Shards:
         """The name of a sample, as far as it can still be read."""
         try:
             block, _, _, before, *_ = self.records(shard)[number].item()
-            head = self._again(shard, (block - before) * BLOCK, (before + 1) * BLOCK, waits=(0.0,))
-            return files_of(head)[0] or f"sample {number}"
+            file = self._files.get(shard) or self._open(shard)
+            return files_of(os.pread(file.fileno(), (before + 1) * BLOCK, (block - before) * BLOCK))[0] or f"sample {number}"
         except (ValueError, OSError):
             return f"sample {number}"
 
-    def _again(self, shard: int, start: int, length: int, waits: tuple[float, ...] = RETRY_SECONDS) -> bytes:
+    def _again(self, shard: int, start: int, length: int) -> bytes:
         """Bytes of a file whose reading failed: opened and read again, a few times, since network disks come back."""
-        for wait in waits:
+        for wait in RETRY_SECONDS:
             time.sleep(wait)
             self._files.pop(shard, None)
             try:

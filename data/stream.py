@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .batch import Batch, Fault, Loader, Look, Plan, crops, labels_of
 from .buckets import Buckets, Windows
+from .index import PLAIN
 from .order import Sequence
 from .shards import Shards
 
@@ -89,7 +90,7 @@ class Planner:
     def next(self) -> Plan:
         """The plan of the next micro-batch."""
         if not self._ahead:
-            count = max(1, AHEAD // self.share.micro_batch)
+            count = min(max(1, self._portion), max(1, AHEAD // self.share.micro_batch))  # the first soon, then more at once
             self._ahead.extend(self._plans(range(self._portion, self._portion + count)))
             self._portion += count
         return self._ahead.popleft()
@@ -103,10 +104,11 @@ class Planner:
         shards, numbers = self.order(positions.ravel())
         records = self.shards.gather(shards, numbers)
         corners, shapes = self.look.corners(positions.ravel()), [self.buckets.shapes[bucket] for _, bucket in chosen]
-        sizes = crops(records, corners, np.repeat(shapes, places.shape[1], axis=0))
-        samples = np.stack([shards, numbers], axis=1)
-        columns = samples, records, labels_of(records), sizes, self.look.mirrored(positions.ravel()), corners
-        rows = zip(places, positions, *(np.split(column, len(portions)) for column in columns), shapes, strict=True)
+        wanted = np.repeat(shapes, places.shape[1], axis=0)
+        plain = (records["rest"] >= PLAIN) & (records["height"] == wanted[:, 0]) & (records["width"] == wanted[:, 1])
+        samples, mirrored = np.stack([shards, numbers], axis=1), self.look.mirrored(positions.ravel())
+        columns = samples, records, labels_of(records), crops(records, corners, wanted), mirrored, corners, plain
+        rows = zip(places, positions, *(column.reshape(*places.shape, *column.shape[1:]) for column in columns), shapes, strict=True)
         return [Plan(*row) for row in rows]
 
     def _positions(self, portion: int, places: np.ndarray) -> tuple[np.ndarray, int]:

@@ -79,5 +79,5 @@ def patches(x: Tensor, size: int) -> Tensor:
 
 
 def unpatch(x: Tensor, size: int, rows: int) -> Tensor:
-    """(B, rows * columns, size * size * C) to (B, C, H, W): each token its rows, then columns, then channels, as DiT's last layer has it."""
+    """(B, rows * columns, size * size * C) to (B, C, H, W): each token its rows, columns, channels, as DiT's last layer has it."""
     return rearrange(x, "b (row column) (p q c) -> b c (row p) (column q)", row=rows, p=size, q=size)
