@@ -83,8 +83,10 @@ def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> C
         known: what they must have been made with.
 
     Raises:
-        ValueError: no such cache, or one of another making, with every difference.
+        ValueError: no such cache, or one of another making, with every difference; several shapes.
     """
+    if len(options.aspect_ratios) > 1:  # a batch on the edge of two buckets, and a substitute, need other shapes than were encoded
+        raise ValueError("data.aspect_ratios with data.encoding=cached: batches may mix buckets, latents cannot. Use data.encoding=online.")
     folders = []
     for number, folder in enumerate(images.folders):
         place = side_folder(options.encoded, "latents", number, len(images.folders))
