@@ -73,6 +73,7 @@ def test_a_bad_sample_is_replaced_alike_whoever_reads_it(folder, ranks, workers)
         assert whole[step][0][place] in ([1, 7], [1, 8], [2, 19]) and batches[step][0][place] not in ([1, 7], [1, 8], [2, 19])
         assert "bytes changed" in fault.error and fault.key in ("000037", "000038", "000099") and fault.shard.endswith(".tar")
     bad = {f.position for f in faults}
+    assert len({tuple(batches[p // 8][0][p % 8]) for p in bad}) > 3, "substitutes differ from position to position"
     for step in range(25):
         for place in range(8):
             if 8 * step + place not in bad:

@@ -50,12 +50,14 @@ def test_a_jpeg_is_turned_as_its_camera_was(orientation, size):
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("subsampling", [0, 2])
-def test_jpeg_pixels_are_pillows_to_the_bit(mode, channels, subsampling):
-    image = Image.open(io.BytesIO(jpeg(3, (37, 23)))).convert(mode)
-    data = saved(image, "JPEG", quality=80, **({"subsampling": subsampling} if mode != "L" else {}))
-    expected = np.asarray(Image.open(io.BytesIO(data)).convert("L" if channels == 1 else "RGB")).reshape(23, 37, channels)
-    assert np.array_equal(into(data, 23, 37, channels), expected)
-    assert np.array_equal(into(data, 23, 37, channels, mirror=True), expected[:, ::-1])
+@pytest.mark.parametrize("size", [(37, 23), (371, 233)])
+def test_jpeg_pixels_are_pillows_to_the_bit(mode, channels, subsampling, size):
+    """Files below and above the length from which segments are walked."""
+    image = Image.open(io.BytesIO(jpeg(3, size))).convert(mode)
+    data = saved(image, "JPEG", quality=80 if size[0] < 100 else 100, **({"subsampling": subsampling} if mode != "L" else {}))
+    expected = np.asarray(Image.open(io.BytesIO(data)).convert("L" if channels == 1 else "RGB")).reshape(*size[::-1], channels)
+    assert np.array_equal(into(data, *size[::-1], channels), expected)
+    assert np.array_equal(into(data, *size[::-1], channels, mirror=True), expected[:, ::-1])
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (23, 16), (10, 37), (64, 64), (40, 12)])

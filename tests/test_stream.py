@@ -117,14 +117,16 @@ def test_captions_may_come_from_json(tmp_path):
 def test_mirroring_and_cropping_are_functions_of_the_position(tmp_path):
     folder = make(tmp_path / "s", [[{"__key__": f"{i}", "jpg": jpeg(i, (12, 8))} for i in range(40)]], classes=())
 
-    def images(**more):
-        return torch.cat([b.images for b in (next(s) for s in [stream(folder, channels=3, resolution=8, **more)] for _ in range(64))])
+    def images(start=0, **more):
+        some = stream(folder, start, channels=3, resolution=8, **more)
+        return torch.cat([next(some).images for _ in range(64 - start // 8)])
 
     plain, flipped = images(), images(horizontal_flip=True)
     same, mirrored = ((a == flipped).flatten(1).all(1) for a in (plain, plain.flip(3)))
     assert bool((same | mirrored).all()) and 180 < int((~same).sum()) < 332
     cropped = images(horizontal_flip=True, random_crop=True)
     assert torch.equal(cropped, images(horizontal_flip=True, random_crop=True, workers=2)), "whoever decodes"
+    assert torch.equal(cropped[24:], images(24, horizontal_flip=True, random_crop=True)), "wherever it begins"
     one = stream(folder, channels=3, resolution=8, random_crop=True, batch_size=64)
     sizes = torch.cat([next(one).sizes for _ in range(8)])
     assert sizes[:, :3].unique(dim=0).tolist() == [[8, 12, 0]] and sorted(sizes[:, 3].unique().tolist()) == [0, 1, 2, 3, 4]
