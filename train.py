@@ -69,6 +69,8 @@ def train(config: Config) -> int:
     checkpoint = choose(run.store, config.checkpoint.resume)
     if checkpoint:
         run.load(checkpoint)
+    elif config.checkpoint.start_from:
+        run.start_from(Path(config.checkpoint.start_from))
     if accelerator.is_main_process:
         run.store.sweep()
         (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
