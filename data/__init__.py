@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 
 from .batch import Loader, Look, Pixels
 from .buckets import Buckets
-from .encoded import Moments, check_encoding, pooled, side_folder, wanted_latents
+from .encoded import FormName, Moments, check_encoding, pooled, side_folder, wanted_latents, wanted_text
 from .encoders import AutoencoderFacts, check_images
 from .index import Tally
 from .options import Options
 from .order import Mixture, Order, Sequence
 from .shards import Shards
-from .source import LocalFolder
+from .source import Folder, LocalFolder
 from .stream import Planner, Share, Stream
 
 
 class Cache(NamedTuple):
-    """Latents that were encoded before: where they lie, and what their manifest says of them."""
+    """What was encoded before: where it lies, and what its manifest says of it."""
 
     shards: Shards
     encoding: Mapping[str, Any]
@@ -75,7 +75,7 @@ def open_shards(options: Options) -> Shards:
 
 
 def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> Cache:
-    """The encoded latents of some images.
+    """The encoded latents of some images, with the statistics of all of them.
 
     Args:
         options: the recipe's section `data`, with `encoded`.
@@ -87,18 +87,34 @@ def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> C
     """
     if len(options.aspect_ratios) > 1:  # a batch on the edge of two buckets, and a substitute, need other shapes than were encoded
         raise ValueError("data.aspect_ratios with data.encoding=cached: batches may mix buckets, latents cannot. Use data.encoding=online.")
-    folders = []
-    for number, folder in enumerate(images.folders):
-        place = side_folder(options.encoded, "latents", number, len(images.folders))
+    wanted = [wanted_latents(options, folder.manifest, known.fingerprint) for folder in images.folders]
+    return _open_side(options, images, "latents", wanted)
+
+
+def open_text(options: Options, images: Shards, fingerprint: Mapping[str, Any]) -> Cache:
+    """The encoded captions of some images, made with the text encoder of this fingerprint; arguments and errors as in `open_latents`."""
+    return _open_side(options, images, "text", [wanted_text(options, folder.manifest, fingerprint) for folder in images.folders])
+
+
+def _open_side(options: Options, images: Shards, form: FormName, wanted: list[dict[str, Any]]) -> Cache:
+    folders: list[Folder] = []
+    chosen = [tuple(shard.name for shard in part) for part in images.parts]
+    for number, (facts, names) in enumerate(zip(wanted, chosen, strict=True)):
+        place = side_folder(options.encoded, form, number, len(wanted))
         if not (place / "manifest.json").is_file():
             raise ValueError(
-                f"data.encoded={options.encoded!r}: {place} holds no finished latents. Run `accelerate launch -m data.encode --config ...`."
+                f"data.encoded={options.encoded!r}: {place} holds no finished {form}. Run `accelerate launch -m data.encode --config ...`."
             )
         side = LocalFolder(place)
-        check_encoding(side.manifest, wanted_latents(options, folder.manifest, known.fingerprint), side.name)
+        check_encoding(side.manifest, facts, side.name)
+        missing = set(names) - {shard.name for shard in side.manifest.shards}
+        if missing:
+            raise ValueError(
+                f"{place} lacks {len(missing)} shards of split {options.split!r}: run `data.encode` with --splits {options.split}."
+            )
         folders.append(side)
-    chosen = [tuple(shard.name for shard in part) for part in images.parts]
-    return Cache(Shards(folders, options.split, chosen), pooled([side.manifest.encoding for side in folders]))
+    encodings = [folder.manifest.encoding for folder in folders]
+    return Cache(Shards(folders, options.split, chosen), pooled(encodings) if form == "latents" else encodings[0])
 
 
 def check_shapes(options: Options, known: AutoencoderFacts) -> None:

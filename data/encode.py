@@ -11,7 +11,7 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from types import FrameType
@@ -102,7 +102,12 @@ def _fields(words: list[str], parser: argparse.ArgumentParser) -> dict[str, Any]
 def _value(name: str, words: list[str], kind: str) -> Any:
     """Words as a field's type has it, which is written `int` or `tuple[int, ...]`."""
     one = kind.removeprefix("tuple[").split(",")[0]
-    read = {"int": int, "float": float, "bool": lambda word: {"true": True, "false": False}[word.lower()]}.get(one, str)
+    readers: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "bool": lambda word: {"true": True, "false": False}[word.lower()],
+    }
+    read = readers.get(one, str)
     try:
         values = tuple(read(word) for word in words)
     except (ValueError, KeyError):

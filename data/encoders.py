@@ -248,17 +248,19 @@ class TextEncoder:
 
 
 def text_fingerprint(name: str, max_tokens: int) -> dict[str, Any]:
-    """Class, configuration, weights, tokenizer and greatest length of a text encoder, without building it."""
+    """Class, configuration, weights, tokenizer, greatest length and width of a text encoder, without building it."""
     import transformers
 
     folder = locate(name, "data.text_encoder", "text_encoder")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    read = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read.to_dict()
     return {
         "class": str(config.get("model_type")),
         "config": config_hash({key: value for key, value in config.items() if key != "architectures"}),
         "weights": weights_hash(weight_files(folder)),
         "tokenizer": _tokenizer_hash(_tokenizer(folder, max_tokens)),
         "max_tokens": max_tokens,
+        "width": read.get_text_config().hidden_size,
     }
 
 

@@ -134,5 +134,5 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any], what: str) ->
         a, b = there.get(key), here.get(key)
         if a != b:
             short = [v[:12] if isinstance(v, str) and len(v) == 64 else v for v in (a, b)]
-            found.append(f"{what} {key} {'are' if key.endswith('s') else 'is'} {short[0]} there and {short[1]} here")
+            found.append(f"{what} {key} {'are' if key in ('weights', 'max_tokens') else 'is'} {short[0]} there and {short[1]} here")
     return found

@@ -216,7 +216,7 @@ class Text:
 
     def describe(self, total: Sums) -> dict[str, Any]:
         counted = {"samples": total["count"], "tokens": total["tokens"], "missing": total["missing"], "cut": total["cut"]}
-        return {"width": self.encoder.width, "statistics": counted, "bad": []}
+        return {"width": self.fingerprint["width"], "statistics": counted, "bad": []}
 
 
 def half(values: Tensor, where: list[str]) -> list[np.ndarray]:

@@ -89,7 +89,7 @@ def stock_source(network: Any, vae: Any, scheduler: Any, num_classes: int, flow:
 
     side = network.config.sample_size
     shape = (network.config.in_channels, side, side)
-    factor = 2 ** (len(vae.config.get("encoder_block_out_channels", vae.config.block_out_channels)) - 1)
+    factor = 2 ** (len(vae.config.get("encoder_block_out_channels") or vae.config.block_out_channels) - 1)
     pixels = () if factor == 1 else (vae.config.in_channels, factor * side, factor * side)
     model = scaled(predict, flow) if flow else predict
     return Source(velocity_field(model, path, kind), path, shape, num_classes, STOCK_NULL, network.device, decode, kind, pixels=pixels)

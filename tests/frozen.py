@@ -82,6 +82,21 @@ def tiny(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def dc(folder: Path) -> Path:
+    """A tiny AutoencoderDC: 4 latent channels at 1/4, deterministic."""
+    from diffusers import AutoencoderDC
+
+    torch.manual_seed(0)
+    halves = {
+        f"{half}_{key}": value
+        for half in ("encoder", "decoder")
+        for key, value in {"block_out_channels": (8, 16, 16), "layers_per_block": (1,) * 3, "qkv_multiscales": ((),) * 3}.items()
+    }
+    blocks = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
+    AutoencoderDC(in_channels=3, latent_channels=4, attention_head_dim=8, **halves, **blocks).save_pretrained(folder)
+    return folder
+
+
 def text(folder: Path, kind: str, seed: int = 0) -> Path:
     """A tiny BERT, T5 or CLIP text encoder with a tokenizer of sixteen words."""
     import transformers

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,13 +22,14 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import data
 from data import claim, side
 from data.decode import decode_into
 from data.encode import main
 from data.encoded import check_encoding, latent_shape, latents_of, pooled, text_of, wanted_latents, wanted_text
 from data.encoders import Autoencoder, TextEncoder, read_autoencoder, text_fingerprint
 from data.fingerprint import weights_hash
-from data.index import index_path
+from data.index import index_path, write_manifest
 from data.options import read_options
 from data.shards import Shards
 from data.source import LocalFolder
@@ -153,6 +155,20 @@ def test_text_is_what_transformers_gives(parts):
         assert cached.shape == wanted.shape and np.abs(cached - wanted).max() <= 2.0**-11 * np.abs(wanted).max() + 1e-5
         assert key != "00002" or len(cached) == 2  # [CLS] [SEP]
     assert encoding["statistics"]["missing"] == 1
+    options, _ = read_options(parts / "recipe.yaml")
+    cache = data.open_text(options, data.open_shards(options), text_fingerprint(options.text_encoder, options.max_tokens))
+    assert cache.shards.counts == images.counts and cache.encoding["width"] == 16
+
+
+def test_a_split_that_is_not_encoded_is_named(parts, tmp_path):
+    options, _ = read_options(parts / "recipe.yaml")
+    images, known = data.open_shards(options), read_autoencoder(options.autoencoder)
+    assert data.open_latents(options, images, known).shards.counts == images.counts
+    shutil.copytree(parts / "encoded", tmp_path / "encoded")
+    manifest = LocalFolder(parts / "encoded/latents").manifest
+    write_manifest(tmp_path / "encoded/latents", replace(manifest, shards=manifest.shards[:2]))
+    with pytest.raises(ValueError, match=r"lacks 1 shards of split 'train': run .* --splits train"):
+        data.open_latents(replace(options, encoded=str(tmp_path / "encoded")), images, known)
 
 
 def test_webdataset_reads_side_shards(parts):
@@ -241,11 +257,12 @@ def test_sides_and_channels_that_do_not_fit_are_refused(tmp_path, parts):
         Autoencoder(str(parts / "vae"), expected={**vae.fingerprint, "weights": "0" * 64})
 
 
-def test_a_deterministic_autoencoder_has_no_deviations(tmp_path):
-    vae = Autoencoder(str(frozen.tiny(tmp_path / "vae")))
+@pytest.mark.parametrize("kind", ["tiny", "dc"])
+def test_a_deterministic_autoencoder_has_no_deviations(tmp_path, kind):
+    vae = Autoencoder(str(getattr(frozen, kind)(tmp_path / "vae")))
     x = torch.rand(2, 3, 16, 24) * 2 - 1
-    assert vae.deterministic and vae.factor == 4 and torch.equal(vae.moments(x), vae.model.encode(x).latents)
-    assert vae.decode(vae.moments(x)).shape == x.shape
+    assert vae.deterministic and vae.factor == 4 and torch.equal(vae.moments(x), vae.model.encode(x, return_dict=False)[0])
+    assert torch.equal(vae.decode(vae.moments(x)), vae.model.decode(vae.moments(x)).sample) and vae.decode(vae.moments(x)).shape == x.shape
 
 
 def test_a_real_autoencoder_gives_pictures_back(tmp_path, shared_data):
