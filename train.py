@@ -101,7 +101,7 @@ def train(config: Config) -> int:
     return STOPPER.exit_status
 
 
-def see(options: Options, images: Shards) -> tuple[Space, data.Cache | None]:
+def see(options: Options, images: Shards) -> tuple[Space, data.Encoded | None]:
     """What the network works on, and the latents if they are encoded already.
 
     Raises:

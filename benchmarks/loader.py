@@ -12,6 +12,7 @@ ratios are of medians. Images come from ../shared/data, or are made here.
 """
 
 import argparse
+import gzip
 import io
 import os
 import resource
@@ -31,7 +32,7 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import build
-from data.index import Manifest, Tally, describe, write_manifest
+from data.index import RECORD, Manifest, Tally, describe, write_manifest
 from data.options import Options
 from data.shards import Shards
 from data.stream import Share
@@ -49,8 +50,6 @@ def shards_of(folder: Path, size: int) -> Path:
     folder.mkdir(parents=True)
     if size == 32 and SHARED.is_dir():
         for path in sorted((SHARED / "cifar10").glob("*train*.tar.gz"))[:8]:
-            import gzip
-
             with gzip.open(path) as packed, open(folder / path.name.removesuffix(".gz"), "wb") as out:
                 shutil.copyfileobj(packed, out)
     else:
@@ -250,8 +249,6 @@ def latents(folder: Path, rounds: int) -> None:
             buffer = io.BytesIO()
             np.save(buffer, draw.normal(size=(1, 4, 64, 64)).astype(np.float16))
             sink.write({"__key__": f"{i:06d}", "moments.npy": buffer.getvalue()})
-    from data.index import RECORD
-
     like = np.zeros(4000, RECORD)
     like["width"] = like["height"] = 512
     shard, tally = describe(path, "train", like=like)

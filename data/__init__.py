@@ -15,6 +15,7 @@ from .buckets import Buckets
 from .encoded import FormName, Moments, check_encoding, pooled, side_folder, wanted_latents, wanted_text
 from .encoders import AutoencoderFacts, check_images
 from .index import Tally
+from .open import open_sources
 from .options import Options
 from .order import Mixture, Order, Sequence
 from .shards import Shards
@@ -22,7 +23,7 @@ from .source import Folder, LocalFolder
 from .stream import Planner, Share, Stream
 
 
-class Cache(NamedTuple):
+class Encoded(NamedTuple):
     """What was encoded before: where it lies, and what its manifest says of it."""
 
     shards: Shards
@@ -69,12 +70,15 @@ def open_shards(options: Options) -> Shards:
     Raises:
         ValueError: none named, or one that cannot be opened.
     """
-    if not options.shards:
-        raise ValueError("data.shards is empty: name a folder of shards, as `python -m data.prepare` makes it.")
-    return Shards([LocalFolder(source) for source in options.shards], options.split)
+    opened = open_sources(options)
+    if options.weights and len(opened) != len(options.weights):
+        raise ValueError(
+            f"data.weights has {len(options.weights)} numbers, and the patterns of data.shards name {len(opened)} folders: give one each."
+        )
+    return Shards([folder for folder, _ in opened], options.split, [names for _, names in opened])
 
 
-def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> Cache:
+def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> Encoded:
     """The encoded latents of some images, with the statistics of all of them.
 
     Args:
@@ -91,12 +95,12 @@ def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> C
     return _open_side(options, images, "latents", wanted)
 
 
-def open_text(options: Options, images: Shards, fingerprint: Mapping[str, Any]) -> Cache:
+def open_text(options: Options, images: Shards, fingerprint: Mapping[str, Any]) -> Encoded:
     """The encoded captions of some images, made with the text encoder of this fingerprint; arguments and errors as in `open_latents`."""
     return _open_side(options, images, "text", [wanted_text(options, folder.manifest, fingerprint) for folder in images.folders])
 
 
-def _open_side(options: Options, images: Shards, form: FormName, wanted: list[dict[str, Any]]) -> Cache:
+def _open_side(options: Options, images: Shards, form: FormName, wanted: list[dict[str, Any]]) -> Encoded:
     folders: list[Folder] = []
     chosen = [tuple(shard.name for shard in part) for part in images.parts]
     for number, (facts, names) in enumerate(zip(wanted, chosen, strict=True)):
@@ -114,7 +118,7 @@ def _open_side(options: Options, images: Shards, form: FormName, wanted: list[di
             )
         folders.append(side)
     encodings = [folder.manifest.encoding for folder in folders]
-    return Cache(Shards(folders, options.split, chosen), pooled(encodings) if form == "latents" else encodings[0])
+    return Encoded(Shards(folders, options.split, chosen), pooled(encodings) if form == "latents" else encodings[0])
 
 
 def check_shapes(options: Options, known: AutoencoderFacts) -> None:

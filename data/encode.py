@@ -26,10 +26,11 @@ from .encoded import EXTENSIONS, FormName, side_folder
 from .encoders import Autoencoder, TextEncoder, read_autoencoder, text_fingerprint
 from .forms import Form, Item, Latents, Text
 from .index import IMAGE_EXTENSIONS, Shard
+from .open import open_sources
 from .options import Options, read_options
 from .shards import Shards
 from .side import Side
-from .source import Folder, LocalFolder
+from .source import Folder
 
 WINDOW = 4
 """Batches that are read and decoded ahead, and kept in memory."""
@@ -121,15 +122,13 @@ def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
     output = args.output or options.encoded
     if not output:
         raise ValueError("data.encoded is empty: name the folder of the cache there, or with --output.")
-    if not options.shards:
-        raise ValueError("data.shards is empty: name the folder of images to encode.")
     made = _forms(args, options)
-    for number, path in enumerate(options.shards):
-        folder = LocalFolder(path)
+    sources = open_sources(options)
+    for number, (folder, names) in enumerate(sources):
         splits = [split for split in args.splits.split(",") if split] or sorted({shard.split for shard in folder.manifest.shards})
-        wanted = [shard for split in splits for shard in folder.manifest.split(split)]
+        wanted = [shard for split in splits for shard in folder.manifest.split(split) if names is None or shard.name in names]
         for name, form in made.items():
-            side = Side(side_folder(output, name, number, len(options.shards)), form.facts(folder.manifest), folder.manifest)
+            side = Side(side_folder(output, name, number, len(sources)), form.facts(folder.manifest), folder.manifest)
             encode(folder, wanted, name, form, side, options)
     return 0
 

@@ -19,7 +19,7 @@ from .index import IMAGE_EXTENSIONS, NO_LABEL, RECORD, Manifest, Shard, locate
 from .source import Folder, LocalFolder
 from .tar import BLOCK, files_of
 
-OPEN_FILES = 128
+OPEN_FILES = 64
 OPEN_INDEXES = 1024
 """So many are kept open; opening one costs about 0.1 ms."""
 RETRY_SECONDS = (0.1, 0.5, 2.0)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from braceexpand import braceexpand
+
 from .index import Manifest, Shard, index_path, parse_manifest
 
 PREPARE = "python -m data.prepare imagefolder IMAGES --output"
@@ -80,3 +82,19 @@ class LocalFolder:
 
     def prefetch(self, shards: list[Shard]) -> None:
         """Nothing to do: the files are here."""
+
+
+def expand(pattern: str) -> list[str]:
+    """What a brace pattern stands for, in order: `{000..009}` counts, `{a,b}` lists; a pattern without braces is itself.
+
+    Raises:
+        ValueError: braces that do not pair; an empty pattern; a wildcard.
+    """
+    if not pattern.strip():
+        raise ValueError("data.shards holds an empty name: name a folder that `python -m data.prepare` made, or a URL of one.")
+    if "*" in pattern:
+        raise ValueError(f"data.shards={pattern!r}: wildcards are not expanded. Write the numbers, as in train-{{000000..000009}}.tar.")
+    try:
+        return list(braceexpand(pattern, escape=False))
+    except ValueError as error:
+        raise ValueError(f"data.shards={pattern!r}: {error}. Write a range as {{000000..000009}}, a choice as {{a,b}}.") from error
