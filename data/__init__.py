@@ -55,12 +55,12 @@ def build(
         ValueError: shards that cannot be had, weights, shapes or a start that cannot be.
     """
     shards = shards or open_shards(options)
-    buckets = Buckets(options.aspect_ratios, options.resolution, options.bucket_step)
+    buckets = Buckets(options.aspect_ratios, options.resolution, options.bucket_step, whole=bool(options.autoencoder))
     buckets.check(sum((folder.manifest.tally for folder in shards.folders), Tally()).sizes)
     order = order_of(shards, options, seed)
     look = Look(seed, options.horizontal_flip, options.random_crop)
     reader = Moments(encoding) if encoding else Pixels(options.channels)
-    loader = Loader(shards, order, reader, look, options.caption if captions else "", options.lost_shards == "skip")
+    loader = Loader(shards, order, reader, look, options.caption if captions else "", options.lost_shards == "skip", buckets)
     return Stream(Planner(shards, order, buckets, share, look, start), loader, options.workers)
 
 
@@ -87,10 +87,8 @@ def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> E
         known: what they must have been made with.
 
     Raises:
-        ValueError: no such cache, or one of another making, with every difference; several shapes.
+        ValueError: no such cache, or one of another making, with every difference.
     """
-    if len(options.aspect_ratios) > 1:  # a batch on the edge of two buckets, and a substitute, need other shapes than were encoded
-        raise ValueError("data.aspect_ratios with data.encoding=cached: batches may mix buckets, latents cannot. Use data.encoding=online.")
     wanted = [wanted_latents(options, folder.manifest, known.fingerprint) for folder in images.folders]
     return _open_side(options, images, "latents", wanted)
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import fields
 
 import frozen
+import numpy as np
 import pytest
 import torch
 from conftest import fit
@@ -13,6 +14,7 @@ from PIL import Image
 import sample
 import train
 from data import encode
+from data.buckets import Windows
 from data.encoders import Autoencoder
 from data.options import Options
 from pipeline.checkpoint import Store, load_state, load_tensors
@@ -97,16 +99,45 @@ def test_a_cached_run_resumes_bitwise_and_builds_no_autoencoder(parts, tmp_path,
     assert all(torch.equal(a[key], b[key]) for key in a) and losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
-def test_latents_of_several_shapes(parts, tmp_path, capsys, monkeypatch):
-    """Encoded online, each batch in its own shape, with noise of that shape; the cache has one shape for each image and is refused."""
-    buckets = ("--data.aspect_ratios", "0.6667", "1", "1.5", "--data.bucket_step=8", "--train.max_steps=12", "--train.batch_size=4")
+def test_latents_of_several_shapes(parts, tmp_path, monkeypatch):
+    """Each batch in its own shape, with noise of that shape; from the cache, which has one shape for each image, as online."""
+    buckets = ("--data.aspect_ratios", "0.6667", "1", "1.5", "--data.bucket_step=8")
+    recipe = ["--config", str(parts / "r.yaml"), "--output", str(tmp_path / "encoded"), "--flips=both", *buckets]
+    assert encode.main(recipe) == 0
+    more = (*buckets, "--train.max_steps=16", "--train.batch_size=4", *FIXED, f"--data.encoded={tmp_path / 'encoded'}")
     shapes = set()
     draw = Space.draw
     monkeypatch.setattr(Space, "draw", lambda *a: shapes.add(tuple(a[1].shape[2:])) or draw(*a))
-    assert fit(parts / "images", tmp_path / "run", *words(parts, *buckets)) == 0
-    assert shapes == {(10, 6), (8, 8), (6, 10)} and losses(tmp_path / "run")[-1] < 2
-    assert fit(parts / "images", tmp_path / "no", *words(parts, *buckets, "--data.encoding=cached")) == 2
-    assert "batches may mix buckets, latents cannot. Use data.encoding=online" in capsys.readouterr().err
+    for encoding in ("online", "cached"):
+        assert fit(parts / "images", tmp_path / encoding, *words(parts, *more, f"--data.encoding={encoding}")) == 0
+        assert shapes == {(10, 6), (8, 8), (6, 10)}
+        shapes.clear()
+    a, b = losses(tmp_path / "online"), losses(tmp_path / "cached")
+    assert max(abs(x - y) / x for x, y in zip(a, b, strict=True)) < 2**-7
+    bad = [(tmp_path / name / "bad_samples.jsonl").read_text().count("00006") for name in ("online", "cached")]
+    assert bad[0] == bad[1] > 0, "the cut image is replaced, by one of its own bucket"
+
+
+def test_whole_batches_have_the_share_of_their_bucket():
+    """Shares 0.9, 0.099 and 0.001 over a hundred windows of 64 batches of 8: every batch of one bucket, the mean of each share right
+    to five standard errors, and none of a bucket left out for good."""
+    share = np.cumsum([0.9, 0.099])
+
+    def bucket_of(positions):
+        return np.searchsorted(share, (positions * 2654435761 % 2**32) / 2**32, side="right")
+
+    windows = Windows(bucket_of, epoch=0, batch_size=8, seed=3, whole=True)
+    windows.length = 64
+    batches = [windows.batch(n) for n in range(6400)]
+    assert all((bucket_of(positions) == bucket).all() and len(positions) == 8 for positions, bucket in batches)
+    found = np.bincount([bucket for _, bucket in batches], minlength=3)
+    for count, wanted in zip(found, np.bincount(bucket_of(np.arange(51200))) / 8, strict=True):
+        assert count > 0 and abs(count - wanted) < 5 * 5  # each of a hundred windows is off by less than one: sqrt(100) / 2
+    once = np.unique(np.concatenate([positions for positions, _ in batches]))
+    assert len(once) > 0.97 * 51200
+    again = Windows(bucket_of, epoch=0, batch_size=8, seed=3, whole=True)
+    again.length = 64
+    assert all((again.batch(n)[0] == batches[n][0]).all() for n in (6399, 70, 3)), "from any position at once"
 
 
 def test_what_the_network_is_shown_is_the_draw(parts, tmp_path, monkeypatch):
