@@ -14,6 +14,7 @@ Stopper("no file was left half-written")  # before the slow imports
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from torch import Tensor
 
 import models
 from data.decode import decode_image
-from data.stream import Shards, to_unit
+from data.encoders import Autoencoder
+from data.shards import Shards
+from data.stream import to_unit
 from models.convert import to_stock
 from pipeline.checkpoint import Store, load_state, load_tensors
 from pipeline.config import Config, model_options
@@ -35,6 +38,7 @@ from pipeline.generate import Source, check_labels, generate, grid, network_sour
 from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore
 from pipeline.recipe import build, parse
 from pipeline.restore import measurement, restore
+from pipeline.space import Space
 from pipeline.stock import form_of
 
 
@@ -66,20 +70,24 @@ class Trained:
         self.run, self.state = run, load_state(found)
         self.config = build(Config, self.state["config"])
         self.class_names = tuple(self.state["class_names"])
-        self.network = models.build(**model_options(self.config, len(self.class_names))).eval()
+        self.space = Space.of(self.state["space"])
+        self.network = models.build(**model_options(self.config, self.space.shape, len(self.class_names))).eval()
         weights = load_tensors(found)
         self.network.load_state_dict({k.removeprefix("ema."): v for k, v in weights.items() if k.startswith("ema.")})
 
     def source(self, device: str) -> Source:
         """The averaged network as a field."""
-        data = self.config.data
-        shape = (data.channels, data.resolution, data.resolution)
-        return network_source(self.network.to(device), self.config.flow, shape, len(self.class_names), lambda x: x)
+        space = self.space
+        decode = space.decoder(partial(Autoencoder, space.autoencoder, device, expected=space.fingerprint))
+        return network_source(self.network.to(device), self.config.flow, space.shape, len(self.class_names), decode, space.pixels)
 
     def export(self, output: Path) -> Path:
         """Write it for stock diffusers."""
         card = Card.of(self.run, self.state["images"], self.state["step"], self.network)
-        return write_folder(output, to_stock(self.network, form_of(self.config.flow).factor), self.config, self.class_names, card)
+        network = to_stock(self.network, form_of(self.config.flow).factor)
+        space = self.space
+        vae = Autoencoder(space.autoencoder, expected=space.fingerprint).model if space.latent else None
+        return write_folder(output, network, self.config, self.class_names, card, space, vae)
 
 
 def images(options: Images) -> int:
@@ -94,7 +102,7 @@ def images(options: Images) -> int:
     labels = torch.tensor([classes[i % len(classes)] for i in range(count)]) if classes else torch.full((count,), source.null)
     made, evaluations = generate(source, labels, sampler, seed=options.seed, batch_size=options.batch_size)
     columns = len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(count))
-    save_image(grid(made, min(columns, count), scale=max(1, 64 // source.shape[-1])), Path(options.output))
+    save_image(grid(made, min(columns, count), scale=max(1, 64 // made.shape[-1])), Path(options.output))
     print(f"{options.output}: {count} images by {options.solver}, {evaluations} evaluations each")
     return 0
 
@@ -107,7 +115,7 @@ def compare(options: Evaluate) -> int:
         name: Shards(options.reference, split) for name, split in (("train", options.train_split), ("held out", options.held_out_split))
     }
     source = source_of(options)
-    channels, resolution = source.shape[0], source.shape[-1]
+    channels, _, resolution = source.pixels or source.shape
     train, held_out = (_read_all(s, channels, resolution) for s in shards.values())
     if source.num_classes != len(shards["train"].manifest.class_names) or not source.num_classes:
         raise ValueError(
@@ -142,6 +150,14 @@ def _read_all(shards: Shards, channels: int, resolution: int, most: int | None =
     return to_unit(torch.from_numpy(np.stack([pixels for pixels, _ in pairs]))), torch.tensor([label for _, label in pairs])
 
 
+def _need_pixels(source: Source, why: str) -> None:
+    """Raises ValueError for a model of latents."""
+    if source.pixels:
+        raise ValueError(
+            f"the model works in latents of {source.shape}, and {why}: give a model that was trained without data.autoencoder."
+        )
+
+
 def export(options: Export) -> int:
     """Write the folder."""
     if not options.run:
@@ -156,6 +172,7 @@ def likelihood(options: Likelihood) -> int:
     if not options.reference:
         raise ValueError("--reference is missing: give a folder of shards, as --reference runs/digits/shards.")
     source = source_of(options)
+    _need_pixels(source, "likelihood measures bits of 8-bit pixels")
     real, labels = _read_all(Shards(options.reference, options.split), source.shape[0], source.shape[-1], options.num_images)
     if options.unconditional or not source.num_classes:
         labels = torch.full_like(labels, source.null)
@@ -172,6 +189,7 @@ def restored(options: Restore) -> int:
         if not Path(getattr(options, name)).is_file():
             raise ValueError(f"--{name} {getattr(options, name)!r} is no file: give an image.")
     source = source_of(options)
+    _need_pixels(source, "restore measures pixels")
     channels, _, side = source.shape
     mask = torch.from_numpy(decode_image(Path(options.mask).read_bytes(), 1, side)[0] > 127) if options.task == "inpaint" else None
     measure = measurement(options.task, source.shape, mask, options.factor)

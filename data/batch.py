@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .buckets import Buckets
 from .decode import DECODE_ERRORS, decode_into
 from .index import NO_LABEL
 from .order import Sequence, key_at, share_at
@@ -119,9 +120,13 @@ class Loader:
         look: of the images.
         caption: "" for none, "txt", or "json.KEY".
         skip_lost: replace the samples of a lost shard, instead of an error.
+        buckets: in which substitutes are looked for.
     """
 
-    def __init__(self, shards: Shards, order: Sequence, reader: Reader, look: Look, caption: str, skip_lost: bool) -> None:
+    def __init__(
+        self, shards: Shards, order: Sequence, reader: Reader, look: Look, caption: str, skip_lost: bool, buckets: Buckets | None = None
+    ) -> None:
+        self.buckets = buckets
         self.shards, self.order, self.reader, self.look = shards, order, reader, look
         self.caption, self.skip_lost = caption, skip_lost
 
@@ -159,14 +164,26 @@ class Loader:
                 raise LostShard(f"{error} The same command goes on once it is back; data.lost_shards=skip goes on without.") from error
             text = " ".join(str(error).split()) or type(error).__name__
             faults.append(Fault(position, self.shards.name(shard), self.shards.key(shard, number), text))
-            other = key_at(np.array([position]), self.look.seed, 8, attempt) % np.uint64(NEARBY)
             try:
-                self._replace(plan, i, out, position // NEARBY * NEARBY + int(other[0]))
+                self._replace(plan, i, out, self._nearby(plan, position, attempt))
                 return
             except (LostShard, *DECODE_ERRORS) as problem:
                 error = problem
         listed = "; ".join(f"{f.shard}: {f.key} ({f.error})" for f in faults[-TRIES:])
         raise ValueError(f"{TRIES} bad samples in a row at position {position}: {listed}. Check the shards with `python -m data.inspect`.")
+
+    def _nearby(self, plan: Plan, position: int, attempt: int) -> int:
+        """Where a substitute comes from; where batches are of one bucket each, the next from there on that is of it."""
+        start = position // NEARBY * NEARBY
+        first = int(key_at(np.array([position]), self.look.seed, 8, attempt)[0] % np.uint64(NEARBY))
+        if self.buckets is None or not self.buckets.whole:
+            return start + first
+        for chunk in np.split((first + np.arange(NEARBY)) % NEARBY + start, NEARBY // 64):
+            records = self.shards.gather(*self.order(chunk))
+            fits = [self.buckets.shapes[b] == plan.shape for b in self.buckets.nearest(records["width"], records["height"]).tolist()]
+            if any(fits):
+                return int(chunk[fits.index(True)])
+        return start + first
 
     def _replace(self, plan: Plan, i: int, out: np.ndarray, position: int) -> None:
         """Read the sample of another position into row i of a plan."""

@@ -4,7 +4,8 @@ The order's positions are taken in windows of many batches. Within a window
 samples are sorted by bucket, cut into batches, and the batches shuffled. A
 batch that straddles two buckets takes the shape of the larger part. So a
 batch is a function of its number, and what is read to know it is the index of
-one window.
+one window. Latents, which were encoded in one shape each, need whole batches
+of a bucket: then a few samples are left to another epoch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .order import key_at, permutation
+from .order import key_at, permutation, share_at
 
 WINDOW_POSITIONS = 65_536
 WINDOW_BATCHES = 64
@@ -27,12 +28,14 @@ class Buckets:
         ratios: width / height of each; none for squares only.
         resolution: pixels; each shape has about resolution^2 of them.
         step: pixels of which every side is a multiple; squares only are of the resolution itself.
+        whole: a batch holds samples of its own bucket alone, as latents need that were encoded in one shape each.
 
     Raises:
         ValueError: two ratios that come to the same shape.
     """
 
-    def __init__(self, ratios: tuple[float, ...], resolution: int, step: int) -> None:
+    def __init__(self, ratios: tuple[float, ...], resolution: int, step: int, whole: bool = False) -> None:
+        self.whole = whole
         self.shapes = [(resolution, resolution)]
         if ratios:
             self.shapes = sorted((_side(resolution / r**0.5, step), _side(resolution * r**0.5, step)) for r in ratios)
@@ -83,9 +86,16 @@ class Windows:
             crosses an epoch's end; the batch that does is a window of its own.
         batch_size: images of all ranks together.
         seed: of the shuffles.
+        whole: no batch straddles: a bucket has as many batches of a window as
+            its share says, rounded up or down by chance, so that no share is
+            off on average; samples too many are left out of this epoch, and
+            where they are too few some come twice.
     """
 
-    def __init__(self, bucket_of: Callable[[np.ndarray], np.ndarray], *, epoch: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, bucket_of: Callable[[np.ndarray], np.ndarray], *, epoch: int, batch_size: int, seed: int, whole: bool = False
+    ) -> None:
+        self.whole = whole
         self.bucket_of, self.epoch, self.batch_size, self.seed = bucket_of, epoch, batch_size, seed
         self.length = max(WINDOW_BATCHES, WINDOW_POSITIONS // batch_size)
         self._last: tuple[range, np.ndarray, np.ndarray] | None = None
@@ -115,6 +125,15 @@ class Windows:
         positions = np.arange(batches.start * size, batches.stop * size)
         buckets = self.bucket_of(positions)
         sort = np.lexsort((key_at(positions, self.seed, 5), buckets))
+        if self.whole:
+            sort = self._whole(sort, buckets, batches.start)
         largest = np.array([np.bincount(row).argmax() for row in buckets[sort].reshape(-1, size)])
         shuffle = permutation(len(batches), self.seed, 6, batches.start)
         return batches, positions[sort].reshape(-1, size)[shuffle], largest[shuffle]
+
+    def _whole(self, sort: np.ndarray, buckets: np.ndarray, first: int) -> np.ndarray:
+        """Of a window's positions sorted by bucket, whole batches of each: shares are counted along one line with a random start."""
+        counts = np.bincount(buckets)
+        ends = (np.cumsum(counts) + int(share_at(np.array([first]), self.seed, 9, 0)[0] * self.batch_size)) // self.batch_size
+        parts = zip(np.split(sort, np.cumsum(counts)[:-1]), np.diff(ends, prepend=0), strict=True)
+        return np.concatenate([np.resize(part, batches * self.batch_size) for part, batches in parts if batches])

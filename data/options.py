@@ -50,6 +50,8 @@ class Options:
     max_tokens: int = 128
     encoding: str = "online"
     encoded: str = ""
+    latent_scale: tuple[float, ...] = ()
+    latent_shift: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         _require(self.resolution >= 1, "resolution", self.resolution, "at least 1 pixel. Use the side of your images, or 256.")
@@ -89,6 +91,13 @@ class Options:
         if self.encoding == "cached" and not self.encoded:
             raise ValueError(
                 "data.encoding=cached without data.encoded: name the folder that `accelerate launch -m data.encode --config ...` writes."
+            )
+        if self.latent_scale:
+            _require(
+                min(self.latent_scale) > 0,
+                "latent_scale",
+                self.latent_scale,
+                "positive: one number, or one a channel. Use 0.18215 for SD's.",
             )
         if self.encoding == "cached" and self.autoencoder and self.random_crop:
             raise ValueError(

@@ -83,7 +83,8 @@ class Planner:
                     f"{start} images were seen, which is no multiple of train.batch_size={share.batch_size}: with data.aspect_ratios "
                     f"a run goes on with the batch size it began with."
                 )
-            self.windows = Windows(self._bucket_of, epoch=order.epoch, batch_size=share.batch_size, seed=look.seed)
+            size = share.batch_size
+            self.windows = Windows(self._bucket_of, epoch=order.epoch, batch_size=size, seed=look.seed, whole=buckets.whole)
         self._ahead: deque[Plan] = deque()
         self._portion = 0
 

@@ -18,20 +18,33 @@ def _require(rule: bool, name: str, value: object, text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, at what size."""
+    """Which images, at what size, seen through which encoders; `data/options.py` checks what is given here."""
 
-    shards: str = ""  # folder of shards with a manifest, as `python -m data.prepare` makes it
+    shards: tuple[str, ...] = ()  # folders of shards with a manifest, as `python -m data.prepare` makes them
+    weights: tuple[float, ...] = ()  # share of each folder in every batch; none shuffles all together
     split: str = "train"  # which of the manifest's splits to train on
     resolution: int = 256  # pixels; images are resized by the short side and cropped to this square
     channels: Literal[1, 3] = 3  # 1 for gray, 3 for RGB
     horizontal_flip: bool = False  # mirror half of the images, chosen by (seed, position)
+    random_crop: bool = False  # crop anywhere, chosen by (seed, position), instead of at the centre
+    aspect_ratios: tuple[float, ...] = ()  # width / height of each bucket, all of about resolution^2 pixels; none for squares
+    bucket_step: int = 32  # pixels of which every bucket's sides are multiples
+    caption: str = "txt"  # where captions are: txt, or json.KEY
     shuffle_block: int = 16  # shards; so many are mixed with one another, which bounds the memory of the order
     workers: int = 2  # threads that read and decode ahead on each rank; 0 reads inside the loop
-
-    def __post_init__(self) -> None:
-        _require(self.resolution >= 1, "data.resolution", self.resolution, "at least 1 pixel. Use the side of your images, or 256.")
-        _require(self.shuffle_block >= 1, "data.shuffle_block", self.shuffle_block, "at least 1 shard. Use 16 or more.")
-        _require(self.workers >= 0, "data.workers", self.workers, "0 or more threads.")
+    max_bad_share: float = 0.001  # of samples that cannot be read; more stop training with the list
+    lost_shards: str = "stop"  # or skip: go on without a shard that is gone
+    cache_dir: str = ""  # where copies of remote shards are kept
+    cache_size: str = "100GB"  # of all copies
+    retry_seconds: float = 300.0  # a remote source is tried again for so long
+    autoencoder: str = ""  # folder or Hub id of a frozen AutoencoderKL, AutoencoderTiny or AutoencoderDC; none trains on pixels
+    text_encoder: str = ""  # folder or Hub id of a frozen text encoder
+    max_tokens: int = 128  # longer captions are cut
+    encoding: str = "online"  # or cached: read what `python -m data.encode` wrote into data.encoded
+    encoded: str = ""  # folder of that cache
+    # multiplies latents after the shift, one number or one a channel; none: as measured (cached), or as the autoencoder says (online)
+    latent_scale: tuple[float, ...] = ()
+    latent_shift: tuple[float, ...] = ()  # subtracted from latents, one number or one a channel; none: likewise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,10 +194,10 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-def model_options(config: Config, num_classes: int) -> dict[str, Any]:
-    """The arguments of `models.build`: the recipe's model, and what the data say of its input."""
+def model_options(config: Config, shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
+    """The arguments of `models.build`: the recipe's model, and what the data say of its input, (C, H, W), here square."""
     options = {item.name: getattr(config.model, item.name) for item in fields(config.model)}
-    return {**options, "channels": config.data.channels, "resolution": config.data.resolution, "num_classes": num_classes}
+    return {**options, "channels": shape[0], "resolution": shape[-1], "num_classes": num_classes}
 
 
 ALIASES = {

@@ -16,11 +16,13 @@ from diffusers import DiTPipeline, ModelMixin
 from torch import nn
 
 from .config import Config
+from .fold import stock_autoencoder
 from .folder import STOCK_NULL, open_folder
 from .generate import Sampler, generate, grid, save_image
 from .identity import identity_autoencoder
 from .recipe import as_mapping
 from .scheduling_condot_v1 import CondotScheduler
+from .space import Space
 from .stock import form_of, scheduler_of
 from .tracking import last_loss
 
@@ -46,7 +48,14 @@ class Card:
 
 
 def write_folder(
-    output: Path, network: ModelMixin, config: Config, class_names: tuple[str, ...], card: Card, progress: Callable[[str], None] = print
+    output: Path,
+    network: ModelMixin,
+    config: Config,
+    class_names: tuple[str, ...],
+    card: Card,
+    space: Space,
+    vae: nn.Module | None = None,
+    progress: Callable[[str], None] = print,
 ) -> Path:
     """Write a pipeline folder for stock diffusers.
 
@@ -56,6 +65,8 @@ def write_folder(
         config: of the run; kept as `config.yaml`.
         class_names: name of each label; none for an unconditional model.
         card: for README.md.
+        space: what the network works on.
+        vae: the autoencoder whose latents that is; None for pixels.
         progress: told what was written.
 
     Raises:
@@ -65,11 +76,11 @@ def write_folder(
     form, scheduler = form_of(config.flow), scheduler_of(config.flow)
     if output.exists() and any(output.iterdir()) and not (output / "model_index.json").exists():
         raise ValueError(f"{output} is not empty and no export: give another folder.")
-    vae = identity_autoencoder(config.data.channels, config.data.resolution)
+    vae = stock_autoencoder(vae, space) if vae is not None else identity_autoencoder(space.channels, space.height)
     temporary = output.parent / f".{output.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        pipe = DiTPipeline(transformer=cast(Any, network), vae=vae, scheduler=cast(Any, scheduler))
+        pipe = DiTPipeline(transformer=cast(Any, network), vae=cast(Any, vae), scheduler=cast(Any, scheduler))
         pipe.save_pretrained(temporary, safe_serialization=True)
         _mend_index(temporary, class_names, own_scheduler=not form.stock)
         (temporary / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
@@ -77,7 +88,7 @@ def write_folder(
         labels = torch.arange(4 * min(count, 10)) % min(count, 10) if count else torch.full((16,), STOCK_NULL)
         guidance = 2.0 if count else 1.0
         images = generate(open_folder(temporary), labels, Sampler("heun", 25, guidance), seed=0).images
-        save_image(grid(images, min(count, 10) or 8, scale=max(1, 48 // config.data.resolution)), temporary / "samples.png")
+        save_image(grid(images, min(count, 10) or 8, scale=max(1, 48 // images.shape[-1])), temporary / "samples.png")
         (temporary / "README.md").write_text(_readme(config, class_names, card, guidance))
         _replace(temporary, output)
     finally:
@@ -122,6 +133,7 @@ def _readme(config: Config, class_names: tuple[str, ...], card: Card, guidance: 
     )
     seen = f"{card.steps:,} steps of {config.train.batch_size} images ({card.images:,} images seen)"
     loss = "" if card.loss is None else f", last logged loss {card.loss:.4f}"
+    latents = f", in the latents of {data.autoencoder}" if data.autoencoder else ""
     trust = "" if form_of(config.flow).stock else ", trust_remote_code=True"
     return f"""---
 library_name: diffusers
@@ -132,7 +144,7 @@ tags: [condot, flow-matching, class-conditional]
 # {card.title}
 
 A {config.model.kind} of {card.parameters:,} parameters, trained from scratch by condot on
-{data.resolution} x {data.resolution} images with {data.channels} channel(s), {classes}.
+{data.resolution} x {data.resolution} images with {data.channels} channel(s), {classes}{latents}.
 
 ![samples](samples.png)
 

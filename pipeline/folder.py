@@ -22,6 +22,8 @@ STOCK_NULL = 1000
 """The label that DiTPipeline passes for no class."""
 NETWORKS = ("DiTTransformer2DModel", "UNet2DModel")
 """Stock classes that predict for (x, timestep, class_labels)."""
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+"""Stock classes whose latents a DiTPipeline decodes."""
 
 
 def open_folder(folder: str | Path, device: torch.device | str = "cpu") -> Source:
@@ -43,7 +45,7 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu") -> Sourc
     try:
         index = json.loads((folder / "model_index.json").read_text())
         network = _part(folder, index, "transformer", NETWORKS).to(device)
-        vae = _part(folder, index, "vae", ("AutoencoderKL",)).to(device)
+        vae = _part(folder, index, "vae", AUTOENCODERS).to(device)
         scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
         recipe = folder / "config.yaml"
         flow = build(Config, yaml.safe_load(recipe.read_text())).flow if recipe.exists() else None
@@ -85,6 +87,9 @@ def stock_source(network: Any, vae: Any, scheduler: Any, num_classes: int, flow:
     def decode(latents: Tensor) -> Tensor:
         return vae.decode((latents / vae.config.scaling_factor).to(vae.dtype)).sample
 
-    shape = (network.config.in_channels, network.config.sample_size, network.config.sample_size)
+    side = network.config.sample_size
+    shape = (network.config.in_channels, side, side)
+    factor = 2 ** (len(vae.config.get("encoder_block_out_channels") or vae.config.block_out_channels) - 1)
+    pixels = () if factor == 1 else (vae.config.in_channels, factor * side, factor * side)
     model = scaled(predict, flow) if flow else predict
-    return Source(velocity_field(model, path, kind), path, shape, num_classes, STOCK_NULL, network.device, decode, kind)
+    return Source(velocity_field(model, path, kind), path, shape, num_classes, STOCK_NULL, network.device, decode, kind, pixels=pixels)

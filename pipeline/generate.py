@@ -73,10 +73,17 @@ class Source:
     """What the network gives, which says where on the path the field is singular."""
     prior: Prior | None = None
     """Where the path starts, unless at N(0, I); then there is no score, and no SDE."""
+    pixels: tuple[int, ...] = ()
+    """Of an image, (C, H, W), where samples are latents of it; empty where samples are images."""
 
 
 def network_source(
-    network: nn.Module, flow: FlowConfig, shape: tuple[int, ...], num_classes: int, decode: Callable[[Tensor], Tensor]
+    network: nn.Module,
+    flow: FlowConfig,
+    shape: tuple[int, ...],
+    num_classes: int,
+    decode: Callable[[Tensor], Tensor],
+    pixels: tuple[int, ...] = (),
 ) -> Source:
     """A network of ours as a source; its null class is `num_classes`."""
     path = PATHS[flow.path]()
@@ -90,6 +97,7 @@ def network_source(
         decode=decode,
         predict=flow.predict,
         prior=prior_of(flow),
+        pixels=pixels,
     )
 
 

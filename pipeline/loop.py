@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ class MicroBatch(Protocol):
     """What the stream gives: see data.stream.Batch."""
 
     @property
-    def pixels(self) -> Tensor: ...
+    def images(self) -> Tensor: ...
     @property
     def labels(self) -> Tensor: ...
     @property
@@ -53,8 +53,10 @@ class Run:
     ema: Ema
     optimizer: Any
     method: Method
-    encode: Callable[[Tensor], Tensor]
-    """From pixels, uint8, to what the model sees."""
+    encode: Callable[[MicroBatch, int], Tensor]
+    """From a micro-batch and its step to what the model learns, (B, *S), on the device."""
+    decode: Callable[[Tensor], Tensor]
+    """From that to images, -1..1."""
     drop_label: Callable[[Tensor, Tensor], Tensor]
     """(labels, chance) -> labels, some of them null."""
     store: Store
@@ -64,7 +66,8 @@ class Run:
     meter: Meter
     sample: Callable[[Run], None]
     """Writes a grid of samples."""
-    bad: BadSamples
+    bad: BadSamples = field(init=False)
+    """Counted from where the run goes on."""
     step: int = 0
     images: int = 0
     saved: int = 0
@@ -207,8 +210,8 @@ def fit(run: Run, stream: Stream, log: Log, stop: int) -> None:
 def loss_of(run: Run, batch: MicroBatch) -> Tensor:
     """The objective on a micro-batch, (B,)."""
     device = run.accelerator.device
-    data = run.encode(batch.pixels.to(device, non_blocking=True))
-    draws = run.method.draw(run.config.seed, run.step, batch.places.to(device, non_blocking=True))
+    data = run.encode(batch, run.step)
+    draws = run.method.draw(run.config.seed, run.step, batch.places.to(device, non_blocking=True), tuple(data.shape[1:]))
     labels = run.drop_label(batch.labels.to(device, non_blocking=True), draws.drop)
     return run.method.losses(run.model, data, draws, labels)
 

@@ -127,15 +127,14 @@ class Method:
         """What the recipe makes of a bare network, `(x, t, labels)` -> the prediction."""
         return scaled(model, self.flow)
 
-    def draw(self, seed: int, step: int, places: Tensor) -> Draws:
-        """Noise, times, chances and probes of the samples at `places`, (B,), of a step's global batch."""
+    def draw(self, seed: int, step: int, places: Tensor, shape: tuple[int, ...] | None = None) -> Draws:
+        """Noise, times, chances and probes of the samples at `places`, (B,), of a step's global batch; of another shape S if given."""
+        shape = shape or self.shape
         return Draws(
-            normal(seed, Purpose.NOISE, step, places, self.shape)
-            if self.prior is None
-            else self.prior.draw(seed, step, places, self.shape),
+            normal(seed, Purpose.NOISE, step, places, shape) if self.prior is None else self.prior.draw(seed, step, places, shape),
             draw_times(self.law, seed, step, places, self.batch_size if self.flow.stratified else None).float(),
             uniform(seed, Purpose.CONDITION_DROP, step, places),
-            rademacher(seed, Purpose.PROBE, step, places, self.shape) if self.flow.objective == "sliced" else None,
+            rademacher(seed, Purpose.PROBE, step, places, shape) if self.flow.objective == "sliced" else None,
         )
 
     def losses(self, model: Callable[..., Tensor], data: Tensor, draws: Draws, labels: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) 
 
 def build(cls: type[T], mapping: dict[str, Any]) -> T:
     """Fill a dataclass from a mapping, such as a saved configuration; errors as in `parse`."""
-    given = _flatten(mapping)
+    given = {key: values for key, values in _flatten(mapping).items() if values}  # an empty list is every list's default
     return parse(cls, [word for key, values in given.items() for word in (f"--{key}", *values)])
 
 

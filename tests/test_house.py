@@ -10,19 +10,21 @@ ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
         ["config", "recipe", "process", "scheduling_condot_v1"],
-        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock"],
-        ["loop", "generate"],
+        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space"],
+        ["loop", "generate", "fold"],
         ["folder"],
         ["export", "evaluate", "options", "density", "restore", "preview"],
     ],
     "models": [["layers", "condition"], ["dit", "unet"], ["convert"]],
     "data": [
-        ["tar", "order", "decode", "options", "retry", "flock"],
-        ["index", "buckets", "fetch", "cache"],
-        ["source"],
-        ["shards", "remote", "pack"],
+        ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint"],
+        ["index", "buckets", "fetch", "cache", "encoders"],
+        ["source", "encoded"],
+        ["shards", "remote", "pack", "side"],
         ["batch", "open", "prepare"],
         ["stream"],
+        ["forms"],
+        ["encode"],
     ],
 }
 FILES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))

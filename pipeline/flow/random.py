@@ -37,6 +37,7 @@ class Purpose(IntEnum):
     DIFFUSION = 5
     PROBE = 6
     COUPLING = 7
+    POSTERIOR = 8
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

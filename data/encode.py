@@ -1,0 +1,268 @@
+"""Encode shards once: `accelerate launch -m data.encode --config recipe.yaml`; the same command goes on, and more may join.
+
+Writes latents and text embeddings, whichever encoders the recipe names, into
+side shards below `data.encoded`. A shard is the unit of work, claimed by
+whoever is free; nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from .claim import Claim
+from .encoded import EXTENSIONS, FormName, side_folder
+from .encoders import Autoencoder, TextEncoder, read_autoencoder, text_fingerprint
+from .forms import Form, Item, Latents, Text
+from .index import IMAGE_EXTENSIONS, Shard
+from .open import open_sources
+from .options import Options, read_options
+from .shards import Shards
+from .side import Side
+from .source import Folder
+
+WINDOW = 4
+"""Batches that are read and decoded ahead, and kept in memory."""
+
+
+class Interrupted(BaseException):
+    """A signal came."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return run(*_words(sys.argv[1:] if argv is None else argv))
+    except Interrupted as signalled:
+        print("\ninterrupted: finished shards are kept; the same command goes on.", file=sys.stderr, flush=True)
+        return 128 + int(signalled.args[0])
+    except (ValueError, OSError) as error:
+        if os.environ.get("CONDOT_DEBUG"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def _words(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command's own options, and the fields of the recipe's section `data` that `--data.key=value` replaces."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.encode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`--data.key=value` replaces a field of the recipe's section data; several values: --data.shards a b.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="the recipe; its section data names shards and encoders")
+    parser.add_argument("--output", default="", help="folder of the cache (default: data.encoded)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images or captions at once (default: 32)")
+    parser.add_argument("--flips", choices=("both", "none"), help="also encode mirrored images (default: as data.horizontal_flip)")
+    parser.add_argument("--splits", default="", help="splits to encode, as train,val (default: all)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the encoders (default: fp32)")
+    args, rest = parser.parse_known_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch_size {args.batch_size}: at least 1")
+    return args, _fields(rest, parser)
+
+
+def _fields(words: list[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """Words such as `--data.resolution=64` or `--data.shards a b` as fields of the section."""
+    over: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--data."):
+            name, equals, value = word.removeprefix("--data.").partition("=")
+            over[name] = [value] if equals else []
+        elif not name or word.startswith("--"):
+            parser.error(f"unknown option {word}: fields of the recipe are written --data.key=value")
+        else:
+            over[name].append(word)
+    kinds = {item.name: str(item.type) for item in fields(Options)}
+    return {name: _value(name, given or ["true"], kinds.get(name, "str")) for name, given in over.items()}
+
+
+def _value(name: str, words: list[str], kind: str) -> Any:
+    """Words as a field's type has it, which is written `int` or `tuple[int, ...]`."""
+    one = kind.removeprefix("tuple[").split(",")[0]
+    readers: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "bool": lambda word: {"true": True, "false": False}[word.lower()],
+    }
+    read = readers.get(one, str)
+    try:
+        values = tuple(read(word) for word in words)
+    except (ValueError, KeyError):
+        raise ValueError(f"data.{name}={' '.join(words)}: give {one}.") from None
+    return values if kind.startswith("tuple") else values[-1]
+
+
+def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
+    """Encode what nobody else has, and say how things stand."""
+    options, _ = read_options(args.config, over)
+    output = args.output or options.encoded
+    if not output:
+        raise ValueError("data.encoded is empty: name the folder of the cache there, or with --output.")
+    made = _forms(args, options)
+    sources = open_sources(options)
+    for number, (folder, names) in enumerate(sources):
+        splits = [split for split in args.splits.split(",") if split] or sorted({shard.split for shard in folder.manifest.shards})
+        wanted = [shard for split in splits for shard in folder.manifest.split(split) if names is None or shard.name in names]
+        for name, form in made.items():
+            side = Side(side_folder(output, name, number, len(sources)), form.facts(folder.manifest), folder.manifest)
+            encode(folder, wanted, name, form, side, options)
+    return 0
+
+
+def _forms(args: argparse.Namespace, options: Options) -> dict[FormName, Form]:
+    """What the recipe's encoders make, the networks still to be built."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    made: dict[FormName, Form] = {}
+    if options.autoencoder:
+        mirrored = options.horizontal_flip if args.flips is None else args.flips == "both"
+        made["latents"] = Latents(
+            options,
+            read_autoencoder(options.autoencoder),
+            lambda: Autoencoder(options.autoencoder, device, dtype),
+            mirrored,
+            args.batch_size,
+            args.dtype,
+        )
+    if options.text_encoder:
+        made["text"] = Text(
+            options,
+            text_fingerprint(options.text_encoder, options.max_tokens),
+            lambda: TextEncoder(options.text_encoder, device, dtype, options.max_tokens),
+            args.batch_size,
+            args.dtype,
+        )
+    if not made:
+        raise ValueError("neither data.autoencoder nor data.text_encoder is named: there is nothing to encode. Name one in the recipe.")
+    return made
+
+
+def encode(folder: Folder, wanted: list[Shard], name: str, form: Form, side: Side, options: Options) -> None:
+    """Encode the shards of one folder that are neither done nor claimed; whoever finds all done writes the manifest.
+
+    Raises:
+        ValueError: more samples that cannot be decoded than data.max_bad_share allows.
+    """
+
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    turned = wanted[rank * len(wanted) // ranks :] + wanted[: rank * len(wanted) // ranks]  # ranks begin apart, so that they seldom meet
+    samples = sum(shard.samples for shard in wanted)
+    bad: list[str] = []
+    again = True
+    todo = [shard for shard in turned if not side.done(shard)]
+    worked = bool(todo)
+    title = f"{name}{f' (rank {rank})' if ranks > 1 else ''}"
+    with (
+        tqdm(total=samples, initial=samples - sum(s.samples for s in todo), desc=title, unit="sample", mininterval=1, position=rank) as bar,
+        ThreadPoolExecutor(max(1, options.workers), "decode") as pool,
+    ):
+        while again:
+            again = False
+            for shard in todo:
+                claim = None if side.done(shard) else side.claim(shard)
+                if claim is None:
+                    continue
+                with claim:
+                    if not side.done(shard):
+                        again = True
+                        _encode_shard(folder, shard, form, side, claim, pool, bar)
+                        bad += side.note(shard)["sums"]["bad"]
+                _check_bad(bad, samples, options.max_bad_share)
+    left = [shard for shard in wanted if not side.done(shard)]
+    if left:
+        print(f"{side.folder}: others still encode {len(left)} of {len(wanted)} shards; the last of them writes the manifest.", flush=True)
+    else:
+        _finish(side, form, wanted, options, worked)
+
+
+def _finish(side: Side, form: Form, wanted: list[Shard], options: Options, worked: bool) -> None:
+    """Write the manifest, unless it is there already."""
+    manifest = side.manifest()
+    names = {shard.name for shard in manifest.shards} if manifest else set()
+    if manifest is None or worked or not {shard.name for shard in wanted} <= names:
+        bad = [text for shard in wanted for text in side.note(shard)["sums"]["bad"]]
+        _check_bad(bad, sum(shard.samples for shard in wanted), options.max_bad_share)
+        manifest = side.finish(form.describe)
+    count, size = sum(s.samples for s in manifest.shards), sum(s.bytes for s in manifest.shards)
+    bad_count = len(manifest.encoding["bad"])
+    already = "" if worked else "already "
+    print(f"{side.folder}: {count:,} samples {already}encoded, {size:,} bytes, {bad_count} of them undecodable.", flush=True)
+
+
+def _check_bad(bad: list[str], samples: int, most: float) -> None:
+    if len(bad) > most * samples:
+        shown = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise ValueError(
+            f"{len(bad)} of {samples} samples cannot be decoded, above data.max_bad_share={most}: {shown}. "
+            f"Pack the images without them, or raise data.max_bad_share and run the same command again."
+        )
+
+
+def _encode_shard(folder: Folder, shard: Shard, form: Form, side: Side, claim: Claim, pool: ThreadPoolExecutor, bar: Any) -> None:
+    """One shard from its tar to its side shard."""
+
+    images = Shards([folder], shard.split, [(shard.name,)])
+    records = np.array(images.records(0))
+    extension = EXTENSIONS[side.facts["form"]]
+    form.sums()
+    with side.writing(shard, claim, records, form.sums) as writer:
+        for items, prepared in _ahead(images, records, form, pool, WINDOW * form.batch_size):
+            for item, array in zip(items, form.encode(items, prepared), strict=True):
+                writer.add(f"{item.key}.{extension}", array)
+            claim.touch()
+            bar.update(len(items))
+
+
+def _ahead(images: Shards, records: Any, form: Form, pool: ThreadPoolExecutor, size: int) -> Iterator[tuple[list[Item], list[Any]]]:
+    """Windows of a shard, in order, the next one read and prepared by threads while this one is encoded."""
+
+    def one(number: int) -> tuple[Item, Any]:
+        item = _item(images, number, records[number])
+        return item, form.prepare(item)
+
+    def begin(first: int) -> list[Any]:
+        return [pool.submit(one, number) for number in range(first, min(first + size, len(records)))]
+
+    waiting = begin(0)
+    for first in range(0, len(records), size):
+        ready, waiting = [future.result() for future in waiting], begin(first + size)
+        yield [item for item, _ in ready], [prepared for _, prepared in ready]
+
+
+def _item(images: Shards, number: int, record: Any) -> Item:
+    """One sample, its bytes checked."""
+
+    sample = images.read(0, number)
+    image = next(sample.files[e] for e in IMAGE_EXTENSIONS if e in sample.files)
+    return Item(sample.key, f"{images.shards[0].name}: {sample.key}", image, sample.files, int(record["width"]), int(record["height"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""What becomes of a sample in an encoded cache: its image as moments of latents, or its caption as token states.
+
+A form turns the samples of a shard, in order, into one float16 array each, and
+counts while it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import caption_of
+from .buckets import Buckets
+from .decode import DECODE_ERRORS, decode_into
+from .encoded import wanted_latents, wanted_text
+from .encoders import Autoencoder, AutoencoderFacts, TextEncoder, check_images
+from .index import Manifest
+from .options import Options
+from .side import Sums
+from .stream import to_unit
+
+
+@dataclass(frozen=True)
+class Item:
+    """One sample as it lies in the images' shard."""
+
+    key: str
+    where: str
+    """Shard and key, for messages."""
+    image: bytes
+    files: dict[str, bytes]
+    width: int
+    height: int
+    """Of the upright image, pixels."""
+
+
+class Form(Protocol):
+    """One kind of side shard."""
+
+    batch_size: int
+
+    def facts(self, images: Manifest) -> dict[str, Any]:
+        """What it is made from and how."""
+        ...
+
+    def prepare(self, item: Item) -> Any:
+        """What a thread can do ahead."""
+        ...
+
+    def encode(self, items: list[Item], prepared: list[Any]) -> list[np.ndarray]:
+        """One array a sample, float16."""
+        ...
+
+    def sums(self) -> Sums:
+        """What was counted since the last call."""
+        ...
+
+    def describe(self, total: Sums) -> dict[str, Any]:
+        """The sums of all shards as the manifest has them."""
+        ...
+
+
+class Latents:
+    """Images as posterior moments, plain and, if wanted, mirrored.
+
+    Args:
+        options: of the recipe.
+        known: the autoencoder's facts.
+        load: builds it, when the first image comes.
+        mirrored: encode the mirrored image too.
+        batch_size: images at once.
+        computed: name of the precision, for the facts.
+    """
+
+    def __init__(
+        self, options: Options, known: AutoencoderFacts, load: Callable[[], Autoencoder], mirrored: bool, batch_size: int, computed: str
+    ) -> None:
+        self.buckets = Buckets(options.aspect_ratios, options.resolution, options.bucket_step)
+        for shape in self.buckets.shapes:
+            check_images(known, options.channels, *shape)
+        self.options, self.known, self._load, self.batch_size, self.computed = options, known, load, batch_size, computed
+        self.flips = ["plain", "mirrored"] if mirrored else ["plain"]
+        self._start()
+
+    @cached_property
+    def autoencoder(self) -> Autoencoder:
+        """The network itself."""
+        return self._load()
+
+    def _start(self) -> None:
+        self._bad: list[str] = []
+        self._counts = np.zeros(2, np.int64)
+        self._totals = np.zeros((3, self.known.channels))
+
+    def facts(self, images: Manifest) -> dict[str, Any]:
+        return {
+            **wanted_latents(self.options, images, self.known.fingerprint),
+            "name": self.known.name,
+            "flips": self.flips,
+            "moments": ["value"] if self.known.deterministic else ["mean", "std"],
+            "latent_channels": self.known.channels,
+            "factor": self.known.factor,
+            "dtype": "float16",
+            "computed": self.computed,
+        }
+
+    def prepare(self, item: Item) -> np.ndarray | str:
+        """The image as training sees it, (C, H, W) uint8, or why there is none."""
+        bucket = self.buckets.nearest(np.array([item.width]), np.array([item.height]))[0]
+        out = np.empty((*self.buckets.shapes[bucket], self.options.channels), np.uint8)
+        try:
+            decode_into(out, item.image)
+        except DECODE_ERRORS as error:
+            return " ".join(str(error).split()) or type(error).__name__
+        return np.ascontiguousarray(out.transpose(2, 0, 1))
+
+    def encode(self, items: list[Item], prepared: list[np.ndarray | str]) -> list[np.ndarray]:
+        """(flips, moments x channels, h, w) each; without rows where the image cannot be decoded."""
+        made: dict[int, np.ndarray] = {}
+        shapes = [p.shape if isinstance(p, np.ndarray) else None for p in prepared]
+        for shape in dict.fromkeys(s for s in shapes if s is not None):
+            places = [i for i, s in enumerate(shapes) if s == shape]
+            for first in range(0, len(places), self.batch_size):
+                batch = places[first : first + self.batch_size]
+                pixels = torch.from_numpy(np.stack([prepared[i] for i in batch]))
+                made |= zip(batch, half(self._moments(pixels), [items[i].where for i in batch]), strict=True)
+        rows = self.known.channels * (1 if self.known.deterministic else 2)
+        for i, reason in enumerate(prepared):
+            if isinstance(reason, str):
+                self._bad.append(f"{items[i].where} ({reason})")
+                made[i] = np.zeros((0, rows, 1, 1), np.float16)
+            else:
+                self._count(made[i])
+        return [made[i] for i in range(len(items))]
+
+    def _moments(self, pixels: Tensor) -> Tensor:
+        x = to_unit(pixels.to(self.autoencoder.model.device))
+        views = (x, x.flip(-1))[: len(self.flips)]
+        return torch.stack([self.autoencoder.moments(view) for view in views], dim=1)
+
+    def _count(self, array: np.ndarray) -> None:
+        values = array.astype(np.float64)
+        mean, std = values[:, : self.known.channels], values[:, self.known.channels :]
+        self._counts += (1, mean[:, 0].size)
+        self._totals += [mean.sum((0, 2, 3)), (mean**2).sum((0, 2, 3)), (std**2).sum((0, 2, 3)) if std.size else 0 * self._totals[2]]
+
+    def sums(self) -> Sums:
+        count, values = self._counts.tolist()
+        names = ("mean", "square", "variance")
+        sums = {"count": count, "values": values, "bad": self._bad, **dict(zip(names, self._totals.tolist(), strict=True))}
+        self._start()
+        return sums
+
+    def describe(self, total: Sums) -> dict[str, Any]:
+        """Mean and deviation of each channel: of the means, and of samples, whose variance is larger by E[std^2]."""
+        if not total["values"]:
+            raise ValueError(f"none of the {len(total['bad'])} images can be decoded: {'; '.join(total['bad'][:5])}. Pack them again.")
+        mean, square, variance = (np.array(total[key]) / total["values"] for key in ("mean", "square", "variance"))
+        spread = np.maximum(square - mean**2, 0)
+        statistics = {"mean": mean, "mean_std": np.sqrt(spread), "std": np.sqrt(spread + variance)}
+        return {
+            "statistics": {key: value.tolist() for key, value in statistics.items()}
+            | {"samples": total["count"], "values": total["values"]},
+            "bad": total["bad"],
+        }
+
+
+class Text:
+    """Captions as the states of their tokens; a sample without one has the empty caption, the null condition."""
+
+    def __init__(
+        self, options: Options, fingerprint: dict[str, Any], load: Callable[[], TextEncoder], batch_size: int, computed: str
+    ) -> None:
+        if not options.caption:
+            raise ValueError("data.caption is empty beside data.text_encoder: choose `txt` or `json.KEY`.")
+        self.options, self.fingerprint, self._load, self.batch_size, self.computed = options, fingerprint, load, batch_size, computed
+        self._counts = dict.fromkeys(("count", "tokens", "missing", "cut"), 0)
+
+    @cached_property
+    def encoder(self) -> TextEncoder:
+        """The network itself."""
+        return self._load()
+
+    def facts(self, images: Manifest) -> dict[str, Any]:
+        wanted = wanted_text(self.options, images, self.fingerprint)
+        return {**wanted, "name": self.options.text_encoder, "dtype": "float16", "computed": self.computed}
+
+    def prepare(self, item: Item) -> str:
+        """The caption; "" where there is none."""
+        return caption_of(item.files, self.options.caption)
+
+    def encode(self, items: list[Item], prepared: list[str]) -> list[np.ndarray]:
+        """(tokens, width) each, without padding."""
+        made = []
+        for first in range(0, len(items), self.batch_size):
+            captions = prepared[first : first + self.batch_size]
+            states, mask = self.encoder.states(captions)
+            lengths = mask.sum(1).tolist()
+            self._counts["tokens"] += sum(lengths)
+            self._counts["cut"] += self.encoder.tokens(captions)[2]
+            whole = half(states, [item.where for item in items[first : first + self.batch_size]])
+            made += [array[:length] for array, length in zip(whole, lengths, strict=True)]
+        self._counts["count"] += len(items)
+        self._counts["missing"] += sum(not caption for caption in prepared)
+        return made
+
+    def sums(self) -> Sums:
+        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
+        return {**counts, "bad": []}
+
+    def describe(self, total: Sums) -> dict[str, Any]:
+        counted = {"samples": total["count"], "tokens": total["tokens"], "missing": total["missing"], "cut": total["cut"]}
+        return {"width": self.fingerprint["width"], "statistics": counted, "bad": []}
+
+
+def half(values: Tensor, where: list[str]) -> list[np.ndarray]:
+    """Arrays in float16.
+
+    Raises:
+        ValueError: a value that is not finite there, with the sample.
+    """
+    arrays = values.half().cpu().numpy()
+    for array, name in zip(arrays, where, strict=True):
+        if not np.isfinite(array).all():
+            raise ValueError(
+                f"{name} encodes to values that float16 does not hold (beyond 65504, or not finite): this encoder overflows. "
+                f"Try --dtype fp32, or leave the sample out."
+            )
+    return list(arrays)
