@@ -14,6 +14,7 @@ import json
 import os
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,13 @@ class Manifest:
         return hashlib.sha256("".join(f"{s.split}:{s.sha256};" for s in self.shards).encode()).hexdigest()
 
 
-def index_shard(path: Path, *, like: np.ndarray | None = None, faults: list[str] | None = None) -> tuple[np.ndarray, int]:
+def index_shard(
+    path: Path,
+    *,
+    like: np.ndarray | None = None,
+    faults: list[str] | None = None,
+    verify: Callable[[bytes], None] | None = None,
+) -> tuple[np.ndarray, int]:
     """Read a tar once and describe its samples, in order.
 
     Args:
@@ -119,6 +126,7 @@ def index_shard(path: Path, *, like: np.ndarray | None = None, faults: list[str]
             and classes these take over.
         faults: where given, samples that cannot be indexed are left out and
             named here, instead of an error.
+        verify: called with each image; its ValueError is the sample's fault.
 
     Returns:
         One RECORD a sample, and the number of samples with a caption.
@@ -139,6 +147,8 @@ def index_shard(path: Path, *, like: np.ndarray | None = None, faults: list[str]
                 if like is None:
                     label = _label(span, body)
                     width, height = _size(_bytes_of(span, payload, body))
+                if verify is not None:
+                    verify(_bytes_of(span, payload, body))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 if faults is None:
                     raise ValueError(f"{path}: {span.key} cannot be indexed: {error}. Leave it out when packing.") from error
@@ -155,7 +165,7 @@ def index_shard(path: Path, *, like: np.ndarray | None = None, faults: list[str]
 
 def _payload(span: Span, extensions: tuple[str, ...]) -> str:
     """The extension of a sample's image, or of its array."""
-    found = next((e for kind in extensions for e in span.files if e == kind or e.endswith(f".{kind}") and kind == "npy"), None)
+    found = next((e for kind in extensions for e in span.files if e == kind or (e.endswith(f".{kind}") and kind == "npy")), None)
     if found is None:
         raise ValueError(f"no image: one of {', '.join(extensions)} is needed beside {', '.join(span.files)}")
     for text in ("json", "txt", "cls"):
@@ -200,9 +210,16 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".npy")
 
 
-def describe(tar: Path, split: str, *, like: np.ndarray | None = None, faults: list[str] | None = None) -> tuple[Shard, Tally]:
+def describe(
+    tar: Path,
+    split: str,
+    *,
+    like: np.ndarray | None = None,
+    faults: list[str] | None = None,
+    verify: Callable[[bytes], None] | None = None,
+) -> tuple[Shard, Tally]:
     """Index a tar, write the index beside it, and give its line of the manifest and what it holds; arguments as `index_shard`."""
-    records, captions = index_shard(tar, like=like, faults=faults)
+    records, captions = index_shard(tar, like=like, faults=faults, verify=verify)
     path = index_path(tar)
     with open(path, "wb") as file:
         np.lib.format.write_array(file, records, allow_pickle=False)

@@ -65,7 +65,9 @@ class Options:
     def _check_buckets(self) -> None:
         if not self.aspect_ratios:
             return
-        _require(min(self.aspect_ratios) > 0, "aspect_ratios", self.aspect_ratios, "width / height of each bucket, positive. Use 0.75 1 1.33.")
+        _require(
+            min(self.aspect_ratios) > 0, "aspect_ratios", self.aspect_ratios, "width / height of each bucket, positive. Use 0.75 1 1.33."
+        )
         _require(1 <= self.bucket_step <= self.resolution, "bucket_step", self.bucket_step, "1 pixel to data.resolution.")
 
     def _check_weights(self) -> None:
@@ -86,7 +88,9 @@ class Options:
                 "data.encoding=cached without data.encoded: name the folder that `accelerate launch -m data.encode --config ...` writes."
             )
         if self.encoding == "cached" and self.autoencoder and self.random_crop:
-            raise ValueError("data.random_crop=true with data.encoding=cached: latents are encoded once. Crop at the centre, or encode online.")
+            raise ValueError(
+                "data.random_crop=true with data.encoding=cached: latents are encoded once. Crop at the centre, or encode online."
+            )
 
     @property
     def cache_bytes(self) -> int:

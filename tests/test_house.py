@@ -16,7 +16,14 @@ FLOORS = {
         ["export", "evaluate", "options", "density", "restore", "preview"],
     ],
     "models": [["layers", "condition"], ["dit", "unet"], ["convert"]],
-    "data": [["index", "order", "decode"], ["stream", "pack"], ["prepare"]],
+    "data": [
+        ["tar", "order", "decode", "options", "listing", "crew"],
+        ["index", "write", "columns", "plan"],
+        ["source", "stream", "summary", "fill", "tables", "digits"],
+        ["pack", "folder", "parquet", "hub"],
+        ["adopt"],
+        ["prepare", "inspect"],
+    ],
 }
 FILES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
 
