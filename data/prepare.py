@@ -120,7 +120,7 @@ def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
             f"source {args.source!r} has tars in {len(folders)} folders, {folders[0]} first: give --output, where they are linked."
         )
     args.output = args.output or folders[0]
-    if args.output.exists() and not os.access(args.output, os.W_OK):
+    if args.output.exists() and not (os.access(args.output, os.W_OK) and args.output.stat().st_mode & 0o222):  # the mode counts for root too
         raise ValueError(f"{args.output} cannot be written, and indexes go beside the tars: give another folder as --output.")
     return adopt(
         tars,
