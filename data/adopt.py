@@ -19,7 +19,7 @@ from .crew import Progress, crew, processors
 from .decode import DECODE_ERRORS, upright
 from .fill import journal_path
 from .index import Manifest, Shard, Tally, describe, index_path, write_manifest
-from .listing import digest, some, split_named
+from .listing import digest, reason, some, split_named
 from .pack import REPORTED, Corrupt, already, complaint, locked
 from .summary import draw
 from .tar import members
@@ -163,7 +163,7 @@ def _decodes(image: bytes) -> None:
     try:
         upright(image, 3)
     except DECODE_ERRORS as error:
-        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ValueError(reason(error)) from error
 
 
 def _bring(source: Path, tar: Path) -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -74,7 +75,13 @@ def _begin(counter: Any) -> None:
     global _counter
     _counter = counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    quiet()
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def quiet() -> None:
+    """Pillow's remarks about odd files say no more than what is reported, and never which file."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _end_with_parent() -> None:

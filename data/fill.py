@@ -25,7 +25,10 @@ from .listing import Fault, Part, Record, reason
 from .tar import samples
 from .write import TarWriter, commit, commit_json
 
-FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
+FORMATS = {
+    **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"},
+    **{"AVIF": "avif", "JPEG2000": "jp2", "ICO": "ico", "PSD": "psd"},
+}
 SAVED_AS: dict[str, dict[str, Any]] = {"jpg": {"format": "JPEG", "quality": 95}, "webp": {"format": "WEBP", "quality": 95}}
 HASHED = np.dtype([("number", "<u8"), ("key", "<u8"), ("hash", "V16")])
 """One packed sample: its number in the source, in its shard's key, and a hash of its image's bytes."""

@@ -12,7 +12,6 @@ import hashlib
 import io
 import json
 import os
-import zlib
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -21,25 +20,32 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
+from isal.isal_zlib import crc32 as crc32_of  # zlib's, three times as fast
 from PIL import Image
 
+from .decode import has_exif, is_plain
+from .listing import reason
 from .tar import BLOCK, Span, samples
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "apng", "mpo", "avif", "jp2", "ico", "psd")
 RECORD = np.dtype(
     [
-        ("start", "<u4"),
-        ("blocks", "<u4"),
+        ("payload", "<u4"),
+        ("bytes", "<u4"),
         ("crc32", "<u4"),
-        ("payload_bytes", "<u4"),
-        ("payload_at", "<u2"),
+        ("before", "<u2"),
+        ("after", "<u2"),
+        ("rest", "<u2"),
         ("label", "<u2"),
         ("width", "<u2"),
         ("height", "<u2"),
     ]
 )
-"""One sample: where its first header lies and how much its files span (both in blocks of 512 bytes), their crc32, its image's
-(or array's) bytes and where they begin (in blocks from the start), its class or NO_LABEL, the upright image's size in pixels."""
+"""One sample: the block of 512 bytes at which its image (or array) begins, that file's length and crc32; the blocks of the same
+sample before and after it, with 15 bits of their crc32, and a bit that says `decode.is_plain`; its class or NO_LABEL; the upright
+image's size in pixels."""
+PLAIN = 0x8000
+"""That bit of `rest`."""
 NO_LABEL = 65535
 MAX_TEXT_BYTES = 1 << 20
 """A larger .json, .txt or .cls is refused."""
@@ -152,12 +158,10 @@ def index_shard(
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 if faults is None:
                     raise ValueError(f"{path}: {span.key} cannot be indexed: {error}. Leave it out when packing.") from error
-                faults.append(f"{path.name}: {span.key} ({' '.join(str(error).split())})")
+                faults.append(f"{path.name}: {span.key} ({reason(error)})")
                 continue
-            member = span.files[payload]
-            at = (member.offset - span.start) // BLOCK
             captions += "txt" in span.files
-            records.append((span.start // BLOCK, len(body) // BLOCK, zlib.crc32(body), member.size, at, label, width, height))
+            records.append((*locate(body, span.files[payload].offset, span.files[payload].size, span.start), label, width, height))
     if like is not None and len(records) != len(like):
         raise ValueError(f"{path} holds {len(records)} samples, the images' shard {len(like)}: encode it again.")
     return np.array(records, RECORD), captions
@@ -165,15 +169,30 @@ def index_shard(
 
 def _payload(span: Span, extensions: tuple[str, ...]) -> str:
     """The extension of a sample's image, or of its array."""
-    found = next((e for kind in extensions for e in span.files if e == kind or (e.endswith(f".{kind}") and kind == "npy")), None)
+    found = next((e for kind in extensions for e in span.files if e == kind or (kind == "npy" and e.endswith(".npy"))), None)
     if found is None:
         raise ValueError(f"no image: one of {', '.join(extensions)} is needed beside {', '.join(span.files)}")
     for text in ("json", "txt", "cls"):
         if text in span.files and span.files[text].size > MAX_TEXT_BYTES:
             raise ValueError(f"its .{text} has {span.files[text].size} bytes, at most {MAX_TEXT_BYTES} are read")
-    if (span.files[found].offset - span.start) // BLOCK > 65535:
-        raise ValueError(f"{found} begins more than 32 MB behind the sample's start: put the image first")
+    if max(span.files[found].offset - span.start, span.end - span.files[found].end) // BLOCK > 65535:
+        raise ValueError(f"the files beside its {found} take more than 33 MB")
     return found
+
+
+def locate(body: bytes, offset: int, size: int, start: int) -> tuple[int, int, int, int, int, int]:
+    """Where a payload lies and what it and the rest of its sample hash to: the first six fields of a RECORD.
+
+    Args:
+        body: all that the sample spans.
+        offset, size: of the payload, bytes from the tar's beginning.
+        start: of the sample, likewise.
+    """
+    first, last = offset - start, offset - start + size
+    payload = body[first:last]
+    rest = crc32_of(body[last:], crc32_of(body[:first])) % PLAIN + PLAIN * is_plain(payload)
+    after = len(body) // BLOCK - (last + BLOCK - 1) // BLOCK
+    return offset // BLOCK, size, crc32_of(payload), first // BLOCK, after, rest
 
 
 def _bytes_of(span: Span, extension: str, body: bytes) -> bytes:
@@ -195,7 +214,7 @@ def _size(image: bytes) -> tuple[int, int]:
     turned = False
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(image)
-        if b"Exif" in image[:65536]:
+        if has_exif(image):
             turned = Image.open(io.BytesIO(image)).getexif().get(0x0112) in (5, 6, 7, 8)
     except ValueError:  # no JPEG, or an odd one
         picture = Image.open(io.BytesIO(image))

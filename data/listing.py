@@ -97,8 +97,8 @@ def split_named(name: str) -> str | None:
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
+    """An error in one line, without the addresses of objects that Pillow puts into some."""
+    text = re.sub(r" <[^<>]* object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
     return text[:300] if text else type(error).__name__
 
 

@@ -41,6 +41,7 @@ class Options:
     shuffle_block: int = 16
     workers: int = 2
     max_bad_share: float = 0.001
+    lost_shards: str = "stop"
     cache_dir: str = ""
     cache_size: str = "100GB"
     retry_seconds: float = 300.0
@@ -55,6 +56,8 @@ class Options:
         _require(self.shuffle_block >= 1, "shuffle_block", self.shuffle_block, "at least 1 shard. Use 16 or more.")
         _require(self.workers >= 0, "workers", self.workers, "0 or more threads.")
         _require(0 <= self.max_bad_share < 1, "max_bad_share", self.max_bad_share, "a share below 1. Use 0.001; 0 stops at the first.")
+        _require(self.lost_shards in ("stop", "skip"), "lost_shards", self.lost_shards, "choose `stop` or `skip`.")
+        _require(self.caption in ("", "txt") or self.caption.startswith("json."), "caption", self.caption, "choose `txt` or `json.KEY`.")
         _require(self.retry_seconds > 0, "retry_seconds", self.retry_seconds, "a positive number of seconds.")
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least one token. Use 77 or 128.")
         bytes_of(self.cache_size, "data.cache_size")

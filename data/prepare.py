@@ -19,6 +19,7 @@ from typing import Any
 
 from .adopt import adopt, find_tars
 from .columns import Choice
+from .crew import quiet
 from .digits import digits
 from .folder import imagefolder
 from .hub import hub
@@ -120,7 +121,9 @@ def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
             f"source {args.source!r} has tars in {len(folders)} folders, {folders[0]} first: give --output, where they are linked."
         )
     args.output = args.output or folders[0]
-    if args.output.exists() and not (os.access(args.output, os.W_OK) and args.output.stat().st_mode & 0o222):  # the mode counts for root too
+    if args.output.exists() and not (
+        os.access(args.output, os.W_OK) and args.output.stat().st_mode & 0o222
+    ):  # the mode counts for root too
         raise ValueError(f"{args.output} cannot be written, and indexes go beside the tars: give another folder as --output.")
     return adopt(
         tars,
@@ -136,6 +139,7 @@ def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parser().parse_args(argv)
+    quiet()
     try:
         if args.workers < 0:
             raise ValueError(f"--workers {args.workers}: 0 or more processes. Leave it out for one a processor.")

@@ -29,6 +29,10 @@ class Folder(Protocol):
         """
         ...
 
+    def index(self, shard: Shard) -> Path:
+        """The index of a tar, which may be here before the tar is."""
+        ...
+
     def prefetch(self, shards: list[Shard]) -> None:
         """These will be wanted soon, in this order; returns at once."""
         ...
@@ -70,6 +74,9 @@ class LocalFolder:
         if not index_path(tar).exists():
             raise ValueError(f"{index_path(tar)} is missing: copy it beside its tar, or pack the folder again.")
         return tar
+
+    def index(self, shard: Shard) -> Path:
+        return index_path(self.path / shard.name)
 
     def prefetch(self, shards: list[Shard]) -> None:
         """Nothing to do: the files are here."""

@@ -2,108 +2,30 @@
 
 Optimiser step k takes positions k * batch_size to (k + 1) * batch_size of the
 endless order; rank r of R takes the r-th of R equal shares, in micro-batches.
-So every rank has a full batch at every step, an epoch's end falls anywhere,
-and the cursor is one number: positions consumed.
+So every rank has a full batch at every step, an epoch's end falls anywhere
+(the batch across it wraps into the next epoch), and the cursor is one number:
+positions consumed. With several shapes the positions of a window of steps are
+dealt to its steps by shape, and all else stays as it is.
 """
 
 from __future__ import annotations
 
-import os
-import zlib
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .decode import DECODE_ERRORS, decode_image
-from .index import IMAGE_EXTENSIONS, index_path, read_manifest, sample_files
-from .order import Order, keys
+from .batch import Batch, Fault, Loader, Look, Plan, crops, labels_of
+from .buckets import Buckets, Windows
+from .index import PLAIN
+from .order import Sequence
+from .shards import Shards
 
-
-class Batch(NamedTuple):
-    """One micro-batch of one rank."""
-
-    pixels: Tensor
-    """(B, C, H, W), uint8."""
-    labels: Tensor
-    """(B,), int64; -1 where a sample has no class."""
-    places: Tensor
-    """(B,), int64: place of each sample in its global batch, which names its noise and time."""
-    positions: Tensor
-    """(B,), int64: place of each sample in the endless order."""
-
-
-class Sample(NamedTuple):
-    """One sample as it lies in its shard."""
-
-    key: str
-    files: dict[str, bytes]
-    label: int
-
-
-class Shards:
-    """Random access to the samples of one split.
-
-    Raises:
-        ValueError: a folder that is missing, not whole, or without the split.
-    """
-
-    def __init__(self, folder: str | Path, split: str) -> None:
-        self.folder = Path(folder)
-        self.manifest = read_manifest(self.folder)
-        self.shards = self.manifest.split(split)
-        self._records: dict[int, np.ndarray] = {}
-
-    @property
-    def counts(self) -> list[int]:
-        """Samples in each shard."""
-        return [shard.samples for shard in self.shards]
-
-    def records(self, shard: int) -> np.ndarray:
-        """The memory-mapped index of a shard."""
-        if shard not in self._records:
-            self._records[shard] = np.load(index_path(self.folder / self.shards[shard].name), mmap_mode="r", allow_pickle=False)
-        return self._records[shard]
-
-    def read(self, shard: int, number: int) -> Sample:
-        """One sample, checked against its crc32.
-
-        Raises:
-            ValueError: bytes that changed since they were indexed, or a class
-                that the manifest does not name.
-        """
-        record = self.records(shard)[number]
-        name = self.shards[shard].name
-        with open(self.folder / name, "rb", buffering=0) as file:
-            span = os.pread(file.fileno(), int(record["bytes"]), int(record["offset"]))
-        if zlib.crc32(span) != record["crc32"]:
-            raise ValueError(f"{self.folder / name}, sample {number}: its bytes changed since it was packed. Copy or pack the shard again.")
-        if record["label"] >= len(self.manifest.class_names):
-            raise ValueError(
-                f"{self.folder / name}, sample {number}: class {record['label']} "
-                f"of {len(self.manifest.class_names)} that the manifest names. Pack it again."
-            )
-        key, files = sample_files(span)
-        return Sample(key, files, int(record["label"]))
-
-    def pixels(self, shard: int, number: int, channels: int, resolution: int, mirror: bool = False) -> tuple[np.ndarray, int]:
-        """One sample's image, (C, H, W) uint8, and its class.
-
-        Raises:
-            ValueError: a sample that cannot be decoded, named.
-        """
-        sample = self.read(shard, number)
-        image = next(sample.files[e] for e in IMAGE_EXTENSIONS if e in sample.files)
-        try:
-            return decode_image(image, channels, resolution, mirror), sample.label
-        except DECODE_ERRORS as error:
-            name = self.folder / self.shards[shard].name
-            raise ValueError(f"{name}: image {sample.key!r} cannot be decoded ({error}). Pack the folder again without it.") from error
+AHEAD = 2048
+"""Positions of this rank that are looked up at once, which costs about 50 microseconds however few they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,37 +63,81 @@ class Share:
         return range(start, start + self.micro_batch)
 
 
-class Stream:
-    """An endless iterator of this rank's micro-batches.
+class Planner:
+    """Says which samples make up this rank's n-th micro-batch.
 
     Args:
-        shards: the split to stream.
-        channels, resolution: of the images.
-        seed: of the order and the mirroring.
-        share: this rank's part.
-        block: shards mixed with one another.
-        flip: mirror half of the images.
-        workers: threads that decode ahead; 0 decodes when asked.
-        start: positions consumed so far by all ranks, a multiple of the batch size or not.
+        shards, order, buckets, share, look: the parts of the recipe.
+        start: positions consumed so far.
+
+    Raises:
+        ValueError: with several shapes, a start that is no multiple of the batch size.
     """
 
-    def __init__(
-        self,
-        shards: Shards,
-        *,
-        channels: int,
-        resolution: int,
-        seed: int,
-        share: Share,
-        block: int = 16,
-        flip: bool = False,
-        workers: int = 0,
-        start: int = 0,
-    ) -> None:
-        self.shards, self.channels, self.resolution = shards, channels, resolution
-        self.seed, self.share, self.flip, self.start = seed, share, flip, start
-        self.order = Order(shards.counts, seed, block)
+    def __init__(self, shards: Shards, order: Sequence, buckets: Buckets, share: Share, look: Look, start: int) -> None:
+        self.shards, self.order, self.buckets, self.share, self.look, self.start = shards, order, buckets, share, look, start
+        self.windows = None
+        if len(buckets.shapes) > 1:
+            if start % share.batch_size:
+                raise ValueError(
+                    f"{start} images were seen, which is no multiple of train.batch_size={share.batch_size}: with data.aspect_ratios "
+                    f"a run goes on with the batch size it began with."
+                )
+            self.windows = Windows(self._bucket_of, epoch=order.epoch, batch_size=share.batch_size, seed=look.seed)
+        self._ahead: deque[Plan] = deque()
         self._portion = 0
+
+    def next(self) -> Plan:
+        """The plan of the next micro-batch."""
+        if not self._ahead:
+            count = min(max(1, self._portion), max(1, AHEAD // self.share.micro_batch))  # the first soon, then more at once
+            self._ahead.extend(self._plans(range(self._portion, self._portion + count)))
+            self._portion += count
+        return self._ahead.popleft()
+
+    def _plans(self, portions: range) -> list[Plan]:
+        """Several micro-batches, looked up together."""
+        places = np.stack([np.arange(r.start, r.stop) for r in map(self.share.indices, portions)])
+        chosen = [self._positions(portion, row) for portion, row in zip(portions, places, strict=True)]
+        positions = np.stack([p for p, _ in chosen])
+        self.shards.prefetch(self.order.ahead(int(positions.min())))
+        shards, numbers = self.order(positions.ravel())
+        records = self.shards.gather(shards, numbers)
+        corners, shapes = self.look.corners(positions.ravel()), [self.buckets.shapes[bucket] for _, bucket in chosen]
+        wanted = np.repeat(shapes, places.shape[1], axis=0)
+        plain = (records["rest"] >= PLAIN) & (records["height"] == wanted[:, 0]) & (records["width"] == wanted[:, 1])
+        samples, mirrored = np.stack([shards, numbers], axis=1), self.look.mirrored(positions.ravel())
+        columns = samples, records, labels_of(records), crops(records, corners, wanted), mirrored, corners, plain
+        rows = zip(places, positions, *(column.reshape(*places.shape, *column.shape[1:]) for column in columns), shapes, strict=True)
+        return [Plan(*row) for row in rows]
+
+    def _positions(self, portion: int, places: np.ndarray) -> tuple[np.ndarray, int]:
+        """The positions at some places of the global batch of a portion, and their bucket."""
+        steps = portion // self.share.accumulation
+        if self.windows is None:
+            return self.start + steps * self.share.batch_size + places, 0
+        positions, bucket = self.windows.batch(self.start // self.share.batch_size + steps)
+        return positions[places], bucket
+
+    def _bucket_of(self, positions: np.ndarray) -> np.ndarray:
+        records = self.shards.gather(*self.order(positions))
+        return self.buckets.nearest(records["width"], records["height"])
+
+
+class Stream:
+    """An endless iterator of this rank's micro-batches; `data.build` makes one.
+
+    Args:
+        planner: which samples come.
+        loader: reads them.
+        workers: threads that read ahead; 0 reads when asked.
+    """
+
+    def __init__(self, planner: Planner, loader: Loader, workers: int) -> None:
+        self.planner, self.loader = planner, loader
+        self.shards, self.order = planner.shards, planner.order
+        self.faults: list[Fault] = []
+        """What was replaced in the batches given out so far; `take_faults` empties it."""
         self._pool = ThreadPoolExecutor(workers, "stream") if workers else None
         self._ahead: deque[Future[Batch]] = deque()
         self._depth = 2 * workers
@@ -183,35 +149,32 @@ class Stream:
         """The next micro-batch.
 
         Raises:
-            ValueError: a sample that is damaged, named.
+            ValueError: a lost shard, or too many bad samples in a row.
         """
         if self._pool is None:
-            return self._decode(*self._next_places())
-        while len(self._ahead) < self._depth:
-            self._ahead.append(self._pool.submit(self._decode, *self._next_places()))
-        return self._ahead.popleft().result()
+            batch = self.loader.load(self.planner.next())
+        else:
+            while len(self._ahead) < self._depth:
+                self._ahead.append(self._pool.submit(self.loader.load, self.planner.next()))
+            batch = self._ahead.popleft().result()
+        self.faults += batch.faults
+        return batch
+
+    def take_faults(self) -> list[Fault]:
+        """The samples replaced since this was last asked."""
+        taken, self.faults = self.faults, []
+        return taken
+
+    def keys(self, batch: Batch) -> list[str]:
+        """The names of a batch's samples in their shards; read again from there."""
+        return [self.shards.key(shard, number) for shard, number in batch.samples.tolist()]
 
     def close(self) -> None:
         """Stop reading ahead; the threads end when what they hold is done."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def _next_places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Where the next micro-batch comes from; the order is worked out here alone, by one thread."""
-        indices = np.array(self.share.indices(self._portion), np.int64)
-        positions = self.start + self._portion // self.share.accumulation * self.share.batch_size + indices
-        self._portion += 1
-        return indices, positions, *self.order(positions)
-
-    def _decode(self, indices: np.ndarray, positions: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> Batch:
-        pixels = np.empty((len(indices), self.channels, self.resolution, self.resolution), np.uint8)
-        labels = np.empty(len(indices), np.int64)
-        for i, (position, shard, number) in enumerate(zip(positions.tolist(), shards.tolist(), numbers.tolist(), strict=True)):
-            mirror = self.flip and bool(keys(1, self.seed, 3, position)[0] & np.uint64(1))
-            pixels[i], labels[i] = self.shards.pixels(shard, number, self.channels, self.resolution, mirror)
-        return Batch(*map(torch.from_numpy, (pixels, labels, indices, positions)))
-
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """Pixels 0..255, uint8, to -1..1, float32; any shape."""
-    return pixels.float() / 127.5 - 1
+    """Pixels 0..255, uint8, to -1..1, float32, contiguous; any shape."""
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1

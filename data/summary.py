@@ -153,8 +153,10 @@ def _sample(folder: Path, manifest: Manifest) -> list[tuple[Image.Image, str]]:
 
 def read(tar: Path, record: np.void) -> tuple[str, dict[str, bytes]]:
     """Key and files of one sample, by its line of the index."""
+    payload, size, _, before, after = record.item()[:5]
+    length = (before + after) * BLOCK + -(-size // BLOCK) * BLOCK
     with open(tar, "rb", buffering=0) as file:
-        return files_of(os.pread(file.fileno(), int(record["blocks"]) * BLOCK, int(record["start"]) * BLOCK))
+        return files_of(os.pread(file.fileno(), length, (payload - before) * BLOCK))
 
 
 def caption_of(files: dict[str, bytes], label: int, names: Sequence[str]) -> str:

@@ -67,8 +67,10 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, channels * patch_size**2)
+        side = resolution // patch_size
         self.positions: Tensor
-        self.register_buffer("positions", sincos_positions(width, resolution // patch_size), persistent=False)
+        self.register_buffer("positions", sincos_positions(width, side, side), persistent=False)
+        self._other_positions: dict[tuple[int, int], Tensor] = {}
         self._initialise()
 
     def _initialise(self) -> None:
@@ -85,11 +87,27 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
+    @property
+    def multiple(self) -> int:
+        """The sides of an image are multiples of it."""
+        return self.patch_size
+
+    def positions_of(self, rows: int, columns: int) -> Tensor:
+        """The positions of a grid of tokens, (rows * columns, D); those of other shapes than the usual one are kept once made."""
+        side = self.resolution // self.patch_size
+        if (rows, columns) == (side, side):
+            return self.positions
+        found = self._other_positions.get((rows, columns))
+        if found is None or found.device != self.positions.device or found.dtype != self.positions.dtype:
+            found = sincos_positions(self.positions.shape[1], rows, columns).to(self.positions)
+            self._other_positions[rows, columns] = found
+        return found
+
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """The prediction.
 
         Args:
-            x: (B, channels, resolution, resolution).
+            x: (B, channels, H, W), sides multiples of the patch size; `resolution` is the usual one.
             t: (B,), 0 (noise) to 1 (data).
             labels: (B,), int64, 0 .. num_classes; num_classes is none.
 
@@ -97,11 +115,12 @@ class DiT(nn.Module):
             The shape of x.
         """
         condition = F.silu(self.condition(t, labels))
-        h = self.enter(patches(x, self.patch_size)) + self.positions
+        rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
+        h = self.enter(patches(x, self.patch_size)) + self.positions_of(rows, columns)
         for block in self.blocks:
             h = block(h, condition)
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=2)
-        return unpatch(self.leave(modulate(h, shift, scale)), self.patch_size, self.channels)
+        return unpatch(self.leave(modulate(h, shift, scale)), self.patch_size, rows)
 
 
 def _divisor(n: int, at_least: int) -> int:

@@ -8,25 +8,25 @@ from einops import rearrange
 from torch import Tensor, nn
 
 
-def sincos_positions(width: int, grid: int) -> Tensor:
+def sincos_positions(width: int, rows: int, columns: int) -> Tensor:
     """Fixed two-dimensional positions: half of the channels tell the column, half the row, each as sines, then cosines.
 
     Args:
         width: channels, a multiple of 4.
-        grid: tokens a side.
+        rows, columns: of tokens.
 
     Returns:
-        (grid * grid, width), float32; tokens row by row.
+        (rows * columns, width), float32; tokens row by row.
 
     Source: Vaswani et al., Attention Is All You Need, section 3.5, in two
     dimensions as in He et al., Masked Autoencoders.
     """
     frequencies = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(grid, dtype=torch.float64)[:, None] * frequencies
+    angles = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    columns = axis[None, :, :].expand(grid, grid, -1)
-    rows = axis[:, None, :].expand(grid, grid, -1)
-    return torch.cat([columns, rows], dim=2).reshape(grid * grid, width).float()
+    across = axis[None, :columns, :].expand(rows, columns, -1)
+    down = axis[:rows, None, :].expand(rows, columns, -1)
+    return torch.cat([across, down], dim=2).reshape(rows * columns, width).float()
 
 
 class Attention(nn.Module):
@@ -78,7 +78,6 @@ def patches(x: Tensor, size: int) -> Tensor:
     return rearrange(x, "b c (row p) (column q) -> b (row column) (c p q)", p=size, q=size)
 
 
-def unpatch(x: Tensor, size: int, channels: int) -> Tensor:
-    """(B, N, size * size * C) to (B, C, H, W): each token its rows, then columns, then channels, as DiT's output layer writes them."""
-    side = round(x.shape[1] ** 0.5)
-    return rearrange(x, "b (row column) (p q c) -> b c (row p) (column q)", row=side, p=size, q=size, c=channels)
+def unpatch(x: Tensor, size: int, rows: int) -> Tensor:
+    """(B, rows * columns, size * size * C) to (B, C, H, W): each token its rows, columns, channels, as DiT's last layer has it."""
+    return rearrange(x, "b (row column) (p q c) -> b c (row p) (column q)", row=rows, p=size, q=size)

@@ -68,6 +68,11 @@ class UNet(nn.Module):
         nn.init.zeros_(self.net.conv_out.weight)
         nn.init.zeros_(self.net.conv_out.bias)
 
+    @property
+    def multiple(self) -> int:
+        """The sides of an image are multiples of it."""
+        return 2 ** (len(self.net.config.block_out_channels) - 1)
+
     def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """The prediction; arguments as in DiT."""
         return self.net(x, noise_clock(t), class_labels=labels).sample

@@ -137,6 +137,7 @@ class CheckpointConfig:
     every: int = 5_000  # optimiser steps
     keep: int = 2  # checkpoints kept; older ones go once a newer one is safe
     resume: str = "latest"  # `latest` (fresh where there is none), `none`, or a checkpoint's folder
+    start_from: str = ""  # another run's folder, or a checkpoint of it, whose weights and average a fresh run starts from
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "checkpoint.every", self.every, "at least one step.")

@@ -9,7 +9,7 @@ ranks changes only the order in which gradients are summed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from .ema import Ema
 from .method import Method
 from .optim import learning_rate
 from .process import Stopper
-from .tracking import Log, Meter
+from .tracking import BadSamples, Log, Meter
 
 
 class MicroBatch(Protocol):
@@ -64,6 +64,7 @@ class Run:
     meter: Meter
     sample: Callable[[Run], None]
     """Writes a grid of samples."""
+    bad: BadSamples
     step: int = 0
     images: int = 0
     saved: int = 0
@@ -115,8 +116,7 @@ class Run:
         if differences:
             raise ValueError(f"{folder} is of another run: {'; '.join(differences)}. Give another --output_dir, or that run's settings.")
         tensors = load_tensors(folder)
-        for prefix, module in (("model.", self.network), ("ema.", self.ema.model)):
-            module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        self._load_networks(tensors, str(folder))
         restored = self._optimizer_state()
         for name in restored:
             restored[name] = tensors.get(f"optim.{name}", restored[name])
@@ -125,6 +125,28 @@ class Run:
         self.step = self.saved = state["step"]
         self.images = state["images"]
         self.meter.restore(state["meter"])
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights and the average of another run's checkpoint, and nothing else: a next stage begins.
+
+        Raises:
+            ValueError: no good checkpoint there, or weights of another network.
+        """
+        found = folder if (folder / "state.json").exists() else Store(folder, keep=1).latest()
+        if found is None:
+            raise ValueError(
+                f"checkpoint.start_from={str(folder)!r} holds no whole checkpoint: name a run's folder, or a checkpoint of it."
+            )
+        load_state(found)  # verified
+        self._load_networks(load_tensors(found), f"checkpoint.start_from={found}")
+
+    def _load_networks(self, tensors: dict[str, Tensor], where: str) -> None:
+        for prefix, module in (("model.", self.network), ("ema.", self.ema.model)):
+            try:
+                module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            except RuntimeError as error:
+                first = " ".join(str(error).split(":", 1)[-1].split())[:300]
+                raise ValueError(f"{where} is of another network: {first}. Give it the same section `model` and classes.") from error
 
 
 def compare(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
@@ -139,13 +161,20 @@ def compare(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> lis
     return found
 
 
-def fit(run: Run, stream: Iterator[MicroBatch], log: Log, stop: int) -> None:
+class Stream(Protocol):
+    """What gives micro-batches, and remembers the samples it replaced: see data.stream.Stream."""
+
+    def __next__(self) -> MicroBatch: ...
+    def take_faults(self) -> list[Any]: ...
+
+
+def fit(run: Run, stream: Stream, log: Log, stop: int) -> None:
     """Advance to optimiser step `stop`, or to the step at which a signal came; saved either way.
 
     Raises:
         ValueError: a loss or gradient that is not finite, seen at a log line
-            or a checkpoint, which is not saved then; or a last state that
-            could not be saved.
+            or a checkpoint, which is not saved then; too many bad samples; or
+            a last state that could not be saved.
     """
     run.meter.since = time.perf_counter()
     while run.step < stop and not _stopping(run):
@@ -165,7 +194,7 @@ def fit(run: Run, stream: Iterator[MicroBatch], log: Log, stop: int) -> None:
         run.images += run.config.train.batch_size
         run.ema.update(run.network, run.images, run.config.train.batch_size)
         log.advance()
-        notify(run, log, stop)
+        notify(run, stream, log, stop)
     if run.saved != run.step:
         run.save()
     if run.saved != run.step:
@@ -190,12 +219,13 @@ def clip(run: Run) -> Tensor:
     return run.accelerator.clip_grad_norm_(run.model.parameters(), longest).detach()
 
 
-def notify(run: Run, log: Log, stop: int) -> None:
+def notify(run: Run, stream: Stream, log: Log, stop: int) -> None:
     """Whatever is due after a step: a log line, a checkpoint, a sample grid."""
     config = run.config
     if run.step % config.log.every == 0 or run.step == stop:
         values = run.meter.read(config.train.batch_size)
         run.check_finite("loss", values["loss"])
+        values["bad_samples"] = run.bad.report(stream.take_faults(), run.images)
         log.write(run.step, run.images, {**values, "lr": learning_rate(run.step - 1, config.train)})
     paused = time.perf_counter()
     if run.step % config.checkpoint.every == 0:

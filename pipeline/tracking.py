@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -116,6 +118,53 @@ class Log:
     def close(self) -> None:
         """Finish the bar."""
         self.bar.close()
+
+
+class BadSamples:
+    """The samples that the stream had to replace, on all ranks: counted, listed in bad_samples.jsonl, and too many of them an error.
+
+    Args:
+        folder: the run's.
+        share: of all images seen that may be bad.
+        main: is this the main process?
+        start: images seen so far; lines of later positions are dropped, since they come again.
+    """
+
+    def __init__(self, folder: Path, *, share: float, main: bool, start: int) -> None:
+        self.path, self.share, self.main = folder / "bad_samples.jsonl", share, main
+        self.lines = [line for line in self._lines() if line["position"] < start]
+        if main and self.path.exists():
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def report(self, found: Iterable[Any], images: int) -> int:
+        """Take note of what all ranks replaced; all ranks together.
+
+        Args:
+            found: since the last call, on this rank; each with the fields position, shard, key, error.
+            images: seen so far by all ranks together.
+
+        Returns:
+            How many there were in this run.
+
+        Raises:
+            ValueError: more than the share of the images seen, or of a
+                thousand while fewer were seen, with the list.
+        """
+        new = sorted(gather_object([fault._asdict() for fault in found]), key=lambda line: line["position"])
+        self.lines += new
+        if new and self.main:
+            with open(self.path, "a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in new)
+        if len(self.lines) > self.share * max(images, 1000):
+            listed = "; ".join(f"{line['shard']}: {line['key']} ({line['error']})" for line in self.lines[-10:])
+            raise ValueError(
+                f"{len(self.lines)} bad samples among {images} images are more than data.max_bad_share={self.share:g} allows. The last: "
+                f"{listed}. All are in {self.path}: mend or leave them out (`python -m data.inspect` finds them), or raise the share."
+            )
+        return len(self.lines)
 
 
 def last_loss(folder: Path) -> float | None:

@@ -18,11 +18,12 @@ FLOORS = {
     "models": [["layers", "condition"], ["dit", "unet"], ["convert"]],
     "data": [
         ["tar", "order", "decode", "options", "listing", "crew"],
-        ["index", "write", "columns", "plan"],
-        ["source", "stream", "summary", "fill", "tables", "digits"],
-        ["pack", "folder", "parquet", "hub"],
-        ["adopt"],
-        ["prepare", "inspect"],
+        ["index", "buckets", "write", "columns", "plan"],
+        ["source", "summary", "fill", "tables", "digits"],
+        ["shards", "pack", "folder", "parquet", "hub"],
+        ["batch", "adopt"],
+        ["stream", "prepare"],
+        ["inspect"],
     ],
 }
 FILES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))

@@ -8,6 +8,7 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_em
 import models
 from models.condition import FREQUENCIES, drop, noise_clock, sinusoids
 from models.convert import STOCK_NULL, dit_from_stock, to_stock
+from models.dit import DiT
 from models.layers import patches, sincos_positions, unpatch
 
 DIT = {"kind": "dit", "channels": 3, "resolution": 12, "num_classes": 7, "patch_size": 2, "width": 48, "depth": 3, "heads": 4}
@@ -105,7 +106,10 @@ def test_published_weights_come_in():
 
 
 def test_parts_are_those_of_the_reference():
-    assert torch.equal(sincos_positions(48, 5), torch.as_tensor(get_2d_sincos_pos_embed(48, 5, base_size=5, output_type="pt")).float())
+    square = sincos_positions(48, 5, 5)
+    assert torch.equal(sincos_positions(48, 3, 5).view(3, 5, 48), square.view(5, 5, 48)[:3]), "a place is told by its row and column alone"
+    assert torch.equal(sincos_positions(48, 5, 2).view(5, 2, 48), square.view(5, 5, 48)[:, :2])
+    assert torch.equal(square, torch.as_tensor(get_2d_sincos_pos_embed(48, 5, base_size=5, output_type="pt")).float())
     clock = noise_clock(torch.rand(9))
     reference = get_timestep_embedding(clock, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=1)
     torch.testing.assert_close(sinusoids(clock), reference)
@@ -117,6 +121,22 @@ def test_parts_are_those_of_the_reference():
     assert unpatch(tokens, 2, 3)[0, 1, 3, 4] == tokens[0, 3 * 1 + 2, 2 * 3 + 1], (
         "row 3, column 4 is token (1, 2), its row 1, column 0, channel 1"
     )
+
+
+def test_a_dit_takes_images_of_other_shapes():
+    """One trained at 8 x 8 gives at 16 x 16 what one built for 16 x 16 gives with its weights; and 8 x 16 is 8 x 16."""
+    options = {"channels": 3, "num_classes": 2, "patch_size": 2, "width": 32, "depth": 2, "heads": 2}
+    small, large = DiT(resolution=8, **options), DiT(resolution=16, **options)
+    for parameter in small.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    large.load_state_dict(small.state_dict())
+    x, t, labels = torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.9]), torch.tensor([0, 2])
+    with torch.no_grad():
+        assert torch.equal(small(x, t, labels), large(x, t, labels))
+        wide = small(x[:, :, :8], t, labels)
+        assert wide.shape == (2, 3, 8, 16) and not torch.equal(wide, small(x, t, labels)[:, :, :8])
+        moved = small(x[:, :, :8].roll(2, 3), t, labels)
+        assert not torch.allclose(moved, wide.roll(2, 3), atol=1e-4), "columns are told apart"
 
 
 def test_times_are_told_apart():

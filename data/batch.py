@@ -1,0 +1,240 @@
+"""One micro-batch: where its samples lie, and how they become arrays, with substitutes for those that cannot."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .decode import DECODE_ERRORS, decode_into
+from .index import NO_LABEL
+from .order import Sequence, key_at, share_at
+from .shards import LostShard, Shards
+
+TRIES = 8
+"""Samples tried for one position before the data are called unusable."""
+NEARBY = 4096
+"""A substitute comes from among so many positions, so that its shard is probably open."""
+
+
+class Fault(NamedTuple):
+    """A sample that could not be used, and where it would have stood."""
+
+    position: int
+    shard: str
+    key: str
+    error: str
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank."""
+
+    images: Tensor
+    """(B, C, H, W), uint8, pixels; or (B, K, h, w), float16, the moments of latents."""
+    labels: Tensor
+    """(B,), int64; -1 where a sample has no class."""
+    places: Tensor
+    """(B,), int64: place of each sample in its global batch, which names its noise and time."""
+    positions: Tensor
+    """(B,), int64: place of each sample in the endless order."""
+    samples: Tensor
+    """(B, 2), int64: shard and number of each sample, where a substitute stands the substitute's."""
+    sizes: Tensor
+    """(B, 4), int32, pixels, for micro-conditioning: height and width of the upright original, and top and left of the crop
+    in the resized image."""
+    captions: tuple[str, ...] = ()
+    """As asked for; "" where a sample has none."""
+    faults: tuple[Fault, ...] = ()
+    """Samples that were replaced."""
+
+
+class Plan(NamedTuple):
+    """The samples of a micro-batch before they are read; arrays of (B, ...), as in Batch."""
+
+    places: np.ndarray
+    positions: np.ndarray
+    samples: np.ndarray
+    """Shard and number."""
+    records: np.ndarray
+    labels: np.ndarray
+    sizes: np.ndarray
+    mirrored: np.ndarray
+    corners: np.ndarray
+    plain: np.ndarray
+    """Those that `decode.is_plain` and have the wanted shape."""
+    shape: tuple[int, int]
+    """Height and width of all images, pixels."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """How images are varied: functions of (seed, position)."""
+
+    seed: int
+    flip: bool
+    random_crop: bool
+
+    def mirrored(self, positions: np.ndarray) -> np.ndarray:
+        """Which are mirrored, (B,), bool."""
+        return (key_at(positions, self.seed, 3) & np.uint64(1)).astype(bool) if self.flip else np.zeros(len(positions), bool)
+
+    def corners(self, positions: np.ndarray) -> np.ndarray:
+        """Where they are cropped, (B, 2), from the top and from the left, 0 to 1."""
+        if not self.random_crop:
+            return np.full((len(positions), 2), 0.5)
+        return np.stack([share_at(positions, self.seed, 7, side) for side in (0, 1)], axis=1)
+
+
+class Reader(Protocol):
+    """What makes an array of a sample's bytes."""
+
+    def empty(self, count: int, shape: tuple[int, int]) -> np.ndarray:
+        """The array of a micro-batch of images of (height, width) pixels, to be filled."""
+        ...
+
+    def fill(self, out: np.ndarray, payload: bytes, mirror: bool, corner: np.ndarray, plain: bool, /) -> None:
+        """Make a row of that array of a sample's payload.
+
+        Raises:
+            One of DECODE_ERRORS.
+        """
+        ...
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """The filled array as `Batch.images`."""
+        ...
+
+
+class Loader:
+    """Reads plans.
+
+    Args:
+        shards: where samples lie.
+        order: which says what stands in for a bad sample.
+        reader: of the payload.
+        look: of the images.
+        caption: "" for none, "txt", or "json.KEY".
+        skip_lost: replace the samples of a lost shard, instead of an error.
+    """
+
+    def __init__(self, shards: Shards, order: Sequence, reader: Reader, look: Look, caption: str, skip_lost: bool) -> None:
+        self.shards, self.order, self.reader, self.look = shards, order, reader, look
+        self.caption, self.skip_lost = caption, skip_lost
+
+    def load(self, plan: Plan) -> Batch:
+        """Read a micro-batch; samples that are replaced are replaced in the plan's arrays.
+
+        Raises:
+            ValueError: too many bad samples in a row, or a lost shard.
+        """
+        array = self.reader.empty(len(plan.positions), plan.shape)
+        faults, captions = list[Fault](), list[str]()
+        payload, fill = self.shards.payload, self.reader.fill
+        records = zip(*(plan.records[name].tolist() for name in ("payload", "bytes", "crc32")), strict=True)
+        rows = zip(array, plan.samples[:, 0].tolist(), records, plan.mirrored.tolist(), plan.corners, plan.plain.tolist(), strict=True)
+        for i, (out, shard, record, *look) in enumerate(rows):
+            try:
+                fill(out, payload(shard, *record), *look)
+                if self.caption:
+                    captions.append(self._caption(plan, i))
+            except (LostShard, *DECODE_ERRORS) as error:
+                self._substitute(plan, i, out, faults, error)
+                if self.caption:
+                    captions.append(self._caption(plan, i))
+        places, positions, samples, labels, sizes = map(
+            torch.from_numpy, (plan.places, plan.positions, plan.samples, plan.labels, plan.sizes)
+        )
+        return Batch(self.reader.tensor(array), labels, places, positions, samples, sizes, tuple(captions), tuple(faults))
+
+    def _substitute(self, plan: Plan, i: int, out: np.ndarray, faults: list[Fault], error: Exception) -> None:
+        """Put another sample, which (seed, position, try) names, in the place of a bad one."""
+        position = int(plan.positions[i])
+        for attempt in range(TRIES):
+            shard, number = plan.samples[i].tolist()
+            if isinstance(error, LostShard) and not self.skip_lost:
+                raise LostShard(f"{error} The same command goes on once it is back; data.lost_shards=skip goes on without.") from error
+            text = " ".join(str(error).split()) or type(error).__name__
+            faults.append(Fault(position, self.shards.name(shard), self.shards.key(shard, number), text))
+            other = key_at(np.array([position]), self.look.seed, 8, attempt) % np.uint64(NEARBY)
+            try:
+                self._replace(plan, i, out, position // NEARBY * NEARBY + int(other[0]))
+                return
+            except (LostShard, *DECODE_ERRORS) as problem:
+                error = problem
+        listed = "; ".join(f"{f.shard}: {f.key} ({f.error})" for f in faults[-TRIES:])
+        raise ValueError(f"{TRIES} bad samples in a row at position {position}: {listed}. Check the shards with `python -m data.inspect`.")
+
+    def _replace(self, plan: Plan, i: int, out: np.ndarray, position: int) -> None:
+        """Read the sample of another position into row i of a plan."""
+        (shard,), (number,) = self.order(np.array([position]))
+        plan.samples[i] = shard, number
+        plan.records[i : i + 1] = self.shards.gather(np.array([shard]), np.array([number]))
+        plan.labels[i : i + 1] = labels_of(plan.records[i : i + 1])
+        plan.sizes[i : i + 1] = crops(plan.records[i : i + 1], plan.corners[i : i + 1], np.array([plan.shape]))
+        payload = self.shards.payload(int(shard), *plan.records[i].item()[:3])
+        self.reader.fill(out, payload, bool(plan.mirrored[i]), plan.corners[i], False)
+        if self.caption:
+            self._caption(plan, i)  # a substitute whose caption is damaged is none
+
+    def _caption(self, plan: Plan, i: int) -> str:
+        """The caption of row i of a plan."""
+        return caption_of(self.shards.read(*plan.samples[i].tolist()).files, self.caption)
+
+
+def labels_of(records: np.ndarray) -> np.ndarray:
+    """The classes of samples, int64; -1 where there is none."""
+    labels = records["label"].astype(np.int64)
+    labels[labels == NO_LABEL] = -1
+    return labels
+
+
+def crops(records: np.ndarray, corners: np.ndarray, shapes: np.ndarray) -> np.ndarray:
+    """Height and width of the originals, top and left of the crops in the resized images: (B, 4), int32, pixels."""
+    size = np.stack([records["height"], records["width"]], axis=1).astype(np.float64)
+    scale = (shapes / np.maximum(size, 1)).max(axis=1, keepdims=True)
+    return np.concatenate([size, np.round(corners * (size * scale - shapes))], axis=1).astype(np.int32)
+
+
+def caption_of(files: dict[str, bytes], field: str) -> str:
+    """A sample's caption.
+
+    Args:
+        files: of the sample, by extension.
+        field: "txt", or "json.KEY".
+
+    Returns:
+        "" where it has none.
+    """
+    extension, _, key = field.partition(".")
+    text = files.get(extension, b"").decode("utf-8", "replace").strip()
+    if not key or not text:
+        return text
+    try:
+        found = json.loads(text)
+        return str(found.get(key, "")) if isinstance(found, dict) else ""
+    except ValueError:
+        return ""
+
+
+class Pixels:
+    """Image files as pixels.
+
+    Args:
+        channels: 1 for gray, 3 for RGB.
+    """
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def empty(self, count: int, shape: tuple[int, int]) -> np.ndarray:
+        return np.empty((count, *shape, self.channels), np.uint8)
+
+    fill = staticmethod(decode_into)
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        """(B, C, H, W) over the memory of (B, H, W, C)."""
+        return torch.from_numpy(array).permute(0, 3, 1, 2)

@@ -1,0 +1,239 @@
+"""Random access to samples: the shards of one split, of one folder or several, by number."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from io import FileIO
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from isal.isal_zlib import crc32 as crc32_of  # zlib's, several times as fast
+
+from .decode import DECODE_ERRORS, decode_image
+from .index import IMAGE_EXTENSIONS, NO_LABEL, RECORD, Manifest, Shard, locate
+from .source import Folder, LocalFolder
+from .tar import BLOCK, files_of
+
+OPEN_FILES = 128
+OPEN_INDEXES = 1024
+"""So many are kept open; opening one costs about 0.1 ms."""
+RETRY_SECONDS = (0.1, 0.5, 2.0)
+"""Waits before a failed read of an open file is tried again."""
+CHANGED = "its bytes changed since it was packed. Copy or pack the shard again"
+T = TypeVar("T")
+
+
+class Sample(NamedTuple):
+    """One sample as it lies in its shard."""
+
+    key: str
+    files: dict[str, bytes]
+    label: int
+    """-1 where it has none."""
+
+
+class BadSample(ValueError):
+    """A sample whose bytes are not what was packed, or no image."""
+
+
+class LostShard(ValueError):
+    """A shard that is not there, not what the manifest says, or cannot be read."""
+
+
+class Shards:
+    """The shards of one split.
+
+    Args:
+        folders: the path of one folder, or opened ones with the same classes.
+        split: which of the manifests' splits.
+        chosen: for each folder, the shards wanted, in order; None for all of the split.
+
+    Raises:
+        ValueError: a folder that is missing, not whole, or without the split;
+            folders whose classes differ.
+    """
+
+    def __init__(
+        self,
+        folders: str | Path | Sequence[Folder],
+        split: str = "train",
+        chosen: Sequence[tuple[str, ...] | None] | None = None,
+    ) -> None:
+        if isinstance(folders, (str, Path)):
+            folders = [LocalFolder(folders)]
+        self.folders: list[Folder] = list(folders)
+        self.split = split
+        self.parts: list[list[Shard]] = []
+        for folder, names in zip(self.folders, chosen or [None] * len(self.folders), strict=True):
+            by_name = {shard.name: shard for shard in folder.manifest.shards}
+            self.parts.append([by_name[n] for n in names] if names else list(folder.manifest.split(split)))
+        self.shards = [shard for part in self.parts for shard in part]
+        self._folder = [folder for folder, part in zip(self.folders, self.parts, strict=True) for _ in part]
+        self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._files: OrderedDict[int, FileIO] = OrderedDict()
+        self._lock = threading.Lock()
+        self._check_classes()
+
+    def _check_classes(self) -> None:
+        names = self.manifest.class_names
+        for folder in self.folders:
+            theirs = folder.manifest.class_names
+            if theirs != names:
+                at = next((i for i, (a, b) in enumerate(zip(names, theirs, strict=False)) if a != b), min(len(names), len(theirs)))
+                pair = [repr(n[at]) if at < len(n) else "missing" for n in (names, theirs)]
+                raise ValueError(
+                    f"data.shards: class {at} is {pair[0]} in {self.folders[0].name} and {pair[1]} in {folder.name}. "
+                    f"Pack both with the same classes."
+                )
+            top = max((int(label) for label in folder.manifest.tally.labels), default=-1)
+            if top >= len(names):
+                raise ValueError(
+                    f"{folder.name} holds class {top}, its manifest names {len(names)}: index it again with names for all, "
+                    f"`python -m data.prepare webdataset {folder.name} --class_names FILE`."
+                )
+
+    @property
+    def manifest(self) -> Manifest:
+        """The first folder's manifest."""
+        return self.folders[0].manifest
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the content and order of the shards, wherever they lie."""
+        if len(self.folders) == 1 and self.parts[0] == list(self.manifest.split(self.split)):
+            return self.manifest.fingerprint
+        return "+".join(Manifest(shards=tuple(part)).fingerprint for part in self.parts)
+
+    @property
+    def counts(self) -> list[int]:
+        """Samples in each shard."""
+        return [shard.samples for shard in self.shards]
+
+    def name(self, shard: int) -> str:
+        """How messages call a shard."""
+        return f"{self._folder[shard].name.rstrip('/')}/{self.shards[shard].name}"
+
+    def prefetch(self, shards: Sequence[int]) -> None:
+        """These will be read soon."""
+        for folder in self.folders:
+            folder.prefetch([self.shards[s] for s in shards if self._folder[s] is folder])
+
+    def records(self, shard: int) -> np.ndarray:
+        """The memory-mapped index of a shard: one RECORD a sample.
+
+        Raises:
+            ValueError: an index of another length than the manifest says.
+        """
+
+        found = self._indexes.get(shard)
+        if found is None:
+            found = np.asarray(np.load(self._folder[shard].index(self.shards[shard]), mmap_mode="r", allow_pickle=False))
+            if len(found) != self.shards[shard].samples:
+                raise ValueError(
+                    f"{self.name(shard)}: its index has {len(found)} samples, "
+                    f"the manifest says {self.shards[shard].samples}. Copy both again."
+                )
+            self._keep(self._indexes, shard, found, OPEN_INDEXES)
+        return found
+
+    def gather(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+        """The records of many samples, (N,)."""
+        sort = np.argsort(shards, kind="stable")
+        starts = np.flatnonzero(np.diff(shards[sort], prepend=-1)).tolist()
+        sorted_numbers, found = numbers[sort], np.empty(len(shards), RECORD)
+        for first, last, shard in zip(starts, [*starts[1:], len(sort)], shards[sort[starts]].tolist(), strict=True):
+            found[first:last] = self.records(shard)[sorted_numbers[first:last]]
+        out = np.empty_like(found)
+        out[sort] = found
+        return out
+
+    def _open(self, shard: int) -> FileIO:
+        try:
+            return self._keep(self._files, shard, FileIO(self._folder[shard].file(self.shards[shard])), OPEN_FILES)
+        except (ValueError, OSError) as error:
+            raise LostShard(str(error)) from error
+
+    def payload(self, shard: int, block: int, size: int, crc32: int) -> bytes:
+        """The image (or array) of a sample, from the first three fields of its record.
+
+        Raises:
+            BadSample: its bytes changed since they were indexed.
+            LostShard: the shard cannot be read.
+        """
+        file = self._files.get(shard) or self._open(shard)  # held while it is read, for else it may be closed
+        try:
+            body = os.pread(file.fileno(), size, block * BLOCK)
+        except OSError:
+            body = self._again(shard, block * BLOCK, size)
+        if crc32_of(body) != crc32:
+            raise BadSample(CHANGED)
+        return body
+
+    def read(self, shard: int, number: int) -> Sample:
+        """One sample with all its files, checked against what was indexed.
+
+        Raises:
+            BadSample: its bytes changed.
+            LostShard: the shard cannot be read.
+        """
+        record = self.records(shard)[number].item()
+        block, size, _, before, after, _, label, _, _ = record
+        start, length = (block - before) * BLOCK, (before + after) * BLOCK + -(-size // BLOCK) * BLOCK
+        file = self._files.get(shard) or self._open(shard)
+        try:
+            body = os.pread(file.fileno(), length, start)
+        except OSError:
+            body = self._again(shard, start, length)
+        if len(body) != length or locate(body, block * BLOCK, size, start) != record[:6]:
+            raise BadSample(f"{self.name(shard)}, sample {number}: {CHANGED}.")
+        key, files = files_of(body)
+        return Sample(key, files, -1 if label == NO_LABEL else label)
+
+    def key(self, shard: int, number: int) -> str:
+        """The name of a sample, as far as it can still be read."""
+        try:
+            block, _, _, before, *_ = self.records(shard)[number].item()
+            file = self._files.get(shard) or self._open(shard)
+            return files_of(os.pread(file.fileno(), (before + 1) * BLOCK, (block - before) * BLOCK))[0] or f"sample {number}"
+        except (ValueError, OSError):
+            return f"sample {number}"
+
+    def _again(self, shard: int, start: int, length: int) -> bytes:
+        """Bytes of a file whose reading failed: opened and read again, a few times, since network disks come back."""
+        for wait in RETRY_SECONDS:
+            time.sleep(wait)
+            self._files.pop(shard, None)
+            try:
+                file = self._open(shard)
+                return os.pread(file.fileno(), length, start)
+            except OSError as error:
+                problem = error
+        raise LostShard(f"{self.name(shard)} cannot be read at byte {start}: {problem.strerror or problem}.") from problem
+
+    def pixels(self, shard: int, number: int, channels: int, resolution: int, mirror: bool = False) -> tuple[np.ndarray, int]:
+        """One sample's image, (C, H, W) uint8, cropped at its centre, and its class.
+
+        Raises:
+            BadSample: it cannot be decoded.
+        """
+        sample = self.read(shard, number)
+        image = next(sample.files[e] for e in IMAGE_EXTENSIONS if e in sample.files)
+        try:
+            return decode_image(image, channels, resolution, mirror), sample.label
+        except DECODE_ERRORS as error:
+            raise BadSample(
+                f"{self.name(shard)}: image {sample.key!r} cannot be decoded ({error}). Pack the folder again without it."
+            ) from error
+
+    def _keep(self, kept: OrderedDict[int, T], key: int, value: T, most: int) -> T:
+        """Keep a bounded number of opened things; what falls out closes when its last reader lets go."""
+        with self._lock:
+            kept[key] = value
+            while len(kept) > most:
+                kept.popitem(last=False)
+        return value
