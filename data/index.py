@@ -215,13 +215,21 @@ def _size(image: bytes) -> tuple[int, int]:
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(image)
         if has_exif(image):
-            turned = Image.open(io.BytesIO(image)).getexif().get(0x0112) in (5, 6, 7, 8)
+            turned = _turned(Image.open(io.BytesIO(image)))
     except ValueError:  # no JPEG, or an odd one
         picture = Image.open(io.BytesIO(image))
         width, height = picture.size
-        turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)
+        turned = _turned(picture)
     width, height = min(width, 65535), min(height, 65535)
     return (height, width) if turned else (width, height)
+
+
+def _turned(picture: Image.Image) -> bool:
+    """Whether the camera was held upright; where that cannot be read the pixels often can, and `decode.upright` shows them as they lie."""
+    try:
+        return picture.getexif().get(0x0112) in (5, 6, 7, 8)
+    except (OSError, SyntaxError):
+        return False
 
 
 def index_path(tar: Path) -> Path:

@@ -76,20 +76,25 @@ def draw(folder: Path, manifest: Manifest, path: Path) -> None:
 
 def _histograms(tally: Tally) -> tuple[dict[str, int], dict[str, int]]:
     """Images by the nearest aspect ratio (on a log scale) and by the largest of SIDES not above theirs."""
-    aspects = {_ratio(value): 0 for value in ASPECTS}
+    aspects = {ratio_name(value): 0 for value in ASPECTS}
     sides = {f"<{SIDES[0]}": 0, **{str(side): 0 for side in SIDES}}
     for size, count in tally.sizes.items():
         if size == "other":
             continue
         width, height = map(int, size.split("x"))
-        nearest = min(ASPECTS, key=lambda value: abs(math.log(value * height / width)) if width and height else 0)
-        aspects[_ratio(nearest)] += count
+        aspects[ratio_name(ratio_of(width, height))] += count
         below = [side for side in SIDES if side * side <= width * height]
         sides[str(below[-1]) if below else f"<{SIDES[0]}"] += count
     return aspects, sides
 
 
-def _ratio(value: float) -> str:
+def ratio_of(width: int, height: int) -> float:
+    """The nearest of ASPECTS, on a log scale."""
+    return min(ASPECTS, key=lambda value: abs(math.log(value * max(1, height) / max(1, width))))
+
+
+def ratio_name(value: float) -> str:
+    """`4:3` for 1.333."""
     for height in (1, 2, 3, 4, 9, 16):
         if abs(value * height - round(value * height)) < 1e-9:
             return f"{round(value * height)}:{height}"

@@ -19,7 +19,7 @@ FLOORS = {
     "data": [
         ["tar", "order", "decode", "options", "listing", "crew"],
         ["index", "buckets", "write", "columns", "plan"],
-        ["source", "summary", "fill", "tables", "digits"],
+        ["source", "summary", "check", "fill", "tables", "digits"],
         ["shards", "pack", "folder", "parquet", "hub"],
         ["batch", "adopt"],
         ["stream", "prepare"],
