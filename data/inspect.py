@@ -82,9 +82,8 @@ def describe_split(shards: Shards, split: str) -> list[str]:
     sides = sorted((min(size), count) for size, count in sizes.items())
     median = next(side for (side, _), sum_ in zip(sides, accumulate(n for _, n in sides), strict=True) if 2 * sum_ >= total)
     common = ", ".join(f"{w}x{h} ({n:,})" for (w, h), n in sizes.most_common(5))
-    lines.append(
-        f"  sizes: {common}{', ...' if len(sizes) > 5 else ''}; shorter side {sides[0]} to {sides[-1]}, median {sides[total // 2]}"
-    )
+    lines.append(f"  sizes: {common}{', ...' if len(sizes) > 5 else ''}")
+    lines.append(f"  shorter side: {sides[0][0]} to {sides[-1][0]}, median {median}")
     ratios = Counter[float]()
     for (width, height), count in sizes.items():
         ratios[ratio_of(width, height)] += count

@@ -169,12 +169,14 @@ def _duplicates(source: Source, shards: list[Planned], folder: Path, packing: Pa
     parts = [np.load(hashes_path(folder / shard.name), allow_pickle=False) for shard in shards]
     which = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
     table = np.concatenate(parts)
+    if not len(table):
+        return {}
     halves = table["hash"].copy().view("<u8").reshape(-1, 2)
     order = np.lexsort((table["number"], halves[:, 1], halves[:, 0]))
     same = np.r_[False, (halves[order[1:]] == halves[order[:-1]]).all(1)]
     first = order[np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))]
     pairs = sorted(zip(table["number"][order[same]].tolist(), order[same].tolist(), first[same].tolist(), strict=True))
-    splits = np.array([shard.split for shard in shards])[which] if len(which) else np.array([], str)
+    splits = np.array([shard.split for shard in shards])[which]
     report["duplicates"] = {
         "count": len(pairs),
         "left_out": len(pairs) if packing.drop_duplicates else 0,
