@@ -15,6 +15,7 @@ from pathlib import Path
 from data import build, open_shards
 from data.index import Manifest, Tally, describe, write_manifest
 from data.options import Options
+from data.shards import Shards
 from data.stream import Share
 
 SHARDS, EACH = 100_000, 10_000
@@ -71,8 +72,12 @@ def scale(scratch: Path) -> None:
     print(f"open: {opened:.2f} s, {rss() - before:.0f} MB resident a rank; index {mapped:.0f} GB mapped")
     for kind, more in (("plain", {}), ("buckets", {"aspect_ratios": (0.5, 1.0, 2.0), "bucket_step": 2})):
         begin(replace(options, **more), shards, kind)
+    folder = shards.folders[0]
+    twice = Shards([folder, folder])
+    mixed = replace(options, shards=("a", "b"), weights=(0.3, 0.7), aspect_ratios=(0.5, 1.0, 2.0), bucket_step=2)
+    begin(mixed, twice, "buckets and two sources")
     epoch(options, shards)
-    million(folder.parent / "million", first)
+    million(scratch / "million", first)
 
 
 def begin(options: Options, shards, kind: str) -> None:
