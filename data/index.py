@@ -13,6 +13,7 @@ import io
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,10 @@ from isal.isal_zlib import crc32 as crc32_of  # zlib's, three times as fast
 from PIL import Image
 
 from .decode import has_exif, is_plain
+from .listing import reason
 from .tar import BLOCK, Span, samples
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "apng", "mpo", "avif", "jp2", "ico", "psd")
 RECORD = np.dtype(
     [
         ("payload", "<u4"),
@@ -115,7 +117,13 @@ class Manifest:
         return hashlib.sha256("".join(f"{s.split}:{s.sha256};" for s in self.shards).encode()).hexdigest()
 
 
-def index_shard(path: Path, *, like: np.ndarray | None = None, faults: list[str] | None = None) -> tuple[np.ndarray, int]:
+def index_shard(
+    path: Path,
+    *,
+    like: np.ndarray | None = None,
+    faults: list[str] | None = None,
+    verify: Callable[[bytes], None] | None = None,
+) -> tuple[np.ndarray, int]:
     """Read a tar once and describe its samples, in order.
 
     Args:
@@ -124,6 +132,7 @@ def index_shard(path: Path, *, like: np.ndarray | None = None, faults: list[str]
             and classes these take over.
         faults: where given, samples that cannot be indexed are left out and
             named here, instead of an error.
+        verify: called with each image; its ValueError is the sample's fault.
 
     Returns:
         One RECORD a sample, and the number of samples with a caption.
@@ -144,10 +153,12 @@ def index_shard(path: Path, *, like: np.ndarray | None = None, faults: list[str]
                 if like is None:
                     label = _label(span, body)
                     width, height = _size(_bytes_of(span, payload, body))
+                if verify is not None:
+                    verify(_bytes_of(span, payload, body))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
                 if faults is None:
                     raise ValueError(f"{path}: {span.key} cannot be indexed: {error}. Leave it out when packing.") from error
-                faults.append(f"{path.name}: {span.key} ({' '.join(str(error).split())})")
+                faults.append(f"{path.name}: {span.key} ({reason(error)})")
                 continue
             captions += "txt" in span.files
             records.append((*locate(body, span.files[payload].offset, span.files[payload].size, span.start), label, width, height))
@@ -204,13 +215,21 @@ def _size(image: bytes) -> tuple[int, int]:
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(image)
         if has_exif(image):
-            turned = Image.open(io.BytesIO(image)).getexif().get(0x0112) in (5, 6, 7, 8)
+            turned = _turned(Image.open(io.BytesIO(image)))
     except ValueError:  # no JPEG, or an odd one
         picture = Image.open(io.BytesIO(image))
         width, height = picture.size
-        turned = picture.getexif().get(0x0112) in (5, 6, 7, 8)
+        turned = _turned(picture)
     width, height = min(width, 65535), min(height, 65535)
     return (height, width) if turned else (width, height)
+
+
+def _turned(picture: Image.Image) -> bool:
+    """Whether the camera was held upright; where that cannot be read the pixels often can, and `decode.upright` shows them as they lie."""
+    try:
+        return picture.getexif().get(0x0112) in (5, 6, 7, 8)
+    except (OSError, SyntaxError):
+        return False
 
 
 def index_path(tar: Path) -> Path:
@@ -218,9 +237,16 @@ def index_path(tar: Path) -> Path:
     return tar.with_suffix(".npy")
 
 
-def describe(tar: Path, split: str, *, like: np.ndarray | None = None, faults: list[str] | None = None) -> tuple[Shard, Tally]:
+def describe(
+    tar: Path,
+    split: str,
+    *,
+    like: np.ndarray | None = None,
+    faults: list[str] | None = None,
+    verify: Callable[[bytes], None] | None = None,
+) -> tuple[Shard, Tally]:
     """Index a tar, write the index beside it, and give its line of the manifest and what it holds; arguments as `index_shard`."""
-    records, captions = index_shard(tar, like=like, faults=faults)
+    records, captions = index_shard(tar, like=like, faults=faults, verify=verify)
     path = index_path(tar)
     with open(path, "wb") as file:
         np.lib.format.write_array(file, records, allow_pickle=False)

@@ -1,170 +1,224 @@
-"""From samples to a folder of shards: shuffled once, packed into tars, indexed, and whole only with its manifest."""
+"""From a source to a folder of shards: each shard is a job that a kill cannot half do, and the manifest comes last.
+
+Shards grow in `.packing` inside the output, each with a journal. The same
+command goes on where it was stopped; what it ends with depends on the source
+and the settings, not on workers or interruptions.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import io
+import fcntl
 import json
 import os
 import shutil
-import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
-from .decode import DECODE_ERRORS, upright
-from .index import IMAGE_EXTENSIONS, Manifest, describe, index_path, read_manifest, write_manifest
-from .order import permutation
+from .crew import crew, processors
+from .fill import Job, Trim, fill, hashes_path, journal_path, trim
+from .index import IMAGE_EXTENSIONS, Manifest, Shard, Tally, index_path, parse_manifest, write_manifest
+from .listing import Source, digest, some
+from .plan import Packing, Planned, plan
+from .summary import draw
+from .write import commit_json
+
+REPORTED = 1000
+"""Names of each kind that the report holds."""
+BYTES_A_WORKER = 64_000_000
+"""Less than this is done before another process has started."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """One sample to pack."""
-
-    name: str
-    """Where it comes from, kept in its `.json`."""
-    extension: str
-    """Of the image: png, jpg, ..."""
-    read: Callable[[], bytes]
-    label: int | None = None
-    caption: str | None = None
+class Corrupt(ValueError):
+    """Images that cannot be read, while none may be left out."""
 
 
-@dataclass(frozen=True)
-class Packing:
-    """How a folder is packed; part of what decides whether a folder is already packed."""
-
-    shard_bytes: int
-    holdout: float = 0.0
-    seed: int = 0
-    skip_corrupt: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"--holdout {self.holdout}: the share of images kept from training is at least 0 and below 1. Use 0.1.")
-        if self.shard_bytes < 10_000:
-            raise ValueError(f"--shard_size {self.shard_bytes}: a shard holds at least 10kB. Use 256MB to 1GB, less for a small set.")
-
-
-def pack(samples: list[Source], class_names: tuple[str, ...], output: Path, packing: Packing) -> Manifest:
-    """Pack samples into `output`, or find that they are packed there already.
-
-    Everything is written to a folder beside its place and moved at the end,
-    the manifest last: whatever stops this, no half is taken for a whole.
+def pack(source: Source, output: Path, packing: Packing, *, skip: bool = False, workers: int = 0) -> tuple[Manifest, dict[str, Any]]:
+    """Pack a source into `output`, go on with it, or find that it is packed there already.
 
     Args:
-        samples: what to pack; the order they are stored in is shuffled.
-        class_names: name of each label.
+        source: what to pack.
         output: folder of the shards.
         packing: sizes, split and seed.
+        skip: leave out what cannot be read, instead of an error at the end.
+        workers: processes; 0 for as many as there are processors and work.
+
+    Returns:
+        The manifest and the report.
 
     Raises:
-        ValueError: no sample, corrupt images, or another packing in `output`.
+        ValueError: no sample, images that cannot be read, or another packing in `output`.
+        OSError: the disk is full, or the source cannot be reached.
     """
-    if not samples:
-        raise ValueError(f"no image to pack: the source holds none of .{', .'.join(IMAGE_EXTENSIONS)}.")
-    request = _request(samples, class_names, packing)
+    if not source.samples:
+        raise ValueError(f"no image to pack: the source holds none of .{', '.join(IMAGE_EXTENSIONS)}.")
+    request = digest(source.identity, source.class_names, packing)
     if (output / "manifest.json").exists():
-        manifest = read_manifest(output)
-        if manifest.source != request:
-            raise ValueError(f"{output} holds shards of other images or settings: choose another --output, or delete that folder first.")
-        return manifest
-    samples = _readable(samples, packing.skip_corrupt)
-    temporary = output / ".packing"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir(parents=True)
-        manifest = _write(samples, class_names, temporary, packing, request)
-        for shard in manifest.shards:
-            for path in (temporary / shard.name, index_path(temporary / shard.name)):
-                os.replace(path, output / path.name)
+        return already(output, request, skip)
+    shards = plan(source, packing)
+    with locked(output, request, [shard.name for shard in shards]) as folder:
+        _fill(source, shards, folder, output, packing, skip, workers)
+        journals = [_read(_where(folder, output, shard.name)) for shard in shards]
+        report = _report(source, journals)
+        drops = _duplicates(source, shards, folder, packing, report)
+        bad = report["unreadable"]["count"]
+        if bad and (not skip or bad == source.samples):
+            commit_json(report, output / "report.json")
+            raise Corrupt(complaint(report, output))
+        _trim(drops, shards, folder, workers)
+        manifest = _assemble(source, shards, folder, output, request)
+        report["samples"] = sum(shard.samples for shard in manifest.shards)
+        report["missing_captions"] = report["samples"] - manifest.tally.captions if manifest.tally.captions else 0
+        commit_json(report, output / "report.json")
+        draw(output, manifest, output / "summary.png")
         write_manifest(output, manifest)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return manifest
+        shutil.rmtree(folder, ignore_errors=True)
+    return manifest, report
 
 
-def _request(samples: list[Source], class_names: tuple[str, ...], packing: Packing) -> str:
-    """A hash of what was asked for: names, labels, captions and settings."""
-    lines = [repr((s.name, s.extension, s.label, s.caption)) for s in samples]
-    return hashlib.sha256(repr((sorted(lines), class_names, packing)).encode()).hexdigest()
+def already(output: Path, request: str, skip: bool) -> tuple[Manifest, dict[str, Any]]:
+    """What is in a finished folder, if it is what is asked for now."""
+    manifest = parse_manifest((output / "manifest.json").read_bytes(), f"{output}/manifest.json")
+    if manifest.source != request:
+        raise ValueError(f"{output} holds shards of other images or settings: choose another --output, or delete that folder first.")
+    shutil.rmtree(output / ".packing", ignore_errors=True)
+    report = json.loads((output / "report.json").read_text())
+    if report["unreadable"]["count"] and not skip:
+        raise Corrupt(complaint(report, output))
+    return manifest, report
 
 
-def _readable(samples: list[Source], skip: bool) -> list[Source]:
-    """The samples whose images decode.
+@contextmanager
+def locked(output: Path, request: str, names: list[str]) -> Iterator[Path]:
+    """The folder in which shards grow, for this process alone.
 
     Raises:
-        ValueError: some do not and `skip` is off; or none does.
+        ValueError: another process packs there; another packing is half done
+            there; the output holds tars that this would overwrite.
     """
-
-    def fault(sample: Source) -> str | None:
+    folder = output / ".packing"
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
         try:
-            upright(sample.read(), 3)
-        except DECODE_ERRORS as error:
-            return f"{sample.name} ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
-        return None
-
-    pool = ThreadPoolExecutor()
-    try:
-        faults = list(tqdm(pool.map(fault, samples), "checking", len(samples), unit="image", mininterval=1))
-    finally:
-        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for the rest
-    bad = [text for text in faults if text]
-    if bad and (not skip or len(bad) == len(samples)):
-        shown = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise ValueError(
-            f"{len(bad)} of {len(samples)} images cannot be read: {shown}. Mend or remove them, or leave them out with --skip_corrupt."
-        )
-    for text in bad:
-        print(f"left out: {text}")
-    return [sample for sample, text in zip(samples, faults, strict=True) if text is None]
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{output}: another process is packing there. Let it finish, or choose another --output.") from error
+        begun = folder / "request.json"
+        if not begun.exists():
+            foreign = [name for name in names if (output / name).exists()]
+            if foreign:
+                raise ValueError(f"{output} holds {some(foreign, 3)} and no manifest: choose another --output, or move these away.")
+            commit_json(request, begun)
+        elif json.loads(begun.read_text()) != request:
+            raise ValueError(
+                f"{output} holds half-packed shards of other images or settings: finish that command, "
+                f"choose another --output, or delete {folder} to begin anew."
+            )
+        for stale in folder.glob("tmp-*"):
+            stale.unlink()
+        yield folder
 
 
-def _write(samples: list[Source], class_names: tuple[str, ...], folder: Path, packing: Packing, request: str) -> Manifest:
-    """Shuffle, split and write all shards into an empty folder."""
-    order = permutation(len(samples), packing.seed, 0).tolist()
-    held = round(packing.holdout * len(samples))
-    if held == len(samples):
-        raise ValueError(f"--holdout {packing.holdout} of {len(samples)} images leaves none to train on: lower it.")
-    splits = {"val": order[:held], "train": order[held:]}
-    shards, sizes = [], Counter[str]()
-    with tqdm(total=len(samples), desc="packing", unit="image", mininterval=1) as bar:
-        for split, chosen in splits.items():
-            for tar in _write_split(samples, chosen, folder, split, packing.shard_bytes, bar):
-                shard, found = describe(tar, split)
-                shards.append(shard)
-                sizes += found
-    shards.sort(key=lambda shard: (shard.split != "train", shard.name))
-    return Manifest(shards=tuple(shards), class_names=class_names, sizes=dict(sizes.most_common()), source=request)
+def _where(folder: Path, output: Path, name: str) -> Path | None:
+    """The journal of a finished shard, wherever its tar is by now."""
+    journal = journal_path(folder / name)
+    whole = journal.exists() and ((folder / name).exists() or (output / name).exists())
+    return journal if whole else None
 
 
-def _write_split(samples: list[Source], chosen: list[int], folder: Path, split: str, limit: int, bar: tqdm) -> Iterator[Path]:
-    """Write the chosen samples as tars of about `limit` bytes; yields each when it is finished."""
-    tar: tarfile.TarFile | None = None
-    path = folder
-    for number, which in enumerate(chosen):
-        if tar is not None and tar.offset >= limit:
-            tar.close()
-            yield path
-            tar = None
-        if tar is None:
-            path = folder / f"{split}-{sum(1 for _ in folder.glob(f'{split}-*.tar')):06d}.tar"
-            tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)
-        sample = samples[which]
-        files = {sample.extension: sample.read(), "json": json.dumps({"source": sample.name}).encode()}
-        if sample.label is not None:
-            files["cls"] = str(sample.label).encode()
-        if sample.caption is not None:
-            files["txt"] = sample.caption.encode()
-        for extension, body in files.items():
-            info = tarfile.TarInfo(f"{number:09d}.{extension}")
-            info.size = len(body)
-            tar.addfile(info, io.BytesIO(body))
-        bar.update()
-    if tar is not None:
-        tar.close()
-        yield path
+def _read(journal: Path | None) -> dict[str, Any]:
+    assert journal is not None, "every shard has its journal when all are filled"
+    return dict(json.loads(journal.read_text()))
+
+
+def _fill(source: Source, shards: list[Planned], folder: Path, output: Path, packing: Packing, skip: bool, workers: int) -> None:
+    """Write the shards that are not there; without `skip` also those with faults, which may have been mended."""
+    todo = []
+    for shard in shards:
+        journal = _where(folder, output, shard.name)
+        if journal is None or (not skip and _read(journal)["faults"]):
+            todo.append(shard)
+    jobs = (Job(folder, s.name, s.split, s.first_key, s.numbers, source.part(s.numbers), packing.max_side) for s in todo)
+    useful = min(len(todo), workers or min(processors(), int(source.bytes.sum()) // BYTES_A_WORKER + 1))
+    done = source.samples - sum(len(shard.numbers) for shard in todo)
+    with tqdm(total=source.samples, initial=done, desc="packing", unit="image", mininterval=1) as bar:
+        for _ in crew(fill, jobs, useful, lambda samples: bar.update(samples)):
+            pass
+
+
+def _report(source: Source, journals: list[dict[str, Any]]) -> dict[str, Any]:
+    faults = sorted(f"{name} ({why})" for journal in journals for name, why in journal["faults"])
+    return {
+        "found": source.samples,
+        "samples": 0,
+        "unreadable": {"count": len(faults), "list": faults[:REPORTED]},
+        "duplicates": {"count": 0, "left_out": 0, "across_splits": 0, "list": []},
+        "missing_captions": 0,
+        "resized": sum(journal["resized"] for journal in journals),
+        **source.notes,
+    }
+
+
+def _duplicates(source: Source, shards: list[Planned], folder: Path, packing: Packing, report: dict[str, Any]) -> dict[str, set[str]]:
+    """Count images whose bytes are another's; gives the keys to leave out of each shard, all but the first of the source."""
+    parts = [np.load(hashes_path(folder / shard.name), allow_pickle=False) for shard in shards]
+    which = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
+    table = np.concatenate(parts)
+    if not len(table):
+        return {}
+    halves = table["hash"].copy().view("<u8").reshape(-1, 2)
+    order = np.lexsort((table["number"], halves[:, 1], halves[:, 0]))
+    same = np.r_[False, (halves[order[1:]] == halves[order[:-1]]).all(1)]
+    first = order[np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))]
+    pairs = sorted(zip(table["number"][order[same]].tolist(), order[same].tolist(), first[same].tolist(), strict=True))
+    splits = np.array([shard.split for shard in shards])[which]
+    report["duplicates"] = {
+        "count": len(pairs),
+        "left_out": len(pairs) if packing.drop_duplicates else 0,
+        "across_splits": sum(bool(splits[copy] != splits[original]) for _, copy, original in pairs),
+        "list": [[source.name(int(table["number"][kept])), source.name(number)] for number, _, kept in pairs[:REPORTED]],
+    }
+    drops = defaultdict[str, set[str]](set)
+    if packing.drop_duplicates:
+        for _, copy, _ in pairs:
+            drops[shards[which[copy]].name].add(f"{int(table['key'][copy]):09d}")
+    return drops
+
+
+def complaint(report: dict[str, Any], output: Path) -> str:
+    """What to say of images that cannot be read."""
+    bad = report["unreadable"]
+    return (
+        f"{bad['count']} of {report['found']} images cannot be read: {some(bad['list'])}. All are in {output / 'report.json'}. Leave them "
+        "out with --skip_corrupt, which keeps what is done; or mend or remove them and pack into another --output."
+    )
+
+
+def _trim(drops: dict[str, set[str]], shards: list[Planned], folder: Path, workers: int) -> None:
+    """Write again the shards that lose samples, if they are not yet."""
+    todo = [s for s in shards if s.name in drops and not journal_path(folder / f"trimmed-{s.name}").exists()]
+    jobs = (Trim(folder, s.name, s.split, frozenset(drops[s.name])) for s in todo)
+    for _ in crew(trim, jobs, min(len(todo), workers or 1), lambda samples: None):
+        pass
+
+
+def _assemble(source: Source, shards: list[Planned], folder: Path, output: Path, request: str) -> Manifest:
+    """Move the shards to their places and say what they are; a shard whose samples are all left out is none."""
+    listed, tally = [], Tally()
+    for planned in shards:
+        trimmed = folder / f"trimmed-{planned.name}"
+        tar = trimmed if journal_path(trimmed).exists() else folder / planned.name
+        journal = _read(journal_path(tar))
+        if not journal["shard"]["samples"]:
+            continue
+        for path in (index_path(tar), tar):
+            if path.exists():  # else it was moved before a kill
+                os.replace(path, output / path.name.removeprefix("trimmed-"))
+        listed.append(Shard(**journal["shard"]))
+        tally += Tally(**journal["tally"])
+    return Manifest(shards=tuple(listed), class_names=source.class_names, tally=tally, source=request)

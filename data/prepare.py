@@ -1,134 +1,172 @@
-"""Pack images into shards: `python -m data.prepare imagefolder IMAGES --output SHARDS`.
+"""Make a folder of shards: `python -m data.prepare imagefolder IMAGES --output SHARDS`.
 
-A folder's sub-folders are its classes; a `.txt` beside an image is its
-caption. `digits` packs the handwritten digits that scikit-learn carries,
-through the same code.
+Sources: `imagefolder` (class sub-folders; captions in `.txt`, CSV, JSON lines
+or `metadata.csv`), `parquet` (a file, folder, pattern or URL), `hub` (a data
+set of the Hugging Face Hub), `webdataset` (existing tars) and `digits`
+(handwritten digits that scikit-learn carries). A command that was stopped,
+even killed, goes on when it is run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import errno
-import io
-import re
+import json
+import os
 import sys
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from PIL import Image
+from .adopt import adopt, find_tars
+from .columns import Choice
+from .crew import quiet
+from .digits import digits
+from .folder import imagefolder
+from .hub import hub
+from .index import Manifest
+from .listing import Source
+from .options import bytes_of
+from .pack import pack
+from .parquet import parquet
+from .plan import Packing
+from .summary import text
 
-from .index import IMAGE_EXTENSIONS, Manifest
-from .pack import Packing, Source, pack
-
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+SHOWN = 20
+"""Images left out that are named on the screen."""
 
 
-def digits() -> tuple[list[Source], tuple[str, ...]]:
-    """scikit-learn's handwritten digits: 1,797 scans of 8 x 8 pixels in 17 grays, 10 classes.
+def parser() -> argparse.ArgumentParser:
+    """The command's options, each kind of source with its own."""
+    top = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    kinds = top.add_subparsers(dest="kind", required=True, metavar="{imagefolder,parquet,hub,webdataset,digits}")
+    folder = kinds.add_parser("imagefolder", help="image files in a folder")
+    folder.add_argument("source", type=Path, help="a folder, or a .csv or .jsonl table of image files")
+    table = kinds.add_parser("parquet", help="parquet files with a column of images")
+    table.add_argument("source", help="a file, a folder, a pattern or a URL")
+    remote = kinds.add_parser("hub", help="a data set of the Hugging Face Hub")
+    remote.add_argument("source", help="its name, say user/photos, or a local folder that `datasets` loads")
+    remote.add_argument("--subset", help="its configuration, where it has several")
+    remote.add_argument("--splits", default="", help="those to pack, with commas (default: all)")
+    for kind in (table, remote):
+        for column in ("image", "caption", "label"):
+            kind.add_argument(f"--{column}_column", default="", help="where it is not found by its type or name")
+    tars = kinds.add_parser("webdataset", help="existing tars of samples, indexed in place or linked")
+    tars.add_argument("source", help="a folder, a brace pattern or a glob of .tar, .tar.gz or .tgz")
+    tars.add_argument("--split", default="", help="of all tars (default: the word train, val or test in each name, else train)")
+    tars.add_argument("--verify", action="store_true", help="decode every image")
+    tars.add_argument("--class_names", type=Path, help="a file with one name a line, a JSON list, or a JSON map from numbers to names")
+    scans = kinds.add_parser("digits", help="scikit-learn's handwritten digits")
+    for kind in (folder, table, remote, scans):
+        _packing(kind, holdout=0.2 if kind is scans else 0.0)
+    for kind in (folder, table, remote, tars, scans):
+        kind.add_argument("--output", required=kind is not tars, type=Path, help="folder of the shards")
+        kind.add_argument("--skip_corrupt", action="store_true", help="leave out images that cannot be read, instead of stopping")
+        kind.add_argument("--workers", type=int, default=0, help="processes (default: one a processor, fewer for little work)")
+    return top
 
-    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
-    Digits, UCI Machine Learning Repository, CC BY 4.0.
+
+def _packing(kind: argparse.ArgumentParser, holdout: float) -> None:
+    kind.add_argument("--shard_size", default="256MB", help="bytes of one shard (default: 256MB)")
+    kind.add_argument("--holdout", type=float, default=holdout, help=f"share kept from training as split `val` (default: {holdout:g})")
+    kind.add_argument("--seed", type=int, default=0, help="of the order in which images are stored, and of the split")
+    kind.add_argument(
+        "--max_side", type=int, default=0, help="make larger images smaller, encoded anew (default: files are copied as they are)"
+    )
+    kind.add_argument("--drop_duplicates", action="store_true", help="keep only the first of images whose bytes are the same")
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """The source that the options name."""
+    if args.kind == "digits":
+        return digits()
+    if args.kind == "imagefolder":
+        return imagefolder(args.source, skip=args.skip_corrupt)
+    choice = Choice(args.image_column, args.caption_column, args.label_column)
+    if args.kind == "parquet":
+        return parquet(args.source, choice)
+    return hub(args.source, args.subset, [name.strip() for name in args.splits.split(",") if name.strip()], choice)
+
+
+def class_names(path: Path | None) -> tuple[str, ...]:
+    """Class names from a file.
 
     Raises:
-        ValueError: scikit-learn is not installed.
+        ValueError: no such file, a map whose numbers have gaps, no names.
     """
+    if path is None:
+        return ()
     try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
+        written = path.read_text(encoding="utf-8-sig")
+        raw: Any = (
+            json.loads(written) if written.lstrip()[:1] in ("[", "{") else [line.strip() for line in written.splitlines() if line.strip()]
+        )
+        if isinstance(raw, dict):
+            numbered = {int(number): name for number, name in raw.items()}
+            raw = [numbered[number] for number in range(len(numbered))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = f"number {error} has no name" if isinstance(error, KeyError) else error
         raise ValueError(
-            "the digits come with scikit-learn: install it with `pip install condot[demo]`, or `pip install scikit-learn`."
+            f"--class_names {path}: {what}. Write one name a line, a JSON list, or a JSON map of the numbers from 0 without gaps."
         ) from error
-    bunch = load_digits()
-
-    def png(number: int) -> bytes:
-        buffer = io.BytesIO()
-        Image.fromarray(np.round(bunch.images[number] * (255 / 16)).astype(np.uint8)).save(buffer, "PNG")
-        return buffer.getvalue()
-
-    samples = [Source(f"digits/{i}", "png", partial(png, i), int(label), f"a handwritten {label}") for i, label in enumerate(bunch.target)]
-    return samples, tuple(str(name) for name in bunch.target_names)
+    if not raw or not all(isinstance(name, str) for name in raw):
+        raise ValueError(f"--class_names {path}: {'no names' if not raw else 'names are texts'}. Write one name a line.")
+    return tuple(raw)
 
 
-def imagefolder(root: Path) -> tuple[list[Source], tuple[str, ...]]:
-    """The images below a folder, with classes from its sub-folders and captions from `.txt` files.
-
-    Raises:
-        ValueError: no such folder, no image, or images both beside and inside class folders.
-    """
-    if not root.is_dir():
-        raise ValueError(f"source {str(root)!r} is no folder: give the folder that holds the images or one sub-folder a class.")
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-    if not files:
-        raise ValueError(f"source {str(root)!r} holds no image: looked for .{', .'.join(IMAGE_EXTENSIONS)} in it and its sub-folders.")
-    tops = [path.relative_to(root).parts[0] if path.parent != root else "" for path in files]
-    classes = sorted(set(tops) - {""})
-    if classes and "" in tops:
-        loose = files[tops.index("")]
-        raise ValueError(f"{loose} lies beside the class folders {', '.join(classes[:3])}: put every image into a class, or none.")
-    samples = []
-    for path, top in zip(files, tops, strict=True):
-        text = path.with_suffix(".txt")
-        caption = text.read_text().strip() if text.is_file() else None
-        label = classes.index(top) if classes else None
-        samples.append(Source(str(path.relative_to(root)), path.suffix.lower().lstrip("."), path.read_bytes, label, caption))
-    return samples, tuple(classes)
-
-
-def bytes_of(text: str) -> int:
-    """`256MB` as a number of bytes; a ValueError for what is no size."""
-    match = re.fullmatch(r"([\d.]+)\s*([kKmMgG]?[bB]?)", text)
-    try:
-        unit = match[2].upper() if match else "?"
-        return int(float(match[1]) * UNITS[unit if unit in UNITS else f"{unit}B"]) if match else int(text)
-    except ValueError as error:
-        raise ValueError(f"--shard_size {text!r} is no size: write 256MB, 1GB or a number of bytes.") from error
-
-
-def summary(manifest: Manifest, output: Path) -> str:
-    """What was packed, in a few lines."""
-    lines = [
-        f"{output}: {sum(s.samples for s in manifest.shards):,} images in "
-        f"{len(manifest.shards)} shards, {sum(s.bytes for s in manifest.shards):,} bytes"
-    ]
-    for split in sorted({s.split for s in manifest.shards}):
-        shards = manifest.split(split)
-        lines.append(f"  {split}: {sum(s.samples for s in shards):,} images in {len(shards)} shards")
-    common = ", ".join(f"{size} ({count:,})" for size, count in list(manifest.sizes.items())[:5])
-    names = ", ".join(manifest.class_names[:10]) + (", ..." if len(manifest.class_names) > 10 else "")
-    lines.append(f"  sizes: {common}{', ...' if len(manifest.sizes) > 5 else ''}")
-    lines.append(f"  classes: {len(manifest.class_names)}{f' ({names})' if names else ', so models of it are unconditional'}")
-    return "\n".join(lines)
+def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
+    tars = find_tars(args.source)
+    folders = sorted({tar.parent for tar in tars})
+    if args.output is None and len(folders) > 1:
+        raise ValueError(
+            f"source {args.source!r} has tars in {len(folders)} folders, {folders[0]} first: give --output, where they are linked."
+        )
+    args.output = args.output or folders[0]
+    if args.output.exists() and not (
+        os.access(args.output, os.W_OK) and args.output.stat().st_mode & 0o222
+    ):  # the mode counts for root too
+        raise ValueError(f"{args.output} cannot be written, and indexes go beside the tars: give another folder as --output.")
+    return adopt(
+        tars,
+        args.output,
+        class_names=class_names(args.class_names),
+        split=args.split,
+        verify=args.verify,
+        skip=args.skip_corrupt,
+        workers=args.workers,
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("kind", choices=("imagefolder", "digits"), help="what is packed")
-    parser.add_argument("source", nargs="?", type=Path, help="the folder of images; not for digits")
-    parser.add_argument("--output", required=True, type=Path, help="folder of the shards")
-    parser.add_argument("--shard_size", default="256MB", help="bytes of one shard (default: 256MB)")
-    parser.add_argument("--holdout", type=float, help="share of the images kept from training as split `val` (default: 0; digits: 0.2)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order in which images are stored, and of the split")
-    parser.add_argument("--skip_corrupt", action="store_true", help="leave out images that cannot be read, instead of stopping")
-    args = parser.parse_args(argv)
-    if (args.source is None) == (args.kind == "imagefolder"):
-        parser.error(f"{args.kind} {'needs a source folder' if args.source is None else 'takes no source'}")
+    args = parser().parse_args(argv)
+    quiet()
     try:
-        holdout = args.holdout if args.holdout is not None else 0.2 if args.kind == "digits" else 0.0
-        packing = Packing(bytes_of(args.shard_size), holdout, args.seed, args.skip_corrupt)
-        samples, classes = digits() if args.kind == "digits" else imagefolder(args.source)
-        print(summary(pack(samples, classes, args.output, packing), args.output))
+        if args.workers < 0:
+            raise ValueError(f"--workers {args.workers}: 0 or more processes. Leave it out for one a processor.")
+        if args.kind == "webdataset":
+            manifest, report = _webdataset(args)
+        else:
+            packing = Packing(bytes_of(args.shard_size, "--shard_size"), args.holdout, args.seed, args.max_side, args.drop_duplicates)
+            manifest, report = pack(source_of(args), args.output, packing, skip=args.skip_corrupt, workers=args.workers)
+        bad = report["unreadable"]
+        for fault in bad["list"][:SHOWN]:
+            print(f"left out: {fault}")
+        if bad["count"] > SHOWN:
+            print(f"left out: {bad['count'] - SHOWN} more, in {args.output / 'report.json'}")
+        print(text(manifest, report, args.output))
+        print(f"  pictures: {args.output / 'summary.png'}")
     except (ValueError, OSError) as error:
-        full = " Free some space and run the same command again." if getattr(error, "errno", None) == errno.ENOSPC else ""
+        full = " Free some space and run the same command again: finished shards are kept." if _full(error) else ""
         print(f"error: {error}{full}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted: nothing was packed; run the same command again.", file=sys.stderr)
+        print("interrupted: finished shards are kept; run the same command again to go on.", file=sys.stderr)
         return 130
     return 0
+
+
+def _full(error: Exception) -> bool:
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 BLOCK = 512
 """Bytes; headers lie at multiples of it."""
+EMPTY = bytes(BLOCK)
 
 
 class Member(NamedTuple):
@@ -35,12 +36,12 @@ class Span(NamedTuple):
     @property
     def start(self) -> int:
         """Where its first header lies."""
-        return min(member.header for member in self.files.values())
+        return next(iter(self.files.values())).header  # they lie in the order in which they were walked
 
     @property
     def end(self) -> int:
         """Where the next sample begins."""
-        return max(member.end for member in self.files.values())
+        return next(reversed(self.files.values())).end
 
 
 def members(path: Path) -> Iterator[Member]:
@@ -56,9 +57,9 @@ def members(path: Path) -> Iterator[Member]:
             head = os.pread(file.fileno(), BLOCK, at)
             if len(head) < BLOCK:
                 raise ValueError(f"{path}: cut at byte {at}, the end-of-archive block is missing. Pack or copy this shard again.")
-            if not head.rstrip(b"\0"):
+            if head == EMPTY:
                 return
-            name, length, kind = _header(_checked(head, path, at))
+            name, length, kind = _checked(head, path, at)
             end = at + BLOCK + -(-length // BLOCK) * BLOCK
             if end > size:
                 raise ValueError(f"{path}: cut inside {name!r} at byte {at}. Pack or copy this shard again.")
@@ -118,16 +119,14 @@ def key_and_extension(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _checked(head: bytes, path: Path, at: int) -> bytes:
-    """The header, if its checksum is right."""
+def _checked(head: bytes, path: Path, at: int) -> tuple[str, int, bytes]:
+    """What a header says, if its checksum is right: the sum of its bytes, those of the checksum itself counted as blanks."""
     try:
-        good = int(head[148:156].strip(b" \0"), 8) == sum(head) - sum(head[148:156]) + 256
-        _header(head)
+        if int(head[148:156].strip(b" \0"), 8) == sum(head) - sum(head[148:156]) + 256:
+            return _header(head)
     except ValueError:
-        good = False
-    if not good:
-        raise ValueError(f"{path}: damaged tar header at byte {at}. Pack or copy this shard again.")
-    return head
+        pass
+    raise ValueError(f"{path}: damaged tar header at byte {at}. Pack or copy this shard again.")
 
 
 def _inside(name: str, path: Path) -> str:

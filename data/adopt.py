@@ -1,0 +1,232 @@
+"""Shards from elsewhere: indexed where they lie, linked, or decompressed; their samples are never unpacked to files."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import os
+import shutil
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from braceexpand import braceexpand
+from tqdm import tqdm
+
+from .crew import Progress, crew, processors
+from .decode import DECODE_ERRORS, upright
+from .fill import journal_path
+from .index import Manifest, Shard, Tally, describe, index_path, write_manifest
+from .listing import digest, reason, some, split_named
+from .pack import REPORTED, Corrupt, already, complaint, locked
+from .summary import draw
+from .tar import members
+from .write import commit, commit_json
+
+COMPRESSED = (".tar.gz", ".tgz")
+MOST_INFLATION = 200
+"""Times its compressed size: gzip makes at most 1,030 of zeros, and 5 to 20 of images with small texts and padding."""
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Indexing:
+    """One tar to index."""
+
+    source: Path
+    name: str
+    """Of the tar in the output."""
+    split: str
+    output: Path
+    folder: Path
+    """Where its journal goes."""
+    verify: bool
+
+
+def find_tars(source: str) -> list[Path]:
+    """The tars of a folder, a brace pattern or a glob, sorted.
+
+    Raises:
+        ValueError: none, or some that are missing.
+    """
+    if Path(source).is_dir():
+        found = sorted(
+            path for path in Path(source).iterdir() if path.name.endswith((".tar", *COMPRESSED)) and not path.name.startswith(".")
+        )
+        if not found:
+            raise ValueError(f"source {source!r} holds no .tar, .tar.gz or .tgz: name the folder in which the shards themselves lie.")
+        return found
+    try:
+        names = sorted({name for pattern in braceexpand(source) for name in (sorted(glob.glob(pattern)) or [pattern])})
+    except ValueError as error:
+        raise ValueError(f"source {source!r} is no pattern: {error}. Write shards-{{000000..000009}}.tar.") from error
+    missing = [name for name in names if not Path(name).is_file()]
+    if missing:
+        raise ValueError(f"source {source!r}: {len(missing)} of {len(names)} tars are not there: {some(missing, 3)}. Check the pattern.")
+    return [Path(name) for name in names]
+
+
+def adopt(
+    tars: list[Path],
+    output: Path,
+    *,
+    class_names: tuple[str, ...] = (),
+    split: str = "",
+    verify: bool = False,
+    skip: bool = False,
+    workers: int = 0,
+) -> tuple[Manifest, dict[str, Any]]:
+    """Make existing tars a folder of shards.
+
+    Args:
+        tars: what to index.
+        output: the folder they lie in, or another, to which they are linked
+            or, if compressed, decompressed.
+        class_names: name of each class number; from the labels where absent.
+        split: of all tars; else the word in each name, else `train`.
+        verify: decode every image.
+        skip: leave out of the index what cannot be read, instead of an error.
+        workers: processes; 0 for as many as there are processors.
+
+    Raises:
+        ValueError: damaged tars, samples that cannot be indexed, classes that
+            disagree with `class_names`, another folder in `output`.
+    """
+    names = [_plain_name(path) for path in tars]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise ValueError(f"two tars would both be {output / twice[0]}: index one folder at a time, or rename one.")
+    packed = [path.name for path in tars if path.name.endswith(COMPRESSED)]
+    if packed and tars[0].parent.resolve() == output.resolve():
+        raise ValueError(f"{some(packed, 3)} cannot be read from the middle: give another folder as --output, where they are decompressed.")
+    request = digest("webdataset", [(p.name, p.stat().st_size) for p in tars], class_names, split, verify)
+    if (output / "manifest.json").exists():
+        return already(output, request, skip)
+    ours = [name for name, tar in zip(names, tars, strict=True) if tar.parent.resolve() != output.resolve()]
+    with locked(output, request, ours) as folder:
+        jobs = [
+            Indexing(tar.resolve(), name, split or split_named(tar.name) or "train", output, folder, verify)
+            for tar, name in zip(tars, names, strict=True)
+        ]
+        _index(jobs, skip, workers)
+        journals = [json.loads(journal_path(folder / job.name).read_text()) for job in jobs]
+        _refuse_damaged(journals, folder)
+        manifest, report = _assemble(journals, class_names, request)
+        if report["unreadable"]["count"] and (not skip or not report["samples"]):
+            commit_json(report, output / "report.json")
+            raise Corrupt(complaint(report, output))
+        commit_json(report, output / "report.json")
+        draw(output, manifest, output / "summary.png")
+        write_manifest(output, manifest)
+        shutil.rmtree(folder, ignore_errors=True)
+    return manifest, report
+
+
+def _plain_name(path: Path) -> str:
+    """`a.tar` of `a.tar.gz`, `a.tgz` or `a.tar`."""
+    return f"{path.name.removesuffix('.gz').removesuffix('.tgz').removesuffix('.tar')}.tar"
+
+
+def _index(jobs: list[Indexing], skip: bool, workers: int) -> None:
+    """Index the tars that are not; without `skip` also those with faults, which may have been mended."""
+    todo = []
+    for job in jobs:
+        journal = journal_path(job.folder / job.name)
+        if not journal.exists() or (not skip and json.loads(journal.read_text()).get("faults", True)):
+            todo.append(job)
+    useful = min(len(todo), workers or min(processors(), sum(job.source.stat().st_size for job in todo) // 64_000_000 + 1))
+    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="indexing", unit="shard", mininterval=1) as bar:
+        for _ in crew(index, todo, useful, lambda samples: None):
+            bar.update()
+
+
+def index(job: Indexing, progress: Progress) -> str:
+    """Bring one tar to its place and index it; what is wrong with it goes into its journal."""
+    tar = job.output / job.name
+    faults: list[str] = []
+    try:
+        if job.source != tar.resolve():
+            _bring(job.source, tar)
+        shard, tally = describe(tar, job.split, faults=faults, verify=_decodes if job.verify else None)
+    except ValueError as error:
+        commit_json({"damaged": str(error)}, journal_path(job.folder / job.name))
+        return job.name
+    with open(index_path(tar), "rb") as file:
+        os.fsync(file.fileno())
+    commit_json({"shard": asdict(shard), "tally": asdict(tally), "faults": faults}, journal_path(job.folder / job.name))
+    return job.name
+
+
+def _decodes(image: bytes) -> None:
+    try:
+        upright(image, 3)
+    except DECODE_ERRORS as error:
+        raise ValueError(reason(error)) from error
+
+
+def _bring(source: Path, tar: Path) -> None:
+    """Link a plain tar, or decompress one, in pieces and under a temporary name.
+
+    Raises:
+        ValueError: it is no gzip, is cut, holds no tar, or grows beyond all measure.
+    """
+    temporary = tar.parent / ".packing" / f"tmp-{os.getpid()}-{tar.name}"
+    if not source.name.endswith(COMPRESSED):
+        temporary.symlink_to(source)
+        os.replace(temporary, tar)
+        return
+    limit, size = MOST_INFLATION * source.stat().st_size, 0
+    try:
+        with gzip.open(source) as packed, open(temporary, "wb") as file:
+            while piece := packed.read(CHUNK):
+                size += len(piece)
+                if size > limit:
+                    raise ValueError(f"{source}: more than {MOST_INFLATION} times its size when decompressed. Is it a tar of images?")
+                file.write(piece)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{source}: cannot be decompressed ({error}). Copy it again.") from error
+    next(members(temporary), None)
+    commit(temporary, tar)
+
+
+def _refuse_damaged(journals: list[dict[str, Any]], folder: Path) -> None:
+    damaged = [journal["damaged"] for journal in journals if "damaged" in journal]
+    if damaged:
+        for path in folder.glob("*.json"):  # they may be mended: look at them again next time
+            if "damaged" in json.loads(path.read_text() or "{}"):
+                path.unlink()
+        raise ValueError(f"{len(damaged)} of {len(journals)} tars are damaged: {some(damaged)}")
+
+
+def _assemble(journals: list[dict[str, Any]], class_names: tuple[str, ...], request: str) -> tuple[Manifest, dict[str, Any]]:
+    """The manifest and the report of indexed tars.
+
+    Raises:
+        ValueError: a class that has no name.
+    """
+    tally, shards = Tally(), []
+    for journal in journals:
+        found = Tally(**journal["tally"])
+        most = max(map(int, found.labels), default=-1)
+        if class_names and most >= len(class_names):
+            raise ValueError(
+                f"{journal['shard']['name']} has class {most}, but --class_names names {len(class_names)}, 0 to {len(class_names) - 1}: "
+                "give the names that belong to these shards."
+            )
+        tally += found
+        shards.append(Shard(**journal["shard"]))
+    names = class_names if tally.labels else ()
+    if tally.labels and not names:
+        names = tuple(map(str, range(int(list(tally.labels)[-1]) + 1)))
+    shards.sort(key=lambda shard: (shard.split != "train", shard.split, shard.name))
+    faults = [fault for journal in journals for fault in journal["faults"]]
+    samples = sum(shard.samples for shard in shards)
+    report = {
+        "found": samples + len(faults),
+        "samples": samples,
+        "unreadable": {"count": len(faults), "list": faults[:REPORTED]},
+        "missing_captions": samples - tally.captions if tally.captions else 0,
+    }
+    return Manifest(shards=tuple(shard for shard in shards if shard.samples), class_names=names, tally=tally, source=request), report

@@ -1,0 +1,173 @@
+"""One shard, start to end: read its samples, see that they decode, write the tar, its index and its journal.
+
+The journal is written last, so a shard that has one is whole. It lists the
+samples that could not be read; those are simply not in the tar, so that
+leaving them out later costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .crew import Progress
+from .decode import DECODE_ERRORS, upright
+from .index import IMAGE_EXTENSIONS, MAX_TEXT_BYTES, NO_LABEL, describe, index_path
+from .listing import Fault, Part, Record, reason
+from .tar import samples
+from .write import TarWriter, commit, commit_json
+
+FORMATS = {
+    **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"},
+    **{"AVIF": "avif", "JPEG2000": "jp2", "ICO": "ico", "PSD": "psd"},
+}
+SAVED_AS: dict[str, dict[str, Any]] = {"jpg": {"format": "JPEG", "quality": 95}, "webp": {"format": "WEBP", "quality": 95}}
+HASHED = np.dtype([("number", "<u8"), ("key", "<u8"), ("hash", "V16")])
+"""One packed sample: its number in the source, in its shard's key, and a hash of its image's bytes."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One shard to write."""
+
+    folder: Path
+    name: str
+    split: str
+    first_key: int
+    numbers: np.ndarray
+    part: Part
+    max_side: int
+
+
+@dataclass(frozen=True)
+class Trim:
+    """One finished shard to write again without some samples."""
+
+    folder: Path
+    name: str
+    split: str
+    keys: frozenset[str]
+
+
+def journal_path(tar: Path) -> Path:
+    """Where the journal of a shard lies."""
+    return tar.with_suffix(".json")
+
+
+def hashes_path(tar: Path) -> Path:
+    """Where the hashes of a shard's images lie."""
+    return tar.with_suffix(".hashes")
+
+
+def fill(job: Job, progress: Progress) -> str:
+    """Write one shard; returns its name.
+
+    Raises:
+        OSError: the disk is full, or the source cannot be reached.
+    """
+    faults: list[Fault] = []
+    hashes = np.zeros(len(job.numbers), HASHED)
+    resized = packed = 0
+    temporary = job.folder / f"tmp-{os.getpid()}-{job.name}"
+    with open(temporary, "wb", buffering=1 << 20) as file:
+        writer = TarWriter(file)
+        for place, found in enumerate(job.part.read(job.folder)):
+            ready = found if isinstance(found, Fault) else prepared(found, job.max_side)
+            progress(1)
+            if isinstance(ready, Fault):
+                faults.append(ready)
+                continue
+            record, files = ready
+            resized += "resized_from" in record.more
+            hashes[packed] = (job.numbers[place], job.first_key + place, hashlib.sha256(record.image).digest()[:16])
+            writer.add(f"{job.first_key + place:09d}", files)
+            packed += 1
+        writer.finish()
+    with open(hashes_path(temporary), "wb") as file:
+        np.lib.format.write_array(file, hashes[:packed], allow_pickle=False)
+    commit(hashes_path(temporary), hashes_path(job.folder / job.name))
+    _commit(temporary, job.folder / job.name, job.split, {"faults": faults, "resized": resized})
+    return job.name
+
+
+def trim(job: Trim, progress: Progress) -> str:
+    """Write a shard again without some samples, beside it as `trimmed-NAME`; returns its name."""
+    temporary = job.folder / f"tmp-{os.getpid()}-trimmed-{job.name}"
+    with open(job.folder / job.name, "rb") as source, open(temporary, "wb", buffering=1 << 20) as file:
+        writer = TarWriter(file)
+        for span in samples(job.folder / job.name):
+            if span.key not in job.keys:
+                writer.add_span(os.pread(source.fileno(), span.end - span.start, span.start))
+        writer.finish()
+    _commit(temporary, job.folder / f"trimmed-{job.name}", job.split, {})
+    progress(len(job.keys))
+    return job.name
+
+
+def _commit(temporary: Path, final: Path, split: str, more: dict[str, Any]) -> None:
+    """Index a tar and give it and all that belongs to it their names, the journal last."""
+    shard, tally = describe(temporary, split)
+    commit(index_path(temporary), index_path(final))
+    commit(temporary, final)
+    shard = replace(shard, name=final.name.removeprefix("trimmed-"))
+    commit_json({"shard": asdict(shard), "tally": asdict(tally), **more}, journal_path(final))
+
+
+def prepared(record: Record, max_side: int) -> tuple[Record, dict[str, bytes]] | Fault:
+    """A sample that decodes, with its files as they are stored; or why it does not.
+
+    The record's image stays as it was read, for its hash.
+    """
+    try:
+        image = upright(record.image, 3)
+        extension, stored = record.extension, record.image
+        if extension not in IMAGE_EXTENSIONS:
+            extension = _extension(record.image)
+        if max_side and max(image.size) > max_side:
+            record = record._replace(more={**record.more, "resized_from": list(image.size)})
+            extension, stored = _smaller(image, max_side, extension)
+        return record, _files(record, extension, stored)
+    except DECODE_ERRORS as error:
+        return Fault(record.name, reason(error))
+
+
+def _files(record: Record, extension: str, stored: bytes) -> dict[str, bytes]:
+    files = {extension: stored}
+    if record.label is not None:
+        if not 0 <= record.label < NO_LABEL:
+            raise ValueError(f"class {record.label} is not in 0 to {NO_LABEL - 1}")
+        files["cls"] = str(record.label).encode()
+    if record.caption:
+        files["txt"] = record.caption.encode()
+    files["json"] = json.dumps({"source": record.name, **record.more}, default=str, ensure_ascii=False).encode()
+    for name in ("txt", "json"):
+        if len(files.get(name, b"")) > MAX_TEXT_BYTES:
+            raise ValueError(f"its .{name} would have {len(files[name])} bytes, at most {MAX_TEXT_BYTES} are read")
+    return files
+
+
+def _extension(data: bytes) -> str:
+    """The extension that the bytes of an image ask for."""
+    found = Image.open(io.BytesIO(data)).format or "unknown"
+    if found not in FORMATS:
+        raise ValueError(f"its format {found} is none of {', '.join(FORMATS)}")
+    return FORMATS[found]
+
+
+def _smaller(image: Image.Image, side: int, extension: str) -> tuple[str, bytes]:
+    """An image whose longer side is `side`, in its own family of formats; those of no family become PNG."""
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    family = {"jpeg": "jpg"}.get(extension, extension)
+    family = family if family in SAVED_AS else "png"
+    buffer = io.BytesIO()
+    image.resize(size, Image.Resampling.LANCZOS).save(buffer, **SAVED_AS.get(family, {"format": "PNG"}))
+    return family, buffer.getvalue()

@@ -1,0 +1,182 @@
+"""Look at a folder of shards: `python -m data.inspect SHARDS [--config recipe.yaml]`.
+
+Prints counts, classes, sizes, aspect ratios, missing captions, what cannot be
+read, and how fast this machine streams it; draws the first batches exactly as
+training will see them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from . import build, open_shards
+from .check import Check, check
+from .crew import crew, processors, quiet
+from .index import NO_LABEL, Manifest
+from .options import Options, read_options
+from .shards import Shards
+from .stream import Share, Stream
+from .summary import contact_sheet, ratio_name, ratio_of
+
+SECONDS = 3.0
+"""Throughput is measured for so long, after the first batch."""
+SHOWN = 20
+PICTURED = 64
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options; those of the stream replace the recipe's."""
+    made = argparse.ArgumentParser(prog="python -m data.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("shards", nargs="+", help="folders of shards")
+    made.add_argument("--split", help="which split (default: the recipe's, else train)")
+    made.add_argument("--samples", type=int, help="decode so many samples, evenly spaced, to find those that cannot be (default: all)")
+    made.add_argument("--verify", action="store_true", help="hash all shards and indexes and compare with the manifest")
+    made.add_argument("--output", type=Path, default=Path("inspect.png"), help="the picture of the first batches (default: inspect.png)")
+    made.add_argument("--workers", type=int, default=0, help="processes that check (default: one a processor)")
+    made.add_argument("--config", type=Path, help="a recipe, to see the batches of its run")
+    made.add_argument("--seed", type=int, help="of the order (default: the recipe's, else 0)")
+    made.add_argument("--batch_size", type=int, help="(default: the recipe's, else 64)")
+    made.add_argument("--resolution", type=int, help="in pixels (default: the recipe's, else 256)")
+    made.add_argument("--channels", type=int, choices=(1, 3), help="(default: the recipe's, else 3)")
+    for flag in ("horizontal_flip", "random_crop"):
+        made.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, default=None)
+    return made
+
+
+def options_of(args: argparse.Namespace) -> tuple[Options, int, int]:
+    """The stream's options, its seed and batch size: the recipe's where the command does not say.
+
+    Raises:
+        ValueError: no such recipe, or values that cannot be right.
+    """
+    names = ("split", "resolution", "channels", "horizontal_flip", "random_crop")
+    over: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    over |= {"shards": tuple(args.shards), "encoding": "online"}
+    options, recipe = (read_options(args.config, over)) if args.config else (Options(**over), {})
+    seed = args.seed if args.seed is not None else int(recipe.get("seed", 0))
+    batch = args.batch_size if args.batch_size is not None else int(recipe.get("train", {}).get("batch_size", 64))
+    if batch < 1:
+        raise ValueError(f"--batch_size {batch}: at least one image. Use 64.")
+    return options, seed, batch
+
+
+def describe_split(shards: Shards, split: str) -> list[str]:
+    """Counts, classes, sizes and aspect ratios of one split, from its indexes."""
+    sizes, labels = Counter[tuple[int, int]](), Counter[int]()
+    for shard in range(len(shards.counts)):
+        records = shards.records(shard)
+        sizes.update(zip(records["width"].tolist(), records["height"].tolist(), strict=True))
+        labels.update(records["label"].tolist())
+    total, unlabelled = sum(shards.counts), labels.pop(NO_LABEL, 0)
+    lines = [f"{split}: {total:,} images in {len(shards.counts):,} shards of {min(shards.counts):,} to {max(shards.counts):,}"]
+    sides = sorted((min(size), count) for size, count in sizes.items())
+    median = next(side for (side, _), sum_ in zip(sides, accumulate(n for _, n in sides), strict=True) if 2 * sum_ >= total)
+    common = ", ".join(f"{w}x{h} ({n:,})" for (w, h), n in sizes.most_common(5))
+    lines.append(f"  sizes: {common}{', ...' if len(sizes) > 5 else ''}")
+    lines.append(f"  shorter side: {sides[0][0]} to {sides[-1][0]}, median {median}")
+    ratios = Counter[float]()
+    for (width, height), count in sizes.items():
+        ratios[ratio_of(width, height)] += count
+    lines.append(f"  width / height, nearest: {', '.join(f'{ratio_name(r)} ({n:,})' for r, n in sorted(ratios.items()))}")
+    names = shards.manifest.class_names
+    shown = ", ".join(f"{names[i] if i < len(names) else i} ({n:,})" for i, n in labels.most_common(SHOWN))
+    empty = sum(1 for i in range(len(names)) if i not in labels)
+    lines.append(f"  classes: {len(names)}{f': {shown}' if shown else ''}{', ...' if len(labels) > SHOWN else ''}")
+    if empty:
+        lines.append(f"  classes without an image in {split}: {empty}")
+    if unlabelled and labels:
+        lines.append(f"  without a class: {unlabelled:,}")
+    return lines
+
+
+def describe_captions(manifests: list[Manifest]) -> str:
+    """How many samples of all splits have captions."""
+    total = sum(shard.samples for manifest in manifests for shard in manifest.shards)
+    have = sum(manifest.tally.captions for manifest in manifests)
+    return f"captions: {have:,} of {total:,} in all splits" + (f", {total - have:,} missing" if 0 < have < total else "")
+
+
+def find_bad(shards: Shards, samples: int | None, verify: bool, workers: int) -> tuple[int, list[str]]:
+    """Decode samples; gives how many were decoded, and what is wrong, by shard and key."""
+    counts = np.array(shards.counts)
+    total, starts = int(counts.sum()), np.cumsum(counts) - counts
+    wanted = total if samples is None else min(samples, total)
+    chosen = np.unique(np.linspace(0, total - 1, wanted).round().astype(np.int64)) if wanted else np.zeros(0, np.int64)
+    jobs = []
+    places = [(shard, folder) for folder, part in zip(shards.folders, shards.parts, strict=True) for shard in part]
+    for number, (shard, folder) in enumerate(places):
+        here = chosen[(chosen >= starts[number]) & (chosen < starts[number] + counts[number])] - starts[number]
+        if len(here) or verify:
+            jobs.append(Check(folder.file(shard), shard, here, verify))
+    bad: list[str] = []
+    useful = min(len(jobs), workers or min(processors(), len(chosen) // 5000 + 1))
+    with tqdm(total=len(chosen), desc="checking", unit="image", mininterval=1) as bar:
+        for found in crew(check, jobs, useful, lambda done: bar.update(done)):
+            bad += found
+    return len(chosen), sorted(bad)
+
+
+def throughput(stream: Stream) -> float:
+    """Images a second that the stream gives here, with nothing to take them."""
+    next(stream)
+    count, began = 0, time.perf_counter()
+    while time.perf_counter() - began < SECONDS:
+        count += len(next(stream).labels)
+    return count / (time.perf_counter() - began)
+
+
+def picture(stream: Stream, names: tuple[str, ...]) -> Image.Image:
+    """The first batches in a grid: pixels as the model gets them, with captions or classes."""
+    tiles: list[tuple[Image.Image, str]] = []
+    while len(tiles) < PICTURED:
+        batch = next(stream)
+        captions = batch.captions or ("",) * len(batch.labels)
+        for pixels, label, caption in zip(batch.images.numpy(), batch.labels.tolist(), captions, strict=True):
+            image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)).squeeze())
+            tiles.append((image, caption or (names[label] if 0 <= label < len(names) else "")))
+    return contact_sheet(tiles[:PICTURED], 8)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status: 1 where something is wrong with the shards."""
+    args = parser().parse_args(argv)
+    quiet()
+    try:
+        options, seed, batch = options_of(args)
+        shards = open_shards(options)
+        print("\n".join(describe_split(shards, options.split)))
+        print(describe_captions([folder.manifest for folder in shards.folders]))
+        checked, bad = find_bad(shards, args.samples, args.verify, args.workers)
+        print(f"checked: {checked:,} of {sum(shards.counts):,} images{' and all hashes' if args.verify else ''}, {len(bad):,} bad")
+        for line in bad[:SHOWN]:
+            print(f"  {line}")
+        if len(bad) > SHOWN:
+            print(f"  and {len(bad) - SHOWN:,} more")
+        share = Share(batch_size=batch)
+        first = build(options, seed=seed, share=share, captions=True, shards=shards)
+        picture(first, shards.manifest.class_names).save(args.output)
+        first.close()
+        print(f"the first {PICTURED} images of training, seed {seed}: {args.output}")
+        rate = throughput(build(options, seed=seed, share=share, shards=shards))
+        print(f"stream: {rate:,.0f} images/s at {options.resolution} px with {options.workers} threads on this machine")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted.", file=sys.stderr)
+        return 130
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

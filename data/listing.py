@@ -1,0 +1,107 @@
+"""What a source of samples offers the packer: how many there are and how large, and parts of them for worker processes to read."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+
+
+class Record(NamedTuple):
+    """One sample as it was read."""
+
+    name: str
+    """Where it comes from, kept in its `.json`."""
+    image: bytes
+    extension: str = ""
+    """Of the image; empty where its bytes must tell."""
+    label: int | None = None
+    caption: str | None = None
+    more: dict[str, Any] = {}
+    """Further fields of its `.json`."""
+
+
+class Fault(NamedTuple):
+    """One sample that cannot be read, and why."""
+
+    name: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.why})"
+
+
+class Part(Protocol):
+    """Some samples of a source; goes to another process by pickle, so it holds names and numbers, never images."""
+
+    def read(self, scratch: Path) -> Iterator[Record | Fault]:
+        """Each sample, in the order in which the part was asked for.
+
+        Args:
+            scratch: a folder for temporary files.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Source:
+    """Samples 0 to n - 1, in groups that are best read together: a file, a row group."""
+
+    part: Callable[[np.ndarray], Part]
+    """The samples with these numbers, (N,) int64."""
+    name: Callable[[int], str]
+    rows: np.ndarray
+    """(G,), int64: samples of each group; groups follow one another."""
+    bytes: np.ndarray
+    """(G,), int64: of each group's images, known or estimated."""
+    identity: str
+    """A hash of what there is to read: the same source has the same."""
+    splits: tuple[str, ...] = ("train",)
+    split_of: np.ndarray | None = None
+    """(G,), int: the split of each group; all the first where absent."""
+    class_names: tuple[str, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+    """What was found beside samples, for the report."""
+
+    @property
+    def samples(self) -> int:
+        return int(self.rows.sum())
+
+
+def digest(*what: object) -> str:
+    """A hash of values by what they print."""
+    total = hashlib.sha256()
+    for value in what:
+        if isinstance(value, np.ndarray):
+            total.update(np.ascontiguousarray(value).data)
+        elif isinstance(value, list):
+            for item in value:
+                total.update(repr(item).encode())
+        else:
+            total.update(repr(value).encode())
+        total.update(b"\0")
+    return total.hexdigest()
+
+
+def split_named(name: str) -> str | None:
+    """The split that a file's name says as a word of its own: `data/train-00001.parquet` is `train`; None where it says none."""
+    words = re.split(r"[^a-z]+", Path(name).name.lower())
+    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+
+
+def reason(error: BaseException) -> str:
+    """An error in one line, without the addresses of objects that Pillow puts into some."""
+    text = re.sub(r" <[^<>]* object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
+    return text[:300] if text else type(error).__name__
+
+
+def some(items: list[str], limit: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
+    return "; ".join(items[:limit]) + (f"; and {len(items) - limit:,} more" if len(items) > limit else "")

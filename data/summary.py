@@ -1,0 +1,169 @@
+"""What a folder of shards holds, in a few lines and as one picture: aspect ratios, sizes, and a sheet of samples."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from .decode import DECODE_ERRORS, upright
+from .index import IMAGE_EXTENSIONS, Manifest, Tally, index_path
+from .tar import BLOCK, files_of
+
+SIDE, LINE, MARGIN = 128, 16, 8
+SHEET = 64
+INK, PAPER, BAR = "#222222", "white", "#4878a8"
+ASPECTS = (1 / 4, 1 / 3, 1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2, 3, 4)
+SIDES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
+
+
+def text(manifest: Manifest, report: dict[str, Any], output: Path) -> str:
+    """What was packed, in a few lines."""
+    tally = manifest.tally
+    total = sum(s.samples for s in manifest.shards)
+    lines = [f"{output}: {total:,} images in {len(manifest.shards)} shards, {sum(s.bytes for s in manifest.shards):,} bytes"]
+    for split in sorted({s.split for s in manifest.shards}, key=lambda name: (name != "train", name)):
+        shards = manifest.split(split)
+        lines.append(f"  {split}: {sum(s.samples for s in shards):,} images in {len(shards)} shards")
+    common = ", ".join(f"{size} ({count:,})" for size, count in list(tally.sizes.items())[:5])
+    lines.append(f"  sizes: {common}{', ...' if len(tally.sizes) > 5 else ''}")
+    names = ", ".join(manifest.class_names[:10]) + (", ..." if len(manifest.class_names) > 10 else "")
+    lines.append(f"  classes: {len(manifest.class_names)}{f' ({names})' if names else ', so models of it are unconditional'}")
+    lines.append(f"  captions: {tally.captions:,}" + (f", missing from {total - tally.captions:,}" if 0 < tally.captions < total else ""))
+    return "\n".join(lines + findings(report))
+
+
+def findings(report: dict[str, Any]) -> list[str]:
+    """What the report says that someone should know."""
+    lines = []
+    same = report.get("duplicates", {})
+    if same.get("count"):
+        done = "left out" if same["left_out"] else "kept; --drop_duplicates leaves them out"
+        across = f", {same['across_splits']:,} of them across splits" if same["across_splits"] else ""
+        first = "; ".join(f"{copy} = {kept}" for kept, copy in same["list"][:3])
+        lines.append(f"  duplicates: {same['count']:,}{across} ({done}): {first}")
+    for kind, count in report.get("unknown_files", {}).items():
+        lines.append(f"  not packed: {count:,} files {kind}")
+    orphans = report.get("captions_without_image", [])
+    if orphans:
+        lines.append(f"  captions without image: {len(orphans):,}, such as {orphans[0]}")
+    if report.get("images_not_in_table"):
+        lines.append(f"  images that no table names: {report['images_not_in_table']:,}")
+    if report.get("resized"):
+        lines.append(f"  made smaller: {report['resized']:,}")
+    return lines
+
+
+def draw(folder: Path, manifest: Manifest, path: Path) -> None:
+    """Write the picture of a folder: two histograms above a sheet of samples."""
+    sheet = contact_sheet(_sample(folder, manifest), 8)
+    width = sheet.width
+    half = (width - 3 * MARGIN) // 2
+    aspects, sides = _histograms(manifest.tally)
+    picture = Image.new("RGB", (width, 200 + sheet.height), PAPER)
+    picture.paste(histogram("width / height", aspects, half, 200), (MARGIN, 0))
+    picture.paste(histogram("side in pixels, sqrt(width x height)", sides, half, 200), (2 * MARGIN + half, 0))
+    picture.paste(sheet, (0, 200))
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    picture.save(temporary, "PNG")
+    os.replace(temporary, path)
+
+
+def _histograms(tally: Tally) -> tuple[dict[str, int], dict[str, int]]:
+    """Images by the nearest aspect ratio (on a log scale) and by the largest of SIDES not above theirs."""
+    aspects = {ratio_name(value): 0 for value in ASPECTS}
+    sides = {f"<{SIDES[0]}": 0, **{str(side): 0 for side in SIDES}}
+    for size, count in tally.sizes.items():
+        if size == "other":
+            continue
+        width, height = map(int, size.split("x"))
+        aspects[ratio_name(ratio_of(width, height))] += count
+        below = [side for side in SIDES if side * side <= width * height]
+        sides[str(below[-1]) if below else f"<{SIDES[0]}"] += count
+    return aspects, sides
+
+
+def ratio_of(width: int, height: int) -> float:
+    """The nearest of ASPECTS, on a log scale."""
+    return min(ASPECTS, key=lambda value: abs(math.log(value * max(1, height) / max(1, width))))
+
+
+def ratio_name(value: float) -> str:
+    """`4:3` for 1.333."""
+    for height in (1, 2, 3, 4, 9, 16):
+        if abs(value * height - round(value * height)) < 1e-9:
+            return f"{round(value * height)}:{height}"
+    return f"{value:.2f}"
+
+
+def histogram(title: str, bars: dict[str, int], width: int, height: int) -> Image.Image:
+    """Bars with their labels below and their counts above."""
+    picture = Image.new("RGB", (width, height), PAPER)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    pen.text((0, 4), title, INK, ImageFont.load_default(13))
+    top, bottom, step = 44, height - 24, width / max(1, len(bars))
+    most = max(1, *bars.values())
+    for i, (name, count) in enumerate(bars.items()):
+        tall = (bottom - top) * count / most
+        middle = (i + 0.5) * step
+        pen.rectangle((i * step + 2, bottom - tall, (i + 1) * step - 2, bottom), BAR if count else PAPER)
+        pen.text((middle, bottom + 4), name, INK, font, anchor="ma")
+        if count:
+            shown = f"{count}" if count < 10_000 else f"{count / 1000:.0f}k" if count < 10**7 else f"{count / 10**6:.0f}M"
+            pen.text((middle, bottom - tall - 2), shown, INK, font, anchor="md")
+    return picture
+
+
+def contact_sheet(tiles: Sequence[tuple[Image.Image, str]], columns: int) -> Image.Image:
+    """Images in a grid, each whole in its square and named below."""
+    rows = max(1, -(-len(tiles) // columns))
+    picture = Image.new("RGB", (MARGIN + columns * (SIDE + MARGIN), MARGIN + rows * (SIDE + LINE + MARGIN)), PAPER)
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
+    for i, (image, name) in enumerate(tiles):
+        x, y = MARGIN + i % columns * (SIDE + MARGIN), MARGIN + i // columns * (SIDE + LINE + MARGIN)
+        small = ImageOps.contain(
+            image.convert("RGB"), (SIDE, SIDE), Image.Resampling.LANCZOS if max(image.size) > SIDE else Image.Resampling.NEAREST
+        )
+        picture.paste(small, (x + (SIDE - small.width) // 2, y + (SIDE - small.height) // 2))
+        line = " ".join(name.split())
+        while line and pen.textlength(line, font) > SIDE:
+            line = f"{line[:-4]}..." if line.endswith("...") else f"{line[:-3]}..."
+            line = "" if line == "..." else line
+        pen.text((x, y + SIDE + 1), line, INK, font)
+    return picture
+
+
+def _sample(folder: Path, manifest: Manifest) -> list[tuple[Image.Image, str]]:
+    """SHEET samples, evenly spaced over all shards, with their captions or classes."""
+    counts = np.array([shard.samples for shard in manifest.shards])
+    ends, total = np.cumsum(counts), int(counts.sum())
+    tiles = []
+    for number in np.unique(np.linspace(0, max(0, total - 1), min(SHEET, total)).round().astype(int)).tolist():
+        s = int(np.searchsorted(ends, number, side="right"))
+        tar = folder / manifest.shards[s].name
+        record = np.load(index_path(tar), mmap_mode="r", allow_pickle=False)[number - int(ends[s] - counts[s])]
+        files = read(tar, record)[1]
+        try:
+            image = upright(next(files[e] for e in IMAGE_EXTENSIONS if e in files), 3)
+        except DECODE_ERRORS:
+            image = Image.new("RGB", (SIDE, SIDE), "#cc3333")  # red: it cannot be decoded
+        tiles.append((image, caption_of(files, int(record["label"]), manifest.class_names)))
+    return tiles
+
+
+def read(tar: Path, record: np.void) -> tuple[str, dict[str, bytes]]:
+    """Key and files of one sample, by its line of the index."""
+    payload, size, _, before, after = record.item()[:5]
+    length = (before + after) * BLOCK + -(-size // BLOCK) * BLOCK
+    with open(tar, "rb", buffering=0) as file:
+        return files_of(os.pread(file.fileno(), length, (payload - before) * BLOCK))
+
+
+def caption_of(files: dict[str, bytes], label: int, names: Sequence[str]) -> str:
+    """What to write below a sample: its caption, else its class."""
+    return files["txt"].decode(errors="replace") if "txt" in files else names[label] if 0 <= label < len(names) else ""

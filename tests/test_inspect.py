@@ -1,0 +1,92 @@
+"""What `data.inspect` says of shards is what is in them."""
+
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.inspect import main, options_of, parser
+from data.shards import Shards
+from data.summary import MARGIN, SIDE, contact_sheet, ratio_name, ratio_of
+
+
+@pytest.fixture(autouse=True)
+def briefly(monkeypatch):
+    monkeypatch.setattr("data.inspect.SECONDS", 0.05)
+
+
+def test_counts_and_first_batch_are_those_of_training(digits, tmp_path, capsys):
+    from data import build
+    from data.options import Options
+    from data.stream import Share
+
+    picture = tmp_path / "first.png"
+    words = [str(digits), "--resolution", "8", "--channels", "1", "--seed", "3", "--batch_size", "8", "--output", str(picture), "--verify"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    labels = np.concatenate([Shards(digits).records(s)["label"] for s in range(len(Shards(digits).counts))])
+    assert "train: 1,438 images" in printed and "captions: 1,797 of 1,797" in printed and "8x8 (1,438)" in printed
+    assert all(f"{name} ({count:,})" in printed for name, count in zip(*np.unique(labels, return_counts=True), strict=True))
+    assert "checked: 1,438 of 1,438 images and all hashes, 0 bad" in printed and "images/s at 8 px" in printed
+    batch = next(build(Options(shards=(str(digits),), resolution=8, channels=1), seed=3, share=Share(batch_size=8)))
+    sheet = np.asarray(Image.open(picture))
+    for i in range(8):
+        x = MARGIN + i * (SIDE + MARGIN)
+        tile = sheet[MARGIN : MARGIN + SIDE : SIDE // 8, x : x + SIDE : SIDE // 8, 0]
+        assert np.array_equal(tile, batch.images[i, 0].numpy())
+
+
+def test_damage_is_named_by_shard_and_key(digits, tmp_path, capsys):
+    folder = tmp_path / "copy"
+    shutil.copytree(digits, folder)
+    shards = Shards(folder)
+    record, tar = shards.records(1)[5], folder / shards.shards[1].name
+    key = shards.read(1, 5).key
+    body = bytearray(tar.read_bytes())
+    body[int(record["payload"]) * 512 + 20] ^= 1
+    tar.write_bytes(body)
+    words = [str(folder), "--resolution", "8", "--channels", "1", "--output", str(tmp_path / "x.png")]
+    assert main([*words, "--verify", "--workers", "2"]) == 1
+    printed = capsys.readouterr().out
+    assert f"{tar.name}: {key} (its bytes changed since it was indexed)" in printed
+    assert f"{tar.name}: its sha256 is not what the manifest says" in printed and ", 2 bad" in printed
+    assert main([*words, "--samples", "1"]) == 0 and "checked: 1 of 1,438 images, 0 bad" in capsys.readouterr().out
+
+
+def test_a_recipe_says_how_and_the_command_overrides_it(digits, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("seed: 5\ntrain: {batch_size: 12}\ndata: {resolution: 16, horizontal_flip: true, split: val}\n")
+    options, seed, batch = options_of(parser().parse_args([str(digits), "--config", str(recipe), "--resolution", "8"]))
+    assert (options.resolution, options.horizontal_flip, options.split, options.shards, seed, batch) == (
+        8,
+        True,
+        "val",
+        (str(digits),),
+        5,
+        12,
+    )
+
+
+def test_what_cannot_be_inspected(digits, tmp_path, capsys):
+    for words, message in (
+        ([str(tmp_path / "absent")], "is no folder"),
+        ([str(digits), "--split", "test"], "split 'test' has no shard"),
+        ([str(digits), "--config", str(tmp_path / "no.yaml")], "no such recipe"),
+        ([str(digits), "--batch_size", "0"], "at least one image"),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_ratios_and_sheets():
+    assert [ratio_name(ratio_of(*size)) for size in ((640, 480), (480, 640), (100, 100), (1920, 1080), (1080, 1920), (3000, 30))] == [
+        "4:3",
+        "3:4",
+        "1:1",
+        "16:9",
+        "9:16",
+        "4:1",
+    ]
+    sheet = contact_sheet([(Image.new("RGB", (50, 20), "red"), "a long caption " * 9)] * 3, 2)
+    assert sheet.size == (MARGIN + 2 * (SIDE + MARGIN), MARGIN + 2 * (SIDE + 16 + MARGIN))
