@@ -185,7 +185,8 @@ def encode(folder: Folder, wanted: list[Shard], name: str, form: Form, side: Sid
     ):
         while again:
             again = False
-            for shard in todo:
+            for number, shard in enumerate(todo):
+                folder.prefetch(todo[number : number + 2])
                 claim = None if side.done(shard) else side.claim(shard)
                 if claim is None:
                     continue
