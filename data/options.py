@@ -137,9 +137,24 @@ def read_options(recipe: str | Path, over: dict[str, Any] | None = None) -> tupl
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0.5)
             raise ValueError(f"unknown key 'data.{key}'" + (f": did you mean 'data.{near[0]}'?" if near else "."))
-        if isinstance(known[key].default, tuple):
-            section[key] = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        section[key] = _typed(value, known[key].default)
     return Options(**section), whole
+
+
+def _typed(value: Any, default: Any) -> Any:
+    """A YAML value as the field's type has it: YAML reads 1e-3 as a word, and one source is no list."""
+    if isinstance(default, tuple):
+        values = value if isinstance(value, (list, tuple)) else (value,)
+        return tuple(float(v) if isinstance(v, int) or _number(v) else v for v in values)
+    return float(value) if isinstance(default, float) and _number(value) else value
+
+
+def _number(value: Any) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, str)
 
 
 def _load(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
