@@ -156,7 +156,7 @@ def main(argv: list[str] | None = None) -> int:
         print(text(manifest, report, args.output))
         print(f"  pictures: {args.output / 'summary.png'}")
     except (ValueError, OSError) as error:
-        full = " Free some space and run the same command again: finished shards are kept." if _full(error) else ""
+        full = ". Free some space and run the same command again: finished shards are kept." if _full(error) else ""
         print(f"error: {error}{full}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -17,6 +17,7 @@ from data.adopt import find_tars
 from data.index import index_path
 from data.prepare import class_names, main
 from data.shards import Shards
+from data.tar import members
 
 
 def shards_of(folder, names=("train-0.tar", "val-0.tar"), count=6, **more):
@@ -40,6 +41,16 @@ def test_tars_are_indexed_where_they_lie(tmp_path):
     assert [shards.read(0, i).label for i in range(6)] == [0, 1, 2, 0, 1, 2] and shards.manifest.class_names == ("0", "1", "2")
     assert [shards.read(0, i).files["png"] for i in range(6)] == [picture(10 + i) for i in range(6)]
     assert main(["webdataset", str(folder)]) == 0 and everything(folder) == after
+
+
+def test_webdatasets_tars_are_walked_as_tarfile_walks_them(tmp_path):
+    """Long names, keys in folders, empty files."""
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as sink:
+        for i in range(4):
+            sink.write({"__key__": f"{'long/' * 30}{i:03d}", "png": picture(i), "cls": i, "txt": "ü" * i})
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        theirs = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+    assert [(m.name, m.offset, m.size) for m in members(tmp_path / "a.tar")] == theirs and len(theirs) == 12
 
 
 def test_tars_are_linked_or_decompressed_elsewhere(tmp_path, capsys):

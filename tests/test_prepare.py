@@ -22,6 +22,9 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from data.check import Check, check
+from data.columns import Choice
+from data.crew import crew
 from data.decode import upright
 from data.folder import imagefolder
 from data.index import parse_manifest
@@ -170,6 +173,17 @@ def test_duplicates_are_counted_and_the_first_is_kept(tmp_path, capsys):
     assert sum(shards.counts) == 60 and len({shards.read(s, n).key for s, c in enumerate(shards.counts) for n in range(c)}) == 60
 
 
+def test_a_duplicate_is_found_beside_what_cannot_be_read(tmp_path):
+    """Samples that are left out for one reason do not shift which are left out for another."""
+    root = folder_of_images(tmp_path / "images", count=30)
+    shutil.copy(root / "cat" / "image 3.png", root / "dog" / "zz.png")
+    for i in range(10):
+        (root / "cat" / f"broken {i}.png").write_bytes(b"x" * i)
+    assert main(["imagefolder", str(root), "--output", str(tmp_path / "out"), "--drop_duplicates", "--skip_corrupt"]) == 0
+    wanted = {f"{name}/image {i}.png" for name in ("cat", "dog") for i in range(30)}
+    assert set(contents(tmp_path / "out")) == wanted
+
+
 # --- whatever happens
 
 
@@ -259,6 +273,23 @@ def test_images_that_cannot_be_read_are_listed_and_good_work_is_kept(tmp_path, c
     only.mkdir()
     (only / "broken.jpg").write_bytes(b"x")
     assert "1 of 1 images" in refused(capsys, "imagefolder", only, "--output", tmp_path / "none", "--skip_corrupt")
+
+
+def test_half_packed_shards_of_another_request_are_refused(tmp_path, capsys, monkeypatch):
+    root = folder_of_images(tmp_path / "images")
+    words = ["imagefolder", str(root), "--output", str(tmp_path / "shards"), "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("data.pack.draw", lambda *a: (_ for _ in ()).throw(OSError("stopped here")))
+        assert "stopped here" in refused(capsys, *words)
+    assert "holds half-packed shards of other images or settings" in refused(capsys, *words, "--seed", "1")
+    assert main(words) == 0
+
+
+def test_progress_of_all_processes_adds_up(digits):
+    """Each sample is counted once, however often the counter is looked at."""
+    shards, told = Shards(digits), []
+    jobs = [Check(digits / shard.name, shard, np.arange(shard.samples), True) for shard in shards.shards]
+    assert all(bad == [] for bad in crew(check, jobs, 2, told.append)) and sum(told) == 1438
 
 
 def test_a_second_process_is_refused(tmp_path, capsys):
@@ -443,17 +474,26 @@ def test_plain_parquet_with_named_columns_and_faults(tmp_path, capsys):
     assert "cannot be read as parquet" in refused(capsys, "parquet", tmp_path / "bad.parquet", "--output", tmp_path / "no")
 
 
+def test_rows_keep_their_numbers(tmp_path):
+    """What duplicates are called by number is what the samples are called that were read."""
+    bodies = images_of(40, 300)
+    bodies[31], bodies[22] = bodies[4], bodies[17]
+    pq.write_table(pa.table({"image": bodies, "n": list(range(40))}), tmp_path / "p.parquet", row_group_size=7)
+    assert (
+        main(["parquet", str(tmp_path / "p.parquet"), "--output", str(tmp_path / "out"), "--shard_size", "15kB", "--drop_duplicates"]) == 0
+    )
+    found = contents(tmp_path / "out")
+    assert {json.loads(f["json"])["n"] for f in found.values()} == set(range(40)) - {22, 31}
+    assert all(name == f"p.parquet:{n // 7}:{n % 7}" for name, f in found.items() for n in [json.loads(f["json"])["n"]])
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["duplicates"]["list"] == [["p.parquet:2:3", "p.parquet:3:1"], ["p.parquet:0:4", "p.parquet:4:3"]]
+
+
 def test_a_large_row_group_is_cut_into_several_shards(tmp_path):
     written_by_datasets(tmp_path / "one.parquet", count=60)
     pq.write_table(pq.read_table(tmp_path / "one.parquet"), tmp_path / "big.parquet", row_group_size=60)
-    shards = plan(parquet(str(tmp_path / "big.parquet"), choice()), Packing(50_000))
+    shards = plan(parquet(str(tmp_path / "big.parquet"), Choice()), Packing(50_000))
     assert len(shards) > 3 and sorted(np.concatenate([s.numbers for s in shards]).tolist()) == list(range(60))
-
-
-def choice():
-    from data.columns import Choice
-
-    return Choice()
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch, capsys):
