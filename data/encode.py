@@ -7,8 +7,11 @@ whoever is free; nobody waits for anybody.
 
 from __future__ import annotations
 
-import argparse
 import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for each other starve the readers of a busy machine
+
+import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterator

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from . import build, open_shards
+from .opening import build, open_shards
 from .check import Check, check
 from .crew import crew, processors, quiet
 from .index import NO_LABEL, Manifest

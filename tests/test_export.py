@@ -55,7 +55,7 @@ def drawn(pipe, **options):
 
 
 def assert_equal_draws(ours, theirs):
-    """To 1e-4 of the largest value: a barely trained network is divided by a small alpha near the noise, which makes values of thousands."""
+    """To 1e-4 of the largest value: a barely trained network is divided by a small alpha near the noise: values of thousands."""
     assert (ours - theirs).abs().max() < 1e-4 * max(1.0, theirs.abs().max().item())
 
 

@@ -1,0 +1,131 @@
+"""From a recipe's section `data` to an open stream, of images or of what was encoded before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .batch import Loader, Look, Pixels
+from .buckets import Buckets
+from .encoded import FormName, Moments, check_encoding, pooled, side_folder, wanted_latents, wanted_text
+from .encoders import AutoencoderFacts, check_images
+from .index import Tally
+from .open import open_sources
+from .options import Options
+from .order import Mixture, Order, Sequence
+from .shards import Shards
+from .source import Folder, LocalFolder
+from .stream import Planner, Share, Stream
+
+
+class Encoded(NamedTuple):
+    """What was encoded before: where it lies, and what its manifest says of it."""
+
+    shards: Shards
+    encoding: Mapping[str, Any]
+
+
+def build(
+    options: Options,
+    *,
+    seed: int,
+    share: Share,
+    start: int = 0,
+    captions: bool = False,
+    shards: Shards | None = None,
+    encoding: Mapping[str, Any] | None = None,
+) -> Stream:
+    """Open a stream of batches.
+
+    Args:
+        options: the recipe's section `data`.
+        seed: of the order, the mirroring and the crops.
+        share: this rank's part of every global batch.
+        start: positions consumed so far by all ranks together: the whole cursor.
+        captions: read them too.
+        shards: opened already, or None to open what `options` names.
+        encoding: of these shards, where they hold latents.
+
+    Raises:
+        ValueError: shards that cannot be had, weights, shapes or a start that cannot be.
+    """
+    shards = shards or open_shards(options)
+    buckets = Buckets(options.aspect_ratios, options.resolution, options.bucket_step, whole=bool(options.autoencoder))
+    buckets.check(sum((folder.manifest.tally for folder in shards.folders), Tally()).sizes)
+    order = order_of(shards, options, seed)
+    look = Look(seed, options.horizontal_flip, options.random_crop)
+    reader = Moments(encoding) if encoding else Pixels(options.channels)
+    loader = Loader(shards, order, reader, look, options.caption if captions else "", options.lost_shards == "skip", buckets)
+    return Stream(Planner(shards, order, buckets, share, look, start), loader, options.workers)
+
+
+def open_shards(options: Options) -> Shards:
+    """The shards that a recipe names.
+
+    Raises:
+        ValueError: none named, or one that cannot be opened.
+    """
+    opened = open_sources(options)
+    if options.weights and len(opened) != len(options.weights):
+        raise ValueError(
+            f"data.weights has {len(options.weights)} numbers, and the patterns of data.shards name {len(opened)} folders: give one each."
+        )
+    return Shards([folder for folder, _ in opened], options.split, [names for _, names in opened])
+
+
+def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> Encoded:
+    """The encoded latents of some images, with the statistics of all of them.
+
+    Args:
+        options: the recipe's section `data`, with `encoded`.
+        images: what they must have been made from.
+        known: what they must have been made with.
+
+    Raises:
+        ValueError: no such cache, or one of another making, with every difference.
+    """
+    wanted = [wanted_latents(options, folder.manifest, known.fingerprint) for folder in images.folders]
+    return _open_side(options, images, "latents", wanted)
+
+
+def open_text(options: Options, images: Shards, fingerprint: Mapping[str, Any]) -> Encoded:
+    """The encoded captions of some images, made with the text encoder of this fingerprint; arguments and errors as in `open_latents`."""
+    return _open_side(options, images, "text", [wanted_text(options, folder.manifest, fingerprint) for folder in images.folders])
+
+
+def _open_side(options: Options, images: Shards, form: FormName, wanted: list[dict[str, Any]]) -> Encoded:
+    folders: list[Folder] = []
+    chosen = [tuple(shard.name for shard in part) for part in images.parts]
+    for number, (facts, names) in enumerate(zip(wanted, chosen, strict=True)):
+        place = side_folder(options.encoded, form, number, len(wanted))
+        if not (place / "manifest.json").is_file():
+            raise ValueError(
+                f"data.encoded={options.encoded!r}: {place} holds no finished {form}. Run `accelerate launch -m data.encode --config ...`."
+            )
+        side = LocalFolder(place)
+        check_encoding(side.manifest, facts, side.name)
+        missing = set(names) - {shard.name for shard in side.manifest.shards}
+        if missing:
+            raise ValueError(
+                f"{place} lacks {len(missing)} shards of split {options.split!r}: run `data.encode` with --splits {options.split}."
+            )
+        folders.append(side)
+    encodings = [folder.manifest.encoding for folder in folders]
+    return Encoded(Shards(folders, options.split, chosen), pooled(encodings) if form == "latents" else encodings[0])
+
+
+def check_shapes(options: Options, known: AutoencoderFacts) -> None:
+    """Raises ValueError for images that an autoencoder does not read."""
+    for shape in Buckets(options.aspect_ratios, options.resolution, options.bucket_step).shapes:
+        check_images(known, options.channels, *shape)
+
+
+def order_of(shards: Shards, options: Options, seed: int) -> Sequence:
+    """The order of the samples: all shards shuffled together, or a mixture by weight."""
+    if not options.weights:
+        return Order(shards.counts, seed, options.shuffle_block)
+    parts, first = [], 0
+    for part in shards.parts:
+        parts.append((Order([shard.samples for shard in part], seed, options.shuffle_block), first))
+        first += len(part)
+    return Mixture(parts, options.weights, seed)
