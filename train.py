@@ -42,6 +42,11 @@ from pipeline.space import Space
 from pipeline.stock import form_of
 from pipeline.tracking import BadSamples, Log, Meter
 
+SEEN = (
+    "split", "resolution", "channels", "horizontal_flip", "random_crop", "aspect_ratios", "bucket_step", "weights", "shuffle_block",
+)  # fmt: skip
+"""Fields of `data` that decide what the network is shown, and in which order: a resumed run agrees on them."""
+
 
 def train(config: Config) -> int:
     """Train, resume, export; returns the exit status.
@@ -52,7 +57,7 @@ def train(config: Config) -> int:
     folder = Path(config.output_dir)
     options = Options(**vars(config.data))
     images = data.open_shards(options)
-    space, cache = see(options, images)
+    space, latents = see(options, images)
     if config.export:  # what could not be exported at the end is refused at the start
         form_of(config.flow)
         check_classes(len(images.manifest.class_names))
@@ -66,6 +71,7 @@ def train(config: Config) -> int:
     )
     owned = launch.lock(folder) if accelerator.is_main_process else None
     run = assemble(config, images, space, accelerator)
+    data.check_sides(options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
     checkpoint = choose(run.store, config.checkpoint.resume)
     if checkpoint:
         run.load(checkpoint)
@@ -80,8 +86,7 @@ def train(config: Config) -> int:
             f"{accelerator.num_processes} process(es) on {accelerator.device}; {space}"
         )
     run.bad = BadSamples(folder, share=config.data.max_bad_share, main=accelerator.is_main_process, start=run.images)
-    shards, encoding = cache or (images, None)
-    stream = data.build(options, seed=config.seed, share=share, start=run.images, shards=shards, encoding=encoding)
+    stream = data.build(options, seed=config.seed, share=share, start=run.images, images=images, latents=latents)
     accelerator.init_trackers("tensorboard")
     log = Log(folder, main=accelerator.is_main_process, start=run.step, stop=config.train.max_steps, accelerator=accelerator)
     STOPPER.defer()
@@ -156,7 +161,9 @@ def assemble(config: Config, shards: Shards, space: Space, accelerator: Accelera
     model, optimizer = accelerator.prepare(network, adamw(network, config.train))
     method = Method(config.flow, space.shape, config.train.batch_size)
     settings = as_mapping(config)
-    kept = {key: settings["data"][key] for key in ("split", "resolution", "channels", "horizontal_flip", "shuffle_block")}
+    kept = {key: settings["data"][key] for key in SEEN}
+    if config.data.aspect_ratios:  # which samples share a batch then hangs on its size
+        kept["batch_size"] = config.train.batch_size
     facts = {
         "model": settings["model"],
         "flow": settings["flow"],

@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import build
+from data import Encoded, build
 from data.index import RECORD, Manifest, Tally, describe, write_manifest
 from data.options import Options
 from data.shards import Shards
@@ -257,7 +257,8 @@ def latents(folder: Path, rounds: int) -> None:
 
     def our_latents(workers):
         options = Options(shards=(str(folder),), resolution=512, workers=workers)
-        stream = build(options, seed=0, share=Share(batch_size=BATCH), encoding=encoding)
+        shards = Shards(folder)
+        stream = build(options, seed=0, share=Share(batch_size=BATCH), images=shards, latents=Encoded(shards, encoding))
         try:
             yield from stream
         finally:

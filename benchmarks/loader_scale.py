@@ -90,7 +90,7 @@ def begin(options: Options, shards, kind: str) -> None:
         clock = []
         for _ in range(5):
             began = time.perf_counter()
-            next(build(options, seed=1, share=Share(batch_size=256, ranks=8, rank=3), start=position, shards=shards))
+            next(build(options, seed=1, share=Share(batch_size=256, ranks=8, rank=3), start=position, images=shards))
             clock.append(time.perf_counter() - began)
         times[position] = sorted(clock)[2]
     shards.manifest.tally.sizes.clear()
@@ -102,7 +102,7 @@ def epoch(options: Options, shards) -> None:
     """Time a batch at 90 % of an epoch against 1 %."""
     found = {}
     for share in (0.01, 0.9, 0.01, 0.9):
-        stream = build(options, seed=1, share=Share(batch_size=256), start=int(share * SHARDS * EACH) // 256 * 256, shards=shards)
+        stream = build(options, seed=1, share=Share(batch_size=256), start=int(share * SHARDS * EACH) // 256 * 256, images=shards)
         next(stream)
         began = time.process_time()
         for _ in range(100):

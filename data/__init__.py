@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .opening import Encoded, build, check_shapes, open_latents, open_shards, open_text
+    from .opening import Encoded, build, check_shapes, check_sides, open_latents, open_shards, open_text
 
-__all__ = ["Encoded", "build", "check_shapes", "open_latents", "open_shards", "open_text"]
+__all__ = ["Encoded", "build", "check_shapes", "check_sides", "open_latents", "open_shards", "open_text"]
 
 
 def __getattr__(name: str) -> Any:

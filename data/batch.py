@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .beside import Beside, Company
 from .buckets import Buckets
 from .decode import DECODE_ERRORS, decode_into
 from .index import NO_LABEL
@@ -49,6 +49,10 @@ class Batch(NamedTuple):
     in the resized image."""
     captions: tuple[str, ...] = ()
     """As asked for; "" where a sample has none."""
+    text: Tensor | None = None
+    """(B, tokens, width), float16: encoded captions, zero behind their ends."""
+    text_mask: Tensor | None = None
+    """(B, tokens), bool: where there is a token."""
     faults: tuple[Fault, ...] = ()
     """Samples that were replaced."""
 
@@ -118,17 +122,16 @@ class Loader:
         order: which says what stands in for a bad sample.
         reader: of the payload.
         look: of the images.
-        caption: "" for none, "txt", or "json.KEY".
+        buckets: the shapes of batches.
+        beside: reads what goes with an image, if anything is wanted.
         skip_lost: replace the samples of a lost shard, instead of an error.
-        buckets: in which substitutes are looked for.
     """
 
     def __init__(
-        self, shards: Shards, order: Sequence, reader: Reader, look: Look, caption: str, skip_lost: bool, buckets: Buckets | None = None
+        self, shards: Shards, order: Sequence, reader: Reader, look: Look, buckets: Buckets, beside: Beside | None, skip_lost: bool
     ) -> None:
-        self.buckets = buckets
         self.shards, self.order, self.reader, self.look = shards, order, reader, look
-        self.caption, self.skip_lost = caption, skip_lost
+        self.buckets, self.beside, self.skip_lost = buckets, beside, skip_lost
 
     def load(self, plan: Plan) -> Batch:
         """Read a micro-batch; samples that are replaced are replaced in the plan's arrays.
@@ -137,25 +140,25 @@ class Loader:
             ValueError: too many bad samples in a row, or a lost shard.
         """
         array = self.reader.empty(len(plan.positions), plan.shape)
-        faults, captions = list[Fault](), list[str]()
-        payload, fill = self.shards.payload, self.reader.fill
+        company = self.beside.empty(len(plan.positions)) if self.beside else Company([], None, None)
+        faults, payload, fill = list[Fault](), self.shards.payload, self.reader.fill
         records = zip(*(plan.records[name].tolist() for name in ("payload", "bytes", "crc32")), strict=True)
         rows = zip(array, plan.samples[:, 0].tolist(), records, plan.mirrored.tolist(), plan.corners, plan.plain.tolist(), strict=True)
         for i, (out, shard, record, *look) in enumerate(rows):
             try:
                 fill(out, payload(shard, *record), *look)
-                if self.caption:
-                    captions.append(self._caption(plan, i))
+                if self.beside:
+                    self.beside.fill(company, i, shard, int(plan.samples[i, 1]))
             except (LostShard, *DECODE_ERRORS) as error:
-                self._substitute(plan, i, out, faults, error)
-                if self.caption:
-                    captions.append(self._caption(plan, i))
-        places, positions, samples, labels, sizes = map(
-            torch.from_numpy, (plan.places, plan.positions, plan.samples, plan.labels, plan.sizes)
+                self._substitute(plan, i, out, company, faults, error)
+        labels, places, positions, samples, sizes = map(
+            torch.from_numpy, (plan.labels, plan.places, plan.positions, plan.samples, plan.sizes)
         )
-        return Batch(self.reader.tensor(array), labels, places, positions, samples, sizes, tuple(captions), tuple(faults))
+        text, mask = (None if part is None else torch.from_numpy(part) for part in company[1:])
+        images = self.reader.tensor(array)
+        return Batch(images, labels, places, positions, samples, sizes, tuple(company.captions), text, mask, tuple(faults))
 
-    def _substitute(self, plan: Plan, i: int, out: np.ndarray, faults: list[Fault], error: Exception) -> None:
+    def _substitute(self, plan: Plan, i: int, out: np.ndarray, company: Company, faults: list[Fault], error: Exception) -> None:
         """Put another sample, which (seed, position, try) names, in the place of a bad one."""
         position = int(plan.positions[i])
         for attempt in range(TRIES):
@@ -165,7 +168,7 @@ class Loader:
             text = " ".join(str(error).split()) or type(error).__name__
             faults.append(Fault(position, self.shards.name(shard), self.shards.key(shard, number), text))
             try:
-                self._replace(plan, i, out, self._nearby(plan, position, attempt))
+                self._replace(plan, i, out, company, self._nearby(plan, position, attempt))
                 return
             except (LostShard, *DECODE_ERRORS) as problem:
                 error = problem
@@ -176,7 +179,7 @@ class Loader:
         """Where a substitute comes from; where batches are of one bucket each, the next from there on that is of it."""
         start = position // NEARBY * NEARBY
         first = int(key_at(np.array([position]), self.look.seed, 8, attempt)[0] % np.uint64(NEARBY))
-        if self.buckets is None or not self.buckets.whole:
+        if not self.buckets.whole:
             return start + first
         for chunk in np.split((first + np.arange(NEARBY)) % NEARBY + start, NEARBY // 64):
             records = self.shards.gather(*self.order(chunk))
@@ -185,7 +188,7 @@ class Loader:
                 return int(chunk[fits.index(True)])
         return start + first
 
-    def _replace(self, plan: Plan, i: int, out: np.ndarray, position: int) -> None:
+    def _replace(self, plan: Plan, i: int, out: np.ndarray, company: Company, position: int) -> None:
         """Read the sample of another position into row i of a plan."""
         (shard,), (number,) = self.order(np.array([position]))
         plan.samples[i] = shard, number
@@ -194,12 +197,8 @@ class Loader:
         plan.sizes[i : i + 1] = crops(plan.records[i : i + 1], plan.corners[i : i + 1], np.array([plan.shape]))
         payload = self.shards.payload(int(shard), *plan.records[i].item()[:3])
         self.reader.fill(out, payload, bool(plan.mirrored[i]), plan.corners[i], False)
-        if self.caption:
-            self._caption(plan, i)  # a substitute whose caption is damaged is none
-
-    def _caption(self, plan: Plan, i: int) -> str:
-        """The caption of row i of a plan."""
-        return caption_of(self.shards.read(*plan.samples[i].tolist()).files, self.caption)
+        if self.beside:
+            self.beside.fill(company, i, int(shard), int(number))
 
 
 def labels_of(records: np.ndarray) -> np.ndarray:
@@ -214,27 +213,6 @@ def crops(records: np.ndarray, corners: np.ndarray, shapes: np.ndarray) -> np.nd
     size = np.stack([records["height"], records["width"]], axis=1).astype(np.float64)
     scale = (shapes / np.maximum(size, 1)).max(axis=1, keepdims=True)
     return np.concatenate([size, np.round(corners * (size * scale - shapes))], axis=1).astype(np.int32)
-
-
-def caption_of(files: dict[str, bytes], field: str) -> str:
-    """A sample's caption.
-
-    Args:
-        files: of the sample, by extension.
-        field: "txt", or "json.KEY".
-
-    Returns:
-        "" where it has none.
-    """
-    extension, _, key = field.partition(".")
-    text = files.get(extension, b"").decode("utf-8", "replace").strip()
-    if not key or not text:
-        return text
-    try:
-        found = json.loads(text)
-        return str(found.get(key, "")) if isinstance(found, dict) else ""
-    except ValueError:
-        return ""
 
 
 class Pixels:

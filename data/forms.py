@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batch import caption_of
+from .beside import caption_of
 from .buckets import Buckets
 from .decode import DECODE_ERRORS, decode_into
 from .encoded import wanted_latents, wanted_text

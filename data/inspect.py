@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .opening import build, open_shards
 from .check import Check, check
 from .crew import crew, processors, quiet
 from .index import NO_LABEL, Manifest
+from .opening import build, open_shards
 from .options import Options, read_options
 from .shards import Shards
 from .stream import Share, Stream
@@ -163,11 +163,11 @@ def main(argv: list[str] | None = None) -> int:
         if len(bad) > SHOWN:
             print(f"  and {len(bad) - SHOWN:,} more")
         share = Share(batch_size=batch)
-        first = build(options, seed=seed, share=share, captions=True, shards=shards)
+        first = build(options, seed=seed, share=share, captions=True, images=shards)
         picture(first, shards.manifest.class_names).save(args.output)
         first.close()
         print(f"the first {PICTURED} images of training, seed {seed}: {args.output}")
-        rate = throughput(build(options, seed=seed, share=share, shards=shards))
+        rate = throughput(build(options, seed=seed, share=share, images=shards))
         print(f"stream: {rate:,.0f} images/s at {options.resolution} px with {options.workers} threads on this machine")
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

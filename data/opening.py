@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .batch import Loader, Look, Pixels
+from .beside import Beside
 from .buckets import Buckets
 from .encoded import FormName, Moments, check_encoding, pooled, side_folder, wanted_latents, wanted_text
 from .encoders import AutoencoderFacts, check_images
@@ -32,8 +33,9 @@ def build(
     share: Share,
     start: int = 0,
     captions: bool = False,
-    shards: Shards | None = None,
-    encoding: Mapping[str, Any] | None = None,
+    images: Shards | None = None,
+    latents: Encoded | None = None,
+    text: Encoded | None = None,
 ) -> Stream:
     """Open a stream of batches.
 
@@ -43,19 +45,24 @@ def build(
         share: this rank's part of every global batch.
         start: positions consumed so far by all ranks together: the whole cursor.
         captions: read them too.
-        shards: opened already, or None to open what `options` names.
-        encoding: of these shards, where they hold latents.
+        images: opened already, or None to open what `options` names.
+        latents: to stream instead of pixels, from `open_latents`.
+        text: encoded captions to stream as well, from `open_text`.
 
     Raises:
         ValueError: shards that cannot be had, weights, shapes or a start that cannot be.
     """
-    shards = shards or open_shards(options)
+    images = images or open_shards(options)
+    shards, reader = (latents.shards, Moments(latents.encoding)) if latents else (images, Pixels(options.channels))
     buckets = Buckets(options.aspect_ratios, options.resolution, options.bucket_step, whole=bool(options.autoencoder))
     buckets.check(sum((folder.manifest.tally for folder in shards.folders), Tally()).sizes)
     order = order_of(shards, options, seed)
     look = Look(seed, options.horizontal_flip, options.random_crop)
-    reader = Moments(encoding) if encoding else Pixels(options.channels)
-    loader = Loader(shards, order, reader, look, options.caption if captions else "", options.lost_shards == "skip", buckets)
+    caption = options.caption if captions else ""
+    beside = Beside(images, caption) if captions else None
+    if text:
+        beside = Beside(images, caption, text.shards, text.encoding["encoder"]["max_tokens"], text.encoding["width"])
+    loader = Loader(shards, order, reader, look, buckets, beside, options.lost_shards == "skip")
     return Stream(Planner(shards, order, buckets, share, look, start), loader, options.workers)
 
 
@@ -112,6 +119,19 @@ def _open_side(options: Options, images: Shards, form: FormName, wanted: list[di
         folders.append(side)
     encodings = [folder.manifest.encoding for folder in folders]
     return Encoded(Shards(folders, options.split, chosen), pooled(encodings) if form == "latents" else encodings[0])
+
+
+def check_sides(options: Options, unit: int) -> None:
+    """Raises ValueError for shapes whose sides the network cannot cut: `unit` is the pixels of its smallest part."""
+    for height, width in Buckets(options.aspect_ratios, options.resolution, options.bucket_step).shapes:
+        if height % unit or width % unit:
+            raise ValueError(
+                f"data.bucket_step={options.bucket_step} makes batches of {height} x {width} pixels, and the network takes multiples of "
+                f"{unit}. Use a multiple of {unit}."
+                if options.aspect_ratios
+                else f"data.resolution={options.resolution} is no multiple of {unit}, which the network takes. Use "
+                f"{max(1, options.resolution // unit) * unit}."
+            )
 
 
 def check_shapes(options: Options, known: AutoencoderFacts) -> None:
