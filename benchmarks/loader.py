@@ -32,7 +32,7 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import Encoded, build
-from data.index import RECORD, Manifest, Tally, describe, write_manifest
+from data.index import NO_LABEL, RECORD, Manifest, Tally, describe, write_manifest
 from data.options import Options
 from data.shards import Shards
 from data.stream import Share
@@ -251,6 +251,7 @@ def latents(folder: Path, rounds: int) -> None:
             sink.write({"__key__": f"{i:06d}", "moments.npy": buffer.getvalue()})
     like = np.zeros(4000, RECORD)
     like["width"] = like["height"] = 512
+    like["label"] = NO_LABEL
     shard, tally = describe(path, "train", like=like)
     encoding = {"flips": ["plain"], "moments": ["mean"], "latent_channels": 4, "factor": 8}
     write_manifest(folder, Manifest(shards=(shard,), tally=tally, encoding=encoding))

@@ -75,10 +75,15 @@ def decode_into(
     Raises:
         One of DECODE_ERRORS.
     """
-    if (plain or (out.shape[2] == 3 and is_plain(data))) and _in_place(out, data):
-        if mirror:
-            out[:] = out[:, ::-1].copy()
-        return
+    if plain or (out.shape[2] == 3 and is_plain(data)):
+        try:  # straight into `out`, which reads the header only once
+            found = simplejpeg.decode_jpeg(data, buffer=out)
+            if plain or found.shape == out.shape:
+                if mirror:
+                    out[:] = out[:, ::-1].copy()
+                return
+        except ValueError:
+            pixels = None  # larger than `out`, or damaged: Pillow has the last word
     pixels = _jpeg(data, out.shape[2]) if data[:2] == b"\xff\xd8" else None
     image = upright(data, out.shape[2]) if pixels is None else Image.fromarray(pixels)
     height, width = out.shape[:2]
@@ -114,14 +119,6 @@ def _segments(data: bytes) -> Iterator[int]:
     while at + 10 < len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
         yield at
         at += 2 + int.from_bytes(data[at + 2 : at + 4])
-
-
-def _in_place(out: np.ndarray, data: bytes) -> bool:
-    """Decode a JPEG straight into `out`, which reads the header only once; whether it has that shape and is whole."""
-    try:
-        return simplejpeg.decode_jpeg(data, buffer=out).shape == out.shape
-    except ValueError:
-        return False
 
 
 def _jpeg(data: bytes, channels: int) -> np.ndarray | None:

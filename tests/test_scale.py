@@ -103,7 +103,13 @@ def test_three_stages_continue_one_another(shapes, tmp_path):
             more.append(f"--checkpoint.start_from={stages / str(side // 2)}")
         assert fit(shapes, stages / str(side), *more) == 0
     # what a stage starts from is the stage before: no step done, the weights are those
-    again = [f"--checkpoint.start_from={stages / '256'}", "--train.max_steps=1", "--train.learning_rate=1e-30", "--ema.halflife=1e30", "--ema.ramp=1e30"]
+    again = [
+        f"--checkpoint.start_from={stages / '256'}",
+        "--train.max_steps=1",
+        "--train.learning_rate=1e-30",
+        "--ema.halflife=1e30",
+        "--ema.ramp=1e30",
+    ]
     assert fit(shapes, tmp_path / "again", "--data.channels=3", *again) == 0
     first, second = (load_tensors(Store(folder, 1).latest()) for folder in (stages / "256", tmp_path / "again"))
     for name in first:
