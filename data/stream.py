@@ -24,7 +24,7 @@ from .index import PLAIN
 from .order import Sequence
 from .shards import Shards
 
-AHEAD = 2048
+AHEAD = 4096
 """Positions of this rank that are looked up at once, which costs about 50 microseconds however few they are."""
 
 
