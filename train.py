@@ -9,7 +9,6 @@ from pipeline.process import Stopper, leave_group, reported
 STOPPER = Stopper("the same command goes on from the last checkpoint")  # before the slow imports
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -37,15 +36,10 @@ from pipeline.loop import MicroBatch, Run, fit
 from pipeline.method import Method
 from pipeline.optim import adamw
 from pipeline.preview import preview
-from pipeline.recipe import as_mapping, parse
+from pipeline.recipe import as_mapping, facts_of, parse
 from pipeline.space import Space
 from pipeline.stock import form_of
 from pipeline.tracking import BadSamples, Log, Meter
-
-SEEN = (
-    "split", "resolution", "channels", "horizontal_flip", "random_crop", "aspect_ratios", "bucket_step", "weights", "shuffle_block",
-)  # fmt: skip
-"""Fields of `data` that decide what the network is shown, and in which order: a resumed run agrees on them."""
 
 
 def train(config: Config) -> int:
@@ -69,6 +63,7 @@ def train(config: Config) -> int:
         rank=accelerator.process_index,
         ranks=accelerator.num_processes,
     )
+    launch.agree("data.shards", images.fingerprint)
     owned = launch.lock(folder) if accelerator.is_main_process else None
     run = assemble(config, images, space, accelerator)
     data.check_sides(options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
@@ -116,23 +111,9 @@ def see(options: Options, images: Shards) -> tuple[Space, data.Encoded | None]:
         return Space.of_pixels(options.channels, options.resolution), None
     known = read_autoencoder(options.autoencoder)
     data.check_shapes(options, known)
-    side = options.resolution // known.factor
-    space = Space(
-        channels=known.channels,
-        height=side,
-        width=side,
-        factor=known.factor,
-        image_channels=known.image_channels,
-        deterministic=known.deterministic,
-        scale=known.scale,
-        shift=known.shift,
-        autoencoder=known.name,
-        fingerprint=known.fingerprint,
-    )
+    space = Space.of_latents(known, options.resolution)
     cache = data.open_latents(options, images, known) if options.encoding == "cached" else None
-    if cache:
-        measured = cache.encoding["statistics"]
-        space = replace(space, scale=tuple(1 / s for s in measured["std"]), shift=tuple(measured["mean"]))
+    space = space.measured(cache.encoding["statistics"]) if cache else space
     return space.given(options.latent_scale, options.latent_shift), cache
 
 
@@ -161,16 +142,7 @@ def assemble(config: Config, shards: Shards, space: Space, accelerator: Accelera
     model, optimizer = accelerator.prepare(network, adamw(network, config.train))
     method = Method(config.flow, space.shape, config.train.batch_size)
     settings = as_mapping(config)
-    kept = {key: settings["data"][key] for key in SEEN}
-    if config.data.aspect_ratios:  # which samples share a batch then hangs on its size
-        kept["batch_size"] = config.train.batch_size
-    facts = {
-        "model": settings["model"],
-        "flow": settings["flow"],
-        "data": {**kept, "shards": shards.fingerprint},
-        "space": space.facts if space.latent else {},
-        "seed": config.seed,
-    }
+    facts = facts_of(config, shards.fingerprint) | {"space": space.facts if space.latent else {}}
     return Run(
         config=config,
         accelerator=accelerator,

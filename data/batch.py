@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import repeat
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from .shards import LostShard, Shards
 
 TRIES = 8
 """Samples tried for one position before the data are called unusable."""
+CENTRE = (0.5, 0.5)
 NEARBY = 4096
 """A substitute comes from among so many positions, so that its shard is probably open."""
 
@@ -90,7 +92,7 @@ class Look:
     def corners(self, positions: np.ndarray) -> np.ndarray:
         """Where they are cropped, (B, 2), from the top and from the left, 0 to 1."""
         if not self.random_crop:
-            return np.full((len(positions), 2), 0.5)
+            return np.full((len(positions), 2), CENTRE)
         return np.stack([share_at(positions, self.seed, 7, side) for side in (0, 1)], axis=1)
 
 
@@ -101,7 +103,7 @@ class Reader(Protocol):
         """The array of a micro-batch of images of (height, width) pixels, to be filled."""
         ...
 
-    def fill(self, out: np.ndarray, payload: bytes, mirror: bool, corner: np.ndarray, plain: bool, /) -> None:
+    def fill(self, out: np.ndarray, payload: bytes, mirror: bool, corner: np.ndarray | tuple[float, float], plain: bool, /) -> None:
         """Make a row of that array of a sample's payload.
 
         Raises:
@@ -141,15 +143,16 @@ class Loader:
         """
         array = self.reader.empty(len(plan.positions), plan.shape)
         company = self.beside.empty(len(plan.positions)) if self.beside else Company([], None, None)
-        faults, payload, fill = list[Fault](), self.shards.payload, self.reader.fill
+        faults, payload, fill, beside = list[Fault](), self.shards.payload, self.reader.fill, self.beside
         where = (plan.records[name].tolist() for name in ("payload", "bytes", "crc32"))
-        looks = plan.mirrored.tolist(), plan.corners, plan.plain.tolist()
+        corners = plan.corners if self.look.random_crop else repeat(CENTRE, len(array))
+        looks = plan.mirrored.tolist(), corners, plan.plain.tolist()
         rows = zip(range(len(array)), array, plan.samples[:, 0].tolist(), *where, *looks, strict=True)
         for i, out, shard, block, size, crc32, mirror, corner, plain in rows:  # names, not stars: they cost a microsecond
             try:
                 fill(out, payload(shard, block, size, crc32), mirror, corner, plain)
-                if self.beside:
-                    self.beside.fill(company, i, shard, int(plan.samples[i, 1]))
+                if beside:
+                    beside.fill(company, i, shard, int(plan.samples[i, 1]))
             except (LostShard, *DECODE_ERRORS) as error:
                 self._substitute(plan, i, out, company, faults, error)
         labels, places, positions, samples, sizes = map(

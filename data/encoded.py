@@ -156,7 +156,7 @@ class Moments:
         """(count, moments x channels, h, w), float16."""
         return np.empty((count, *latent_shape(self.encoding, *shape)[1:]), np.float16)
 
-    def fill(self, out: np.ndarray, payload: bytes, mirror: bool, corner: np.ndarray, plain: bool, /) -> None:
+    def fill(self, out: np.ndarray, payload: bytes, mirror: bool, corner: np.ndarray | tuple[float, float], plain: bool, /) -> None:
         """Copy a sample's moments; corner and plain say nothing here, for all were cropped at the centre."""
         out[:] = latents_of(payload, (len(self.encoding["flips"]), *out.shape), mirror)
 

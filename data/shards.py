@@ -145,12 +145,12 @@ class Shards:
         """The records of many samples, (N,)."""
         sort = np.argsort(shards, kind="stable")
         starts = np.flatnonzero(np.diff(shards[sort], prepend=-1)).tolist()
-        sorted_numbers, found = numbers[sort], np.empty(len(shards), RECORD)
+        sorted_numbers, found = numbers[sort], np.empty((len(shards), 3), np.uint64)  # a record as three words: numpy copies those faster
         for first, last, shard in zip(starts, [*starts[1:], len(sort)], shards[sort[starts]].tolist(), strict=True):
-            found[first:last] = self.records(shard)[sorted_numbers[first:last]]
+            found[first:last] = self.records(shard).view(np.uint64).reshape(-1, 3)[sorted_numbers[first:last]]
         out = np.empty_like(found)
         out[sort] = found
-        return out
+        return out.view(RECORD)[:, 0]
 
     def _open(self, shard: int) -> FileIO:
         try:

@@ -9,7 +9,7 @@ from typing import IO
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from .config import Config
 
@@ -57,6 +57,21 @@ def check_launcher() -> None:
             "several processes were asked for and one was started: on CPUs `accelerate launch --num_processes N` starts no second one. "
             "Use `accelerate launch --config_file configs/accelerate/cpu2.yaml "
             "train.py ...`, or `torchrun --standalone --nproc_per_node N train.py ...`."
+        )
+
+
+def agree(name: str, fingerprint: str) -> None:
+    """Refuse to begin where ranks see different data, as they may while a folder is being written; all ranks together.
+
+    Raises:
+        ValueError: they do.
+    """
+    found = gather_object([fingerprint])
+    if len(set(found)) > 1:
+        which = next(rank for rank, other in enumerate(found) if other != found[0])
+        raise ValueError(
+            f"{name} is {found[0][:12]} on rank 0 and {found[which][:12]} on rank {which}: every rank must see the same finished folder. "
+            f"Wait until it is written everywhere, and start again."
         )
 
 

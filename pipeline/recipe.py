@@ -84,6 +84,21 @@ def as_mapping(config: Any) -> dict[str, Any]:
     return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
 
 
+SEEN = (
+    "split", "resolution", "channels", "horizontal_flip", "random_crop", "aspect_ratios", "bucket_step", "weights", "shuffle_block",
+)  # fmt: skip
+"""Fields of `data` that decide what the network is shown, and in which order."""
+
+
+def facts_of(config: Any, fingerprint: str) -> dict[str, Any]:
+    """That on which a resumed run must agree with the one that was saved; `fingerprint` is of its shards."""
+    settings = as_mapping(config)
+    shown = {key: settings["data"][key] for key in SEEN} | {"shards": fingerprint}
+    if config.data.aspect_ratios:  # which samples share a batch then hangs on its size
+        shown["batch_size"] = config.train.batch_size
+    return {"model": settings["model"], "flow": settings["flow"], "data": shown, "seed": config.seed}
+
+
 TYRO: dict[str, Any] = {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), "use_underscores": True}
 
 

@@ -6,7 +6,7 @@ a run must remember of it, and the arithmetic between its latents and ours.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Protocol
@@ -23,6 +23,27 @@ class Decoder(Protocol):
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, -1..1, of its own latents."""
         ...
+
+
+class Latents(Protocol):
+    """What is known of an autoencoder before it is built: see data.encoders.AutoencoderFacts."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def channels(self) -> int: ...
+    @property
+    def factor(self) -> int: ...
+    @property
+    def image_channels(self) -> int: ...
+    @property
+    def deterministic(self) -> bool: ...
+    @property
+    def scale(self) -> tuple[float, ...]: ...
+    @property
+    def shift(self) -> tuple[float, ...]: ...
+    @property
+    def fingerprint(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +84,13 @@ class Space:
         return cls(channels=channels, height=resolution, width=resolution, image_channels=channels)
 
     @classmethod
+    def of_latents(cls, known: Latents, resolution: int) -> Space:
+        """An autoencoder's, with the scale and shift of its own configuration."""
+        side = resolution // known.factor
+        own = ("channels", "factor", "image_channels", "deterministic", "scale", "shift", "fingerprint")
+        return cls(height=side, width=side, autoencoder=known.name, **{name: getattr(known, name) for name in own})
+
+    @classmethod
     def of(cls, saved: dict[str, Any]) -> Space:
         """As a checkpoint keeps it."""
         return cls(**{**saved, "scale": tuple(saved["scale"]), "shift": tuple(saved["shift"])})
@@ -87,6 +115,10 @@ class Space:
         """On what a resumed run must agree; the autoencoder may have moved."""
         kept = {key: value for key, value in self.__dict__.items() if key != "autoencoder"}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
+
+    def measured(self, statistics: Mapping[str, Any]) -> Space:
+        """With the mean and the deviation of each channel, as `data.encode` measured them."""
+        return replace(self, scale=tuple(1 / s for s in statistics["std"]), shift=tuple(statistics["mean"]))
 
     def given(self, scale: tuple[float, ...], shift: tuple[float, ...]) -> Space:
         """With the recipe's scale and shift, where it gives them."""

@@ -165,6 +165,13 @@ def test_two_ranks_list_what_one_does(tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
+def test_ranks_that_see_different_shards_do_not_begin(shapes, tmp_path, capsys, monkeypatch):
+    """As while a folder is being copied from machine to machine."""
+    monkeypatch.setattr("pipeline.launch.gather_object", lambda mine: [*mine, "0" * 64])
+    assert fit(shapes, tmp_path / "run", "--data.channels=3") == 2
+    assert "on rank 0 and 000000000000 on rank 1: every rank must see the same finished folder" in capsys.readouterr().err
+
+
 # --- what comes beside an image
 
 
