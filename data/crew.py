@@ -55,8 +55,9 @@ def crew(work: Callable[[Job, Progress], Result], jobs: Iterable[Job], workers: 
             if not running:
                 break
             done, running = wait(running, 0.2, FIRST_COMPLETED)
-            progress(counter.value - told)
-            told = counter.value
+            now = counter.value  # read once: what is added meanwhile is for the next time
+            progress(now - told)
+            told = now
             for future in done:
                 yield future.result()
         pool.shutdown()

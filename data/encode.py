@@ -8,16 +8,28 @@ whoever is free; nobody waits for anybody.
 from __future__ import annotations
 
 import os
+import signal
+import sys
+from types import FrameType
 
+
+class Interrupted(BaseException):
+    """A signal came."""
+
+
+def _early(number: int, frame: FrameType | None) -> None:
+    print("\ninterrupted: nothing was begun; run the same command again.", file=sys.stderr, flush=True)
+    os._exit(128 + number)
+
+
+if __name__ == "__main__":  # before the slow imports
+    signal.signal(signal.SIGINT, _early)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for each other starve the readers of a busy machine
 
 import argparse
-import signal
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -37,10 +49,6 @@ from .source import Folder
 
 WINDOW = 4
 """Batches that are read and decoded ahead, and kept in memory."""
-
-
-class Interrupted(BaseException):
-    """A signal came."""
 
 
 def main(argv: list[str] | None = None) -> int:
