@@ -112,9 +112,9 @@ def see(options: Options, images: Shards) -> tuple[Space, data.Encoded | None]:
     known = read_autoencoder(options.autoencoder)
     data.check_shapes(options, known)
     space = Space.of_latents(known, options.resolution)
-    cache = data.open_latents(options, images, known) if options.encoding == "cached" else None
-    space = space.measured(cache.encoding["statistics"]) if cache else space
-    return space.given(options.latent_scale, options.latent_shift), cache
+    cache = data.open_latents(options, images, known)
+    space = space.measured(cache.encoding["statistics"]) if cache else space  # online too, so that the two are one run
+    return space.given(options.latent_scale, options.latent_shift), cache if options.encoding == "cached" else None
 
 
 def encoder(config: Config, space: Space, device: torch.device) -> Callable[[MicroBatch, int], Tensor]:

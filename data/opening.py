@@ -80,8 +80,8 @@ def open_shards(options: Options) -> Shards:
     return Shards([folder for folder, _ in opened], options.split, [names for _, names in opened])
 
 
-def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> Encoded:
-    """The encoded latents of some images, with the statistics of all of them.
+def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> Encoded | None:
+    """The encoded latents of some images, with the statistics of all of them; None where latents are encoded online and never were before.
 
     Args:
         options: the recipe's section `data`, with `encoded`.
@@ -91,6 +91,9 @@ def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> E
     Raises:
         ValueError: no such cache, or one of another making, with every difference.
     """
+    first = side_folder(options.encoded, "latents", 0, len(images.folders)) / "manifest.json"
+    if options.encoding == "online" and not (options.encoded and first.is_file()):
+        return None
     wanted = [wanted_latents(options, folder.manifest, known.fingerprint) for folder in images.folders]
     return _open_side(options, images, "latents", wanted)
 

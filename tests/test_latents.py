@@ -75,6 +75,18 @@ def test_online_and_cached_have_the_same_curve(parts, tmp_path):
     assert online[-1] < 0.9 * online[0], "and it learns"
 
 
+def test_one_field_switches_and_nothing_else_changes(parts, tmp_path, capsys):
+    """No scale in the recipe: both take the measured one; online without a cache takes the autoencoder's own."""
+    for encoding in ("cached", "online"):
+        assert fit(parts / "images", tmp_path / encoding, *words(parts, f"--data.encoding={encoding}")) == 0
+    assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "cached"), rel=2**-8)
+    spaces = [load_state(Store(tmp_path / name, 1).latest())["space"] for name in ("cached", "online")]
+    assert spaces[0] == spaces[1] and len(spaces[0]["scale"]) == 4
+    capsys.readouterr()
+    assert fit(parts / "images", tmp_path / "online", *words(parts, "--data.encoded=", "--train.max_steps=14")) == 2
+    assert "space.scale" in capsys.readouterr().err
+
+
 def test_rounded_alike_they_are_bitwise_the_same(parts, tmp_path, monkeypatch):
     """Online with each image encoded alone and its moments rounded to float16, as in the cache: weights, averages and log."""
     more = ("--train.max_steps=8", *FIXED)
@@ -301,7 +313,7 @@ def test_a_run_does_not_go_on_in_another_space(parts, run, capsys):
 
 def test_what_no_stock_pipeline_decodes_is_refused_at_the_start(parts, tmp_path, capsys):
     tiny = frozen.tiny(tmp_path / "vae")
-    more = (f"--data.autoencoder={tiny}", "--export=true", "--train.max_steps=1")
+    more = (f"--data.autoencoder={tiny}", "--data.encoded=", "--export=true", "--train.max_steps=1")
     assert fit(parts / "images", tmp_path / "run", *words(parts, *more, "--data.latent_shift=0.1")) == 2
     assert "Set data.latent_scale to one and data.latent_shift to 0, or --export=false" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
