@@ -35,6 +35,8 @@ lint: .venv/.ready
 
 bench: .venv/.ready
 	python benchmarks/solver_overhead.py
+	python benchmarks/loader.py
+	python benchmarks/loader.py --scale
 
 wheel: .venv/.ready
 	python -m build --wheel --outdir dist .

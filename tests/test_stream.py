@@ -182,7 +182,7 @@ from data import build
 from data.options import Options
 from data.stream import Share
 folder, start, rank, ranks, workers, pace, more = sys.argv[1], *map(int, sys.argv[2:6]), float(sys.argv[6]), eval(sys.argv[7])
-s = build(Options(shards=(folder,), resolution=4, channels=1, workers=workers, **more), seed=3, start=start,
+s = build(Options(**{"shards": (folder,), "resolution": 4, "channels": 1, "workers": workers, **more}), seed=3, start=start,
           share=Share(batch_size=8, rank=rank, ranks=ranks))
 for step in range(start // 8, 60):
     print(step, rank, *s.keys(next(s)), flush=True)
@@ -191,11 +191,14 @@ s.close()
 """
 
 
-@pytest.mark.parametrize("more", [{}, {"aspect_ratios": (0.5, 1.0, 2.0), "bucket_step": 1}], ids=["plain", "buckets"])
-def test_killed_at_random_moments_none_lost_and_none_twice(tmp_path, more):
+@pytest.mark.parametrize("kind", ["plain", "buckets and sources"])
+def test_killed_at_random_moments_none_lost_and_none_twice(tmp_path, kind):
     """kill -9 of all readers in mid-epoch, then other numbers of ranks and workers: the sequence of keys is the uninterrupted one."""
     sizes = [(4, 4), (8, 4), (4, 8)]
-    folder = make(tmp_path / "s", samples(UNEVEN, lambda n: sizes[n % 3]))
+    folder, more = make(tmp_path / "s", samples(UNEVEN, lambda n: sizes[n % 3])), {}
+    if kind != "plain":
+        other = make(tmp_path / "o", samples([23], lambda n: sizes[n % 3], prefix="o"))
+        more = {"aspect_ratios": (0.5, 1.0, 2.0), "bucket_step": 1, "shards": (str(folder), str(other)), "weights": (0.75, 0.25)}
     wanted = [batch[0] for batch in sequence(folder, 60, 1, 1, 0, **more)]
     found, draw = [], random.Random(0)
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
