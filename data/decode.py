@@ -82,8 +82,8 @@ def decode_into(
                 if mirror:
                     out[:] = out[:, ::-1].copy()
                 return
-        except ValueError:
-            pixels = None  # larger than `out`, or damaged: Pillow has the last word
+        except ValueError:  # larger than `out`, or damaged: Pillow has the last word
+            found = None
     pixels = _jpeg(data, out.shape[2]) if data[:2] == b"\xff\xd8" else None
     image = upright(data, out.shape[2]) if pixels is None else Image.fromarray(pixels)
     height, width = out.shape[:2]

@@ -27,9 +27,8 @@ if __name__ == "__main__":  # before the slow imports
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for each other starve the readers of a busy machine
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -95,7 +94,7 @@ def _words(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     return args, _fields(rest, parser)
 
 
-def _fields(words: list[str], parser: argparse.ArgumentParser) -> dict[str, Any]:
+def _fields(words: list[str], parser: argparse.ArgumentParser) -> dict[str, list[str]]:
     """Words such as `--data.resolution=64` or `--data.shards a b` as fields of the section."""
     over: dict[str, list[str]] = {}
     name = ""
@@ -107,24 +106,7 @@ def _fields(words: list[str], parser: argparse.ArgumentParser) -> dict[str, Any]
             parser.error(f"unknown option {word}: fields of the recipe are written --data.key=value")
         else:
             over[name].append(word)
-    kinds = {item.name: str(item.type) for item in fields(Options)}
-    return {name: _value(name, given or ["true"], kinds.get(name, "str")) for name, given in over.items()}
-
-
-def _value(name: str, words: list[str], kind: str) -> Any:
-    """Words as a field's type has it, which is written `int` or `tuple[int, ...]`."""
-    one = kind.removeprefix("tuple[").split(",")[0]
-    readers: dict[str, Callable[[str], Any]] = {
-        "int": int,
-        "float": float,
-        "bool": lambda word: {"true": True, "false": False}[word.lower()],
-    }
-    read = readers.get(one, str)
-    try:
-        values = tuple(read(word) for word in words)
-    except (ValueError, KeyError):
-        raise ValueError(f"data.{name}={' '.join(words)}: give {one}.") from None
-    return values if kind.startswith("tuple") else values[-1]
+    return {name: given or ["true"] for name, given in over.items()}
 
 
 def run(args: argparse.Namespace, over: dict[str, Any]) -> int:

@@ -6,6 +6,7 @@ A test holds the two to the same names and defaults.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -132,40 +133,51 @@ def read_options(recipe: str | Path, over: dict[str, Any] | None = None) -> tupl
     """
     whole = _load(Path(recipe))
     section = {**whole.get("data", {}), **(over or {})}
-    known = {item.name: item for item in fields(Options)}
+    known = {item.name: str(item.type) for item in fields(Options)}
     for key, value in section.items():
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0.5)
             raise ValueError(f"unknown key 'data.{key}'" + (f": did you mean 'data.{near[0]}'?" if near else "."))
-        section[key] = _typed(value, known[key].default)
+        section[key] = _typed(key, value, known[key])
     return Options(**section), whole
 
 
-def _typed(value: Any, default: Any) -> Any:
-    """A YAML value as the field's type has it: YAML reads 1e-3 as a word, and one source is no list."""
-    if isinstance(default, tuple):
-        values = value if isinstance(value, (list, tuple)) else (value,)
-        return tuple(float(v) if isinstance(v, int) or _number(v) else v for v in values)
-    return float(value) if isinstance(default, float) and _number(value) else value
+READERS: dict[str, Callable[[Any], Any]] = {
+    "int": lambda word: int(str(word)),
+    "float": lambda word: float(str(word)),
+    "bool": lambda word: {"true": True, "false": False}[str(word).lower()],
+    "str": lambda word: "" if word is None else str(word),
+}
 
 
-def _number(value: Any) -> bool:
+def _typed(name: str, value: Any, kind: str) -> Any:
+    """A YAML value, or words of a command, as a field's type `int` or `tuple[int, ...]` has it: YAML takes 1e-3 for a word."""
+    one = kind.removeprefix("tuple[").split(",")[0]
+    words = list(value) if isinstance(value, (list, tuple)) else [value]
     try:
-        float(value)
-    except (TypeError, ValueError):
-        return False
-    return isinstance(value, str)
+        values = tuple(READERS[one](word) for word in words)
+        return values if kind.startswith("tuple") else values[-1]
+    except (ValueError, KeyError, IndexError):
+        raise ValueError(f"data.{name}={' '.join(map(str, words))}: give {one}.") from None
 
 
 def _load(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe on top of what it extends; `pipeline/recipe.py` reads the same form, and the rooms are sealed."""
     if not path.is_file():
         raise ValueError(f"--config {path}: no such recipe. The shipped ones are in configs/.")
     if path.resolve() in seen:
-        raise ValueError(f"{path}: recipes extend one another in a circle.")
+        raise ValueError(f"{path}: recipes extend one another in a circle: {' -> '.join(p.name for p in (*seen, path))}.")
     try:
         recipe = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(recipe, dict) or not isinstance(recipe.get("data", {}), dict):
+        raise ValueError(f"{path}: a recipe is a mapping of sections (data, model, flow, train, ...).")
     base = recipe.pop("extends", None)
-    under = _load(path.parent / base, (*seen, path.resolve())) if base else {}
-    return {**under, **recipe, "data": {**under.get("data", {}), **recipe.get("data", {})}}
+    return _over(_load(path.parent / base, (*seen, path.resolve())), recipe) if base else recipe
+
+
+def _over(base: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe on top of another, section by section."""
+    both = {key: {**base[key], **value} for key, value in recipe.items() if isinstance(value, dict) and isinstance(base.get(key), dict)}
+    return {**base, **recipe, **both}

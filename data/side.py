@@ -23,6 +23,7 @@ import numpy as np
 from .claim import Claim, take
 from .encoded import disagreements
 from .index import Manifest, Shard, Tally, describe, index_path, parse_manifest, write_manifest
+from .write import commit, commit_json
 
 Sums = dict[str, Any]
 """What was counted while a shard was made: numbers, or lists of them, that add up; and lists of texts, that join."""
@@ -97,20 +98,15 @@ class Side:
             left.unlink(missing_ok=True)
         temporary = self.work / f"{shard.name}.{secrets.token_hex(4)}.tar"
         try:
-            with open(temporary, "wb") as file:
-                with tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-                    yield Writer(tar)
-                file.flush()
-                os.fsync(file.fileno())
+            with open(temporary, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
+                yield Writer(tar)
             line, tally = describe(temporary, shard.split, like=records)
             note = {"shard": asdict(replace(line, name=shard.name)), "tally": asdict(tally), "sums": sums()}
             if not claim.held:
                 return  # another took it over while this process slept, and has written it, or will
-            _sync(index_path(temporary))
-            os.replace(index_path(temporary), index_path(self.folder / shard.name))
-            os.replace(temporary, self.folder / shard.name)
-            _sync(self.folder)
-            _put(self._note(shard.name), json.dumps(note))
+            commit(index_path(temporary), index_path(self.folder / shard.name))
+            commit(temporary, self.folder / shard.name)
+            commit_json(note, self._note(shard.name))
         except FileNotFoundError:
             if claim.held:
                 raise
@@ -165,21 +161,3 @@ def _once(path: Path, text: str) -> None:
         pass
     finally:
         temporary.unlink()
-
-
-def _put(path: Path, text: str) -> None:
-    """Write a file whole, on the disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,8 +69,6 @@ def commit(temporary: Path, final: Path) -> None:
 
 def commit_json(raw: Any, final: Path) -> None:
     """Write a value as JSON under a temporary name and give it its own."""
-    import json
-
     temporary = final.with_name(f"tmp-{os.getpid()}-{final.name}")
     temporary.write_text(json.dumps(raw, indent=1) + "\n")
     commit(temporary, final)

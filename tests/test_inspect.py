@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from data.inspect import main, options_of, parser
+from data.options import read_options
 from data.shards import Shards
 from data.summary import MARGIN, SIDE, contact_sheet, ratio_name, ratio_of
+from pipeline.recipe import load
 
 
 @pytest.fixture(autouse=True)
@@ -90,3 +92,20 @@ def test_ratios_and_sheets():
     ]
     sheet = contact_sheet([(Image.new("RGB", (50, 20), "red"), "a long caption " * 9)] * 3, 2)
     assert sheet.size == (MARGIN + 2 * (SIDE + MARGIN), MARGIN + 2 * (SIDE + 16 + MARGIN))
+
+
+def test_a_recipe_is_merged_section_by_section_and_typed(tmp_path):
+    """As training reads it: what a stage leaves out it has from the one it extends; YAML's 1e-3 is a number, a folder 2020 is none."""
+    (tmp_path / "a.yaml").write_text("data: {shards: 2020, resolution: 64, max_bad_share: 1e-3}\ntrain: {batch_size: 24, max_steps: 9}\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\ndata: {resolution: 128, horizontal_flip: true}\ntrain: {max_steps: 5}\n")
+    options, whole = read_options(tmp_path / "b.yaml")
+    assert whole["train"] == load(tmp_path / "b.yaml")["train"] == {"batch_size": 24, "max_steps": 5}
+    assert (options.shards, options.resolution, options.max_bad_share, options.horizontal_flip) == (("2020",), 128, 0.001, True)
+    for text, message in (
+        ("data: {resolution: 64.5}", "data.resolution=64.5: give int"),
+        ("- a", "a recipe is a mapping"),
+        ("data: 3", "a recipe is"),
+    ):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_options(tmp_path / "c.yaml")
