@@ -51,7 +51,6 @@ class Beside:
             company.captions[i] = caption_of(self.images.read(shard, number).files, self.caption)
         if self.text and company.states is not None and company.mask is not None:
             states = text_of(self.text.payload(shard, *self.text.records(shard)[number].item()[:3]), self.width)[: self.tokens]
-            company.states[i], company.mask[i] = 0, False
             company.states[i, : len(states)], company.mask[i, : len(states)] = states, True
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +82,9 @@ class Log:
             self._drop_after(start)
 
     def _drop_after(self, step: int) -> None:
-        """Keep the lines of steps that stay done; a torn last line goes too."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text().splitlines():
-            try:
-                done = json.loads(line)["step"] <= step
-            except (ValueError, KeyError, TypeError):
-                done = False
-            kept += [line + "\n"] if done else []
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(self.path)
+        """Keep the lines of steps that stay done."""
+        if self.path.exists():
+            _rewrite(self.path, _lines(self.path, lambda line: line["step"] <= step))
 
     def advance(self) -> None:
         """One optimiser step is done."""
@@ -120,6 +110,24 @@ class Log:
         self.bar.close()
 
 
+def _lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file that `keep` keeps; one that a kill tore is none."""
+    kept = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+            kept += [line] if keep(line) else []
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    temporary.replace(path)
+
+
 class BadSamples:
     """The samples that the stream had to replace, on all ranks: counted, listed in bad_samples.jsonl, and too many of them an error.
 
@@ -132,12 +140,9 @@ class BadSamples:
 
     def __init__(self, folder: Path, *, share: float, main: bool, start: int) -> None:
         self.path, self.share, self.main = folder / "bad_samples.jsonl", share, main
-        self.lines = [line for line in self._lines() if line["position"] < start]
+        self.lines = _lines(self.path, lambda line: line["position"] < start)
         if main and self.path.exists():
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-
-    def _lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+            _rewrite(self.path, self.lines)
 
     def report(self, found: Iterable[Any], images: int) -> int:
         """Take note of what all ranks replaced; all ranks together.

@@ -148,6 +148,8 @@ def test_bad_samples_are_counted_listed_and_too_many_stop_training(tmp_path, cap
     assert "are more than data.max_bad_share=0.005 allows" in error and "000041" in error and "train-000000.tar" in error
     assert fit(folder, tmp_path / "whole", "--data.max_bad_share=0.05", "--train.max_steps=12") == 0
     assert fit(folder, tmp_path / "parts", "--data.max_bad_share=0.05", "--train.max_steps=6") == 0
+    with open(tmp_path / "parts/bad_samples.jsonl", "a") as file:  # as after a kill: of steps that are done again, and a torn line
+        file.write(json.dumps(listed[0] | {"position": 150}) + "\n" + '{"position": 1')
     assert fit(folder, tmp_path / "parts", "--data.max_bad_share=0.05", "--train.max_steps=12") == 0
     assert (tmp_path / "parts/bad_samples.jsonl").read_text() == (tmp_path / "whole/bad_samples.jsonl").read_text()
 
