@@ -1,27 +1,32 @@
-"""The networks: each a constructor whose arguments are the schema, and `forward(x, t, labels)`.
+"""The networks: each a constructor whose arguments are the schema, and `forward(x, t, condition, sizes)`.
 
-`x` is (B, C, H, W), `t` (B,) from 0 (noise) to 1 (data), `labels` (B,) whole
-numbers where `num_classes` stands for no class. Nothing here knows a loss, a
-path or a data set.
+`x` is (B, C, H, W), `t` (B,) from 0 (noise) to 1 (data). The condition is
+labels, (B,) whole numbers where `num_classes` stands for no class, or
+`condition.Text`. Nothing here knows a loss, a path or a data set.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .dit import DiT
+from .initialise import initialise
 from .unet import UNet
 
 KINDS: dict[str, type[DiT] | type[UNet]] = {"dit": DiT, "unet": UNet}
 
 
-def build(kind: str, **options: Any) -> nn.Module:
+def build(kind: str, *, seed: int | None = None, device: torch.device | str = "cpu", **options: Any) -> nn.Module:
     """Construct a network by name.
 
     Args:
         kind: a key of KINDS.
+        seed: of the first weights; None draws one from torch's own generator.
+        device: where to; `meta` for a network without values, to be sharded,
+            given memory by `to_empty` and values by `initialise`.
         options: of its constructor.
 
     Raises:
@@ -29,7 +34,13 @@ def build(kind: str, **options: Any) -> nn.Module:
     """
     if kind not in KINDS:
         raise ValueError(f"model.kind={kind!r} is unknown: choose one of {', '.join(KINDS)}.")
-    return KINDS[kind](**options)
+    with torch.device("meta"):
+        network = KINDS[kind](**options)
+    if torch.device(device).type == "meta":
+        return network
+    network = network.to_empty(device=device)
+    initialise(network, seed)
+    return network
 
 
-__all__ = ["KINDS", "DiT", "UNet", "build"]
+__all__ = ["KINDS", "DiT", "UNet", "build", "initialise"]

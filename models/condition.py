@@ -1,8 +1,9 @@
-"""Conditions: time and class as one vector a sample, and the null class that stands for none."""
+"""Conditions: time, class, text and the original's size as a network takes them, and the null condition that stands for none."""
 
 from __future__ import annotations
 
 import math
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,22 @@ from torch import Tensor, nn
 
 FREQUENCIES = 256
 """Channels of the sinusoidal embedding of time."""
+SIZES = 6
+"""Numbers of a micro-condition: height and width of the original, top and left of the crop, height and width of the image."""
+Clock = Literal["diffusers", "original", "sit"]
+"""How time is embedded. diffusers: of 1000 (1 - t), the last frequency 1 / 10000 itself, as its DiT has it. original: the last
+frequency one step short of that, as the original DiT, SD3 and PixArt have it. sit: the same frequencies of t itself."""
+
+
+class Text(NamedTuple):
+    """Captions as a network takes them."""
+
+    states: Tensor
+    """(B, L, D), of each token."""
+    mask: Tensor
+    """(B, L), bool: where there is a token; at least one a caption."""
+    pooled: Tensor
+    """(B, P), of the whole caption."""
 
 
 def noise_clock(t: Tensor) -> Tensor:
@@ -22,44 +39,56 @@ def noise_clock(t: Tensor) -> Tensor:
     return 1000 * (1 - t)
 
 
-def sinusoids(clock: Tensor) -> Tensor:
-    """Cosines, then sines, of a clock at geometric frequencies from 1 to 1 / 10000.
+def sinusoids(values: Tensor, clock: Clock = "diffusers") -> Tensor:
+    """Cosines, then sines, of numbers at geometric frequencies from 1 to about 1 / 10000.
 
     Args:
-        clock: (B,), 0 to 1000.
+        values: (B,), such as 0 to 1000.
+        clock: which frequency is the last.
 
     Returns:
-        (B, FREQUENCIES), float32. The last frequency is 1 / 10000 itself, as in
-        diffusers' DiT; the original DiT stops one short of it.
+        (B, FREQUENCIES), float32.
     """
     half = FREQUENCIES // 2
-    steps = torch.arange(half, device=clock.device, dtype=torch.float32)
-    angles = clock.float()[:, None] * torch.exp(-math.log(10000) * steps / (half - 1))
+    steps = torch.arange(half, device=values.device, dtype=torch.float32)
+    angles = values.float()[:, None] * torch.exp(-math.log(10000) * steps / (half - 1 if clock == "diffusers" else half))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class TimeAndClass(nn.Module):
-    """(t, labels) to (B, width).
+class Embedder(nn.Module):
+    """Two linear maps with a SiLU between, (B, inputs) -> (B, width)."""
 
-    Args:
-        width: of the vector.
-        num_classes: labels 0 .. num_classes - 1 are classes, num_classes is none.
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(inputs, width)
+        self.leave = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(F.silu(self.enter(x.to(self.enter.weight.dtype))))
+
+
+class Time(Embedder):
+    """Times, (B,), 0 (noise) to 1 (data), to (B, width)."""
+
+    def __init__(self, width: int, clock: Clock) -> None:
+        super().__init__(FREQUENCIES, width)
+        self.clock: Clock = clock
+
+    def forward(self, t: Tensor) -> Tensor:
+        return super().forward(sinusoids(t if self.clock == "sit" else noise_clock(t), self.clock))
+
+
+class Sizes(Embedder):
+    """Micro-conditions, (B, 6) pixels, to (B, width); each number as sinusoids.
+
+    Source: Podell et al., SDXL, section 2.2.
     """
 
-    def __init__(self, width: int, num_classes: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.enter = nn.Linear(FREQUENCIES, width)
-        self.leave = nn.Linear(width, width)
-        self.classes = nn.Embedding(num_classes + 1, width)
-        for weight in (self.enter.weight, self.leave.weight, self.classes.weight):
-            nn.init.normal_(weight, std=0.02)
-        for linear in (self.enter, self.leave):
-            nn.init.zeros_(linear.bias)
+    def __init__(self, width: int) -> None:
+        super().__init__(SIZES * FREQUENCIES, width)
 
-    def forward(self, t: Tensor, labels: Tensor) -> Tensor:
-        embedding = sinusoids(noise_clock(t)).to(self.enter.weight.dtype)
-        return self.leave(F.silu(self.enter(embedding))) + self.classes(labels)
+    def forward(self, sizes: Tensor) -> Tensor:
+        return super().forward(sinusoids(sizes.flatten(), "original").view(len(sizes), -1))
 
 
 def drop(labels: Tensor, chance: Tensor, *, null: int, probability: float) -> Tensor:

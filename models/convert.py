@@ -73,8 +73,8 @@ def dit_from_stock(stock: DiTTransformer2DModel, num_classes: int, factor: float
             raise ValueError(f"{sources[0]} differs from block to block: ours has one embedding of time and class for all blocks.")
         state[name] = torch.cat(parts) if joined else parts[0]
     state["enter.weight"] = state["enter.weight"].flatten(1)
-    table = state["condition.classes.weight"]
-    state["condition.classes.weight"] = torch.cat([table[:num_classes], table[STOCK_NULL:]])
+    table = state["classes.weight"]
+    state["classes.weight"] = torch.cat([table[:num_classes], table[STOCK_NULL:]])
     ours.load_state_dict(_scaled(state, "leave", factor))
     return ours
 
@@ -84,8 +84,8 @@ def _dit_names(depth: int) -> dict[str, list[str]]:
     names: dict[str, list[str]] = {}
     for part in ("weight", "bias"):
         embedders = [f"transformer_blocks.{i}.norm1.emb" for i in range(depth)]
-        names[f"condition.enter.{part}"] = [f"{e}.timestep_embedder.linear_1.{part}" for e in embedders]
-        names[f"condition.leave.{part}"] = [f"{e}.timestep_embedder.linear_2.{part}" for e in embedders]
+        names[f"time.enter.{part}"] = [f"{e}.timestep_embedder.linear_1.{part}" for e in embedders]
+        names[f"time.leave.{part}"] = [f"{e}.timestep_embedder.linear_2.{part}" for e in embedders]
         names[f"enter.{part}"] = [f"pos_embed.proj.{part}"]
         names[f"modulation.{part}"] = [f"proj_out_1.{part}"]
         names[f"leave.{part}"] = [f"proj_out_2.{part}"]
@@ -96,7 +96,7 @@ def _dit_names(depth: int) -> dict[str, list[str]]:
             names[f"blocks.{i}.attention.out.{part}"] = [f"{stock}.attn1.to_out.0.{part}"]
             names[f"blocks.{i}.feed_forward.enter.{part}"] = [f"{stock}.ff.net.0.proj.{part}"]
             names[f"blocks.{i}.feed_forward.leave.{part}"] = [f"{stock}.ff.net.2.{part}"]
-    names["condition.classes.weight"] = [f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight" for i in range(depth)]
+    names["classes.weight"] = [f"transformer_blocks.{i}.norm1.emb.class_embedder.embedding_table.weight" for i in range(depth)]
     return names
 
 
@@ -115,7 +115,7 @@ def _dit_to_stock(model: DiT, factor: float) -> DiTTransformer2DModel:
     )
     ours = _scaled(model.state_dict(), "leave", factor)
     ours["enter.weight"] = ours["enter.weight"].view(width, model.channels, model.patch_size, model.patch_size)
-    ours["condition.classes.weight"] = _padded(ours["condition.classes.weight"])
+    ours["classes.weight"] = _padded(ours["classes.weight"])
     state: dict[str, Tensor] = {}
     for name, targets in _dit_names(len(model.blocks)).items():
         parts = ours[name].chunk(3) if name.rpartition(".")[0].endswith("qkv") else [ours[name]] * len(targets)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .condition import TimeAndClass
+from .condition import Time
+from .initialise import Rule, initialise
 from .layers import Attention, FeedForward, modulate, patches, sincos_positions, unpatch
 
 
@@ -62,48 +63,35 @@ class DiT(nn.Module):
         if depth < 1:
             raise ValueError(f"model.depth={depth}: a DiT has at least one block. Use 12.")
         self.channels, self.resolution, self.num_classes, self.patch_size = channels, resolution, num_classes, patch_size
-        self.condition = TimeAndClass(width, num_classes)
+        self.time = Time(width, "diffusers")
+        self.classes = nn.Embedding(num_classes + 1, width)
         self.enter = nn.Linear(channels * patch_size**2, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, channels * patch_size**2)
-        side = resolution // patch_size
-        self.positions: Tensor
-        self.register_buffer("positions", sincos_positions(width, side, side), persistent=False)
-        self._other_positions: dict[tuple[int, int], Tensor] = {}
-        self._initialise()
+        self._positions: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+        if not self.enter.weight.is_meta:
+            initialise(self)
 
-    def _initialise(self) -> None:
-        """Xavier for the linear maps; zero for every modulation and the output, so that the network starts at zero."""
-        for block in self.blocks:
-            for linear in block.modules():
-                if isinstance(linear, nn.Linear):
-                    nn.init.xavier_uniform_(linear.weight)
-                    nn.init.zeros_(linear.bias)
-            nn.init.zeros_(block.modulation.weight)  # type: ignore[union-attr,arg-type]
-        nn.init.xavier_uniform_(self.enter.weight)
-        nn.init.zeros_(self.enter.bias)
-        for linear in (self.modulation, self.leave):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+    def rule(self, name: str) -> Rule:
+        """How a parameter begins: the linear maps Xavier's way; every modulation and the output at zero, so that the network does."""
+        if name.endswith("bias") or "modulation" in name or name.startswith("leave."):
+            return "zero"
+        return "normal" if name.startswith(("time.", "classes.")) else "xavier"
 
     @property
     def multiple(self) -> int:
         """The sides of an image are multiples of it."""
         return self.patch_size
 
-    def positions_of(self, rows: int, columns: int) -> Tensor:
-        """The positions of a grid of tokens, (rows * columns, D); those of other shapes than the usual one are kept once made."""
-        side = self.resolution // self.patch_size
-        if (rows, columns) == (side, side):
-            return self.positions
-        found = self._other_positions.get((rows, columns))
-        if found is None or found.device != self.positions.device or found.dtype != self.positions.dtype:
-            found = sincos_positions(self.positions.shape[1], rows, columns).to(self.positions)
-            self._other_positions[rows, columns] = found
-        return found
+    def positions_of(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """The positions of a grid of tokens, (rows * columns, D), as `like` is; kept once made."""
+        key = rows, columns, like.device, like.dtype
+        if key not in self._positions:
+            self._positions[key] = sincos_positions(self.enter.out_features, rows, columns).to(like)
+        return self._positions[key]
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, sizes: Tensor | None = None) -> Tensor:
         """The prediction.
 
         Args:
@@ -114,9 +102,10 @@ class DiT(nn.Module):
         Returns:
             The shape of x.
         """
-        condition = F.silu(self.condition(t, labels))
+        condition = F.silu(self.time(t) + self.classes(labels))
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        h = self.enter(patches(x, self.patch_size)) + self.positions_of(rows, columns)
+        h = self.enter(patches(x, self.patch_size))
+        h = h + self.positions_of(rows, columns, h)
         for block in self.blocks:
             h = block(h, condition)
         shift, scale = self.modulation(condition)[:, None].chunk(2, dim=2)

@@ -1,4 +1,4 @@
-"""The parts a transformer is made of: patches, positions, attention, the feed-forward net."""
+"""The parts a transformer is made of: patches, positions, norms, attention, the feed-forward net."""
 
 from __future__ import annotations
 
@@ -7,13 +7,21 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from .kernels import attend, gelu_tanh
 
-def sincos_positions(width: int, rows: int, columns: int) -> Tensor:
+EPSILON = 1e-6
+"""Of every norm."""
+
+
+def sincos_positions(
+    width: int, rows: int, columns: int, *, start: tuple[float, float] = (0.0, 0.0), spacing: tuple[float, float] = (1.0, 1.0)
+) -> Tensor:
     """Fixed two-dimensional positions: half of the channels tell the column, half the row, each as sines, then cosines.
 
     Args:
         width: channels, a multiple of 4.
         rows, columns: of tokens.
+        start, spacing: row and column of the first token, and the way to the next.
 
     Returns:
         (rows * columns, width), float32; tokens row by row.
@@ -21,12 +29,29 @@ def sincos_positions(width: int, rows: int, columns: int) -> Tensor:
     Source: Vaswani et al., Attention Is All You Need, section 3.5, in two
     dimensions as in He et al., Masked Autoencoders.
     """
-    frequencies = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width // 4))
-    angles = torch.arange(max(rows, columns), dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    across = axis[None, :columns, :].expand(rows, columns, -1)
-    down = axis[:rows, None, :].expand(rows, columns, -1)
+    frequencies = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+
+    def axis(count: int, which: int) -> Tensor:
+        angles = (start[which] + spacing[which] * torch.arange(count, dtype=torch.float64, device="cpu"))[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    across = axis(columns, 1)[None].expand(rows, columns, -1)
+    down = axis(rows, 0)[:, None].expand(rows, columns, -1)
     return torch.cat([across, down], dim=2).reshape(rows * columns, width).float()
+
+
+class RMSNorm(nn.Module):
+    """Division by the root mean square of the last dimension, times a weight.
+
+    Source: Zhang and Sennrich, Root Mean Square Layer Normalization.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], self.weight, EPSILON)
 
 
 class Attention(nn.Module):
@@ -44,8 +69,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)
-        return self.out(y.transpose(1, 2).reshape(batch, tokens, width))
+        return self.out(attend(q, k, v))
 
 
 class FeedForward(nn.Module):
@@ -57,7 +81,7 @@ class FeedForward(nn.Module):
         self.leave = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(F.gelu(self.enter(x), approximate="tanh"))
+        return self.leave(gelu_tanh(self.enter(x)))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -67,7 +91,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
         x: (B, N, D).
         shift, scale: (B, 1, D); zero leaves the norm as it is.
     """
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPSILON), 1 + scale)
 
 
 def patches(x: Tensor, size: int) -> Tensor:

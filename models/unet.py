@@ -6,6 +6,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 
 from .condition import noise_clock
+from .initialise import Rule, initialise
 
 
 class UNet(nn.Module):
@@ -65,14 +66,18 @@ class UNet(nn.Module):
             attention_head_dim=head_width,
             num_class_embeds=num_classes + 1,
         )
-        nn.init.zeros_(self.net.conv_out.weight)
-        nn.init.zeros_(self.net.conv_out.bias)
+        if not self.net.conv_out.weight.is_meta:
+            initialise(self)
+
+    def rule(self, name: str) -> Rule:
+        """How a parameter begins: as torch's layers do, and the output at zero."""
+        return "zero" if name.startswith("net.conv_out.") else "torch"
 
     @property
     def multiple(self) -> int:
         """The sides of an image are multiples of it."""
         return 2 ** (len(self.net.config.block_out_channels) - 1)
 
-    def forward(self, x: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, labels: Tensor, sizes: Tensor | None = None) -> Tensor:
         """The prediction; arguments as in DiT."""
         return self.net(x, noise_clock(t), class_labels=labels).sample
