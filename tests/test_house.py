@@ -15,7 +15,15 @@ FLOORS = {
         ["folder"],
         ["export", "evaluate", "options", "density", "restore", "preview"],
     ],
-    "models": [["kernels", "initialise"], ["layers", "condition"], ["grid"], ["dit", "mmdit", "unet"], ["convert"]],
+    "models": [
+        ["kernels", "initialise", "presets"],
+        ["layers", "condition"],
+        ["grid"],
+        ["dit", "mmdit", "cross_dit", "unet"],
+        ["convert_dit", "convert_mmdit", "convert_cross_dit", "convert_unet", "cost"],
+        ["convert", "lora"],
+        ["published"],
+    ],
     "data": [
         ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew"],
         ["index", "buckets", "fetch", "cache", "encoders", "write", "columns", "plan"],
