@@ -15,11 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .condition import Sizes, Text, Time, check_text, given
+from .condition import Embedder, Sizes, Text, Time, check_text, given
 from .grid import Positions, check_sizes
 from .initialise import Rule, initialise
 from .kernels import attend, gelu_tanh
 from .layers import Attention, FeedForward, RMSNorm, modulate, patches, unpatch
+
+
+class Caption(Embedder):
+    """Text states, (B, L, inputs), to (B, L, width): two linear maps with a tanh-GELU between."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.leave(gelu_tanh(self.enter(x.to(self.enter.weight.dtype))))
 
 
 class CrossAttention(nn.Module):
@@ -92,7 +99,7 @@ class CrossDiT(nn.Module):
         self.interpolation_scale = interpolation_scale or max(resolution // 64, 1)
         self.time = Time(width, "original")
         self.sizes = Sizes(width) if micro_conditions else None
-        self.text = nn.ModuleDict({"enter": nn.Linear(text_width, width), "leave": nn.Linear(width, width)})
+        self.text = Caption(text_width, width)
         self.enter = nn.Linear(channels * patch_size**2, width)
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(Block(width, heads, qk_norm) for _ in range(depth))
@@ -115,7 +122,7 @@ class CrossDiT(nn.Module):
         """The sides of an image are multiples of it."""
         return self.patch_size
 
-    def forward(self, x: Tensor, t: Tensor, text: Text, sizes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Text, sizes: Tensor | None = None) -> Tensor:
         """The prediction; arguments as in MMDiT."""
         time = self.time(t)
         if self.sizes is not None:
@@ -124,9 +131,7 @@ class CrossDiT(nn.Module):
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         h = self.enter(patches(x, self.patch_size))
         h = h + self.positions.of(rows, columns, h)
-        enter, leave = self.text["enter"], self.text["leave"]
-        c = leave(gelu_tanh(enter(text.states.to(enter.weight.dtype))))
-        mask = text.seen
+        c, mask = self.text(condition.states), condition.seen
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, c, shared, mask, use_reentrant=False, preserve_rng_state=False)

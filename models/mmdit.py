@@ -156,31 +156,31 @@ class MMDiT(nn.Module):
         """The sides of an image are multiples of it."""
         return self.patch_size
 
-    def forward(self, x: Tensor, t: Tensor, text: Text, sizes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Text, sizes: Tensor | None = None) -> Tensor:
         """The prediction.
 
         Args:
             x: (B, channels, H, W), sides multiples of the patch size; `resolution` is the usual one.
             t: (B,), 0 (noise) to 1 (data).
-            text: captions; tokens outside the mask are never looked at.
+            condition: captions; tokens outside the mask are never looked at.
             sizes: (B, 6), pixels, where there are micro-conditions.
 
         Returns:
             The shape of x.
         """
-        condition = self.time(t) + self.pooled(text.pooled)
+        about = self.time(t) + self.pooled(condition.pooled)
         if self.sizes is not None:
-            condition = condition + self.sizes(given(sizes))
-        condition = F.silu(condition)
+            about = about + self.sizes(given(sizes))
+        about = F.silu(about)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         h = self.enter(patches(x, self.patch_size))
         h = h + self.positions.of(rows, columns, h)
-        c = self.text(text.states.to(self.text.weight.dtype))
-        mask = None if text.seen is None else torch.cat([text.mask.new_ones(h.shape[:2]), text.mask], dim=1)
+        c = self.text(condition.states.to(self.text.weight.dtype))
+        mask = None if condition.seen is None else torch.cat([condition.mask.new_ones(h.shape[:2]), condition.mask], dim=1)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h, c = checkpoint(block, h, c, condition, mask, use_reentrant=False, preserve_rng_state=False)
+                h, c = checkpoint(block, h, c, about, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                h, c = block(h, c, condition, mask)
-        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=2)
+                h, c = block(h, c, about, mask)
+        shift, scale = self.modulation(about)[:, None].chunk(2, dim=2)
         return unpatch(self.leave(modulate(h, shift, scale)), self.patch_size, rows)
