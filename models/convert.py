@@ -1,4 +1,4 @@
-"""Weights of ours as diffusers' stock classes, and back.
+"""Weights of ours as diffusers' stock classes, and back: one way in for every kind.
 
 Where a stock network is to predict a multiple of what ours predicts (noise minus
 data for data minus noise), the output layer takes the factor. Both embed 1000 (1 - t).
@@ -8,33 +8,67 @@ to 1001 rows; the rows between are null as well.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
+from .convert_cross_dit import cross_dit_from_stock, cross_dit_to_stock
+from .convert_mmdit import mmdit_from_stock, mmdit_to_stock
+from .convert_unet import unet_from_stock, unet_to_stock
+from .cross_dit import CrossDiT
 from .dit import DiT
+from .layout import STOCK_NULL, padded, scaled
+from .mmdit import MMDiT
 from .unet import UNet
 
-STOCK_NULL = 1000
-"""The label that DiTPipeline passes for no class."""
 
-
-def to_stock(model: nn.Module, factor: float) -> DiTTransformer2DModel | UNet2DModel:
+def to_stock(model: nn.Module, factor: float) -> nn.Module:
     """A stock network that gives `factor` times the same output.
 
     Args:
-        model: a DiT or UNet.
+        model: a DiT, MMDiT, CrossDiT or UNet.
         factor: on the output layer.
 
     Raises:
-        ValueError: another class, or more classes than the stock pipeline can tell from none.
+        ValueError: another class, options that no stock class has, or more
+            classes than the stock pipeline can tell from none.
     """
-    if not isinstance(model, (DiT, UNet)):
-        raise ValueError(f"{type(model).__name__} has no stock class: DiT and UNet have.")
-    check_classes(model.num_classes)
-    return _dit_to_stock(model, factor) if isinstance(model, DiT) else _unet_to_stock(model, factor)
+    check_classes(getattr(model, "num_classes", 0))
+    if isinstance(model, DiT):
+        return _dit_to_stock(model, factor)
+    if isinstance(model, MMDiT):
+        return mmdit_to_stock(model, factor)
+    if isinstance(model, CrossDiT):
+        return cross_dit_to_stock(model, factor)
+    if isinstance(model, UNet):
+        return unet_to_stock(model, factor)
+    raise ValueError(f"{type(model).__name__} has no stock class: DiT, MMDiT, CrossDiT and UNet have.")
+
+
+def from_stock(stock: nn.Module, factor: float, *, num_classes: int | None = None, pooled_width: int = 1) -> nn.Module:
+    """A network of ours that gives `factor` times the same output.
+
+    Args:
+        stock: a DiTTransformer2DModel, SD3Transformer2DModel, PixArtTransformer2DModel, UNet2DModel or UNet2DConditionModel.
+        factor: on the output layer.
+        num_classes: of the classes; None for what its table holds.
+        pooled_width: for text networks that do not use pooled text.
+
+    Raises:
+        ValueError: another class, or a configuration that ours cannot hold.
+    """
+    if isinstance(stock, DiTTransformer2DModel):
+        return dit_from_stock(stock, STOCK_NULL if num_classes is None else num_classes, factor)
+    if isinstance(stock, SD3Transformer2DModel):
+        return mmdit_from_stock(stock, factor)
+    if isinstance(stock, PixArtTransformer2DModel):
+        return cross_dit_from_stock(stock, factor, pooled_width)
+    if isinstance(stock, (UNet2DModel, UNet2DConditionModel)):
+        return unet_from_stock(stock, factor, num_classes, pooled_width)
+    raise ValueError(
+        f"{type(stock).__name__} is no class that ours can hold: DiTTransformer2DModel, SD3Transformer2DModel, "
+        f"PixArtTransformer2DModel, UNet2DModel and UNet2DConditionModel are."
+    )
 
 
 def check_classes(num_classes: int) -> None:
@@ -75,7 +109,7 @@ def dit_from_stock(stock: DiTTransformer2DModel, num_classes: int, factor: float
     state["enter.weight"] = state["enter.weight"].flatten(1)
     table = state["classes.weight"]
     state["classes.weight"] = torch.cat([table[:num_classes], table[STOCK_NULL:]])
-    ours.load_state_dict(_scaled(state, "leave", factor))
+    ours.load_state_dict(scaled(state, "leave", factor))
     return ours
 
 
@@ -113,30 +147,12 @@ def _dit_to_stock(model: DiT, factor: float) -> DiTTransformer2DModel:
         num_embeds_ada_norm=STOCK_NULL,
         norm_eps=1e-6,
     )
-    ours = _scaled(model.state_dict(), "leave", factor)
+    ours = scaled(model.state_dict(), "leave", factor)
     ours["enter.weight"] = ours["enter.weight"].view(width, model.channels, model.patch_size, model.patch_size)
-    ours["classes.weight"] = _padded(ours["classes.weight"])
+    ours["classes.weight"] = padded(ours["classes.weight"])
     state: dict[str, Tensor] = {}
     for name, targets in _dit_names(len(model.blocks)).items():
         parts = ours[name].chunk(3) if name.rpartition(".")[0].endswith("qkv") else [ours[name]] * len(targets)
         state |= dict(zip(targets, parts, strict=True))
     stock.load_state_dict(state)
     return stock.eval()
-
-
-def _unet_to_stock(model: UNet, factor: float) -> UNet2DModel:
-    stock = UNet2DModel.from_config({**model.net.config, "num_class_embeds": STOCK_NULL + 1})
-    state = _scaled(model.net.state_dict(), "conv_out", factor)
-    state["class_embedding.weight"] = _padded(state["class_embedding.weight"])
-    stock.load_state_dict(state)
-    return stock.eval()
-
-
-def _scaled(state: Mapping[str, Tensor], layer: str, factor: float) -> dict[str, Tensor]:
-    return {name: factor * value if name in (f"{layer}.weight", f"{layer}.bias") else value for name, value in state.items()}
-
-
-def _padded(table: Tensor) -> Tensor:
-    """Classes, then as many copies of the null row as fill rows up to STOCK_NULL."""
-    null = table[-1:]
-    return torch.cat([table[:-1], null.expand(STOCK_NULL + 1 - (len(table) - 1), -1)])
