@@ -11,6 +11,7 @@ STOPPER = Stopper("the same command goes on from the last checkpoint")  # before
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -28,12 +29,13 @@ from models.condition import drop
 from models.convert import check_classes, to_stock
 from pipeline import launch
 from pipeline.checkpoint import Store, choose
-from pipeline.config import ALIASES, Config, model_options
+from pipeline.config import ALIASES, Config
 from pipeline.ema import Ema
 from pipeline.export import Card, write_folder
 from pipeline.fold import check_export
 from pipeline.loop import MicroBatch, Run, fit
 from pipeline.method import Method
+from pipeline.networks import model_options
 from pipeline.optim import adamw
 from pipeline.preview import preview
 from pipeline.recipe import as_mapping, facts_of, parse
@@ -131,11 +133,21 @@ def encoder(config: Config, space: Space, device: torch.device) -> Callable[[Mic
     return encode
 
 
+def conditioner(config: Config, null: int, device: torch.device) -> Callable[[MicroBatch, int, Tensor], tuple[Any, ...]]:
+    """From a micro-batch to what the network is told: classes or captions, dropped for some samples, and sizes."""
+
+    def tell(batch: MicroBatch, step: int, chance: Tensor) -> tuple[Any, ...]:
+        labels = drop(batch.labels.to(device, non_blocking=True), chance, null=null, probability=config.train.condition_dropout)
+        return (labels,)
+
+    return tell
+
+
 def assemble(config: Config, shards: Shards, space: Space, accelerator: Accelerator) -> Run:
     """Introduce the rooms to one another: network, objective, optimiser, average, checkpoints."""
     set_seed(config.seed)
     names = shards.manifest.class_names
-    network = models.build(**model_options(config, space.shape, len(names))).to(accelerator.device)
+    network = models.build(seed=config.seed, device=accelerator.device, **model_options(config.model, space.shape, len(names)))
     ema = Ema(network, config.ema)
     if config.train.compile:
         network.compile()
@@ -153,7 +165,7 @@ def assemble(config: Config, shards: Shards, space: Space, accelerator: Accelera
         method=method,
         encode=encoder(config, space, accelerator.device),
         decode=space.decoder(partial(Autoencoder, space.autoencoder, accelerator.device)),
-        drop_label=partial(drop, null=len(names), probability=config.train.label_dropout),
+        condition=conditioner(config, len(names), accelerator.device),
         store=Store(Path(config.output_dir), config.checkpoint.keep),
         about={"config": settings, "class_names": list(names), "facts": facts, "space": vars(space)},
         stopper=STOPPER,

@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
-        ["config", "recipe", "process", "scheduling_condot_v1"],
+        ["networks", "recipe", "process", "scheduling_condot_v1", "sheet"],
+        ["config"],
         ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space"],
         ["loop", "generate", "fold"],
         ["folder"],

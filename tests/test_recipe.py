@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from pipeline.config import ALIASES, Config, DiTConfig, UNetConfig
+from pipeline.config import ALIASES, Config
+from pipeline.networks import DiTConfig, UNetConfig
 from pipeline.recipe import as_mapping, build, parse
 
 
