@@ -30,7 +30,7 @@ def test_the_kind_chooses_the_fields(tmp_path):
     assert parse(Config, ["--model.width=64"]).model == DiTConfig(width=64)
     with pytest.raises(ValueError, match=r"model.width is a field of model.kind=dit"):
         parse(Config, ["--config", path, "--model.width=64"])
-    with pytest.raises(ValueError, match=r"model.kind=vit is unknown: choose one of dit, unet"):
+    with pytest.raises(ValueError, match=r"model.kind=vit is unknown: choose one of dit, cross_dit, mmdit, unet"):
         parse(Config, ["--model.kind=vit"])
 
 
