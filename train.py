@@ -11,7 +11,6 @@ STOPPER = Stopper("the same command goes on from the last checkpoint")  # before
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -25,7 +24,6 @@ from data.encoders import Autoencoder, read_autoencoder
 from data.options import Options
 from data.shards import Shards
 from data.stream import Share, to_unit
-from models.condition import drop
 from models.convert import check_classes, to_stock
 from pipeline import launch
 from pipeline.checkpoint import Store, choose
@@ -41,6 +39,7 @@ from pipeline.preview import preview
 from pipeline.recipe import as_mapping, facts_of, parse
 from pipeline.space import Space
 from pipeline.stock import form_of
+from pipeline.told import Teller
 from pipeline.tracking import BadSamples, Log, Meter
 
 
@@ -133,16 +132,6 @@ def encoder(config: Config, space: Space, device: torch.device) -> Callable[[Mic
     return encode
 
 
-def conditioner(config: Config, null: int, device: torch.device) -> Callable[[MicroBatch, int, Tensor], tuple[Any, ...]]:
-    """From a micro-batch to what the network is told: classes or captions, dropped for some samples, and sizes."""
-
-    def tell(batch: MicroBatch, step: int, chance: Tensor) -> tuple[Any, ...]:
-        labels = drop(batch.labels.to(device, non_blocking=True), chance, null=null, probability=config.train.condition_dropout)
-        return (labels,)
-
-    return tell
-
-
 def assemble(config: Config, shards: Shards, space: Space, accelerator: Accelerator) -> Run:
     """Introduce the rooms to one another: network, objective, optimiser, average, checkpoints."""
     set_seed(config.seed)
@@ -165,7 +154,7 @@ def assemble(config: Config, shards: Shards, space: Space, accelerator: Accelera
         method=method,
         encode=encoder(config, space, accelerator.device),
         decode=space.decoder(partial(Autoencoder, space.autoencoder, accelerator.device)),
-        condition=conditioner(config, len(names), accelerator.device),
+        condition=Teller(config, len(names), accelerator.device, None, bool(getattr(network, "micro_conditions", False)), 1),
         store=Store(Path(config.output_dir), config.checkpoint.keep),
         about={"config": settings, "class_names": list(names), "facts": facts, "space": vars(space)},
         stopper=STOPPER,

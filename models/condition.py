@@ -89,15 +89,3 @@ class Sizes(Embedder):
 
     def forward(self, sizes: Tensor) -> Tensor:
         return super().forward(sinusoids(sizes.flatten(), "original").view(len(sizes), -1))
-
-
-def drop(labels: Tensor, chance: Tensor, *, null: int, probability: float) -> Tensor:
-    """Train some samples without their class: the null class replaces theirs where `chance < probability`.
-
-    Args:
-        labels: (B,); a negative one, which a sample without class has, becomes null too.
-        chance: (B,), uniform in (0, 1), one number per sample.
-        null: the label that stands for none.
-        probability: of dropping, 0 to 1.
-    """
-    return torch.where((chance < probability) | (labels < 0), torch.full_like(labels, null), labels)

@@ -11,7 +11,7 @@ FLOORS = {
     "pipeline": [
         ["networks", "recipe", "process", "scheduling_condot_v1", "sheet"],
         ["config"],
-        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space"],
+        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
         ["loop", "generate", "fold"],
         ["folder"],
         ["export", "evaluate", "options", "density", "restore", "preview"],
