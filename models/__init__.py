@@ -14,6 +14,7 @@ from torch import nn
 
 from .dit import DiT
 from .initialise import initialise
+from .presets import resolve
 from .unet import UNet
 
 KINDS: dict[str, type[DiT] | type[UNet]] = {"dit": DiT, "unet": UNet}
@@ -27,7 +28,7 @@ def build(kind: str, *, seed: int | None = None, device: torch.device | str = "c
         seed: of the first weights; None draws one from torch's own generator.
         device: where to; `meta` for a network without values, to be sharded,
             given memory by `to_empty` and values by `initialise`.
-        options: of its constructor.
+        options: of its constructor; for kinds with presets, what differs from `preset` and `style`.
 
     Raises:
         ValueError: an unknown kind, or sizes that do not fit one another.
@@ -35,7 +36,7 @@ def build(kind: str, *, seed: int | None = None, device: torch.device | str = "c
     if kind not in KINDS:
         raise ValueError(f"model.kind={kind!r} is unknown: choose one of {', '.join(KINDS)}.")
     with torch.device("meta"):
-        network = KINDS[kind](**options)
+        network = KINDS[kind](**resolve(kind, options))
     if torch.device(device).type == "meta":
         return network
     network = network.to_empty(device=device)

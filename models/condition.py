@@ -89,3 +89,15 @@ class Sizes(Embedder):
 
     def forward(self, sizes: Tensor) -> Tensor:
         return super().forward(sinusoids(sizes.flatten(), "original").view(len(sizes), -1))
+
+
+class TimeAndClass(nn.Module):
+    """Time, (B,), and class, (B,) int64, embedded and added, (B, width); class `num_classes` is none."""
+
+    def __init__(self, width: int, num_classes: int, clock: Clock) -> None:
+        super().__init__()
+        self.time = Time(width, clock)
+        self.classes = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, t: Tensor, labels: Tensor) -> Tensor:
+        return self.time(t) + self.classes(labels)
