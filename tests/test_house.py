@@ -16,7 +16,14 @@ FLOORS = {
         ["folder"],
         ["export", "evaluate", "options", "density", "restore", "preview"],
     ],
-    "models": [["kernels", "initialise", "presets"], ["layers", "condition"], ["dit", "unet"], ["convert_dit", "cost"], ["convert"]],
+    "models": [
+        ["kernels", "initialise", "presets"],
+        ["layers", "condition"],
+        ["grid"],
+        ["dit", "mmdit", "unet"],
+        ["convert_dit", "cost"],
+        ["convert"],
+    ],
     "data": [
         ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew"],
         ["index", "buckets", "fetch", "cache", "encoders", "write", "columns", "plan"],
