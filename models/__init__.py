@@ -14,10 +14,11 @@ from torch import nn
 
 from .dit import DiT
 from .initialise import initialise
+from .mmdit import MMDiT
 from .presets import resolve
 from .unet import UNet
 
-KINDS: dict[str, type[DiT] | type[UNet]] = {"dit": DiT, "unet": UNet}
+KINDS: dict[str, type[nn.Module]] = {"dit": DiT, "mmdit": MMDiT, "unet": UNet}
 
 
 def build(kind: str, *, seed: int | None = None, device: torch.device | str = "cpu", **options: Any) -> nn.Module:
@@ -44,4 +45,4 @@ def build(kind: str, *, seed: int | None = None, device: torch.device | str = "c
     return network
 
 
-__all__ = ["KINDS", "DiT", "UNet", "build", "initialise"]
+__all__ = ["KINDS", "DiT", "MMDiT", "UNet", "build", "initialise"]

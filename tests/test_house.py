@@ -9,13 +9,21 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
-        ["config", "recipe", "process", "scheduling_condot_v1"],
-        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space"],
+        ["networks", "recipe", "process", "scheduling_condot_v1", "sheet"],
+        ["config"],
+        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
         ["loop", "generate", "fold"],
         ["folder"],
         ["export", "evaluate", "options", "density", "restore", "preview"],
     ],
-    "models": [["kernels", "initialise", "presets"], ["layers", "condition"], ["dit", "unet"], ["convert_dit", "cost"], ["convert"]],
+    "models": [
+        ["kernels", "initialise", "presets"],
+        ["layers", "condition"],
+        ["grid"],
+        ["dit", "mmdit", "unet"],
+        ["convert_dit", "cost"],
+        ["convert"],
+    ],
     "data": [
         ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew"],
         ["index", "buckets", "fetch", "cache", "encoders", "write", "columns", "plan"],

@@ -6,7 +6,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 
 import models
-from models.condition import FREQUENCIES, drop, noise_clock, sinusoids
+from models.condition import FREQUENCIES, noise_clock, sinusoids
 from models.convert import STOCK_NULL, dit_from_stock, to_stock
 from models.dit import DiT
 from models.layers import patches, sincos_positions, unpatch
@@ -166,14 +166,6 @@ def test_a_network_starts_at_zero_and_learns(options):
         optimizer.step()
         optimizer.zero_grad()
     assert losses == sorted(losses, reverse=True) and losses[-1] < losses[0]
-
-
-def test_the_class_is_dropped_once_per_sample():
-    """The null class replaces a label in the share of samples asked for, and where there is none."""
-    labels, chance = torch.arange(1000) % 5, (torch.arange(1000) + 0.5) / 1000
-    dropped = drop(labels, chance, null=5, probability=0.1)
-    assert (dropped == 5).sum() == 100 and torch.equal(dropped[100:], labels[100:])
-    assert drop(torch.tensor([-1, 2]), torch.tensor([0.9, 0.9]), null=5, probability=0.1).tolist() == [5, 2]
 
 
 def test_the_null_class_is_a_class_of_its_own():
