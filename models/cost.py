@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import KINDS as NETWORKS
@@ -59,7 +60,7 @@ def cost(network: nn.Module, shape: Sequence[int], **text: int) -> tuple[int, in
     """What one sample costs.
 
     Args:
-        network: of any kind, on any device; on meta nothing is computed.
+        network: of any kind, on any device, whole or sharded; nothing is computed.
         shape: (C, H, W) of what it takes.
         text: `tokens`, `text_width` and `pooled_width`, for networks that take text.
 
@@ -67,9 +68,15 @@ def cost(network: nn.Module, shape: Sequence[int], **text: int) -> tuple[int, in
         Parameters, and multiply-adds of a forward pass: matrix products and
         convolutions, attention's two among them; half of what is called FLOPs.
     """
-    with FlopCounterMode(display=False) as counter:
-        network(*example(network, shape, **text))
+    held = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    meta = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in held.items()}
+    with FlopCounterMode(display=False) as counter:  # on meta, where attention is products: fused kernels are not all counted
+        functional_call(network, meta, tuple(_to_meta(part) for part in example(network, shape, **text)))
     return sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops() // 2
+
+
+def _to_meta(part: Any) -> Any:
+    return part.to("meta") if isinstance(part, Tensor) else Text(*(value.to("meta") for value in part))
 
 
 def stages(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -108,8 +115,8 @@ def activations(network: nn.Module, *arguments: Any) -> dict[str, float]:
     branches = [
         (f"{name}.{part}", child)
         for name, block in blocks
-        for part, child in block.named_children()
-        if "attention" in part or "feed_forward" in part
+        for part, child in block.named_modules()
+        if part.rpartition(".")[2] in ("attention", "cross_attention", "feed_forward")
     ]
     handles = [module.register_forward_hook(note(name)) for name, module in [*blocks, *branches, ("", network)]]
     try:
@@ -121,8 +128,8 @@ def activations(network: nn.Module, *arguments: Any) -> dict[str, float]:
 
 
 def _tensor(output: Any) -> Tensor:
-    """A block's image tokens: of what it gives, the last tensor of the first level, as blocks that keep text give it first."""
-    return output if isinstance(output, Tensor) else next(part for part in reversed(output) if isinstance(part, Tensor))
+    """What a block gives; of several, the first: image tokens before text, or before what skips over."""
+    return output if isinstance(output, Tensor) else next(part for part in output if isinstance(part, Tensor))
 
 
 def _presets() -> Iterator[str]:
@@ -148,7 +155,7 @@ def _activations() -> Iterator[str]:
         found = activations(network, *example(network, (4, 32, 32), batch=4, **text))
         names = {name for name, _ in stages(network)}
         blocks = [name for name in found if name in names]
-        parts = list(dict.fromkeys(name.rpartition(".")[2] for name in found if name.rpartition(".")[0] in blocks))
+        parts = list(dict.fromkeys(name.removeprefix(f"{block}.") for block in blocks for name in found if name.startswith(f"{block}.")))
         yield from (f"`{title}`: the output {found['']:g}", "")
         yield f"| {' | '.join(['block', 'after it', *parts])} |"
         yield f"|---|{'--:|' * (len(parts) + 1)}"
