@@ -29,15 +29,17 @@ from data.shards import Shards
 from data.stream import to_unit
 from models.convert import to_stock
 from pipeline.checkpoint import Store, load_state, load_tensors
-from pipeline.config import Config, model_options
+from pipeline.config import Config
 from pipeline.density import affordable, bits
 from pipeline.evaluate import evaluate
 from pipeline.export import Card, write_folder
 from pipeline.folder import open_folder
-from pipeline.generate import Source, check_labels, generate, grid, network_source, save_image
+from pipeline.generate import Source, check_labels, generate, network_source
+from pipeline.networks import model_options
 from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore
 from pipeline.recipe import build, parse
 from pipeline.restore import measurement, restore
+from pipeline.sheet import grid, save_image
 from pipeline.space import Space
 from pipeline.stock import form_of
 
@@ -71,7 +73,7 @@ class Trained:
         self.config = build(Config, self.state["config"])
         self.class_names = tuple(self.state["class_names"])
         self.space = Space.of(self.state["space"])
-        self.network = models.build(**model_options(self.config, self.space.shape, len(self.class_names))).eval()
+        self.network = models.build(**model_options(self.config.model, self.space.shape, len(self.class_names))).eval()
         weights = load_tensors(found)
         self.network.load_state_dict({k.removeprefix("ema."): v for k, v in weights.items() if k.startswith("ema.")})
 

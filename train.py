@@ -24,21 +24,22 @@ from data.encoders import Autoencoder, read_autoencoder
 from data.options import Options
 from data.shards import Shards
 from data.stream import Share, to_unit
-from models.condition import drop
 from models.convert import check_classes, to_stock
 from pipeline import launch
 from pipeline.checkpoint import Store, choose
-from pipeline.config import ALIASES, Config, model_options
+from pipeline.config import ALIASES, Config
 from pipeline.ema import Ema
 from pipeline.export import Card, write_folder
 from pipeline.fold import check_export
 from pipeline.loop import MicroBatch, Run, fit
 from pipeline.method import Method
+from pipeline.networks import model_options
 from pipeline.optim import adamw
 from pipeline.preview import preview
 from pipeline.recipe import as_mapping, facts_of, parse
 from pipeline.space import Space
 from pipeline.stock import form_of
+from pipeline.told import Teller
 from pipeline.tracking import BadSamples, Log, Meter
 
 
@@ -135,7 +136,7 @@ def assemble(config: Config, shards: Shards, space: Space, accelerator: Accelera
     """Introduce the rooms to one another: network, objective, optimiser, average, checkpoints."""
     set_seed(config.seed)
     names = shards.manifest.class_names
-    network = models.build(**model_options(config, space.shape, len(names))).to(accelerator.device)
+    network = models.build(seed=config.seed, device=accelerator.device, **model_options(config.model, space.shape, len(names)))
     ema = Ema(network, config.ema)
     if config.train.compile:
         network.compile()
@@ -153,7 +154,7 @@ def assemble(config: Config, shards: Shards, space: Space, accelerator: Accelera
         method=method,
         encode=encoder(config, space, accelerator.device),
         decode=space.decoder(partial(Autoencoder, space.autoencoder, accelerator.device)),
-        drop_label=partial(drop, null=len(names), probability=config.train.label_dropout),
+        condition=Teller(config, len(names), accelerator.device, None, bool(getattr(network, "micro_conditions", False)), 1),
         store=Store(Path(config.output_dir), config.checkpoint.keep),
         about={"config": settings, "class_names": list(names), "facts": facts, "space": vars(space)},
         stopper=STOPPER,

@@ -109,18 +109,6 @@ class TimeAndClass(nn.Module):
         return self.time(t) + self.classes(labels)
 
 
-def drop(labels: Tensor, chance: Tensor, *, null: int, probability: float) -> Tensor:
-    """Train some samples without their class: the null class replaces theirs where `chance < probability`.
-
-    Args:
-        labels: (B,); a negative one, which a sample without class has, becomes null too.
-        chance: (B,), uniform in (0, 1), one number per sample.
-        null: the label that stands for none.
-        probability: of dropping, 0 to 1.
-    """
-    return torch.where((chance < probability) | (labels < 0), torch.full_like(labels, null), labels)
-
-
 def check_text(text_width: int, pooled_width: int) -> None:
     """Raises ValueError where there is no text encoder to take captions from."""
     if text_width < 1 or pooled_width < 1:

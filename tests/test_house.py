@@ -9,8 +9,9 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
-        ["config", "recipe", "process", "scheduling_condot_v1"],
-        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space"],
+        ["networks", "recipe", "process", "scheduling_condot_v1", "sheet"],
+        ["config"],
+        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
         ["loop", "generate", "fold"],
         ["folder"],
         ["export", "evaluate", "options", "density", "restore", "preview"],
