@@ -11,7 +11,7 @@ from __future__ import annotations
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from .convert_cross_dit import cross_dit_from_stock
+from .convert_cross_dit import cross_dit_from_stock, cross_dit_to_stock
 from .convert_dit import dit_from_stock, dit_to_stock
 from .convert_mmdit import mmdit_from_stock, mmdit_to_stock
 from .convert_unet import unet_from_stock, unet_to_stock
@@ -41,7 +41,7 @@ def to_stock(model: nn.Module, factor: float) -> nn.Module:
     if isinstance(model, MMDiT):
         return mmdit_to_stock(model, factor)
     if isinstance(model, CrossDiT):
-        return crossdit_to_stock(model, factor)
+        return cross_dit_to_stock(model, factor)
     if isinstance(model, UNet):
         return unet_to_stock(model, factor)
     raise ValueError(f"{type(model).__name__} has no stock class: DiT, MMDiT, CrossDiT and UNet have.")
