@@ -60,7 +60,7 @@ def from_stock(stock: nn.Module, factor: float, *, num_classes: int | None = Non
         ValueError: another class, or a configuration that ours cannot hold.
     """
     if isinstance(stock, DiTTransformer2DModel):
-        return dit_from_stock(stock, STOCK_NULL if num_classes is None else num_classes, factor)
+        return dit_from_stock(stock, stock.config.num_embeds_ada_norm if num_classes is None else num_classes, factor)
     if isinstance(stock, SD3Transformer2DModel):
         return mmdit_from_stock(stock, factor)
     if isinstance(stock, PixArtTransformer2DModel):

@@ -27,9 +27,9 @@ TABLES = ("classes.weight", "class_embedding.weight")
 AFRESH = ("sizes.", "net.add_embedding.")
 """What a network may have beyond the published one: it begins without a say."""
 DATA = {
-    "channels": "of an image (data.autoencoder)",
-    "text_width": "of a token (data.text_encoder)",
-    "pooled_width": "of pooled text (the same)",
+    "channels": "channels of an image",
+    "text_width": "of a token of data.text_encoder",
+    "pooled_width": "of its pooled text",
 }
 FLOWS = {
     "SD3Transformer2DModel": ("condot", "velocity"), "UNet2DConditionModel": ("ddpm_scaled_linear", "noise"),
@@ -93,7 +93,7 @@ def load_published(name: str, network: nn.Module, factor: float | None = None) -
         raise ValueError(f"init_from={name!r} holds a {found.kind}, which is no model.kind={kind}. {remedy}")
     state, notes = _taken(found, needs, network, factor)
     own = network.state_dict()
-    state, more = _fitted_tables(state, own, network)
+    state, more = _fitted_tables(state, own)
     fresh = sorted(key for key in own.keys() - state.keys() if key.startswith(AFRESH))
     if fresh:
         more.append(f"the weights know no micro-conditions: {len(fresh)} tensors begin afresh, without a say")
@@ -201,7 +201,7 @@ def _taken(found: Found, needs: Needs, network: nn.Module, factor: float | None)
     return ours.state_dict(), ["the variances that the weights also predict are left out"] if variances else []
 
 
-def _fitted_tables(state: dict[str, Tensor], own: Mapping[str, Tensor], network: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+def _fitted_tables(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Tables of as many classes as the network has; rows before the last that repeat the null row are no classes."""
     state, notes = dict(state), []
     for key in [key for key in state if key.endswith(TABLES) and key in own and state[key].shape[1:] == own[key].shape[1:]]:
@@ -222,7 +222,7 @@ def _check_facts(name: str, needs: Needs, network: nn.Module, remedy: str) -> No
     have: dict[str, Any]
     if isinstance(network, UNet):
         have = _unet_facts(network.net.config, network.takes == "text")
-        have = {key: have.get(key) for key in {**have, **want} if key not in (*needs.data, "kind", "micro_conditions")}
+        have = {key: have.get(key) for key in {**have, **want} if key not in (*DATA, "resolution", "kind", "micro_conditions")}
     elif isinstance(network, DiT):
         have = {"heads": network.enter.out_features // network.head_width, "clock": network.clock, "rope": network.rope}
         have |= {"rms_norm": network.rms_norm, "positions": "sincos" if network.fixed_positions else "none"}
@@ -246,6 +246,7 @@ def _check_facts(name: str, needs: Needs, network: nn.Module, remedy: str) -> No
 
 
 def _spelt(value: object) -> str:
-    return (
-        ",".join(str(part) for part in value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
-    )
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return " ".join(str(part) for part in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
