@@ -25,14 +25,18 @@ from torch import Tensor
 import models
 from data.decode import decode_image
 from data.encoders import Autoencoder
+from data.options import Options
 from data.shards import Shards
 from data.stream import to_unit
+from data.text_encoders import read_text_encoders
+from data.words import Words
 from models.convert import to_stock
 from pipeline.checkpoint import Store, load_state, load_tensors
 from pipeline.config import Config
 from pipeline.density import affordable, bits
 from pipeline.evaluate import evaluate
 from pipeline.export import Card, write_folder
+from pipeline.flow import Condition
 from pipeline.folder import open_folder
 from pipeline.generate import Source, check_labels, generate, network_source
 from pipeline.networks import model_options
@@ -73,7 +77,9 @@ class Trained:
         self.config = build(Config, self.state["config"])
         self.class_names = tuple(self.state["class_names"])
         self.space = Space.of(self.state["space"])
-        self.network = models.build(**model_options(self.config.model, self.space.shape, len(self.class_names))).eval()
+        self.text = self.state["text"]
+        widths = (self.text["width"], self.text["pooled_width"]) if self.text else None
+        self.network = models.build(**model_options(self.config.model, self.space.shape, len(self.class_names), widths)).eval()
         weights = load_tensors(found)
         self.network.load_state_dict({k.removeprefix("ema."): v for k, v in weights.items() if k.startswith("ema.")})
 
@@ -81,7 +87,19 @@ class Trained:
         """The averaged network as a field."""
         space = self.space
         decode = space.decoder(partial(Autoencoder, space.autoencoder, device, expected=space.fingerprint))
-        return network_source(self.network.to(device), self.config.flow, space.shape, len(self.class_names), decode, space.pixels)
+        read = self.words(device).read if self.text else None
+        classes = 0 if self.text else len(self.class_names)
+        return network_source(self.network.to(device), self.config.flow, space.shape, classes, decode, space.pixels, read)
+
+    def words(self, device: str) -> Words:
+        """The text encoders it was trained with.
+
+        Raises:
+            ValueError: they are not there any more, or are others.
+        """
+        words = Words(read_text_encoders(Options(**vars(self.config.data))), device)
+        words.check(self.text["fingerprints"])
+        return words
 
     def export(self, output: Path) -> Path:
         """Write it for stock diffusers."""
@@ -92,18 +110,35 @@ class Trained:
         return write_folder(output, network, self.config, self.class_names, card, space, vae)
 
 
+def check_condition(source: Source, options: Images) -> None:
+    """Raises ValueError for labels or prompts that the model does not take."""
+    if options.class_labels and (options.prompt or source.read):
+        raise ValueError(f"--class_labels {options.class_labels[0]} of a model that takes text, or beside --prompt: give --prompt alone.")
+    if options.class_labels and not source.num_classes:
+        raise ValueError(f"--class_labels {options.class_labels[0]} of a model without classes: leave the option out.")
+    if source.read and not options.prompt:
+        raise ValueError("--prompt is missing: the model takes text, as --prompt 'a red apple' 'a black cat'.")
+    for name, given in (("prompt", options.prompt), ("negative_prompt", options.negative_prompt)):
+        if given and not source.read:
+            raise ValueError(f"--{name} {given!r} of a model that takes no text: leave the option out.")
+
+
 def images(options: Images) -> int:
     """Sample a grid and print its path."""
     source, sampler = source_of(options), options.sampler()
-    classes = options.class_labels or tuple(range(source.num_classes))
-    if options.class_labels and not source.num_classes:
-        raise ValueError(f"--class_labels {options.class_labels[0]} of a model without classes: leave the option out.")
-    count = options.num_images or len(classes) or 16
+    check_condition(source, options)
+    asked: tuple[Any, ...] = options.prompt or options.class_labels or tuple(range(source.num_classes))
+    count = options.num_images or len(asked) or 16
     if count < 1:
         raise ValueError(f"--num_images {count}: at least one.")
-    labels = torch.tensor([classes[i % len(classes)] for i in range(count)]) if classes else torch.full((count,), source.null)
-    made, evaluations = generate(source, labels, sampler, seed=options.seed, batch_size=options.batch_size)
-    columns = len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(count))
+    condition: Condition = [asked[i % len(asked)] for i in range(count)] if asked else torch.full((count,), source.null)
+    negative = None
+    if source.read:
+        condition, negative = source.read(condition), source.read([options.negative_prompt])
+    elif asked:
+        condition = torch.tensor(condition)
+    made, evaluations = generate(source, condition, sampler, seed=options.seed, batch_size=options.batch_size, null=negative)
+    columns = len(asked) if 1 < len(asked) <= 16 else math.ceil(math.sqrt(count))
     save_image(grid(made, min(columns, count), scale=max(1, 64 // made.shape[-1])), Path(options.output))
     print(f"{options.output}: {count} images by {options.solver}, {evaluations} evaluations each")
     return 0

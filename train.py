@@ -9,8 +9,11 @@ from pipeline.process import Stopper, leave_group, reported
 STOPPER = Stopper("the same command goes on from the last checkpoint")  # before the slow imports
 
 from collections.abc import Callable
+from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -24,12 +27,15 @@ from data.encoders import Autoencoder, read_autoencoder
 from data.options import Options
 from data.shards import Shards
 from data.stream import Share, to_unit
+from data.text_encoders import read_text_encoders
+from data.words import Words
 from models.convert import check_classes, to_stock
 from pipeline import launch
 from pipeline.checkpoint import Store, choose
 from pipeline.config import ALIASES, Config
 from pipeline.ema import Ema
 from pipeline.export import Card, write_folder
+from pipeline.flow import Condition
 from pipeline.fold import check_export
 from pipeline.loop import MicroBatch, Run, fit
 from pipeline.method import Method
@@ -43,6 +49,10 @@ from pipeline.told import Teller
 from pipeline.tracking import BadSamples, Log, Meter
 
 
+SHOWN = 32
+"""Captions that the preview draws."""
+
+
 def train(config: Config) -> int:
     """Train, resume, export; returns the exit status.
 
@@ -53,10 +63,10 @@ def train(config: Config) -> int:
     options = Options(**vars(config.data))
     images = data.open_shards(options)
     space, latents = see(options, images)
+    spoken = read_text_encoders(options) if config.model.takes == "text" and options.text_encoder else ()
+    text = data.open_text(options, images, spoken) if spoken and options.encoding == "cached" else ()
     if config.export:  # what could not be exported at the end is refused at the start
-        form_of(config.flow)
-        check_classes(len(images.manifest.class_names))
-        check_export(space)
+        check_exportable(config, space, len(images.manifest.class_names))
     accelerator = launch.start(config)
     share = Share(
         batch_size=config.train.batch_size,
@@ -66,7 +76,8 @@ def train(config: Config) -> int:
     )
     launch.agree("data.shards", images.fingerprint)
     owned = launch.lock(folder) if accelerator.is_main_process else None
-    run = assemble(config, images, space, accelerator)
+    words = Words(spoken, accelerator.device, text) if spoken else None
+    run = assemble(config, images, space, words, accelerator)
     data.check_sides(options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
     checkpoint = choose(run.store, config.checkpoint.resume)
     if checkpoint:
@@ -82,7 +93,10 @@ def train(config: Config) -> int:
             f"{accelerator.num_processes} process(es) on {accelerator.device}; {space}"
         )
     run.bad = BadSamples(folder, share=config.data.max_bad_share, main=accelerator.is_main_process, start=run.images)
-    stream = data.build(options, seed=config.seed, share=share, start=run.images, images=images, latents=latents)
+    source = {"images": images, "latents": latents, "text": text, "captions": bool(words) and not text}
+    if words:
+        run.sample = partial(preview, text=shown(options, config.seed, words, source))
+    stream = data.build(options, seed=config.seed, share=share, start=run.images, **source)
     accelerator.init_trackers("tensorboard")
     log = Log(folder, main=accelerator.is_main_process, start=run.step, stop=config.train.max_steps, accelerator=accelerator)
     STOPPER.defer()
@@ -132,18 +146,31 @@ def encoder(config: Config, space: Space, device: torch.device) -> Callable[[Mic
     return encode
 
 
-def assemble(config: Config, shards: Shards, space: Space, accelerator: Accelerator) -> Run:
+def shown(options: Options, seed: int, words: Words, source: dict[str, Any]) -> tuple[Condition, Condition]:
+    """The first captions of the order, as the network takes them, for the preview; and no caption."""
+    with closing(data.build(replace(options, workers=0), seed=seed, share=Share(batch_size=SHOWN), **source)) as stream:
+        batch = next(stream)
+    kept = torch.zeros(SHOWN, dtype=torch.bool)
+    return words.told(batch, kept, kept[:, None].expand(-1, words.encoders)), words.null
+
+
+def assemble(config: Config, shards: Shards, space: Space, words: Words | None, accelerator: Accelerator) -> Run:
     """Introduce the rooms to one another: network, objective, optimiser, average, checkpoints."""
     set_seed(config.seed)
     names = shards.manifest.class_names
-    network = models.build(seed=config.seed, device=accelerator.device, **model_options(config.model, space.shape, len(names)))
+    widths = (words.layout.width, words.layout.pooled_width) if words else None
+    network = models.build(seed=config.seed, device=accelerator.device, **model_options(config.model, space.shape, len(names), widths))
     ema = Ema(network, config.ema)
     if config.train.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, adamw(network, config.train))
     method = Method(config.flow, space.shape, config.train.batch_size)
-    settings = as_mapping(config)
-    facts = facts_of(config, shards.fingerprint) | {"space": space.facts if space.latent else {}}
+    if words:
+        method.check_text()
+    settings, unit = as_mapping(config), space.factor if config.data.encoding == "cached" else 1
+    spoken = [one.fingerprint for one in words.facts] if words else []
+    facts = facts_of(config, shards.fingerprint) | {"space": space.facts if space.latent else {}, "text": spoken}
+    text = {"width": words.layout.width, "pooled_width": words.layout.pooled_width, "fingerprints": spoken} if words else {}
     return Run(
         config=config,
         accelerator=accelerator,
@@ -154,13 +181,24 @@ def assemble(config: Config, shards: Shards, space: Space, accelerator: Accelera
         method=method,
         encode=encoder(config, space, accelerator.device),
         decode=space.decoder(partial(Autoencoder, space.autoencoder, accelerator.device)),
-        condition=Teller(config, len(names), accelerator.device, None, bool(getattr(network, "micro_conditions", False)), 1),
+        condition=Teller(config, len(names), accelerator.device, words, bool(network.micro_conditions), unit),
         store=Store(Path(config.output_dir), config.checkpoint.keep),
-        about={"config": settings, "class_names": list(names), "facts": facts, "space": vars(space)},
+        about={"config": settings, "class_names": list(names), "facts": facts, "space": vars(space), "text": text},
         stopper=STOPPER,
         meter=Meter(accelerator),
         sample=preview,
     )
+
+
+def check_exportable(config: Config, space: Space, num_classes: int) -> None:
+    """Raises ValueError for what stock diffusers could not hold."""
+    if config.model.takes == "text":
+        raise ValueError(
+            f"model.kind={config.model.kind} on text cannot be exported yet: give --export=false and sample with `sample.py --run`."
+        )
+    form_of(config.flow)
+    check_classes(num_classes)
+    check_export(space)
 
 
 def export(run: Run, output: Path) -> None:

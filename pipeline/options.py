@@ -70,7 +70,9 @@ class Images(Sampling):
     """Sample images and write them as one grid."""
 
     class_labels: tuple[int, ...] = ()  # classes; taken in turn until there are num_images. None: all in turn
-    num_images: int = 0  # images in all; 0 for one of each label
+    prompt: tuple[str, ...] = ()  # captions, of a model that takes text; taken in turn until there are num_images
+    negative_prompt: str = ""  # what guidance leads away from; by default from no caption
+    num_images: int = 0  # images in all; 0 for one of each label or prompt
     output: str = "samples.png"  # the grid
 
 
