@@ -25,8 +25,8 @@ FLOORS = {
         ["convert"],
     ],
     "data": [
-        ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew"],
-        ["index", "buckets", "fetch", "cache", "encoders", "write", "columns", "plan"],
+        ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew", "join"],
+        ["index", "buckets", "fetch", "cache", "encoders", "text_encoders", "write", "columns", "plan"],
         ["source", "encoded", "summary", "check", "fill", "tables", "digits"],
         ["shards", "remote", "pack", "side", "folder", "parquet", "hub"],
         ["beside", "open", "adopt"],
