@@ -23,6 +23,7 @@ from torch import Tensor
 
 import data
 import models
+from data.beside import check_captions
 from data.encoders import Autoencoder, read_autoencoder
 from data.options import Options
 from data.shards import Shards
@@ -48,7 +49,6 @@ from pipeline.stock import form_of
 from pipeline.told import Teller
 from pipeline.tracking import BadSamples, Log, Meter
 
-
 SHOWN = 32
 """Captions that the preview draws."""
 
@@ -65,6 +65,8 @@ def train(config: Config) -> int:
     space, latents = see(options, images)
     spoken = read_text_encoders(options) if config.model.takes == "text" and options.text_encoder else ()
     text = data.open_text(options, images, spoken) if spoken and options.encoding == "cached" else ()
+    if spoken:
+        check_captions(images, options.caption)
     if config.export:  # what could not be exported at the end is refused at the start
         check_exportable(config, space, len(images.manifest.class_names))
     accelerator = launch.start(config)
@@ -93,7 +95,7 @@ def train(config: Config) -> int:
             f"{accelerator.num_processes} process(es) on {accelerator.device}; {space}"
         )
     run.bad = BadSamples(folder, share=config.data.max_bad_share, main=accelerator.is_main_process, start=run.images)
-    source = {"images": images, "latents": latents, "text": text, "captions": bool(words) and not text}
+    source: dict[str, Any] = {"images": images, "latents": latents, "text": text, "captions": bool(words) and not text}
     if words:
         run.sample = partial(preview, text=shown(options, config.seed, words, source))
     stream = data.build(options, seed=config.seed, share=share, start=run.images, **source)

@@ -36,15 +36,13 @@ class Words:
     @cached_property
     def networks(self) -> tuple[TextEncoder, ...]:
         """The encoders themselves, loaded when the first caption comes."""
-        return tuple(
-            TextEncoder(one.name, self.device, max_tokens=one.max_tokens, padding=one.padding) for one in self.facts
-        )
+        return tuple(TextEncoder(one.name, self.device, max_tokens=one.max_tokens, padding=one.padding) for one in self.facts)
 
     @cached_property
     def nulls(self) -> tuple[TextStates, ...]:
         """Each encoder's encoding of "", one row."""
-        found = [one.null for one in self.cached] if self.cached else [one.null for one in self.networks]
-        return tuple(null.to(self.device, torch.float32) for null in found)
+        found = [one.null for one in (self.cached or self.networks)]
+        return tuple(null.to(self.device, torch.float32) for null in found if null is not None)
 
     @property
     def null(self) -> TextStates:

@@ -33,6 +33,7 @@ FLOORS = {
         ["batch", "prepare"],
         ["stream"],
         ["forms", "opening"],
+        ["words"],
         ["encode", "inspect"],
     ],
 }

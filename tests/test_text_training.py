@@ -34,15 +34,31 @@ def parts(tmp_path_factory):
     shards = frozen.shards(folder / "shards", (6, 5, 5))
     names = [frozen.text(folder / kind, kind) for kind in ("clip", "t5")]
     recipe = frozen.recipe(
-        folder / "recipe.json", shards=[str(shards)], resolution=16, text_encoder=[str(n) for n in names], max_tokens=12, encoded=folder / "encoded"
+        folder / "recipe.json",
+        shards=[str(shards)],
+        resolution=16,
+        text_encoder=[str(n) for n in names],
+        max_tokens=12,
+        encoded=folder / "encoded",
     )
     assert encode(["--config", str(recipe)]) == 0
     return {"shards": shards, "names": names, "encoded": folder / "encoded"}
 
 
 def words(parts, output, *more, kind="mmdit", cached=True):
-    data = [f"--data.shards={parts['shards']}", "--data.resolution=16", "--data.max_tokens=12", "--data.workers=1", f"--output_dir={output}"]
-    text = ["--data.text_encoder", *map(str, parts["names"]), f"--data.encoded={parts['encoded']}", f"--data.encoding={'cached' if cached else 'online'}"]
+    data = [
+        f"--data.shards={parts['shards']}",
+        "--data.resolution=16",
+        "--data.max_tokens=12",
+        "--data.workers=1",
+        f"--output_dir={output}",
+    ]
+    text = [
+        "--data.text_encoder",
+        *map(str, parts["names"]),
+        f"--data.encoded={parts['encoded']}",
+        f"--data.encoding={'cached' if cached else 'online'}",
+    ]
     steps = "--train.batch_size=8 --train.max_steps=6 --train.learning_rate=3e-3 --train.cpu_threads=1 --checkpoint.every=3 --train.condition_dropout=0.3"
     quiet = "--ema.halflife=100 --log.every=1 --log.sample_every=0 --log.report_to=none --export=false --train.encoder_dropout=0.3"
     return [*data, *text, *steps.split(), *quiet.split(), *NETWORKS[kind], *more]
@@ -101,13 +117,17 @@ def test_the_network_is_shown_its_own_captions(parts, tmp_path, monkeypatch):
         return shown[-1][1]
 
     monkeypatch.setattr(Words, "told", spy)
-    assert fit(parts, tmp_path / "run", "--train.condition_dropout=0", "--train.encoder_dropout=0", "--train.max_steps=2", cached=False) == 0
+    assert (
+        fit(parts, tmp_path / "run", "--train.condition_dropout=0", "--train.encoder_dropout=0", "--train.max_steps=2", cached=False) == 0
+    )
     captions, text = shown[-1]
     encoders = [TextEncoder(str(name), max_tokens=12) for name in parts["names"]]
     for row, caption in enumerate(captions):
         clip, t5 = (encoder.encode([caption]) for encoder in encoders)
         length = clip.states.shape[1]
-        assert torch.allclose(text.states[row, :length], clip.states[0], atol=1e-6) and torch.allclose(text.pooled[row], clip.pooled[0], atol=1e-6)
+        assert torch.allclose(text.states[row, :length], clip.states[0], atol=1e-6) and torch.allclose(
+            text.pooled[row], clip.pooled[0], atol=1e-6
+        )
         found = text.states[row][text.mask[row]]
         assert torch.allclose(found, torch.cat([clip.states[0], t5.states[0]]), atol=1e-6)
 
