@@ -20,9 +20,10 @@ FLOORS = {
         ["kernels", "initialise", "presets"],
         ["layers", "condition"],
         ["grid"],
-        ["dit", "mmdit", "unet"],
-        ["convert_dit", "cost"],
-        ["convert"],
+        ["dit", "mmdit", "cross_dit", "unet"],
+        ["convert_dit", "convert_mmdit", "convert_cross_dit", "convert_unet", "cost"],
+        ["convert", "lora"],
+        ["published"],
     ],
     "data": [
         ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew", "join"],

@@ -1,4 +1,4 @@
-"""Training on captions, end to end, with tiny real encoders: cached is online, a resumed run is the uninterrupted one, on any number of ranks."""
+"""Training on captions, end to end, with tiny encoders: cached is online, resumed is uninterrupted, on any number of ranks."""
 
 import json
 
