@@ -59,9 +59,10 @@ def words(parts, output, *more, kind="mmdit", cached=True):
         f"--data.encoded={parts['encoded']}",
         f"--data.encoding={'cached' if cached else 'online'}",
     ]
-    steps = "--train.batch_size=8 --train.max_steps=6 --train.learning_rate=3e-3 --train.cpu_threads=1 --checkpoint.every=3 --train.condition_dropout=0.3"
-    quiet = "--ema.halflife=100 --log.every=1 --log.sample_every=0 --log.report_to=none --export=false --train.encoder_dropout=0.3"
-    return [*data, *text, *steps.split(), *quiet.split(), *NETWORKS[kind], *more]
+    steps = "--train.batch_size=8 --train.max_steps=6 --train.learning_rate=3e-3 --train.cpu_threads=1"
+    quiet = "--ema.halflife=100 --log.every=1 --log.sample_every=0 --log.report_to=none --export=false"
+    dropped = "--checkpoint.every=3 --train.condition_dropout=0.3 --train.encoder_dropout=0.3"
+    return [*data, *text, *steps.split(), *quiet.split(), *dropped.split(), *NETWORKS[kind], *more]
 
 
 def fit(*arguments, **named):
