@@ -41,10 +41,10 @@ def sincos_positions(
 
 
 def resized(table: Tensor, rows: int, columns: int) -> Tensor:
-    """Learned positions, (R, C, D), for a grid of another shape, (rows, columns, D): bicubic, float32; themselves for their own."""
+    """Learned positions, (R, C, D), for a grid of another shape, (rows, columns, D): bicubic; themselves for their own."""
     if table.shape[:2] == (rows, columns):
         return table
-    return F.interpolate(table.permute(2, 0, 1)[None].float(), (rows, columns), mode="bicubic")[0].permute(1, 2, 0)
+    return F.interpolate(table.permute(2, 0, 1)[None], (rows, columns), mode="bicubic")[0].permute(1, 2, 0)
 
 
 def rotations(width: int, rows: int, columns: int, *, before: int = 0) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 
 import models
@@ -80,29 +79,6 @@ def test_conversion_there_and_back_is_exact():
     back = dit_from_stock(to_stock(model, -1.0), 7, -1.0)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in back.state_dict().items())
     assert back.state_dict().keys() == model.state_dict().keys()
-
-
-def test_published_weights_come_in():
-    """A stock DiT with random weights, turned into ours, gives its outputs."""
-    torch.manual_seed(3)
-    stock = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-        norm_eps=1e-6,
-    ).eval()
-    with pytest.raises(ValueError, match="differs from block to block"):
-        dit_from_stock(stock, 1000, 1.0)
-    stock.transformer_blocks[1].norm1.emb.load_state_dict(stock.transformer_blocks[0].norm1.emb.state_dict())
-    ours = dit_from_stock(stock, 1000, 1.0).eval()
-    x, t = torch.randn(3, 4, 8, 8), torch.tensor([0.0, 0.3, 1.0])
-    labels = torch.tensor([1, 999, 1000])
-    with torch.no_grad():
-        assert (ours(x, t, labels) - stock(x, 1000 * (1 - t), class_labels=labels).sample).abs().max() < 1e-5
 
 
 def test_parts_are_those_of_the_reference():
