@@ -132,6 +132,6 @@ def _check(resolution: int, channels: tuple[int, ...], attention_levels: int, wh
     attending = [channels[i] for i in where] + [channels[-1]]
     if head_width < 0 or (head_width and any(c % head_width for c in attending)):
         raise ValueError(
-            f"model.head_width={head_width} does not divide the channels {sorted(set(attending))} that attend "
-            f"(the middle always does): use 32, or 0 for one head."
+            f"model.head_width={head_width} with {sorted(set(attending))} channels that attend, the middle's among them: "
+            f"heads are of divisible channels. Use 32, or 0 for one head."
         )
