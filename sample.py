@@ -1,6 +1,6 @@
 """Sample, evaluate and export: `python sample.py --pipeline runs/digits/export --class_labels 0 1 2 --output three.png`.
 
-Verbs: `images` (the default), `evaluate`, `export`, `likelihood`, `restore`; each has its own `--help`.
+Verbs: `images` (the default), `evaluate`, `retrieve`, `export`, `likelihood`, `restore`; each has its own `--help`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ Stopper("no file was left half-written")  # before the slow imports
 
 import json
 import math
+from bisect import bisect
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 import models
+from data.beside import caption_of
 from data.decode import decode_image
 from data.encoders import Autoencoder
 from data.options import Options
@@ -40,9 +43,10 @@ from pipeline.flow import Condition
 from pipeline.folder import open_folder
 from pipeline.generate import Source, check_labels, generate, network_source
 from pipeline.networks import model_options
-from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore
+from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve
 from pipeline.recipe import build, parse
 from pipeline.restore import measurement, restore
+from pipeline.retrieval import retrieve
 from pipeline.sheet import grid, save_image
 from pipeline.space import Space
 from pipeline.stock import form_of
@@ -78,7 +82,7 @@ class Trained:
         self.class_names = tuple(self.state["class_names"])
         self.space = Space.of(self.state["space"])
         self.text = self.state["text"]
-        widths = (self.text["width"], self.text["pooled_width"]) if self.text else None
+        widths = tuple(self.text["widths"]) if self.text else None
         self.network = models.build(**model_options(self.config.model, self.space.shape, len(self.class_names), widths)).eval()
         weights = load_tensors(found)
         self.network.load_state_dict({k.removeprefix("ema."): v for k, v in weights.items() if k.startswith("ema.")})
@@ -180,6 +184,36 @@ def compare(options: Evaluate) -> int:
     return 0 if all(figure >= least for figure, least in wanted) else 1
 
 
+def retrieve_captions(options: Retrieve) -> int:
+    """Sample captions of real images, look each up among them, print and write the figures."""
+    if not options.reference:
+        raise ValueError("--reference is missing: give a folder of shards with captions, as --reference runs/emoji/shards.")
+    source, shards = source_of(options), Shards(options.reference, options.split)
+    if source.read is None:
+        raise ValueError("retrieve asks by caption, and the model takes no text: use evaluate for classes.")
+    total = sum(shards.counts)
+    if not 2 <= options.candidates <= total:
+        raise ValueError(f"--candidates {options.candidates}: 2 or more, of the {total} images of split {options.split!r}.")
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(options.seed))[: options.candidates].tolist()
+    ends = list(accumulate(shards.counts, initial=0))
+    places = [(s, i - ends[s]) for i in chosen for s in [bisect(ends, i) - 1]]
+    channels, _, side = source.pixels or source.shape
+    real = to_unit(torch.from_numpy(np.stack([shards.pixels(s, n, channels, side)[0] for s, n in places])))
+    field = Trained(Path(options.run)).config.data.caption if options.run else "txt"
+    captions = [caption_of(shards.read(s, n).files, field) for s, n in places]
+    asked = source.read(captions)
+    made = generate(source, asked, options.sampler(), seed=options.seed, batch_size=options.batch_size).images.clamp(-1, 1)
+    found = retrieve(made, real, torch.arange(len(real)))
+    output = Path(options.output or Path(options.pipeline or options.run) / "retrieval.png")
+    rows = [part for pair in zip(real.split(10), made.split(10), strict=True) for part in pair]
+    save_image(grid(torch.cat(rows), 10, scale=max(1, 64 // side)), output)
+    how = {"guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps}
+    output.with_suffix(".json").write_text(json.dumps({**found.as_dict(), **how, "captions": captions}, indent=1) + "\n")
+    print(found)
+    print(f"{output}: rows of real images, then their samples; figures in {output.with_suffix('.json')}")
+    return 0
+
+
 def _read_all(shards: Shards, channels: int, resolution: int, most: int | None = None) -> tuple[Tensor, Tensor]:
     """The images of a split, in -1..1, and their classes; the first `most` of them."""
     places = [(s, n) for s, count in enumerate(shards.counts) for n in range(count)][:most]
@@ -260,6 +294,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "evaluate": (Evaluate, compare),
     "export": (Export, export),
     "likelihood": (Likelihood, likelihood),
+    "retrieve": (Retrieve, retrieve_captions),
     "restore": (Restore, restored),
 }
 

@@ -92,6 +92,19 @@ class Evaluate(Sampling):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Retrieve(Sampling):
+    """Does a sample of a caption lie nearest to the real image of that caption, among others? For models that take text."""
+
+    reference: str = ""  # folder of shards with captions
+    split: str = "train"  # of the shards; what was trained on was seen
+    candidates: int = 50  # captions, drawn by the seed; one sample and one real image each
+    guidance_scale: float = 3.0  # 1 is none
+    output: str = (
+        ""  # the grid: real images, then samples, 10 a row; by default retrieval.png in the run's folder, figures beside it as JSON
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Export:
     """Write a run's averaged weights as a folder that stock diffusers loads."""
 

@@ -14,7 +14,7 @@ FLOORS = {
         ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
         ["loop", "generate", "fold"],
         ["folder"],
-        ["export", "evaluate", "options", "density", "restore", "preview"],
+        ["export", "evaluate", "options", "density", "restore", "preview", "retrieval"],
     ],
     "models": [
         ["kernels", "initialise", "presets"],
@@ -35,6 +35,7 @@ FLOORS = {
         ["stream"],
         ["forms", "opening"],
         ["words"],
+        ["sources"],
         ["encode", "inspect"],
     ],
 }

@@ -152,7 +152,11 @@ def test_every_tensor_matters(name):
     moved = 0
     for key, value in stock.state_dict().items():
         # the same added to every key of a query: softmax does not see it
-        if any(part in key for part in ("blocks.1.", "down_blocks.0", "up_blocks.1", "resnets.1")) or key in unused or key.endswith("to_k.bias"):
+        if (
+            any(part in key for part in ("blocks.1.", "down_blocks.0", "up_blocks.1", "resnets.1"))
+            or key in unused
+            or key.endswith("to_k.bias")
+        ):
             continue
         kept = value.clone()
         value.mul_(1.5)
