@@ -141,6 +141,32 @@ def test_attention_stops_at_the_mask_unless_told_otherwise(pipe):
     torch.testing.assert_close(seen.pooled, seen.states.mean(1))
 
 
+def test_a_pipeline_on_the_hub_gives_its_parts(pipe, tmp_path, monkeypatch):
+    """owner/model stands for its text_encoder, owner/model/text_encoder_2 for the second; each with its tokenizer and nothing else."""
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = [str(p.relative_to(pipe)) for p in sorted(pipe.rglob("*.*")) if p.is_file()]
+    fetched = []
+
+    def snapshot_download(name, allow_patterns, ignore_patterns):
+        assert name == "owner/model"
+        for file in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            fetched.append(file.split("/")[0])
+            (tmp_path / file).parent.mkdir(exist_ok=True)
+            shutil.copy(pipe / file, tmp_path / file)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    for name, here, parts in (
+        ("owner/model/text_encoder_2", names(pipe)[1], {"text_encoder_2", "tokenizer_2"}),
+        ("owner/model", names(pipe)[0], {"text_encoder", "tokenizer"}),
+    ):
+        assert read_text_encoder(name, 20).fingerprint == read_text_encoder(here, 20).fingerprint and set(fetched) == parts
+        fetched.clear()
+
+
 # --- joined
 
 
