@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from shardmaker import make, png
 
 from data import build, encode, open_shards, open_text
-from data.beside import check_captions
+from data.beside import caption_of, check_captions
 from data.join import STEP, TextFacts, TextStates, drop_text, join, layout, length_of
 from data.options import Options, read_options
 from data.stream import Share
@@ -430,6 +430,10 @@ def test_shards_without_such_captions_are_named_with_what_they_have(tmp_path):
     folder = make(tmp_path / "shards", content)
     images = open_shards(Options(shards=(str(folder),)))
     check_captions(images, "json.name")
+    assert caption_of({"json": b'{"words": ["red", "round"], "none": null}'}, "json.words") == "red, round"
+    for empty in ("json.tones", "json.other"):
+        with pytest.raises(ValueError, match=rf"data.caption={empty}: none of the first 3"):
+            check_captions(images, empty)
     with pytest.raises(
         ValueError, match=r"data.caption=txt: none of the first 3 samples of .*000000.tar has .*\.json, \.png, json\.name, json\.tones"
     ):
