@@ -88,7 +88,7 @@ def caption_of(files: dict[str, bytes], field: str) -> str:
         field: "txt", or "json.KEY".
 
     Returns:
-        "" where it has none.
+        "" where it has none; the entries of a list with commas between.
     """
     extension, _, key = field.partition(".")
     text = files.get(extension, b"").decode("utf-8", "replace").strip()
@@ -96,9 +96,10 @@ def caption_of(files: dict[str, bytes], field: str) -> str:
         return text
     try:
         found = json.loads(text)
-        return str(found.get(key, "")) if isinstance(found, dict) else ""
     except ValueError:
         return ""
+    value = found.get(key) if isinstance(found, dict) else None
+    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
 
 
 PROBED = 100

@@ -213,14 +213,15 @@ class Text:
 
     def encode(self, items: list[Item], prepared: list[str]) -> list[np.ndarray]:
         """(1 + tokens, channels) each, as `text_rows` has them, without what the mask hides."""
-        made, before = [], self.encoder.cut
+        made, before = [np.zeros(0)] * len(items), self.encoder.cut
+        order = sorted(range(len(items)), key=lambda i: len(prepared[i]))  # of like length together, for less padding
         for first in range(0, len(items), self.batch_size):
-            part = self.encoder.encode(prepared[first : first + self.batch_size])
-            where = [item.where for item in items[first : first + self.batch_size]]
+            batch = order[first : first + self.batch_size]
+            part, where = self.encoder.encode([prepared[i] for i in batch]), [items[i].where for i in batch]
             lengths = part.mask.sum(1).tolist()
             self._counts["tokens"] += sum(lengths)
-            rows = zip(half(part.states, where), half(part.pooled, where), lengths, strict=True)
-            made += [text_rows(states[:length], pooled) for states, pooled, length in rows]
+            for i, states, pooled, length in zip(batch, half(part.states, where), half(part.pooled, where), lengths, strict=True):
+                made[i] = text_rows(states[:length], pooled)
         self._counts["cut"] += self.encoder.cut - before
         self._counts["count"] += len(items)
         self._counts["missing"] += sum(not caption for caption in prepared)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from .options import Options
 
 CLIP = ("clip", "clip_text_model")
 """What CLIP's configurations call their type."""
+VOCABULARIES = ("tokenizer*", "vocab*", "*.model")
+"""Files of which every tokenizer has one."""
 
 
 def read_text_encoder(name: str, max_tokens: int, padding: str = "mask") -> TextFacts:
@@ -187,7 +190,27 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         name = encoders.get(config.model_type, "AutoModel")
     transformers.logging.disable_progress_bar()
     weight_files(folder)
-    return getattr(transformers, name).from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype, **more)
+    with _silent():
+        model, said = getattr(transformers, name).from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, dtype=dtype, output_loading_info=True, **more
+        )
+    missing = sorted(key for key in said["missing_keys"] if not key.startswith("pooler."))  # BERT's, which nobody asks here
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} of the weights, such as {missing[0]}: copy the text encoder again.")
+    return model
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Without transformers' table of the weights that a whole model has beyond its text encoder."""
+    from transformers import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
 
 
 def _limit(tokenizer: Any, config: Any) -> int:
@@ -203,6 +226,8 @@ def _tokenizer(folder: Path) -> Any:
     beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
     place = beside if folder.name.startswith("text_encoder") and beside.is_dir() else folder
     try:
+        if not any(file for kind in VOCABULARIES for file in place.glob(kind)):  # transformers may make one that knows no word
+            raise ValueError(f"none of {', '.join(VOCABULARIES)} is there")
         return transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
