@@ -33,10 +33,11 @@ def cross_dit_options(config: Mapping[str, Any], pooled_width: int = 1) -> dict[
     refuse("PixArtTransformer2DModel", given, published)
     if config.get("caption_channels") is None:
         raise ValueError("this PixArtTransformer2DModel has caption_channels=None: ours projects the text. It cannot be held.")
+    scale = config.get("interpolation_scale")
     return {
         "channels": channels, "resolution": side, "text_width": config["caption_channels"], "pooled_width": pooled_width,
         "patch_size": config["patch_size"], "width": width, "depth": config["num_layers"], "heads": config["num_attention_heads"],
-        "interpolation_scale": config.get("interpolation_scale"),
+        "interpolation_scale": None if scale == max(side // 64, 1) else scale,
     }  # fmt: skip
 
 

@@ -18,7 +18,7 @@ FLOORS = {
     ],
     "models": [
         ["kernels", "initialise", "presets"],
-        ["layers", "condition", "layout"],
+        ["layers", "condition", "layout", "find"],
         ["grid"],
         ["dit", "mmdit", "cross_dit", "unet"],
         ["convert_dit", "convert_mmdit", "convert_cross_dit", "convert_unet", "cost"],
