@@ -131,6 +131,7 @@ class CrossDiT(nn.Module):
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         h = self.enter(patches(x, self.patch_size))
         h = h + self.positions.of(rows, columns, h)
+        condition = Text(*condition)
         c, mask = self.text(condition.states), condition.seen
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():

@@ -168,6 +168,7 @@ class MMDiT(nn.Module):
         Returns:
             The shape of x.
         """
+        condition = Text(*condition)
         about = self.time(t) + self.pooled(condition.pooled)
         if self.sizes is not None:
             about = about + self.sizes(given(sizes))

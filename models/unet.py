@@ -105,9 +105,10 @@ class UNet(nn.Module):
     def forward(self, x: Tensor, t: Tensor, condition: Tensor | Text, sizes: Tensor | None = None) -> Tensor:
         """The prediction; arguments as in DiT, or as in MMDiT with text."""
         time = noise_clock(t)
-        if not isinstance(condition, Text):
+        if isinstance(condition, Tensor):
             return self.net(x, time, class_labels=condition if self.num_classes else None, return_dict=False)[0]
         dtype = self.net.conv_in.weight.dtype
+        condition = Text(*condition)
         more = {"text_embeds": condition.pooled.to(dtype), "time_ids": given(sizes)} if self.micro_conditions else None
         states = condition.states.to(dtype)
         return self.net(x, time, states, encoder_attention_mask=condition.seen, added_cond_kwargs=more, return_dict=False)[0]

@@ -14,7 +14,7 @@ FLOORS = {
         ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
         ["loop", "generate", "fold"],
         ["folder"],
-        ["export", "evaluate", "options", "density", "restore", "preview"],
+        ["export", "evaluate", "options", "density", "restore", "preview", "retrieval"],
     ],
     "models": [
         ["kernels", "initialise", "presets"],
@@ -26,14 +26,16 @@ FLOORS = {
         ["published"],
     ],
     "data": [
-        ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew"],
-        ["index", "buckets", "fetch", "cache", "encoders", "write", "columns", "plan"],
+        ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew", "join"],
+        ["index", "buckets", "fetch", "cache", "encoders", "text_encoders", "write", "columns", "plan"],
         ["source", "encoded", "summary", "check", "fill", "tables", "digits"],
         ["shards", "remote", "pack", "side", "folder", "parquet", "hub"],
         ["beside", "open", "adopt"],
         ["batch", "prepare"],
         ["stream"],
         ["forms", "opening"],
+        ["words"],
+        ["sources"],
         ["encode", "inspect"],
     ],
 }
