@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.process import Stopper, leave_group, reported
+from pipeline.process import Stopper, leave_group, own_allocator, reported
 
 STOPPER = Stopper("the same command goes on from the last checkpoint")  # before the slow imports
+if __name__ == "__main__":
+    own_allocator()
 
 from collections.abc import Callable
 from functools import partial
