@@ -34,7 +34,8 @@ from data.stream import to_unit
 from data.text_encoders import read_text_encoders
 from data.words import Words
 from models.convert import to_stock
-from pipeline.checkpoint import Store, load_state, load_tensors
+from models.lora import add_lora, merge_lora
+from pipeline.checkpoint import Store, averages, load_state
 from pipeline.config import Config
 from pipeline.density import affordable, bits
 from pipeline.evaluate import evaluate
@@ -84,8 +85,10 @@ class Trained:
         self.text = self.state["text"]
         widths = tuple(self.text["widths"]) if self.text else None
         self.network = models.build(**model_options(self.config.model, self.space.shape, len(self.class_names), widths)).eval()
-        weights = load_tensors(found)
-        self.network.load_state_dict({k.removeprefix("ema."): v for k, v in weights.items() if k.startswith("ema.")})
+        if self.config.train.lora_rank:
+            add_lora(self.network, self.config.train.lora_rank, self.config.train.lora_alpha)
+        self.network.load_state_dict(averages(found))
+        self.network = merge_lora(self.network)
 
     def source(self, device: str) -> Source:
         """The averaged network as a field."""
