@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .cross_dit import CrossDiT
 from .dit import DiT
 from .initialise import initialise
 from .mmdit import MMDiT
 from .presets import resolve
 from .unet import UNet
 
-KINDS: dict[str, type[nn.Module]] = {"dit": DiT, "mmdit": MMDiT, "unet": UNet}
+KINDS: dict[str, type[nn.Module]] = {"dit": DiT, "mmdit": MMDiT, "cross_dit": CrossDiT, "unet": UNet}
 
 
 def build(kind: str, *, seed: int | None = None, device: torch.device | str = "cpu", **options: Any) -> nn.Module:
@@ -45,4 +46,4 @@ def build(kind: str, *, seed: int | None = None, device: torch.device | str = "c
     return network
 
 
-__all__ = ["KINDS", "DiT", "MMDiT", "UNet", "build", "initialise"]
+__all__ = ["KINDS", "CrossDiT", "DiT", "MMDiT", "UNet", "build", "initialise"]

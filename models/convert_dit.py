@@ -16,10 +16,8 @@ from torch import Tensor
 from .condition import Clock
 from .dit import DiT
 from .layers import FeedForward, sincos_positions
+from .layout import STOCK_NULL, padded, scaled
 from .presets import SIZES
-
-STOCK_NULL = 1000
-"""The label that DiTPipeline passes for no class."""
 
 
 def dit_to_stock(model: DiT, factor: float) -> DiTTransformer2DModel:
@@ -152,17 +150,6 @@ def check_table(num_classes: int, rows: int) -> None:
     """Raises ValueError for more classes than the weights have."""
     if not 0 <= num_classes <= rows:
         raise ValueError(f"num_classes={num_classes}: these weights know {rows} classes. Use at most {rows}.")
-
-
-def scaled(state: Mapping[str, Tensor], layer: str, factor: float) -> dict[str, Tensor]:
-    """A state whose output layer gives so many times what it gave."""
-    return {name: factor * value if name in (f"{layer}.weight", f"{layer}.bias") else value for name, value in state.items()}
-
-
-def padded(table: Tensor) -> Tensor:
-    """Classes, then as many copies of the null row as fill rows up to STOCK_NULL."""
-    null = table[-1:]
-    return torch.cat([table[:-1], null.expand(STOCK_NULL + 1 - (len(table) - 1), -1)])
 
 
 def _joined(name: str) -> bool:

@@ -1,8 +1,9 @@
-"""The grid of tokens that a transformer lays over an image: sizes that fit one another, and positions that are kept once made."""
+"""The grid of tokens that a text network lays over an image: sizes that fit one another, and positions kept once made."""
 
 from __future__ import annotations
 
-from torch import Tensor, device, dtype
+import torch
+from torch import Tensor
 
 from .layers import sincos_positions
 
@@ -19,36 +20,23 @@ def check_sizes(*, resolution: int, patch_size: int, width: int, depth: int, hea
         raise ValueError(f"model.depth={depth}: a transformer has at least one block. Use 12.")
 
 
-def check_text(text_width: int, pooled_width: int) -> None:
-    """Raises ValueError where there is no text encoder to take captions from."""
-    if text_width < 1 or pooled_width < 1:
-        raise ValueError(
-            f"text states {text_width} wide and pooled text {pooled_width} wide: a network on text needs both. "
-            f"Name an encoder in data.text_encoder, or use model.kind=dit."
-        )
-
-
-def given(sizes: Tensor | None) -> Tensor:
-    """Raises ValueError where a network with micro-conditions gets none."""
-    if sizes is None:
-        raise ValueError("model.micro_conditions=True: the network needs sizes, (B, 6), with every batch. Give them, or train without.")
-    return sizes
-
-
 class Positions:
-    """Sines and cosines of places on a grid, whose middle an image of any shape takes where the grid is limited.
+    """Sines and cosines of places, of a whole grid whose middle an image takes, or stretched over every image.
 
     Args:
         width: channels, a multiple of 4.
-        grid: tokens a side of the whole grid; 0 for none, so that counting starts at an image's own corner.
-        start, spacing: of the whole grid: the first token's coordinate, and the way to the next.
+        span: so far the coordinates go, from 0, over an image of any number of tokens; without a grid.
+        grid: tokens a side of the whole grid; 0 for none.
+        line: the grid's first coordinate, and the way to the next.
 
-    Source: Esser et al., Scaling Rectified Flow Transformers for High-Resolution Image Synthesis, section 5.3.2.
+    Source: the grid: Esser et al., Scaling Rectified Flow Transformers for
+    High-Resolution Image Synthesis, section 5.3.2; the span: Chen et al.,
+    PixArt-alpha, as in diffusers' PatchEmbed.
     """
 
-    def __init__(self, width: int, *, grid: int = 0, start: float = 0.0, spacing: float = 1.0) -> None:
-        self.width, self.grid, self.start, self.spacing = width, grid, start, spacing
-        self.made: dict[tuple[int, int, device, dtype], Tensor] = {}
+    def __init__(self, width: int, *, span: float = 0.0, grid: int = 0, line: tuple[float, float] = (0.0, 1.0)) -> None:
+        self.width, self.span, self.grid, self.line = width, span, grid, line
+        self.made: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
     def of(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """(rows * columns, width), as `like` is.
@@ -58,12 +46,18 @@ class Positions:
         """
         key = rows, columns, like.device, like.dtype
         if key not in self.made:
-            if self.grid and max(rows, columns) > self.grid:
-                raise ValueError(
-                    f"an image of {rows} x {columns} tokens is larger than model.position_grid={self.grid}: "
-                    f"use at least {max(rows, columns)}, or 0 for no limit."
-                )
-            top, left = ((self.grid - n) // 2 if self.grid else 0 for n in (rows, columns))
-            start = self.start + self.spacing * top, self.start + self.spacing * left
-            self.made[key] = sincos_positions(self.width, rows, columns, start=start, spacing=(self.spacing,) * 2).to(like)
+            with torch.inference_mode(False):  # what is made while sampling serves training too
+                self.made[key] = self._make(rows, columns).to(like)
         return self.made[key]
+
+    def _make(self, rows: int, columns: int) -> Tensor:
+        if not self.grid:
+            return sincos_positions(self.width, rows, columns, spacing=(self.span / rows, self.span / columns))
+        if max(rows, columns) > self.grid:
+            raise ValueError(
+                f"an image of {rows} x {columns} tokens is larger than model.position_grid={self.grid}: "
+                f"use at least {max(rows, columns)}, or 0 for no limit."
+            )
+        first, way = self.line
+        top, left = (first + way * ((self.grid - n) // 2) for n in (rows, columns))
+        return sincos_positions(self.width, rows, columns, start=(top, left), spacing=(way, way))

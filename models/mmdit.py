@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .condition import Embedder, Sizes, Text, Time
-from .grid import Positions, check_sizes, check_text, given
+from .condition import Embedder, Sizes, Text, Time, check_text, given
+from .grid import Positions, check_sizes
 from .initialise import Rule, initialise
 from .kernels import attend
 from .layers import FeedForward, RMSNorm, modulate, patches, unpatch
@@ -33,9 +33,9 @@ class Heads(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         *q, k, v = self.linear(x).unflatten(2, (self.parts, self.heads, -1)).unbind(2)
         if self.k_norm is not None:
-            k = self.k_norm(k).to(v.dtype)
+            k = self.k_norm(k)
         if self.q_norm is not None:
-            q = [self.q_norm(part).to(v.dtype) for part in q]
+            q = [self.q_norm(part) for part in q]
         return [*q, k, v]
 
 
@@ -99,7 +99,8 @@ class MMDiT(nn.Module):
         patch_size, width, depth, heads: as in DiT.
         qk_norm: queries and keys are divided by their root mean square, which keeps bfloat16 attention finite.
         dual_attention_blocks: so many of the first blocks have a second attention, of the image alone (SD3.5-medium).
-        position_grid: tokens a side of the grid whose middle an image takes (SD3's pos_embed_max_size); 0 for none.
+        position_grid: tokens a side of the grid whose middle an image takes (SD3's pos_embed_max_size); 0 for none:
+            then positions are stretched over images of another shape.
         position_line: coordinate of that grid's first token, and the way to the next; None as diffusers counts,
             from 0 to the tokens a side of the usual image. Published SD3 weights are read with theirs.
         micro_conditions: the original's size and crop join the conditioning.
@@ -137,8 +138,8 @@ class MMDiT(nn.Module):
         )
         self.modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, channels * patch_size**2)
-        start, spacing = position_line or (0.0, tokens / position_grid if position_grid else 1.0)
-        self.positions = Positions(width, grid=position_grid, start=start, spacing=spacing)
+        line = position_line or (0.0, tokens / max(position_grid, 1))
+        self.positions = Positions(width, span=tokens, grid=position_grid, line=line)
         if not self.enter.weight.is_meta:
             initialise(self)
 
@@ -155,36 +156,32 @@ class MMDiT(nn.Module):
         """The sides of an image are multiples of it."""
         return self.patch_size
 
-    def forward(self, x: Tensor, t: Tensor, text: Text, sizes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Text, sizes: Tensor | None = None) -> Tensor:
         """The prediction.
 
         Args:
             x: (B, channels, H, W), sides multiples of the patch size; `resolution` is the usual one.
             t: (B,), 0 (noise) to 1 (data).
-            text: captions; tokens outside the mask are never looked at.
+            condition: captions; tokens outside the mask are never looked at.
             sizes: (B, 6), pixels, where there are micro-conditions.
 
         Returns:
             The shape of x.
         """
-        condition = self.time(t) + self.pooled(text.pooled)
+        condition = Text(*condition)
+        about = self.time(t) + self.pooled(condition.pooled)
         if self.sizes is not None:
-            condition = condition + self.sizes(given(sizes))
-        condition = F.silu(condition)
+            about = about + self.sizes(given(sizes))
+        about = F.silu(about)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         h = self.enter(patches(x, self.patch_size))
         h = h + self.positions.of(rows, columns, h)
-        c = self.text(text.states.to(self.text.weight.dtype))
-        mask = None if _all(text.mask) else torch.cat([text.mask.new_ones(h.shape[:2]), text.mask], dim=1)
+        c = self.text(condition.states.to(self.text.weight.dtype))
+        mask = None if condition.seen is None else torch.cat([condition.mask.new_ones(h.shape[:2]), condition.mask], dim=1)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h, c = checkpoint(block, h, c, condition, mask, use_reentrant=False, preserve_rng_state=False)
+                h, c = checkpoint(block, h, c, about, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                h, c = block(h, c, condition, mask)
-        shift, scale = self.modulation(condition)[:, None].chunk(2, dim=2)
+                h, c = block(h, c, about, mask)
+        shift, scale = self.modulation(about)[:, None].chunk(2, dim=2)
         return unpatch(self.leave(modulate(h, shift, scale)), self.patch_size, rows)
-
-
-def _all(mask: Tensor) -> bool:
-    """Whether a mask hides nothing, where asking costs nothing: on another device the answer would have to be waited for."""
-    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and bool(mask.all())

@@ -40,8 +40,10 @@ class DataConfig:
     cache_size: str = "100GB"  # of all copies
     retry_seconds: float = 300.0  # a remote source is tried again for so long
     autoencoder: str = ""  # folder or Hub id of a frozen AutoencoderKL, AutoencoderTiny or AutoencoderDC; none trains on pixels
-    text_encoder: str = ""  # folder or Hub id of a frozen text encoder
-    max_tokens: int = 128  # longer captions are cut
+    text_encoder: tuple[str, ...] = ()  # folders or Hub ids of frozen text encoders: CLIP, T5, or any that gives token states
+    max_tokens: tuple[int, ...] = (128,)  # longer captions are cut; one number for all encoders, or one each
+    # mask: no attention to what stands behind a caption's end; attend: full length, all of it seen, as Stable Diffusion 3 and Flux do
+    text_padding: Literal["mask", "attend"] = "mask"
     encoding: str = "online"  # or cached: read what `python -m data.encode` wrote into data.encoded
     encoded: str = ""  # folder of that cache
     # multiplies latents after the shift, one number or one a channel; none: as measured (cached), or as the autoencoder says (online)

@@ -6,7 +6,7 @@ nor on the batch's size, up to the rounding of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -75,6 +75,8 @@ class Source:
     """Where the path starts, unless at N(0, I); then there is no score, and no SDE."""
     pixels: tuple[int, ...] = ()
     """Of an image, (C, H, W), where samples are latents of it; empty where samples are images."""
+    read: Callable[[Sequence[str]], Condition] | None = None
+    """From captions to conditions, of a model that takes text."""
 
 
 def network_source(
@@ -84,9 +86,10 @@ def network_source(
     num_classes: int,
     decode: Callable[[Tensor], Tensor],
     pixels: tuple[int, ...] = (),
+    read: Callable[[Sequence[str]], Condition] | None = None,
     null: Condition | None = None,
 ) -> Source:
-    """A network of ours as a source; its null is the class `num_classes`, unless one is given.
+    """A network of ours as a source; its null is the class `num_classes`, or the text "" where it reads, unless one is given.
 
     A network that is told sizes is told those of whole images of the usual one.
     """
@@ -103,7 +106,8 @@ def network_source(
         path=path,
         shape=shape,
         num_classes=num_classes,
-        null=num_classes if null is None else null,
+        null=(read([""]) if read else num_classes) if null is None else null,
+        read=read,
         device=next(network.parameters()).device,
         decode=decode,
         predict=flow.predict,

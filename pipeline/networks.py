@@ -44,6 +44,8 @@ class CrossDiTConfig:
     width: int | None = None  # channels of a token; none: as the preset
     depth: int | None = None  # blocks; none: as the preset
     heads: int | None = None  # attention heads; they divide the width; none: as the preset
+    qk_norm: bool = False  # divide queries and keys by their root mean square, against diverging attention
+    interpolation_scale: float | None = None  # positions are divided by it; none: one for each 64 of the resolution, as PixArt has it
     micro_conditions: bool = False  # tell the network the size and crop of each original
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass: half the memory, a third more time
 
@@ -62,6 +64,7 @@ class MMDiTConfig:
     qk_norm: bool = True  # divide queries and keys by their root mean square, against diverging attention
     dual_attention_blocks: int = 0  # the first so many attend to the image a second time, alone
     position_grid: int = 0  # positions are cut from the middle of a grid of so many tokens a side; 0: counted from the corner
+    position_line: tuple[float, float] | None = None  # coordinate of that grid's first token, and the way to the next; none: as SD3 counts
     micro_conditions: bool = False  # tell the network the size and crop of each original
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass: half the memory, a third more time
 
@@ -77,7 +80,10 @@ class UNetConfig:
     block_channels: tuple[int, ...] = (64, 128, 128)  # channels of each level, from fine to coarse; multiples of 32
     layers_per_block: int = 2  # residual blocks of each level
     attention_levels: int = 1  # so many of the coarsest levels attend
-    head_width: int = 32  # channels of one attention head; it divides the attending levels' channels
+    attention_at: tuple[int, ...] | None = None  # the levels that attend instead, the finest being 0
+    head_width: int = 32  # channels of one attention head; it divides the attending levels' channels; 0 for a single head
+    layout: Literal["plain", "ddpm"] = "plain"  # ddpm: in details as the published weights of Ho et al. have them
+    micro_conditions: bool = False  # tell the network the size and crop of each original; with text only
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass: less memory, more time
 
     @property

@@ -22,7 +22,7 @@ def preview(run: Run, text: tuple[Condition, Condition] | None = None) -> None:
         run: the run.
         text: what is shown of a model that takes text, (N, ...), and what stands for none, (1, ...).
     """
-    config, classes = run.config, len(run.about["class_names"])
+    config, classes = run.config, 0 if text else len(run.about["class_names"])
     null = text[1] if text else None
     source = network_source(run.ema.model, config.flow, run.method.shape, classes, run.decode, null=null)
     if text:
