@@ -187,8 +187,8 @@ def compare(options: Evaluate) -> int:
     return 0 if all(figure >= least for figure, least in wanted) else 1
 
 
-def retrieve_captions(options: Retrieve) -> int:
-    """Sample captions of real images, look each up among them, print and write the figures."""
+def captioned(options: Retrieve) -> tuple[Tensor, Tensor, list[str]]:
+    """Real images of captions that the seed draws, (N, C, H, W), a sample of each caption, and the captions."""
     if not options.reference:
         raise ValueError("--reference is missing: give a folder of shards with captions, as --reference runs/emoji/shards.")
     source, shards = source_of(options), Shards(options.reference, options.split)
@@ -204,12 +204,17 @@ def retrieve_captions(options: Retrieve) -> int:
     real = to_unit(torch.from_numpy(np.stack([shards.pixels(s, n, channels, side)[0] for s, n in places])))
     field = Trained(Path(options.run)).config.data.caption if options.run else "txt"
     captions = [caption_of(shards.read(s, n).files, field) for s, n in places]
-    asked = source.read(captions)
-    made = generate(source, asked, options.sampler(), seed=options.seed, batch_size=options.batch_size).images.clamp(-1, 1)
+    made = generate(source, source.read(captions), options.sampler(), seed=options.seed, batch_size=options.batch_size).images
+    return real, made.clamp(-1, 1), captions
+
+
+def retrieve_captions(options: Retrieve) -> int:
+    """Sample captions of real images, look each up among them, print and write the figures."""
+    real, made, captions = captioned(options)
     found = retrieve(made, real, torch.arange(len(real)))
     output = Path(options.output or Path(options.pipeline or options.run) / "retrieval.png")
     rows = [part for pair in zip(real.split(10), made.split(10), strict=True) for part in pair]
-    save_image(grid(torch.cat(rows), 10, scale=max(1, 64 // side)), output)
+    save_image(grid(torch.cat(rows), 10, scale=max(1, 64 // real.shape[-1])), output)
     how = {"guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps}
     output.with_suffix(".json").write_text(json.dumps({**found.as_dict(), **how, "captions": captions}, indent=1) + "\n")
     print(found)
