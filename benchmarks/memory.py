@@ -7,7 +7,7 @@ peak is counted over what is held once the network, its gradients and the
 optimiser's moments exist ("activations"), and as a whole: of the process on a
 CPU, torch's libraries included, of what torch allocated on a GPU.
 
-    python benchmarks/memory.py [--batch 32] [--width 128] [--turns 2] [--style dit|modern] [--device cuda --bf16]
+    python benchmarks/memory.py [--batch 24] [--width 128] [--turns 2] [--style dit|modern] [--device cuda --bf16]
 """
 
 import argparse
@@ -86,7 +86,7 @@ def report(found: dict[str, list[dict]]) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Peak memory and time of a train step with and without checkpointing.")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--heads", type=int, default=0, help="0: of 64 channels")
     parser.add_argument("--steps", type=int, default=3, help="of each process; the first is not timed")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from math import isnan
 from typing import Any
 
 import torch
@@ -16,17 +17,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import KINDS as NETWORKS
 from . import build
 from .condition import SIZES, Text
 from .presets import PRESETS, STYLES
 
-LATENTS = {"channels": 4, "resolution": 32, "num_classes": 1000}
-"""Images of 256 pixels a side in latents, ImageNet's classes."""
+LATENTS = {"channels": 4, "resolution": 32}
+"""Images of 256 pixels a side in latents."""
+IMAGENET = {**LATENTS, "num_classes": 1000}
 EXAMPLES: list[tuple[str, str, dict[str, Any]]] = [
-    ("dit S/2", "dit", {"preset": "S/2"}),
-    ("dit S/2, modern", "dit", {"preset": "S/2", "style": "modern"}),
-    ("unet", "unet", {"block_channels": (64, 128, 256), "layers_per_block": 2, "attention_levels": 2, "head_width": 32}),
+    ("dit S/2", "dit", {**IMAGENET, "preset": "S/2"}),
+    ("dit S/2, modern", "dit", {**IMAGENET, "preset": "S/2", "style": "modern"}),
+    ("cross_dit S/2", "cross_dit", {**LATENTS, "preset": "S/2", "text_width": 384, "pooled_width": 384}),
+    ("mmdit", "mmdit", {**LATENTS, "patch_size": 2, "width": 384, "depth": 12, "heads": 6, "text_width": 384, "pooled_width": 384}),
+    ("unet", "unet", {**IMAGENET, "block_channels": (64, 128, 256), "layers_per_block": 2, "attention_levels": 2, "head_width": 32}),
 ]
 """Title, kind and options of the networks whose activations are tabulated."""
 
@@ -116,7 +119,7 @@ def activations(network: nn.Module, *arguments: Any) -> dict[str, float]:
         (f"{name}.{part}", child)
         for name, block in blocks
         for part, child in block.named_modules()
-        if part.rpartition(".")[2] in ("attention", "cross_attention", "feed_forward")
+        if part.rpartition(".")[2] in ("attention", "cross", "feed_forward")
     ]
     handles = [module.register_forward_hook(note(name)) for name, module in [*blocks, *branches, ("", network)]]
     try:
@@ -139,7 +142,7 @@ def _presets() -> Iterator[str]:
     for preset, sizes in PRESETS.items():
         cells = [preset, *(str(sizes[name]) for name in ("width", "depth", "heads"))]
         for style in STYLES:
-            parameters, products = cost(build("dit", device="meta", preset=preset, style=style, **LATENTS), (4, 32, 32))
+            parameters, products = cost(build("dit", device="meta", preset=preset, style=style, **IMAGENET), (4, 32, 32))
             cells += [f"{parameters / 1e6:.2f} M", f"{products / 1e9:.2f} G"]
         yield f"| {' | '.join(cells)} |"
 
@@ -147,9 +150,7 @@ def _presets() -> Iterator[str]:
 def _activations() -> Iterator[str]:
     """The tables of activations at the start, one a kind, in Markdown."""
     for title, kind, options in EXAMPLES:
-        if kind not in NETWORKS:
-            continue
-        network = build(kind, seed=0, **{**LATENTS, **options})
+        network = build(kind, seed=0, **options)
         torch.manual_seed(0)
         text = {"text_width": options.get("text_width", 0), "pooled_width": options.get("pooled_width", 0)}
         found = activations(network, *example(network, (4, 32, 32), batch=4, **text))
@@ -161,7 +162,7 @@ def _activations() -> Iterator[str]:
         yield f"|---|{'--:|' * (len(parts) + 1)}"
         for block in blocks:
             values = [found[block], *(found.get(f"{block}.{part}", float("nan")) for part in parts)]
-            yield f"| {block} | {' | '.join(f'{value:.3f}' for value in values)} |"
+            yield f"| {block} | {' | '.join('' if isnan(value) else f'{value:.3f}' for value in values)} |"
         yield ""
 
 
