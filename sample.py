@@ -34,7 +34,8 @@ from data.stream import to_unit
 from data.text_encoders import read_text_encoders
 from data.words import Words
 from models.convert import to_stock
-from pipeline.checkpoint import Store, load_state, load_tensors
+from models.lora import add_lora, merge_lora
+from pipeline.checkpoint import Store, averages, load_state
 from pipeline.config import Config
 from pipeline.density import affordable, bits
 from pipeline.evaluate import evaluate
@@ -84,8 +85,10 @@ class Trained:
         self.text = self.state["text"]
         widths = tuple(self.text["widths"]) if self.text else None
         self.network = models.build(**model_options(self.config.model, self.space.shape, len(self.class_names), widths)).eval()
-        weights = load_tensors(found)
-        self.network.load_state_dict({k.removeprefix("ema."): v for k, v in weights.items() if k.startswith("ema.")})
+        if self.config.train.lora_rank:
+            add_lora(self.network, self.config.train.lora_rank, self.config.train.lora_alpha)
+        self.network.load_state_dict(averages(found))
+        self.network = merge_lora(self.network)
 
     def source(self, device: str) -> Source:
         """The averaged network as a field."""
@@ -184,8 +187,8 @@ def compare(options: Evaluate) -> int:
     return 0 if all(figure >= least for figure, least in wanted) else 1
 
 
-def retrieve_captions(options: Retrieve) -> int:
-    """Sample captions of real images, look each up among them, print and write the figures."""
+def captioned(options: Retrieve) -> tuple[Tensor, Tensor, list[str]]:
+    """Real images of captions that the seed draws, (N, C, H, W), a sample of each caption, and the captions."""
     if not options.reference:
         raise ValueError("--reference is missing: give a folder of shards with captions, as --reference runs/emoji/shards.")
     source, shards = source_of(options), Shards(options.reference, options.split)
@@ -201,12 +204,17 @@ def retrieve_captions(options: Retrieve) -> int:
     real = to_unit(torch.from_numpy(np.stack([shards.pixels(s, n, channels, side)[0] for s, n in places])))
     field = Trained(Path(options.run)).config.data.caption if options.run else "txt"
     captions = [caption_of(shards.read(s, n).files, field) for s, n in places]
-    asked = source.read(captions)
-    made = generate(source, asked, options.sampler(), seed=options.seed, batch_size=options.batch_size).images.clamp(-1, 1)
+    made = generate(source, source.read(captions), options.sampler(), seed=options.seed, batch_size=options.batch_size).images
+    return real, made.clamp(-1, 1), captions
+
+
+def retrieve_captions(options: Retrieve) -> int:
+    """Sample captions of real images, look each up among them, print and write the figures."""
+    real, made, captions = captioned(options)
     found = retrieve(made, real, torch.arange(len(real)))
     output = Path(options.output or Path(options.pipeline or options.run) / "retrieval.png")
     rows = [part for pair in zip(real.split(10), made.split(10), strict=True) for part in pair]
-    save_image(grid(torch.cat(rows), 10, scale=max(1, 64 // side)), output)
+    save_image(grid(torch.cat(rows), 10, scale=max(1, 64 // real.shape[-1])), output)
     how = {"guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps}
     output.with_suffix(".json").write_text(json.dumps({**found.as_dict(), **how, "captions": captions}, indent=1) + "\n")
     print(found)

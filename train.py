@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.process import Stopper, leave_group, reported
+from pipeline.process import Stopper, leave_group, own_allocator, reported
 
 STOPPER = Stopper("the same command goes on from the last checkpoint")  # before the slow imports
+if __name__ == "__main__":
+    own_allocator()
 
 from collections.abc import Callable
 from functools import partial
@@ -25,8 +27,11 @@ from data.options import Options
 from data.sources import Sources
 from data.stream import Share, to_unit
 from models.convert import check_classes, to_stock
-from pipeline import launch
-from pipeline.checkpoint import Store, choose
+from models.cost import example
+from models.lora import add_lora, merge_lora
+from models.published import load_published
+from pipeline import launch, precision
+from pipeline.checkpoint import Store, averages, choose, find, load_state
 from pipeline.config import ALIASES, Config
 from pipeline.ema import Ema
 from pipeline.export import Card, write_folder
@@ -35,6 +40,7 @@ from pipeline.loop import MicroBatch, Run, fit
 from pipeline.method import Method
 from pipeline.networks import model_options
 from pipeline.optim import adamw
+from pipeline.precision import Precision
 from pipeline.preview import preview
 from pipeline.recipe import as_mapping, facts_of, parse
 from pipeline.space import Space
@@ -54,12 +60,15 @@ def train(config: Config) -> int:
     """
     folder = Path(config.output_dir)
     sources, space = see(config)
-    accelerator = launch.start(config)
+    store = Store(folder, config.checkpoint.keep)
+    checkpoint = choose(store, config.checkpoint.resume)
+    saved = load_state(checkpoint).get("precision") if checkpoint else None
+    accelerator = launch.start(config, saved, partial(measure, config, sources, space))
     launch.agree("data.shards", sources.images.fingerprint)
     owned = launch.lock(folder) if accelerator.is_main_process else None
-    run = assemble(config, sources, space, accelerator)
+    run = assemble(config, sources, space, accelerator, store, fresh=checkpoint is None)
     data.check_sides(sources.options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
-    begin(run, space)
+    begin(run, space, checkpoint)
     run.bad = BadSamples(folder, share=config.data.max_bad_share, main=accelerator.is_main_process, start=run.images)
     stream = sources.stream(config.seed, share_of(config, accelerator), run.images)
     accelerator.init_trackers("tensorboard")
@@ -116,13 +125,21 @@ def encoder(config: Config, space: Space, device: torch.device) -> Callable[[Mic
     return encode
 
 
+def measure(config: Config, sources: Sources, space: Space, ranks: int) -> Precision:
+    """The precision in which a network of this recipe computes its micro-batches faster here."""
+    widths = sources.widths or (0, 0)
+    network = models.build(seed=0, **model_options(config.model, space.shape, len(sources.images.manifest.class_names), sources.widths))
+    micro = max(1, config.train.batch_size // config.train.gradient_accumulation_steps // ranks)
+    return precision.choose(network, example(network, space.shape, batch=micro, tokens=16, text_width=widths[0], pooled_width=widths[1]))
+
+
 def share_of(config: Config, accelerator: Accelerator) -> Share:
     """This rank's part of every global batch."""
     accumulation, rank = config.train.gradient_accumulation_steps, accelerator.process_index
     return Share(batch_size=config.train.batch_size, accumulation=accumulation, rank=rank, ranks=accelerator.num_processes)
 
 
-def assemble(config: Config, sources: Sources, space: Space, accelerator: Accelerator) -> Run:
+def assemble(config: Config, sources: Sources, space: Space, accelerator: Accelerator, store: Store, *, fresh: bool) -> Run:
     """Introduce the rooms to one another: network, objective, optimiser, average, checkpoints."""
     set_seed(config.seed)
     names, device = sources.images.manifest.class_names, accelerator.device
@@ -130,18 +147,26 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
     method = Method(config.flow, space.shape, config.train.batch_size)
     if words:
         method.check_text()
-    network = build(config, space, len(names), words.widths if words else None).to(device)
+    network = models.build(seed=config.seed, **model_options(config.model, space.shape, len(names), sources.widths))
+    if fresh:
+        for note in first_weights(config, network):
+            accelerator.print(note)
+    if config.train.lora_rank:
+        add_lora(network, config.train.lora_rank, config.train.lora_alpha)
+    network = network.to(device)
     ema = Ema(network, config.ema)
     if config.train.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, adamw(network, config.train))
-    said = {"text": [one.fingerprint for one in sources.spoken], "space": space.facts if space.latent else {}}
+    lora = [config.train.lora_rank, config.train.lora_alpha] if config.train.lora_rank else []
+    said = {"lora": lora, "text": [one.fingerprint for one in sources.spoken], "space": space.facts if space.latent else {}}
     about = {
         "config": as_mapping(config),
         "class_names": list(names),
         "facts": facts_of(config, sources.images.fingerprint) | said,
         "space": vars(space),
-        "text": {"widths": words.widths, "fingerprints": said["text"]} if words else {},
+        "precision": accelerator.mixed_precision,
+        "text": {"widths": sources.widths, "fingerprints": said["text"]} if words else {},
     }
     return Run(
         config=config,
@@ -154,7 +179,7 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
         encode=encoder(config, space, device),
         decode=space.decoder(partial(Autoencoder, space.autoencoder, device)),
         condition=Teller(config, len(names), device, words, bool(network.micro_conditions), space.factor if sources.cached else 1),
-        store=Store(Path(config.output_dir), config.checkpoint.keep),
+        store=store,
         about=about,
         stopper=STOPPER,
         meter=Meter(accelerator),
@@ -162,18 +187,23 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
     )
 
 
-def build(config: Config, space: Space, num_classes: int, widths: tuple[int, int] | None) -> nn.Module:
-    """The network of a recipe."""
-    return models.build(seed=config.seed, **model_options(config.model, space.shape, num_classes, widths))
+def first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
+    """Put published weights, or those that low-rank additions are to stand beside, into a fresh network; what is to be said of it."""
+    if config.init_from:
+        return tuple(f"init_from={config.init_from}: {note}." for note in load_published(config.init_from, network).notes)
+    if config.train.lora_rank and config.checkpoint.start_from:
+        network.load_state_dict(averages(find(Path(config.checkpoint.start_from))))
+    elif config.train.lora_rank:
+        raise ValueError("train.lora_rank without weights to add to: give init_from, or checkpoint.start_from.")
+    return ()
 
 
-def begin(run: Run, space: Space) -> None:
+def begin(run: Run, space: Space, checkpoint: Path | None) -> None:
     """Go on from a checkpoint, or begin afresh, and say which."""
     folder, config = Path(run.config.output_dir), run.config
-    checkpoint = choose(run.store, config.checkpoint.resume)
     if checkpoint:
         run.load(checkpoint)
-    elif config.checkpoint.start_from:
+    elif config.checkpoint.start_from and not config.train.lora_rank:
         run.start_from(Path(config.checkpoint.start_from))
     if run.accelerator.is_main_process:
         run.store.sweep()
@@ -197,7 +227,7 @@ def check_exportable(config: Config, space: Space, num_classes: int) -> None:
 def export(run: Run, output: Path) -> None:
     """Write the averaged weights as a folder for stock diffusers."""
     card = Card.of(Path(run.config.output_dir), run.images, run.step, run.network)
-    network = to_stock(run.ema.model.cpu(), form_of(run.config.flow).factor)
+    network = to_stock(merge_lora(run.ema.model.cpu()), form_of(run.config.flow).factor)
     space = Space.of(run.about["space"])
     vae = Autoencoder(space.autoencoder).model if space.latent else None
     write_folder(output, network, run.config, tuple(run.about["class_names"]), card, space, vae)

@@ -9,7 +9,7 @@ import torch
 
 from .beside import check_captions
 from .encoders import AutoencoderFacts, read_autoencoder
-from .join import TextStates
+from .join import TextStates, layout
 from .opening import Encoded, build, check_shapes, open_latents, open_shards, open_text
 from .options import Options
 from .shards import Shards
@@ -57,6 +57,12 @@ class Sources:
     def cached(self) -> bool:
         """Whether batches hold moments of latents that were encoded before."""
         return self.latents is not None and self.options.encoding == "cached"
+
+    @property
+    def widths(self) -> tuple[int, int] | None:
+        """Channels of a token and of the pooled vector, as a network takes them; None without text."""
+        plan = layout(self.spoken) if self.spoken else None
+        return (plan.width, plan.pooled_width) if plan else None
 
     def listen(self, device: torch.device) -> Words | None:
         """Put the text encoders on a device; None where there are none."""

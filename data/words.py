@@ -33,11 +33,6 @@ class Words:
         self.layout = layout(self.facts)
         self.encoders = len(self.facts)
 
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Channels of a token and of the pooled vector, as a network takes them."""
-        return self.layout.width, self.layout.pooled_width
-
     @cached_property
     def networks(self) -> tuple[TextEncoder, ...]:
         """The encoders themselves, loaded when the first caption comes."""

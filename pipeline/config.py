@@ -96,7 +96,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it; 0 leaves them
     condition_dropout: float = 0.1  # probability that a sample is trained without its class or caption, for guidance
     encoder_dropout: float = 0.0  # of several text encoders: probability that a sample is trained without this one; SD3 has 0.464
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None takes what the launcher says
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] | None = None  # None: as the launcher says; auto: the faster of no and bf16
     lora_rank: int = 0  # train only low-rank additions of this rank to the attention and feed-forward layers; 0 trains all weights
     lora_alpha: float = 16.0  # the additions are multiplied by lora_alpha / lora_rank
     compile: bool = False  # torch.compile the network: slower to start, faster on long runs

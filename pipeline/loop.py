@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from .checkpoint import Store, load_state, load_tensors
+from .checkpoint import Store, find, load_state, load_tensors
 from .config import Config
 from .ema import Ema
 from .flow import Condition
@@ -142,12 +142,7 @@ class Run:
         Raises:
             ValueError: no good checkpoint there, or weights of another network.
         """
-        found = folder if (folder / "state.json").exists() else Store(folder, keep=1).latest()
-        if found is None:
-            raise ValueError(
-                f"checkpoint.start_from={str(folder)!r} holds no whole checkpoint: name a run's folder, or a checkpoint of it."
-            )
-        load_state(found)  # verified
+        found = find(folder)
         self._load_networks(load_tensors(found), f"checkpoint.start_from={found}")
 
     def _load_networks(self, tensors: dict[str, Tensor], where: str) -> None:

@@ -207,7 +207,7 @@ def test_presets_cost_what_was_published():
             assert parameters == 675_129_632 - variance - positions == 674_816_272
 
 
-def test_costs_are_the_closed_form_in_every_kind():
+def test_costs_are_the_closed_form_wherever_the_network_lies():
     model = models.build("dit", preset="S/4", style="modern", registers=4, channels=3, resolution=32, num_classes=10, device="meta")
     n, d, inside = 8 * 8 + 4, 384, 1024
     tokens = 12 * (n * d * (4 * d + 3 * inside) + 2 * n * n * d) + 2 * 64 * d * 48

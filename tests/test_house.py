@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
-        ["networks", "recipe", "process", "scheduling_condot_v1", "sheet"],
+        ["networks", "recipe", "process", "scheduling_condot_v1", "sheet", "precision"],
         ["config"],
         ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
         ["loop", "generate", "fold"],
