@@ -39,7 +39,8 @@ def mmdit_options(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dic
     }  # fmt: skip
     refuse("SD3Transformer2DModel", {**c, "dual_attention_layers": dual}, expected)
     grid, tokens = c["pos_embed_max_size"] or 0, c["sample_size"] // c["patch_size"]
-    line = line_of(state[POSITIONS], grid) if grid and POSITIONS in state else None
+    stored = state.get(POSITIONS)
+    line = line_of(stored, grid) if grid and stored is not None and not stored.is_meta else None
     return {
         "channels": c["in_channels"], "resolution": c["sample_size"], "text_width": c["joint_attention_dim"],
         "pooled_width": c["pooled_projection_dim"], "patch_size": c["patch_size"], "width": width, "depth": c["num_layers"],

@@ -43,8 +43,8 @@ def unet_options(config: Mapping[str, Any], text: bool, num_classes: int | None 
     rows = config["num_class_embeds"] or 1
     options = {
         "channels": config["in_channels"], "resolution": config["sample_size"], "condition": "text" if text else "class",
-        "block_channels": channels, "layers_per_block": config["layers_per_block"], "attention_at": where, "head_width": heads or 0,
-        "layout": layout,
+        "block_channels": channels, "layers_per_block": config["layers_per_block"], "attention_at": where, "attention_levels": len(where),
+        "head_width": heads or 0, "layout": layout,
     }  # fmt: skip
     if not text:
         options["num_classes"] = rows - 1 if num_classes is None else num_classes

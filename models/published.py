@@ -134,8 +134,8 @@ def _unet_facts(config: Mapping[str, Any], text: bool) -> dict[str, Any]:
     facts = unet_options(config, text)
     facts.pop("num_classes", None)
     levels, where = len(facts["block_channels"]), facts["attention_at"]
-    if where == tuple(range(levels - len(where), levels)):
-        facts |= {"attention_levels": len(where), "attention_at": None}
+    coarsest = where == tuple(range(levels - len(where), levels))
+    facts["attention_at" if coarsest else "attention_levels"] = None
     if facts["layout"] == "plain":
         facts["layout"] = None
     if not facts.get("micro_conditions"):

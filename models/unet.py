@@ -35,7 +35,7 @@ class UNet(nn.Module):
         block_channels: of each level, from fine to coarse; multiples of 32.
         layers_per_block: residual blocks of each level.
         attention_levels: so many of the coarsest levels attend; the middle always does.
-        attention_at: the levels that attend, the finest being 0, instead of the coarsest.
+        attention_at: the levels that attend, the finest being 0; none for the coarsest, as attention_levels says.
         head_width: channels of one attention head; 0 for a single head.
         layout: details of the published networks; see LAYOUTS.
         micro_conditions: the original's size and crop join the time, as in SDXL; with text only.
@@ -53,7 +53,7 @@ class UNet(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         levels = len(block_channels)
-        where = tuple(range(levels - attention_levels, levels)) if attention_at is None else tuple(attention_at)
+        where = tuple(attention_at or range(levels - attention_levels, levels))
         _check(resolution, tuple(block_channels), attention_levels, where, head_width, layout)
         if condition not in ("class", "text"):
             raise ValueError(f"model.condition={condition!r} is unknown: choose class or text.")

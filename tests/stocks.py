@@ -39,6 +39,9 @@ STOCK = {
         **PLAIN, "down_block_types": ("AttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "AttnUpBlock2D"),
         "attention_head_dim": None, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0, "norm_eps": 1e-6,
     }),
+    "unet, no attention": (UNet2DModel, {
+        **PLAIN, "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2,
+    }),
     "unet, text": (UNet2DConditionModel, TEXTUAL),
     "unet, text and sizes": (UNet2DConditionModel, SIZED),
 }  # fmt: skip

@@ -107,9 +107,43 @@ def test_stored_positions_are_read(first, way, dtype):
     given = setting(stock, rectangular=True)
     close = 1e-5 if dtype == torch.float32 else 1e-2
     assert (from_stock(stock, 1.0)(*given) - stock_output(stock, *given)).abs().max() < close * stock_output(stock, *given).abs().max()
+    exported = to_stock(from_stock(stock, 1.0), 1.0)
+    assert (exported.pos_embed.pos_embed - table).abs().max() < (1e-6 if dtype == torch.float32 else 1e-3), "and written again"
     stock.pos_embed.pos_embed.add_(0.1 * torch.randn(1, 81, 48))
     with pytest.raises(ValueError, match="evenly spaced places"):
         from_stock(stock, 1.0)
+
+
+PUBLISHED = {
+    "SD3-medium": (SD3Transformer2DModel, 2_028_328_000, {
+        "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192,
+    }),
+    "SD3.5-medium": (SD3Transformer2DModel, 2_243_171_520, {
+        "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+        "dual_attention_layers": tuple(range(13)),
+    }),
+    "PixArt-alpha, 256": (PixArtTransformer2DModel, 610_856_096, {"sample_size": 32, "caption_channels": 4096}),
+    "ddpm-cifar10-32": (UNet2DModel, 35_746_307, {
+        "sample_size": 32, "attention_head_dim": None, "block_out_channels": (128, 256, 256, 256), "downsample_padding": 0,
+        "flip_sin_to_cos": False, "freq_shift": 1, "norm_eps": 1e-6,
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_sizes_are_held(name):
+    """On meta: parameters as published, and each of them ours but for those that nothing looks at and learned variances."""
+    kind, published, config = PUBLISHED[name]
+    with torch.device("meta"):
+        stock = kind(**config)
+        ours = from_stock(stock, 1.0)
+    sizes = {key: value.numel() for key, value in stock.named_parameters()}
+    assert sum(sizes.values()) == published
+    left_out = {key for key in sizes if kind is SD3Transformer2DModel and key in mmdit_unused(24)}
+    half = sizes["proj_out.weight"] // 2 + sizes["proj_out.bias"] // 2 if kind is PixArtTransformer2DModel else 0
+    assert sum(p.numel() for p in ours.parameters()) == published - half - sum(sizes[key] for key in left_out)
 
 
 @pytest.mark.parametrize("change", [
