@@ -31,7 +31,7 @@ from models.convert import to_stock
 from pipeline.checkpoint import Store, load_state, load_tensors
 from pipeline.config import Config, model_options
 from pipeline.density import affordable, bits
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import evaluate, load_features
 from pipeline.export import Card, write_folder
 from pipeline.folder import open_folder
 from pipeline.generate import Source, check_labels, generate, grid, network_source, save_image
@@ -114,6 +114,7 @@ def compare(options: Evaluate) -> int:
     shards = {
         name: Shards(options.reference, split) for name, split in (("train", options.train_split), ("held out", options.held_out_split))
     }
+    features = load_features(options.features) if options.features else None
     source = source_of(options)
     channels, _, resolution = source.pixels or source.shape
     train, held_out = (_read_all(s, channels, resolution) for s in shards.values())
@@ -124,7 +125,7 @@ def compare(options: Evaluate) -> int:
         )
     labels = torch.arange(options.num_images) % source.num_classes
     made = generate(source, labels, options.sampler(), seed=options.seed, batch_size=options.batch_size).images
-    report = evaluate(made.clamp(-1, 1), labels, train, held_out)
+    report = evaluate(made.clamp(-1, 1), labels, train, held_out, features)
     print(report)
     output = Path(options.output or Path(options.pipeline or options.run) / "evaluation.json")
     output.write_text(

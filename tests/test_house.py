@@ -10,7 +10,7 @@ ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
         ["config", "recipe", "process", "scheduling_condot_v1"],
-        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space"],
+        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "frechet", "retrieval", "classifier"],
         ["loop", "generate", "fold"],
         ["folder"],
         ["export", "evaluate", "options", "density", "restore", "preview"],
