@@ -38,7 +38,7 @@ from models.lora import add_lora, merge_lora
 from pipeline.checkpoint import Store, averages, load_state
 from pipeline.config import Config
 from pipeline.density import affordable, bits
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import evaluate, load_features
 from pipeline.export import Card, write_folder
 from pipeline.flow import Condition
 from pipeline.folder import open_folder
@@ -158,6 +158,7 @@ def compare(options: Evaluate) -> int:
     shards = {
         name: Shards(options.reference, split) for name, split in (("train", options.train_split), ("held out", options.held_out_split))
     }
+    features = load_features(options.features) if options.features else None
     source = source_of(options)
     channels, _, resolution = source.pixels or source.shape
     train, held_out = (_read_all(s, channels, resolution) for s in shards.values())
@@ -168,7 +169,7 @@ def compare(options: Evaluate) -> int:
         )
     labels = torch.arange(options.num_images) % source.num_classes
     made = generate(source, labels, options.sampler(), seed=options.seed, batch_size=options.batch_size).images
-    report = evaluate(made.clamp(-1, 1), labels, train, held_out)
+    report = evaluate(made.clamp(-1, 1), labels, train, held_out, features)
     print(report)
     output = Path(options.output or Path(options.pipeline or options.run) / "evaluation.json")
     output.write_text(

@@ -1,6 +1,6 @@
-"""How good samples are, measured beside real images: right class, as varied, and not copied.
+"""How good samples are, measured beside real images: right class, as varied, as distributed, and not copied.
 
-For small labelled images, where a classifier on pixels is a fair judge.
+For small labelled images, where a classifier learnt on the spot is a fair judge.
 Source of the memorisation measure: distances to the nearest training image, as
 in Carlini et al., Extracting Training Data from Diffusion Models, compared with
 those of held-out real images.
@@ -8,11 +8,21 @@ those of held-out real images.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .classifier import train_classifier
+from .frechet import Moments, frechet
+
+Features = Callable[[Tensor], Tensor]  # of images (B, C, H, W) in -1..1: numbers (B, D)
+DIVERSITY_MOST = 1000
+"""Images of a class that `diversity` compares, half a million pairs; more would cost minutes and move no third digit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +39,13 @@ class Report:
     nearest: float
     """Median distance from a sample to the nearest training image."""
     nearest_of_held_out: float
+    frechet: float
+    """Frechet distance of samples to held-out images, of features; too large by about a constant over the number of images."""
+    frechet_of_train: float
+    """Of as many training images to the same held-out ones."""
+    feature_width: int
+    few: bool
+    """There are too few images for so many features: their covariance is singular."""
 
     @property
     def diversity_ratio(self) -> float:
@@ -40,7 +57,7 @@ class Report:
         """Of samples to held-out real images; far below 1 means copies of training images."""
         return self.nearest / self.nearest_of_held_out
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, Any]:
         """The figures and the two ratios."""
         return {**asdict(self), "diversity_ratio": self.diversity_ratio, "nearest_ratio": self.nearest_ratio}
 
@@ -59,11 +76,22 @@ class Report:
                 f"{self.nearest_of_held_out:.3f} of held-out images",
                 f"ratio {self.nearest_ratio:.2f}",
             ),
+            (
+                "Frechet distance to held-out images",
+                f"{self.frechet:.3f}",
+                f"{self.frechet_of_train:.3f} of training images",
+                f"{self.feature_width} features",
+            ),
         ]
-        return "\n".join([f"{self.samples:,} samples"] + [f"  {a:36} {b:>8}   beside {c:28} {d}" for a, b, c, d in rows])
+        lines = [f"{self.samples:,} samples"] + [f"  {a:36} {b:>8}   beside {c:28} {d}" for a, b, c, d in rows]
+        if self.few:
+            lines.append(f"  too few images for {self.feature_width} features, their covariance is singular: take more, read ratios only")
+        return "\n".join(lines)
 
 
-def evaluate(samples: Tensor, labels: Tensor, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor]) -> Report:
+def evaluate(
+    samples: Tensor, labels: Tensor, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], features: Features | None = None
+) -> Report:
     """Compare samples with real images.
 
     Args:
@@ -71,41 +99,56 @@ def evaluate(samples: Tensor, labels: Tensor, train: tuple[Tensor, Tensor], held
         labels: the classes asked for, (N,).
         train: images the model was trained on, and their classes.
         held_out: images it was not.
+        features: for the Frechet distance; by default those of the classifier,
+            which has seen the training images, and no others.
 
     Raises:
-        ValueError: scikit-learn is missing, or a class with fewer than two images anywhere.
+        ValueError: a class with fewer than two images anywhere, features that are none.
     """
     real, real_labels = train
-    predict = classifier(real, real_labels)
+    judge = train_classifier(real, real_labels)
+    look = features or judge.features
+    as_many = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: len(samples)]
+    made, known, fresh = (Moments.streamed(map(look, images.split(256))) for images in (samples, real[as_many], held_out[0]))
     return Report(
         samples=len(samples),
-        accuracy=(predict(samples) == labels).double().mean().item(),
-        accuracy_of_held_out=(predict(held_out[0]) == held_out[1]).double().mean().item(),
+        accuracy=(judge.predict(samples) == labels).double().mean().item(),
+        accuracy_of_held_out=(judge.predict(held_out[0]) == held_out[1]).double().mean().item(),
         diversity=diversity(samples, labels),
         diversity_of_real=diversity(real, real_labels),
         nearest=nearest(samples, real).median().item(),
         nearest_of_held_out=nearest(held_out[0], real).median().item(),
+        frechet=frechet(made, fresh),
+        frechet_of_train=frechet(known, fresh),
+        feature_width=len(made.mean),
+        few=made.singular or known.singular or fresh.singular,
     )
 
 
-def classifier(images: Tensor, labels: Tensor) -> Callable[[Tensor], Tensor]:
-    """A support vector machine on pixels: a function from (N, C, H, W) to (N,) classes.
+def load_features(place: str) -> Features:
+    """Somebody's own features: a function in a Python file, which is run.
+
+    Args:
+        place: FILE.py:NAME; the function takes images (B, C, H, W) in -1..1 and
+            gives numbers (B, D).
 
     Raises:
-        ValueError: scikit-learn is missing.
+        ValueError: no such file or name.
     """
-    try:
-        from sklearn.svm import SVC
-    except ImportError as error:
-        raise ValueError(
-            "evaluation needs scikit-learn: install it with `pip install condot[eval]`, or `pip install scikit-learn`."
-        ) from error
-    machine = SVC(C=10, gamma="scale").fit(images.flatten(1).numpy(), labels.numpy())
-    return lambda x: torch.from_numpy(machine.predict(x.flatten(1).numpy()))
+    file, _, name = place.rpartition(":")
+    spec = importlib.util.spec_from_file_location("condot_features", file) if Path(file).is_file() else None
+    if spec is None or spec.loader is None:
+        raise ValueError(f"--features={place}: no Python file there. Give FILE.py:NAME, of a function from images in -1..1 to features.")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, name, None)
+    if not callable(found):
+        raise ValueError(f"--features={place}: {file} has no function {name}. Give FILE.py:NAME.")
+    return lambda images: found(images).detach().flatten(1)
 
 
 def diversity(images: Tensor, labels: Tensor) -> float:
-    """Mean distance between two images of a class, then the mean over classes.
+    """Mean distance between two images of a class, the first thousand of it, then the mean over classes.
 
     Args:
         images: (N, C, H, W).
@@ -116,7 +159,7 @@ def diversity(images: Tensor, labels: Tensor) -> float:
     """
     means = []
     for label in labels.unique().tolist():
-        members = images[labels == label].flatten(1)
+        members = images[labels == label][:DIVERSITY_MOST].flatten(1)
         if len(members) < 2:
             raise ValueError(f"class {label} has one image: diversity needs two or more of each class.")
         means.append(torch.pdist(members).mean())
@@ -125,4 +168,5 @@ def diversity(images: Tensor, labels: Tensor) -> float:
 
 def nearest(images: Tensor, others: Tensor) -> Tensor:
     """Distance from each image to the nearest of the others, (N,); Euclidean over pixels."""
-    return torch.cdist(images.flatten(1), others.flatten(1)).amin(1)
+    others = others.flatten(1)
+    return torch.cat([torch.cdist(some, others).amin(1) for some in images.flatten(1).split(256)])

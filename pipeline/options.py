@@ -78,13 +78,14 @@ class Images(Sampling):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Sampling):
-    """Compare samples with real images: accuracy, diversity, memorisation. For small labelled images."""
+    """Compare samples with real images: accuracy, diversity, memorisation, Frechet distance. For small labelled images."""
 
     reference: str = ""  # folder of shards with a split to train on and one held out
     num_images: int = 1000  # samples, the same number of each class
     guidance_scale: float = 2.0  # 1 is none
     train_split: str = "train"  # what the model was trained on
     held_out_split: str = "val"  # what it was not
+    features: str = ""  # of the Frechet distance: FILE.py:NAME, a function of images in -1..1; by default a classifier's, learnt here
     output: str = ""  # figures as JSON; by default evaluation.json in the pipeline's or the run's folder
     min_accuracy: float = 0.0  # fail below this share of samples in their class
     min_diversity: float = 0.0  # fail below this ratio to real images

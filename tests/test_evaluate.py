@@ -1,16 +1,42 @@
 """Evaluation: each figure against cases whose answer is known."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from pipeline.evaluate import classifier, diversity, evaluate, nearest
+import sample
+from data.shards import Shards
+from pipeline.classifier import train_classifier
+from pipeline.evaluate import diversity, evaluate, load_features, nearest
+from pipeline.frechet import Moments, frechet
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def blobs(count, seed, spread=0.05):
-    """Two classes of 2 x 2 images around -0.5 and 0.5."""
+def blobs(count, seed, spread=0.05, channels=1, side=4):
+    """Two classes of images around -0.5 and 0.5."""
     torch.manual_seed(seed)
     labels = torch.arange(count) % 2
-    return (labels - 0.5)[:, None, None, None] + spread * torch.randn(count, 1, 2, 2), labels
+    return (labels - 0.5)[:, None, None, None] + spread * torch.randn(count, channels, side, side), labels
+
+
+def pixels(images):
+    """Features that need no network: the four mean pixels of the corners."""
+    return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Two classes far apart are learnt in a few epochs."""
+    monkeypatch.setattr("pipeline.classifier.MOST_EPOCHS", 4)
+
+
+@pytest.fixture(scope="module")
+def real(digits):
+    """The digits: images and classes to train on, and held out."""
+    return tuple(sample._read_all(Shards(str(digits), split), 1, 8) for split in ("train", "val"))
 
 
 def test_diversity_is_the_mean_distance_within_a_class():
@@ -32,20 +58,106 @@ def test_nearest_is_the_smallest_distance():
     assert nearest(a, b).tolist() == [1.0, 0.5]
 
 
-def test_real_samples_pass_and_bad_ones_show():
+def test_nearest_of_many_is_that_of_few():
+    """In parts as in one."""
+    a, b = torch.randn(300, 1, 2, 2), torch.randn(40, 1, 2, 2)
+    expected = torch.stack([(x - b).square().sum((1, 2, 3)).min().sqrt() for x in a])
+    torch.testing.assert_close(nearest(a, b), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_real_samples_pass_and_bad_ones_show(quick):
     """Fresh real images have ratios near 1; copies, collapsed classes and swapped labels each show in their own figure."""
     train, held_out, fresh = blobs(400, 0), blobs(200, 1), blobs(400, 2)
-    good = evaluate(*fresh, train, held_out)
+    good = evaluate(*fresh, train, held_out, pixels)
     assert good.accuracy == good.accuracy_of_held_out == 1 and abs(good.diversity_ratio - 1) < 0.1 and abs(good.nearest_ratio - 1) < 0.2
-    assert evaluate(*train, train, held_out).nearest_ratio == 0
-    swapped = evaluate(fresh[0], 1 - fresh[1], train, held_out)
-    assert swapped.accuracy == 0
-    collapsed = evaluate(*blobs(400, 3, spread=0.005), train, held_out)
+    assert good.frechet < 0.02 and good.frechet_of_train < 0.02 and good.feature_width == 4 and not good.few
+    assert evaluate(*train, train, held_out, pixels).nearest_ratio == 0
+    swapped = evaluate(fresh[0], 1 - fresh[1], train, held_out, pixels)
+    assert swapped.accuracy == 0 and swapped.frechet == good.frechet
+    collapsed = evaluate(*blobs(400, 3, spread=0.005), train, held_out, pixels)
     assert collapsed.diversity_ratio < 0.2
     assert "ratio 0.1" in str(collapsed)
 
 
-def test_the_classifier_learns_from_pixels():
-    predict = classifier(*blobs(100, 0))
-    images, labels = blobs(50, 9)
-    assert torch.equal(predict(images), labels)
+def test_the_frechet_distance_is_to_held_out_images_beside_as_many_training_ones(quick):
+    """Every figure recomputed from the features; one class alone is half the classes' distance away."""
+    train, held_out, samples = blobs(400, 0), blobs(100, 1), blobs(300, 2)
+    half = samples[0][samples[1] == 1][:50], samples[1][samples[1] == 1][:50]
+    report = evaluate(*half, train, held_out, pixels)
+    fresh = Moments.of(pixels(held_out[0]))
+    assert report.frechet == pytest.approx(frechet(Moments.of(pixels(half[0])), fresh), rel=1e-9)
+    known = pixels(train[0][torch.randperm(400, generator=torch.Generator().manual_seed(0))[:50]])
+    assert report.frechet_of_train == pytest.approx(frechet(Moments.of(known), fresh), rel=1e-9)
+    assert report.frechet > 10 * report.frechet_of_train and report.frechet == pytest.approx(4 * 0.5**2 + 4 * 0.5**2, rel=0.2)
+
+
+def test_too_few_images_for_the_features_are_said(quick):
+    train, held_out, samples = blobs(400, 0), blobs(200, 1), blobs(16, 2)
+    report = evaluate(*samples, train, held_out, lambda images: images.flatten(1))
+    assert report.few and "too few images for 16 features" in str(report) and report.as_dict()["few"]
+    assert not evaluate(*blobs(18, 2), train, held_out, lambda images: images.flatten(1)).few
+
+
+@pytest.mark.parametrize(("channels", "side"), [(1, 8), (1, 28), (3, 33), (3, 64)])
+def test_the_classifier_learns_from_pixels(quick, channels, side):
+    judge = train_classifier(*blobs(100, 0, channels=channels, side=side))
+    images, labels = blobs(50, 9, channels=channels, side=side)
+    assert torch.equal(judge.predict(images), labels) and judge.features(images).shape == (50, 64)
+
+
+def test_the_classifier_is_as_good_a_judge_as_a_support_vector_machine(real):
+    """On the digits, held out; and the same judge twice, leaving the random numbers alone."""
+    from sklearn.svm import SVC
+
+    (images, labels), (fresh, expected) = real
+    machine = SVC(C=10, gamma="scale").fit(images.flatten(1).numpy(), labels.numpy())
+    least = (machine.predict(fresh.flatten(1).numpy()) == expected.numpy()).mean()
+    torch.manual_seed(5)
+    judge = train_classifier(images, labels)
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(1))
+    assert (judge.predict(fresh) == expected).double().mean() >= least > 0.98
+    few = images[:200], labels[:200]
+    assert torch.equal(train_classifier(*few).features(fresh), train_classifier(*few).features(fresh))
+    noisy = fresh + 0.3 * torch.randn(fresh.shape, generator=torch.Generator().manual_seed(0))
+    known, held_out = Moments.of(judge.features(images[:300])), Moments.of(judge.features(fresh))
+    assert frechet(Moments.of(judge.features(noisy)), held_out) > 3 * frechet(known, held_out)
+    assert frechet(Moments.of(judge.features(fresh[expected < 5])), held_out) > 3 * frechet(known, held_out)
+
+
+def test_a_class_alone_is_refused():
+    with pytest.raises(ValueError, match="1 class in the reference"):
+        train_classifier(torch.zeros(4, 1, 8, 8), torch.zeros(4, dtype=torch.int64))
+
+
+def test_evaluate_as_a_user_does(quick, trained, digits, tmp_path, capsys):
+    """Figures on the screen and as JSON, with features of the user's own."""
+    (tmp_path / "mine.py").write_text("def corners(images):\n    return images[:, :, ::7, ::7].reshape(len(images), -1)\n")
+    words = [
+        "evaluate",
+        "--pipeline",
+        str(trained / "export"),
+        "--reference",
+        str(digits),
+        "--num_images",
+        "20",
+        "--num_inference_steps",
+        "2",
+    ]
+    output = ["--output", str(tmp_path / "figures.json")]
+    assert sample.main([*words, *output, "--features", f"{tmp_path / 'mine.py'}:corners"]) == 0
+    out, figures = capsys.readouterr().out, json.loads((tmp_path / "figures.json").read_text())
+    assert "Frechet distance to held-out images" in out and "4 features" in out
+    assert figures["feature_width"] == 4 and figures["frechet"] > figures["frechet_of_train"] > 0 and not figures["few"]
+    for wrong, said in (("gone.py:corners", "no Python file there"), (f"{tmp_path / 'mine.py'}:edges", "has no function edges")):
+        assert sample.main([*words, *output, "--features", wrong]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_features_of_real_networks(shared_data):
+    """What the README of those weights says: 0.12 between train and test images of CIFAR-10; noise is far away."""
+    look = load_features(f"{ROOT / 'benchmarks' / 'features.py'}:cifar")
+    noise = torch.rand(8, 1, 28, 28) * 2 - 1
+    assert look(noise).shape == (8, 64)
+    assert load_features(f"{ROOT / 'benchmarks' / 'features.py'}:squeezenet")(noise).shape == (8, 512)

@@ -9,12 +9,12 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
-        ["networks", "recipe", "process", "scheduling_condot_v1", "sheet", "precision"],
+        ["networks", "recipe", "process", "scheduling_condot_v1", "sheet", "precision", "frechet", "retrieval", "classifier"],
         ["config"],
         ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
         ["loop", "generate", "fold"],
         ["folder"],
-        ["export", "evaluate", "options", "density", "restore", "preview", "retrieval"],
+        ["export", "evaluate", "options", "density", "restore", "preview"],
     ],
     "models": [
         ["kernels", "initialise", "presets"],
