@@ -1,6 +1,6 @@
 """Sample, evaluate and export: `python sample.py --pipeline runs/digits/export --class_labels 0 1 2 --output three.png`.
 
-Verbs: `images` (the default), `evaluate`, `export`, `likelihood`, `restore`; each has its own `--help`.
+Verbs: `images` (the default), `evaluate`, `retrieve`, `export`, `likelihood`, `restore`; each has its own `--help`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ Stopper("no file was left half-written")  # before the slow imports
 
 import json
 import math
+from bisect import bisect
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +25,30 @@ import torch
 from torch import Tensor
 
 import models
+from data.beside import caption_of
 from data.decode import decode_image
 from data.encoders import Autoencoder
+from data.options import Options
 from data.shards import Shards
 from data.stream import to_unit
+from data.text_encoders import read_text_encoders
+from data.words import Words
 from models.convert import to_stock
-from pipeline.checkpoint import Store, load_state, load_tensors
-from pipeline.config import Config, model_options
+from models.lora import add_lora, merge_lora
+from pipeline.checkpoint import Store, averages, load_state
+from pipeline.config import Config
 from pipeline.density import affordable, bits
 from pipeline.evaluate import evaluate, load_features
 from pipeline.export import Card, write_folder
+from pipeline.flow import Condition
 from pipeline.folder import open_folder
-from pipeline.generate import Source, check_labels, generate, grid, network_source, save_image
-from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore
+from pipeline.generate import Source, check_labels, generate, network_source
+from pipeline.networks import model_options
+from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve
 from pipeline.recipe import build, parse
 from pipeline.restore import measurement, restore
+from pipeline.retrieval import retrieve
+from pipeline.sheet import grid, save_image
 from pipeline.space import Space
 from pipeline.stock import form_of
 
@@ -71,15 +82,31 @@ class Trained:
         self.config = build(Config, self.state["config"])
         self.class_names = tuple(self.state["class_names"])
         self.space = Space.of(self.state["space"])
-        self.network = models.build(**model_options(self.config, self.space.shape, len(self.class_names))).eval()
-        weights = load_tensors(found)
-        self.network.load_state_dict({k.removeprefix("ema."): v for k, v in weights.items() if k.startswith("ema.")})
+        self.text = self.state["text"]
+        widths = tuple(self.text["widths"]) if self.text else None
+        self.network = models.build(**model_options(self.config.model, self.space.shape, len(self.class_names), widths)).eval()
+        if self.config.train.lora_rank:
+            add_lora(self.network, self.config.train.lora_rank, self.config.train.lora_alpha)
+        self.network.load_state_dict(averages(found))
+        self.network = merge_lora(self.network)
 
     def source(self, device: str) -> Source:
         """The averaged network as a field."""
         space = self.space
         decode = space.decoder(partial(Autoencoder, space.autoencoder, device, expected=space.fingerprint))
-        return network_source(self.network.to(device), self.config.flow, space.shape, len(self.class_names), decode, space.pixels)
+        read = self.words(device).read if self.text else None
+        classes = 0 if self.text else len(self.class_names)
+        return network_source(self.network.to(device), self.config.flow, space.shape, classes, decode, space.pixels, read)
+
+    def words(self, device: str) -> Words:
+        """The text encoders it was trained with.
+
+        Raises:
+            ValueError: they are not there any more, or are others.
+        """
+        words = Words(read_text_encoders(Options(**vars(self.config.data))), device)
+        words.check(self.text["fingerprints"])
+        return words
 
     def export(self, output: Path) -> Path:
         """Write it for stock diffusers."""
@@ -90,18 +117,35 @@ class Trained:
         return write_folder(output, network, self.config, self.class_names, card, space, vae)
 
 
+def check_condition(source: Source, options: Images) -> None:
+    """Raises ValueError for labels or prompts that the model does not take."""
+    if options.class_labels and (options.prompt or source.read):
+        raise ValueError(f"--class_labels {options.class_labels[0]} of a model that takes text, or beside --prompt: give --prompt alone.")
+    if options.class_labels and not source.num_classes:
+        raise ValueError(f"--class_labels {options.class_labels[0]} of a model without classes: leave the option out.")
+    if source.read and not options.prompt:
+        raise ValueError("--prompt is missing: the model takes text, as --prompt 'a red apple' 'a black cat'.")
+    for name, given in (("prompt", options.prompt), ("negative_prompt", options.negative_prompt)):
+        if given and not source.read:
+            raise ValueError(f"--{name} {given!r} of a model that takes no text: leave the option out.")
+
+
 def images(options: Images) -> int:
     """Sample a grid and print its path."""
     source, sampler = source_of(options), options.sampler()
-    classes = options.class_labels or tuple(range(source.num_classes))
-    if options.class_labels and not source.num_classes:
-        raise ValueError(f"--class_labels {options.class_labels[0]} of a model without classes: leave the option out.")
-    count = options.num_images or len(classes) or 16
+    check_condition(source, options)
+    asked: tuple[Any, ...] = options.prompt or options.class_labels or tuple(range(source.num_classes))
+    count = options.num_images or len(asked) or 16
     if count < 1:
         raise ValueError(f"--num_images {count}: at least one.")
-    labels = torch.tensor([classes[i % len(classes)] for i in range(count)]) if classes else torch.full((count,), source.null)
-    made, evaluations = generate(source, labels, sampler, seed=options.seed, batch_size=options.batch_size)
-    columns = len(classes) if 1 < len(classes) <= 16 else math.ceil(math.sqrt(count))
+    condition: Condition = [asked[i % len(asked)] for i in range(count)] if asked else torch.full((count,), source.null)
+    negative = None
+    if source.read:
+        condition, negative = source.read(condition), source.read([options.negative_prompt])
+    elif asked:
+        condition = torch.tensor(condition)
+    made, evaluations = generate(source, condition, sampler, seed=options.seed, batch_size=options.batch_size, null=negative)
+    columns = len(asked) if 1 < len(asked) <= 16 else math.ceil(math.sqrt(count))
     save_image(grid(made, min(columns, count), scale=max(1, 64 // made.shape[-1])), Path(options.output))
     print(f"{options.output}: {count} images by {options.solver}, {evaluations} evaluations each")
     return 0
@@ -142,6 +186,41 @@ def compare(options: Evaluate) -> int:
         (report.nearest_ratio, options.min_nearest),
     )
     return 0 if all(figure >= least for figure, least in wanted) else 1
+
+
+def captioned(options: Retrieve) -> tuple[Tensor, Tensor, list[str]]:
+    """Real images of captions that the seed draws, (N, C, H, W), a sample of each caption, and the captions."""
+    if not options.reference:
+        raise ValueError("--reference is missing: give a folder of shards with captions, as --reference runs/emoji/shards.")
+    source, shards = source_of(options), Shards(options.reference, options.split)
+    if source.read is None:
+        raise ValueError("retrieve asks by caption, and the model takes no text: use evaluate for classes.")
+    total = sum(shards.counts)
+    if not 2 <= options.candidates <= total:
+        raise ValueError(f"--candidates {options.candidates}: 2 or more, of the {total} images of split {options.split!r}.")
+    chosen = torch.randperm(total, generator=torch.Generator().manual_seed(options.seed))[: options.candidates].tolist()
+    ends = list(accumulate(shards.counts, initial=0))
+    places = [(s, i - ends[s]) for i in chosen for s in [bisect(ends, i) - 1]]
+    channels, _, side = source.pixels or source.shape
+    real = to_unit(torch.from_numpy(np.stack([shards.pixels(s, n, channels, side)[0] for s, n in places])))
+    field = Trained(Path(options.run)).config.data.caption if options.run else "txt"
+    captions = [caption_of(shards.read(s, n).files, field) for s, n in places]
+    made = generate(source, source.read(captions), options.sampler(), seed=options.seed, batch_size=options.batch_size).images
+    return real, made.clamp(-1, 1), captions
+
+
+def retrieve_captions(options: Retrieve) -> int:
+    """Sample captions of real images, look each up among them, print and write the figures."""
+    real, made, captions = captioned(options)
+    found = retrieve(made, real, torch.arange(len(real)))
+    output = Path(options.output or Path(options.pipeline or options.run) / "retrieval.png")
+    rows = [part for pair in zip(real.split(10), made.split(10), strict=True) for part in pair]
+    save_image(grid(torch.cat(rows), 10, scale=max(1, 64 // real.shape[-1])), output)
+    how = {"guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps}
+    output.with_suffix(".json").write_text(json.dumps({**found.as_dict(), **how, "captions": captions}, indent=1) + "\n")
+    print(found)
+    print(f"{output}: rows of real images, then their samples; figures in {output.with_suffix('.json')}")
+    return 0
 
 
 def _read_all(shards: Shards, channels: int, resolution: int, most: int | None = None) -> tuple[Tensor, Tensor]:
@@ -224,6 +303,7 @@ VERBS: dict[str, tuple[type, Callable[[Any], int]]] = {
     "evaluate": (Evaluate, compare),
     "export": (Export, export),
     "likelihood": (Likelihood, likelihood),
+    "retrieve": (Retrieve, retrieve_captions),
     "restore": (Restore, restored),
 }
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.process import Stopper, leave_group, reported
+from pipeline.process import Stopper, leave_group, own_allocator, reported
 
 STOPPER = Stopper("the same command goes on from the last checkpoint")  # before the slow imports
+if __name__ == "__main__":
+    own_allocator()
 
 from collections.abc import Callable
 from functools import partial
@@ -16,30 +18,38 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import Tensor
+from torch import Tensor, nn
 
 import data
 import models
-from data.encoders import Autoencoder, read_autoencoder
+from data.encoders import Autoencoder
 from data.options import Options
-from data.shards import Shards
+from data.sources import Sources
 from data.stream import Share, to_unit
-from models.condition import drop
 from models.convert import check_classes, to_stock
-from pipeline import launch
-from pipeline.checkpoint import Store, choose
-from pipeline.config import ALIASES, Config, model_options
+from models.cost import example
+from models.lora import add_lora, merge_lora
+from models.published import load_published
+from pipeline import launch, precision
+from pipeline.checkpoint import Store, averages, choose, find, load_state
+from pipeline.config import ALIASES, Config
 from pipeline.ema import Ema
 from pipeline.export import Card, write_folder
 from pipeline.fold import check_export
 from pipeline.loop import MicroBatch, Run, fit
 from pipeline.method import Method
+from pipeline.networks import model_options
 from pipeline.optim import adamw
+from pipeline.precision import Precision
 from pipeline.preview import preview
 from pipeline.recipe import as_mapping, facts_of, parse
 from pipeline.space import Space
 from pipeline.stock import form_of
+from pipeline.told import Teller
 from pipeline.tracking import BadSamples, Log, Meter
+
+SHOWN = 32
+"""Captions that the preview draws."""
 
 
 def train(config: Config) -> int:
@@ -49,39 +59,18 @@ def train(config: Config) -> int:
         ValueError: what a user can mend, before any work is lost.
     """
     folder = Path(config.output_dir)
-    options = Options(**vars(config.data))
-    images = data.open_shards(options)
-    space, latents = see(options, images)
-    if config.export:  # what could not be exported at the end is refused at the start
-        form_of(config.flow)
-        check_classes(len(images.manifest.class_names))
-        check_export(space)
-    accelerator = launch.start(config)
-    share = Share(
-        batch_size=config.train.batch_size,
-        accumulation=config.train.gradient_accumulation_steps,
-        rank=accelerator.process_index,
-        ranks=accelerator.num_processes,
-    )
-    launch.agree("data.shards", images.fingerprint)
+    sources, space = see(config)
+    store = Store(folder, config.checkpoint.keep)
+    checkpoint = choose(store, config.checkpoint.resume)
+    saved = load_state(checkpoint).get("precision") if checkpoint else None
+    accelerator = launch.start(config, saved, partial(measure, config, sources, space))
+    launch.agree("data.shards", sources.images.fingerprint)
     owned = launch.lock(folder) if accelerator.is_main_process else None
-    run = assemble(config, images, space, accelerator)
-    data.check_sides(options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
-    checkpoint = choose(run.store, config.checkpoint.resume)
-    if checkpoint:
-        run.load(checkpoint)
-    elif config.checkpoint.start_from:
-        run.start_from(Path(config.checkpoint.start_from))
-    if accelerator.is_main_process:
-        run.store.sweep()
-        (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
-        origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
-        print(
-            f"{folder} {origin}: step {run.step} of {config.train.max_steps}, "
-            f"{accelerator.num_processes} process(es) on {accelerator.device}; {space}"
-        )
+    run = assemble(config, sources, space, accelerator, store, fresh=checkpoint is None)
+    data.check_sides(sources.options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
+    begin(run, space, checkpoint)
     run.bad = BadSamples(folder, share=config.data.max_bad_share, main=accelerator.is_main_process, start=run.images)
-    stream = data.build(options, seed=config.seed, share=share, start=run.images, images=images, latents=latents)
+    stream = sources.stream(config.seed, share_of(config, accelerator), run.images)
     accelerator.init_trackers("tensorboard")
     log = Log(folder, main=accelerator.is_main_process, start=run.step, stop=config.train.max_steps, accelerator=accelerator)
     STOPPER.defer()
@@ -90,6 +79,8 @@ def train(config: Config) -> int:
     finally:
         log.close()
         stream.close()
+    if sources.cut:
+        log.say(sources.cut)
     accelerator.end_training()
     if STOPPER.requested:
         log.say(f"stopped at step {run.step}; the same command goes on from there.")
@@ -101,20 +92,23 @@ def train(config: Config) -> int:
     return STOPPER.exit_status
 
 
-def see(options: Options, images: Shards) -> tuple[Space, data.Encoded | None]:
-    """What the network works on, and the latents if they are encoded already.
+def see(config: Config) -> tuple[Sources, Space]:
+    """Open what the recipe names, and refuse what cannot be trained or exported.
 
     Raises:
-        ValueError: an autoencoder that is not there or does not fit, a cache of another making.
+        ValueError: shards, encoders or caches that are not there or do not fit; an export that could not be made.
     """
-    if not options.autoencoder:
-        return Space.of_pixels(options.channels, options.resolution), None
-    known = read_autoencoder(options.autoencoder)
-    data.check_shapes(options, known)
-    space = Space.of_latents(known, options.resolution)
-    cache = data.open_latents(options, images, known)
-    space = space.measured(cache.encoding["statistics"]) if cache else space  # online too, so that the two are one run
-    return space.given(options.latent_scale, options.latent_shift), cache if options.encoding == "cached" else None
+    options = Options(**vars(config.data))
+    sources = Sources.open(options, config.model.takes == "text")
+    space = Space.of_pixels(options.channels, options.resolution)
+    if sources.autoencoder:
+        space = Space.of_latents(sources.autoencoder, options.resolution)
+        if sources.latents:  # online too, so that the two are one run
+            space = space.measured(sources.latents.encoding["statistics"])
+        space = space.given(options.latent_scale, options.latent_shift)
+    if config.export:  # what could not be exported at the end is refused at the start
+        check_exportable(config, space, len(sources.images.manifest.class_names))
+    return sources, space
 
 
 def encoder(config: Config, space: Space, device: torch.device) -> Callable[[MicroBatch, int], Tensor]:
@@ -131,18 +125,49 @@ def encoder(config: Config, space: Space, device: torch.device) -> Callable[[Mic
     return encode
 
 
-def assemble(config: Config, shards: Shards, space: Space, accelerator: Accelerator) -> Run:
+def measure(config: Config, sources: Sources, space: Space, ranks: int) -> Precision:
+    """The precision in which a network of this recipe computes its micro-batches faster here."""
+    widths = sources.widths or (0, 0)
+    network = models.build(seed=0, **model_options(config.model, space.shape, len(sources.images.manifest.class_names), sources.widths))
+    micro = max(1, config.train.batch_size // config.train.gradient_accumulation_steps // ranks)
+    return precision.choose(network, example(network, space.shape, batch=micro, tokens=16, text_width=widths[0], pooled_width=widths[1]))
+
+
+def share_of(config: Config, accelerator: Accelerator) -> Share:
+    """This rank's part of every global batch."""
+    accumulation, rank = config.train.gradient_accumulation_steps, accelerator.process_index
+    return Share(batch_size=config.train.batch_size, accumulation=accumulation, rank=rank, ranks=accelerator.num_processes)
+
+
+def assemble(config: Config, sources: Sources, space: Space, accelerator: Accelerator, store: Store, *, fresh: bool) -> Run:
     """Introduce the rooms to one another: network, objective, optimiser, average, checkpoints."""
     set_seed(config.seed)
-    names = shards.manifest.class_names
-    network = models.build(**model_options(config, space.shape, len(names))).to(accelerator.device)
+    names, device = sources.images.manifest.class_names, accelerator.device
+    words = sources.listen(device)
+    method = Method(config.flow, space.shape, config.train.batch_size)
+    if words:
+        method.check_text()
+    network = models.build(seed=config.seed, **model_options(config.model, space.shape, len(names), sources.widths))
+    if fresh:
+        for note in first_weights(config, network):
+            accelerator.print(note)
+    if config.train.lora_rank:
+        add_lora(network, config.train.lora_rank, config.train.lora_alpha)
+    network = network.to(device)
     ema = Ema(network, config.ema)
     if config.train.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, adamw(network, config.train))
-    method = Method(config.flow, space.shape, config.train.batch_size)
-    settings = as_mapping(config)
-    facts = facts_of(config, shards.fingerprint) | {"space": space.facts if space.latent else {}}
+    lora = [config.train.lora_rank, config.train.lora_alpha] if config.train.lora_rank else []
+    said = {"lora": lora, "text": [one.fingerprint for one in sources.spoken], "space": space.facts if space.latent else {}}
+    about = {
+        "config": as_mapping(config),
+        "class_names": list(names),
+        "facts": facts_of(config, sources.images.fingerprint) | said,
+        "space": vars(space),
+        "precision": accelerator.mixed_precision,
+        "text": {"widths": sources.widths, "fingerprints": said["text"]} if words else {},
+    }
     return Run(
         config=config,
         accelerator=accelerator,
@@ -151,21 +176,58 @@ def assemble(config: Config, shards: Shards, space: Space, accelerator: Accelera
         ema=ema,
         optimizer=optimizer,
         method=method,
-        encode=encoder(config, space, accelerator.device),
-        decode=space.decoder(partial(Autoencoder, space.autoencoder, accelerator.device)),
-        drop_label=partial(drop, null=len(names), probability=config.train.label_dropout),
-        store=Store(Path(config.output_dir), config.checkpoint.keep),
-        about={"config": settings, "class_names": list(names), "facts": facts, "space": vars(space)},
+        encode=encoder(config, space, device),
+        decode=space.decoder(partial(Autoencoder, space.autoencoder, device)),
+        condition=Teller(config, len(names), device, words, bool(network.micro_conditions), space.factor if sources.cached else 1),
+        store=store,
+        about=about,
         stopper=STOPPER,
         meter=Meter(accelerator),
-        sample=preview,
+        sample=partial(preview, text=sources.shown(config.seed, SHOWN)),
     )
+
+
+def first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
+    """Put published weights, or those that low-rank additions are to stand beside, into a fresh network; what is to be said of it."""
+    if config.init_from:
+        return tuple(f"init_from={config.init_from}: {note}." for note in load_published(config.init_from, network).notes)
+    if config.train.lora_rank and config.checkpoint.start_from:
+        network.load_state_dict(averages(find(Path(config.checkpoint.start_from))))
+    elif config.train.lora_rank:
+        raise ValueError("train.lora_rank without weights to add to: give init_from, or checkpoint.start_from.")
+    return ()
+
+
+def begin(run: Run, space: Space, checkpoint: Path | None) -> None:
+    """Go on from a checkpoint, or begin afresh, and say which."""
+    folder, config = Path(run.config.output_dir), run.config
+    if checkpoint:
+        run.load(checkpoint)
+    elif config.checkpoint.start_from and not config.train.lora_rank:
+        run.start_from(Path(config.checkpoint.start_from))
+    if run.accelerator.is_main_process:
+        run.store.sweep()
+        (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+        origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
+        where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device}"
+        print(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
+
+
+def check_exportable(config: Config, space: Space, num_classes: int) -> None:
+    """Raises ValueError for what stock diffusers could not hold."""
+    if config.model.takes == "text":
+        raise ValueError(
+            f"model.kind={config.model.kind} on text cannot be exported yet: give --export=false and sample with `sample.py --run`."
+        )
+    form_of(config.flow)
+    check_classes(num_classes)
+    check_export(space)
 
 
 def export(run: Run, output: Path) -> None:
     """Write the averaged weights as a folder for stock diffusers."""
     card = Card.of(Path(run.config.output_dir), run.images, run.step, run.network)
-    network = to_stock(run.ema.model.cpu(), form_of(run.config.flow).factor)
+    network = to_stock(merge_lora(run.ema.model.cpu()), form_of(run.config.flow).factor)
     space = Space.of(run.about["space"])
     vae = Autoencoder(space.autoencoder).model if space.latent else None
     write_folder(output, network, run.config, tuple(run.about["class_names"]), card, space, vae)

@@ -14,6 +14,7 @@ from .beside import Beside, Company
 from .buckets import Buckets
 from .decode import DECODE_ERRORS, decode_into
 from .index import NO_LABEL
+from .join import TextStates
 from .order import Sequence, key_at, share_at
 from .shards import LostShard, Shards
 
@@ -51,10 +52,8 @@ class Batch(NamedTuple):
     in the resized image."""
     captions: tuple[str, ...] = ()
     """As asked for; "" where a sample has none."""
-    text: Tensor | None = None
-    """(B, tokens, width), float16: encoded captions, zero behind their ends."""
-    text_mask: Tensor | None = None
-    """(B, tokens), bool: where there is a token."""
+    text: tuple[TextStates, ...] = ()
+    """Encoded captions, float16, of each encoder; padded to a length that this micro-batch names, see `join.length_of`."""
     faults: tuple[Fault, ...] = ()
     """Samples that were replaced."""
 
@@ -142,7 +141,7 @@ class Loader:
             ValueError: too many bad samples in a row, or a lost shard.
         """
         array = self.reader.empty(len(plan.positions), plan.shape)
-        company = self.beside.empty(len(plan.positions)) if self.beside else Company([], None, None)
+        company = self.beside.empty(len(plan.positions)) if self.beside else Company([], [])
         faults, payload, fill, beside = list[Fault](), self.shards.payload, self.reader.fill, self.beside
         where = (plan.records[name].tolist() for name in ("payload", "bytes", "crc32"))
         corners = plan.corners if self.look.random_crop else repeat(CENTRE, len(array))
@@ -158,9 +157,9 @@ class Loader:
         labels, places, positions, samples, sizes = map(
             torch.from_numpy, (plan.labels, plan.places, plan.positions, plan.samples, plan.sizes)
         )
-        text, mask = (None if part is None else torch.from_numpy(part) for part in company[1:])
+        text = self.beside.text(company) if self.beside else ()
         images = self.reader.tensor(array)
-        return Batch(images, labels, places, positions, samples, sizes, tuple(company.captions), text, mask, tuple(faults))
+        return Batch(images, labels, places, positions, samples, sizes, tuple(company.captions), text, tuple(faults))
 
     def _substitute(self, plan: Plan, i: int, out: np.ndarray, company: Company, faults: list[Fault], error: Exception) -> None:
         """Put another sample, which (seed, position, try) names, in the place of a bad one."""

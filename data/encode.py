@@ -29,15 +29,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that s
 import argparse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from .beside import check_captions
 from .claim import Claim
-from .encoded import EXTENSIONS, FormName, side_folder
-from .encoders import Autoencoder, TextEncoder, read_autoencoder, text_fingerprint
+from .encoded import EXTENSIONS, side_folder, text_name
+from .encoders import Autoencoder, read_autoencoder
 from .forms import Form, Item, Latents, Text
 from .index import IMAGE_EXTENSIONS, Shard
 from .open import open_sources
@@ -45,6 +47,7 @@ from .options import Options, read_options
 from .shards import Shards
 from .side import Side
 from .source import Folder
+from .text_encoders import TextEncoder, read_text_encoders
 
 WINDOW = 4
 """Batches that are read and decoded ahead, and kept in memory."""
@@ -120,20 +123,22 @@ def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
     for number, (folder, names) in enumerate(sources):
         splits = [split for split in args.splits.split(",") if split] or sorted({shard.split for shard in folder.manifest.shards})
         wanted = [shard for split in splits for shard in folder.manifest.split(split) if names is None or shard.name in names]
+        if options.text_encoder and wanted:
+            check_captions(Shards([folder], wanted[0].split, [(wanted[0].name,)]), options.caption)
         for name, form in made.items():
             side = Side(side_folder(output, name, number, len(sources)), form.facts(folder.manifest), folder.manifest)
             encode(folder, wanted, name, form, side, options)
     return 0
 
 
-def _forms(args: argparse.Namespace, options: Options) -> dict[FormName, Form]:
+def _forms(args: argparse.Namespace, options: Options) -> dict[str, Form]:
     """What the recipe's encoders make, the networks still to be built."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    made: dict[FormName, Form] = {}
+    made: dict[str, Form] = {}
     if options.autoencoder:
         mirrored = options.horizontal_flip if args.flips is None else args.flips == "both"
         made["latents"] = Latents(
@@ -144,14 +149,9 @@ def _forms(args: argparse.Namespace, options: Options) -> dict[FormName, Form]:
             args.batch_size,
             args.dtype,
         )
-    if options.text_encoder:
-        made["text"] = Text(
-            options,
-            text_fingerprint(options.text_encoder, options.max_tokens),
-            lambda: TextEncoder(options.text_encoder, device, dtype, options.max_tokens),
-            args.batch_size,
-            args.dtype,
-        )
+    for number, known in enumerate(read_text_encoders(options)):
+        load = partial(TextEncoder, known.name, device, dtype, known.max_tokens, known.padding)
+        made[text_name(number)] = Text(options, known, load, args.batch_size, args.dtype)
     if not made:
         raise ValueError("neither data.autoencoder nor data.text_encoder is named: there is nothing to encode. Name one in the recipe.")
     return made
@@ -203,11 +203,16 @@ def _finish(side: Side, form: Form, wanted: list[Shard], options: Options, worke
     if manifest is None or worked or not {shard.name for shard in wanted} <= names:
         bad = [text for shard in wanted for text in side.note(shard)["sums"]["bad"]]
         _check_bad(bad, sum(shard.samples for shard in wanted), options.max_bad_share)
-        manifest = side.finish(form.describe)
+        extra = form.extra(side.folder)
+        manifest = side.finish(lambda total: form.describe(total) | extra)
     count, size = sum(s.samples for s in manifest.shards), sum(s.bytes for s in manifest.shards)
     bad_count = len(manifest.encoding["bad"])
     already = "" if worked else "already "
     print(f"{side.folder}: {count:,} samples {already}encoded, {size:,} bytes, {bad_count} of them undecodable.", flush=True)
+    if side.facts["form"] == "text":
+        said, most = manifest.encoding["statistics"], side.facts["encoder"]["max_tokens"]
+        shares = f"{said['tokens'] / max(1, count):.1f} tokens a caption; {said['cut']:,} captions cut to {most} tokens"
+        print(f"{side.folder}: {shares}, {said['missing']:,} samples without one.", flush=True)
 
 
 def _check_bad(bad: list[str], samples: int, most: float) -> None:

@@ -6,27 +6,41 @@ that keys stay aligned with the images'; reading it is an error as the image's i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from .fingerprint import differences
 from .index import Manifest
+from .join import TextStates
 from .options import Options
+from .write import once
 
 FormName = Literal["latents", "text"]
 EXTENSIONS: dict[FormName, str] = {"latents": "moments.npy", "text": "text.npy"}
+TEXT_VERSION = 2
+"""Of the arrays of encoded captions: since 2 their first row is the pooled vector."""
+NULL = "null.safetensors"
+"""Beside encoded captions: the encoding of the empty one."""
 TRANSFORM = "upright, on white, resized by the short side (Lanczos), cropped at the centre"
 """What training makes of an image before the autoencoder sees it; a change of it is a change of this text."""
 
 
-def side_folder(encoded: str | Path, form: FormName, number: int = 0, count: int = 1) -> Path:
-    """Where the side shards of one of `count` sources lie."""
-    return Path(encoded) / form if count == 1 else Path(encoded) / f"source-{number}" / form
+def side_folder(encoded: str | Path, name: str, number: int = 0, count: int = 1) -> Path:
+    """Where the side shards of one of `count` sources lie; `name` is latents, or as `text_name` has it."""
+    return Path(encoded) / name if count == 1 else Path(encoded) / f"source-{number}" / name
+
+
+def text_name(number: int) -> str:
+    """What the side shards of a text encoder are called: text, text-1, text-2."""
+    return f"text-{number}" if number else "text"
 
 
 def wanted_latents(options: Options, images: Manifest, fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -51,8 +65,8 @@ def wanted_latents(options: Options, images: Manifest, fingerprint: Mapping[str,
 
 
 def wanted_text(options: Options, images: Manifest, fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a cache of text embeddings must have been made from; arguments as in `wanted_latents`."""
-    wanted = {"form": "text", "source": images.fingerprint, "caption": options.caption}
+    """What a cache of one encoder's text embeddings must have been made from; arguments as in `wanted_latents`."""
+    wanted = {"form": "text", "version": TEXT_VERSION, "source": images.fingerprint, "caption": options.caption}
     return wanted | ({"encoder": dict(fingerprint)} if fingerprint else {})
 
 
@@ -78,7 +92,12 @@ def disagreements(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[s
         if key == "name":  # the same weights may lie elsewhere
             continue
         if key == "encoder":
-            found += differences(had or {}, here, "autoencoder" if wanted["form"] == "latents" else "text encoder")
+            differ = differences(had or {}, here, "autoencoder" if wanted["form"] == "latents" else "text encoder")
+            if differ and there.get("name") != wanted.get("name", there.get("name")):
+                found.append(f"it was made with {there['name']}, and {wanted['name']} is named here")
+            found += differ
+        elif key == "version" and had != here and there.get("form") == wanted["form"]:
+            found.append(f"its arrays are of version {had or 1}, without pooled vectors, and {here} is read: encode the captions again")
         elif key == "flips":
             found += [] if set(here) <= set(had or ()) else [f"flips are {had} there and {here} here (--flips both)"]
         elif key == "source":
@@ -130,16 +149,49 @@ def latents_of(payload: bytes | memoryview, shape: tuple[int, int, int, int], mi
     return np.frombuffer(payload, "<f2", size, start + 2 * size * mirror).reshape(channels, height, width)
 
 
-def text_of(payload: bytes | memoryview, width: int) -> np.ndarray:
-    """The token states in the bytes of a `.text.npy`: (tokens, width), float16, read-only, without a copy.
+def text_rows(states: np.ndarray, pooled: np.ndarray) -> np.ndarray:
+    """One caption as it is stored: the pooled vector, then its tokens' states; (1 + tokens, wider of both), zero beyond the narrower."""
+    rows = np.zeros((1 + len(states), max(states.shape[1], len(pooled))), np.float16)
+    rows[0, : len(pooled)], rows[1:, : states.shape[1]] = pooled, states
+    return rows
+
+
+def text_of(payload: bytes | memoryview, width: int, pooled_width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The token states, (tokens, width), and the pooled vector, (pooled,), in the bytes of a `.text.npy`: float16, read-only, no copies.
 
     Raises:
         ValueError: no such array.
     """
-    start = 10 + int.from_bytes(payload[8:10], "little")
-    if (len(payload) - start) % (2 * width) or len(payload) <= start:
+    start, across = 10 + int.from_bytes(payload[8:10], "little"), max(width, pooled_width)
+    if (len(payload) - start) % (2 * across) or len(payload) < start + 4 * across:
         raise ValueError(f"{len(payload)} bytes are no token states of width {width}: encode the captions again.")
-    return np.frombuffer(payload, "<f2", -1, start).reshape(-1, width)
+    rows = np.frombuffer(payload, "<f2", -1, start).reshape(-1, across)
+    return rows[1:, :width], rows[0, :pooled_width]
+
+
+def write_null(folder: Path, make: Callable[[], TextStates]) -> str:
+    """Write the encoding of the empty caption beside the others, unless somebody has; gives the file's sha256."""
+    path = folder / NULL
+    if not path.exists():
+        null = make().to("cpu", torch.float16)
+        once(path, save({name: part.contiguous() for name, part in null._asdict().items()}))
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def read_null(folder: str | Path, encoding: Mapping[str, Any]) -> TextStates:
+    """The encoding of the empty caption, one row, float16.
+
+    Raises:
+        ValueError: it is not there, or not what the manifest says.
+    """
+    path = Path(folder) / NULL
+    try:
+        body = path.read_bytes()
+        if hashlib.sha256(body).hexdigest() != encoding["null"]:
+            raise ValueError("its sha256 is not what the manifest says")
+        return TextStates(**load(body))
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}): encode the captions again.") from error
 
 
 class Moments:

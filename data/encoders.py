@@ -1,14 +1,12 @@
-"""Frozen encoders: pixels to moments of latents and back, captions to token states.
+"""Frozen autoencoders: pixels to moments of latents and back.
 
-diffusers and transformers are imported when used. An encoder carries its
-fingerprint, by which a cache of its output is known.
+diffusers is imported when used. An encoder carries its fingerprint, by which a
+cache of its output is known.
 """
 
 from __future__ import annotations
 
-import hashlib
 import inspect
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,115 +174,3 @@ def _add_pools(vae: nn.Module, state: dict[str, Tensor]) -> None:
         into, back = nn.Conv2d(width, wide, 1, bias=False), nn.Conv2d(wide, width, 1, bias=False)
         block.pool = nn.Sequential(into, nn.GroupNorm(wide // width, wide), nn.ReLU(), back)
         block.register_forward_pre_hook(lambda module, given: (given[0] + module.pool(given[0]),))
-
-
-class TextEncoder:
-    """A frozen text encoder with its tokenizer.
-
-    Args:
-        name: a folder (or a pipeline's, for its `text_encoder`), or a Hub id.
-        device, dtype: to compute in.
-        max_tokens: longer captions are cut to so many tokens, special ones included.
-
-    Raises:
-        ValueError: no such encoder, no tokenizer, pickled weights, more
-            tokens than it reads.
-    """
-
-    def __init__(self, name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, max_tokens: int = 128) -> None:
-        import transformers
-
-        folder = locate(name, "data.text_encoder", "text_encoder")
-        weight_files(folder)
-        self.name, self.max_tokens = name, max_tokens
-        self.tokenizer = _tokenizer(folder, max_tokens)
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-        kinds: dict[str, Any] = {
-            "t5": transformers.T5EncoderModel,
-            "mt5": transformers.MT5EncoderModel,
-            "umt5": transformers.UMT5EncoderModel,
-            "clip": transformers.CLIPTextModel,
-            "clip_text_model": transformers.CLIPTextModel,
-        }
-        kind = kinds.get(config.model_type, transformers.AutoModel)
-        transformers.logging.disable_progress_bar()
-        model: Any = kind.from_pretrained(folder, use_safetensors=True, local_files_only=True, dtype=dtype)
-        self.model = model.to(device).eval().requires_grad_(False)
-        inner = self.model.config.get_text_config()
-        self.width: int = inner.hidden_size
-        """Of a token's state."""
-        limit = inner.max_position_embeddings if "max_position_embeddings" in inner else None
-        if limit and max_tokens > limit:
-            raise ValueError(f"data.max_tokens={max_tokens}: {name} reads at most {limit} tokens. Use {limit} or fewer.")
-        self.fingerprint = text_fingerprint(name, max_tokens)
-
-    def tokens(self, captions: list[str]) -> tuple[Tensor, Tensor, int]:
-        """Token numbers and mask, (B, L), padded behind to the longest of the batch, and how many captions were cut."""
-        whole = self.tokenizer(captions)["input_ids"]
-        cut = sum(len(ids) > self.max_tokens for ids in whole)
-        rows = self.tokenizer(captions, truncation=True, max_length=self.max_tokens)["input_ids"] if cut else whole
-        spare = next(t for t in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id, 0) if t is not None)
-        rows = [row or [spare] for row in rows]  # "" is the null condition: a tokenizer that adds nothing to it still gives one token
-        pad = self.tokenizer.pad_token_id
-        ids = torch.full((len(rows), max(map(len, rows))), spare if pad is None else pad, dtype=torch.int64)
-        mask = torch.zeros(ids.shape, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
-        return ids, mask, cut
-
-    @torch.no_grad()
-    def states(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Encode captions.
-
-        Returns:
-            States of the last layer, (B, L, D), float32, zero where the mask,
-            (B, L), is false. L is the longest caption's number of tokens, at
-            most max_tokens; "" is the null condition.
-        """
-        ids, mask, _ = self.tokens(captions)
-        mask = mask.to(self.model.device)
-        states = self.model(input_ids=ids.to(self.model.device), attention_mask=mask.long()).last_hidden_state
-        return states.float() * mask[..., None], mask
-
-
-def text_fingerprint(name: str, max_tokens: int) -> dict[str, Any]:
-    """Class, configuration, weights, tokenizer, greatest length and width of a text encoder, without building it."""
-    import transformers
-
-    folder = locate(name, "data.text_encoder", "text_encoder")
-    read = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    config = read.to_dict()
-    return {
-        "class": str(config.get("model_type")),
-        "config": config_hash({key: value for key, value in config.items() if key != "architectures"}),
-        "weights": weights_hash(weight_files(folder)),
-        "tokenizer": _tokenizer_hash(_tokenizer(folder, max_tokens)),
-        "max_tokens": max_tokens,
-        "width": read.get_text_config().hidden_size,
-    }
-
-
-def _tokenizer(folder: Path, max_tokens: int) -> Any:
-    """The tokenizer beside an encoder, or in a pipeline's `tokenizer`."""
-    import transformers
-
-    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
-    place = beside if folder.name.startswith("text_encoder") and beside.is_dir() else folder
-    try:
-        found: Any = transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"data.text_encoder={str(folder)!r} has no tokenizer ({reason}): save it into the same folder.") from error
-    if max_tokens > found.model_max_length:
-        limit = found.model_max_length
-        raise ValueError(f"data.max_tokens={max_tokens}: the tokenizer of {folder} reads at most {limit}. Use {limit} or fewer.")
-    return found
-
-
-def _tokenizer_hash(tokenizer: Any) -> str:
-    """A hash of the vocabulary, of how text is cut into it, and of the special tokens."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
-    kept = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
-    text = json.dumps([kept, sorted(map(str, tokenizer.all_special_tokens))], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

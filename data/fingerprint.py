@@ -24,7 +24,7 @@ def locate(name: str, field: str, part: str = "") -> Path:
     """The folder of an encoder: the one named, its sub-folder `part`, or a copy of the Hub's.
 
     Args:
-        name: a folder, or a Hub id `owner/model`.
+        name: a folder, or a Hub id `owner/model`, or `owner/model/part` of a pipeline.
         field: how messages call it, as data.autoencoder.
         part: where a pipeline keeps it, as `vae`.
 
@@ -34,32 +34,35 @@ def locate(name: str, field: str, part: str = "") -> Path:
     for folder in (Path(name), Path(name) / part):
         if (folder / "config.json").is_file():
             return folder
-    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/", "~")):
-        inside = f" (nor {part}/config.json)" if part else ""
+    inside = name.count("/") == 2 and bool(part) and name.rpartition("/")[2].startswith(part)
+    if Path(name).exists() or not (name.count("/") == 1 or inside) or name.startswith((".", "/", "~")):
+        nor = f" (nor {part}/config.json)" if part else ""
         raise ValueError(
-            f"{field}={name!r} has no config.json{inside}: give the folder that `save_pretrained` writes, or a Hub id as owner/model."
+            f"{field}={name!r} has no config.json{nor}: give the folder that `save_pretrained` writes, or a Hub id as owner/model."
         )
     return _of_hub(name, field, part)
 
 
 def _of_hub(name: str, field: str, part: str) -> Path:
-    """Download configuration, tokenizer and safetensors of a Hub id, never a pickle."""
+    """Download configuration, tokenizer and safetensors of a Hub id, never a pickle; of a pipeline the part alone."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     names = ("*.json", "*.safetensors", "*.txt", "*.model")
+    owner, model, *inside = name.split("/")
+    repository, part = f"{owner}/{model}", inside[0] if inside else part
     try:
         try:
-            files = HfApi().list_repo_files(name)
-            under = f"{part}/" if "config.json" not in files and part else ""
-            patterns = [f"{under}{kind}" for kind in names]
-            found = Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
+            whole = "config.json" in HfApi().list_repo_files(repository) and not inside
+            folders = [""] if whole or not part else [f"{part}/", f"{part.replace('text_encoder', 'tokenizer')}/"]
+            patterns = [f"{folder}{kind}" for folder in folders for kind in names]
+            found = Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
         except (OSError, HfHubHTTPError):
-            found = Path(snapshot_download(name, local_files_only=True))
+            found = Path(snapshot_download(repository, local_files_only=True))
     except (OSError, ValueError, HfHubHTTPError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{field}={name!r} is no folder here and cannot be had from the Hub ({reason}): give a folder.") from error
-    folder = found if (found / "config.json").is_file() else found / part
+    folder = found if (found / "config.json").is_file() and not inside else found / part
     if not (folder / "config.json").is_file():
         raise ValueError(f"{field}={name!r} has no config.json on the Hub: give the id of an encoder, or of a pipeline with a {part}.")
     return folder

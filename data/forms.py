@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,12 +19,13 @@ from torch import Tensor
 from .beside import caption_of
 from .buckets import Buckets
 from .decode import DECODE_ERRORS, decode_into
-from .encoded import wanted_latents, wanted_text
-from .encoders import Autoencoder, AutoencoderFacts, TextEncoder, check_images
+from .encoded import text_rows, wanted_latents, wanted_text, write_null
+from .encoders import Autoencoder, AutoencoderFacts, check_images
 from .index import Manifest
 from .options import Options
 from .side import Sums
 from .stream import to_unit
+from .text_encoders import TextEncoder, TextFacts
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,10 @@ class Form(Protocol):
 
     def describe(self, total: Sums) -> dict[str, Any]:
         """The sums of all shards as the manifest has them."""
+        ...
+
+    def extra(self, folder: Path) -> dict[str, Any]:
+        """Write what lies beside the shards; gives facts of it for the manifest."""
         ...
 
 
@@ -170,16 +176,25 @@ class Latents:
             "bad": total["bad"],
         }
 
+    def extra(self, folder: Path) -> dict[str, Any]:
+        return {}
+
 
 class Text:
-    """Captions as the states of their tokens; a sample without one has the empty caption, the null condition."""
+    """Captions as one encoder's pooled vectors and states; a sample without one has the empty caption, the null condition.
 
-    def __init__(
-        self, options: Options, fingerprint: dict[str, Any], load: Callable[[], TextEncoder], batch_size: int, computed: str
-    ) -> None:
+    Args:
+        options: of the recipe.
+        known: the encoder's facts.
+        load: builds it, when the first caption comes.
+        batch_size: captions at once.
+        computed: name of the precision, for the facts.
+    """
+
+    def __init__(self, options: Options, known: TextFacts, load: Callable[[], TextEncoder], batch_size: int, computed: str) -> None:
         if not options.caption:
             raise ValueError("data.caption is empty beside data.text_encoder: choose `txt` or `json.KEY`.")
-        self.options, self.fingerprint, self._load, self.batch_size, self.computed = options, fingerprint, load, batch_size, computed
+        self.options, self.known, self._load, self.batch_size, self.computed = options, known, load, batch_size, computed
         self._counts = dict.fromkeys(("count", "tokens", "missing", "cut"), 0)
 
     @cached_property
@@ -188,24 +203,26 @@ class Text:
         return self._load()
 
     def facts(self, images: Manifest) -> dict[str, Any]:
-        wanted = wanted_text(self.options, images, self.fingerprint)
-        return {**wanted, "name": self.options.text_encoder, "dtype": "float16", "computed": self.computed}
+        said = {"width": self.known.width, "pooled": self.known.pooled_width, "padding": self.known.padding}
+        wanted = wanted_text(self.options, images, self.known.fingerprint)
+        return {**wanted, **said, "name": self.known.name, "dtype": "float16", "computed": self.computed}
 
     def prepare(self, item: Item) -> str:
         """The caption; "" where there is none."""
         return caption_of(item.files, self.options.caption)
 
     def encode(self, items: list[Item], prepared: list[str]) -> list[np.ndarray]:
-        """(tokens, width) each, without padding."""
-        made = []
+        """(1 + tokens, channels) each, as `text_rows` has them, without what the mask hides."""
+        made, before = [np.zeros(0)] * len(items), self.encoder.cut
+        order = sorted(range(len(items)), key=lambda i: len(prepared[i]))  # of like length together, for less padding
         for first in range(0, len(items), self.batch_size):
-            captions = prepared[first : first + self.batch_size]
-            states, mask = self.encoder.states(captions)
-            lengths = mask.sum(1).tolist()
+            batch = order[first : first + self.batch_size]
+            part, where = self.encoder.encode([prepared[i] for i in batch]), [items[i].where for i in batch]
+            lengths = part.mask.sum(1).tolist()
             self._counts["tokens"] += sum(lengths)
-            self._counts["cut"] += self.encoder.tokens(captions)[2]
-            whole = half(states, [item.where for item in items[first : first + self.batch_size]])
-            made += [array[:length] for array, length in zip(whole, lengths, strict=True)]
+            for i, states, pooled, length in zip(batch, half(part.states, where), half(part.pooled, where), lengths, strict=True):
+                made[i] = text_rows(states[:length], pooled)
+        self._counts["cut"] += self.encoder.cut - before
         self._counts["count"] += len(items)
         self._counts["missing"] += sum(not caption for caption in prepared)
         return made
@@ -216,7 +233,11 @@ class Text:
 
     def describe(self, total: Sums) -> dict[str, Any]:
         counted = {"samples": total["count"], "tokens": total["tokens"], "missing": total["missing"], "cut": total["cut"]}
-        return {"width": self.fingerprint["width"], "statistics": counted, "bad": []}
+        return {"statistics": counted, "bad": []}
+
+    def extra(self, folder: Path) -> dict[str, Any]:
+        """The encoding of the empty caption."""
+        return {"null": write_null(folder, lambda: self.encoder.null)}
 
 
 def half(values: Tensor, where: list[str]) -> list[np.ndarray]:

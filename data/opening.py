@@ -6,17 +6,19 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from .batch import Loader, Look, Pixels
-from .beside import Beside
+from .beside import Beside, Embeddings
 from .buckets import Buckets
-from .encoded import FormName, Moments, check_encoding, pooled, side_folder, wanted_latents, wanted_text
+from .encoded import Moments, check_encoding, pooled, read_null, side_folder, text_name, wanted_latents, wanted_text
 from .encoders import AutoencoderFacts, check_images
 from .index import Tally
+from .join import TextStates
 from .open import open_sources
 from .options import Options
 from .order import Mixture, Order, Sequence
 from .shards import Shards
 from .source import Folder, LocalFolder
 from .stream import Planner, Share, Stream
+from .text_encoders import TextFacts
 
 
 class Encoded(NamedTuple):
@@ -24,6 +26,8 @@ class Encoded(NamedTuple):
 
     shards: Shards
     encoding: Mapping[str, Any]
+    null: TextStates | None = None
+    """Of captions: the encoding of the empty one."""
 
 
 def build(
@@ -35,7 +39,7 @@ def build(
     captions: bool = False,
     images: Shards | None = None,
     latents: Encoded | None = None,
-    text: Encoded | None = None,
+    text: tuple[Encoded, ...] = (),
 ) -> Stream:
     """Open a stream of batches.
 
@@ -47,7 +51,7 @@ def build(
         captions: read them too.
         images: opened already, or None to open what `options` names.
         latents: to stream instead of pixels, from `open_latents`.
-        text: encoded captions to stream as well, from `open_text`.
+        text: encoded captions to stream as well, of each encoder, from `open_text`.
 
     Raises:
         ValueError: shards that cannot be had, weights, shapes or a start that cannot be.
@@ -59,9 +63,8 @@ def build(
     order = order_of(shards, options, seed)
     look = Look(seed, options.horizontal_flip, options.random_crop)
     caption = options.caption if captions else ""
-    beside = Beside(images, caption) if captions else None
-    if text:
-        beside = Beside(images, caption, text.shards, text.encoding["encoder"]["max_tokens"], text.encoding["width"])
+    embeddings = [Embeddings(shards, said["encoder"]["max_tokens"], said["width"], said["pooled"]) for shards, said, _ in text]
+    beside = Beside(images, caption, embeddings) if captions or text else None
     loader = Loader(shards, order, reader, look, buckets, beside, options.lost_shards == "skip")
     return Stream(Planner(shards, order, buckets, share, look, start), loader, options.workers)
 
@@ -98,12 +101,17 @@ def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> E
     return _open_side(options, images, "latents", wanted)
 
 
-def open_text(options: Options, images: Shards, fingerprint: Mapping[str, Any]) -> Encoded:
-    """The encoded captions of some images, made with the text encoder of this fingerprint; arguments and errors as in `open_latents`."""
-    return _open_side(options, images, "text", [wanted_text(options, folder.manifest, fingerprint) for folder in images.folders])
+def open_text(options: Options, images: Shards, facts: tuple[TextFacts, ...]) -> tuple[Encoded, ...]:
+    """The encoded captions of some images, of each of the encoders with these facts; arguments and errors as in `open_latents`."""
+    found = []
+    for number, one in enumerate(facts):
+        wanted = [wanted_text(options, folder.manifest, one.fingerprint) | {"name": one.name} for folder in images.folders]
+        cache = _open_side(options, images, text_name(number), wanted)
+        found.append(cache._replace(null=read_null(cache.shards.folders[0].name, cache.encoding)))
+    return tuple(found)
 
 
-def _open_side(options: Options, images: Shards, form: FormName, wanted: list[dict[str, Any]]) -> Encoded:
+def _open_side(options: Options, images: Shards, form: str, wanted: list[dict[str, Any]]) -> Encoded:
     folders: list[Folder] = []
     chosen = [tuple(shard.name for shard in part) for part in images.parts]
     for number, (facts, names) in enumerate(zip(wanted, chosen, strict=True)):

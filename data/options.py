@@ -47,8 +47,9 @@ class Options:
     cache_size: str = "100GB"
     retry_seconds: float = 300.0
     autoencoder: str = ""
-    text_encoder: str = ""
-    max_tokens: int = 128
+    text_encoder: tuple[str, ...] = ()
+    max_tokens: tuple[int, ...] = (128,)
+    text_padding: str = "mask"
     encoding: str = "online"
     encoded: str = ""
     latent_scale: tuple[float, ...] = ()
@@ -62,11 +63,11 @@ class Options:
         _require(self.lost_shards in ("stop", "skip"), "lost_shards", self.lost_shards, "choose `stop` or `skip`.")
         _require(self.caption in ("", "txt") or self.caption.startswith("json."), "caption", self.caption, "choose `txt` or `json.KEY`.")
         _require(self.retry_seconds > 0, "retry_seconds", self.retry_seconds, "a positive number of seconds.")
-        _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least one token. Use 77 or 128.")
         bytes_of(self.cache_size, "data.cache_size")
         self._check_buckets()
         self._check_weights()
         self._check_encoding()
+        self._check_text()
 
     def _check_buckets(self) -> None:
         if not self.aspect_ratios:
@@ -103,6 +104,17 @@ class Options:
         if self.encoding == "cached" and self.autoencoder and self.random_crop:
             raise ValueError(
                 "data.random_crop=true with data.encoding=cached: latents are encoded once. Crop at the centre, or encode online."
+            )
+
+    def _check_text(self) -> None:
+        object.__setattr__(self, "text_encoder", tuple(name for name in self.text_encoder if name))  # `--data.text_encoder=` names none
+        counts = " ".join(map(str, self.max_tokens))
+        _require(min(self.max_tokens, default=0) >= 1, "max_tokens", counts, "at least one token. Use 77 or 128.")
+        _require(self.text_padding in ("mask", "attend"), "text_padding", self.text_padding, "choose `mask` or `attend`.")
+        if len(self.max_tokens) not in (1, max(1, len(self.text_encoder))):
+            raise ValueError(
+                f"data.max_tokens={counts} has {len(self.max_tokens)} numbers for {len(self.text_encoder)} encoders in data.text_encoder: "
+                f"give one for all, or one each."
             )
 
     @property

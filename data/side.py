@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import secrets
 import tarfile
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import numpy as np
 from .claim import Claim, take
 from .encoded import disagreements
 from .index import Manifest, Shard, Tally, describe, index_path, parse_manifest, write_manifest
-from .write import commit, commit_json
+from .write import commit, commit_json, once
 
 Sums = dict[str, Any]
 """What was counted while a shard was made: numbers, or lists of them, that add up; and lists of texts, that join."""
@@ -64,7 +63,7 @@ class Side:
         if folder.is_dir() and any(folder.glob("*.tar")) and not (self.work / "request.json").exists():
             raise ValueError(f"{folder} holds tars that were not encoded here: give another --output.")
         self.work.mkdir(parents=True, exist_ok=True)
-        _once(self.work / "request.json", json.dumps(facts))
+        once(self.work / "request.json", json.dumps(facts).encode())
         begun = json.loads((self.work / "request.json").read_text())
         found = disagreements(begun, {key: value for key, value in facts.items() if key != "flips"})
         if begun.get("flips") != facts.get("flips"):
@@ -149,15 +148,3 @@ def add(parts: list[Sums]) -> Sums:
         else:
             total[key] = [math.fsum(column) for column in zip(*[value for value in values if value], strict=True)]
     return total
-
-
-def _once(path: Path, text: str) -> None:
-    """Write a file that nobody has written yet, or leave it."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_text(text)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()

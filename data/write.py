@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -72,3 +73,15 @@ def commit_json(raw: Any, final: Path) -> None:
     temporary = final.with_name(f"tmp-{os.getpid()}-{final.name}")
     temporary.write_text(json.dumps(raw, indent=1) + "\n")
     commit(temporary, final)
+
+
+def once(path: Path, body: bytes) -> None:
+    """Write a file whole, unless somebody has written it already."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.write_bytes(body)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()

@@ -12,11 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .cross_dit import CrossDiT
 from .dit import DiT
 from .initialise import initialise
+from .mmdit import MMDiT
+from .presets import resolve
 from .unet import UNet
 
-KINDS: dict[str, type[DiT] | type[UNet]] = {"dit": DiT, "unet": UNet}
+KINDS: dict[str, type[nn.Module]] = {"dit": DiT, "mmdit": MMDiT, "cross_dit": CrossDiT, "unet": UNet}
 
 
 def build(kind: str, *, seed: int | None = None, device: torch.device | str = "cpu", **options: Any) -> nn.Module:
@@ -27,7 +30,7 @@ def build(kind: str, *, seed: int | None = None, device: torch.device | str = "c
         seed: of the first weights; None draws one from torch's own generator.
         device: where to; `meta` for a network without values, to be sharded,
             given memory by `to_empty` and values by `initialise`.
-        options: of its constructor.
+        options: of its constructor; for kinds with presets, what differs from `preset` and `style`.
 
     Raises:
         ValueError: an unknown kind, or sizes that do not fit one another.
@@ -35,7 +38,7 @@ def build(kind: str, *, seed: int | None = None, device: torch.device | str = "c
     if kind not in KINDS:
         raise ValueError(f"model.kind={kind!r} is unknown: choose one of {', '.join(KINDS)}.")
     with torch.device("meta"):
-        network = KINDS[kind](**options)
+        network = KINDS[kind](**resolve(kind, options))
     if torch.device(device).type == "meta":
         return network
     network = network.to_empty(device=device)
@@ -43,4 +46,4 @@ def build(kind: str, *, seed: int | None = None, device: torch.device | str = "c
     return network
 
 
-__all__ = ["KINDS", "DiT", "UNet", "build", "initialise"]
+__all__ = ["KINDS", "CrossDiT", "DiT", "MMDiT", "UNet", "build", "initialise"]

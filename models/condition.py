@@ -28,6 +28,12 @@ class Text(NamedTuple):
     pooled: Tensor
     """(B, P), of the whole caption."""
 
+    @property
+    def seen(self) -> Tensor | None:
+        """The mask; None where it hides nothing and asking costs nothing: a device would have to be waited for."""
+        free = self.mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        return None if free and bool(self.mask.all()) else self.mask
+
 
 def noise_clock(t: Tensor) -> Tensor:
     """The time that networks embed: `1000 (1 - t)`, 0 at the data and 1000 at the noise; any shape.
@@ -91,13 +97,29 @@ class Sizes(Embedder):
         return super().forward(sinusoids(sizes.flatten(), "original").view(len(sizes), -1))
 
 
-def drop(labels: Tensor, chance: Tensor, *, null: int, probability: float) -> Tensor:
-    """Train some samples without their class: the null class replaces theirs where `chance < probability`.
+class TimeAndClass(nn.Module):
+    """Time, (B,), and class, (B,) int64, embedded and added, (B, width); class `num_classes` is none."""
 
-    Args:
-        labels: (B,); a negative one, which a sample without class has, becomes null too.
-        chance: (B,), uniform in (0, 1), one number per sample.
-        null: the label that stands for none.
-        probability: of dropping, 0 to 1.
-    """
-    return torch.where((chance < probability) | (labels < 0), torch.full_like(labels, null), labels)
+    def __init__(self, width: int, num_classes: int, clock: Clock) -> None:
+        super().__init__()
+        self.time = Time(width, clock)
+        self.classes = nn.Embedding(num_classes + 1, width)
+
+    def forward(self, t: Tensor, labels: Tensor) -> Tensor:
+        return self.time(t) + self.classes(labels)
+
+
+def check_text(text_width: int, pooled_width: int) -> None:
+    """Raises ValueError where there is no text encoder to take captions from."""
+    if text_width < 1 or pooled_width < 1:
+        raise ValueError(
+            f"text states {text_width} wide and pooled text {pooled_width} wide: a network on text needs both. "
+            f"Name an encoder in data.text_encoder, or use model.kind=dit."
+        )
+
+
+def given(sizes: Tensor | None) -> Tensor:
+    """Raises ValueError where a network with micro-conditions gets none."""
+    if sizes is None:
+        raise ValueError("sizes=None: a network with model.micro_conditions takes (B, 6) sizes in pixels. Give them, or switch it off.")
+    return sizes

@@ -1,4 +1,4 @@
-"""The parts a transformer is made of: patches, positions, norms, attention, the feed-forward net."""
+"""The parts a transformer is made of: patches, positions, norms, attention, feed-forward nets."""
 
 from __future__ import annotations
 
@@ -40,8 +40,47 @@ def sincos_positions(
     return torch.cat([across, down], dim=2).reshape(rows * columns, width).float()
 
 
+def resized(table: Tensor, rows: int, columns: int) -> Tensor:
+    """Learned positions, (R, C, D), for a grid of another shape, (rows, columns, D): bicubic; themselves for their own."""
+    if table.shape[:2] == (rows, columns):
+        return table
+    return F.interpolate(table.permute(2, 0, 1)[None], (rows, columns), mode="bicubic")[0].permute(1, 2, 0)
+
+
+def rotations(width: int, rows: int, columns: int, *, before: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that `rotate` turns the tokens of a grid by: half of the channels by the row, half by the column.
+
+    Args:
+        width: of a head, a multiple of 4.
+        rows, columns: of tokens, read row by row.
+        before: so many tokens stand before them, which are not turned.
+
+    Returns:
+        Two of (before + rows * columns, width / 2), float32.
+
+    Source: Su et al., RoFormer, section 3.2, along two axes as in Heo et al.,
+    Rotary Position Embedding for Vision Transformer, section 3.2 (theta 10000 here).
+    """
+    frequencies = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+    down, across = (torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * frequencies for count in (rows, columns))
+    grid = torch.cat([down[:, None].expand(-1, columns, -1), across[None].expand(rows, -1, -1)], dim=2).flatten(0, 1)
+    angles = torch.cat([grid.new_zeros(before, width // 2), grid])
+    return angles.cos().float(), angles.sin().float()
+
+
+def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Turn channel i and channel i + d / 2 of every token as one point of a plane.
+
+    Args:
+        x: (B, heads, N, d).
+        cosine, sine: (N, d / 2).
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
+
+
 class RMSNorm(nn.Module):
-    """Division by the root mean square of the last dimension, times a weight.
+    """Division by the root mean square of the last dimension, times a weight; keeps the dtype.
 
     Source: Zhang and Sennrich, Root Mean Square Layer Normalization.
     """
@@ -51,24 +90,37 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight, EPSILON)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), EPSILON).to(x.dtype)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention over tokens, (B, N, D) -> (B, N, D).
 
-    Source: Vaswani et al., section 3.2.
+    Args:
+        width, heads: channels of all heads together; heads.
+        qk_norm: queries and keys are RMS-normed within each head.
+
+    Source: Vaswani et al., section 3.2; the norm: Dehghani et al., Scaling
+    Vision Transformers to 22 Billion Parameters, section 2.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.query_norm = RMSNorm(width // heads) if qk_norm else None
+        self.key_norm = RMSNorm(width // heads) if qk_norm else None
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """`rotation`: what `rotations` gives for the tokens; None for none."""
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rotation is not None:
+            cosine, sine = (part.to(q.dtype) for part in rotation)
+            q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
         return self.out(attend(q, k, v))
 
 
@@ -84,14 +136,36 @@ class FeedForward(nn.Module):
         return self.leave(gelu_tanh(self.enter(x)))
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+class SwiGLU(nn.Module):
+    """A feed-forward net whose inside is the SiLU of one half times the other; any (..., D).
+
+    Two thirds as wide inside as FeedForward, up to the next multiple of 8, so
+    that its three maps cost what the two of FeedForward do.
+
+    Source: Shazeer, GLU Variants Improve Transformer, section 2.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        inside = -(-8 * width // 24) * 8
+        self.enter = nn.Linear(width, 2 * inside)
+        self.leave = nn.Linear(inside, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.enter(x).chunk(2, dim=-1)
+        return self.leave(F.silu(gate) * value)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, rms: bool = False) -> Tensor:
     """LayerNorm without weights of its own, then a shift and a scale per sample.
 
     Args:
         x: (B, N, D).
         shift, scale: (B, 1, D); zero leaves the norm as it is.
+        rms: division by the root mean square instead, the mean stays.
     """
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPSILON), 1 + scale)
+    norm = F.rms_norm(x, x.shape[-1:], eps=EPSILON) if rms else F.layer_norm(x, x.shape[-1:], eps=EPSILON)
+    return torch.addcmul(shift, norm, 1 + scale)
 
 
 def patches(x: Tensor, size: int) -> Tensor:

@@ -252,3 +252,21 @@ def _gather(value: T) -> list[T]:
     values: list[Any] = [None] * _world()
     dist.all_gather_object(values, value)
     return values
+
+
+def find(folder: Path) -> Path:
+    """A whole checkpoint to start another run from: the folder itself, or the newest of a run's.
+
+    Raises:
+        ValueError: none there, or a damaged one.
+    """
+    found = folder if (folder / "state.json").exists() else Store(folder, keep=1).latest()
+    if found is None:
+        raise ValueError(f"checkpoint.start_from={str(folder)!r} holds no whole checkpoint: name a run's folder, or a checkpoint of it.")
+    load_state(found)  # verified
+    return found
+
+
+def averages(folder: Path) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint, by the network's own names."""
+    return {name.removeprefix("ema."): value for name, value in load_tensors(folder).items() if name.startswith("ema.")}

@@ -7,8 +7,10 @@ the number of ranks can tell is checked in `train.py`, still before any work.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .networks import DiTConfig, ModelConfig
 
 
 def _require(rule: bool, name: str, value: object, text: str) -> None:
@@ -38,35 +40,15 @@ class DataConfig:
     cache_size: str = "100GB"  # of all copies
     retry_seconds: float = 300.0  # a remote source is tried again for so long
     autoencoder: str = ""  # folder or Hub id of a frozen AutoencoderKL, AutoencoderTiny or AutoencoderDC; none trains on pixels
-    text_encoder: str = ""  # folder or Hub id of a frozen text encoder
-    max_tokens: int = 128  # longer captions are cut
+    text_encoder: tuple[str, ...] = ()  # folders or Hub ids of frozen text encoders: CLIP, T5, or any that gives token states
+    max_tokens: tuple[int, ...] = (128,)  # longer captions are cut; one number for all encoders, or one each
+    # mask: no attention to what stands behind a caption's end; attend: full length, all of it seen, as Stable Diffusion 3 and Flux do
+    text_padding: Literal["mask", "attend"] = "mask"
     encoding: str = "online"  # or cached: read what `python -m data.encode` wrote into data.encoded
     encoded: str = ""  # folder of that cache
     # multiplies latents after the shift, one number or one a channel; none: as measured (cached), or as the autoencoder says (online)
     latent_scale: tuple[float, ...] = ()
     latent_shift: tuple[float, ...] = ()  # subtracted from latents, one number or one a channel; none: likewise
-
-
-@dataclass(frozen=True, kw_only=True)
-class DiTConfig:
-    """A diffusion transformer with adaLN-zero, as published; exported to stock diffusers."""
-
-    kind: Literal["dit"] = "dit"  # dit or unet: the other kind has fields of its own
-    patch_size: int = 2  # pixels a side of one token
-    width: int = 384  # channels of a token
-    depth: int = 12  # blocks
-    heads: int = 6  # attention heads; they divide the width
-
-
-@dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """diffusers' UNet2DModel."""
-
-    kind: Literal["unet"] = "unet"  # dit or unet: the other kind has fields of its own
-    block_channels: tuple[int, ...] = (64, 128, 128)  # channels of each level, from fine to coarse; multiples of 32
-    layers_per_block: int = 2  # residual blocks of each level
-    attention_levels: int = 1  # so many of the coarsest levels attend
-    head_width: int = 32  # channels of one attention head; it divides the attending levels' channels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,8 +94,11 @@ class TrainConfig:
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.999  # of AdamW
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it; 0 leaves them
-    label_dropout: float = 0.1  # probability that a sample is trained without its class, for guidance
-    mixed_precision: Literal["no", "bf16", "fp16"] | None = None  # None takes what the launcher says
+    condition_dropout: float = 0.1  # probability that a sample is trained without its class or caption, for guidance
+    encoder_dropout: float = 0.0  # of several text encoders: probability that a sample is trained without this one; SD3 has 0.464
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] | None = None  # None: as the launcher says; auto: the faster of no and bf16
+    lora_rank: int = 0  # train only low-rank additions of this rank to the attention and feed-forward layers; 0 trains all weights
+    lora_alpha: float = 16.0  # the additions are multiplied by lora_alpha / lora_rank
     compile: bool = False  # torch.compile the network: slower to start, faster on long runs
     cpu_threads: int = 0  # on a CPU: threads of each process; 0 shares the cores among the processes of this machine
 
@@ -125,7 +110,8 @@ class TrainConfig:
         _require(self.learning_rate > 0, "train.learning_rate", self.learning_rate, "it is positive. Use 1e-4 for a DiT.")
         _require(self.lr_warmup_steps >= 0, "train.lr_warmup_steps", self.lr_warmup_steps, "0 or more steps.")
         _require(0 < self.lr_decay_fraction <= 1, "train.lr_decay_fraction", self.lr_decay_fraction, "a share above 0, at most 1.")
-        _require(0 <= self.label_dropout < 1, "train.label_dropout", self.label_dropout, "a probability below 1. Use 0.1.")
+        for name in ("condition_dropout", "encoder_dropout"):
+            _require(0 <= getattr(self, name) < 1, f"train.{name}", getattr(self, name), "a probability below 1. Use 0.1.")
         _require(self.max_grad_norm >= 0, "train.max_grad_norm", self.max_grad_norm, "0 (off) or positive.")
         _require(self.cpu_threads >= 0, "train.cpu_threads", self.cpu_threads, "0 (automatic) or a number of threads.")
 
@@ -184,20 +170,15 @@ class Config:
 
     output_dir: str = "runs/untitled"  # the run's folder: checkpoints, metrics.jsonl, samples, export
     seed: int = 0  # of the order, the noise, the times and the initial weights
+    init_from: str = ""  # published weights to begin with: a folder or Hub id of diffusers, or a file of the original DiT or SiT
     export: bool = True  # write the folder `export` for stock diffusers at the end
     data: DataConfig = field(default_factory=DataConfig)
-    model: DiTConfig | UNetConfig = field(default_factory=DiTConfig)
+    model: ModelConfig = field(default_factory=DiTConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     log: LogConfig = field(default_factory=LogConfig)
-
-
-def model_options(config: Config, shape: tuple[int, int, int], num_classes: int) -> dict[str, Any]:
-    """The arguments of `models.build`: the recipe's model, and what the data say of its input, (C, H, W), here square."""
-    options = {item.name: getattr(config.model, item.name) for item in fields(config.model)}
-    return {**options, "channels": shape[0], "resolution": shape[-1], "num_classes": num_classes}
 
 
 ALIASES = {
@@ -217,6 +198,9 @@ ALIASES = {
     "max_grad_norm": "train.max_grad_norm",
     "mixed_precision": "train.mixed_precision",
     "use_ema": "ema.enabled",
+    "gradient_checkpointing": "model.gradient_checkpointing",
+    "rank": "train.lora_rank",
+    "proportion_empty_prompts": "train.condition_dropout",
     "checkpointing_steps": "checkpoint.every",
     "checkpoints_total_limit": "checkpoint.keep",
     "resume_from_checkpoint": "checkpoint.resume",

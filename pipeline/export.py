@@ -18,10 +18,11 @@ from torch import nn
 from .config import Config
 from .fold import stock_autoencoder
 from .folder import STOCK_NULL, open_folder
-from .generate import Sampler, generate, grid, save_image
+from .generate import Sampler, generate
 from .identity import identity_autoencoder
 from .recipe import as_mapping
 from .scheduling_condot_v1 import CondotScheduler
+from .sheet import grid, save_image
 from .space import Space
 from .stock import form_of, scheduler_of
 from .tracking import last_loss

@@ -6,15 +6,11 @@ nor on the batch's size, up to the rounding of the network.
 
 from __future__ import annotations
 
-import math
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path as FilePath
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from .config import FlowConfig
@@ -22,6 +18,7 @@ from .flow import (
     ODE_SOLVERS,
     PATHS,
     SDE_SOLVERS,
+    Condition,
     Path,
     Prediction,
     Prior,
@@ -30,12 +27,15 @@ from .flow import (
     annealed_langevin,
     coefficient,
     convert,
+    count,
     denoise,
+    each,
     guide,
     initial,
     langevin,
     normal,
     predictor_corrector,
+    repeat,
     singular,
     velocity_field,
     widen,
@@ -59,13 +59,13 @@ class Source:
     """A conditional velocity field and what it takes to start from noise and end in images."""
 
     field: ConditionalField
-    """(x, t, labels) -> velocity, (B, *S)."""
+    """(x, t, condition) -> velocity, (B, *S)."""
     path: Path
     shape: tuple[int, ...]
     """Of one sample, (C, H, W)."""
     num_classes: int
-    null: int
-    """The label that stands for none."""
+    null: int | Condition
+    """What stands for none: a label, or a text's condition of one sample."""
     device: torch.device
     decode: Callable[[Tensor], Tensor]
     """From the end of the path to images in -1..1, (B, C, H, W)."""
@@ -75,6 +75,8 @@ class Source:
     """Where the path starts, unless at N(0, I); then there is no score, and no SDE."""
     pixels: tuple[int, ...] = ()
     """Of an image, (C, H, W), where samples are latents of it; empty where samples are images."""
+    read: Callable[[Sequence[str]], Condition] | None = None
+    """From captions to conditions, of a model that takes text."""
 
 
 def network_source(
@@ -84,15 +86,28 @@ def network_source(
     num_classes: int,
     decode: Callable[[Tensor], Tensor],
     pixels: tuple[int, ...] = (),
+    read: Callable[[Sequence[str]], Condition] | None = None,
+    null: Condition | None = None,
 ) -> Source:
-    """A network of ours as a source; its null class is `num_classes`."""
+    """A network of ours as a source; its null is the class `num_classes`, or the text "" where it reads, unless one is given.
+
+    A network that is told sizes is told those of whole images of the usual one.
+    """
     path = PATHS[flow.path]()
+    field = velocity_field(scaled(network, flow), path, flow.predict)
+    height, width = (pixels or shape)[1:]
+    whole = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+
+    def told(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return field(x, t, condition, whole.to(x.device).expand(len(x), -1))
+
     return Source(
-        field=velocity_field(scaled(network, flow), path, flow.predict),
+        field=told if getattr(network, "micro_conditions", False) else field,
         path=path,
         shape=shape,
         num_classes=num_classes,
-        null=num_classes,
+        null=(read([""]) if read else num_classes) if null is None else null,
+        read=read,
         device=next(network.parameters()).device,
         decode=decode,
         predict=flow.predict,
@@ -164,45 +179,66 @@ class Samples(NamedTuple):
 
 
 @torch.no_grad()
-def generate(source: Source, labels: Tensor, sampler: Sampler, *, seed: int, first: int = 0, batch_size: int = 256) -> Samples:
+def generate(
+    source: Source,
+    condition: Condition,
+    sampler: Sampler,
+    *,
+    seed: int,
+    first: int = 0,
+    batch_size: int = 256,
+    null: Condition | None = None,
+) -> Samples:
     """Sample images.
 
     Args:
         source: the field.
-        labels: class of each image, (N,), int64; for a model without classes all equal `source.null`.
+        condition: of each image, (N, ...): classes, int64, for a model without classes all equal `source.null`; or text.
         sampler: solver, steps, guidance, coefficient.
         seed: of the noise.
         first: index of the first image; the noise is a function of (seed, index).
         batch_size: images at once.
+        null: what guidance leads away from, one sample's condition; by default none at all.
 
     Raises:
         ValueError: a label out of range, guidance of a model without classes,
             a sample that is not finite.
     """
-    if source.num_classes:
-        check_labels(labels, source.num_classes)
+    if not isinstance(condition, Tensor):
+        pass
+    elif source.num_classes:
+        check_labels(condition, source.num_classes)
     elif sampler.guidance_scale != 1:
         raise ValueError(f"guidance_scale={sampler.guidance_scale} on a model without classes: there is nothing to guide by, use 1.")
     images, evaluations = [], 0
-    for start in range(0, len(labels), batch_size):
-        part = labels[start : start + batch_size].to(source.device)
-        index = first + start + torch.arange(len(part), device=source.device)
+    if null is not None:
+        source = replace(source, null=null)
+    total = count(condition)
+    for start in range(0, total, batch_size):
+        index = first + torch.arange(start, min(start + batch_size, total), device=source.device)
+        rows = slice(start, start + batch_size)
+        part = each(condition, lambda whole, rows=rows: whole[rows].to(source.device))  # type: ignore[misc]
         end, evaluations = _solve(source, part, sampler, seed, index)
         images.append(source.decode(end).float().cpu())
     return Samples(torch.cat(images), evaluations)
 
 
-def _solve(source: Source, labels: Tensor, sampler: Sampler, seed: int, index: Tensor) -> Solution:
+def _solve(source: Source, condition: Condition, sampler: Sampler, seed: int, index: Tensor) -> Solution:
     """The end of the path for one batch, and the evaluations it took."""
-    field, times = guided(source, labels, sampler), sampler.times(source)
+    field, times = guided(source, condition, sampler), sampler.times(source)
     x = start(source, seed, index, float(times[0]))
     return cleaned(source, field, follow(source, field, x, times, sampler, seed, index), float(times[-1]))
 
 
-def guided(source: Source, labels: Tensor, sampler: Sampler) -> Field:
-    """The source's field with its labels, (B,), bound and guided as the sampler says."""
-    null = torch.full_like(labels, source.null)
-    return guide(source.field, labels, null, sampler.guidance_scale, interval=sampler.guidance_interval, rescale=sampler.guidance_rescale)
+def guided(source: Source, condition: Condition, sampler: Sampler) -> Field:
+    """The source's field with its condition, (B, ...), bound and guided as the sampler says."""
+    if isinstance(condition, Tensor):
+        null: Condition = torch.full_like(condition, source.null)
+    else:
+        null = repeat(each(source.null, lambda part: part.to(source.device)), count(condition))
+    return guide(
+        source.field, condition, null, sampler.guidance_scale, interval=sampler.guidance_interval, rescale=sampler.guidance_rescale
+    )
 
 
 def cleaned(source: Source, field: Field, end: Solution, t: float) -> Solution:
@@ -268,35 +304,3 @@ def _relax(path: Path, field: Field, x: Tensor, times: Tensor, sampler: Sampler,
         return annealed_langevin(score, x, times, path, step, sampler.corrections, noise)
     last = torch.full((len(x),), float(times[-1]), device=x.device, dtype=x.dtype)
     return langevin(lambda point: score(point, last), x, step, sampler.steps, noise)
-
-
-def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
-    """Images side by side on white, a gap of one of their pixels between them.
-
-    Args:
-        images: (N, C, H, W), -1..1.
-        columns: images in a row.
-        scale: each pixel becomes so many a side.
-
-    Returns:
-        (C, height, width), -1..1.
-    """
-    count, channels, height, width = images.shape
-    rows = math.ceil(count / columns)
-    sheet = torch.ones(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)
-    for i in range(count):
-        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
-        sheet[:, top : top + height, left : left + width] = images[i]
-    return sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-
-
-def save_image(image: Tensor, path: FilePath) -> None:
-    """Write (C, H, W), -1..1, as an image file, whole or not at all; the folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".tmp-{path.name}")
-    array = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    try:
-        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

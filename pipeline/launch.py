@@ -4,27 +4,40 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from .config import Config
+from .precision import Precision, settle
 
 
-def start(config: Config) -> Accelerator:
+def start(config: Config, saved: Precision | None = None, measure: Callable[[int], Precision] = lambda ranks: "no") -> Accelerator:
     """Create the Accelerator, on the CPU where there is no GPU.
+
+    Args:
+        config: of the run.
+        saved: the precision that it began in, if it goes on.
+        measure: for `train.mixed_precision: auto`: the faster precision here, for so many ranks.
 
     Raises:
         ValueError: another number of processes runs than the launcher was asked for.
     """
     check_launcher()
+    if not torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(config.train.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
+    group = PartialState(cpu=not torch.cuda.is_available())
+    precision = settle(config.train.mixed_precision, saved, partial(measure, group.num_processes))
     tracker = None if config.log.report_to == "none" else config.log.report_to
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),
-        mixed_precision=config.train.mixed_precision,
+        mixed_precision=precision,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         log_with=tracker,
         project_dir=config.output_dir,
@@ -36,9 +49,6 @@ def start(config: Config) -> Accelerator:
             f"WORLD_SIZE={asked} but {accelerator.num_processes} process runs as one job: on CPUs start them with "
             f"`accelerate launch --config_file configs/accelerate/cpu2.yaml` or torchrun."
         )
-    if accelerator.device.type == "cpu":
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(config.train.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
     return accelerator
 
 

@@ -20,9 +20,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from .checkpoint import Store, load_state, load_tensors
+from .checkpoint import Store, find, load_state, load_tensors
 from .config import Config
 from .ema import Ema
+from .flow import Condition
 from .method import Method
 from .optim import learning_rate
 from .process import Stopper
@@ -38,6 +39,12 @@ class MicroBatch(Protocol):
     def labels(self) -> Tensor: ...
     @property
     def places(self) -> Tensor: ...
+    @property
+    def sizes(self) -> Tensor: ...
+    @property
+    def captions(self) -> tuple[str, ...]: ...
+    @property
+    def text(self) -> Any: ...
 
 
 @dataclass
@@ -57,8 +64,8 @@ class Run:
     """From a micro-batch and its step to what the model learns, (B, *S), on the device."""
     decode: Callable[[Tensor], Tensor]
     """From that to images, -1..1."""
-    drop_label: Callable[[Tensor, Tensor], Tensor]
-    """(labels, chance) -> labels, some of them null."""
+    condition: Callable[[MicroBatch, int, Tensor], tuple[Condition, ...]]
+    """From a micro-batch, its step and a chance a sample, (B,), to what the model takes beside x and t, some of it null."""
     store: Store
     about: dict[str, Any]
     """What a checkpoint says of its run: `config`, `class_names`, and `facts`, on which a resumed run must agree."""
@@ -135,12 +142,7 @@ class Run:
         Raises:
             ValueError: no good checkpoint there, or weights of another network.
         """
-        found = folder if (folder / "state.json").exists() else Store(folder, keep=1).latest()
-        if found is None:
-            raise ValueError(
-                f"checkpoint.start_from={str(folder)!r} holds no whole checkpoint: name a run's folder, or a checkpoint of it."
-            )
-        load_state(found)  # verified
+        found = find(folder)
         self._load_networks(load_tensors(found), f"checkpoint.start_from={found}")
 
     def _load_networks(self, tensors: dict[str, Tensor], where: str) -> None:
@@ -212,8 +214,7 @@ def loss_of(run: Run, batch: MicroBatch) -> Tensor:
     device = run.accelerator.device
     data = run.encode(batch, run.step)
     draws = run.method.draw(run.config.seed, run.step, batch.places.to(device, non_blocking=True), tuple(data.shape[1:]))
-    labels = run.drop_label(batch.labels.to(device, non_blocking=True), draws.drop)
-    return run.method.losses(run.model, data, draws, labels)
+    return run.method.losses(run.model, data, draws, *run.condition(batch, run.step, draws.drop))
 
 
 def clip(run: Run) -> Tensor:

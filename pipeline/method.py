@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .config import FlowConfig
 from .flow import (
     PATHS,
+    Condition,
     CosMap,
     Discrete,
     LinearPath,
@@ -85,6 +86,11 @@ class Method:
             raise ValueError(f"flow.coupling_group={flow.coupling_group}: an assignment is among at least two images. Use 32.")
         self.objective.check(self.shape)
 
+    def check_text(self) -> None:
+        """Raises ValueError for a recipe that goes with classes only."""
+        if self.flow.coupling != "independent":
+            raise ValueError(f"flow.coupling={self.flow.coupling} moves noise within a class, and every caption is one: set independent.")
+
     @property
     def preconditioned(self) -> bool:
         """Whether the network is scaled the Karras way; always on the path EDM."""
@@ -137,23 +143,23 @@ class Method:
             rademacher(seed, Purpose.PROBE, step, places, shape) if self.flow.objective == "sliced" else None,
         )
 
-    def losses(self, model: Callable[..., Tensor], data: Tensor, draws: Draws, labels: Tensor) -> Tensor:
+    def losses(self, model: Callable[..., Tensor], data: Tensor, draws: Draws, *condition: Condition) -> Tensor:
         """The loss of each sample, (B,).
 
         Args:
             model: the bare network, as it is wrapped for training.
             data: z, (B, *S).
             draws: of these samples.
-            labels: (B,), with the null class where the condition is dropped.
+            condition: what else the network takes, each (B, ...): labels or text, null where it is dropped; sizes.
         """
-        noise = self.paired(data, draws.noise, labels)
+        noise = self.paired(data, draws.noise, condition[0])
         network = self.network(model)
         if isinstance(self.objective, Objective):
-            return self.objective(network, data, noise, draws.t, labels)
+            return self.objective(network, data, noise, draws.t, *condition)
         with sdpa_kernel(SDPBackend.MATH):  # the fast attentions have no second derivative
-            return self.objective(network, data, noise, draws.t, labels, probe=draws.probe)
+            return self.objective(network, data, noise, draws.t, *condition, probe=draws.probe)
 
-    def paired(self, data: Tensor, noise: Tensor, labels: Tensor) -> Tensor:
+    def paired(self, data: Tensor, noise: Tensor, labels: Condition) -> Tensor:
         """The noise of each datum under the recipe's coupling: in groups of fixed places, so that ranks do not change it."""
         size = self.flow.coupling_group
         if self.flow.coupling == "independent":

@@ -70,7 +70,9 @@ class Images(Sampling):
     """Sample images and write them as one grid."""
 
     class_labels: tuple[int, ...] = ()  # classes; taken in turn until there are num_images. None: all in turn
-    num_images: int = 0  # images in all; 0 for one of each label
+    prompt: tuple[str, ...] = ()  # captions, of a model that takes text; taken in turn until there are num_images
+    negative_prompt: str = ""  # what guidance leads away from; by default from no caption
+    num_images: int = 0  # images in all; 0 for one of each label or prompt
     output: str = "samples.png"  # the grid
 
 
@@ -88,6 +90,19 @@ class Evaluate(Sampling):
     min_accuracy: float = 0.0  # fail below this share of samples in their class
     min_diversity: float = 0.0  # fail below this ratio to real images
     min_nearest: float = 0.0  # fail below this ratio of distances to the nearest training image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieve(Sampling):
+    """Does a sample of a caption lie nearest to the real image of that caption, among others? For models that take text."""
+
+    reference: str = ""  # folder of shards with captions
+    split: str = "train"  # of the shards; what was trained on was seen
+    candidates: int = 50  # captions, drawn by the seed; one sample and one real image each
+    guidance_scale: float = 3.0  # 1 is none
+    output: str = (
+        ""  # the grid: real images, then samples, 10 a row; by default retrieval.png in the run's folder, figures beside it as JSON
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

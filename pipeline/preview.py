@@ -1,4 +1,4 @@
-"""A look at a run while it trains: some samples of each class, by the averaged weights."""
+"""A look at a run while it trains: some samples of each class, or of captions, by the averaged weights."""
 
 from __future__ import annotations
 
@@ -6,20 +6,32 @@ from pathlib import Path
 
 import torch
 
-from .generate import Sampler, generate, grid, network_source, save_image
+from .flow import Condition, count
+from .generate import Sampler, generate, network_source
 from .loop import Run
+from .sheet import grid, save_image
 
 ROWS = 4
 """Samples of each class."""
 
 
-def preview(run: Run) -> None:
-    """Write `samples/step-<step>.png` into the run's folder: a column for each of the first ten classes."""
-    config, count = run.config, len(run.about["class_names"])
-    source = network_source(run.ema.model, config.flow, run.method.shape, count, run.decode)
-    columns = min(count, 10) or 8
-    labels = torch.arange(ROWS * columns) % columns if count else torch.full((ROWS * columns,), source.null)
-    sampler = Sampler("heun", config.log.sample_steps, config.log.guidance_scale if count else 1.0)
-    images = generate(source, labels, sampler, seed=config.seed).images
+def preview(run: Run, text: tuple[Condition, Condition] | None = None) -> None:
+    """Write `samples/step-<step>.png` into the run's folder: a column for each of the first ten classes, or one image a caption.
+
+    Args:
+        run: the run.
+        text: what is shown of a model that takes text, (N, ...), and what stands for none, (1, ...).
+    """
+    config, classes = run.config, 0 if text else len(run.about["class_names"])
+    null = text[1] if text else None
+    source = network_source(run.ema.model, config.flow, run.method.shape, classes, run.decode, null=null)
+    if text:
+        condition, columns = text[0], 8
+    else:
+        columns = min(classes, 10) or 8
+        condition = torch.arange(ROWS * columns) % columns if classes else torch.full((ROWS * columns,), source.null)
+    guided = text is not None or classes > 0
+    sampler = Sampler("heun", config.log.sample_steps, config.log.guidance_scale if guided else 1.0)
+    images = generate(source, condition, sampler, seed=config.seed).images
     path = Path(config.output_dir) / "samples" / f"step-{run.step:07d}.png"
-    save_image(grid(images, columns, scale=max(1, 48 // images.shape[-1])), path)
+    save_image(grid(images, min(columns, count(condition)), scale=max(1, 48 // images.shape[-1])), path)

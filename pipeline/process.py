@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import platform
 import signal
 import sys
 import time
@@ -21,6 +22,30 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # Read by the threads of torch when it is imported. By default they spin for each other for milliseconds, which on a machine that others
 # use too made a step of two threads on two cores 4 to 8 times slower (2.0 s against 0.25 to 0.6 s); docs/failed-ideas.md.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+# Memory that was freed is kept, in huge pages: a step of training frees and takes the same gigabytes again and again, and giving them back
+# in between cost a fifth of it (benchmarks/train_step.py). glibc reads these when a process starts.
+ALLOCATOR = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**33),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
+"""Of GPUs: memory of the host matters less there."""
+
+
+def own_allocator() -> None:
+    """Start this same command again with ALLOCATOR set, in the same process; to be called before anything slow, by a main program only.
+
+    Not where one of the variables is set already, by the user or by this
+    function, nor where there is a GPU, another C library than glibc, or
+    CONDOT_ALLOCATOR=system.
+    """
+    glibc = platform.libc_ver()[0] == "glibc"
+    wanted = os.environ.get("CONDOT_ALLOCATOR") != "system" and not any(map(os.path.exists, DRIVERS))
+    if glibc and wanted and sys.executable and not ALLOCATOR.keys() & os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
 
 
 class Stopper:

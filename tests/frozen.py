@@ -97,8 +97,8 @@ def dc(folder: Path) -> Path:
     return folder
 
 
-def text(folder: Path, kind: str, seed: int = 0) -> Path:
-    """A tiny BERT, T5 or CLIP text encoder with a tokenizer of sixteen words."""
+def text(folder: Path, kind: str, seed: int = 0, width: int = 16, tokenizer: Path | None = None) -> Path:
+    """A tiny BERT, T5 or CLIP text encoder (also with its projection), and a tokenizer of sixteen words."""
     import transformers
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -108,17 +108,19 @@ def text(folder: Path, kind: str, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     rules = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
     rules.pre_tokenizer = Whitespace()
-    ends = {"bert": "[CLS] $A [SEP]", "t5": "$A [SEP]", "clip": "[CLS] $A [SEP]", "bare": "$A"}[kind]
+    ends = {"t5": "$A [SEP]", "bare": "$A"}.get(kind, "[CLS] $A [SEP]")
     rules.post_processor = TemplateProcessing(single=ends, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     names = {"unk_token": "[UNK]", "bos_token": "[CLS]", "eos_token": "[SEP]"} | ({} if kind == "bare" else {"pad_token": "[PAD]"})
-    transformers.PreTrainedTokenizerFast(tokenizer_object=rules, model_max_length=32, **names).save_pretrained(folder)
-    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": len(WORDS)}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=rules, model_max_length=32, **names).save_pretrained(tokenizer or folder)
+    small = {"hidden_size": width, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": len(WORDS)}
     if kind == "t5":
-        config = transformers.T5Config(vocab_size=len(WORDS), d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0)
+        config = transformers.T5Config(vocab_size=len(WORDS), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2, pad_token_id=0)
         model: torch.nn.Module = transformers.T5Model(config)
-    elif kind == "clip":
-        config = transformers.CLIPTextConfig(**small, max_position_embeddings=32, pad_token_id=0, bos_token_id=2, eos_token_id=3)
-        model = transformers.CLIPTextModel(config)
+    elif kind.startswith("clip"):
+        config = transformers.CLIPTextConfig(
+            **small, max_position_embeddings=32, pad_token_id=0, bos_token_id=2, eos_token_id=3, projection_dim=12
+        )
+        model = transformers.CLIPTextModelWithProjection(config) if kind == "clip_projected" else transformers.CLIPTextModel(config)
     else:
         model = transformers.BertModel(transformers.BertConfig(**small, max_position_embeddings=32))
     model.eval().save_pretrained(folder)

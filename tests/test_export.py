@@ -17,9 +17,10 @@ import sample
 from pipeline.config import FlowConfig
 from pipeline.flow import convert, euler, guide, initial, velocity_field, widen
 from pipeline.folder import open_folder
-from pipeline.generate import Sampler, generate, grid
+from pipeline.generate import Sampler, generate
 from pipeline.identity import identity_autoencoder
 from pipeline.scheduling_condot_v1 import CondotScheduler
+from pipeline.sheet import grid
 from pipeline.stock import form_of, scheduler_of
 
 STRANGER = """

@@ -86,7 +86,7 @@ def test_autoguidance_pushes_away_from_the_weak_model():
 
 
 BAD = {
-    "shapes": (lambda: guide(field, LABELS, NONE[:2], 2.0), r"condition \(6,\) and null \(2,\) differ"),
+    "shapes": (lambda: guide(field, LABELS, NONE[:2], 2.0), "6 conditions and 2 null ones differ"),
     "scale": (lambda: guide(field, LABELS, NONE, math.nan), r"guidance_scale=nan"),
     "interval": (lambda: guide(field, LABELS, NONE, 2.0, interval=(0.7, 0.2)), r"interval \(0\.7, 0\.2\)"),
     "rescale": (lambda: guide(field, LABELS, NONE, 2.0, rescale=1.5), r"rescale=1\.5"),

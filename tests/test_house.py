@@ -9,22 +9,33 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
-        ["config", "recipe", "process", "scheduling_condot_v1"],
-        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "frechet", "retrieval", "classifier"],
+        ["networks", "recipe", "process", "scheduling_condot_v1", "sheet", "precision", "frechet", "retrieval", "classifier"],
+        ["config"],
+        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
         ["loop", "generate", "fold"],
         ["folder"],
         ["export", "evaluate", "options", "density", "restore", "preview"],
     ],
-    "models": [["kernels", "initialise"], ["layers", "condition"], ["dit", "unet"], ["convert"]],
+    "models": [
+        ["kernels", "initialise", "presets"],
+        ["layers", "condition", "layout", "find"],
+        ["grid"],
+        ["dit", "mmdit", "cross_dit", "unet"],
+        ["convert_dit", "convert_mmdit", "convert_cross_dit", "convert_unet", "cost"],
+        ["convert", "lora"],
+        ["published"],
+    ],
     "data": [
-        ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew"],
-        ["index", "buckets", "fetch", "cache", "encoders", "write", "columns", "plan"],
+        ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew", "join"],
+        ["index", "buckets", "fetch", "cache", "encoders", "text_encoders", "write", "columns", "plan"],
         ["source", "encoded", "summary", "check", "fill", "tables", "digits"],
         ["shards", "remote", "pack", "side", "folder", "parquet", "hub"],
         ["beside", "open", "adopt"],
         ["batch", "prepare"],
         ["stream"],
         ["forms", "opening"],
+        ["words"],
+        ["sources"],
         ["encode", "inspect"],
     ],
 }

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from pipeline.config import ALIASES, Config, DiTConfig, UNetConfig
+from pipeline.config import ALIASES, Config
+from pipeline.networks import DiTConfig, UNetConfig
 from pipeline.recipe import as_mapping, build, parse
 
 
@@ -29,7 +30,7 @@ def test_the_kind_chooses_the_fields(tmp_path):
     assert parse(Config, ["--model.width=64"]).model == DiTConfig(width=64)
     with pytest.raises(ValueError, match=r"model.width is a field of model.kind=dit"):
         parse(Config, ["--config", path, "--model.width=64"])
-    with pytest.raises(ValueError, match=r"model.kind=vit is unknown: choose one of dit, unet"):
+    with pytest.raises(ValueError, match=r"model.kind=vit is unknown: choose one of dit, cross_dit, mmdit, unet"):
         parse(Config, ["--model.kind=vit"])
 
 

@@ -9,9 +9,10 @@ from conftest import ROOT, arguments, fit, launch
 from shardmaker import jpeg, make, samples
 
 from data import build, encode, open_latents, open_shards, open_text
-from data.encoders import TextEncoder, read_autoencoder, text_fingerprint
+from data.encoders import read_autoencoder
 from data.options import Options, read_options
 from data.stream import Share
+from data.text_encoders import TextEncoder, read_text_encoders
 from pipeline.checkpoint import Store, load_tensors
 
 SIZES = [(8, 8), (16, 8), (8, 16), (12, 10)]
@@ -190,18 +191,20 @@ def test_latents_captions_and_encoded_captions_come_together(tmp_path):
     options: Options = read_options(recipe)[0]
     images = open_shards(options)
     latents = open_latents(options, images, read_autoencoder(options.autoencoder))
-    text = open_text(options, images, text_fingerprint(options.text_encoder, options.max_tokens))
+    text = open_text(options, images, read_text_encoders(options))
     stream = build(options, seed=1, share=Share(batch_size=6), captions=True, images=images, latents=latents, text=text)
-    encoder, faults = TextEncoder(options.text_encoder, max_tokens=8), 0
+    encoder, faults = TextEncoder(options.text_encoder[0], max_tokens=8), 0
     for _ in range(5):
         batch = next(stream)
         faults += len(batch.faults)
-        assert batch.text.shape == (6, 8, encoder.width) and batch.text_mask.shape == (6, 8) and batch.images.dtype == torch.float16
+        ((cached, there, vectors),) = batch.text
+        assert cached.shape == (6, 8, encoder.width) and there.shape == (6, 8) and batch.images.dtype == torch.float16
         for i, (shard, number) in enumerate(batch.samples.tolist()):
             caption = images.read(shard, number).files.get("txt", b"").decode().strip()
             assert batch.captions[i] == caption
-            states, mask = encoder.states([caption])
+            states, mask, pooled = encoder.encode([caption])
             count = int(mask.sum())
-            assert int(batch.text_mask[i].sum()) == count and not batch.text[i, count:].any()
-            torch.testing.assert_close(batch.text[i, :count].float(), states[0, :count], rtol=2**-10, atol=1e-3)
+            assert int(there[i].sum()) == count and not cached[i, count:].any()
+            torch.testing.assert_close(cached[i, :count].float(), states[0, :count], rtol=2**-10, atol=1e-3)
+            torch.testing.assert_close(vectors[i].float(), pooled[0], rtol=2**-10, atol=1e-3)
     assert faults, "the cut image came, and was replaced"

@@ -8,6 +8,7 @@ it. `guidance` sharpens the field, `grid`, `solver`, `sde` and `langevin` follow
 it, `likelihood` and `inverse` ask it questions; `random` names every random number.
 """
 
+from .condition import Condition, count, each, repeat, stack
 from .coupling import COUPLINGS, assign, couple
 from .ddpm import DDPM, VARIANCES, step_variances
 from .diffusion import EDM, PATHS, VE, VP, SubVP
@@ -71,6 +72,7 @@ __all__ = [
     "Coefficients",
     "Colourisation",
     "CondOT",
+    "Condition",
     "CosMap",
     "Cosine",
     "Density",
@@ -106,12 +108,14 @@ __all__ = [
     "change",
     "coefficient",
     "convert",
+    "count",
     "couple",
     "denoise",
     "dequantise",
     "divergence",
     "dormand_prince",
     "draw_times",
+    "each",
     "estimate",
     "euler",
     "euler_maruyama",
@@ -133,12 +137,14 @@ __all__ = [
     "predictor_corrector",
     "rademacher",
     "reconstruction",
+    "repeat",
     "replacement",
     "resolution_shift",
     "rho_grid",
     "rk4",
     "shifted_grid",
     "singular",
+    "stack",
     "step_variances",
     "stochastic_heun",
     "target",

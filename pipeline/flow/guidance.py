@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .condition import Condition, count, stack
 from .field import ConditionalField, Field
 
 
 def guide(
     field: ConditionalField,
-    condition: Tensor,
-    null: Tensor,
+    condition: Condition,
+    null: Condition,
     scale: float,
     *,
     interval: tuple[float, float] = (0.0, 1.0),
@@ -37,7 +38,7 @@ def guide(
 
     Args:
         field: `field(x, t, condition)` -> (B, *S).
-        condition: (B, ...), one per sample.
+        condition: (B, ...), one per sample; a tensor, or a tuple of tensors.
         null: (B, ...), the condition that stands for none, or a negative one.
         scale: w above; 1 is the conditional field itself.
         interval: times at which guidance acts, ends included; elsewhere the
@@ -50,17 +51,17 @@ def guide(
         A field of (x, t).
 
     Raises:
-        ValueError: conditions of different shapes, a scale that is not finite,
+        ValueError: conditions of different make or number, a scale that is not finite,
             an interval outside [0, 1], a rescale outside [0, 1].
     """
-    if condition.shape != null.shape:
-        raise ValueError(f"condition {tuple(condition.shape)} and null {tuple(null.shape)} differ: give one null condition per sample.")
+    if count(condition) != count(null):
+        raise ValueError(f"{count(condition)} conditions and {count(null)} null ones differ: give one null condition per sample.")
     _check(scale, interval, rescale)
     if scale == 1:
         return lambda x, t: field(x, t, condition)
     if scale == 0 and interval == (0.0, 1.0) and rescale == 0:
         return lambda x, t: field(x, t, null)
-    both = torch.cat([condition, null])
+    both = stack(condition, null)
 
     def guided(x: Tensor, t: Tensor) -> Any:
         inside = _inside(t, interval)

@@ -38,6 +38,7 @@ class Purpose(IntEnum):
     PROBE = 6
     COUPLING = 7
     POSTERIOR = 8
+    ENCODER_DROP = 9
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:

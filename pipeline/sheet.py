@@ -1,0 +1,43 @@
+"""Images on one sheet, and a sheet as a file, written whole or not at all."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
+    """Images side by side on white, a gap of one of their pixels between them.
+
+    Args:
+        images: (N, C, H, W), -1..1.
+        columns: images in a row.
+        scale: each pixel becomes so many a side.
+
+    Returns:
+        (C, height, width), -1..1.
+    """
+    count, channels, height, width = images.shape
+    rows = math.ceil(count / columns)
+    sheet = torch.ones(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)
+    for i in range(count):
+        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        sheet[:, top : top + height, left : left + width] = images[i]
+    return sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Write (C, H, W), -1..1, as an image file, whole or not at all; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    array = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    try:
+        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,151 @@
+"""Where a run begins: at published weights, whole or with low-rank additions; and in which precision it computes."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import fit
+from diffusers import DiTTransformer2DModel, UNet2DModel
+
+import models
+import sample
+import train
+from models.convert import from_stock
+from pipeline import precision
+from pipeline.checkpoint import load_state, load_tensors
+
+SIZES = ("--model.width=32", "--model.depth=2", "--model.heads=2", "--model.patch_size=2")
+STILL = ("--train.learning_rate=1e-30", "--train.max_steps=1")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads(one_thread):
+    """Curves are compared with one another."""
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A stock DiT of ten classes with random weights, one embedding of time and class for all its blocks."""
+    torch.manual_seed(0)
+    stock = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=1, out_channels=1, num_layers=2, sample_size=8, patch_size=2,
+        num_embeds_ada_norm=1000, norm_eps=1e-6,
+    )  # fmt: skip
+    first = stock.transformer_blocks[0].norm1.emb
+    stock.transformer_blocks[1].norm1.emb.load_state_dict(first.state_dict())
+    with torch.no_grad():
+        table = first.class_embedder.embedding_table.weight
+        table[10:] = table[1000]  # only the first ten rows are classes
+    stock.transformer_blocks[1].norm1.emb.load_state_dict(first.state_dict())
+    stock.save_pretrained(tmp_path / "stock")
+    return tmp_path / "stock"
+
+
+def weights(run, step, part="model"):
+    return {k.removeprefix(f"{part}."): v for k, v in load_tensors(run / f"checkpoint-{step}").items() if k.startswith(f"{part}.")}
+
+
+def test_a_run_begins_with_published_weights_and_resumes_without_them(digits, published, tmp_path, capsys):
+    """Noise is predicted, so the sign stays; after a step without length the weights are the converted ones, the average too."""
+    run, noise = tmp_path / "run", ("--flow.predict=noise", "--flow.path=ddpm")
+    assert fit(digits, run, *SIZES, *noise, *STILL, f"--init_from={published}") == 0
+    expected = from_stock(DiTTransformer2DModel.from_pretrained(published), 1.0, num_classes=10).state_dict()
+    for part in ("model", "ema"):
+        found = weights(run, 1, part)
+        assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    shutil.rmtree(published)
+    assert fit(digits, run, *SIZES, *noise, f"--init_from={published}", "--train.max_steps=2") == 0
+    assert fit(digits, tmp_path / "other", *SIZES, *noise, f"--init_from={published}") == 2
+    assert "there is no such folder or file" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_are_listed_with_what_would(digits, published, tmp_path, capsys):
+    assert fit(digits, tmp_path / "run", "--model.width=48", "--model.depth=3", "--model.heads=2", f"--init_from={published}") == 2
+    err = capsys.readouterr().err
+    assert all(word in err for word in ("missing", "misshapen", "blocks.2.", "model.width=32", "model.depth=2")) and "Traceback" not in err
+    assert (
+        fit(
+            digits,
+            tmp_path / "run",
+            "--model.kind=unet",
+            "--model.block_channels",
+            "32",
+            "--model.head_width=32",
+            f"--init_from={published}",
+        )
+        == 2
+    )
+    assert "model.kind=dit" in capsys.readouterr().err
+
+
+def test_a_published_unet_begins_a_ddpm(digits, tmp_path):
+    """An unconditional network of stock diffusers goes on as one; digits have classes, which begin afresh only where asked for."""
+    torch.manual_seed(0)
+    small = {"block_out_channels": (32,), "down_block_types": ("AttnDownBlock2D",), "up_block_types": ("AttnUpBlock2D",)}
+    stock = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, attention_head_dim=32, num_class_embeds=11, **small)
+    stock.save_pretrained(tmp_path / "stock")
+    run = tmp_path / "run"
+    words = ("--model.kind=unet", "--model.block_channels", "32", "--model.head_width=32", "--train.batch_size=4", "--flow.predict=noise")
+    assert fit(digits, run, *words, *STILL, "--flow.path=ddpm", "--flow.time=discrete", f"--init_from={tmp_path / 'stock'}") == 0
+    found, expected = weights(run, 1), stock.state_dict()
+    assert all(torch.allclose(found[f"net.{name}"], value, rtol=0, atol=1e-20) for name, value in expected.items())
+
+
+def test_low_rank_additions_train_alone_resume_and_merge(digits, trained, tmp_path):
+    """Nothing else moves; a resumed run is bitwise the uninterrupted one; sampled and exported they are part of the weights."""
+    pytest.importorskip("peft", reason="peft is not installed: pip install 'condot[lora]'")
+    words = ("--train.lora_rank=4", f"--checkpoint.start_from={trained}")
+    with pytest.raises(AssertionError):
+        assert fit(digits, tmp_path / "bad", *words[:1], "--train.lora_rank=-1") == 0
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert fit(digits, whole, *words) == 0
+    assert fit(digits, cut, *words, "--train.max_steps=4", "--checkpoint.every=4") == 0
+    assert fit(digits, cut, *words) == 0
+    one, two = (load_tensors(run / "checkpoint-12") for run in (whole, cut))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    before, after = weights(trained, 12, "ema"), weights(whole, 12)
+    frozen = {name.replace(".base_layer", ""): value for name, value in after.items() if "lora_" not in name}
+    assert frozen.keys() == before.keys() and all(torch.equal(frozen[name], before[name]) for name in before)
+    moved = [name for name in after if "lora_B" in name]
+    assert len(moved) == 4 and all(after[name].abs().max() > 0 for name in moved)
+    assert sum("optim." in name and "base_layer" in name for name in one) == 0, "no moments of what is frozen"
+    network = sample.Trained(whole).network
+    average = weights(whole, 12, "ema")
+    name = "blocks.0.attention.out"
+    added = average[f"{name}.lora_B.default.weight"] @ average[f"{name}.lora_A.default.weight"] * (16 / 4)
+    torch.testing.assert_close(network.state_dict()[f"{name}.weight"], average[f"{name}.base_layer.weight"] + added)
+    assert sample.main(["export", "--run", str(whole), "--output", str(tmp_path / "folder")]) == 0
+
+
+def test_the_measured_precision_is_kept(digits, tmp_path, monkeypatch):
+    """A resumed run computes as it began, whatever would be faster now."""
+    answers = iter(["bf16", "no"])
+    monkeypatch.setattr(precision, "choose", lambda *given, **named: next(answers))
+    run = tmp_path / "run"
+    assert fit(digits, run, "--train.mixed_precision=auto", "--train.max_steps=2") == 0
+    assert load_state(run / "checkpoint-2")["precision"] == "bf16"
+    assert fit(digits, run, "--train.mixed_precision=auto", "--train.max_steps=4") == 0
+    assert load_state(run / "checkpoint-4")["precision"] == "bf16"
+    assert fit(digits, tmp_path / "new", "--train.mixed_precision=auto", "--train.max_steps=1") == 0
+    assert load_state(tmp_path / "new" / "checkpoint-1")["precision"] == "no"
+
+
+def test_recipe_and_constructors_know_the_same_fields():
+    """What the section `model` says of a kind is what its constructor takes, with the same defaults where both have one."""
+    import inspect
+    from dataclasses import fields
+    from typing import get_args
+
+    from models.presets import PRESETS
+    from pipeline.networks import ModelConfig
+
+    of_data = {"channels", "resolution", "num_classes", "text_width", "pooled_width"}
+    for section in get_args(ModelConfig):
+        said = {item.name: item.default for item in fields(section)}
+        taken = inspect.signature(models.KINDS[said.pop("kind")].__init__).parameters
+        presets = set() if "preset" not in said else {"preset", "style", *next(iter(PRESETS.values()))} & said.keys()
+        assert said.keys() - {"preset", "style"} == taken.keys() - of_data - {"self"}, section
+        for name, value in said.items():
+            if name not in presets and value is not None and taken[name].default is not inspect.Parameter.empty:
+                assert value == taken[name].default, (section, name)
+    assert train.SHOWN == 32

@@ -1,0 +1,105 @@
+"""The process starts itself again once, with the allocator's settings, and is the same process to everybody else."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+from pipeline.process import ALLOCATOR, DRIVERS
+
+PROGRAM = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+if sys.argv[2] == "elsewhere":
+    import platform
+    platform.libc_ver = lambda: ("musl", "1.2")
+if sys.argv[2] == "gpu":
+    import pipeline.process
+    pipeline.process.DRIVERS = ("/dev/null",)
+from pipeline.process import ALLOCATOR, Stopper, own_allocator
+stopper = Stopper("nothing is lost")
+with open("starts", "a") as file:
+    file.write(f"{os.getpid()} {os.getppid()}\\n")
+if __name__ == "__main__":
+    own_allocator()
+seen = {name: os.environ.get(name) for name in ALLOCATOR}
+print(json.dumps({"seen": seen, "arguments": sys.argv[3:], "prefix": sys.prefix, "flags": sys.flags.dont_write_bytecode}), flush=True)
+print(sys.stdin.readline().strip(), flush=True)
+sys.exit(7)
+"""
+
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or any(map(os.path.exists, DRIVERS)), reason="GPUs and other systems keep the allocator they have"
+)
+
+
+@pytest.fixture
+def program(tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+
+    def start(how="here", words=("a b", "--c=d"), run=("-B", "program.py"), executable=sys.executable, **environment):
+        plain = {k: v for k, v in os.environ.items() if k not in (*ALLOCATOR, "CONDOT_ALLOCATOR")}
+        return subprocess.Popen(
+            [executable, *run, str(ROOT), how, *words],
+            cwd=tmp_path,
+            env={**plain, **environment},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def result(process, line="a line\n"):
+    out, err = process.communicate(line, timeout=60)
+    assert process.returncode == 7 and err == ""
+    first, second = out.splitlines()
+    assert second == line.strip()
+    return json.loads(first)
+
+
+@pytest.mark.parametrize("run", [("-B", "program.py"), ("-B", "-m", "program")])
+def test_it_starts_again_once_and_is_the_same_to_others(program, tmp_path, run):
+    """Same process id, arguments, flags, virtual environment, standard input and exit status; the settings are there."""
+    process = program(run=run)
+    found = result(process)
+    assert found == {"seen": ALLOCATOR, "arguments": ["a b", "--c=d"], "prefix": sys.prefix, "flags": True}
+    assert (tmp_path / "starts").read_text() == f"{process.pid} {os.getpid()}\n" * 2
+
+
+@pytest.mark.parametrize(
+    ("how", "environment"),
+    [
+        ("here", {"CONDOT_ALLOCATOR": "system"}),
+        ("here", {"MALLOC_TOP_PAD_": "0"}),
+        ("here", {"GLIBC_TUNABLES": "glibc.malloc.check=0"}),
+        ("elsewhere", {}),
+        ("gpu", {}),
+    ],
+)
+def test_it_stays_as_it_is(program, tmp_path, how, environment):
+    """Where the user says so, has settings of their own, or the machine is another; nothing is added to those."""
+    found = result(program(how, **environment))
+    assert found["seen"] == {name: environment.get(name) for name in ALLOCATOR}
+    assert len((tmp_path / "starts").read_text().splitlines()) == 1
+
+
+def test_imported_it_does_nothing(program, tmp_path):
+    """A test, a notebook or a worker that imports the program goes on as it is."""
+    (tmp_path / "importer.py").write_text("import sys; import program")
+    assert set(result(program(run=("importer.py",)))["seen"].values()) == {None}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_it(program, number):
+    process = program()
+    process.stdout.readline()  # it runs for the second time
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and err == "\ninterrupted: nothing is lost.\n"

@@ -1,0 +1,174 @@
+"""Training on captions, end to end, with tiny encoders: cached is online, resumed is uninterrupted, on any number of ranks."""
+
+import json
+
+import frozen
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import launch
+
+import sample
+import train
+from data.encode import main as encode
+from data.text_encoders import TextEncoder
+from data.words import Words
+from pipeline.checkpoint import load_tensors
+
+NETWORKS = {
+    "mmdit": ("--model.kind=mmdit", "--model.patch_size=4", "--model.width=32", "--model.depth=2", "--model.heads=2"),
+    "cross_dit": ("--model.kind=cross_dit", "--model.patch_size=4", "--model.width=32", "--model.depth=2", "--model.heads=2"),
+    "unet": ("--model.kind=unet", "--model.condition=text", "--model.block_channels", "32", "32", "--model.head_width=16"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads(one_thread):
+    """Every curve here is compared with another."""
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Shards with captions, two encoders, and the captions encoded by both."""
+    folder = tmp_path_factory.mktemp("text")
+    shards = frozen.shards(folder / "shards", (6, 5, 5))
+    names = [frozen.text(folder / kind, kind) for kind in ("clip", "t5")]
+    recipe = frozen.recipe(
+        folder / "recipe.json",
+        shards=[str(shards)],
+        resolution=16,
+        text_encoder=[str(n) for n in names],
+        max_tokens=12,
+        encoded=folder / "encoded",
+    )
+    assert encode(["--config", str(recipe)]) == 0
+    return {"shards": shards, "names": names, "encoded": folder / "encoded"}
+
+
+def words(parts, output, *more, kind="mmdit", cached=True):
+    data = [
+        f"--data.shards={parts['shards']}",
+        "--data.resolution=16",
+        "--data.max_tokens=12",
+        "--data.workers=1",
+        f"--output_dir={output}",
+    ]
+    text = [
+        "--data.text_encoder",
+        *map(str, parts["names"]),
+        f"--data.encoded={parts['encoded']}",
+        f"--data.encoding={'cached' if cached else 'online'}",
+    ]
+    steps = "--train.batch_size=8 --train.max_steps=6 --train.learning_rate=3e-3 --train.cpu_threads=1"
+    quiet = "--ema.halflife=100 --log.every=1 --log.sample_every=0 --log.report_to=none --export=false"
+    dropped = "--checkpoint.every=3 --train.condition_dropout=0.3 --train.encoder_dropout=0.3"
+    return [*data, *text, *steps.split(), *quiet.split(), *dropped.split(), *NETWORKS[kind], *more]
+
+
+def fit(*arguments, **named):
+    AcceleratorState._reset_state(True)
+    train.STOPPER.received, train.STOPPER._deferred = None, False
+    return train.main(words(*arguments, **named))
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines() if "loss" in line]
+
+
+def state(folder):
+    return load_tensors(folder / "checkpoint-6")
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_cached_captions_train_as_captions_encoded_now(parts, tmp_path, kind, monkeypatch):
+    """To the rounding of float16, in which they are kept; and from the cache no encoder is built."""
+    assert fit(parts, tmp_path / "now", kind=kind, cached=False) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(TextEncoder, "__init__", None)
+        assert fit(parts, tmp_path / "before", kind=kind) == 0
+    now, before = (torch.tensor(losses(tmp_path / run), dtype=torch.float64) for run in ("now", "before"))
+    assert len(now) == 6 and (now - before).abs().max() < 1e-3 * now.max()
+    assert now[-1] < now[0]
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(parts, tmp_path):
+    assert fit(parts, tmp_path / "whole") == 0
+    assert fit(parts, tmp_path / "cut", "--train.max_steps=3") == 0
+    assert fit(parts, tmp_path / "cut") == 0
+    one, two = state(tmp_path / "whole"), state(tmp_path / "cut")
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_two_processes_have_the_curve_of_one(parts, tmp_path):
+    """Captions, and what of them is dropped, hang on the place in the global batch alone."""
+    assert fit(parts, tmp_path / "one") == 0
+    run = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *words(parts, tmp_path / "two"))
+    assert run.returncode == 0, run.stderr[-2000:]
+    one, two = (torch.tensor(losses(tmp_path / name), dtype=torch.float64) for name in ("one", "two"))
+    assert ((one - two) / one).abs().max() < 1e-5
+
+
+def test_the_network_is_shown_its_own_captions(parts, tmp_path, monkeypatch):
+    """What reaches the network is what the encoders give of each sample's caption: looked up by hand, nothing dropped."""
+    shown = []
+    told = Words.told
+
+    def spy(self, batch, whole, each):
+        shown.append((batch.captions, told(self, batch, whole, each)))
+        return shown[-1][1]
+
+    monkeypatch.setattr(Words, "told", spy)
+    assert (
+        fit(parts, tmp_path / "run", "--train.condition_dropout=0", "--train.encoder_dropout=0", "--train.max_steps=2", cached=False) == 0
+    )
+    captions, text = shown[-1]
+    encoders = [TextEncoder(str(name), max_tokens=12) for name in parts["names"]]
+    for row, caption in enumerate(captions):
+        clip, t5 = (encoder.encode([caption]) for encoder in encoders)
+        length = clip.states.shape[1]
+        assert torch.allclose(text.states[row, :length], clip.states[0], atol=1e-6) and torch.allclose(
+            text.pooled[row], clip.pooled[0], atol=1e-6
+        )
+        found = text.states[row][text.mask[row]]
+        assert torch.allclose(found, torch.cat([clip.states[0], t5.states[0]]), atol=1e-6)
+
+
+def test_a_run_is_sampled_by_prompt(parts, tmp_path, capsys):
+    """Other captions give other images, the same ones the same; a negative prompt acts; and mistakes are one line."""
+    run = tmp_path / "run"
+    assert fit(parts, run, "--train.max_steps=40", "--log.sample_every=40", "--log.sample_steps=2", "--train.learning_rate=1e-2") == 0
+    assert (run / "samples" / "step-0000040.png").is_file()
+    ask = ["--run", str(run), "--num_inference_steps", "2", "--guidance_scale", "3"]
+
+    def made(name, *more):
+        output = tmp_path / f"{name}.png"
+        assert sample.main([*ask, "--output", str(output), *more]) == 0
+        return output.read_bytes()
+
+    first = made("a", "--prompt", "a red square")
+    assert made("b", "--prompt", "a red square") == first
+    assert made("c", "--prompt", "big blue circle") != first
+    assert made("d", "--prompt", "a red square", "--negative_prompt", "big blue circle") != first
+    for more, message in (
+        ([], "--prompt is missing"),
+        (["--class_labels", "1"], "--class_labels 1 of a model that takes text"),
+    ):
+        capsys.readouterr()
+        assert sample.main([*ask, *more]) == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--data.text_encoder", ""), "data.text_encoder"),
+        (("--flow.coupling=optimal_transport", "--flow.coupling_group=4"), "every caption is one"),
+        (("--export=true",), "--export=false"),
+        (("--data.max_tokens=11",), "max_tokens"),
+        (("--model.patch_size=3",), "patch_size=3"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_work(parts, tmp_path, capsys, more, message):
+    assert fit(parts, tmp_path / "run", *more) == 2
+    err = capsys.readouterr().err
+    assert message in err and "Traceback" not in err
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
