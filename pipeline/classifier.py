@@ -36,7 +36,7 @@ class Classifier(nn.Module):
             return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
 
         self.one, self.two, self.three = block(channels, 32), block(32, WIDTH), block(WIDTH, WIDTH)
-        self.hidden = nn.Sequential(nn.Linear(WIDTH * 16, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU())
+        self.hidden = nn.Sequential(nn.Dropout(0.5), nn.Linear(WIDTH * 16, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU())
         self.out = nn.Linear(WIDTH, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +96,7 @@ def train_classifier(images: Tensor, labels: Tensor, *, seed: int = 0) -> Classi
 
 
 def _batches(count: int) -> Iterator[Tensor]:
-    """Rows of each step, shuffled anew every epoch; whole batches only, for their statistics."""
-    size = min(BATCH, count)
+    """Rows of each step, shuffled anew every epoch; whole batches only, for their statistics, ten or more an epoch."""
+    size = max(2, min(BATCH, count // 10))
     for _ in range(max(1, min(MOST_EPOCHS, SEEN // count))):
         yield from (rows for rows in torch.randperm(count).split(size) if len(rows) == size)
