@@ -249,7 +249,7 @@ def compare(options):
     middle = {key: statistics.median(figures) for key, figures in found.items()}
     kind = "CPU" if options.threads == 1 else "wall"
     print(
-        f"\nDiT-{options.preset}, batch {options.batch_size}, {options.threads} thread(s), {options.rounds} rounds in turns, {flops / 1e9:.0f} GFLOP a step"
+        f"\nDiT-{options.preset}, batch {options.batch_size}, {flops / 1e9:.0f} GFLOP a step, {options.threads} thread(s), {options.rounds} rounds"
     )
     print(f"  {'':26}{kind} ms, system's allocator{'':4}with its settings{'':4}GFLOP/s{'':4}of the floor")
     floor = middle["own", "floor, bf16"]
