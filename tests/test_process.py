@@ -27,7 +27,8 @@ with open("starts", "a") as file:
 if __name__ == "__main__":
     own_allocator()
 seen = {name: os.environ.get(name) for name in ALLOCATOR}
-print(json.dumps({"seen": seen, "arguments": sys.argv[3:], "prefix": sys.prefix, "flags": sys.flags.optimize, "module": __spec__ is not None}), flush=True)
+found = {"seen": seen, "arguments": sys.argv[3:], "prefix": sys.prefix, "flags": sys.flags.optimize, "module": __spec__ is not None}
+print(json.dumps(found), flush=True)
 print(sys.stdin.readline().strip(), flush=True)
 sys.exit(7)
 """
