@@ -169,13 +169,8 @@ def compare(options: Evaluate) -> int:
     report = evaluate(made.clamp(-1, 1), labels, train, held_out, features)
     print(report)
     output = Path(options.output or Path(options.pipeline or options.run) / "evaluation.json")
-    output.write_text(
-        json.dumps(
-            {**report.as_dict(), "guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps},
-            indent=1,
-        )
-        + "\n"
-    )
+    drawn = {"guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps}
+    output.write_text(json.dumps({**report.as_dict(), **drawn}, indent=1) + "\n")
     print(f"figures in {output}")
     wanted = (
         (report.accuracy, options.min_accuracy),

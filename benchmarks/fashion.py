@@ -18,7 +18,7 @@ import sample  # first: it sets how threads wait, before torch is imported
 
 # isort: split
 import torch
-from diffusers import DDIMScheduler, DiTPipeline
+from diffusers import DDIMScheduler, DiTPipeline, logging
 from torch import Tensor
 
 from data.shards import Shards
@@ -60,6 +60,8 @@ def main() -> int:
     parser.add_argument("--num_images", type=int, default=2000)
     parser.add_argument("--most", type=int, help="of the training images, to learn the classifier from")
     options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     train, held_out = (sample._read_all(Shards(str(options.shards), split), 1, 28, options.most) for split in ("train", "test"))
     start = time.perf_counter()
     judge = train_classifier(*train)

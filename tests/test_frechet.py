@@ -82,8 +82,9 @@ def test_turning_and_swapping_change_nothing():
 @pytest.mark.parametrize("rank", [1, 5, 64])
 def test_nothing_is_nothing_away_from_itself(rank):
     """Singular covariances too: rounding of 1e-16 is not made 1e-8 by a root."""
-    same = gaussian(torch.arange(64.0), 100 * covariance(64, 7, rank=rank))
-    assert frechet(same, same) < 1e-11
+    for seed in range(8):
+        same = gaussian(torch.arange(64.0), 100 * covariance(64, seed, rank=rank))
+        assert 0 <= frechet(same, same) < 1e-10, "and never below nothing"
 
 
 def test_covariances_on_different_axes_share_nothing():
