@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .condition import Clock, Sizes, Time, TimeAndClass
 from .initialise import Rule, initialise
-from .layers import Attention, FeedForward, SwiGLU, modulate, patches, resized, rotations, sincos_positions, unpatch
+from .layers import Attention, FeedForward, SwiGLU, entered, modulate, resized, rotations, sincos_positions, unpatch
 
 Positions = Literal["sincos", "learned", "none"]
 Rotation = tuple[Tensor, Tensor]
@@ -164,7 +164,7 @@ class DiT(nn.Module):
 
     def _tokens(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """(B, C, H, W) to (B, registers + rows * columns, D)."""
-        h = self.enter(patches(x, self.patch_size))
+        h = entered(self.enter, x, self.patch_size)
         if self.positions is not None:
             h = h + resized(self.positions, rows, columns).flatten(0, 1).to(h.dtype)
         elif self.fixed_positions:
