@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 import yaml
-from diffusers import DiTPipeline, ModelMixin
+from diffusers import DiTPipeline, ModelMixin, UNet2DModel
 from torch import nn
 
 from .config import Config
@@ -81,7 +81,7 @@ def write_folder(
     temporary = output.parent / f".{output.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        pipe = DiTPipeline(transformer=cast(Any, network), vae=cast(Any, vae), scheduler=cast(Any, scheduler))
+        pipe = DiTPipeline(transformer=cast(Any, labelled(network)), vae=cast(Any, vae), scheduler=cast(Any, scheduler))
         pipe.save_pretrained(temporary, safe_serialization=True)
         _mend_index(temporary, class_names, own_scheduler=not form.stock)
         (temporary / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
@@ -101,6 +101,16 @@ def write_folder(
     )
     progress(f"exported to {output}: a {type(network).__name__} in DiTPipeline, {why}")
     return output
+
+
+def labelled(network: ModelMixin) -> ModelMixin:
+    """The network, with a place for the class that DiTPipeline always passes: a U-Net without classes gets a table of zeros."""
+    if not isinstance(network, UNet2DModel) or network.class_embedding is not None:
+        return network
+    wider = UNet2DModel.from_config({**network.config, "num_class_embeds": STOCK_NULL + 1})
+    table = torch.zeros_like(wider.class_embedding.weight)
+    wider.load_state_dict({**network.state_dict(), "class_embedding.weight": table})
+    return wider.eval()
 
 
 def _replace(temporary: Path, output: Path) -> None:

@@ -10,11 +10,12 @@ import pytest
 import torch
 import yaml
 from conftest import UNET, fit
-from diffusers import DDPMScheduler, DiffusionPipeline
+from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 
 import sample
 from pipeline.config import FlowConfig
+from pipeline.export import labelled
 from pipeline.flow import convert, euler, guide, initial, velocity_field, widen
 from pipeline.folder import open_folder
 from pipeline.generate import Sampler, generate
@@ -395,3 +396,14 @@ def test_evaluate_writes_what_it_measured(trained, digits, tmp_path, capsys):
     assert status == 0 and figures["samples"] == 60 and figures["accuracy_of_held_out"] > 0.97 and "nearest training image" in out
     assert run(capsys, *words, "--output", str(tmp_path / "e.json"), "--min_accuracy", "0.99")[0] == 1
     assert "--reference is missing" in run(capsys, *words[:3])[2]
+
+
+@torch.no_grad()
+def test_a_unet_without_classes_does_not_mind_the_class_that_the_pipeline_passes():
+    """Its table of zeros adds nothing: the outputs are those of the network without one, to the bit."""
+    network = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32,), attention_head_dim=32,
+        down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",)).eval()  # fmt: skip
+    x, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 400, 999])
+    passed = labelled(network)(x, t, class_labels=torch.tensor([1000, 0, 7])).sample
+    assert torch.equal(passed, network(x, t).sample)
+    assert labelled(labelled(network)).class_embedding.weight.shape[0] == 1001
