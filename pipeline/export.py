@@ -107,7 +107,8 @@ def labelled(network: ModelMixin) -> ModelMixin:
     """The network, with a place for the class that DiTPipeline always passes: a U-Net without classes gets a table of zeros."""
     if not isinstance(network, UNet2DModel) or network.class_embedding is not None:
         return network
-    wider = UNet2DModel.from_config({**network.config, "num_class_embeds": STOCK_NULL + 1})
+    facts = {key: value for key, value in network.config.items() if not key.startswith("_")}  # `_use_default_values` would undo the table
+    wider = UNet2DModel(**{**facts, "num_class_embeds": STOCK_NULL + 1})
     table = torch.zeros_like(wider.class_embedding.weight)
     wider.load_state_dict({**network.state_dict(), "class_embedding.weight": table})
     return wider.eval()
