@@ -13,22 +13,19 @@ Stopper("no file was left half-written")  # before the slow imports
 
 import json
 import math
-from bisect import bisect
 from collections.abc import Callable
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 import models
-from data.beside import caption_of
 from data.decode import decode_image
 from data.encoders import Autoencoder
 from data.options import Options
+from data.reading import read_captions, read_images
 from data.shards import Shards
 from data.stream import to_unit
 from data.text_encoders import read_text_encoders
@@ -161,7 +158,7 @@ def compare(options: Evaluate) -> int:
     features = load_features(options.features) if options.features else None
     source = source_of(options)
     channels, _, resolution = source.pixels or source.shape
-    train, held_out = (_read_all(s, channels, resolution) for s in shards.values())
+    train, held_out = (read_images(s, channels, resolution) for s in shards.values())
     if source.num_classes != len(shards["train"].manifest.class_names) or not source.num_classes:
         raise ValueError(
             f"the model has {source.num_classes} classes, {options.reference} "
@@ -194,12 +191,9 @@ def captioned(options: Retrieve) -> tuple[Tensor, Tensor, list[str]]:
     if not 2 <= options.candidates <= total:
         raise ValueError(f"--candidates {options.candidates}: 2 or more, of the {total} images of split {options.split!r}.")
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(options.seed))[: options.candidates].tolist()
-    ends = list(accumulate(shards.counts, initial=0))
-    places = [(s, i - ends[s]) for i in chosen for s in [bisect(ends, i) - 1]]
     channels, _, side = source.pixels or source.shape
-    real = to_unit(torch.from_numpy(np.stack([shards.pixels(s, n, channels, side)[0] for s, n in places])))
-    field = Trained(Path(options.run)).config.data.caption if options.run else "txt"
-    captions = [caption_of(shards.read(s, n).files, field) for s, n in places]
+    real, _ = read_images(shards, channels, side, chosen)
+    captions = read_captions(shards, options.caption, chosen)
     made = generate(source, source.read(captions), options.sampler(), seed=options.seed, batch_size=options.batch_size).images
     return real, made.clamp(-1, 1), captions
 
@@ -216,13 +210,6 @@ def retrieve_captions(options: Retrieve) -> int:
     print(found)
     print(f"{output}: rows of real images, then their samples; figures in {output.with_suffix('.json')}")
     return 0
-
-
-def _read_all(shards: Shards, channels: int, resolution: int, most: int | None = None) -> tuple[Tensor, Tensor]:
-    """The images of a split, in -1..1, and their classes; the first `most` of them."""
-    places = [(s, n) for s, count in enumerate(shards.counts) for n in range(count)][:most]
-    pairs = [shards.pixels(s, n, channels, resolution) for s, n in places]
-    return to_unit(torch.from_numpy(np.stack([pixels for pixels, _ in pairs]))), torch.tensor([label for _, label in pairs])
 
 
 def _need_pixels(source: Source, why: str) -> None:
@@ -248,7 +235,8 @@ def likelihood(options: Likelihood) -> int:
         raise ValueError("--reference is missing: give a folder of shards, as --reference runs/digits/shards.")
     source = source_of(options)
     _need_pixels(source, "likelihood measures bits of 8-bit pixels")
-    real, labels = _read_all(Shards(options.reference, options.split), source.shape[0], source.shape[-1], options.num_images)
+    shards = Shards(options.reference, options.split)
+    real, labels = read_images(shards, source.shape[0], source.shape[-1], range(min(options.num_images, sum(shards.counts))))
     if options.unconditional or not source.num_classes:
         labels = torch.full_like(labels, source.null)
     else:

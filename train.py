@@ -36,7 +36,7 @@ from pipeline.config import ALIASES, Config
 from pipeline.ema import Ema
 from pipeline.export import Card, write_folder
 from pipeline.fold import check_export
-from pipeline.loop import MicroBatch, Run, fit
+from pipeline.loop import Run, fit
 from pipeline.method import Method
 from pipeline.networks import model_options
 from pipeline.optim import adamw
@@ -45,7 +45,7 @@ from pipeline.preview import preview
 from pipeline.recipe import as_mapping, facts_of, parse
 from pipeline.space import Space
 from pipeline.stock import form_of
-from pipeline.told import Teller
+from pipeline.told import MicroBatch, Teller
 from pipeline.tracking import BadSamples, Log, Meter
 
 SHOWN = 32

@@ -248,9 +248,8 @@ def compare(options):
         worker.join()
     middle = {key: statistics.median(figures) for key, figures in found.items()}
     kind = "CPU" if options.threads == 1 else "wall"
-    print(
-        f"\nDiT-{options.preset}, batch {options.batch_size}, {options.threads} thread(s), {options.rounds} rounds in turns, {flops / 1e9:.0f} GFLOP a step"
-    )
+    title = f"DiT-{options.preset}, batch {options.batch_size}, {flops / 1e9:.0f} GFLOP a step"
+    print(f"\n{title}, {options.threads} thread(s), {options.rounds} rounds in turns")
     print(f"  {'':26}{kind} ms, system's allocator{'':4}with its settings{'':4}GFLOP/s{'':4}of the floor")
     floor = middle["own", "floor, bf16"]
     for name in names["own"][0]:

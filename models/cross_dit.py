@@ -19,7 +19,7 @@ from .condition import Embedder, Sizes, Text, Time, check_text, given
 from .grid import Positions, check_sizes
 from .initialise import Rule, initialise
 from .kernels import attend, gelu_tanh
-from .layers import Attention, FeedForward, RMSNorm, modulate, patches, unpatch
+from .layers import Attention, FeedForward, RMSNorm, entered, modulate, unpatch
 
 
 class Caption(Embedder):
@@ -129,7 +129,7 @@ class CrossDiT(nn.Module):
             time = time + self.sizes(given(sizes))
         shared = self.modulation(F.silu(time)).unflatten(1, (6, -1))
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        h = self.enter(patches(x, self.patch_size))
+        h = entered(self.enter, x, self.patch_size)
         h = h + self.positions.of(rows, columns, h)
         condition = Text(*condition)
         c, mask = self.text(condition.states), condition.seen

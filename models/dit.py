@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .condition import Clock, Sizes, Time, TimeAndClass
+from .grid import check_sizes
 from .initialise import Rule, initialise
-from .layers import Attention, FeedForward, SwiGLU, modulate, patches, resized, rotations, sincos_positions, unpatch
+from .layers import Attention, FeedForward, SwiGLU, entered, modulate, resized, rotations, sincos_positions, unpatch
 
 Positions = Literal["sincos", "learned", "none"]
 Rotation = tuple[Tensor, Tensor]
@@ -112,7 +113,7 @@ class DiT(nn.Module):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        check_sizes(resolution, patch_size, width, depth, heads, rope)
+        check_sizes(resolution=resolution, patch_size=patch_size, width=width, depth=depth, heads=heads, rope=rope)
         _check_options(registers, positions, rope, shared_modulation, own_conditions)
         self.channels, self.resolution, self.num_classes, self.patch_size = channels, resolution, num_classes, patch_size
         self.rope, self.rms_norm, self.clock, self.own_conditions, self.head_width = rope, rms_norm, clock, own_conditions, width // heads
@@ -164,7 +165,7 @@ class DiT(nn.Module):
 
     def _tokens(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """(B, C, H, W) to (B, registers + rows * columns, D)."""
-        h = self.enter(patches(x, self.patch_size))
+        h = entered(self.enter, x, self.patch_size)
         if self.positions is not None:
             h = h + resized(self.positions, rows, columns).flatten(0, 1).to(h.dtype)
         elif self.fixed_positions:
@@ -214,26 +215,6 @@ class DiT(nn.Module):
         return unpatch(self.leave(h), self.patch_size, rows)
 
 
-def check_sizes(resolution: int, patch_size: int, width: int, depth: int, heads: int, rope: bool = False) -> None:
-    """Raises ValueError for sizes of a transformer that do not divide one another."""
-    if patch_size < 1 or resolution % patch_size:
-        raise ValueError(
-            f"model.patch_size={patch_size} does not divide the resolution {resolution}: use a divisor, such as {_divisor(resolution, 2)}."
-        )
-    if heads < 1 or width < 1 or width % heads or width % 4:
-        raise ValueError(
-            f"model.width={width} must be a multiple of 4 and of "
-            f"model.heads={heads}: use {max(-(-width // (4 * max(heads, 1))), 1) * 4 * max(heads, 1)}."
-        )
-    if rope and width // heads % 4:
-        raise ValueError(
-            f"model.heads={heads} of model.width={width} are {width // heads} wide: with model.rope a head's width is a multiple of 4 "
-            f"(rows and columns in pairs). Use width {-(-width // (4 * heads)) * 4 * heads}, or other heads."
-        )
-    if depth < 1:
-        raise ValueError(f"model.depth={depth}: a DiT has at least one block. Use 12.")
-
-
 def _check_options(registers: int, positions: Positions, rope: bool, shared_modulation: bool, own_conditions: bool) -> None:
     if registers < 0:
         raise ValueError(f"model.registers={registers}: a number of tokens. Use 0 for none, or 4.")
@@ -245,7 +226,3 @@ def _check_options(registers: int, positions: Positions, rope: bool, shared_modu
         raise ValueError(
             "model.own_conditions=True with model.shared_modulation: one map cannot go by as many conditions as blocks. Choose one of them."
         )
-
-
-def _divisor(n: int, at_least: int) -> int:
-    return next(d for d in range(min(at_least, n), n + 1) if n % d == 0)

@@ -1,4 +1,4 @@
-"""The grid of tokens that a text network lays over an image: sizes that fit one another, and positions kept once made."""
+"""The grid of tokens that a transformer lays over an image: sizes that fit one another, and positions kept once made."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from .layers import sincos_positions
 
 
-def check_sizes(*, resolution: int, patch_size: int, width: int, depth: int, heads: int) -> None:
+def check_sizes(*, resolution: int, patch_size: int, width: int, depth: int, heads: int, rope: bool = False) -> None:
     """Raises ValueError where the sizes of a transformer do not divide one another."""
     if patch_size < 1 or resolution % patch_size:
         use = next(d for d in range(min(2, resolution), resolution + 1) if resolution % d == 0)
@@ -16,6 +16,11 @@ def check_sizes(*, resolution: int, patch_size: int, width: int, depth: int, hea
     if heads < 1 or width < 4 or width % heads or width % 4:
         unit = 4 * max(heads, 1)
         raise ValueError(f"model.width={width} must be a multiple of 4 and of model.heads={heads}: use {max(-(-width // unit), 1) * unit}.")
+    if rope and width // heads % 4:
+        raise ValueError(
+            f"model.heads={heads} of model.width={width} are {width // heads} wide: with model.rope a head's width is a multiple of 4 "
+            f"(rows and columns in pairs). Use width {-(-width // (4 * heads)) * 4 * heads}, or other heads."
+        )
     if depth < 1:
         raise ValueError(f"model.depth={depth}: a transformer has at least one block. Use 12.")
 

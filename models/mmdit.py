@@ -17,7 +17,7 @@ from .condition import Embedder, Sizes, Text, Time, check_text, given
 from .grid import Positions, check_sizes
 from .initialise import Rule, initialise
 from .kernels import attend
-from .layers import FeedForward, RMSNorm, modulate, patches, unpatch
+from .layers import FeedForward, RMSNorm, entered, modulate, unpatch
 
 
 class Heads(nn.Module):
@@ -174,9 +174,9 @@ class MMDiT(nn.Module):
             about = about + self.sizes(given(sizes))
         about = F.silu(about)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        h = self.enter(patches(x, self.patch_size))
+        h = entered(self.enter, x, self.patch_size)
         h = h + self.positions.of(rows, columns, h)
-        c = self.text(condition.states.to(self.text.weight.dtype))
+        c = self.text(condition.states.to(self.text.weight.dtype)).to(self.text.weight.dtype)
         mask = None if condition.seen is None else torch.cat([condition.mask.new_ones(h.shape[:2]), condition.mask], dim=1)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():

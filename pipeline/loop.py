@@ -27,24 +27,8 @@ from .flow import Condition
 from .method import Method
 from .optim import learning_rate
 from .process import Stopper
+from .told import MicroBatch
 from .tracking import BadSamples, Log, Meter
-
-
-class MicroBatch(Protocol):
-    """What the stream gives: see data.stream.Batch."""
-
-    @property
-    def images(self) -> Tensor: ...
-    @property
-    def labels(self) -> Tensor: ...
-    @property
-    def places(self) -> Tensor: ...
-    @property
-    def sizes(self) -> Tensor: ...
-    @property
-    def captions(self) -> tuple[str, ...]: ...
-    @property
-    def text(self) -> Any: ...
 
 
 @dataclass

@@ -98,6 +98,7 @@ class Retrieve(Sampling):
 
     reference: str = ""  # folder of shards with captions
     split: str = "train"  # of the shards; what was trained on was seen
+    caption: str = "txt"  # where captions are: txt, or json.KEY
     candidates: int = 50  # captions, drawn by the seed; one sample and one real image each
     guidance_scale: float = 3.0  # 1 is none
     output: str = (

@@ -15,8 +15,8 @@ from .config import Config
 from .flow import Condition, Purpose, uniform
 
 
-class Captioned(Protocol):
-    """A micro-batch: see data.stream.Batch."""
+class MicroBatch(Protocol):
+    """What the stream gives: see data.stream.Batch."""
 
     @property
     def images(self) -> Tensor: ...
@@ -26,6 +26,10 @@ class Captioned(Protocol):
     def places(self) -> Tensor: ...
     @property
     def sizes(self) -> Tensor: ...
+    @property
+    def captions(self) -> tuple[str, ...]: ...
+    @property
+    def text(self) -> Any: ...
 
 
 class Words(Protocol):
@@ -54,7 +58,7 @@ class Teller:
     def __init__(self, config: Config, null: int, device: torch.device, words: Words | None, sizes: bool, unit: int) -> None:
         self.config, self.null, self.device, self.words, self.sizes, self.unit = config, null, device, words, sizes, unit
 
-    def __call__(self, batch: Captioned, step: int, chance: Tensor) -> tuple[Condition, ...]:
+    def __call__(self, batch: MicroBatch, step: int, chance: Tensor) -> tuple[Condition, ...]:
         """Labels or text, and sizes; `chance`, (B,), uniform in (0, 1), decides who loses the condition."""
         lost = chance < self.config.train.condition_dropout
         if self.words is None:
@@ -65,7 +69,7 @@ class Teller:
             condition = self.words.told(batch, lost, single < self.config.train.encoder_dropout)
         return (condition, self.sizes_of(batch)) if self.sizes else (condition,)
 
-    def sizes_of(self, batch: Captioned) -> Tensor:
+    def sizes_of(self, batch: MicroBatch) -> Tensor:
         """Height and width of the originals, top and left of the crops, height and width of the images: (B, 6), pixels."""
         shape = torch.tensor(batch.images.shape[-2:]) * self.unit
         both = torch.cat([batch.sizes, shape.to(batch.sizes).expand(len(batch.sizes), 2)], dim=1)

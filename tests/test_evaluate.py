@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import sample
+from data.reading import read_images
 from data.shards import Shards
 from pipeline.classifier import _batches, train_classifier
 from pipeline.evaluate import diversity, evaluate, load_features, nearest
@@ -36,7 +37,7 @@ def quick(monkeypatch):
 @pytest.fixture(scope="module")
 def real(digits):
     """The digits: images and classes to train on, and held out."""
-    return tuple(sample._read_all(Shards(str(digits), split), 1, 8) for split in ("train", "val"))
+    return tuple(read_images(Shards(str(digits), split), 1, 8) for split in ("train", "val"))
 
 
 def test_diversity_is_the_mean_distance_within_a_class():

@@ -33,7 +33,7 @@ FLOORS = {
         ["beside", "open", "adopt"],
         ["batch", "prepare"],
         ["stream"],
-        ["forms", "opening"],
+        ["forms", "opening", "reading"],
         ["words"],
         ["sources"],
         ["encode", "inspect"],

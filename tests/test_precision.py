@@ -39,6 +39,10 @@ def test_turns_are_interleaved_and_a_busy_moment_changes_nothing():
     assert network.passes == [False, True] * 6
 
 
+def test_a_long_first_pass_does_not_count():
+    assert Timed(1.0, lambda seen: 0.5 if seen else 1000.0).choice(rounds=1) == "bf16"
+
+
 def test_large_networks_do_not_wait_long():
     """A warm-up and one round where those take longer than patience."""
     network = Timed(60.0, 20.0)

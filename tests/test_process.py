@@ -27,7 +27,8 @@ with open("starts", "a") as file:
 if __name__ == "__main__":
     own_allocator()
 seen = {name: os.environ.get(name) for name in ALLOCATOR}
-print(json.dumps({"seen": seen, "arguments": sys.argv[3:], "prefix": sys.prefix, "flags": sys.flags.dont_write_bytecode}), flush=True)
+found = {"seen": seen, "arguments": sys.argv[3:], "prefix": sys.prefix, "flags": sys.flags.optimize, "module": __spec__ is not None}
+print(json.dumps(found), flush=True)
 print(sys.stdin.readline().strip(), flush=True)
 sys.exit(7)
 """
@@ -41,10 +42,10 @@ pytestmark = pytest.mark.skipif(
 def program(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
 
-    def start(how="here", words=("a b", "--c=d"), run=("-B", "program.py"), executable=sys.executable, **environment):
+    def start(how="here", words=("a b", "--c=d"), run=("-O", "program.py"), **environment):
         plain = {k: v for k, v in os.environ.items() if k not in (*ALLOCATOR, "CONDOT_ALLOCATOR")}
         return subprocess.Popen(
-            [executable, *run, str(ROOT), how, *words],
+            [sys.executable, *run, str(ROOT), how, *words],
             cwd=tmp_path,
             env={**plain, **environment},
             stdin=subprocess.PIPE,
@@ -64,12 +65,13 @@ def result(process, line="a line\n"):
     return json.loads(first)
 
 
-@pytest.mark.parametrize("run", [("-B", "program.py"), ("-B", "-m", "program")])
+@pytest.mark.parametrize("run", [("-O", "program.py"), ("-O", "-m", "program")])
 def test_it_starts_again_once_and_is_the_same_to_others(program, tmp_path, run):
     """Same process id, arguments, flags, virtual environment, standard input and exit status; the settings are there."""
     process = program(run=run)
     found = result(process)
-    assert found == {"seen": ALLOCATOR, "arguments": ["a b", "--c=d"], "prefix": sys.prefix, "flags": True}
+    known = {"seen": ALLOCATOR, "arguments": ["a b", "--c=d"], "prefix": sys.prefix, "flags": 1, "module": "-m" in run}
+    assert found == known
     assert (tmp_path / "starts").read_text() == f"{process.pid} {os.getpid()}\n" * 2
 
 
