@@ -9,7 +9,7 @@ import torch
 import sample
 from data.reading import read_images
 from data.shards import Shards
-from pipeline.classifier import train_classifier
+from pipeline.classifier import _batches, train_classifier
 from pipeline.evaluate import diversity, evaluate, load_features, nearest
 from pipeline.frechet import Moments, frechet
 
@@ -120,13 +120,23 @@ def test_the_classifier_is_as_good_a_judge_as_a_support_vector_machine(real):
     assert torch.equal(drawn, torch.rand(1))
     assert (judge.predict(fresh) == expected).double().mean() >= least > 0.98
     few = images[:50], labels[:50]
-    assert torch.equal(train_classifier(*few).features(fresh), train_classifier(*few).features(fresh))
+    again = train_classifier(*few), torch.rand(1), train_classifier(*few)
+    assert torch.equal(again[0].features(fresh), again[2].features(fresh))
     noisy = images[:180] + 0.6 * torch.randn(180, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     known, held_out = Moments.of(judge.features(images[:180])), Moments.of(judge.features(fresh[::2]))
     other = Moments.of(judge.features(fresh[1::2]))
     assert frechet(known, held_out) < 1.5 * frechet(other, held_out), "having learnt from images makes them hardly farther"
     assert frechet(Moments.of(judge.features(noisy)), held_out) > 3 * frechet(known, held_out)
     assert frechet(Moments.of(judge.features(fresh[1::2][expected[1::2] < 5])), held_out) > 10 * frechet(known, held_out)
+
+
+@pytest.mark.parametrize(("count", "steps", "size"), [(50, 300, 5), (1437, 420, 100), (60_000, 1200, 100), (200_000, 2000, 100)])
+def test_few_images_are_seen_in_small_steps_and_many_but_once(count, steps, size):
+    """At least ten steps an epoch, thirty epochs at most; an epoch at least."""
+    batches = list(_batches(count))
+    assert len(batches) == steps and {len(rows) for rows in batches} == {size}
+    epoch = torch.cat(batches[: count // size])
+    assert len(epoch.unique()) == len(epoch) == count // size * size
 
 
 def test_a_class_alone_is_refused():
