@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import sample  # first: it sets how threads wait, before torch is imported
+import pipeline.process  # noqa: F401  first: it sets how threads wait, before torch is imported
 
 # isort: split
 import torch
 from diffusers import DDIMScheduler, DiTPipeline, logging
 from torch import Tensor
 
+from data.reading import read_images
 from data.shards import Shards
 from pipeline.classifier import train_classifier
 from pipeline.folder import open_folder
@@ -62,7 +63,8 @@ def main() -> int:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    train, held_out = (sample._read_all(Shards(str(options.shards), split), 1, 28, options.most) for split in ("train", "test"))
+    most = None if options.most is None else range(options.most)
+    train, held_out = (read_images(Shards(str(options.shards), split), 1, 28, most) for split in ("train", "test"))
     start = time.perf_counter()
     judge = train_classifier(*train)
     right = (judge.predict(held_out[0]) == held_out[1]).double().mean()
