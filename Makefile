@@ -37,6 +37,8 @@ bench: .venv/.ready
 	python benchmarks/solver_overhead.py
 	python benchmarks/loader.py
 	python benchmarks/loader.py --scale
+	python benchmarks/train_step.py
+	python benchmarks/memory.py
 
 wheel: .venv/.ready
 	python -m build --wheel --outdir dist .
