@@ -63,7 +63,7 @@ class MMDiTConfig:
     heads: int = 6  # attention heads; they divide the width
     qk_norm: bool = True  # divide queries and keys by their root mean square, against diverging attention
     dual_attention_blocks: int = 0  # the first so many attend to the image a second time, alone
-    position_grid: int = 0  # positions are cut from the middle of a grid of so many tokens a side; 0: counted from the corner
+    position_grid: int = 0  # positions are cut from the middle of a grid of so many tokens a side; 0: stretched over any shape
     position_line: tuple[float, float] | None = None  # coordinate of that grid's first token, and the way to the next; none: as SD3 counts
     micro_conditions: bool = False  # tell the network the size and crop of each original
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass: half the memory, a third more time
