@@ -36,7 +36,7 @@ from pipeline.checkpoint import Store, averages, load_state
 from pipeline.config import Config
 from pipeline.density import affordable, bits
 from pipeline.evaluate import evaluate, load_features
-from pipeline.export import Card, write_folder
+from pipeline.export import Card, check_kind, write_folder
 from pipeline.flow import Condition
 from pipeline.folder import open_folder
 from pipeline.generate import Source, check_labels, generate, network_source
@@ -107,6 +107,7 @@ class Trained:
 
     def export(self, output: Path) -> Path:
         """Write it for stock diffusers."""
+        check_kind(self.config.model)
         card = Card.of(self.run, self.state["images"], self.state["step"], self.network)
         network = to_stock(self.network, form_of(self.config.flow).factor)
         space = self.space

@@ -34,7 +34,7 @@ from pipeline import launch, precision
 from pipeline.checkpoint import Store, averages, choose, find, load_state
 from pipeline.config import ALIASES, Config
 from pipeline.ema import Ema
-from pipeline.export import Card, write_folder
+from pipeline.export import Card, check_kind, write_folder
 from pipeline.fold import check_export
 from pipeline.loop import Run, fit
 from pipeline.method import Method
@@ -215,13 +215,12 @@ def begin(run: Run, space: Space, checkpoint: Path | None) -> None:
 
 def check_exportable(config: Config, space: Space, num_classes: int) -> None:
     """Raises ValueError for what stock diffusers could not hold."""
-    if config.model.takes == "text":
-        raise ValueError(
-            f"model.kind={config.model.kind} on text cannot be exported yet: give --export=false and sample with `sample.py --run`."
-        )
+    check_kind(config.model)
     form_of(config.flow)
     check_classes(num_classes)
     check_export(space)
+    with torch.device("meta"):
+        to_stock(models.build(device="meta", **model_options(config.model, space.shape, num_classes)), 1.0)
 
 
 def export(run: Run, output: Path) -> None:

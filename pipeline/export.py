@@ -20,6 +20,7 @@ from .fold import stock_autoencoder
 from .folder import STOCK_NULL, open_folder
 from .generate import Sampler, generate
 from .identity import identity_autoencoder
+from .networks import ModelConfig
 from .recipe import as_mapping
 from .scheduling_condot_v1 import CondotScheduler
 from .sheet import grid, save_image
@@ -101,6 +102,14 @@ def write_folder(
     )
     progress(f"exported to {output}: a {type(network).__name__} in DiTPipeline, {why}")
     return output
+
+
+def check_kind(model: ModelConfig) -> None:
+    """Raises ValueError for a network on text, which has no folder yet."""
+    if model.takes == "text":
+        raise ValueError(
+            f"model.kind={model.kind} on text is not exported yet: give --export=false, sample with `sample.py --run RUN --prompt ...`."
+        )
 
 
 def labelled(network: ModelMixin) -> ModelMixin:
