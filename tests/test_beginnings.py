@@ -149,3 +149,17 @@ def test_recipe_and_constructors_know_the_same_fields():
             if name not in presets and value is not None and taken[name].default is not inspect.Parameter.empty:
                 assert value == taken[name].default, (section, name)
     assert train.SHOWN == 32
+
+
+def test_a_network_that_is_told_sizes_trains_and_samples(digits, tmp_path):
+    """All digits are 8 x 8 and whole: what the network is told is one condition, in training and in sampling."""
+    run = tmp_path / "run"
+    assert fit(digits, run, "--model.micro_conditions=true", "--log.sample_every=12", "--log.sample_steps=2") == 0
+    assert (run / "samples" / "step-0000012.png").is_file()
+    source = sample.Trained(run).source("cpu")
+    network = sample.Trained(run).network
+    x, t, labels = torch.randn(3, 1, 8, 8), torch.full((3,), 0.5), torch.tensor([0, 1, 2])
+    told = torch.tensor([[8.0, 8, 0, 0, 8, 8]]).expand(3, -1)
+    with torch.no_grad():
+        assert torch.equal(source.field(x, t, labels), network(x, t, labels, told))
+        assert not torch.equal(source.field(x, t, labels), network(x, t, labels, told + 100))
