@@ -98,6 +98,8 @@ def see(config: Config) -> tuple[Sources, Space]:
     Raises:
         ValueError: shards, encoders or caches that are not there or do not fit; an export that could not be made.
     """
+    if config.init_from and config.checkpoint.start_from:
+        raise ValueError(f"init_from={config.init_from!r} and checkpoint.start_from={config.checkpoint.start_from!r}: give one of them.")
     options = Options(**vars(config.data))
     sources = Sources.open(options, config.model.takes == "text")
     space = Space.of_pixels(options.channels, options.resolution)
@@ -183,14 +185,17 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
         about=about,
         stopper=STOPPER,
         meter=Meter(accelerator),
-        sample=partial(preview, text=sources.shown(config.seed, SHOWN)),
+        sample=partial(preview, text=sources.shown(config.seed, SHOWN) if config.log.sample_every else None),
     )
 
 
 def first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
     """Put published weights, or those that low-rank additions are to stand beside, into a fresh network; what is to be said of it."""
     if config.init_from:
-        return tuple(f"init_from={config.init_from}: {note}." for note in load_published(config.init_from, network).notes)
+        report = load_published(config.init_from, network)
+        flow = " ".join(f"flow.{name}={value}" for name, value in report.needs.flow.items() if value != getattr(config.flow, name))
+        notes = (*report.notes, f"the weights were trained with {flow}, and this recipe is another") if flow else report.notes
+        return tuple(f"init_from={config.init_from}: {note}." for note in notes)
     if config.train.lora_rank and config.checkpoint.start_from:
         network.load_state_dict(averages(find(Path(config.checkpoint.start_from))))
     elif config.train.lora_rank:

@@ -55,8 +55,16 @@ def test_a_run_begins_with_published_weights_and_resumes_without_them(digits, pu
         assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
     shutil.rmtree(published)
     assert fit(digits, run, *SIZES, *noise, f"--init_from={published}", "--train.max_steps=2") == 0
+    assert "were trained" not in capsys.readouterr().out
     assert fit(digits, tmp_path / "other", *SIZES, *noise, f"--init_from={published}") == 2
     assert "there is no such folder or file" in capsys.readouterr().err
+
+
+def test_what_the_weights_were_trained_for_is_said_where_the_recipe_differs(digits, published, tmp_path, capsys):
+    assert fit(digits, tmp_path / "run", *SIZES, *STILL, f"--init_from={published}") == 0
+    assert "the weights were trained with flow.path=ddpm flow.predict=noise, and this recipe is another" in capsys.readouterr().out
+    assert fit(digits, tmp_path / "run", *SIZES, f"--init_from={published}", f"--checkpoint.start_from={published}") == 2
+    assert "give one of them" in capsys.readouterr().err
 
 
 def test_weights_that_do_not_fit_are_listed_with_what_would(digits, published, tmp_path, capsys):
