@@ -17,9 +17,11 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from .config import FlowConfig
-from .flow import DDPM, PATHS, CondOT, Path, Prediction, singular
-from .scheduling_condot_v1 import CondotScheduler
+from .flow import DDPM, PATHS, CondOT, Path, Prediction, step_variances
+from .scheduling_flow_ode_v1 import FlowODEScheduler
 
+OWN = ("FlowODEScheduler", "FlowSDEScheduler")
+"""Schedulers of ours."""
 STEPS = 1000
 """Timesteps of a stock scheduler."""
 NAMES: dict[Prediction, str] = {"velocity": "flow_prediction", "noise": "epsilon", "data": "sample", "v": "v_prediction"}
@@ -61,7 +63,7 @@ def form_of(flow: FlowConfig) -> Form:
     return Form(flow.predict, 1.0, stock=False)
 
 
-def scheduler_of(flow: FlowConfig) -> DPMSolverMultistepScheduler | DDIMScheduler | CondotScheduler:
+def scheduler_of(flow: FlowConfig) -> DPMSolverMultistepScheduler | DDIMScheduler | FlowODEScheduler:
     """The scheduler of an exported folder: DPM-Solver++ on flow sigmas, DDIM on a table of step variances, or our own on a table."""
     form = form_of(flow)
     if not form.stock:
@@ -78,19 +80,17 @@ def scheduler_of(flow: FlowConfig) -> DPMSolverMultistepScheduler | DDIMSchedule
     )
 
 
-def _own(flow: FlowConfig) -> CondotScheduler:
-    """Our own scheduler with the recipe's path as a table; what is infinite at an end is taken a millionth inside."""
+def _own(flow: FlowConfig) -> FlowODEScheduler:
+    """Our own scheduler, with the recipe's path by its name, or else as a table; Euler's steps, which are DDIM's."""
     path = PATHS[flow.path]()
+    kind = NAMES.get(flow.predict, flow.predict) if flow.predict != "velocity" else "velocity"
+    more: dict[str, Any] = {"sigma_data": flow.sigma_data} if flow.precondition or flow.path == "edm" else {}
+    if isinstance(path, DDPM):
+        return FlowODEScheduler("euler", kind, "ddpm", trained_betas=step_variances(path.variances).tolist(), **more)
+    if flow.path in ("condot", "cosine", "vp"):
+        return FlowODEScheduler("euler", kind, flow.path, **more)
     t = 1 - torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
-    exact, inside = path(t), path(t.clamp(1e-6, 1 - 1e-6))
-    table = [torch.where(a.isfinite(), a, b).tolist() for a, b in zip(exact, inside, strict=True)]
-    scaled = flow.precondition or flow.path == "edm"
-    return CondotScheduler(
-        *table,
-        prediction_type=flow.predict,
-        sigma_data=flow.sigma_data if scaled else 0.0,
-        first_timestep=STEPS - 1 if singular(path, flow.predict, 0.0) else STEPS,
-    )
+    return FlowODEScheduler("euler", kind, "table", table=[part.tolist() for part in path(t)], **more)
 
 
 def read_scheduler(config: Any, flow: FlowConfig | None) -> tuple[Path, Prediction]:
@@ -103,7 +103,7 @@ def read_scheduler(config: Any, flow: FlowConfig | None) -> tuple[Path, Predicti
     Raises:
         ValueError: a scheduler of another kind of model.
     """
-    if config.get("_class_name") == CondotScheduler.__name__ and flow is not None:
+    if config.get("_class_name") in OWN and flow is not None:
         return PATHS[flow.path](), flow.predict
     stock = config.get("prediction_type", "flow_prediction")
     ours = {name: kind for kind, name in NAMES.items()}

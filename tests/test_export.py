@@ -20,7 +20,7 @@ from pipeline.flow import convert, euler, guide, initial, velocity_field, widen
 from pipeline.folder import open_folder
 from pipeline.generate import Sampler, generate
 from pipeline.identity import identity_autoencoder
-from pipeline.scheduling_condot_v1 import CondotScheduler
+from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
 from pipeline.sheet import grid
 from pipeline.stock import form_of, scheduler_of
 
@@ -217,7 +217,7 @@ def test_every_other_recipe_takes_a_scheduler_of_its_own_along(digits, tmp_path,
     with pytest.raises(ValueError, match="trust_remote_code"):
         DiffusionPipeline.from_pretrained(folder)
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    assert type(pipe.scheduler).__name__ == "CondotScheduler" and not isinstance(pipe.scheduler, CondotScheduler), (
+    assert type(pipe.scheduler).__name__ == "FlowODEScheduler" and not isinstance(pipe.scheduler, FlowODEScheduler), (
         "it comes from the folder"
     )
     theirs = drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=6, guidance_scale=2.0, generator=torch.manual_seed(2))

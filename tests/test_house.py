@@ -9,8 +9,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
-        ["networks", "recipe", "process", "scheduling_condot_v1", "sheet", "precision", "frechet", "retrieval", "classifier"],
-        ["config"],
+        ["networks", "recipe", "process", "scheduling_flow_v1", "sheet", "precision", "frechet", "retrieval", "classifier"],
+        ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1"],
         ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
         ["loop", "generate", "fold"],
         ["folder"],
