@@ -72,7 +72,8 @@ class FlowODEScheduler(FlowScheduler):
         """The points where the network is evaluated and what follows each."""
         ends, points, moves, before = [self._point(s) for s in (*levels, 0.0)], [], [], 0.0
         known = self._usable(0.0) and ends[-1].frame == 0  # at the data
-        frames, self._slopes = [*(p.frame for p in ends[:-1]), 0.0], []
+        frames = [*(p.frame for p in ends[:-1]), 0.0]
+        self._slopes: list[torch.Tensor] = []
         for k, h in enumerate(t - s for s, t in pairwise(frames)):
             last = k + 1 == len(levels)
             nodes, rows, weights = TABLES["euler" if last and not known else self.config.solver]

@@ -16,7 +16,16 @@ from diffusers import ConfigMixin, DDPMScheduler, SchedulerMixin
 
 PREDICTIONS = ("velocity", "flow_prediction", "epsilon", "sample", "v_prediction", "score")
 PATHS = ("condot", "cosine", "vp", "ddpm", "table")
-REFUSED = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "invert_sigmas", "thresholding")
+REFUSED = (
+    "use_karras_sigmas",
+    "use_exponential_sigmas",
+    "use_beta_sigmas",
+    "use_lu_lambdas",
+    "invert_sigmas",
+    "thresholding",
+    "rescale_betas_zero_snr",
+)
+"""What stock schedulers can be told to do, and these cannot."""
 
 
 class Point(NamedTuple):
@@ -43,7 +52,7 @@ def in_our_words(config: Any, solvers: Any) -> Any:
         stock = given.get("use_flow_sigmas") and not str(config.get("_class_name")).startswith("FlowMatch")
         shift = given.get("flow_shift" if stock else "shift", 1.0)
         return {"prediction_type": "flow_prediction", **given, "path": "condot", "shift": shift}
-    kept = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "rescale_betas_zero_snr")
+    kept = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas")
     betas = DDPMScheduler(**{key: given[key] for key in kept if key in given}).betas.double().tolist()
     return {"prediction_type": "epsilon", **given, "path": "ddpm", "trained_betas": betas, "shift": 1.0}
 
@@ -86,13 +95,16 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
             )
         if c.path == "table" and (len(c.table or ()) != 4 or {len(row) for row in c.table} != {len(c.table[0])} or len(c.table[0]) < 2):
             raise ValueError("table: alpha, beta and their slopes in t = 1 - sigma, four lists of one length, from sigma = 0 to 1.")
-        if c.path == "ddpm" and len(c.trained_betas or ()) != count:
-            raise ValueError("trained_betas: the variance of each of num_train_timesteps steps, for path='ddpm'.")
+        if c.path == "ddpm" and (len(c.trained_betas or ()) != count or not 0 < min(c.trained_betas) <= max(c.trained_betas) < 1):
+            raise ValueError("trained_betas: the variance of each of num_train_timesteps steps, inside (0, 1), for path='ddpm'.")
         betas = torch.tensor([*c.trained_betas, c.trained_betas[-1]] if c.path == "ddpm" else [], dtype=torch.float64)
         self._log_alphas = (torch.log1p(-betas).cumsum(0) / 2).tolist()
         self.register_to_config(use_flow_sigmas=c.path == "condot", flow_shift=c.shift, _use_default_values=[])
         self.timesteps, self.sigmas = torch.arange(count, 0.0, -1), torch.arange(count, -1.0, -1, dtype=torch.float64) / count
-        self.num_inference_steps = self._step_index = self._begin_index = self._placed = None
+        self.num_inference_steps: Any = None
+        self._step_index: Any = None
+        self._begin_index: Any = None
+        self._placed: Any = None
         self._loudness = 1.0
 
     def coefficients(self, sigma: float) -> Any:

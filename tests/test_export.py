@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import UNET, fit
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from PIL import Image
 
 import sample
@@ -234,6 +235,12 @@ def test_every_other_recipe_takes_a_scheduler_of_its_own_along(digits, tmp_path,
             end = None if after is None else source.path(widen(torch.full((3,), after), x))
             x = z if end is None else end.a * z + end.b * eps
     assert_equal_draws(x, theirs)
+    words = (folder / "scheduler", "scheduling_flow_sde_v1.py", "FlowSDEScheduler")
+    noisy = get_class_from_dynamic_module(*words, trust_remote_code=True)
+    pipe.scheduler = noisy.from_config(pipe.scheduler.config, sigma_t="zero")
+    assert_equal_draws(
+        drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=6, guidance_scale=2.0, generator=torch.manual_seed(2)), theirs
+    )
     reopened, point = open_folder(folder), torch.randn(3, 1, 8, 8)
     t = torch.tensor([0.05, 0.5, 0.9])
     with torch.no_grad():

@@ -524,6 +524,8 @@ BAD = {
     "table": (lambda: FlowODEScheduler(path="table", table=[[1, 0], [0, 1], [1, 1]]), r"four lists"),
     "no table": (lambda: FlowODEScheduler(path="table"), r"four lists"),
     "betas": (lambda: FlowODEScheduler(path="ddpm", trained_betas=[0.1]), r"trained_betas"),
+    "beta of 1": (lambda: FlowODEScheduler(path="ddpm", trained_betas=[0.5] * 999 + [1.0]), r"inside \(0, 1\)"),
+    "zero snr": (lambda: FlowSDEScheduler.from_config(DDIMScheduler(rescale_betas_zero_snr=True).config), r"rescale_betas_zero_snr"),
     "coefficient": (lambda: FlowSDEScheduler(sigma_t="root"), r"sigma_t='root'"),
     "negative": (lambda: FlowSDEScheduler(sigma_t=[1.0, -1.0]), r"sigma_t=\[1\.0, -1\.0\]"),
     "scale": (lambda: FlowSDEScheduler(sigma_scale=-1.0), r"times -1\.0"),
