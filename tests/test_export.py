@@ -1,5 +1,6 @@
 """The exported folder: a stranger's stock diffusers loads it, and it draws what the trainer draws."""
 
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -11,7 +12,6 @@ import torch
 import yaml
 from conftest import UNET, fit
 from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
-from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from PIL import Image
 
 import sample
@@ -235,9 +235,10 @@ def test_every_other_recipe_takes_a_scheduler_of_its_own_along(digits, tmp_path,
             end = None if after is None else source.path(widen(torch.full((3,), after), x))
             x = z if end is None else end.a * z + end.b * eps
     assert_equal_draws(x, theirs)
-    words = (folder / "scheduler", "scheduling_flow_sde_v1.py", "FlowSDEScheduler")
-    noisy = get_class_from_dynamic_module(*words, trust_remote_code=True)
-    pipe.scheduler = noisy.from_config(pipe.scheduler.config, sigma_t="zero")
+    spec = importlib.util.spec_from_file_location("its_sde", folder / "scheduler/scheduling_flow_sde_v1.py")
+    beside = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(beside)
+    pipe.scheduler = beside.FlowSDEScheduler.from_config(pipe.scheduler.config, sigma_t="zero")
     assert_equal_draws(
         drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=6, guidance_scale=2.0, generator=torch.manual_seed(2)), theirs
     )
