@@ -106,8 +106,7 @@ class FlowODEScheduler(FlowScheduler):
         i, y, slope = self._take(model_output, timestep, sample)
         move = self._moves[i]
         if move.begins:
-            self._start = y
-            self._slopes = self._slopes[-1:] if self.config.solver == "multistep" else []
+            self._start, self._slopes = y, self._slopes[-1:]
         self._slopes.append(slope)
         used, y = self._slopes[-len(move.weights) :], self._start
         weights = move.weights if len(used) == len(move.weights) else [sum(move.weights)]  # a two-step method begun in the middle

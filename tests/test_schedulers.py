@@ -247,6 +247,26 @@ def test_weak_order_on_other_paths(path, solver):
     assert max(errors[1]) < 0.02 and max(errors[1]) < max(0.4 * max(errors[0]), 5e-3)
 
 
+@pytest.mark.parametrize("path", ["condot", "cosine", "vp"])
+def test_integrators_agree_on_how_much_of_the_start_is_left(path, monkeypatch):
+    """Marginals do not show sigma's size; the response of the end to the start does: within 3 %, and not that of the ODE."""
+    gauss, left = oracles.gaussian([0.7], [[0.3]]), {}
+    monkeypatch.setattr("pipeline.scheduling_flow_sde_v1.randn_tensor", lambda shape, **more: torch.zeros(shape, dtype=torch.float64))
+    for solver in (*SDE_SOLVERS, "none"):
+        scheduler = FlowSDEScheduler(
+            "exponential" if solver == "none" else solver, "zero" if solver == "none" else "noise", 1.5, "epsilon", path
+        )
+        scheduler.set_timesteps(400)
+        x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+        for t, point in zip(scheduler.timesteps, scheduler._points, strict=True):
+            a, b, _, _ = oracles.BY_HAND[path](1 - point.sigma)
+            x = scheduler.scale_model_input(x, t)
+            x = scheduler.step(gauss.noise(x, a, b), t, x).prev_sample
+        left[solver] = (x[1] - x[0]).item()
+    ode = left.pop("none")
+    assert max(left.values()) < 1.03 * min(left.values()) and max(left.values()) < 0.8 * ode
+
+
 def test_the_generator_is_followed():
     """The same seed draws the same, another another; without one, scheduler.generator's or the global seed's noise is taken."""
 
@@ -291,6 +311,19 @@ def test_float32_inside_the_models_dtype_outside(make):
     out = torch.full((2, 3), 1 / 3).to(torch.bfloat16)
     (moved,) = single.step(out, single.timesteps[0], torch.full((2, 3), 1 / 7), return_dict=False)
     assert moved.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("make", [FlowODEScheduler, lambda **more: FlowSDEScheduler(sigma_t="zero", **more)])
+def test_a_step_is_rounded_once(make):
+    """A bfloat16 model: the step is that in float32 of the same numbers, rounded at its end; in bfloat16 it would be another."""
+    x, out = (torch.randn(64, 3, generator=generator(k)).bfloat16() for k in (1, 2))
+    ends = []
+    for dtype in (torch.bfloat16, torch.float32):
+        scheduler = make(prediction_type="v_prediction")
+        scheduler.set_timesteps(3)
+        scheduler.set_begin_index(1)
+        ends.append(scheduler.step(out.to(dtype), scheduler.timesteps[1], x.to(dtype)).prev_sample)
+    assert ends[0].dtype == torch.bfloat16 and torch.equal(ends[0], ends[1].bfloat16())
 
 
 def test_stages_of_rk4_keep_their_start_in_single_precision():
