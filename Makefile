@@ -39,6 +39,7 @@ bench: .venv/.ready
 	python benchmarks/loader.py --scale
 	python benchmarks/train_step.py
 	python benchmarks/memory.py
+	python benchmarks/schedulers.py
 
 wheel: .venv/.ready
 	python -m build --wheel --outdir dist .
