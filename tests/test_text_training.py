@@ -11,9 +11,12 @@ from conftest import launch
 import sample
 import train
 from data.encode import main as encode
-from data.text_encoders import TextEncoder
+from data.reading import read_images
+from data.shards import Shards
+from data.text_encoders import TextEncoder, read_text_encoder
 from data.words import Words
 from pipeline.checkpoint import load_tensors
+from pipeline.options import Retrieve
 
 NETWORKS = {
     "mmdit": ("--model.kind=mmdit", "--model.patch_size=4", "--model.width=32", "--model.depth=2", "--model.heads=2"),
@@ -172,3 +175,42 @@ def test_mistakes_are_one_line_before_any_work(parts, tmp_path, capsys, more, me
     err = capsys.readouterr().err
     assert message in err and "Traceback" not in err
     assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_captions_that_are_too_long_are_cut_and_counted(parts, tmp_path, capsys):
+    """Captions have one to five words and two ends each: the ends alone fill two tokens, so two of CLIP's cut every one but the empty."""
+    assert fit(parts, tmp_path / "run", "--data.max_tokens=2", "--train.max_steps=1", cached=False) == 0
+    said = capsys.readouterr()
+    assert "captions were longer than data.max_tokens=2 2, and cut" in said.out + said.err
+    assert fit(parts, tmp_path / "whole", "--train.max_steps=1", cached=False) == 0
+    said = capsys.readouterr()
+    assert "and cut" not in said.out + said.err
+
+
+def test_retrieval_pairs_each_caption_with_its_own_image(parts, tmp_path, capsys):
+    """The pictures are numbered through, and a number tells its caption; real images in place of samples are all found."""
+    run = tmp_path / "run"
+    assert fit(parts, run, "--train.max_steps=1") == 0
+    asked = Retrieve(run=str(run), reference=str(parts["shards"]), candidates=12, num_inference_steps=1)
+    real, made, captions = sample.captioned(asked)
+    whole, _ = read_images(Shards(str(parts["shards"]), "train"), 3, 16)
+    numbers = [int((whole - image).abs().flatten(1).sum(1).argmin()) for image in real]
+    assert len(set(numbers)) == 12 and made.shape == real.shape
+    for caption, number in zip(captions, numbers, strict=True):
+        words_ = " ".join(frozen.WORDS[4 + (number * k) % 12] for k in range(1, 2 + number % 5))
+        assert caption == ("" if number == 2 else words_)
+    verb = ["retrieve", "--run", str(run), "--reference", str(parts["shards"])]
+    assert sample.main([*verb, "--candidates", "12", "--num_inference_steps", "1"]) == 0
+    figures = json.loads((run / "retrieval.json").read_text())
+    assert figures["candidates"] == 12 and figures["chance"] == 1 / 12 and figures["captions"] == captions
+    capsys.readouterr()
+    assert sample.main([*verb, "--candidates", "99"]) == 2
+    assert "--candidates 99: 2 or more, of the 16 images" in capsys.readouterr().err
+
+
+def test_a_run_is_sampled_with_its_own_encoders_only(parts, tmp_path):
+    facts = tuple(read_text_encoder(str(name), 12) for name in parts["names"])
+    own = [one.fingerprint for one in facts]
+    Words(facts).check(own)
+    with pytest.raises(ValueError, match="another encoder than number 1 of the run"):
+        Words(facts).check([own[0], read_text_encoder(str(frozen.text(tmp_path / "t5", "t5", seed=1)), 12).fingerprint])
