@@ -59,70 +59,73 @@ def write_folder(
     card: Card,
     space: Space,
     vae: nn.Module | None = None,
+    *,
+    why: str = "",
+    spoken: Sequence[Spoken] = (),
+    captions: Sequence[str] = (),
+    variant: str = "",
     progress: Callable[[str], None] = print,
 ) -> Path:
-    """Write a pipeline folder for stock diffusers.
+    """Write a pipeline folder that diffusers loads.
 
     Args:
         output: the folder; replaced if it is one of ours already.
-        network: a stock DiTTransformer2DModel or UNet2DModel, in the form that `stock.form_of` names.
+        network: as `models.convert.to_exported` gives it, in the form that `stock.form_of` names.
         config: of the run; kept as `config.yaml`.
-        class_names: name of each label; none for an unconditional model.
+        class_names: name of each label; none for an unconditional model, or one on text.
         card: for README.md.
         space: what the network works on.
         vae: the autoencoder whose latents that is; None for pixels.
+        why: the network is of no stock class; "" if it is.
+        spoken: text encoders of a network on text, in the order of training.
+        captions: to draw sample pictures of, of such a network.
+        variant: fp16 or bf16: weights in that precision beside the full ones; "" for none.
         progress: told what was written.
 
     Raises:
-        ValueError: a prior that no stock pipeline starts from, or an `output`
-            that holds something else.
+        ValueError: a prior that no stock pipeline starts from, an unknown variant, or an `output` that holds something else.
     """
-    form, scheduler = form_of(config.flow), scheduler_of(config.flow)
+    if variant not in VARIANTS:
+        raise ValueError(f"variant={variant!r} is unknown: choose fp16 or bf16, or leave it out.")
     if output.exists() and any(output.iterdir()) and not (output / "model_index.json").exists():
         raise ValueError(f"{output} is not empty and no export: give another folder.")
-    vae = stock_autoencoder(vae, space) if vae is not None else identity_autoencoder(space.channels, space.height)
+    vae = stock_autoencoder(vae, space) if vae is not None else None
+    choice = choose(network, why, config.flow, space, class_names, vae, spoken)
     temporary = output.parent / f".{output.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        pipe = DiTPipeline(transformer=cast(Any, labelled(network)), vae=cast(Any, vae), scheduler=cast(Any, scheduler))
-        pipe.save_pretrained(temporary, safe_serialization=True)
-        _mend_index(temporary, class_names, own_scheduler=not form.stock)
+        save(choice.pipeline, temporary, variant)
+        _mend_index(temporary, choice.pipeline, class_names)
         (temporary / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
-        count = len(class_names)
-        labels = torch.arange(4 * min(count, 10)) % min(count, 10) if count else torch.full((16,), STOCK_NULL)
-        guidance = 2.0 if count else 1.0
-        images = generate(open_folder(temporary), labels, Sampler("heun", 25, guidance), seed=0).images
-        save_image(grid(images, min(count, 10) or 8, scale=max(1, 48 // images.shape[-1])), temporary / "samples.png")
+        guidance = 1.0 if not class_names and not spoken else 2.0
+        draw_samples(temporary, network, class_names, captions or ("",), guidance)
         (temporary / "README.md").write_text(_readme(config, class_names, card, guidance))
         _replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    why = (
-        "which stock diffusers holds exactly"
-        if form.stock
-        else "with our own scheduler (trust_remote_code=True), for no stock one serves it"
-    )
-    progress(f"exported to {output}: a {type(network).__name__} in DiTPipeline, {why}")
+    how = f"with code of its own (trust_remote_code=True), for {choice.why}" if choice.trust else "which stock diffusers holds exactly"
+    progress(f"exported to {output}: a {type(network).__name__} in {type(choice.pipeline).__name__}, {how}")
     return output
 
 
-def check_kind(model: ModelConfig) -> None:
-    """Raises ValueError for a network on text, which has no folder yet."""
-    if model.takes == "text":
-        raise ValueError(
-            f"model.kind={model.kind} on text is not exported yet: give --export=false, sample with `sample.py --run RUN --prompt ...`."
-        )
+def save(pipeline: DiffusionPipeline, folder: Path, variant: str) -> None:
+    """Write a pipeline's parts, weights as safetensors; with a variant in that precision too."""
+    pipeline.save_pretrained(folder, safe_serialization=True)
+    if variant:
+        parts = {name: copy.deepcopy(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+        for name, part in parts.items():
+            part.to(VARIANTS[variant]).save_pretrained(folder / name, variant=variant, safe_serialization=True)
 
 
-def labelled(network: ModelMixin) -> ModelMixin:
-    """The network, with a place for the class that DiTPipeline always passes: a U-Net without classes gets a table of zeros."""
-    if not isinstance(network, UNet2DModel) or network.class_embedding is not None:
-        return network
-    facts = {key: value for key, value in network.config.items() if not key.startswith("_")}  # `_use_default_values` would undo the table
-    wider = UNet2DModel(**{**facts, "num_class_embeds": STOCK_NULL + 1})
-    table = torch.zeros_like(wider.class_embedding.weight)
-    wider.load_state_dict({**network.state_dict(), "class_embedding.weight": table})
-    return wider.eval()
+def draw_samples(folder: Path, network: ModelMixin, class_names: tuple[str, ...], captions: Sequence[str], guidance: float) -> None:
+    """Write the folder's `samples.png`: four of each of ten classes, or 16 images of the captions, or of nothing."""
+    source = open_folder(folder, own={type(network).__name__: type(network)})
+    count = min(len(class_names), 10)
+    condition: Condition = torch.arange(4 * count) % count if count else torch.full((16,), NO_CLASS)
+    if source.read:
+        condition = source.read([captions[i % len(captions)] for i in range(16)])
+    images = generate(source, condition, Sampler("heun", 25, guidance), seed=0).images
+    save_image(grid(images, count or 8, scale=max(1, 48 // images.shape[-1])), folder / "samples.png")
 
 
 def _replace(temporary: Path, output: Path) -> None:
@@ -135,15 +138,21 @@ def _replace(temporary: Path, output: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _mend_index(folder: Path, class_names: tuple[str, ...], own_scheduler: bool) -> None:
-    """What `save_pretrained` leaves out of model_index.json: id2label (empty for an unconditional model), and code of ours."""
+def _mend_index(folder: Path, pipeline: DiffusionPipeline, class_names: tuple[str, ...]) -> None:
+    """What `save_pretrained` leaves out: names of classes in model_index.json, and code of ours, one file for each part that needs it."""
     path = folder / "model_index.json"
     content = json.loads(path.read_text())
     content["id2label"] = {str(i): name for i, name in enumerate(class_names)}
-    if own_scheduler:
-        content["scheduler"] = [OWN["FlowODEScheduler"], "FlowODEScheduler"]
-        for name in OWN.values():
-            (folder / "scheduler" / f"{name}.py").write_text(standing_alone(name))
+    for name, part in pipeline.components.items():
+        if part is not None and type(part).__module__.split(".")[0] not in ("diffusers", "transformers"):
+            file = Path(inspect.getfile(type(part)))
+            content[name] = [file.stem, type(part).__name__]
+            (folder / name / file.name).write_text(standing_alone(file))
+    for file in BESIDE:
+        place = folder / "scheduler" if file.stem.startswith("scheduling") else folder
+        (place / file.name).write_text(standing_alone(file))
+    if isinstance(pipeline, CondotPipeline):
+        content["_class_name"] = [Path(inspect.getfile(CondotPipeline)).stem, "CondotPipeline"]
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -24,7 +24,7 @@ TABLES: Any = {
 """Of each solver: where in a step slopes are taken, the weights of the earlier ones at each but the first, and those of the step."""
 
 
-class Move(NamedTuple):
+class Stage(NamedTuple):
     """What follows an evaluation: whether a step begins with it, the weights of the latest slopes, the gauge where they lead."""
 
     begins: bool
@@ -82,7 +82,7 @@ class FlowODEScheduler(FlowScheduler):
             inner = [ends[k + 1] if node == 1 else self._point(self._level(frames[k] + node * h)) for node in nodes[1:]]
             gauges = [*(p.gauge for p in inner), 1.0 if last else ends[k + 1].gauge]
             points += [ends[k], *inner]
-            moves += [Move(j == 0, [h * w for w in row], gauges[j]) for j, row in enumerate((*rows, weights))]
+            moves += [Stage(j == 0, [h * w for w in row], gauges[j]) for j, row in enumerate((*rows, weights))]
             before = h
         return points, moves
 

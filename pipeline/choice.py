@@ -1,0 +1,137 @@
+"""Which pipeline class holds an exported model: a stock one wherever that draws exactly what was trained, else our own.
+
+Our own travels with every folder, for its solvers; here is chosen what loads by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DModel,
+)
+
+from .config import FlowConfig
+from .identity import identity_autoencoder
+from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
+from .space import Space
+from .stock import form_of, scheduler_of
+
+MOST = 3
+"""Text encoders that pipelines have places for."""
+
+
+class Spoken(Protocol):
+    """A frozen text encoder: see data.text_encoders.TextEncoder."""
+
+    tokenizer: Any
+    model: Any
+    max_tokens: int
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def facts(self) -> Any: ...
+
+
+class Choice(NamedTuple):
+    """A pipeline, put together, and why this class."""
+
+    pipeline: Any
+    why: str
+    trust: bool
+    """Whether it loads with code of ours only."""
+
+
+def check_encoders(count: int) -> None:
+    """Raises ValueError for more text encoders than a pipeline has places for."""
+    if count > MOST:
+        raise ValueError(f"{count} text encoders are exported nowhere: pipelines have places for {MOST}. Give --export=false.")
+
+
+def choose(
+    network: Any, why: str, flow: FlowConfig, space: Space, class_names: Sequence[str], vae: Any, spoken: Sequence[Spoken]
+) -> Choice:
+    """Put a pipeline together.
+
+    Args:
+        network: as `models.convert.to_exported` gives it.
+        why: it is not of a stock class; "" if it is.
+        flow: of the recipe.
+        space: what the network works on.
+        class_names: of a network on classes.
+        vae: as `fold.stock_autoencoder` gives it; None for pixels.
+        spoken: the text encoders of a network on text.
+    """
+    form, scheduler = form_of(flow), scheduler_of(flow)
+    own = bool(why) or not form.stock
+    if not why and not form.stock:
+        why = f"{flow.predict} on the path {flow.path} is followed by no stock scheduler"
+    kl = vae is None or isinstance(vae, AutoencoderKL)
+    shown = vae if vae is not None else identity_autoencoder(space.channels, space.height)
+    if spoken:
+        parts, reason = _text_parts(spoken), _not_stock_text(network, spoken, flow)
+        if kl and not reason and isinstance(network, PixArtTransformer2DModel):
+            return Choice(PixArtSigmaPipeline(transformer=network, vae=shown, scheduler=scheduler, **parts), why, own)
+        if kl and not reason and isinstance(network, SD3Transformer2DModel):
+            shown.register_to_config(shift_factor=shown.config.get("shift_factor") or 0.0)
+            empty = dict.fromkeys(("tokenizer_3", "text_encoder_3"))
+            euler = FlowMatchEulerDiscreteScheduler()
+            return Choice(StableDiffusion3Pipeline(transformer=network, vae=shown, scheduler=euler, **{**empty, **parts}), why, own)
+        padding = spoken[0].facts.padding
+        place = "unet" if hasattr(network, "conv_in") else "transformer"
+        pipeline = CondotPipeline(scheduler, vae=vae, padding=padding, **{place: network}, **parts)
+        return Choice(pipeline, why or reason or "stock text pipelines decode with an AutoencoderKL", True)
+    if getattr(network.config, "micro_conditions", False):
+        return Choice(CondotPipeline(scheduler, transformer=network, vae=vae, id2label=dict(enumerate(class_names)) or None), why, True)
+    if isinstance(network, UNet2DModel) and network.class_embedding is None and vae is None and form.stock:
+        return Choice(DDPMPipeline(unet=network, scheduler=scheduler), why, False)  # type: ignore[arg-type]
+    return Choice(DiTPipeline(transformer=labelled(network), vae=shown, scheduler=scheduler), why, own)  # type: ignore[arg-type]
+
+
+def _text_parts(spoken: Sequence[Spoken]) -> dict[str, Any]:
+    """Tokenizers, which remember where captions were cut, and encoders, by the names of their places."""
+    found = {}
+    for end, one in zip(("", "_2", "_3"), spoken, strict=False):
+        one.tokenizer.model_max_length = one.max_tokens
+        found[f"tokenizer{end}"], found[f"text_encoder{end}"] = one.tokenizer, one.model
+    return found
+
+
+def _not_stock_text(network: Any, spoken: Sequence[Spoken], flow: FlowConfig) -> str:
+    """Why no stock pipeline shows a network the same text; "" if one does."""
+    kinds = [str(one.facts.fingerprint["class"]) for one in spoken]
+    if isinstance(network, PixArtTransformer2DModel):
+        if len(spoken) > 1 or spoken[0].kind == "clip" or spoken[0].facts.padding != "mask":
+            return "PixArtSigmaPipeline shows the last states of one encoder, padding masked"
+        return ""
+    if isinstance(network, SD3Transformer2DModel):
+        clips, rest = kinds[:2], kinds[2:]
+        fits = len(clips) == 2 and all(kind == "clip_text_model with projection" or kind == "clip with projection" for kind in clips)
+        if not fits or any(kind != "t5" for kind in rest) or spoken[0].facts.padding != "attend":
+            return "StableDiffusion3Pipeline shows two projected CLIPs and a T5, padding attended to"
+        if flow.path != "condot" or flow.predict != "velocity":
+            return "StableDiffusion3Pipeline follows velocities on the straight path"
+        return ""
+    return f"no stock pipeline draws with a {type(network).__name__} and these text encoders"
+
+
+def labelled(network: Any) -> Any:
+    """The network, with a place for the class that DiTPipeline always passes: a U-Net without classes gets a table of zeros."""
+    if not isinstance(network, UNet2DModel) or network.class_embedding is not None:
+        return network
+    facts = {key: value for key, value in network.config.items() if not key.startswith("_")}  # `_use_default_values` would undo the table
+    wider = UNet2DModel(**{**facts, "num_class_embeds": NO_CLASS + 1})
+    table = torch.zeros_like(wider.class_embedding.weight)
+    wider.load_state_dict({**network.state_dict(), "class_embedding.weight": table})
+    return wider.eval()

@@ -1,0 +1,147 @@
+"""CondotPipeline: its images are those of our own solvers and encoders, whatever it is told; and what it cannot be told it refuses."""
+
+import frozen
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+
+from data.text_encoders import read_text_encoder
+from data.words import Words
+from pipeline.choice import _text_parts
+from pipeline.flow import ODE_SOLVERS, guide
+from pipeline.folder import _pipeline, open_folder
+from pipeline.pipeline_condot_v1 import NO_CLASS, CondotPipeline
+from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
+from pipeline.scheduling_flow_sde_v1 import FlowSDEScheduler
+
+
+@pytest.fixture
+def pipe(trained):
+    import json
+
+    made = _pipeline(trained / "export", json.loads((trained / "export/model_index.json").read_text()), {})
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def noise(seed=0, count=3):
+    return torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("solver", FlowODEScheduler.solvers)
+@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 3.0, "guidance_interval": (0.2, 0.7), "guidance_rescale": 0.5}])
+def test_it_draws_what_our_solvers_draw(trained, pipe, solver, guidance):
+    """The same network, noise and times through flow/: to float32 rounding."""
+    source, labels = open_folder(trained / "export"), torch.tensor([3, 1, 4])
+    made = pipe([3, 1, 4], num_inference_steps=5, solver=solver, latents=noise(), output_type="latent", **guidance).images
+    more = {"interval": guidance.get("guidance_interval", (0.0, 1.0)), "rescale": guidance.get("guidance_rescale", 0.0)}
+    field = guide(source.field, labels, torch.full((3,), NO_CLASS), guidance.get("guidance_scale", 1.0), **more)
+    with torch.no_grad():
+        ours = ODE_SOLVERS[solver](field, noise(), torch.linspace(0, 1, 6, dtype=torch.float64)).x
+    assert (made - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
+    other = pipe([3, 1, 5], num_inference_steps=5, solver=solver, latents=noise(), output_type="latent", **guidance).images
+    assert torch.equal(made[:2], other[:2]) and (made[2] - other[2]).abs().max() > 1e-3
+
+
+def test_its_noise_is_the_generators(pipe):
+    """Seeded, the SDE is repeated; another seed is another image; without noise it is Euler's method; one generator an image."""
+
+    def drawn(seed, **how):
+        generator = [torch.Generator().manual_seed(seed + i) for i in range(2)]
+        return pipe([1, 2], num_inference_steps=4, generator=generator, output_type="pt", **how).images
+
+    sde = drawn(0, solver="exponential", sigma_t="noise")
+    assert torch.equal(sde, drawn(0, solver="exponential")) and not torch.equal(sde, drawn(5, solver="exponential"))
+    torch.testing.assert_close(drawn(0, solver="exponential", sigma_t="zero"), drawn(0, solver="euler"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(sde[1:], drawn(1, solver="exponential")[:1].roll(0), atol=2.0, rtol=0)
+    assert isinstance(pipe.sampler(None, "constant", 2.0), FlowSDEScheduler) and pipe.sampler(None, None, None) is pipe.scheduler
+
+
+def test_outputs_names_and_callbacks(pipe):
+    kinds = {kind: pipe(["4", 2], num_inference_steps=2, latents=noise(count=2), output_type=kind).images for kind in ("pil", "np", "pt")}
+    assert kinds["pil"][0].size == (8, 8) and kinds["np"].shape == (2, 8, 8, 1) and kinds["pt"].shape == (2, 1, 8, 8)
+    assert abs(kinds["np"] - kinds["pt"].permute(0, 2, 3, 1).numpy()).max() == 0
+    by_number = pipe([4, 2], num_inference_steps=2, latents=noise(count=2), output_type="pt", return_dict=False)[0]
+    assert torch.equal(by_number, kinds["pt"])
+    seen = []
+
+    def told(pipeline, number, timestep, kept):
+        seen.append((number, float(timestep), pipeline.guidance_scale, pipeline.num_timesteps))
+        pipeline._interrupt = number == 1
+        return {"latents": kept["latents"] * 0}
+
+    made = pipe([1], num_inference_steps=4, guidance_scale=2.0, solver="euler", callback_on_step_end=told, output_type="latent").images
+    assert [number for number, *_ in seen] == [0, 1] and seen[0][2:] == (2.0, 4) and not made.any()
+    assert len(pipe(3, num_inference_steps=1, num_images_per_prompt=4).images) == 4
+
+
+WRONG = {
+    "neither": ({}, "this model takes class_labels"),
+    "both": ({"class_labels": [1], "prompt": "a"}, "this model takes class_labels, and no prompt"),
+    "negative": ({"class_labels": [1], "negative_prompt": "a"}, "takes no text"),
+    "label": ({"class_labels": [10]}, "has classes 0 to 9"),
+    "name": ({"class_labels": ["ten"]}, "has classes 0 to 9"),
+    "steps": ({"class_labels": [1], "num_inference_steps": 0}, "num_inference_steps=0"),
+    "scale": ({"class_labels": [1], "guidance_scale": float("nan")}, "guidance_scale=nan"),
+    "interval": ({"class_labels": [1], "guidance_interval": (0.7, 0.2)}, "first < last"),
+    "size": ({"class_labels": [1], "height": 9}, "height=9"),
+    "solver": ({"class_labels": [1], "solver": "dopri"}, "choose one of euler, midpoint"),
+    "noise": ({"class_labels": [1], "solver": "heun", "sigma_t": "noise"}, "alone take sigma_t"),
+    "latents": ({"class_labels": [1], "latents": torch.zeros(1, 3, 8, 8)}, "latents of shape"),
+    "kept": ({"class_labels": [1], "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "latents"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_mistakes_say_what_to_do_before_any_work(pipe, case, monkeypatch):
+    monkeypatch.setattr(CondotPipeline, "predict", None)
+    more, message = WRONG[case]
+    with pytest.raises(ValueError, match=message):
+        pipe(**more)
+
+
+def test_a_scheduler_of_another_kind_of_model_is_refused(pipe):
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    assert len(pipe([1], num_inference_steps=2).images) == 1, "a flow scheduler serves a flow"
+    pipe.scheduler = DPMSolverMultistepScheduler(prediction_type="epsilon")
+    with pytest.raises(ValueError, match="from_config"):
+        pipe([1], num_inference_steps=2)
+
+
+def test_no_guidance_of_a_model_without_conditions(pipe):
+    bare = CondotPipeline(pipe.scheduler, transformer=pipe.transformer, vae=pipe.vae)
+    bare.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match="neither classes nor text"):
+        bare(guidance_scale=2.0)
+    alone = bare(num_inference_steps=2, latents=noise(count=1), output_type="pt").images
+    null = pipe([NO_CLASS], num_inference_steps=2, latents=noise(count=1), output_type="pt").images
+    assert torch.equal(alone, null)
+
+
+ENCODERS = {
+    "bert": ("bert",), "t5": ("t5",), "clip": ("clip",), "clip, t5": ("clip_projected", "t5"),
+    "two clips, t5": ("clip_projected", "clip_projected", "t5"), "two clips": ("clip", "clip_projected"), "no pad": ("bare",),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("padding", ["mask", "attend"])
+@pytest.mark.parametrize("case", ENCODERS)
+def test_captions_are_what_training_showed(tmp_path, pipe, case, padding):
+    """One encoder or several, also for no caption and for too long ones: the states, masks and vectors of data/words.py."""
+    if padding == "attend" and case == "no pad":
+        pytest.skip("refused by the encoder: there is nothing to pad with")
+    names = [frozen.text(tmp_path / str(i), kind, seed=i) for i, kind in enumerate(ENCODERS[case])]
+    words = Words([read_text_encoder(str(name), 7, padding) for name in names])
+    captions = ["a red square", "", "big blue circle on the small green square and a circle", "red"]
+    ours = words.read(captions)
+    pipe.register_to_config(padding=padding)
+    pipe.register_modules(**_text_parts(words.networks))
+    theirs = pipe.encode_prompt(captions)
+    length = theirs.mask.shape[1]
+    for found, wanted in zip(theirs[:2], ours[:2], strict=True):
+        if len(names) == 1:  # ours are longer by masked tokens
+            torch.testing.assert_close(found.float(), wanted[:, :length].float(), atol=1e-6, rtol=0)
+            assert not wanted[:, length:].any()
+    for row in range(4):
+        torch.testing.assert_close(theirs.states[row][theirs.mask[row]], ours.states[row][ours.mask[row]], atol=1e-6, rtol=0)
+    torch.testing.assert_close(theirs.pooled, ours.pooled, atol=1e-6, rtol=0)
