@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,8 +63,9 @@ class MadeShards:
     def drop(self) -> None:
         """Forget the shard at hand."""
         if self._file is not None:
-            self._file.close()
-            Path(self._file.name).unlink()
+            with suppress(OSError):  # what it could not write is of no use any more
+                self._file.close()
+            Path(self._file.name).unlink(missing_ok=True)
         self._writer = self._file = None
 
     def finish(self) -> None:

@@ -39,6 +39,7 @@ from .flow import (
 )
 from .flow import grid as time_grid
 from .flow.field import ConditionalField, Field
+from .flow.grid import intervals
 from .flow.solver import After
 from .source import Source, check_labels
 
@@ -159,7 +160,7 @@ def check_sampler(source: Source, sampler: Sampler) -> None:
             f"guidance_scale={sampler.guidance_scale} on a model without classes: there is nothing to guide by, use 1, or a weaker model."
         )
     guided(source, torch.zeros(1) if isinstance(source.null, int) else source.null, sampler)
-    sampler.times(source)
+    intervals(sampler.times(source))
 
 
 def _rows(condition: Condition, rows: slice) -> Condition:

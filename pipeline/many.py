@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from .launch import join, lock
 from .process import Stopper
+from .sheet import whole
 
 SETTINGS = "samples.json"
 OF_A_FOLDER = ("model_index.json", "config.yaml", "*/*")
@@ -84,9 +85,8 @@ class Files:
 
     def put(self, number: int, made: Made) -> None:
         """Write the image, whole or not at all; the files beside it are for shards."""
-        temporary = self._folder / f".tmp-{self._name(number)}"
-        temporary.write_bytes(made["png"])
-        os.replace(temporary, self._folder / self._name(number))
+        with whole(self._folder / self._name(number)) as temporary:
+            temporary.write_bytes(made["png"])
 
     def close(self, unit: range) -> None:
         """Nothing is left to do: each image is whole by itself."""
@@ -218,9 +218,8 @@ def bind(folder: Path, settings: Mapping[str, Any], count: int) -> None:
     for path in list(folder.rglob("*")):
         if path.name.startswith(LEFT):
             path.unlink()
-    temporary = folder / f".tmp-{SETTINGS}"
-    temporary.write_text(json.dumps({"settings": settings, "num_images": count}, indent=1) + "\n")
-    os.replace(temporary, folder / SETTINGS)
+    with whole(folder / SETTINGS) as temporary:
+        temporary.write_text(json.dumps({"settings": settings, "num_images": count}, indent=1) + "\n")
 
 
 def collect(

@@ -118,7 +118,7 @@ def test_a_killed_folder_goes_on(ask, tmp_path, capsys, form):
     assert run(capsys, *words, "--output", tmp_path / "whole")[0] == 0
     folder = tmp_path / "killed"
     done = folder if form == "png" else folder / ".making"
-    command = [sys.executable, "sample.py", *words, "--batch_size", 1, "--num_inference_steps", 3, "--output", folder]
+    command = [sys.executable, "sample.py", *words, "--batch_size", 1, "--output", folder]
     process = subprocess.Popen(
         [str(word) for word in command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
     )
@@ -138,7 +138,7 @@ def test_a_killed_folder_goes_on(ask, tmp_path, capsys, form):
     status, out, _ = run(capsys, *words, "--output", folder)
     assert status == 0 and not hidden(tmp_path)
     assert f"{whole} of them were there" in out
-    assert all((folder / name).stat().st_mtime_ns == then for name, then in there.items() if (folder / name).stat().st_mtime_ns)
+    assert all((folder / name).stat().st_mtime_ns == then for name, then in there.items())
     if form == "png":
         assert len(read(folder)) == 96 and close(read(folder), read(tmp_path / "whole"))
     else:
@@ -405,11 +405,12 @@ def test_an_animation_ends_in_the_grid(ask, tmp_path, capsys, name, solver):
     assert len(frames) == 4 and np.array_equal(frames[-1], still) and not np.array_equal(frames[-2], still)
     noise = grid(normal(5, Purpose.INITIAL, 0, torch.arange(3), (1, 8, 8)).clamp(-1, 1), 3, scale=8)
     assert np.abs(frames[0].astype(int) - np.asarray(picture(noise)).astype(int)).max() <= 1
-    moving.seek(0)
-    assert moving.info["duration"] == 600
     if name == "a.gif":
-        moving.seek(3)
-        assert moving.info["duration"] == 2000
+        held = []
+        for k in range(4):
+            moving.seek(k)
+            held.append(moving.info["duration"])
+        assert held == [600, 1500, 1500, 2000]
 
 
 @pytest.mark.parametrize("path", ["condot", "ve"])
@@ -425,7 +426,7 @@ def test_frames_are_the_path_and_what_it_leads_to(tmp_path, path):
         if show == "prediction":
             assert abs(np.median(first) - 0.3) < 0.02 and first.std() < 0.05
         else:
-            assert abs((np.abs(first) < 0.9999).mean() - 0.63) < 0.12, "two thirds of unit noise lie in -1..1"
+            assert abs((first > -1).mean() - 0.81) < 0.1, "of unit noise below 1, four fifths lie above -1"
 
 
 def test_files_keep_the_image_alone(tmp_path):
