@@ -9,14 +9,13 @@ import sys
 
 from pipeline.process import Stopper, reported
 
-Stopper("no file was left half-written")  # before the slow imports
+STOPPER = Stopper("no file was left half-written")  # before the slow imports
 
 import json
-import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,6 +23,7 @@ from torch import Tensor
 import models
 from data.decode import decode_image
 from data.encoders import Autoencoder
+from data.made import MadeShards
 from data.options import Options
 from data.reading import read_captions, read_images
 from data.shards import Shards
@@ -32,34 +32,72 @@ from data.text_encoders import read_text_encoders
 from data.words import Words
 from models.convert import to_stock
 from models.lora import add_lora, merge_lora
+from pipeline import launch
+from pipeline.asked import asked
 from pipeline.checkpoint import Store, averages, load_state
 from pipeline.config import Config
 from pipeline.density import affordable, bits
+from pipeline.draw import draw_folder, draw_picture
 from pipeline.evaluate import evaluate, load_features
 from pipeline.export import Card, check_kind, write_folder
-from pipeline.flow import Condition
 from pipeline.folder import open_folder
-from pipeline.generate import Source, check_labels, generate, network_source
+from pipeline.generate import generate
 from pipeline.networks import model_options
-from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve
+from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve, Sampling
 from pipeline.recipe import build, parse
-from pipeline.restore import measurement, restore
+from pipeline.restore import restore_file
 from pipeline.retrieval import retrieve
 from pipeline.sheet import grid, save_image
+from pipeline.source import Source, check_labels, led_by, network_source
 from pipeline.space import Space
 from pipeline.stock import form_of
 
 
-def source_of(options: Model) -> Source:
-    """The field to sample from.
+class Opened(NamedTuple):
+    """A model read back."""
+
+    source: Source
+    files: tuple[Path, ...]
+    """Folders, exported or checkpoints, of itself and of its guide, if it has one."""
+    class_names: tuple[str, ...]
+
+
+def open_one(pipeline: str, run: str, device: torch.device, prefix: str = "") -> Opened:
+    """An exported folder, or a run.
 
     Raises:
-        ValueError: neither or both of --pipeline and --run, or a folder that is none.
+        ValueError: neither or both of them, or a folder that is none.
     """
-    if bool(options.pipeline) == bool(options.run):
-        raise ValueError(f"--pipeline={options.pipeline!r} and --run={options.run!r}: give one of them, an exported folder or a run's.")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return open_folder(options.pipeline, device) if options.pipeline else Trained(Path(options.run)).source(device)
+    if bool(pipeline) == bool(run):
+        raise ValueError(f"--{prefix}pipeline={pipeline!r} and --{prefix}run={run!r}: give one of them, an exported folder or a run's.")
+    if pipeline:
+        source, index = open_folder(pipeline, device), json.loads((Path(pipeline) / "model_index.json").read_text())
+        names = index.get("id2label") or dict.fromkeys(map(str, range(source.num_classes)))
+        return Opened(source, (Path(pipeline),), tuple(names[key] or key for key in sorted(names, key=int)))
+    trained = Trained(Path(run))
+    return Opened(trained.source(device), (trained.found,), () if trained.text else trained.class_names)
+
+
+def opened(options: Model) -> Opened:
+    """The model to sample from, with its guide.
+
+    Raises:
+        ValueError: as `open_one`; a guide that has no effect, or is of other data.
+    """
+    guide = (options.guide_pipeline, options.guide_run) if isinstance(options, Sampling) else ("", "")
+    if any(guide) and options.guidance_scale == 1:  # type: ignore[attr-defined]
+        raise ValueError(f"--guide_run or --guide_pipeline {guide[0] or guide[1]!r} beside --guidance_scale 1, which is none: give 2.")
+    device = launch.join(patience=launch.A_MONTH).device
+    model = open_one(options.pipeline, options.run, device)
+    if not any(guide):
+        return model
+    weak = open_one(*guide, device, "guide_")
+    return model._replace(source=led_by(model.source, weak.source), files=model.files + weak.files)
+
+
+def source_of(options: Model) -> Source:
+    """The field to sample from; errors as `opened`."""
+    return opened(options).source
 
 
 class Trained:
@@ -70,12 +108,12 @@ class Trained:
     """
 
     def __init__(self, run: Path, checkpoint: Path | None = None) -> None:
-        found = checkpoint or Store(run, keep=1).latest()
+        found = checkpoint or (run if (run / "state.json").is_file() else Store(run, keep=1).latest())
         if found is None:
             raise ValueError(
                 f"run={str(run)!r} holds no whole checkpoint: train first, `accelerate launch train.py --config ... --output_dir {run}`."
             )
-        self.run, self.state = run, load_state(found)
+        self.run, self.found, self.state = run, found, load_state(found)
         self.config = build(Config, self.state["config"])
         self.class_names = tuple(self.state["class_names"])
         self.space = Space.of(self.state["space"])
@@ -87,7 +125,7 @@ class Trained:
         self.network.load_state_dict(averages(found))
         self.network = merge_lora(self.network)
 
-    def source(self, device: str) -> Source:
+    def source(self, device: torch.device | str) -> Source:
         """The averaged network as a field."""
         space = self.space
         decode = space.decoder(partial(Autoencoder, space.autoencoder, device, expected=space.fingerprint))
@@ -95,7 +133,7 @@ class Trained:
         classes = 0 if self.text else len(self.class_names)
         return network_source(self.network.to(device), self.config.flow, space.shape, classes, decode, space.pixels, read)
 
-    def words(self, device: str) -> Words:
+    def words(self, device: torch.device | str) -> Words:
         """The text encoders it was trained with.
 
         Raises:
@@ -115,38 +153,18 @@ class Trained:
         return write_folder(output, network, self.config, self.class_names, card, space, vae)
 
 
-def check_condition(source: Source, options: Images) -> None:
-    """Raises ValueError for labels or prompts that the model does not take."""
-    if options.class_labels and (options.prompt or source.read):
-        raise ValueError(f"--class_labels {options.class_labels[0]} of a model that takes text, or beside --prompt: give --prompt alone.")
-    if options.class_labels and not source.num_classes:
-        raise ValueError(f"--class_labels {options.class_labels[0]} of a model without classes: leave the option out.")
-    if source.read and not options.prompt:
-        raise ValueError("--prompt is missing: the model takes text, as --prompt 'a red apple' 'a black cat'.")
-    for name, given in (("prompt", options.prompt), ("negative_prompt", options.negative_prompt)):
-        if given and not source.read:
-            raise ValueError(f"--{name} {given!r} of a model that takes no text: leave the option out.")
-
-
 def images(options: Images) -> int:
-    """Sample a grid and print its path."""
-    source, sampler = source_of(options), options.sampler()
-    check_condition(source, options)
-    asked: tuple[Any, ...] = options.prompt or options.class_labels or tuple(range(source.num_classes))
-    count = options.num_images or len(asked) or 16
-    if count < 1:
-        raise ValueError(f"--num_images {count}: at least one.")
-    condition: Condition = [asked[i % len(asked)] for i in range(count)] if asked else torch.full((count,), source.null)
-    negative = None
-    if source.read:
-        condition, negative = source.read(condition), source.read([options.negative_prompt])
-    elif asked:
-        condition = torch.tensor(condition)
-    made, evaluations = generate(source, condition, sampler, seed=options.seed, batch_size=options.batch_size, null=negative)
-    columns = len(asked) if 1 < len(asked) <= 16 else math.ceil(math.sqrt(count))
-    save_image(grid(made, min(columns, count), scale=max(1, 64 // made.shape[-1])), Path(options.output))
-    print(f"{options.output}: {count} images by {options.solver}, {evaluations} evaluations each")
-    return 0
+    """Sample into a grid, an animation or a folder, and print where."""
+    options.sampler()  # what it refuses is refused before a model is loaded
+    kind, wanted = options.kind(), asked(options)
+    if kind != "folder":
+        launch.alone(f"--output {options.output}")
+    model = opened(options)
+    wanted = wanted.check(model.source, guided=options.guidance_scale != 1 and not model.source.weak)
+    if kind == "folder":
+        tars = partial(MadeShards, Path(options.output), options.images_per_shard, model.class_names)
+        return draw_folder(options, model.source, wanted, model.files, tars, STOPPER)
+    return draw_picture(options, model.source, wanted)
 
 
 def compare(options: Evaluate) -> int:
@@ -173,12 +191,7 @@ def compare(options: Evaluate) -> int:
     drawn = {"guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps}
     output.write_text(json.dumps({**report.as_dict(), **drawn}, indent=1) + "\n")
     print(f"figures in {output}")
-    wanted = (
-        (report.accuracy, options.min_accuracy),
-        (report.diversity_ratio, options.min_diversity),
-        (report.nearest_ratio, options.min_nearest),
-    )
-    return 0 if all(figure >= least for figure, least in wanted) else 1
+    return 0 if report.reaches(options.min_accuracy, options.min_diversity, options.min_nearest) else 1
 
 
 def captioned(options: Retrieve) -> tuple[Tensor, Tensor, list[str]]:
@@ -254,27 +267,11 @@ def restored(options: Restore) -> int:
             raise ValueError(f"--{name} {getattr(options, name)!r} is no file: give an image.")
     source = source_of(options)
     _need_pixels(source, "restore measures pixels")
-    channels, _, side = source.shape
-    mask = torch.from_numpy(decode_image(Path(options.mask).read_bytes(), 1, side)[0] > 127) if options.task == "inpaint" else None
-    measure = measurement(options.task, source.shape, mask, options.factor)
-    small = options.task == "super_resolution"
-    given = to_unit(torch.from_numpy(decode_image(Path(options.input).read_bytes(), channels, side // options.factor if small else side)))
-    y = given if small else measure(given[None])[0]
-    label = None if options.class_label == -1 else options.class_label
-    made = restore(
-        source,
-        measure,
-        y,
-        options.sampler(),
-        label=label,
-        count=options.num_images,
-        seed=options.seed,
-        method=options.method,
-        noise_std=options.noise_std,
-    )
-    difference = (measure(made) - y).square().mean().sqrt().item()
-    left = measure.pseudo_inverse(y[None]).clamp(-1, 1)
-    save_image(grid(torch.cat([left, made]), options.num_images + 1, scale=max(1, 64 // side)), Path(options.output))
+
+    def read(file: Path, channels: int, side: int) -> Tensor:
+        return to_unit(torch.from_numpy(decode_image(file.read_bytes(), channels, side)))
+
+    difference = restore_file(source, options, read)
     print(
         f"{options.output}: the input as measured, then {options.num_images} "
         f"samples; they differ from it by {difference:.4f} (root mean square, -1..1)"
@@ -299,6 +296,8 @@ def main(argv: list[str]) -> int:
     if verb not in VERBS:
         raise ValueError(f"verb {verb!r} is unknown: choose one of {', '.join(VERBS)}.")
     options, act = VERBS[verb]
+    if verb != "images":
+        launch.alone(verb)
     return act(parse(options, rest))
 
 

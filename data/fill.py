@@ -94,7 +94,7 @@ def fill(job: Job, progress: Progress) -> str:
     with open(hashes_path(temporary), "wb") as file:
         np.lib.format.write_array(file, hashes[:packed], allow_pickle=False)
     commit(hashes_path(temporary), hashes_path(job.folder / job.name))
-    _commit(temporary, job.folder / job.name, job.split, {"faults": faults, "resized": resized})
+    commit_shard(temporary, job.folder / job.name, job.split, {"faults": faults, "resized": resized})
     return job.name
 
 
@@ -107,12 +107,12 @@ def trim(job: Trim, progress: Progress) -> str:
             if span.key not in job.keys:
                 writer.add_span(os.pread(source.fileno(), span.end - span.start, span.start))
         writer.finish()
-    _commit(temporary, job.folder / f"trimmed-{job.name}", job.split, {})
+    commit_shard(temporary, job.folder / f"trimmed-{job.name}", job.split, {})
     progress(len(job.keys))
     return job.name
 
 
-def _commit(temporary: Path, final: Path, split: str, more: dict[str, Any]) -> None:
+def commit_shard(temporary: Path, final: Path, split: str, more: dict[str, Any]) -> None:
     """Index a tar and give it and all that belongs to it their names, the journal last."""
     shard, tally = describe(temporary, split)
     commit(index_path(temporary), index_path(final))

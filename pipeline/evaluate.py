@@ -57,6 +57,10 @@ class Report:
         """Of samples to held-out real images; far below 1 means copies of training images."""
         return self.nearest / self.nearest_of_held_out
 
+    def reaches(self, accuracy: float, diversity_ratio: float, nearest_ratio: float) -> bool:
+        """Whether no figure is below these."""
+        return self.accuracy >= accuracy and self.diversity_ratio >= diversity_ratio and self.nearest_ratio >= nearest_ratio
+
     def as_dict(self) -> dict[str, Any]:
         """The figures and the two ratios."""
         return {**asdict(self), "diversity_ratio": self.diversity_ratio, "nearest_ratio": self.nearest_ratio}

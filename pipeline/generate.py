@@ -6,25 +6,23 @@ nor on the batch's size, up to the rounding of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .config import FlowConfig
 from .flow import (
     ODE_SOLVERS,
-    PATHS,
     SDE_SOLVERS,
     Condition,
     Path,
-    Prediction,
-    Prior,
     Purpose,
     Solution,
     annealed_langevin,
+    autoguide,
     coefficient,
     convert,
     count,
@@ -37,14 +35,16 @@ from .flow import (
     predictor_corrector,
     repeat,
     singular,
-    velocity_field,
     widen,
 )
 from .flow import grid as time_grid
 from .flow.field import ConditionalField, Field
+from .flow.grid import intervals
 from .flow.solver import After
-from .method import prior_of, scaled
+from .source import Source, check_labels
 
+Watch = Callable[[Tensor, float, Field], None]
+"""Sees points (B, *S), their time, and the guided field that leads on from there."""
 LEFT_NOISE = 1e-6
 """A path that ends on more noise than this is ended by its data prediction."""
 LAST_LEVEL = 0.99
@@ -52,68 +52,6 @@ LAST_LEVEL = 0.99
 LANGEVIN_SOLVERS = ("langevin", "annealed_langevin", "predictor_corrector")
 NEAR_NOISE = 1e-3
 """Where sampling begins if the field is singular at t = 0, as one that predicts noise is: diffusers' own first step is there too."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """A conditional velocity field and what it takes to start from noise and end in images."""
-
-    field: ConditionalField
-    """(x, t, condition) -> velocity, (B, *S)."""
-    path: Path
-    shape: tuple[int, ...]
-    """Of one sample, (C, H, W)."""
-    num_classes: int
-    null: int | Condition
-    """What stands for none: a label, or a text's condition of one sample."""
-    device: torch.device
-    decode: Callable[[Tensor], Tensor]
-    """From the end of the path to images in -1..1, (B, C, H, W)."""
-    predict: Prediction = "velocity"
-    """What the network gives, which says where on the path the field is singular."""
-    prior: Prior | None = None
-    """Where the path starts, unless at N(0, I); then there is no score, and no SDE."""
-    pixels: tuple[int, ...] = ()
-    """Of an image, (C, H, W), where samples are latents of it; empty where samples are images."""
-    read: Callable[[Sequence[str]], Condition] | None = None
-    """From captions to conditions, of a model that takes text."""
-
-
-def network_source(
-    network: nn.Module,
-    flow: FlowConfig,
-    shape: tuple[int, ...],
-    num_classes: int,
-    decode: Callable[[Tensor], Tensor],
-    pixels: tuple[int, ...] = (),
-    read: Callable[[Sequence[str]], Condition] | None = None,
-    null: Condition | None = None,
-) -> Source:
-    """A network of ours as a source; its null is the class `num_classes`, or the text "" where it reads, unless one is given.
-
-    A network that is told sizes is told those of whole images of the usual one.
-    """
-    path = PATHS[flow.path]()
-    field = velocity_field(scaled(network, flow), path, flow.predict)
-    height, width = (pixels or shape)[1:]
-    whole = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
-
-    def told(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return field(x, t, condition, whole.to(x.device).expand(len(x), -1))
-
-    return Source(
-        field=told if getattr(network, "micro_conditions", False) else field,
-        path=path,
-        shape=shape,
-        num_classes=num_classes,
-        null=(read([""]) if read else num_classes) if null is None else null,
-        read=read,
-        device=next(network.parameters()).device,
-        decode=decode,
-        predict=flow.predict,
-        prior=prior_of(flow),
-        pixels=pixels,
-    )
 
 
 @dataclass(frozen=True)
@@ -163,14 +101,6 @@ class Sampler:
         return time_grid(self.grid, self.steps, path=source.path, shift=self.grid_shift, rho=self.grid_rho, start=begin, end=end)
 
 
-def check_labels(labels: Tensor, num_classes: int) -> None:
-    """Raises ValueError for a class that the model does not have."""
-    bad = labels[(labels < 0) | (labels >= num_classes)]
-    if len(bad):
-        known = f"has classes 0 to {num_classes - 1}" if num_classes else "has no classes"
-        raise ValueError(f"class label {int(bad[0])} is out of range: the model {known}.")
-
-
 class Samples(NamedTuple):
     """Images, (N, C, H, W), -1..1, float32, on the CPU, and how often the field was evaluated for each."""
 
@@ -188,6 +118,7 @@ def generate(
     first: int = 0,
     batch_size: int = 256,
     null: Condition | None = None,
+    watch: Watch | None = None,
 ) -> Samples:
     """Sample images.
 
@@ -198,47 +129,74 @@ def generate(
         seed: of the noise.
         first: index of the first image; the noise is a function of (seed, index).
         batch_size: images at once.
-        null: what guidance leads away from, one sample's condition; by default none at all.
+        null: what guidance leads away from, of a model that takes text, one condition for all or one for each; by default none at all.
+        watch: sees each batch at every time of the grid but the last, by solvers that step from one to the next.
 
     Raises:
-        ValueError: a label out of range, guidance of a model without classes,
-            a sample that is not finite.
+        ValueError: a label out of range, guidance of a model without classes
+            by itself, a sample that is not finite.
     """
-    if not isinstance(condition, Tensor):
-        pass
-    elif source.num_classes:
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: at least one image at once.")
+    if isinstance(condition, Tensor) and source.num_classes:
         check_labels(condition, source.num_classes)
-    elif sampler.guidance_scale != 1:
-        raise ValueError(f"guidance_scale={sampler.guidance_scale} on a model without classes: there is nothing to guide by, use 1.")
-    images, evaluations = [], 0
-    if null is not None:
-        source = replace(source, null=null)
-    total = count(condition)
+    check_sampler(source, sampler)
+    images, evaluations, total = [], 0, count(condition)
+    null = source.null if null is None else null
     for start in range(0, total, batch_size):
         index = first + torch.arange(start, min(start + batch_size, total), device=source.device)
         rows = slice(start, start + batch_size)
-        part = each(condition, lambda whole, rows=rows: whole[rows].to(source.device))  # type: ignore[misc]
-        end, evaluations = _solve(source, part, sampler, seed, index)
+        away = _rows(null, rows) if not isinstance(null, int) and count(null) > 1 else null
+        part = each(_rows(condition, rows), lambda whole: whole.to(source.device))
+        end, evaluations = _solve(replace(source, null=away), part, sampler, seed, index, watch)
         images.append(source.decode(end).float().cpu())
     return Samples(torch.cat(images), evaluations)
 
 
-def _solve(source: Source, condition: Condition, sampler: Sampler, seed: int, index: Tensor) -> Solution:
+def check_sampler(source: Source, sampler: Sampler) -> None:
+    """Raises ValueError for guidance or a grid of times that the source cannot be sampled with."""
+    if not (source.num_classes or source.read or source.weak) and sampler.guidance_scale != 1:
+        raise ValueError(
+            f"guidance_scale={sampler.guidance_scale} on a model without classes: there is nothing to guide by, use 1, or a weaker model."
+        )
+    guided(source, torch.zeros(1) if isinstance(source.null, int) else source.null, sampler)
+    intervals(sampler.times(source))
+
+
+def _rows(condition: Condition, rows: slice) -> Condition:
+    return each(condition, lambda whole: whole[rows])
+
+
+def _solve(source: Source, condition: Condition, sampler: Sampler, seed: int, index: Tensor, watch: Watch | None) -> Solution:
     """The end of the path for one batch, and the evaluations it took."""
     field, times = guided(source, condition, sampler), sampler.times(source)
     x = start(source, seed, index, float(times[0]))
-    return cleaned(source, field, follow(source, field, x, times, sampler, seed, index), float(times[-1]))
+
+    def seen(x: Tensor, t: float) -> Tensor:
+        if watch is not None and t < float(times[-1]):
+            watch(x, t, field)
+        return x
+
+    seen(x, float(times[0]))
+    end = follow(source, field, x, times, sampler, seed, index, after=None if watch is None else seen)
+    return cleaned(source, field, end, float(times[-1]))
 
 
 def guided(source: Source, condition: Condition, sampler: Sampler) -> Field:
     """The source's field with its condition, (B, ...), bound and guided as the sampler says."""
+    how: dict[str, Any] = {"interval": sampler.guidance_interval, "rescale": sampler.guidance_rescale}
+    if source.weak is not None:
+        good, weak = (partial(_told, field, condition) for field in (source.field, source.weak))
+        return autoguide(good, weak, sampler.guidance_scale, **how)
     if isinstance(condition, Tensor):
         null: Condition = torch.full_like(condition, source.null)
     else:
         null = repeat(each(source.null, lambda part: part.to(source.device)), count(condition))
-    return guide(
-        source.field, condition, null, sampler.guidance_scale, interval=sampler.guidance_interval, rescale=sampler.guidance_rescale
-    )
+    return guide(source.field, condition, null, sampler.guidance_scale, **how)
+
+
+def _told(field: ConditionalField, condition: Condition, x: Tensor, t: Tensor) -> Any:
+    return field(x, t, condition)
 
 
 def cleaned(source: Source, field: Field, end: Solution, t: float) -> Solution:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -15,6 +16,8 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from .config import Config
 from .precision import Precision, settle
+
+A_MONTH = timedelta(days=30)
 
 
 def start(config: Config, saved: Precision | None = None, measure: Callable[[int], Precision] = lambda ranks: "no") -> Accelerator:
@@ -28,14 +31,10 @@ def start(config: Config, saved: Precision | None = None, measure: Callable[[int
     Raises:
         ValueError: another number of processes runs than the launcher was asked for.
     """
-    check_launcher()
-    if not torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        torch.set_num_threads(config.train.cpu_threads or max(1, len(os.sched_getaffinity(0)) // local))
-    group = PartialState(cpu=not torch.cuda.is_available())
+    group = join(config.train.cpu_threads or _share())
     precision = settle(config.train.mixed_precision, saved, partial(measure, group.num_processes))
     tracker = None if config.log.report_to == "none" else config.log.report_to
-    accelerator = Accelerator(
+    return Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
@@ -43,13 +42,41 @@ def start(config: Config, saved: Precision | None = None, measure: Callable[[int
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+
+
+def join(threads: int = 0, patience: timedelta | None = None) -> PartialState:
+    """Meet the other processes of this launch, on GPUs where there are some; a process alone goes on alone.
+
+    Args:
+        threads: of this process on a CPU; 0 for torch's own number, or among several processes for its share of the processors.
+        patience: how long one may wait for another; by default torch's 10 to 30 minutes.
+
+    Raises:
+        ValueError: another number of processes runs than the launcher was asked for.
+    """
+    check_launcher()
+    if not torch.cuda.is_available() and (threads or "WORLD_SIZE" in os.environ):
+        torch.set_num_threads(threads or _share())
+    group = PartialState(cpu=not torch.cuda.is_available(), **({"timeout": patience} if patience else {}))
     asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if accelerator.num_processes != asked:
+    if group.num_processes != asked:
         raise ValueError(
-            f"WORLD_SIZE={asked} but {accelerator.num_processes} process runs as one job: on CPUs start them with "
+            f"WORLD_SIZE={asked} but {group.num_processes} process runs as one job: on CPUs start them with "
             f"`accelerate launch --config_file configs/accelerate/cpu2.yaml` or torchrun."
         )
-    return accelerator
+    return group
+
+
+def _share() -> int:
+    """Processors for each process of this machine."""
+    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def alone(what: str) -> None:
+    """Raises ValueError where several processes were started for the work of one."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise ValueError(f"{what} is the work of one process, and {ranks} were started: run it with plain `python`.")
 
 
 def check_launcher() -> None:
@@ -85,8 +112,12 @@ def agree(name: str, fingerprint: str) -> None:
         )
 
 
-def lock(folder: Path) -> IO[str]:
-    """Own a run's folder until the process ends.
+def lock(folder: Path, name: str = "output_dir") -> IO[str]:
+    """Own a folder until the process ends.
+
+    Args:
+        folder: of a run, or of images.
+        name: how messages call it.
 
     Returns:
         The open file that holds the lock; keep it.
@@ -98,9 +129,9 @@ def lock(folder: Path) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
     except OSError as error:
-        raise ValueError(f"output_dir={str(folder)!r} cannot be written ({error.strerror}): give a folder of yours.") from error
+        raise ValueError(f"{name}={str(folder)!r} cannot be written ({error.strerror}): give a folder of yours.") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"output_dir={str(folder)!r} is in use by another run: wait for it, or give another folder.") from error
+        raise ValueError(f"{name}={str(folder)!r} is in use by another run: wait for it, or give another folder.") from error
     return file

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 from .generate import Sampler
 
@@ -14,12 +16,16 @@ Solver = Literal[
 ]  # fmt: skip
 
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+MOVING = (".gif", ".webp")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """Which model."""
 
     pipeline: str = ""  # an exported folder; or give --run
-    run: str = ""  # a run's folder: its newest checkpoint, averaged weights
+    run: str = ""  # a run's folder: its newest checkpoint, averaged weights; or one checkpoint of it
     seed: int = 0  # image i is a function of (seed, i)
     batch_size: int = 256  # images at once
     num_inference_steps: int = 25  # solver steps; evaluations are reported
@@ -30,6 +36,8 @@ class Sampling(Model):
     """How images are drawn."""
 
     guidance_scale: float = 1.0  # 1 is none
+    guide_pipeline: str = ""  # guide by this weaker model of the same data, not by the model without its condition: an exported folder
+    guide_run: str = ""  # or a run's folder, or an early checkpoint of the same run
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance acts, 0 noise, 1 data
     guidance_rescale: float = 0.0  # share of the guided field brought back to the spread of the unguided one, 0 to 1
     solver: Solver = "heun"  # to dormand_prince the ODE, to stochastic_heun the SDE, then Langevin dynamics
@@ -67,13 +75,53 @@ class Sampling(Model):
 
 @dataclass(frozen=True, kw_only=True)
 class Images(Sampling):
-    """Sample images and write them as one grid."""
+    """Sample images: as one grid, as an animation of the way from noise to them, or by the thousand into a folder.
+
+    Under `accelerate launch` or torchrun the processes share a folder's images. The same command goes on with a folder where it was
+    stopped, on any number of processes; image i is the same whoever draws it, up to rounding.
+    """
 
     class_labels: tuple[int, ...] = ()  # classes; taken in turn until there are num_images. None: all in turn
     prompt: tuple[str, ...] = ()  # captions, of a model that takes text; taken in turn until there are num_images
+    labels: str = ""  # a file of classes, one number a line, in place of class_labels
+    prompts: str = ""  # a file in place of prompt: .txt, one a line; .jsonl, {"prompt": ..., "negative_prompt": ...} a line
     negative_prompt: str = ""  # what guidance leads away from; by default from no caption
     num_images: int = 0  # images in all; 0 for one of each label or prompt
-    output: str = "samples.png"  # the grid
+    output: str = "samples.png"  # .png, .jpg, .webp: a grid; .gif: an animation; without a suffix: a folder, 000000.png and on
+    show: Literal["", "state", "prediction"] = (
+        ""  # of an animation: the points, or the image each leads to; .webp moves where this is given
+    )
+    format: Literal["png", "shards"] = "png"  # of a folder: a file per image, or webdataset tars that `data.shards` takes
+    images_per_shard: int = 1000  # images in a tar; each tar is one process's, and begun anew if it was not finished
+
+    def kind(self) -> Literal["grid", "animation", "folder"]:
+        """What `output` names.
+
+        Raises:
+            ValueError: a suffix of no picture, or `show` or `format` where they say nothing.
+        """
+        suffix = Path(self.output).suffix.lower()
+        folder = not suffix or self.output.endswith("/") or Path(self.output).is_dir()
+        if not folder and suffix not in PICTURES:
+            raise ValueError(f"--output {self.output!r}: {suffix} is none of {', '.join(PICTURES)}; for a folder end it in /.")
+        if self.show and (folder or suffix not in MOVING):
+            raise ValueError(f"--show {self.show} of an --output {self.output!r} that does not move: give a .gif or a .webp.")
+        if self.format == "shards" and not folder:
+            raise ValueError(f"--format shards of an --output {self.output!r} that is one picture: give a folder.")
+        if folder:
+            return "folder"
+        return "animation" if suffix == ".gif" or self.show else "grid"
+
+    def settings(self, models: Sequence[str], conditions: str) -> dict[str, Any]:
+        """All that decides what image i of a folder is.
+
+        Args:
+            models: hashes of the model and, if it has one, of its guide.
+            conditions: a hash of what is asked for.
+        """
+        which = dict(zip(("model", "guide"), models, strict=False))
+        size = {"images_per_shard": self.images_per_shard} if self.format == "shards" else {}
+        return {**which, "seed": self.seed, "conditions": conditions, **asdict(self.sampler()), "format": self.format, **size}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from .flow import Condition, count
-from .generate import Sampler, generate, network_source
+from .generate import Sampler, generate
 from .loop import Run
 from .sheet import grid, save_image
+from .source import network_source
 
 ROWS = 4
 """Samples of each class."""

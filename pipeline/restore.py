@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from .flow import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction, replacement
-from .generate import Sampler, Source, check_labels, cleaned, follow, guided, start
+from .generate import Sampler, Source, cleaned, follow, guided, start
+from .options import Restore
+from .sheet import grid, save_image
+from .source import check_labels
+
+Read = Callable[[Path, int, int], Tensor]  # an image of so many channels and pixels a side, (C, H, W), -1..1
 
 DATA_STD = 0.5
 """Standard deviation of images in -1..1, as reconstruction takes it."""
@@ -89,3 +97,34 @@ def restore(
         end = follow(source, field, x, times, sampler, seed, index, after=replacement(measure, many, source.path, noise))
         end = cleaned(source, field, end, float(times[-1]))
     return source.decode(end.x).float().cpu()
+
+
+def restore_file(source: Source, options: Restore, read: Read) -> float:
+    """Restore the image of a file, and write it as it was measured, then the samples.
+
+    Returns:
+        The root mean square difference of the samples from what was measured, -1..1.
+
+    Raises:
+        ValueError: a task, a mask or a class that the image or the model does not allow.
+    """
+    channels, _, side = source.shape
+    mask = read(Path(options.mask), 1, side)[0] > 0 if options.task == "inpaint" else None
+    measure = measurement(options.task, source.shape, mask, options.factor)
+    small = options.task == "super_resolution"
+    given = read(Path(options.input), channels, side // options.factor if small else side)
+    y = given if small else measure(given[None])[0]
+    made = restore(
+        source,
+        measure,
+        y,
+        options.sampler(),
+        label=None if options.class_label == -1 else options.class_label,
+        count=options.num_images,
+        seed=options.seed,
+        method=options.method,
+        noise_std=options.noise_std,
+    )
+    left = measure.pseudo_inverse(y[None]).clamp(-1, 1)
+    save_image(grid(torch.cat([left, made]), options.num_images + 1, scale=max(1, 64 // side)), Path(options.output))
+    return (measure(made) - y).square().mean().sqrt().item()

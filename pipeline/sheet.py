@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,13 +34,32 @@ def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
     return sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
+def picture(image: Tensor) -> Image.Image:
+    """(C, H, W), -1..1, with 8 bits a channel: gray for one, RGB for three."""
+    array = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
+
+
+def png(image: Tensor) -> bytes:
+    """(C, H, W), -1..1, as the bytes of a PNG."""
+    buffer = io.BytesIO()
+    picture(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def save_image(image: Tensor, path: Path) -> None:
     """Write (C, H, W), -1..1, as an image file, whole or not at all; the folder is made."""
+    with whole(path) as temporary:
+        picture(image).save(temporary)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name of the same suffix, which becomes `path` at the end, or nothing after an error; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
-    array = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
     try:
-        Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(temporary)
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -1,12 +1,16 @@
 """Guidance: on mixtures with classes the ends are known, the middle is linear."""
 
 import math
+from dataclasses import replace
 
 import oracles
 import pytest
 import torch
 
 from pipeline.flow import autoguide, guide
+from pipeline.flow.linear import UniformPrior
+from pipeline.generate import Sampler, generate
+from pipeline.source import led_by
 
 MIXTURE = oracles.three()
 CLASSES = [oracles.gaussian(m.tolist(), s.tolist()) for m, s in zip(MIXTURE.means, MIXTURE.covariances, strict=True)]
@@ -83,6 +87,74 @@ def test_autoguidance_pushes_away_from_the_weak_model():
     torch.testing.assert_close(autoguide(strong, weak, 1.0)(X, T), strong(X, T))
     late = autoguide(strong, None, 2.0, interval=(0.0, 0.5))  # the weak model is not asked outside
     torch.testing.assert_close(late(X, T), strong(X, T))
+
+
+@pytest.mark.parametrize("scale", [-1.0, 0.0, 0.4, 2.5])
+def test_autoguidance_is_linear_between_two_mixtures(scale):
+    """Two laws of one path: u_weak + w (u - u_weak), in every combination with interval and rescale that ends in one of them."""
+    wide = oracles.gaussian([0.3, -0.2], [[2.0, 0.3], [0.3, 1.5]])
+    good = lambda x, t: field(x, t, LABELS)  # noqa: E731
+    weak = lambda x, t: wide.velocity(x, *oracles.condot(t[0].item()))  # noqa: E731
+    expected = weak(X, T) + scale * (good(X, T) - weak(X, T))
+    torch.testing.assert_close(autoguide(good, weak, scale)(X, T), expected)
+    torch.testing.assert_close(autoguide(good, good, scale)(X, T), good(X, T))
+    torch.testing.assert_close(autoguide(good, weak, scale, interval=(0.6, 1.0))(X, T), expected)
+    assert torch.equal(autoguide(good, weak, scale, interval=(0.61, 1.0))(X, T), good(X, T))
+    full = autoguide(good, weak, scale, rescale=1.0)(X, T)
+    torch.testing.assert_close(full, expected * (good(X, T).std(1) / expected.std(1))[:, None])
+
+
+def test_a_source_is_led_by_a_weaker_one():
+    """Gaussian fields are linear: guided by a law of mean m, one of mean 0.3 flows to 0.3 + (w - 1) (0.3 - m), of the same spread."""
+    from test_methods import gaussian_source
+
+    source = gaussian_source("condot", "velocity")
+    shifted = lambda x, t, c: source.field(x - 0.5 * t[:, None, None, None], t, c) + 0.5  # noqa: E731  mean 0.8
+    led = led_by(source, replace(source, field=shifted))
+    labels = torch.zeros(300, dtype=torch.int64)
+    plain = generate(source, labels, Sampler("heun", 40), seed=1).images
+    guided = generate(led, labels, Sampler("heun", 40, 2.0), seed=1).images
+    torch.testing.assert_close(guided, plain - 0.5, atol=2e-3, rtol=0)
+    late = generate(led, labels, Sampler("heun", 40, 2.0, guidance_interval=(0.99, 1.0)), seed=1).images
+    assert (late - plain).abs().max() < 0.05, "outside the interval the model alone"
+
+
+def test_both_get_the_condition_and_no_class_is_each_ones_own():
+    from test_methods import gaussian_source
+
+    told = {"good": [], "weak": []}
+    base = gaussian_source("condot", "velocity")
+    note = lambda name: lambda x, t, c: told[name].append(c.tolist()) or base.field(x, t, c)  # noqa: E731
+    source = replace(base, field=note("good"), num_classes=3, null=3)
+    weak = replace(base, field=note("weak"), num_classes=3, null=1000)
+    generate(led_by(source, weak), torch.tensor([2, 0]), Sampler("euler", 1, 2.0), seed=0)
+    assert told == {"good": [[2, 0]], "weak": [[2, 0]]}
+    told["weak"].clear()
+    led_by(source, weak).weak(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.tensor([3, 1]))
+    assert told["weak"] == [[1000, 1]]
+
+
+def test_a_guide_of_other_data_is_refused():
+    from test_methods import gaussian_source
+
+    source = gaussian_source("condot", "velocity")
+    text = {"read": lambda texts: (torch.ones(len(texts), 2),), "null": (torch.ones(1, 2),)}
+    latent = replace(source, pixels=(3, 16, 16), decode=lambda z: z)
+    for good, weak, message in (
+        (source, replace(source, shape=(1, 4, 4)), "samples of shape"),
+        (source, replace(source, num_classes=10), "number of classes 10, the model 0"),
+        (source, replace(source, pixels=(3, 16, 16)), "images of shape"),
+        (source, replace(source, **text), "text as a condition True"),
+        (source, replace(source, prior=UniformPrior(-1, 1)), "the start UniformPrior"),
+        (source, gaussian_source("cosine", "velocity"), "follows another path"),
+        (source, gaussian_source("condot", "noise"), "at t=0 only the model has a finite velocity"),
+        (replace(source, **text), replace(source, **text | {"null": (torch.zeros(1, 2),)}), "other text encoders"),
+        (latent, replace(latent, decode=lambda z: 1.1 * z), "decodes a latent to another image"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            led_by(good, weak)
+    for same in (source, replace(source, **text), latent, gaussian_source("condot", "noise")):
+        assert led_by(same, same).weak is not None
 
 
 BAD = {

@@ -1,0 +1,76 @@
+"""What the verb `images` draws: one picture, still or moving, or a folder of images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from .animate import Film, save_animation
+from .asked import Asked
+from .generate import Source, check_sampler, generate
+from .launch import join
+from .many import Files, Keeper, Made, collect, fingerprint
+from .options import Images
+from .process import Stopper, leave_group
+from .sheet import grid, png, save_image
+
+UNASKED = 16
+"""Images of a model without conditions, unless another number is given."""
+
+
+def draw_picture(options: Images, source: Source, wanted: Asked) -> int:
+    """Write a grid, or an animation of it, and print where; returns the exit status."""
+    count, sampler = options.num_images or len(wanted) or UNASKED, options.sampler()
+    condition, away = wanted.conditions(source, range(count))
+    film = Film(source, sampler, options.show or "state") if options.kind() == "animation" else None
+    made, evaluations = generate(source, condition, sampler, seed=options.seed, batch_size=options.batch_size, null=away, watch=film)
+    columns = min(count, len(wanted) if 1 < len(wanted) <= 16 else math.ceil(math.sqrt(count)))
+    output, scale = Path(options.output), max(1, 64 // made.shape[-1])
+    if film:
+        save_animation(film.frames(made), output, columns, scale)
+    else:
+        save_image(grid(made, columns, scale), output)
+    print(f"{output}: {count} images by {options.solver}, {evaluations} evaluations each")
+    return 0
+
+
+def draw_folder(options: Images, source: Source, wanted: Asked, files: Sequence[Path], tars: Callable[[], Keeper], stopper: Stopper) -> int:
+    """Fill a folder, together with the other processes of this launch, and print what is there.
+
+    Args:
+        options: what is asked for, and where it goes.
+        source: the model, with its guide if it has one.
+        wanted: conditions, checked.
+        files: folders of the model and of its guide, whose content decides the images.
+        tars: keeps images in shards.
+        stopper: a signal ends the work after the batch.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ValueError: what `many.collect` and `generate` refuse.
+    """
+    sampler, folder = options.sampler(), Path(options.output)
+    check_sampler(source, sampler)
+
+    def make(numbers: range) -> list[Made]:
+        condition, away = wanted.conditions(source, numbers)
+        size, first = len(numbers), numbers[0]
+        made = generate(source, condition, sampler, seed=options.seed, first=first, batch_size=size, null=away).images
+        return [{"png": png(image), **wanted.beside(i)} for i, image in zip(numbers, made, strict=True)]
+
+    count, shards = options.num_images or len(wanted) or UNASKED, options.format == "shards"
+    settings = options.settings([fingerprint(one) for one in files], wanted.digest)
+    unit = options.images_per_shard if shards else options.batch_size
+    keeper, left = collect(folder, count, settings, unit, options.batch_size, tars if shards else partial(Files, folder), make, stopper)
+    if join().is_main_process:
+        if left:
+            print(f"{folder}: {left} of {count} images are still to be made; the same command goes on from there.")
+        else:
+            keeper.finish()
+            print(f"{folder}: {count} images by {options.solver}, {min(keeper.there, count)} of them were there")
+    leave_group(stopper.exit_status)
+    return stopper.exit_status
