@@ -15,6 +15,7 @@ from torch import nn
 from .cross_dit import CrossDiT
 from .dit import DiT
 from .initialise import initialise
+from .kernels import quicken
 from .mmdit import MMDiT
 from .presets import resolve
 from .unet import UNet
@@ -38,7 +39,7 @@ def build(kind: str, *, seed: int | None = None, device: torch.device | str = "c
     if kind not in KINDS:
         raise ValueError(f"model.kind={kind!r} is unknown: choose one of {', '.join(KINDS)}.")
     with torch.device("meta"):
-        network = KINDS[kind](**resolve(kind, options))
+        network = quicken(KINDS[kind](**resolve(kind, options)))
     if torch.device(device).type == "meta":
         return network
     network = network.to_empty(device=device)

@@ -23,14 +23,16 @@ class Text(NamedTuple):
 
     states: Tensor
     """(B, L, D), of each token."""
-    mask: Tensor
-    """(B, L), bool: where there is a token; at least one a caption."""
+    mask: Tensor | None
+    """(B, L), bool: where there is a token; at least one a caption. None for everywhere."""
     pooled: Tensor
     """(B, P), of the whole caption."""
 
     @property
     def seen(self) -> Tensor | None:
         """The mask; None where it hides nothing and asking costs nothing: a device would have to be waited for."""
+        if self.mask is None:
+            return None
         free = self.mask.device.type == "cpu" and not torch.compiler.is_compiling()
         return None if free and bool(self.mask.all()) else self.mask
 

@@ -1,4 +1,4 @@
-"""Weights of ours as diffusers' stock classes, and back: one way in for every kind.
+"""Weights of ours as diffusers' stock classes, or where none holds them as classes of our own, and back: one way in for every kind.
 
 Where a stock network is to predict a multiple of what ours predicts (noise minus
 data for data minus noise), the output layer takes the factor. Both embed 1000 (1 - t).
@@ -11,9 +11,10 @@ from __future__ import annotations
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from .convert_cross_dit import cross_dit_from_stock, cross_dit_to_stock
-from .convert_dit import dit_from_stock, dit_to_stock
-from .convert_mmdit import mmdit_from_stock, mmdit_to_stock
+from .convert_cross_dit import cross_dit_from_stock, cross_dit_to_stock, cross_dit_unheld
+from .convert_dit import dit_from_stock, dit_to_stock, dit_unheld
+from .convert_mmdit import mmdit_from_stock, mmdit_to_stock, mmdit_unheld
+from .convert_own import OWN, code_of, from_own, to_own
 from .convert_unet import unet_from_stock, unet_to_stock
 from .cross_dit import CrossDiT
 from .dit import DiT
@@ -21,15 +22,62 @@ from .layout import STOCK_NULL
 from .mmdit import MMDiT
 from .unet import UNet
 
-__all__ = ["STOCK_NULL", "check_classes", "dit_from_stock", "from_stock", "to_stock"]
+__all__ = ["OWN", "STOCK_NULL", "check_classes", "code_of", "dit_from_stock", "from_exported", "from_stock", "to_exported", "to_stock"]
 
 
-def to_stock(model: nn.Module, factor: float) -> nn.Module:
+def unheld(model: nn.Module, masked: bool = False) -> str:
+    """Why no stock class can hold a model, as `model.rope: diffusers' DiTTransformer2DModel has no such option`; nothing where one can.
+
+    Args:
+        model: any.
+        masked: whether it was trained on captions with padding that it does not look at.
+    """
+    if isinstance(model, DiT):
+        return dit_unheld(model)
+    if isinstance(model, MMDiT):
+        return mmdit_unheld(model, masked)
+    if isinstance(model, CrossDiT):
+        return cross_dit_unheld(model)
+    return "" if isinstance(model, UNet) else f"{type(model).__name__} has no stock class: DiT, MMDiT, CrossDiT and UNet have"
+
+
+def to_exported(model: nn.Module, factor: float, masked: bool = False) -> nn.Module:
+    """The network to export, which gives `factor` times the same output: stock where one holds it, or else ours with code (`code_of`).
+
+    Args:
+        model: a DiT, MMDiT, CrossDiT or UNet; on meta for one without values.
+        factor: on the output layer.
+        masked: as in `unheld`, which says why.
+
+    Raises:
+        ValueError: another class, or for a stock class more classes than its pipeline can tell from none.
+    """
+    return to_own(model, factor) if unheld(model, masked) else to_stock(model, factor, masked)
+
+
+def from_exported(exported: nn.Module, factor: float, *, num_classes: int | None = None, pooled_width: int = 1) -> nn.Module:
+    """What `to_exported` was given, of what it gave; without code from the folder where OWN's class of that name has read it.
+
+    Args:
+        exported: a stock network, or one of OWN.
+        factor: that `to_exported` was given; it is undone.
+        num_classes, pooled_width: as in `from_stock`; ours know them.
+
+    Raises:
+        ValueError: another class, or a configuration that ours cannot hold.
+    """
+    if isinstance(exported, tuple(OWN.values())):
+        return from_own(exported, 1 / factor)
+    return from_stock(exported, 1 / factor, num_classes=num_classes, pooled_width=pooled_width)
+
+
+def to_stock(model: nn.Module, factor: float, masked: bool = False) -> nn.Module:
     """A stock network that gives `factor` times the same output.
 
     Args:
         model: a DiT, MMDiT, CrossDiT or UNet.
         factor: on the output layer.
+        masked: as in `unheld`.
 
     Raises:
         ValueError: another class, options that no stock class has, or more
@@ -39,12 +87,12 @@ def to_stock(model: nn.Module, factor: float) -> nn.Module:
     if isinstance(model, DiT):
         return dit_to_stock(model, factor)
     if isinstance(model, MMDiT):
-        return mmdit_to_stock(model, factor)
+        return mmdit_to_stock(model, factor, masked)
     if isinstance(model, CrossDiT):
         return cross_dit_to_stock(model, factor)
     if isinstance(model, UNet):
         return unet_to_stock(model, factor)
-    raise ValueError(f"{type(model).__name__} has no stock class: DiT, MMDiT, CrossDiT and UNet have.")
+    raise ValueError(f"{unheld(model)}.")
 
 
 def from_stock(stock: nn.Module, factor: float, *, num_classes: int | None = None, pooled_width: int = 1) -> nn.Module:

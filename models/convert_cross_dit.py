@@ -68,13 +68,17 @@ def cross_dit_from_stock(stock: PixArtTransformer2DModel, factor: float, pooled_
     return ours
 
 
+def cross_dit_unheld(model: CrossDiT) -> str:
+    """Why the stock class cannot hold a model; nothing where it can."""
+    more = [f"model.{field}=True" for field in ("micro_conditions", "qk_norm") if getattr(model, field)]
+    return f"{', '.join(more)}: PixArtTransformer2DModel has no place for it" if more else ""
+
+
 def cross_dit_to_stock(model: CrossDiT, factor: float) -> PixArtTransformer2DModel:
     """A stock network that gives `factor` times the same output; a ValueError for what it cannot hold."""
-    for field in ("micro_conditions", "qk_norm"):
-        if getattr(model, field):
-            raise ValueError(
-                f"model.{field}=True: PixArtTransformer2DModel has no place for it. Give --export=false and sample with `sample.py --run`."
-            )
+    refused = cross_dit_unheld(model)
+    if refused:
+        raise ValueError(f"{refused}. Give --export=false and sample with `sample.py --run`.")
     width, heads = model.enter.out_features, int(model.blocks[0].cross.heads)  # type: ignore[union-attr, arg-type]
     stock = PixArtTransformer2DModel(
         num_attention_heads=heads, attention_head_dim=width // heads, in_channels=model.channels, out_channels=model.channels,

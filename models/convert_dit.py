@@ -26,7 +26,9 @@ def dit_to_stock(model: DiT, factor: float) -> DiTTransformer2DModel:
     Raises:
         ValueError: options that the stock class does not have.
     """
-    _check_plain(model)
+    refused = dit_unheld(model)
+    if refused:
+        raise ValueError(f"{refused}. Train without, or give --export=false and sample with `sample.py --run`.")
     width = model.enter.out_features
     stock = DiTTransformer2DModel(
         num_attention_heads=width // model.head_width,
@@ -167,7 +169,8 @@ def _fitted(name: str, value: Tensor, num_classes: int, channels: int, patch_siz
     return value
 
 
-def _check_plain(model: DiT) -> None:
+def dit_unheld(model: DiT) -> str:
+    """Why the stock class cannot hold a model; nothing where it can."""
     block = model.blocks[0]
     options = {
         "qk_norm": block.attention.query_norm is not None,  # type: ignore[union-attr]
@@ -181,11 +184,7 @@ def _check_plain(model: DiT) -> None:
         "micro_conditions": model.micro_conditions,
     }
     more = [f"model.{name}" for name, given in options.items() if given]
-    if more:
-        raise ValueError(
-            f"{', '.join(more)}: diffusers' DiTTransformer2DModel has no such option. "
-            f"Train without, or give --export=false and sample with `sample.py --run`."
-        )
+    return f"{', '.join(more)}: diffusers' DiTTransformer2DModel has no such option" if more else ""
 
 
 def _check_original(state: Mapping[str, Tensor]) -> None:

@@ -95,13 +95,18 @@ def mmdit_from_stock(stock: SD3Transformer2DModel, factor: float) -> MMDiT:
     return ours
 
 
-def mmdit_to_stock(model: MMDiT, factor: float) -> SD3Transformer2DModel:
-    """A stock network that gives `factor` times the same output; a ValueError for what it cannot hold."""
+def mmdit_unheld(model: MMDiT, masked: bool) -> str:
+    """Why the stock class cannot hold a model; nothing where it can."""
     if model.micro_conditions:
-        raise ValueError(
-            "model.micro_conditions=True: SD3Transformer2DModel has no place for sizes. "
-            "Give --export=false and sample with `sample.py --run`."
-        )
+        return "model.micro_conditions=True: SD3Transformer2DModel has no place for sizes"
+    return "captions with masked padding: SD3Transformer2DModel has no attention mask" if masked else ""
+
+
+def mmdit_to_stock(model: MMDiT, factor: float, masked: bool = False) -> SD3Transformer2DModel:
+    """A stock network that gives `factor` times the same output; a ValueError for what it cannot hold."""
+    refused = mmdit_unheld(model, masked)
+    if refused:
+        raise ValueError(f"{refused}. Give --export=false and sample with `sample.py --run`.")
     first = model.blocks[0].image.heads  # type: ignore[union-attr]
     width, heads, qk_norm = model.enter.out_features, int(first.heads), first.k_norm is not None  # type: ignore[union-attr, arg-type]
     dual = sum(block.own is not None for block in model.blocks)

@@ -17,16 +17,20 @@ from torch.utils.checkpoint import checkpoint
 
 from .condition import Embedder, Sizes, Text, Time, check_text, given
 from .grid import Positions, check_sizes
-from .initialise import Rule, initialise
-from .kernels import attend, gelu_tanh
+from .initialise import Rule, begins
+from .kernels import attend
 from .layers import Attention, FeedForward, RMSNorm, entered, modulate, unpatch
 
 
 class Caption(Embedder):
     """Text states, (B, L, inputs), to (B, L, width): two linear maps with a tanh-GELU between."""
 
+    def __init__(self, inputs: int, width: int) -> None:
+        super().__init__(inputs, width)
+        self.gelu = nn.GELU("tanh")
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(gelu_tanh(self.enter(x.to(self.enter.weight.dtype))))
+        return self.leave(self.gelu(self.enter(x.to(self.enter.weight.dtype))))
 
 
 class CrossAttention(nn.Module):
@@ -95,7 +99,7 @@ class CrossDiT(nn.Module):
         check_sizes(resolution=resolution, patch_size=patch_size, width=width, depth=depth, heads=heads)
         check_text(text_width, pooled_width)
         self.channels, self.resolution, self.patch_size, self.qk_norm = channels, resolution, patch_size, qk_norm
-        self.micro_conditions, self.gradient_checkpointing = micro_conditions, gradient_checkpointing
+        self.micro_conditions, self.gradient_checkpointing, self.pooled_width = micro_conditions, gradient_checkpointing, pooled_width
         self.interpolation_scale = interpolation_scale or max(resolution // 64, 1)
         self.time = Time(width, "original")
         self.sizes = Sizes(width) if micro_conditions else None
@@ -106,16 +110,6 @@ class CrossDiT(nn.Module):
         self.table = nn.Parameter(torch.zeros(2, width))
         self.leave = nn.Linear(width, channels * patch_size**2)
         self.positions = Positions(width, span=resolution // patch_size / self.interpolation_scale)
-        if not self.enter.weight.is_meta:
-            initialise(self)
-
-    def rule(self, name: str) -> Rule:
-        """How a parameter begins: the linear maps Xavier's way; modulations, what text adds and the output at zero."""
-        if "_norm." in name:
-            return "one"
-        if name.endswith(("bias", "table")) or "cross.out." in name or name.startswith(("modulation.", "leave.", "sizes.leave.")):
-            return "zero"
-        return "normal" if name.startswith(("time.", "text.", "sizes.")) else "xavier"
 
     @property
     def multiple(self) -> int:
@@ -140,3 +134,13 @@ class CrossDiT(nn.Module):
                 h = block(h, c, shared, mask)
         shift, scale = (time[:, None] + self.table.to(time.dtype)).chunk(2, dim=1)
         return unpatch(self.leave(modulate(h, shift, scale)), self.patch_size, rows)
+
+
+@begins(CrossDiT)
+def rule(name: str) -> Rule:
+    """How a parameter begins: the linear maps Xavier's way; modulations, what text adds and the output at zero."""
+    if "_norm." in name:
+        return "one"
+    if name.endswith(("bias", "table")) or "cross.out." in name or name.startswith(("modulation.", "leave.", "sizes.leave.")):
+        return "zero"
+    return "normal" if name.startswith(("time.", "text.", "sizes.")) else "xavier"

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .condition import Clock, Sizes, Time, TimeAndClass
 from .grid import check_sizes
-from .initialise import Rule, initialise
+from .initialise import Rule, begins
 from .layers import Attention, FeedForward, SwiGLU, entered, modulate, resized, rotations, sincos_positions, unpatch
 
 Positions = Literal["sincos", "learned", "none"]
@@ -134,16 +134,6 @@ class DiT(nn.Module):
         self.modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, channels * patch_size**2)
         self._made: dict[tuple[str, int, int, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
-        if not self.enter.weight.is_meta:
-            initialise(self)
-
-    def rule(self, name: str) -> Rule:
-        """How a parameter begins: the linear maps Xavier's way; every modulation and the output at zero, so that the network does."""
-        if name.endswith("bias") or "modulation" in name or name.startswith(("leave.", "sizes.leave.")):
-            return "zero"
-        if "_norm." in name:
-            return "one"
-        return "normal" if name.startswith(("time.", "classes.", "conditions.", "sizes.", "positions", "registers")) else "xavier"
 
     @property
     def multiple(self) -> int:
@@ -213,6 +203,16 @@ class DiT(nn.Module):
                 h = block(h, own, rotation)
         h = modulate(h[:, h.shape[1] - rows * columns :], shift, scale, self.rms_norm)
         return unpatch(self.leave(h), self.patch_size, rows)
+
+
+@begins(DiT)
+def rule(name: str) -> Rule:
+    """How a parameter begins: the linear maps Xavier's way; every modulation and the output at zero, so that the network does."""
+    if name.endswith("bias") or "modulation" in name or name.startswith(("leave.", "sizes.leave.")):
+        return "zero"
+    if "_norm." in name:
+        return "one"
+    return "normal" if name.startswith(("time.", "classes.", "conditions.", "sizes.", "positions", "registers")) else "xavier"
 
 
 def _check_options(registers: int, positions: Positions, rope: bool, shared_modulation: bool, own_conditions: bool) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import Literal, Protocol
+from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,18 @@ Rule = Literal["zero", "one", "xavier", "normal", "torch"]
 """xavier: uniform, over fan-in and fan-out; normal: of deviation 0.02; torch: as torch's own layers begin."""
 
 
-class Starting(Protocol):
-    """A network that knows how its weights begin."""
+RULES: dict[type[nn.Module], Callable[[str], Rule]] = {}
+"""Of each class of network the rule of a parameter's name, as in `named_parameters`."""
 
-    def rule(self, name: str) -> Rule:
-        """Of the parameter of this name, as in `named_parameters`."""
-        ...
+
+def begins(kind: type[nn.Module]) -> Callable[[Callable[[str], Rule]], Callable[[str], Rule]]:
+    """Makes the decorated function the rules of a class: so they stand beside it, but do not travel with it when it is exported."""
+
+    def keep(rule: Callable[[str], Rule]) -> Callable[[str], Rule]:
+        RULES[kind] = rule
+        return rule
+
+    return keep
 
 
 @torch.no_grad()
@@ -32,14 +39,15 @@ def initialise(network: nn.Module, seed: int | None = None) -> None:
     """Give every parameter its first value; frozen and sharded ones too.
 
     Args:
-        network: with a method `rule`, on any device but meta.
+        network: of a class that `begins`, on any device but meta.
         seed: None draws one from torch's own generator.
     """
     seed = int(torch.randint(2**62, ())) if seed is None else seed
+    rule = next(rule for kind, rule in RULES.items() if isinstance(network, kind))
     for owner, module in network.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{owner}.{leaf}" if owner else leaf
-            values = _draw(network.rule(name), module, parameter, _generator(seed, name))  # type: ignore[operator]
+            values = _draw(rule(name), module, parameter, _generator(seed, name))
             if isinstance(parameter, DTensor):
                 values = distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(values)

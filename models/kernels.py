@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 SCORES = 2**24
 """How many scores are kept whole in bf16 on a CPU: two to eight times as fast as scaled_dot_product_attention; with more, no faster."""
@@ -53,6 +53,25 @@ def _whole(q: Tensor, k: Tensor) -> bool:
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
     return dtype == torch.bfloat16 and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= SCORES
+
+
+class TanhGELU(nn.GELU):
+    """`gelu_tanh` as a module."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return gelu_tanh(input)
+
+
+def quicken(network: nn.Module) -> nn.Module:
+    """Give every tanh-GELU of a network, in place, the form that its device runs fastest; it computes what it did, to rounding.
+
+    Networks are made of torch's own, so that an exported one needs none of this.
+    """
+    for owner in list(network.modules()):
+        for name, child in owner.named_children():
+            if type(child) is nn.GELU and child.approximate == "tanh":
+                setattr(owner, name, TanhGELU("tanh"))
+    return network
 
 
 def gelu_tanh(x: Tensor) -> Tensor:

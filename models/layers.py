@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
-from .kernels import attend, gelu_tanh
+from .kernels import attend
 
 EPSILON = 1e-6
 """Of every norm."""
@@ -130,10 +129,11 @@ class FeedForward(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.enter = nn.Linear(width, 4 * width)
+        self.gelu = nn.GELU("tanh")
         self.leave = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.leave(gelu_tanh(self.enter(x)))
+        return self.leave(self.gelu(self.enter(x)))
 
 
 class SwiGLU(nn.Module):
@@ -173,7 +173,8 @@ def patches(x: Tensor, size: int) -> Tensor:
 
     The order in which a convolution of kernel and stride `size` reads them.
     """
-    return rearrange(x, "b c (row p) (column q) -> b (row column) (c p q)", p=size, q=size)
+    cut = x.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # B, C, rows, size, columns, size
+    return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def entered(linear: nn.Linear, x: Tensor, size: int) -> Tensor:
@@ -188,4 +189,5 @@ def entered(linear: nn.Linear, x: Tensor, size: int) -> Tensor:
 
 def unpatch(x: Tensor, size: int, rows: int) -> Tensor:
     """(B, rows * columns, size * size * C) to (B, C, H, W): each token its rows, columns, channels, as DiT's last layer has it."""
-    return rearrange(x, "b (row column) (p q c) -> b c (row p) (column q)", row=rows, p=size, q=size)
+    cut = x.unflatten(2, (size, size, -1)).unflatten(1, (rows, -1))  # B, rows, columns, size, size, C
+    return cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

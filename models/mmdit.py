@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .condition import Embedder, Sizes, Text, Time, check_text, given
 from .grid import Positions, check_sizes
-from .initialise import Rule, initialise
+from .initialise import Rule, begins
 from .kernels import attend
 from .layers import FeedForward, RMSNorm, entered, modulate, unpatch
 
@@ -140,16 +140,6 @@ class MMDiT(nn.Module):
         self.leave = nn.Linear(width, channels * patch_size**2)
         line = position_line or (0.0, tokens / max(position_grid, 1))
         self.positions = Positions(width, span=tokens, grid=position_grid, line=line)
-        if not self.enter.weight.is_meta:
-            initialise(self)
-
-    def rule(self, name: str) -> Rule:
-        """How a parameter begins: the linear maps Xavier's way; every modulation and the output at zero, so that the network does."""
-        if name.endswith("norm.weight"):
-            return "one"
-        if name.endswith("bias") or "modulation" in name or name.startswith(("leave.", "sizes.leave.")):
-            return "zero"
-        return "normal" if name.startswith(("time.", "pooled.", "sizes.")) else "xavier"
 
     @property
     def multiple(self) -> int:
@@ -177,7 +167,8 @@ class MMDiT(nn.Module):
         h = entered(self.enter, x, self.patch_size)
         h = h + self.positions.of(rows, columns, h)
         c = self.text(condition.states.to(self.text.weight.dtype)).to(self.text.weight.dtype)
-        mask = None if condition.seen is None else torch.cat([condition.mask.new_ones(h.shape[:2]), condition.mask], dim=1)
+        seen = condition.seen
+        mask = None if seen is None else torch.cat([seen.new_ones(h.shape[:2]), seen], dim=1)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h, c = checkpoint(block, h, c, about, mask, use_reentrant=False, preserve_rng_state=False)
@@ -185,3 +176,13 @@ class MMDiT(nn.Module):
                 h, c = block(h, c, about, mask)
         shift, scale = self.modulation(about)[:, None].chunk(2, dim=2)
         return unpatch(self.leave(modulate(h, shift, scale)), self.patch_size, rows)
+
+
+@begins(MMDiT)
+def rule(name: str) -> Rule:
+    """How a parameter begins: the linear maps Xavier's way; every modulation and the output at zero, so that the network does."""
+    if name.endswith("norm.weight"):
+        return "one"
+    if name.endswith("bias") or "modulation" in name or name.startswith(("leave.", "sizes.leave.")):
+        return "zero"
+    return "normal" if name.startswith(("time.", "pooled.", "sizes.")) else "xavier"

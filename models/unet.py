@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from .condition import FREQUENCIES, SIZES, Text, check_text, given, noise_clock
-from .initialise import Rule, initialise
+from .initialise import Rule, begins
 
 Condition = Literal["class", "text"]
 Layout = Literal["plain", "ddpm"]
@@ -90,12 +90,6 @@ class UNet(nn.Module):
             self.num_classes = 0
         if gradient_checkpointing:
             self.net.enable_gradient_checkpointing()
-        if not self.net.conv_out.weight.is_meta:
-            initialise(self)
-
-    def rule(self, name: str) -> Rule:
-        """How a parameter begins: as torch's layers do; the output, and what sizes add, at zero."""
-        return "zero" if name.startswith(("net.conv_out.", "net.add_embedding.linear_2.")) else "torch"
 
     @property
     def multiple(self) -> int:
@@ -112,6 +106,12 @@ class UNet(nn.Module):
         more = {"text_embeds": condition.pooled.to(dtype), "time_ids": given(sizes)} if self.micro_conditions else None
         states = condition.states.to(dtype)
         return self.net(x, time, states, encoder_attention_mask=condition.seen, added_cond_kwargs=more, return_dict=False)[0]
+
+
+@begins(UNet)
+def rule(name: str) -> Rule:
+    """How a parameter begins: as torch's layers do; the output, and what sizes add, at zero."""
+    return "zero" if name.startswith(("net.conv_out.", "net.add_embedding.linear_2.")) else "torch"
 
 
 def _check(resolution: int, channels: tuple[int, ...], attention_levels: int, where: tuple[int, ...], head_width: int, layout: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import shutil
@@ -25,11 +24,10 @@ from .networks import ModelConfig
 from .recipe import as_mapping
 from .sheet import grid, save_image
 from .space import Space
+from .standing import standing_alone
 from .stock import form_of, scheduler_of
 from .tracking import last_loss
 
-SHARED = "scheduling_flow_v1"
-"""The file that is written into those of both schedulers of ours."""
 OWN = {"FlowODEScheduler": "scheduling_flow_ode_v1", "FlowSDEScheduler": "scheduling_flow_sde_v1"}
 """The schedulers that travel with models which no stock one serves, and their files; the first is the default."""
 
@@ -143,6 +141,7 @@ def _mend_index(folder: Path, pipeline: DiffusionPipeline, class_names: tuple[st
     path = folder / "model_index.json"
     content = json.loads(path.read_text())
     content["id2label"] = {str(i): name for i, name in enumerate(class_names)}
+<<<<<<< HEAD
     for name, part in pipeline.components.items():
         if part is not None and type(part).__module__.split(".")[0] not in ("diffusers", "transformers"):
             file = Path(inspect.getfile(type(part)))
@@ -153,23 +152,13 @@ def _mend_index(folder: Path, pipeline: DiffusionPipeline, class_names: tuple[st
         (place / file.name).write_text(standing_alone(file))
     if isinstance(pipeline, CondotPipeline):
         content["_class_name"] = [Path(inspect.getfile(CondotPipeline)).stem, "CondotPipeline"]
+=======
+    if own_scheduler:
+        content["scheduler"] = [OWN["FlowODEScheduler"], "FlowODEScheduler"]
+        for name in OWN.values():
+            (folder / "scheduler" / f"{name}.py").write_text(standing_alone(Path(__file__).with_name(f"{name}.py")))
+>>>>>>> models
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def standing_alone(name: str) -> str:
-    """The text of a scheduler's file with SHARED written into it: its docstring, the imports of both, both bodies."""
-    rooms = [Path(__file__).with_name(f"{file}.py").read_text() for file in (name, SHARED)]
-    trees = [ast.parse(text).body for text in rooms]
-    found = [node for tree in trees for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
-    lines = {ast.unparse(node): None for node in found if not getattr(node, "level", 0)}
-    bodies = ["\n".join(text.splitlines()[_first_line(tree) :]).strip("\n") for text, tree in zip(rooms, trees, strict=True)]
-    title = ast.get_source_segment(rooms[0], trees[0][0])
-    return "\n\n".join([f"{title}", "\n".join(sorted(lines)), f"\n{bodies[1]}", f"\n{bodies[0]}\n"])
-
-
-def _first_line(tree: list[ast.stmt]) -> int:
-    """Where a file's text begins after its docstring and imports: the number of its last import's line."""
-    return max(node.end_lineno or 0 for node in tree if isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def _readme(config: Config, class_names: tuple[str, ...], card: Card, guidance: float) -> str:

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
-        ["networks", "recipe", "process", "scheduling_flow_v1", "sheet", "precision", "frechet", "retrieval", "classifier"],
+        ["networks", "recipe", "process", "scheduling_flow_v1", "sheet", "precision", "frechet", "retrieval", "classifier", "standing"],
         ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1"],
         ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
         ["loop", "source", "fold"],
@@ -21,9 +21,10 @@ FLOORS = {
     "models": [
         ["kernels", "initialise", "presets"],
         ["layers", "condition", "layout", "find"],
-        ["grid"],
+        ["grid", "interface"],
         ["dit", "mmdit", "cross_dit", "unet"],
-        ["convert_dit", "convert_mmdit", "convert_cross_dit", "convert_unet", "cost"],
+        ["modeling_dit_v1", "modeling_mmdit_v1", "modeling_cross_dit_v1"],
+        ["convert_dit", "convert_mmdit", "convert_cross_dit", "convert_unet", "convert_own", "cost"],
         ["convert", "lora"],
         ["published"],
     ],

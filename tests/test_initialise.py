@@ -8,7 +8,7 @@ import torch
 from conftest import launch
 
 import models
-from models.initialise import initialise
+from models.initialise import begins, initialise
 
 SIZE = {"channels": 3, "resolution": 8, "num_classes": 5, "patch_size": 2, "width": 48, "depth": 2, "heads": 4}
 MODERN = {**SIZE, "style": "modern", "registers": 3, "positions": "learned", "shared_modulation": True, "micro_conditions": True}
@@ -74,8 +74,8 @@ class Line(torch.nn.Module):
         for name in names:
             setattr(self, name, torch.nn.Linear(5, 7))
 
-    def rule(self, name):
-        return "torch"
+
+begins(Line)(lambda name: "torch")
 
 
 def test_the_order_of_modules_does_not_matter():
@@ -138,9 +138,7 @@ def test_torchs_rule_is_torchs():
             self.linear, self.norm = torch.nn.Linear(400, 300), torch.nn.GroupNorm(2, 6)
             self.convolution, self.table = torch.nn.Conv2d(16, 64, 3), torch.nn.Embedding(200, 50)
 
-        def rule(self, name):
-            return "torch"
-
+    begins(Layers)(lambda name: "torch")
     layers = Layers()
     initialise(layers, 0)
     for layer, fan in ((layers.linear, 400), (layers.convolution, 144)):
