@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,39 +15,25 @@ import yaml
 from diffusers import DiTPipeline, ModelMixin, UNet2DModel
 from torch import nn
 
+from .card import Card, readme
+from .checksums import write_checksums
 from .config import Config
+from .curve import draw_curve
 from .fold import stock_autoencoder
 from .folder import STOCK_NULL, open_folder
 from .generate import Sampler, generate
 from .identity import identity_autoencoder
+from .leaks import scrubbed, without_origin
 from .networks import ModelConfig
 from .recipe import as_mapping
 from .sheet import grid, save_image
 from .space import Space
 from .stock import form_of, scheduler_of
-from .tracking import last_loss
 
 SHARED = "scheduling_flow_v1"
 """The file that is written into those of both schedulers of ours."""
 OWN = {"FlowODEScheduler": "scheduling_flow_ode_v1", "FlowSDEScheduler": "scheduling_flow_sde_v1"}
 """The schedulers that travel with models which no stock one serves, and their files; the first is the default."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """What the model card says beside the configuration."""
-
-    title: str
-    images: int
-    """Seen in training."""
-    steps: int
-    loss: float | None
-    parameters: int
-
-    @classmethod
-    def of(cls, run: Path, images: int, steps: int, network: nn.Module) -> Card:
-        """The facts of a run's folder and network."""
-        return cls(run.name, images, steps, last_loss(run), sum(p.numel() for p in network.parameters()))
 
 
 def write_folder(
@@ -66,7 +51,7 @@ def write_folder(
     Args:
         output: the folder; replaced if it is one of ours already.
         network: a stock DiTTransformer2DModel or UNet2DModel, in the form that `stock.form_of` names.
-        config: of the run; kept as `config.yaml`.
+        config: of the run; kept as `config.yaml`, without local paths.
         class_names: name of each label; none for an unconditional model.
         card: for README.md.
         space: what the network works on.
@@ -87,13 +72,17 @@ def write_folder(
         pipe = DiTPipeline(transformer=cast(Any, labelled(network)), vae=cast(Any, vae), scheduler=cast(Any, scheduler))
         pipe.save_pretrained(temporary, safe_serialization=True)
         _mend_index(temporary, class_names, own_scheduler=not form.stock)
-        (temporary / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+        _clean(temporary)
+        (temporary / "config.yaml").write_text(yaml.safe_dump(scrubbed(as_mapping(config)), sort_keys=False))
         count = len(class_names)
         labels = torch.arange(4 * min(count, 10)) % min(count, 10) if count else torch.full((16,), STOCK_NULL)
         guidance = 2.0 if count else 1.0
         images = generate(open_folder(temporary), labels, Sampler("heun", 25, guidance), seed=0).images
         save_image(grid(images, min(count, 10) or 8, scale=max(1, 48 // images.shape[-1])), temporary / "samples.png")
-        (temporary / "README.md").write_text(_readme(config, class_names, card, guidance))
+        draw_curve(card.curve, temporary / "curve.png", x_label="images seen", y_label="loss")
+        example = f"class_labels=[{0 if class_names else STOCK_NULL}]"
+        (temporary / "README.md").write_text(readme(temporary, config, class_names, card, guidance, example))
+        write_checksums(temporary)
         _replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -163,46 +152,10 @@ def _first_line(tree: list[ast.stmt]) -> int:
     return max(node.end_lineno or 0 for node in tree if isinstance(node, ast.Import | ast.ImportFrom))
 
 
-def _readme(config: Config, class_names: tuple[str, ...], card: Card, guidance: float) -> str:
-    """The model card, from what was measured."""
-    data, label = config.data, "0" if class_names else str(STOCK_NULL)
-    classes = (
-        f"{len(class_names)} classes: {', '.join(class_names[:20])}{', ...' if len(class_names) > 20 else ''}"
-        if class_names
-        else "no classes"
-    )
-    seen = f"{card.steps:,} steps of {config.train.batch_size} images ({card.images:,} images seen)"
-    loss = "" if card.loss is None else f", last logged loss {card.loss:.4f}"
-    latents = f", in the latents of {data.autoencoder}" if data.autoencoder else ""
-    trust = "" if form_of(config.flow).stock else ", trust_remote_code=True"
-    return f"""---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [condot, flow-matching, class-conditional]
----
-
-# {card.title}
-
-A {config.model.kind} of {card.parameters:,} parameters, trained from scratch by condot on
-{data.resolution} x {data.resolution} images with {data.channels} channel(s), {classes}{latents}.
-
-![samples](samples.png)
-
-Samples of seed 0, 25 Heun steps, guidance {guidance:g}.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{trust})
-image = pipe(class_labels=[{label}], guidance_scale={guidance}, num_inference_steps=25).images[0]
-```
-
-## Training
-
-{config.flow.predict} prediction on the {config.flow.path} path, {seen}{loss}.
-The whole configuration is in `config.yaml`.
-
-## Limits
-
-It draws what it was trained on, at that size, and nothing else. Check the licence of the training images before sharing.
-"""
+def _clean(folder: Path) -> None:
+    """Take the local paths that parts were loaded from out of their configurations."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text())
+        cleaned = without_origin(content)
+        if cleaned != content:
+            path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n")

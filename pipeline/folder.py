@@ -11,6 +11,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from .checksums import check_folder
 from .config import Config, FlowConfig
 from .flow import velocity_field
 from .generate import Source
@@ -34,7 +35,7 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu") -> Sourc
         device: to compute on.
 
     Raises:
-        ValueError: no such folder, a damaged one, or one of another kind of model.
+        ValueError: no such folder, a damaged or changed one, or one of another kind of model.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
@@ -42,6 +43,7 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu") -> Sourc
             f"pipeline={str(folder)!r} is no pipeline folder (no model_index.json): "
             f"export one with `python sample.py export --run RUN --output FOLDER`."
         )
+    check_folder(folder)
     try:
         index = json.loads((folder / "model_index.json").read_text())
         network = _part(folder, index, "transformer", NETWORKS).to(device)

@@ -9,12 +9,15 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
-        ["networks", "recipe", "process", "scheduling_flow_v1", "sheet", "precision", "frechet", "retrieval", "classifier"],
+        [
+            *("networks", "recipe", "process", "scheduling_flow_v1", "sheet", "precision", "frechet", "retrieval", "classifier"),
+            *("checksums", "leaks", "curve", "measured"),
+        ],
         ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1"],
         ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
-        ["loop", "generate", "fold"],
+        ["loop", "generate", "fold", "card"],
         ["folder"],
-        ["export", "evaluate", "options", "density", "restore", "preview"],
+        ["export", "evaluate", "options", "density", "restore", "preview", "publish"],
     ],
     "models": [
         ["kernels", "initialise", "presets"],
