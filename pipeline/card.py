@@ -106,7 +106,7 @@ def readme(folder: Path, config: Config, class_names: tuple[str, ...], card: Car
         label: the argument of the example's call, such as `class_labels=[0]`.
     """
     sections = [
-        f"---\n{_head(config, card).to_yaml()}\n---",
+        f"---\n{_head(config, class_names, card).to_yaml()}\n---",
         f"# {card.title}",
         _what(config, class_names, card),
         f"![samples](samples.png)\n\nSamples of seed 0, 25 Heun steps, guidance {guidance:g}.",
@@ -118,18 +118,18 @@ def readme(folder: Path, config: Config, class_names: tuple[str, ...], card: Car
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
-def _head(config: Config, card: Card) -> ModelCardData:
+def _head(config: Config, class_names: tuple[str, ...], card: Card) -> ModelCardData:
     """What the Hub reads."""
     text = config.model.takes == "text"
     task = "text-to-image" if text else "unconditional-image-generation"  # there is no task for classes
+    kind = "flow-matching" if config.flow.path == "condot" else "diffusion"
     source = card.datasets[0] if card.datasets else ", ".join(map(last_name, config.data.shards)) or "images"
-
     results = results_of(card.evaluation, card.retrieval, task, source)
     return ModelCardData(
         library_name="diffusers",
         pipeline_tag=task,
         license=card.license,
-        tags=["condot", "flow-matching", *(["text-to-image"] if text else ["class-conditional"])],
+        tags=["condot", kind, "class-conditional"] if class_names and not text else ["condot", kind],
         datasets=list(card.datasets) or None,
         base_model=config.init_from if config.init_from and on_hub(config.init_from) else None,
         model_name=card.title,
@@ -215,12 +215,12 @@ def _training(folder: Path, config: Config, card: Card) -> str:
         if config.data.shards or names
         else ""
     )
+    average = "\nThe weights here are the running average of the trained ones." if config.ema.enabled else ""
     curve = "\n\n![loss over images seen](curve.png)" if (folder / "curve.png").exists() else ""
     recipe = yaml.safe_dump(scrubbed(as_mapping(config)), sort_keys=False)
     return f"""## Training
 
-{config.flow.predict} prediction on the {config.flow.path} path, {seen}{loss}. {data}
-The images and the code below are of the averaged weights.{curve}
+{config.flow.predict} prediction on the {config.flow.path} path, {seen}{loss}. {data}{average}{curve}
 
 <details><summary>The whole recipe</summary>
 

@@ -80,6 +80,8 @@ def write_folder(
         images = generate(open_folder(temporary), labels, Sampler("heun", 25, guidance), seed=0).images
         save_image(grid(images, min(count, 10) or 8, scale=max(1, 48 // images.shape[-1])), temporary / "samples.png")
         draw_curve(card.curve, temporary / "curve.png", x_label="images seen", y_label="loss")
+        if card.evaluation:
+            (temporary / "evaluation.json").write_text(json.dumps(card.evaluation, indent=1) + "\n")
         example = f"class_labels=[{0 if class_names else STOCK_NULL}]"
         (temporary / "README.md").write_text(readme(temporary, config, class_names, card, guidance, example))
         write_checksums(temporary)

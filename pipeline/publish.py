@@ -31,8 +31,6 @@ PARTS = (
     "tokenizer*/vocab.json", "tokenizer*/vocab.txt", "tokenizer*/merges.txt", "tokenizer*/spiece.model", "tokenizer*/tokenizer.model",
 )  # fmt: skip
 """What an export consists of; everything else in its folder is refused. A star does not cross a slash."""
-LATER = (*FREE, "evaluation.json", "retrieval.json")
-"""Parts that come or change after the export, and so are in no list of hashes."""
 TRIES = 5
 """Attempts at each request that fails by the server's or the connection's fault; the waits between them double."""
 REMEDY = "Run `hf auth login` with a token that may write (https://huggingface.co/settings/tokens), or set HF_TOKEN to one"
@@ -133,7 +131,7 @@ def parts_of(folder: Path) -> list[Part]:
         raise ValueError(f"{folder} is no exported folder (no model_index.json): `python sample.py export --run RUN --output {folder}`.")
     listed = check_folder(folder, every=True)
     names = files_of(folder)
-    strangers = [name for name in names if not any(_matches(name, part) for part in PARTS) or (name not in listed and name not in LATER)]
+    strangers = [name for name in names if not any(_matches(name, part) for part in PARTS) or (name not in listed and name not in FREE)]
     if strangers:
         raise ValueError(
             f"{folder} holds what no export consists of, so nothing is uploaded: {', '.join(strangers[:20])}"

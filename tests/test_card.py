@@ -11,9 +11,11 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
+import sample
 from pipeline.card import Card, own_parts, readme
 from pipeline.config import Config
 from pipeline.curve import SIZE, draw_curve, log_ticks, running_mean, ticks
+from pipeline.folder import open_folder
 from pipeline.recipe import build
 
 
@@ -56,8 +58,21 @@ def test_the_card_tells_what_was_measured(trained, folder, tmp_path):
     assert "| nearest to its own caption's image | 50.0% (37.0% to 63.0%) | 2.0% by chance |" in card.text
     assert "A dit of 9 parameters" in card.text and "2 classes: zero, one" in card.text and "192 images seen" in card.text
     assert 'from_pretrained("ann/digits")' in card.text and "trust_remote_code" not in card.text and "![loss" in card.text
+    assert card.data.tags == ["condot", "flow-matching", "class-conditional"]
     assert "# digits\n" in card.text and "Nothing was measured" not in card.text
     assert yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])["train"]["max_steps"] == 400_000
+
+
+def test_figures_stay_with_the_export(trained, tmp_path):
+    """`evaluate --pipeline` leaves them in the folder that the next export replaces: they go along, unlisted."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / "export/evaluation.json").write_text(json.dumps(EVALUATION))
+    for _ in range(2):
+        assert sample.main(["export", "--run", str(run)]) == 0
+        assert json.loads((run / "export/evaluation.json").read_text()) == EVALUATION
+        assert "97.2%" in (run / "export/README.md").read_text()
+    (run / "export/evaluation.json").write_text("{}")
+    open_folder(run / "export")
 
 
 def test_figures_of_other_weights_are_left_out(trained, folder, tmp_path):

@@ -20,7 +20,8 @@ import sample
 from pipeline.checksums import check_folder, stated_size, write_checksums
 from pipeline.config import Config
 from pipeline.folder import open_folder
-from pipeline.leaks import leaks_in, scrubbed
+from pipeline.identity import identity_autoencoder
+from pipeline.leaks import leaks_in, scrubbed, without_origin
 from pipeline.publish import TRIES, publish
 from pipeline.recipe import as_mapping, build
 
@@ -187,7 +188,7 @@ def test_a_token_that_does_not_serve_is_named_before_anything_is_uploaded(hub, f
     with pytest.raises(ValueError, match=message) as caught:
         push(hub, folder, token=token)
     assert token not in str(caught.value)
-    assert not hub.repositories and not hub.asked("PUT|preupload|commit") and len(hub.requests) <= 3
+    assert not hub.repositories and not hub.asked("PUT|preupload|commit") and len(hub.requests) <= 4
 
 
 def test_somebody_elses_repository_is_not_written(hub, folder):
@@ -429,6 +430,21 @@ def test_an_export_tells_no_local_path(trained, folder, tmp_path):
             assert str(trained.parent.parent).encode() not in data and not leaks_in(data.decode()), name
     config = build(Config, yaml.safe_load((folder / "config.yaml").read_text()))
     assert (config.output_dir, config.data.shards) == ("run", ("shards",)) and config.model.width == 32
+
+
+def test_parts_do_not_tell_their_origin(trained, tmp_path, monkeypatch):
+    """diffusers and transformers write down where a part was loaded from; a folder here is taken out, a name on the Hub stays."""
+    told = {"_name_or_path": "/home/ann/vae", "text_config": {"_name_or_path": "openai/clip"}, "list": [{"name_or_path": "C:\\x"}]}
+    assert without_origin(told) == {"text_config": {"_name_or_path": "openai/clip"}, "list": [{}]}
+
+    def loaded(*words):
+        vae = identity_autoencoder(*words)
+        vae.register_to_config(_name_or_path=str(tmp_path / "vae"))
+        return vae
+
+    monkeypatch.setattr("pipeline.export.identity_autoencoder", loaded)
+    assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "out")]) == 0
+    assert "_name_or_path" not in (tmp_path / "out/vae/config.json").read_text()
 
 
 def test_each_place_in_a_recipe_is_scrubbed_and_names_on_the_hub_stay(tmp_path):
