@@ -43,7 +43,12 @@ from pipeline.export import Card, check_kind, write_folder
 from pipeline.folder import open_folder
 from pipeline.generate import generate
 from pipeline.networks import model_options
+<<<<<<< HEAD
 from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve, Sampling
+=======
+from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve
+from pipeline.publish import check_repository, publish
+>>>>>>> hub
 from pipeline.recipe import build, parse
 from pipeline.restore import restore_file
 from pipeline.retrieval import retrieve
@@ -143,10 +148,11 @@ class Trained:
         words.check(self.text["fingerprints"])
         return words
 
-    def export(self, output: Path) -> Path:
+    def export(self, output: Path, options: Export) -> Path:
         """Write it for stock diffusers."""
         check_kind(self.config.model)
-        card = Card.of(self.run, self.state["images"], self.state["step"], self.network)
+        told: dict[str, Any] = {"title": options.title, "license": options.license, "datasets": options.dataset}
+        card = Card.of(self.run, self.state["images"], self.state["step"], self.network, repository=options.push_to_hub, **told)
         network = to_stock(self.network, form_of(self.config.flow).factor)
         space = self.space
         vae = Autoencoder(space.autoencoder, expected=space.fingerprint).model if space.latent else None
@@ -235,11 +241,17 @@ def _need_pixels(source: Source, why: str) -> None:
 
 
 def export(options: Export) -> int:
-    """Write the folder."""
+    """Write the folder, and publish it if asked."""
     if not options.run:
         raise ValueError("--run is missing: give the folder of a run, as --run runs/digits.")
+    if options.push_to_hub:
+        check_repository(options.push_to_hub)
+    elif options.private:
+        raise ValueError("--private without --push_to_hub: nothing is published. Give --push_to_hub user/name too.")
     trained = Trained(Path(options.run), Path(options.checkpoint) if options.checkpoint else None)
-    trained.export(Path(options.output) if options.output else Path(options.run) / "export")
+    folder = trained.export(Path(options.output) if options.output else Path(options.run) / "export", options)
+    if options.push_to_hub:
+        publish(folder, options.push_to_hub, private=options.private)
     return 0
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,38 +14,24 @@ import yaml
 from diffusers import DiTPipeline, ModelMixin, UNet2DModel
 from torch import nn
 
+from .card import Card, readme
+from .checksums import write_checksums
 from .config import Config
+from .curve import draw_curve
 from .fold import stock_autoencoder
 from .folder import STOCK_NULL, open_folder
 from .generate import Sampler, generate
 from .identity import identity_autoencoder
+from .leaks import scrubbed, without_origin
 from .networks import ModelConfig
 from .recipe import as_mapping
 from .sheet import grid, save_image
 from .space import Space
 from .standing import standing_alone
 from .stock import form_of, scheduler_of
-from .tracking import last_loss
 
 OWN = {"FlowODEScheduler": "scheduling_flow_ode_v1", "FlowSDEScheduler": "scheduling_flow_sde_v1"}
 """The schedulers that travel with models which no stock one serves, and their files; the first is the default."""
-
-
-@dataclass(frozen=True)
-class Card:
-    """What the model card says beside the configuration."""
-
-    title: str
-    images: int
-    """Seen in training."""
-    steps: int
-    loss: float | None
-    parameters: int
-
-    @classmethod
-    def of(cls, run: Path, images: int, steps: int, network: nn.Module) -> Card:
-        """The facts of a run's folder and network."""
-        return cls(run.name, images, steps, last_loss(run), sum(p.numel() for p in network.parameters()))
 
 
 def write_folder(
@@ -68,9 +53,15 @@ def write_folder(
 
     Args:
         output: the folder; replaced if it is one of ours already.
+<<<<<<< HEAD
         network: as `models.convert.to_exported` gives it, in the form that `stock.form_of` names.
         config: of the run; kept as `config.yaml`.
         class_names: name of each label; none for an unconditional model, or one on text.
+=======
+        network: a stock DiTTransformer2DModel or UNet2DModel, in the form that `stock.form_of` names.
+        config: of the run; kept as `config.yaml`, without local paths.
+        class_names: name of each label; none for an unconditional model.
+>>>>>>> hub
         card: for README.md.
         space: what the network works on.
         vae: the autoencoder whose latents that is; None for pixels.
@@ -92,12 +83,31 @@ def write_folder(
     temporary = output.parent / f".{output.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
+<<<<<<< HEAD
         save(choice.pipeline, temporary, variant)
         _mend_index(temporary, choice.pipeline, class_names)
         (temporary / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
         guidance = 1.0 if not class_names and not spoken else 2.0
         draw_samples(temporary, network, class_names, captions or ("",), guidance)
         (temporary / "README.md").write_text(_readme(config, class_names, card, guidance))
+=======
+        pipe = DiTPipeline(transformer=cast(Any, labelled(network)), vae=cast(Any, vae), scheduler=cast(Any, scheduler))
+        pipe.save_pretrained(temporary, safe_serialization=True)
+        _mend_index(temporary, class_names, own_scheduler=not form.stock)
+        _clean(temporary)
+        (temporary / "config.yaml").write_text(yaml.safe_dump(scrubbed(as_mapping(config)), sort_keys=False))
+        count = len(class_names)
+        labels = torch.arange(4 * min(count, 10)) % min(count, 10) if count else torch.full((16,), STOCK_NULL)
+        guidance = 2.0 if count else 1.0
+        images = generate(open_folder(temporary), labels, Sampler("heun", 25, guidance), seed=0).images
+        save_image(grid(images, min(count, 10) or 8, scale=max(1, 48 // images.shape[-1])), temporary / "samples.png")
+        draw_curve(card.curve, temporary / "curve.png", x_label="images seen", y_label="loss")
+        if card.evaluation:
+            (temporary / "evaluation.json").write_text(json.dumps(card.evaluation, indent=1) + "\n")
+        example = f"class_labels=[{0 if class_names else STOCK_NULL}]"
+        (temporary / "README.md").write_text(readme(temporary, config, class_names, card, guidance, example))
+        write_checksums(temporary)
+>>>>>>> hub
         _replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -161,6 +171,7 @@ def _mend_index(folder: Path, pipeline: DiffusionPipeline, class_names: tuple[st
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
+<<<<<<< HEAD
 def _readme(config: Config, class_names: tuple[str, ...], card: Card, guidance: float) -> str:
     """The model card, from what was measured."""
     data, label = config.data, "0" if class_names else str(STOCK_NULL)
@@ -204,3 +215,28 @@ The whole configuration is in `config.yaml`.
 
 It draws what it was trained on, at that size, and nothing else. Check the licence of the training images before sharing.
 """
+=======
+def standing_alone(name: str) -> str:
+    """The text of a scheduler's file with SHARED written into it: its docstring, the imports of both, both bodies."""
+    rooms = [Path(__file__).with_name(f"{file}.py").read_text() for file in (name, SHARED)]
+    trees = [ast.parse(text).body for text in rooms]
+    found = [node for tree in trees for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
+    lines = {ast.unparse(node): None for node in found if not getattr(node, "level", 0)}
+    bodies = ["\n".join(text.splitlines()[_first_line(tree) :]).strip("\n") for text, tree in zip(rooms, trees, strict=True)]
+    title = ast.get_source_segment(rooms[0], trees[0][0])
+    return "\n\n".join([f"{title}", "\n".join(sorted(lines)), f"\n{bodies[1]}", f"\n{bodies[0]}\n"])
+
+
+def _first_line(tree: list[ast.stmt]) -> int:
+    """Where a file's text begins after its docstring and imports: the number of its last import's line."""
+    return max(node.end_lineno or 0 for node in tree if isinstance(node, ast.Import | ast.ImportFrom))
+
+
+def _clean(folder: Path) -> None:
+    """Take the local paths that parts were loaded from out of their configurations."""
+    for path in folder.rglob("*.json"):
+        content = json.loads(path.read_text())
+        cleaned = without_origin(content)
+        if cleaned != content:
+            path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n")
+>>>>>>> hub

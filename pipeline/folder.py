@@ -12,7 +12,11 @@ import torch
 import yaml
 from torch import Tensor
 
+<<<<<<< HEAD
 from .captions_v1 import Captions
+=======
+from .checksums import check_folder
+>>>>>>> hub
 from .config import Config, FlowConfig
 from .flow import Condition, velocity_field
 from .generate import Source
@@ -39,7 +43,7 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu", own: Map
         own: networks of ours by the names of their classes.
 
     Raises:
-        ValueError: no such folder, a damaged one, or one of another kind of model.
+        ValueError: no such folder, a damaged or changed one, or one of another kind of model.
     """
     folder = Path(folder)
     if not (folder / "model_index.json").is_file():
@@ -47,6 +51,7 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu", own: Map
             f"pipeline={str(folder)!r} is no pipeline folder (no model_index.json): "
             f"export one with `python sample.py export --run RUN --output FOLDER`."
         )
+    check_folder(folder)
     try:
         pipeline = _pipeline(folder, json.loads((folder / "model_index.json").read_text()), own or {})
         recipe = folder / "config.yaml"

@@ -161,6 +161,11 @@ class Export:
     run: str = ""  # the run's folder; its newest checkpoint is taken
     checkpoint: str = ""  # another of its checkpoints
     output: str = ""  # the folder; by default `export` in the run's
+    push_to_hub: str = ""  # user/name: publish the folder there, after listing and checking every file
+    private: bool = False  # with push_to_hub: the repository is private; one that is there must agree
+    license: str = ""  # of the weights, for the model card: apache-2.0, cc-by-4.0, ...; by default unknown
+    dataset: tuple[str, ...] = ()  # data sets on the Hub that it was trained on, for the model card: user/name
+    title: str = ""  # of the model card; by default the repository's or the run's name
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -172,8 +173,13 @@ class BadSamples:
         return len(self.lines)
 
 
+def loss_curve(folder: Path) -> list[tuple[float, float]]:
+    """(images seen, loss) of each line of a run's metrics.jsonl, in its order; lines without a finite loss are left out."""
+    lines = _lines(folder / "metrics.jsonl", lambda line: math.isfinite(line["loss"]) and math.isfinite(line["images"]))
+    return [(line["images"], line["loss"]) for line in lines]
+
+
 def last_loss(folder: Path) -> float | None:
-    """The loss of the last line of a run's metrics.jsonl, or None."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return json.loads(lines[-1])["loss"] if lines else None
+    """The last loss of a run's metrics.jsonl, or None."""
+    curve = loss_curve(folder)
+    return curve[-1][1] if curve else None

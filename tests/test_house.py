@@ -9,6 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
+<<<<<<< HEAD
         ["networks", "recipe", "process", "scheduling_flow_v1", "sheet", "precision", "frechet", "retrieval", "classifier", "standing"],
         ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1"],
         ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
@@ -17,6 +18,17 @@ FLOORS = {
         ["folder", "options", "animate"],
         ["export", "evaluate", "density", "restore", "preview", "asked"],
         ["draw"],
+=======
+        [
+            *("networks", "recipe", "process", "scheduling_flow_v1", "sheet", "precision", "frechet", "retrieval", "classifier"),
+            *("checksums", "leaks", "curve", "measured"),
+        ],
+        ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1"],
+        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
+        ["loop", "generate", "fold", "card"],
+        ["folder"],
+        ["export", "evaluate", "options", "density", "restore", "preview", "publish"],
+>>>>>>> hub
     ],
     "models": [
         ["kernels", "initialise", "presets"],

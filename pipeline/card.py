@@ -1,0 +1,240 @@
+"""The model card, README.md of an exported folder: what was measured and what is in the folder, nothing else."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from torch import nn
+
+from .checksums import hash_of
+from .config import Config
+from .leaks import last_name, on_hub, scrubbed
+from .measured import EVALUATED, RETRIEVED, figures_of, results_of, tables_of
+from .recipe import as_mapping
+from .tracking import last_loss, loss_curve
+
+STOCK = ("diffusers", "transformers")
+"""Libraries whose classes load without trust."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card says beside the configuration."""
+
+    title: str
+    images: int
+    """Seen in training."""
+    steps: int
+    loss: float | None
+    parameters: int
+    license: str = "unknown"
+    """An identifier of the Hub, such as apache-2.0."""
+    datasets: tuple[str, ...] = ()
+    """On the Hub, as user/name."""
+    repository: str = ""
+    """Where it will be published, user/name."""
+    curve: tuple[tuple[float, float], ...] = ()
+    """(images seen, loss)."""
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    retrieval: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]*", self.license):
+            raise ValueError(
+                f"license={self.license!r} is no identifier of the Hub's: lower case, such as apache-2.0, mit, cc-by-4.0, other."
+            )
+        if "\n" in self.title:
+            raise ValueError(f"title={self.title!r} has more than one line: give one.")
+        for name in self.datasets:
+            try:
+                validate_repo_id(name)
+            except HFValidationError as error:
+                raise ValueError(f"dataset={name!r} is no data set on the Hub: give user/name ({error}).") from None
+
+    @classmethod
+    def of(
+        cls,
+        run: Path,
+        images: int,
+        steps: int,
+        network: nn.Module,
+        *,
+        title: str = "",
+        license: str = "",
+        datasets: tuple[str, ...] = (),
+        repository: str = "",
+    ) -> Card:
+        """The facts of a run's folder and network, with what only its owner knows.
+
+        Figures of evaluation.json and retrieval.json are taken from the run's
+        folder or its export, unless training went on after they were measured.
+
+        Raises:
+            ValueError: a licence, title or data set that cannot be one.
+        """
+        return cls(
+            title=title or repository.rpartition("/")[2] or run.resolve().name,
+            images=images,
+            steps=steps,
+            loss=last_loss(run),
+            parameters=sum(p.numel() for p in network.parameters()),
+            license=license or "unknown",
+            datasets=datasets,
+            repository=repository,
+            curve=tuple(loss_curve(run)),
+            evaluation=figures_of(run, "evaluation.json", EVALUATED),
+            retrieval=figures_of(run, "retrieval.json", RETRIEVED),
+        )
+
+
+def readme(folder: Path, config: Config, class_names: tuple[str, ...], card: Card, guidance: float, label: str) -> str:
+    """The text of README.md.
+
+    Args:
+        folder: the exported folder, complete but for this text: its index, code and pictures are described.
+        config: of the run; local paths do not get into the text.
+        class_names: name of each class; none for an unconditional model or one of text.
+        card: the facts.
+        guidance: scale with which samples.png was drawn, and the examples are.
+        label: the argument of the example's call, such as `class_labels=[0]`.
+    """
+    sections = [
+        f"---\n{_head(config, class_names, card).to_yaml()}\n---",
+        f"# {card.title}",
+        _what(config, class_names, card),
+        f"![samples](samples.png)\n\nSamples of seed 0, 25 Heun steps, guidance {guidance:g}.",
+        _loading(folder, card, guidance, label),
+        _training(folder, config, card),
+        tables_of(card.evaluation, card.retrieval),
+        _limits(config, card),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _head(config: Config, class_names: tuple[str, ...], card: Card) -> ModelCardData:
+    """What the Hub reads."""
+    text = config.model.takes == "text"
+    task = "text-to-image" if text else "unconditional-image-generation"  # there is no task for classes
+    kind = "flow-matching" if config.flow.path == "condot" else "diffusion"
+    source = card.datasets[0] if card.datasets else ", ".join(map(last_name, config.data.shards)) or "images"
+    results = results_of(card.evaluation, card.retrieval, task, source)
+    return ModelCardData(
+        library_name="diffusers",
+        pipeline_tag=task,
+        license=card.license,
+        tags=["condot", kind, "class-conditional"] if class_names and not text else ["condot", kind],
+        datasets=list(card.datasets) or None,
+        base_model=config.init_from if config.init_from and on_hub(config.init_from) else None,
+        model_name=card.title,
+        eval_results=results or None,
+    )
+
+
+def _what(config: Config, class_names: tuple[str, ...], card: Card) -> str:
+    """What it is, in a sentence or two."""
+    data = config.data
+    more = ", ..." if len(class_names) > 20 else ""
+    told = f"{len(class_names)} classes: {', '.join(class_names[:20])}{more}" if class_names else "no classes"
+    if config.model.takes == "text":
+        told = f"captions, read by {' and '.join(map(_linked, data.text_encoder))}"
+    latents = f", in the latents of {_linked(data.autoencoder)}" if data.autoencoder else ""
+    origin = f"from the weights of {_linked(config.init_from)}" if config.init_from else "from scratch"
+    return (
+        f"A {config.model.kind} of {card.parameters:,} parameters, trained {origin} by condot on\n"
+        f"{data.resolution} x {data.resolution} images with {data.channels} channel(s), {told}{latents}."
+    )
+
+
+def _linked(name: str) -> str:
+    """A model on the Hub as a link; a local one by its last name."""
+    return f"[{name}](https://huggingface.co/{name})" if on_hub(name) and "/" in name else last_name(name)
+
+
+def _loading(folder: Path, card: Card, guidance: float, label: str) -> str:
+    """How to load it, in stock diffusers and with samplers of ours; the code in the folder, by hash."""
+    index = json.loads((folder / "model_index.json").read_text())
+    own = own_parts(index)
+    place, call = card.repository or "path/to/this/folder", f"{label}, guidance_scale={guidance:g}, num_inference_steps=25"
+    trust = ", trust_remote_code=True" if own else ""
+    kind = index["_class_name"][-1] if isinstance(index["_class_name"], list) else index["_class_name"]
+    why = (
+        f"It is a `{kind}`; its {' and '.join(own)} {'is' if len(own) == 1 else 'are'} code of ours in this repository, for no stock class "
+        f"does the same: read it, then allow it with `trust_remote_code=True`."
+        if own
+        else f"It is a `{kind}` of stock classes, which hold it exactly: no code of this repository runs."
+    )
+    text = f"""## Loading
+
+{why}
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("{place}"{trust})
+image = pipe({call}).images[0]
+```"""
+    for path in sorted(folder.glob("pipeline_*.py")):
+        text += f"""
+
+The trainer's own samplers, ODE and SDE, come with code in this repository:
+
+```python
+import torch
+
+pipe = DiffusionPipeline.from_pretrained("{place}", custom_pipeline="{path.stem}", trust_remote_code=True)
+image = pipe({call}, solver="heun", generator=torch.Generator().manual_seed(0)).images[0]
+```"""
+    code = [f"| `{path.relative_to(folder).as_posix()}` | `{hash_of(path)}` |" for path in sorted(folder.rglob("*.py"))]
+    if code:
+        text += '\n\nThe code, by SHA-256; to run what you read, give `from_pretrained` its commit as `revision="..."`.\n\n'
+        text += "\n".join(["| file | SHA-256 |", "|---|---|", *code])
+    return text
+
+
+def own_parts(index: dict[str, Any]) -> list[str]:
+    """Names of the parts in a model_index.json whose code lies in the folder, the pipeline's class among them."""
+    parts = {name: value for name, value in index.items() if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str)}
+    own = [name for name, (library, _) in parts.items() if library not in STOCK]
+    return ["pipeline" if name == "_class_name" else name for name in own]
+
+
+def _training(folder: Path, config: Config, card: Card) -> str:
+    """The recipe: in words, as a curve, and whole."""
+    seen = f"{card.steps:,} steps of {config.train.batch_size} images ({card.images:,} images seen)"
+    loss = "" if card.loss is None else f", last logged loss {card.loss:.4f}"
+    names = [f"[{name}](https://huggingface.co/datasets/{name})" for name in card.datasets]
+    data = (
+        f"Data: {', '.join(names or map(last_name, config.data.shards))}, split `{config.data.split}`."
+        if config.data.shards or names
+        else ""
+    )
+    average = "\nThe weights here are the running average of the trained ones." if config.ema.enabled else ""
+    curve = "\n\n![loss over images seen](curve.png)" if (folder / "curve.png").exists() else ""
+    recipe = yaml.safe_dump(scrubbed(as_mapping(config)), sort_keys=False)
+    return f"""## Training
+
+{config.flow.predict} prediction on the {config.flow.path} path, {seen}{loss}. {data}{average}{curve}
+
+<details><summary>The whole recipe</summary>
+
+```yaml
+{recipe}```
+
+</details>"""
+
+
+def _limits(config: Config, card: Card) -> str:
+    """What it cannot do, and what its user must see to."""
+    unmeasured = "" if card.evaluation or card.retrieval else " Nothing was measured on these weights beside the loss."
+    unlicensed = " No licence was given with these weights (`license: unknown`)." if card.license == "unknown" else ""
+    return f"""## Limits
+
+It draws what it was trained on, at {config.data.resolution} x {config.data.resolution} pixels, and nothing else.{unmeasured}
+Check the licence of the training images before sharing what it makes.{unlicensed}"""
