@@ -30,25 +30,23 @@ from data.shards import Shards
 from data.stream import to_unit
 from data.text_encoders import read_text_encoders
 from data.words import Words
-from models.convert import to_stock
+from models.convert import OWN, to_exported, unheld
 from models.lora import add_lora, merge_lora
 from pipeline import launch
 from pipeline.asked import asked
-from pipeline.checkpoint import Store, averages, load_state
+from pipeline.card import Card
+from pipeline.checkpoint import Store, averages, load_state, raw_weights
 from pipeline.config import Config
 from pipeline.density import affordable, bits
 from pipeline.draw import draw_folder, draw_picture
+from pipeline.ema import check_average
 from pipeline.evaluate import evaluate, load_features
-from pipeline.export import Card, check_kind, write_folder
+from pipeline.export import write_folder
 from pipeline.folder import open_folder
 from pipeline.generate import generate
 from pipeline.networks import model_options
-<<<<<<< HEAD
 from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve, Sampling
-=======
-from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve
 from pipeline.publish import check_repository, publish
->>>>>>> hub
 from pipeline.recipe import build, parse
 from pipeline.restore import restore_file
 from pipeline.retrieval import retrieve
@@ -76,7 +74,7 @@ def open_one(pipeline: str, run: str, device: torch.device, prefix: str = "") ->
     if bool(pipeline) == bool(run):
         raise ValueError(f"--{prefix}pipeline={pipeline!r} and --{prefix}run={run!r}: give one of them, an exported folder or a run's.")
     if pipeline:
-        source, index = open_folder(pipeline, device), json.loads((Path(pipeline) / "model_index.json").read_text())
+        source, index = open_folder(pipeline, device, OWN), json.loads((Path(pipeline) / "model_index.json").read_text())
         names = index.get("id2label") or dict.fromkeys(map(str, range(source.num_classes)))
         return Opened(source, (Path(pipeline),), tuple(names[key] or key for key in sorted(names, key=int)))
     trained = Trained(Path(run))
@@ -106,13 +104,13 @@ def source_of(options: Model) -> Source:
 
 
 class Trained:
-    """A checkpoint of a run, read back.
+    """A checkpoint of a run, read back; with the weights that `ema` names, as in `pipeline.ema.check_average`.
 
     Raises:
-        ValueError: no whole checkpoint there.
+        ValueError: no whole checkpoint there, or no such weights.
     """
 
-    def __init__(self, run: Path, checkpoint: Path | None = None) -> None:
+    def __init__(self, run: Path, checkpoint: Path | None = None, ema: str = "") -> None:
         found = checkpoint or (run if (run / "state.json").is_file() else Store(run, keep=1).latest())
         if found is None:
             raise ValueError(
@@ -127,7 +125,8 @@ class Trained:
         self.network = models.build(**model_options(self.config.model, self.space.shape, len(self.class_names), widths)).eval()
         if self.config.train.lora_rank:
             add_lora(self.network, self.config.train.lora_rank, self.config.train.lora_alpha)
-        self.network.load_state_dict(averages(found))
+        averaged = check_average(ema, self.config.ema, self.config.train.batch_size)
+        self.network.load_state_dict(averages(found) if averaged else raw_weights(found))
         self.network = merge_lora(self.network)
 
     def source(self, device: torch.device | str) -> Source:
@@ -150,13 +149,17 @@ class Trained:
 
     def export(self, output: Path, options: Export) -> Path:
         """Write it for stock diffusers."""
-        check_kind(self.config.model)
         told: dict[str, Any] = {"title": options.title, "license": options.license, "datasets": options.dataset}
         card = Card.of(self.run, self.state["images"], self.state["step"], self.network, repository=options.push_to_hub, **told)
-        network = to_stock(self.network, form_of(self.config.flow).factor)
-        space = self.space
+        space, form = self.space, form_of(self.config.flow)
+        spoken = self.words("cpu").networks if self.text else ()
+        masked = bool(spoken) and self.config.data.text_padding == "mask"
+        network, why = to_exported(self.network, form.factor, masked), unheld(self.network, masked)
         vae = Autoencoder(space.autoencoder, expected=space.fingerprint).model if space.latent else None
-        return write_folder(output, network, self.config, self.class_names, card, space, vae)
+        names = () if self.text else self.class_names
+        captions = self.text["captions"] if self.text else ()
+        about: dict[str, Any] = {"why": why, "spoken": spoken, "captions": captions, "variant": options.variant}
+        return write_folder(output, network, self.config, names, card, space, vae, **about)
 
 
 def images(options: Images) -> int:
@@ -248,7 +251,7 @@ def export(options: Export) -> int:
         check_repository(options.push_to_hub)
     elif options.private:
         raise ValueError("--private without --push_to_hub: nothing is published. Give --push_to_hub user/name too.")
-    trained = Trained(Path(options.run), Path(options.checkpoint) if options.checkpoint else None)
+    trained = Trained(Path(options.run), Path(options.checkpoint) if options.checkpoint else None, options.ema)
     folder = trained.export(Path(options.output) if options.output else Path(options.run) / "export", options)
     if options.push_to_hub:
         publish(folder, options.push_to_hub, private=options.private)

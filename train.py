@@ -26,15 +26,18 @@ from data.encoders import Autoencoder
 from data.options import Options
 from data.sources import Sources
 from data.stream import Share, to_unit
-from models.convert import check_classes, to_stock
+from data.words import Words
+from models.convert import check_classes, to_exported, unheld
 from models.cost import example
 from models.lora import add_lora, merge_lora
 from models.published import load_published
 from pipeline import launch, precision
+from pipeline.card import Card
 from pipeline.checkpoint import Store, averages, choose, find, load_state
+from pipeline.choice import check_encoders
 from pipeline.config import ALIASES, Config
 from pipeline.ema import Ema
-from pipeline.export import Card, check_kind, write_folder
+from pipeline.export import write_folder
 from pipeline.fold import check_export
 from pipeline.loop import Run, fit
 from pipeline.method import Method
@@ -85,7 +88,7 @@ def train(config: Config) -> int:
     if STOPPER.requested:
         log.say(f"stopped at step {run.step}; the same command goes on from there.")
     elif config.export and accelerator.is_main_process:
-        export(run, folder / "export")
+        export(run, sources, folder / "export")
     leave_group(STOPPER.exit_status)
     if owned:
         owned.close()
@@ -109,7 +112,7 @@ def see(config: Config) -> tuple[Sources, Space]:
             space = space.measured(sources.latents.encoding["statistics"])
         space = space.given(options.latent_scale, options.latent_shift)
     if config.export:  # what could not be exported at the end is refused at the start
-        check_exportable(config, space, len(sources.images.manifest.class_names))
+        check_exportable(config, space, len(sources.images.manifest.class_names), len(sources.spoken))
     return sources, space
 
 
@@ -168,7 +171,7 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
         "facts": facts_of(config, sources.images.fingerprint) | said,
         "space": vars(space),
         "precision": accelerator.mixed_precision,
-        "text": {"widths": sources.widths, "fingerprints": said["text"]} if words else {},
+        "text": {"widths": sources.widths, "fingerprints": said["text"], "captions": sources.examples(SHOWN)} if words else {},
     }
     return Run(
         config=config,
@@ -218,23 +221,25 @@ def begin(run: Run, space: Space, checkpoint: Path | None) -> None:
         print(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
 
 
-def check_exportable(config: Config, space: Space, num_classes: int) -> None:
-    """Raises ValueError for what stock diffusers could not hold."""
-    check_kind(config.model)
+def check_exportable(config: Config, space: Space, num_classes: int, encoders: int) -> None:
+    """Raises ValueError for what diffusers could not hold."""
     form_of(config.flow)
     check_classes(num_classes)
     check_export(space)
-    with torch.device("meta"):
-        to_stock(models.build(device="meta", **model_options(config.model, space.shape, num_classes)), 1.0)
+    check_encoders(encoders)
 
 
-def export(run: Run, output: Path) -> None:
-    """Write the averaged weights as a folder for stock diffusers."""
+def export(run: Run, sources: Sources, output: Path) -> None:
+    """Write the averaged weights as a folder that diffusers loads."""
     card = Card.of(Path(run.config.output_dir), run.images, run.step, run.network)
-    network = to_stock(merge_lora(run.ema.model.cpu()), form_of(run.config.flow).factor)
-    space = Space.of(run.about["space"])
+    text, space = run.about["text"], Space.of(run.about["space"])
+    masked = bool(text) and run.config.data.text_padding == "mask"
+    trained = merge_lora(run.ema.model.cpu())
+    network, why = to_exported(trained, form_of(run.config.flow).factor, masked), unheld(trained, masked)
     vae = Autoencoder(space.autoencoder).model if space.latent else None
-    write_folder(output, network, run.config, tuple(run.about["class_names"]), card, space, vae)
+    spoken = Words(sources.spoken).networks if text else ()
+    names = () if text else tuple(run.about["class_names"])
+    write_folder(output, network, run.config, names, card, space, vae, why=why, spoken=spoken, captions=text.get("captions", ()))
 
 
 @reported

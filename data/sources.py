@@ -12,6 +12,7 @@ from .encoders import AutoencoderFacts, read_autoencoder
 from .join import TextStates, layout
 from .opening import Encoded, build, check_shapes, open_latents, open_shards, open_text
 from .options import Options
+from .reading import read_captions
 from .shards import Shards
 from .stream import Share, Stream
 from .text_encoders import TextFacts, read_text_encoders
@@ -83,6 +84,11 @@ class Sources:
             batch = next(stream)
         kept = torch.zeros(count, self.words.encoders, dtype=torch.bool)
         return self.words.told(batch, kept[:, 0], kept), self.words.null
+
+    def examples(self, count: int) -> list[str]:
+        """The first captions of the shards, at most so many, without the empty ones."""
+        numbers = range(min(count, sum(self.images.counts)))
+        return [caption for caption in read_captions(self.images, self.options.caption, numbers) if caption]
 
     @property
     def cut(self) -> str:

@@ -94,7 +94,7 @@ class Card:
         )
 
 
-def readme(folder: Path, config: Config, class_names: tuple[str, ...], card: Card, guidance: float, label: str) -> str:
+def readme(folder: Path, config: Config, class_names: tuple[str, ...], card: Card, guidance: float, calls: tuple[str, str]) -> str:
     """The text of README.md.
 
     Args:
@@ -103,14 +103,14 @@ def readme(folder: Path, config: Config, class_names: tuple[str, ...], card: Car
         class_names: name of each class; none for an unconditional model or one of text.
         card: the facts.
         guidance: scale with which samples.png was drawn, and the examples are.
-        label: the argument of the example's call, such as `class_labels=[0]`.
+        calls: arguments that draw an image, such as `class_labels=[0]`: of the folder's pipeline, and of our own.
     """
     sections = [
         f"---\n{_head(config, class_names, card).to_yaml()}\n---",
         f"# {card.title}",
         _what(config, class_names, card),
         f"![samples](samples.png)\n\nSamples of seed 0, 25 Heun steps, guidance {guidance:g}.",
-        _loading(folder, card, guidance, label),
+        _loading(folder, card, calls),
         _training(folder, config, card),
         tables_of(card.evaluation, card.retrieval),
         _limits(config, card),
@@ -157,11 +157,11 @@ def _linked(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name})" if on_hub(name) and "/" in name else last_name(name)
 
 
-def _loading(folder: Path, card: Card, guidance: float, label: str) -> str:
+def _loading(folder: Path, card: Card, calls: tuple[str, str]) -> str:
     """How to load it, in stock diffusers and with samplers of ours; the code in the folder, by hash."""
     index = json.loads((folder / "model_index.json").read_text())
     own = own_parts(index)
-    place, call = card.repository or "path/to/this/folder", f"{label}, guidance_scale={guidance:g}, num_inference_steps=25"
+    place, (call, ours) = card.repository or "path/to/this/folder", calls
     trust = ", trust_remote_code=True" if own else ""
     kind = index["_class_name"][-1] if isinstance(index["_class_name"], list) else index["_class_name"]
     why = (
@@ -189,7 +189,7 @@ The trainer's own samplers, ODE and SDE, come with code in this repository:
 import torch
 
 pipe = DiffusionPipeline.from_pretrained("{place}", custom_pipeline="{path.stem}", trust_remote_code=True)
-image = pipe({call}, solver="heun", generator=torch.Generator().manual_seed(0)).images[0]
+image = pipe({ours}, solver="heun", generator=torch.Generator().manual_seed(0)).images[0]
 ```"""
     code = [f"| `{path.relative_to(folder).as_posix()}` | `{hash_of(path)}` |" for path in sorted(folder.rglob("*.py"))]
     if code:

@@ -269,4 +269,13 @@ def find(folder: Path) -> Path:
 
 def averages(folder: Path) -> dict[str, Tensor]:
     """The averaged weights of a checkpoint, by the network's own names."""
-    return {name.removeprefix("ema."): value for name, value in load_tensors(folder).items() if name.startswith("ema.")}
+    return _part(folder, "ema.")
+
+
+def raw_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint as they were trained, by the network's own names."""
+    return _part(folder, "model.")
+
+
+def _part(folder: Path, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in load_tensors(folder).items() if name.startswith(prefix)}

@@ -52,6 +52,26 @@ class Choice(NamedTuple):
     trust: bool
     """Whether it loads with code of ours only."""
 
+    @property
+    def reason(self) -> str:
+        """What was chosen, in words."""
+        return f"with code of its own (trust_remote_code=True): {self.why}" if self.trust else "which stock diffusers holds exactly"
+
+    def calls(self, class_names: Sequence[str], captions: Sequence[str], guidance: float) -> tuple[str, str]:
+        """Arguments that draw an image: of this pipeline, and of our own."""
+        common = f"guidance_scale={guidance:g}, num_inference_steps=25"
+        if isinstance(self.pipeline, DDPMPipeline):
+            return "num_inference_steps=25", "num_inference_steps=25"
+        if not captions:
+            return (f"class_labels=[{0 if class_names else NO_CLASS}], {common}",) * 2
+        ours = f"prompt={next(filter(None, captions), 'a picture')!r}, {common}"
+        if isinstance(self.pipeline, PixArtSigmaPipeline):
+            return f"{ours}, use_resolution_binning=False", ours
+        if isinstance(self.pipeline, StableDiffusion3Pipeline):
+            last = self.pipeline.tokenizer_3
+            return f"{ours}, max_sequence_length={0 if last is None else last.model_max_length}", ours
+        return ours, ours
+
 
 def check_encoders(count: int) -> None:
     """Raises ValueError for more text encoders than a pipeline has places for."""

@@ -11,11 +11,15 @@ teachers are better role models.
 from __future__ import annotations
 
 import copy
+import math
 
 import torch
 from torch import Tensor, nn
 
 from .config import EmaConfig
+
+SAME = 0.05
+"""A decay is written with few digits: half-lives so near are one."""
 
 
 class Ema:
@@ -49,3 +53,28 @@ class Ema:
         average: list[Tensor] = list(self.model.parameters())
         weights: list[Tensor] = list(model.parameters())
         torch._foreach_lerp_(average, weights, 1 - self.decay(images, batch))
+
+
+def check_average(asked: str, config: EmaConfig, batch_size: int) -> bool:
+    """Whether an average is asked for, and not the weights as they were trained.
+
+    Args:
+        asked: `raw`; a half-life in images; or a decay a step, below 1, which is 0.5 ** (batch size / half-life). "" is the run's.
+        config: what the run keeps.
+        batch_size: images of a step.
+
+    Raises:
+        ValueError: an average that the run did not keep.
+    """
+    if asked in ("", "raw"):
+        return asked != "raw"
+    try:
+        number = float(asked)
+    except ValueError:
+        raise ValueError(f"--ema {asked!r} is none: give a half-life in images, a decay a step such as 0.9999, or raw.") from None
+    halflife = -batch_size * math.log(2) / math.log(number) if 0 < number < 1 else number
+    if not config.enabled or abs(halflife / config.halflife - 1) > SAME:
+        decay = 0.5 ** (batch_size / config.halflife)
+        kept = f"one average, of half-life {config.halflife:g} images (decay {decay:.6g} a step)" if config.enabled else "no average"
+        raise ValueError(f"--ema {asked}: a half-life of {halflife:.4g} images, and the run kept {kept}. Leave --ema out for what it kept.")
+    return True

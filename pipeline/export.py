@@ -1,37 +1,42 @@
-"""The folder that stock diffusers loads: written whole or not at all."""
+"""The folder that diffusers loads: written whole or not at all."""
 
 from __future__ import annotations
 
+import copy
+import inspect
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import yaml
-from diffusers import DiTPipeline, ModelMixin, UNet2DModel
+from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
 from torch import nn
 
 from .card import Card, readme
 from .checksums import write_checksums
+from .choice import Spoken, choose
 from .config import Config
 from .curve import draw_curve
+from .flow import Condition
 from .fold import stock_autoencoder
-from .folder import STOCK_NULL, open_folder
+from .folder import open_folder
 from .generate import Sampler, generate
-from .identity import identity_autoencoder
 from .leaks import scrubbed, without_origin
-from .networks import ModelConfig
+from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
 from .recipe import as_mapping
 from .sheet import grid, save_image
 from .space import Space
 from .standing import standing_alone
-from .stock import form_of, scheduler_of
 
-OWN = {"FlowODEScheduler": "scheduling_flow_ode_v1", "FlowSDEScheduler": "scheduling_flow_sde_v1"}
-"""The schedulers that travel with models which no stock one serves, and their files; the first is the default."""
+STOCK = ("diffusers", "transformers")
+"""Libraries whose classes need no code of ours."""
+VARIANTS = {"": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+UNUSED = ("image_encoder", "feature_extractor")
+"""Places of StableDiffusion3Pipeline that stay empty, and that our own pipeline has not."""
 
 
 def write_folder(
@@ -53,15 +58,9 @@ def write_folder(
 
     Args:
         output: the folder; replaced if it is one of ours already.
-<<<<<<< HEAD
         network: as `models.convert.to_exported` gives it, in the form that `stock.form_of` names.
-        config: of the run; kept as `config.yaml`.
-        class_names: name of each label; none for an unconditional model, or one on text.
-=======
-        network: a stock DiTTransformer2DModel or UNet2DModel, in the form that `stock.form_of` names.
         config: of the run; kept as `config.yaml`, without local paths.
-        class_names: name of each label; none for an unconditional model.
->>>>>>> hub
+        class_names: name of each label; none for an unconditional model, or one on text.
         card: for README.md.
         space: what the network works on.
         vae: the autoencoder whose latents that is; None for pixels.
@@ -83,36 +82,24 @@ def write_folder(
     temporary = output.parent / f".{output.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-<<<<<<< HEAD
         save(choice.pipeline, temporary, variant)
         _mend_index(temporary, choice.pipeline, class_names)
-        (temporary / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
-        guidance = 1.0 if not class_names and not spoken else 2.0
-        draw_samples(temporary, network, class_names, captions or ("",), guidance)
-        (temporary / "README.md").write_text(_readme(config, class_names, card, guidance))
-=======
-        pipe = DiTPipeline(transformer=cast(Any, labelled(network)), vae=cast(Any, vae), scheduler=cast(Any, scheduler))
-        pipe.save_pretrained(temporary, safe_serialization=True)
-        _mend_index(temporary, class_names, own_scheduler=not form.stock)
         _clean(temporary)
         (temporary / "config.yaml").write_text(yaml.safe_dump(scrubbed(as_mapping(config)), sort_keys=False))
-        count = len(class_names)
-        labels = torch.arange(4 * min(count, 10)) % min(count, 10) if count else torch.full((16,), STOCK_NULL)
-        guidance = 2.0 if count else 1.0
-        images = generate(open_folder(temporary), labels, Sampler("heun", 25, guidance), seed=0).images
-        save_image(grid(images, min(count, 10) or 8, scale=max(1, 48 // images.shape[-1])), temporary / "samples.png")
+        guidance = 2.0 if class_names or spoken else 1.0
+        draw_samples(temporary, network, class_names, captions or ("",), guidance)
         draw_curve(card.curve, temporary / "curve.png", x_label="images seen", y_label="loss")
-        if card.evaluation:
-            (temporary / "evaluation.json").write_text(json.dumps(card.evaluation, indent=1) + "\n")
-        example = f"class_labels=[{0 if class_names else STOCK_NULL}]"
-        (temporary / "README.md").write_text(readme(temporary, config, class_names, card, guidance, example))
+        for name, figures in (("evaluation", card.evaluation), ("retrieval", card.retrieval)):
+            if figures:
+                (temporary / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
+        (temporary / "README.md").write_text(
+            readme(temporary, config, class_names, card, guidance, choice.calls(class_names, captions, guidance))
+        )
         write_checksums(temporary)
->>>>>>> hub
         _replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    how = f"with code of its own (trust_remote_code=True), for {choice.why}" if choice.trust else "which stock diffusers holds exactly"
-    progress(f"exported to {output}: a {type(network).__name__} in {type(choice.pipeline).__name__}, {how}")
+    progress(f"exported to {output}: a {type(network).__name__} in {type(choice.pipeline).__name__}, {choice.reason}")
     return output
 
 
@@ -120,9 +107,10 @@ def save(pipeline: DiffusionPipeline, folder: Path, variant: str) -> None:
     """Write a pipeline's parts, weights as safetensors; with a variant in that precision too."""
     pipeline.save_pretrained(folder, safe_serialization=True)
     if variant:
-        parts = {name: copy.deepcopy(part) for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-        for name, part in parts.items():
-            part.to(VARIANTS[variant]).save_pretrained(folder / name, variant=variant, safe_serialization=True)
+        for name, part in pipeline.components.items():
+            if isinstance(part, nn.Module):
+                half: Any = copy.deepcopy(part).to(VARIANTS[variant])
+                half.save_pretrained(folder / name, variant=variant, safe_serialization=True)
 
 
 def draw_samples(folder: Path, network: ModelMixin, class_names: tuple[str, ...], captions: Sequence[str], guidance: float) -> None:
@@ -150,86 +138,19 @@ def _mend_index(folder: Path, pipeline: DiffusionPipeline, class_names: tuple[st
     """What `save_pretrained` leaves out: names of classes in model_index.json, and code of ours, one file for each part that needs it."""
     path = folder / "model_index.json"
     content = json.loads(path.read_text())
-    content["id2label"] = {str(i): name for i, name in enumerate(class_names)}
-<<<<<<< HEAD
+    if class_names or isinstance(pipeline, DiTPipeline):  # without the names it would be taken for ImageNet's
+        content["id2label"] = {str(i): name for i, name in enumerate(class_names)}
+    content = {name: value for name, value in content.items() if name not in UNUSED}
     for name, part in pipeline.components.items():
-        if part is not None and type(part).__module__.split(".")[0] not in ("diffusers", "transformers"):
+        if part is not None and type(part).__module__.split(".")[0] not in STOCK:
             file = Path(inspect.getfile(type(part)))
             content[name] = [file.stem, type(part).__name__]
             (folder / name / file.name).write_text(standing_alone(file))
-    for file in BESIDE:
-        place = folder / "scheduler" if file.stem.startswith("scheduling") else folder
-        (place / file.name).write_text(standing_alone(file))
+    ours = Path(inspect.getfile(CondotPipeline))
+    (folder / ours.name).write_text(standing_alone(ours))  # also beside a stock pipeline, for who asks for it
     if isinstance(pipeline, CondotPipeline):
-        content["_class_name"] = [Path(inspect.getfile(CondotPipeline)).stem, "CondotPipeline"]
-=======
-    if own_scheduler:
-        content["scheduler"] = [OWN["FlowODEScheduler"], "FlowODEScheduler"]
-        for name in OWN.values():
-            (folder / "scheduler" / f"{name}.py").write_text(standing_alone(Path(__file__).with_name(f"{name}.py")))
->>>>>>> models
+        content["_class_name"] = [ours.stem, "CondotPipeline"]
     path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-<<<<<<< HEAD
-def _readme(config: Config, class_names: tuple[str, ...], card: Card, guidance: float) -> str:
-    """The model card, from what was measured."""
-    data, label = config.data, "0" if class_names else str(STOCK_NULL)
-    classes = (
-        f"{len(class_names)} classes: {', '.join(class_names[:20])}{', ...' if len(class_names) > 20 else ''}"
-        if class_names
-        else "no classes"
-    )
-    seen = f"{card.steps:,} steps of {config.train.batch_size} images ({card.images:,} images seen)"
-    loss = "" if card.loss is None else f", last logged loss {card.loss:.4f}"
-    latents = f", in the latents of {data.autoencoder}" if data.autoencoder else ""
-    trust = "" if form_of(config.flow).stock else ", trust_remote_code=True"
-    return f"""---
-library_name: diffusers
-pipeline_tag: unconditional-image-generation
-tags: [condot, flow-matching, class-conditional]
----
-
-# {card.title}
-
-A {config.model.kind} of {card.parameters:,} parameters, trained from scratch by condot on
-{data.resolution} x {data.resolution} images with {data.channels} channel(s), {classes}{latents}.
-
-![samples](samples.png)
-
-Samples of seed 0, 25 Heun steps, guidance {guidance:g}.
-
-```python
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("path/to/this/folder"{trust})
-image = pipe(class_labels=[{label}], guidance_scale={guidance}, num_inference_steps=25).images[0]
-```
-
-## Training
-
-{config.flow.predict} prediction on the {config.flow.path} path, {seen}{loss}.
-The whole configuration is in `config.yaml`.
-
-## Limits
-
-It draws what it was trained on, at that size, and nothing else. Check the licence of the training images before sharing.
-"""
-=======
-def standing_alone(name: str) -> str:
-    """The text of a scheduler's file with SHARED written into it: its docstring, the imports of both, both bodies."""
-    rooms = [Path(__file__).with_name(f"{file}.py").read_text() for file in (name, SHARED)]
-    trees = [ast.parse(text).body for text in rooms]
-    found = [node for tree in trees for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
-    lines = {ast.unparse(node): None for node in found if not getattr(node, "level", 0)}
-    bodies = ["\n".join(text.splitlines()[_first_line(tree) :]).strip("\n") for text, tree in zip(rooms, trees, strict=True)]
-    title = ast.get_source_segment(rooms[0], trees[0][0])
-    return "\n\n".join([f"{title}", "\n".join(sorted(lines)), f"\n{bodies[1]}", f"\n{bodies[0]}\n"])
-
-
-def _first_line(tree: list[ast.stmt]) -> int:
-    """Where a file's text begins after its docstring and imports: the number of its last import's line."""
-    return max(node.end_lineno or 0 for node in tree if isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def _clean(folder: Path) -> None:
@@ -239,4 +160,3 @@ def _clean(folder: Path) -> None:
         cleaned = without_origin(content)
         if cleaned != content:
             path.write_text(json.dumps(cleaned, indent=2, ensure_ascii=False) + "\n")
->>>>>>> hub

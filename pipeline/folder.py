@@ -12,19 +12,16 @@ import torch
 import yaml
 from torch import Tensor
 
-<<<<<<< HEAD
 from .captions_v1 import Captions
-=======
 from .checksums import check_folder
->>>>>>> hub
 from .config import Config, FlowConfig
 from .flow import Condition, velocity_field
-from .generate import Source
 from .method import scaled
 from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
 from .recipe import build
 from .scheduling_flow_ode_v1 import FlowODEScheduler
 from .scheduling_flow_sde_v1 import FlowSDEScheduler
+from .source import Source
 from .stock import read_scheduler
 
 NETWORKS = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "UNet2DModel", "UNet2DConditionModel")

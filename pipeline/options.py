@@ -160,7 +160,9 @@ class Export:
 
     run: str = ""  # the run's folder; its newest checkpoint is taken
     checkpoint: str = ""  # another of its checkpoints
+    ema: str = ""  # which weights: an average by its half-life in images or its decay a step, or raw; by default the run's average
     output: str = ""  # the folder; by default `export` in the run's
+    variant: Literal["", "fp16", "bf16"] = ""  # weights in half precision too, beside the full ones: from_pretrained(..., variant="fp16")
     push_to_hub: str = ""  # user/name: publish the folder there, after listing and checking every file
     private: bool = False  # with push_to_hub: the repository is private; one that is there must agree
     license: str = ""  # of the weights, for the model card: apache-2.0, cc-by-4.0, ...; by default unknown

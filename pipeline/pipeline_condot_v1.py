@@ -232,7 +232,8 @@ class CondotPipeline(DiffusionPipeline):
         Raises:
             ValueError: a condition, a size, a scale or a solver that this model does not take.
         """
-        guidance = Guidance(guidance_scale, *guidance_interval, guidance_rescale)
+        first, last = guidance_interval
+        guidance = Guidance(guidance_scale, first, last, guidance_rescale)
         guidance.check()
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps={num_inference_steps}: at least 1.")

@@ -9,26 +9,28 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("pipeline", "models", "data")
 FLOORS = {
     "pipeline": [
-<<<<<<< HEAD
-        ["networks", "recipe", "process", "scheduling_flow_v1", "sheet", "precision", "frechet", "retrieval", "classifier", "standing"],
-        ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1"],
-        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
-        ["loop", "source", "fold"],
-        ["generate", "many"],
-        ["folder", "options", "animate"],
-        ["export", "evaluate", "density", "restore", "preview", "asked"],
-        ["draw"],
-=======
         [
-            *("networks", "recipe", "process", "scheduling_flow_v1", "sheet", "precision", "frechet", "retrieval", "classifier"),
-            *("checksums", "leaks", "curve", "measured"),
+            *(
+                "networks",
+                "recipe",
+                "process",
+                "scheduling_flow_v1",
+                "sheet",
+                "precision",
+                "frechet",
+                "retrieval",
+                "classifier",
+                "standing",
+            ),
+            *("checksums", "leaks", "curve", "measured", "captions_v1", "guidance_v1"),
         ],
         ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1"],
-        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told"],
-        ["loop", "generate", "fold", "card"],
-        ["folder"],
-        ["export", "evaluate", "options", "density", "restore", "preview", "publish"],
->>>>>>> hub
+        ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told", "pipeline_condot_v1"],
+        ["loop", "source", "fold", "card", "choice"],
+        ["generate", "many"],
+        ["folder", "options", "animate"],
+        ["export", "evaluate", "density", "restore", "preview", "asked", "publish"],
+        ["draw"],
     ],
     "models": [
         ["kernels", "initialise", "presets"],

@@ -9,7 +9,7 @@ from data.text_encoders import read_text_encoder
 from data.words import Words
 from pipeline.choice import _text_parts
 from pipeline.flow import ODE_SOLVERS, guide
-from pipeline.folder import _pipeline, open_folder
+from pipeline.folder import _pipeline, pipeline_source
 from pipeline.pipeline_condot_v1 import NO_CLASS, CondotPipeline
 from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
 from pipeline.scheduling_flow_sde_v1 import FlowSDEScheduler
@@ -21,6 +21,9 @@ def pipe(trained):
 
     made = _pipeline(trained / "export", json.loads((trained / "export/model_index.json").read_text()), {})
     made.set_progress_bar_config(disable=True)
+    with torch.no_grad():  # after twelve steps of training a class says next to nothing
+        for name, value in made.transformer.named_parameters():
+            value.mul_(50 if "embedding_table" in name else 1)
     return made
 
 
@@ -30,9 +33,9 @@ def noise(seed=0, count=3):
 
 @pytest.mark.parametrize("solver", FlowODEScheduler.solvers)
 @pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 3.0, "guidance_interval": (0.2, 0.7), "guidance_rescale": 0.5}])
-def test_it_draws_what_our_solvers_draw(trained, pipe, solver, guidance):
+def test_it_draws_what_our_solvers_draw(pipe, solver, guidance):
     """The same network, noise and times through flow/: to float32 rounding."""
-    source, labels = open_folder(trained / "export"), torch.tensor([3, 1, 4])
+    source, labels = pipeline_source(pipe), torch.tensor([3, 1, 4])
     made = pipe([3, 1, 4], num_inference_steps=5, solver=solver, latents=noise(), output_type="latent", **guidance).images
     more = {"interval": guidance.get("guidance_interval", (0.0, 1.0)), "rescale": guidance.get("guidance_rescale", 0.0)}
     field = guide(source.field, labels, torch.full((3,), NO_CLASS), guidance.get("guidance_scale", 1.0), **more)
