@@ -321,6 +321,11 @@ FAULTS = {
     "hidden": (lambda f: (f / ".env").write_text("A=b"), ".env"),
     "code": (lambda f: (f / "pipeline_mine_v1.py").write_text("print()\n"), "pipeline_mine_v1.py"),
     "deep": (lambda f: ((f / "a/b").mkdir(parents=True), (f / "a/b/config.json").write_text("{}")), "a/b/config.json"),
+    "deep and listed": (
+        lambda f: ((f / "a/b").mkdir(parents=True), (f / "a/b/config.json").write_text("{}"), write_checksums(f)),
+        "a/b/config.json",
+    ),
+    "data and listed": (lambda f: ((f / "vae/latents.npy").write_bytes(b"x"), write_checksums(f)), "vae/latents.npy"),
     "a dangling link": (lambda f: (f / "vae/model.safetensors").symlink_to("/nowhere"), "vae/model.safetensors"),
     "its token": (lambda f: (f / "README.md").write_text(f"line\nuse {WRITER}"), "README.md line 2: this machine's token 'hf_w...'"),
     "a token": (lambda f: (f / "README.md").write_text("HF_TOKEN=hf_AbCdEfGhIjKlMnOpQr"), "line 1: a Hugging Face token"),
@@ -330,7 +335,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_folder_that_is_not_as_it_should_be_is_refused_without_a_request(hub, folder, fault):
+def test_a_folder_that_is_not_as_it_should_be_is_refused_without_a_request(hub, folder, fault, monkeypatch):
+    monkeypatch.setattr("pipeline.checksums.QUICK", 10_000)
     spoil, message = FAULTS[fault]
     spoil(folder)
     with pytest.raises(ValueError) as caught:
@@ -363,7 +369,7 @@ SECRETS = [
     "/root/.cache/x",
     "C:\\Users\\ann",
     '{"a": "D:\\\\data\\\\x"}',
-    "~/secret",
+    "~/runs/x",
 ]
 HARMLESS = [
     "https://huggingface.co/ann/home/data",
@@ -376,6 +382,7 @@ HARMLESS = [
     "images/root/x",
     "scale 1/2 and 3:4",
     "token = os.environ",
+    '"~/a": 1234, "token": 12345, "/home": 77',  # words of a tokenizer
 ]
 
 
