@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, fit
 from hub import READER, ROUTES, STRANGER, WRITER, Answers, serving_hub
 from huggingface_hub import constants
 from safetensors.torch import save_file
@@ -74,7 +74,7 @@ import sys, numpy, torch
 from diffusers import DiffusionPipeline
 drawn = []
 for place in sys.argv[1:3]:
-    pipe = DiffusionPipeline.from_pretrained(place)
+    pipe = DiffusionPipeline.from_pretrained(place, trust_remote_code=len(sys.argv) > 3)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
     drawn.append(pipe(class_labels=[1, 2], num_inference_steps=3, guidance_scale=2.0, generator=generator, output_type="np").images)
@@ -100,6 +100,20 @@ def test_a_run_is_published_by_one_command_and_pulled_by_a_stranger(hub, trained
     assert got.returncode == 0, got.stderr
     assert got.stdout.split(maxsplit=2) == ["0.0", "True", "[]\n"]
     assert hub.asked("GET /ann/digits/resolve/.*safetensors")
+
+
+def test_code_of_ours_is_published_and_pulled_with_trust(hub, digits, tmp_path):
+    """A recipe that no stock scheduler serves: its files are parts of an export, give nothing away, and work from the Hub."""
+    assert fit(digits, tmp_path / "run", "--export=true", "--train.max_steps=2", "--flow.predict=score") == 0
+    push(hub, tmp_path / "run/export")
+    there = hub.repositories["ann/digits"].files
+    code = sorted(name for name in there if name.endswith(".py"))
+    assert code == ["scheduler/scheduling_flow_ode_v1.py", "scheduler/scheduling_flow_sde_v1.py"]
+    assert all(f"| `{name}` | `{hashlib.sha256(there[name]).hexdigest()}` |" in there["README.md"].decode() for name in code)
+    pull = lone(hub, tmp_path, "-I", "-c", PULL, "ann/digits", str(tmp_path / "run/export"), "trust")
+    got = subprocess.run(**pull, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert got.returncode == 0, got.stderr
+    assert got.stdout.split(maxsplit=2)[::2] == ["0.0", "[]\n"]
 
 
 def test_the_command_says_what_is_wrong_with_token_name_and_flag(hub, trained, tmp_path, capsys, monkeypatch):
