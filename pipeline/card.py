@@ -132,7 +132,7 @@ def _head(config: Config, class_names: tuple[str, ...], card: Card) -> ModelCard
         tags=["condot", kind, "class-conditional"] if class_names and not text else ["condot", kind],
         datasets=list(card.datasets) or None,
         base_model=config.init_from if config.init_from and on_hub(config.init_from) else None,
-        model_name=card.title,
+        model_name=card.title if results else None,
         eval_results=results or None,
     )
 

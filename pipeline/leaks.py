@@ -24,7 +24,7 @@ SECRETS = {
 """Kinds of secrets, and what they look like."""
 PATHS = {
     "a local path": (
-        r"(?<![\w./~-])(?:file://)?/(?:home|Users|root|mnt|media|scratch|tmp|var|srv|Volumes|workspace)/[^\s\"'`,;)\]]+|(?<![\w/])~/[\w.]+"
+        r"(?<![\w./~-])(?:file://)?/(?:home|Users|root|mnt|media|scratch|tmp|var|srv|Volumes|workspace)/[^\s\"'`,;)\]]+|(?<![\w/])~/[\w.-]+/[\w.-]+"
     ),
     "a Windows path": r"\b[A-Z]:(?:\\\\|\\(?!n))[\w.$-]{2,}",
 }

@@ -360,6 +360,9 @@ def test_folders_that_are_none(trained, tmp_path, capsys):
     weights = next((tmp_path / "cut/transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:1000])
     status, _, error = run(capsys, "--pipeline", str(tmp_path / "cut"))
+    assert status == 2 and f"is not as it was exported: transformer/{weights.name} changed" in error.splitlines()[-1]
+    (tmp_path / "cut/SHA256SUMS").unlink()
+    status, _, error = run(capsys, "--pipeline", str(tmp_path / "cut"))
     assert status == 2 and "cannot be loaded" in error.splitlines()[-1]
     weights.unlink()
     status, _, error = run(capsys, "--pipeline", str(tmp_path / "cut"))

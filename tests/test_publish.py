@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import ROOT, fit
 from hub import READER, ROUTES, STRANGER, WRITER, Answers, serving_hub
 from huggingface_hub import constants
 from safetensors.torch import save_file
@@ -74,7 +74,7 @@ import sys, numpy, torch
 from diffusers import DiffusionPipeline
 drawn = []
 for place in sys.argv[1:3]:
-    pipe = DiffusionPipeline.from_pretrained(place)
+    pipe = DiffusionPipeline.from_pretrained(place, trust_remote_code=len(sys.argv) > 3)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(3)
     drawn.append(pipe(class_labels=[1, 2], num_inference_steps=3, guidance_scale=2.0, generator=generator, output_type="np").images)
@@ -100,6 +100,20 @@ def test_a_run_is_published_by_one_command_and_pulled_by_a_stranger(hub, trained
     assert got.returncode == 0, got.stderr
     assert got.stdout.split(maxsplit=2) == ["0.0", "True", "[]\n"]
     assert hub.asked("GET /ann/digits/resolve/.*safetensors")
+
+
+def test_code_of_ours_is_published_and_pulled_with_trust(hub, digits, tmp_path):
+    """A recipe that no stock scheduler serves: its files are parts of an export, give nothing away, and work from the Hub."""
+    assert fit(digits, tmp_path / "run", "--export=true", "--train.max_steps=2", "--flow.predict=score") == 0
+    push(hub, tmp_path / "run/export")
+    there = hub.repositories["ann/digits"].files
+    code = sorted(name for name in there if name.endswith(".py"))
+    assert code == ["scheduler/scheduling_flow_ode_v1.py", "scheduler/scheduling_flow_sde_v1.py"]
+    assert all(f"| `{name}` | `{hashlib.sha256(there[name]).hexdigest()}` |" in there["README.md"].decode() for name in code)
+    pull = lone(hub, tmp_path, "-I", "-c", PULL, "ann/digits", str(tmp_path / "run/export"), "trust")
+    got = subprocess.run(**pull, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert got.returncode == 0, got.stderr
+    assert got.stdout.split(maxsplit=2)[::2] == ["0.0", "[]\n"]
 
 
 def test_the_command_says_what_is_wrong_with_token_name_and_flag(hub, trained, tmp_path, capsys, monkeypatch):
@@ -321,6 +335,11 @@ FAULTS = {
     "hidden": (lambda f: (f / ".env").write_text("A=b"), ".env"),
     "code": (lambda f: (f / "pipeline_mine_v1.py").write_text("print()\n"), "pipeline_mine_v1.py"),
     "deep": (lambda f: ((f / "a/b").mkdir(parents=True), (f / "a/b/config.json").write_text("{}")), "a/b/config.json"),
+    "deep and listed": (
+        lambda f: ((f / "a/b").mkdir(parents=True), (f / "a/b/config.json").write_text("{}"), write_checksums(f)),
+        "a/b/config.json",
+    ),
+    "data and listed": (lambda f: ((f / "vae/latents.npy").write_bytes(b"x"), write_checksums(f)), "vae/latents.npy"),
     "a dangling link": (lambda f: (f / "vae/model.safetensors").symlink_to("/nowhere"), "vae/model.safetensors"),
     "its token": (lambda f: (f / "README.md").write_text(f"line\nuse {WRITER}"), "README.md line 2: this machine's token 'hf_w...'"),
     "a token": (lambda f: (f / "README.md").write_text("HF_TOKEN=hf_AbCdEfGhIjKlMnOpQr"), "line 1: a Hugging Face token"),
@@ -330,7 +349,8 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_folder_that_is_not_as_it_should_be_is_refused_without_a_request(hub, folder, fault):
+def test_a_folder_that_is_not_as_it_should_be_is_refused_without_a_request(hub, folder, fault, monkeypatch):
+    monkeypatch.setattr("pipeline.checksums.QUICK", 10_000)
     spoil, message = FAULTS[fault]
     spoil(folder)
     with pytest.raises(ValueError) as caught:
@@ -363,7 +383,7 @@ SECRETS = [
     "/root/.cache/x",
     "C:\\Users\\ann",
     '{"a": "D:\\\\data\\\\x"}',
-    "~/secret",
+    "~/runs/x",
 ]
 HARMLESS = [
     "https://huggingface.co/ann/home/data",
@@ -376,6 +396,7 @@ HARMLESS = [
     "images/root/x",
     "scale 1/2 and 3:4",
     "token = os.environ",
+    '"~/a": 1234, "token": 12345, "/home": 77',  # words of a tokenizer
 ]
 
 
