@@ -379,9 +379,8 @@ def test_captions_lie_beside_their_images(tmp_path):
     assert set(labels.tolist()) == {-1} and images.flatten(1).std(1).max() < 0.02
     expected = torch.tensor(([0.6, 0.6, 0.2] * 2) + [0.6])
     torch.testing.assert_close(images.flatten(1).mean(1), expected, atol=0.01, rtol=0)
-    together = generate(
-        source, *wanted.conditions(source, range(7))[:1], options.sampler(), seed=0, null=wanted.conditions(source, range(7))[1]
-    )
+    condition, away = wanted.conditions(source, range(7))
+    together = generate(source, condition, options.sampler(), seed=0, null=away, batch_size=3)
     torch.testing.assert_close(together.images.flatten(1).mean(1), expected, atol=0.01, rtol=0)
     with pytest.raises(ValueError, match="'yy' has no effect without guidance"):
         asked(options).check(source, False)
