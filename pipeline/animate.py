@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,6 +68,6 @@ def save_animation(frames: list[Tensor], path: Path, columns: int, scale: int = 
     pictures = [picture(grid(frame, columns, scale)) for frame in frames]
     between = max(SHORTEST, ALL_BETWEEN // max(1, len(pictures) - 2))
     durations = [FIRST, *[between] * (len(pictures) - 2), LAST][-len(pictures) :]
-    more = {"lossless": True} if path.suffix == ".webp" else {}
+    more: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}
     with whole(path) as temporary:
         pictures[0].save(temporary, save_all=True, append_images=pictures[1:], duration=durations, loop=0, **more)

@@ -155,7 +155,8 @@ def generate(
 
 def check_sampler(source: Source, sampler: Sampler) -> None:
     """Raises ValueError for guidance or a grid of times that the source cannot be sampled with."""
-    if not (source.num_classes or source.read or source.weak) and sampler.guidance_scale != 1:
+    told = source.num_classes > 0 or not isinstance(source.null, int)
+    if not told and source.weak is None and sampler.guidance_scale != 1:
         raise ValueError(
             f"guidance_scale={sampler.guidance_scale} on a model without classes: there is nothing to guide by, use 1, or a weaker model."
         )

@@ -20,11 +20,12 @@ NO_CLASS = 1000
 """The label that stands for none, in every exported network on classes."""
 
 
-def language(config: Any) -> Any:
+def language(scheduler: Any) -> Any:
     """What a scheduler takes a network's output for: a prediction, and whether on the straight path."""
-    straight = str(config.get("_class_name")).startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
+    config = scheduler.config
+    straight = type(scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
     kind = config.get("prediction_type", "flow_prediction" if straight else "epsilon")
-    return kind, straight
+    return "flow_prediction" if straight and kind == "velocity" else kind, straight
 
 
 class CondotPipeline(DiffusionPipeline):
@@ -68,7 +69,7 @@ class CondotPipeline(DiffusionPipeline):
         )  # fmt: skip
         self.register_to_config(id2label=id2label, padding=padding)
         self.names = {int(number): name for number, name in (id2label or {}).items()}
-        self.trained = language(scheduler.config)
+        self.trained = language(scheduler)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
     @property
@@ -127,9 +128,9 @@ class CondotPipeline(DiffusionPipeline):
     def sampler(self, solver: Any, sigma_t: Any, sigma_scale: Any) -> Any:
         """The scheduler that follows the flow by a solver's name; the pipeline's own without one."""
         noise = {name: value for name, value in (("sigma_t", sigma_t), ("sigma_scale", sigma_scale)) if value is not None}
-        if language(self.scheduler.config)[1] != self.trained[1] or self._differs(language(self.scheduler.config)[0]):
+        if language(self.scheduler) != self.trained:
             raise ValueError(
-                f"{type(self.scheduler).__name__} takes the network's output for {language(self.scheduler.config)}, and it is "
+                f"{type(self.scheduler).__name__} takes the network's output for {language(self.scheduler)}, and it is "
                 f"{self.trained} (prediction, straight path): build the scheduler by its from_config(pipe.scheduler.config)."
             )
         if solver is None and not noise:
@@ -141,9 +142,6 @@ class CondotPipeline(DiffusionPipeline):
             return FlowSDEScheduler.from_config(self.scheduler.config, **more, **noise)
         known = ", ".join((*FlowODEScheduler.solvers, *FlowSDEScheduler.solvers))
         raise ValueError(f"solver={solver!r} with {noise or 'no noise'}: choose one of {known}; the last three alone take sigma_t.")
-
-    def _differs(self, kind: str) -> bool:
-        return len({"velocity" if name == "flow_prediction" and self.trained[1] else name for name in (kind, self.trained[0])}) > 1
 
     def _conditions(self, class_labels: Any, prompt: Any, negative_prompt: Any, count: int, guided: bool) -> Any:
         """What each image is told, and if it is guided what it is led away from behind; as many as images."""
@@ -252,7 +250,7 @@ class CondotPipeline(DiffusionPipeline):
             latents = randn_tensor((count, *shape), generator=generator, device=device, dtype=self.network.dtype)
         elif tuple(latents.shape) != (count, *shape):
             raise ValueError(f"latents of shape {tuple(latents.shape)}: give noise of {(count, *shape)}.")
-        x = latents.to(device, self.network.dtype) * scheduler.init_noise_sigma
+        x = latents.to(device, self.network.dtype) * getattr(scheduler, "init_noise_sigma", 1.0)
         x = self._follow(scheduler, x, condition, sizes, guidance, generator, callback_on_step_end)
         images = x if output_type == "latent" else self.image_processor.postprocess(self.decode(x).float(), output_type=output_type)
         self.maybe_free_model_hooks()
@@ -268,7 +266,7 @@ class CondotPipeline(DiffusionPipeline):
             for i, k in enumerate(scheduler.timesteps):
                 if self._interrupt:
                     break
-                x = scheduler.scale_model_input(x, k)
+                x = scheduler.scale_model_input(x, k) if hasattr(scheduler, "scale_model_input") else x
                 inside = guidance.first <= 1 - float(k) / scheduler.config.num_train_timesteps <= guidance.last
                 x = scheduler.step(self._guided(x, k, condition, sizes, guidance, inside), k, x, return_dict=False, **more)[0]
                 if callback is not None:
