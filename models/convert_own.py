@@ -61,7 +61,7 @@ def to_own(model: nn.Module, factor: float) -> ModelMixin:
 
 def from_own(exported: nn.Module, factor: float) -> nn.Module:
     """The bare network inside, which gives `factor` times the same output; with values of its own."""
-    ours: nn.Module = copy.deepcopy(exported.network)  # type: ignore[arg-type]
+    ours: nn.Module = copy.deepcopy(exported.network)  # type: ignore[assignment]
     ours.load_state_dict(scaled(ours.state_dict(), "leave", factor))
     return quicken(ours).eval()
 

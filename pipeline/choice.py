@@ -140,6 +140,8 @@ def _not_stock_text(network: Any, spoken: Sequence[Spoken], flow: FlowConfig) ->
         fits = len(clips) == 2 and all(kind == "clip_text_model with projection" or kind == "clip with projection" for kind in clips)
         if not fits or any(kind != "t5" for kind in rest) or spoken[0].facts.padding != "attend":
             return "StableDiffusion3Pipeline shows two projected CLIPs and a T5, padding attended to"
+        if rest and spoken[2].facts.width < spoken[0].facts.width + spoken[1].facts.width:
+            return "StableDiffusion3Pipeline cuts what CLIPs wider than the T5 say"
         if flow.path != "condot" or flow.predict != "velocity":
             return "StableDiffusion3Pipeline follows velocities on the straight path"
         return ""

@@ -19,6 +19,7 @@ from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
 CASES = {
     "sd3": ("mmdit", ("clip_projected", "clip_projected", "t5"), "attend", "StableDiffusion3Pipeline"),
     "sd3 without t5": ("mmdit", ("clip_projected", "clip_projected"), "attend", "StableDiffusion3Pipeline"),
+    "sd3, narrow t5": ("mmdit", ("clip_projected", "clip_projected", "t5"), "attend", "CondotPipeline"),
     "mmdit, masked": ("mmdit", ("clip_projected", "clip_projected", "t5"), "mask", "CondotPipeline"),
     "mmdit, bert": ("mmdit", ("bert",), "mask", "CondotPipeline"),
     "pixart": ("cross_dit", ("t5",), "mask", "PixArtSigmaPipeline"),
@@ -37,11 +38,12 @@ def shards(tmp_path_factory):
 
 def run_of(folder, shards, case, *more):
     """A trained run of a case, exported."""
-    kind, encoders, padding, _ = CASES[case]
-    names = [frozen.text(folder / f"encoder-{i}", encoder, seed=i) for i, encoder in enumerate(encoders)]
+    network, encoders, padding, _ = CASES[case]
+    wide = 32 if case == "sd3" else 16  # as wide as both CLIPs together, as Stable Diffusion 3's T5 is
+    names = [frozen.text(folder / f"encoder-{i}", kind, seed=i, width=wide if kind == "t5" else 16) for i, kind in enumerate(encoders)]
     parts = {"shards": shards, "names": names, "encoded": folder / "encoded"}
     how = ("--export=true", f"--data.text_padding={padding}", "--train.learning_rate=1e-2", "--train.max_steps=12")
-    assert fit(parts, folder / "run", *how, *more, kind=kind, cached=False) == 0
+    assert fit(parts, folder / "run", *how, *more, kind=network, cached=False) == 0
     return folder / "run"
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+import models
 from models import kernels
-from models.kernels import attend, gelu_tanh
+from models.kernels import TanhGELU, attend, gelu_tanh, quicken
 
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Half a unit in the last place, relative, of a result; of float32 and float64 some more, for their steps round too."""
@@ -188,3 +189,23 @@ def test_a_graph_holds_gelu_as_a_formula():
     program = torch.export.export(Part(), (x,))
     assert {str(n.target) for n in program.graph.nodes if n.op == "call_function"} >= {"aten.sigmoid.default"}
     torch.testing.assert_close(program.module()(x), formula(x.double()).float())
+
+
+SMALL = {"channels": 1, "resolution": 4, "patch_size": 2, "width": 16, "depth": 2, "heads": 2}
+
+
+def test_networks_are_built_with_the_fast_form():
+    """In place of each tanh-GELU and of nothing else; no weight has another name, and the output is the same to rounding."""
+    text = {"text_width": 6, "pooled_width": 5}
+    for kind, options, count in (("dit", {"num_classes": 3}, 2), ("mmdit", text, 3), ("cross_dit", text, 3)):
+        network = models.build(kind, **SMALL, **options, seed=0)
+        assert sum(type(module) is TanhGELU for module in network.modules()) == count
+        assert not [module for module in network.modules() if type(module) is torch.nn.GELU]
+    pair = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Sequential(torch.nn.GELU("tanh")))
+    assert quicken(pair) is pair and [type(m) for m in pair.modules()][1::2] == [torch.nn.GELU, TanhGELU]
+
+
+@torch.no_grad()
+def test_the_fast_form_is_torchs_to_rounding(in_chunks):
+    x = torch.linspace(-5, 5, 77)
+    torch.testing.assert_close(TanhGELU("tanh")(x), torch.nn.GELU("tanh")(x), rtol=1e-6, atol=1e-6)

@@ -1,6 +1,7 @@
 """Networks that no stock class holds: in classes of diffusers' kind they are ours, and a stranger loads them with their code."""
 
 import ast
+import hashlib
 import json
 import os
 import shutil
@@ -110,13 +111,16 @@ def test_back_from_the_exported_network_is_what_was_exported(name):
         assert (back(*given(name)) - ours(*given(name))).abs().max() <= 1e-5 * ours(*given(name)).abs().max()
 
 
-def test_an_exported_network_shares_no_memory_with_the_trained_one():
+def test_networks_share_no_memory_on_the_way_there_and_back():
     ours = network("everything")
     before = ours.leave.weight.clone(), ours.enter.weight.clone()
     exported = to_exported(ours, -1.0)
     back = from_exported(exported, -1.0)
     with torch.no_grad():
-        for parameter in [*exported.parameters(), *back.parameters()]:
+        for parameter in back.parameters():
+            parameter.zero_()
+        assert torch.equal(exported.network.leave.weight, -before[0]) and torch.equal(exported.network.enter.weight, before[1])
+        for parameter in exported.parameters():
             parameter.zero_()
     assert torch.equal(ours.leave.weight, before[0]) and torch.equal(ours.enter.weight, before[1])
     assert all(parameter.requires_grad for parameter in ours.parameters()), "and training may go on"
@@ -279,14 +283,14 @@ def test_saved_loaded_and_saved_again_it_is_the_same_file(tmp_path, name):
     assert once == again and once["_class_name"] == type(exported).__name__
 
 
-@pytest.mark.parametrize("name", ["everything", "other sizes", "mmdit, line, sizes", "cross_dit, qk_norm, scaled"])
+@pytest.mark.parametrize("name", ["everything", "mmdit, line, sizes", "cross_dit, qk_norm, scaled"])
 @torch.no_grad()
 def test_compiled_it_gives_the_same(name):
-    """In one graph, before and after positions are kept; for another shape too."""
+    """In one graph, positions made and kept inside; for another shape too."""
     exported = to_exported(network(name), -1.0, masked=True)
     torch._dynamo.reset()
     compiled = torch.compile(exported, backend="aot_eager", fullgraph=True)
-    for rectangular in (False, False, True):
+    for rectangular in (False, True):
         words = asked(*given(name, rectangular))
         expected = exported(**words).sample
         assert (compiled(**words).sample - expected).abs().max() <= 1e-5 * expected.abs().max()
@@ -323,7 +327,7 @@ def test_the_file_that_travels_imports_nothing_of_ours(path, tmp_path):
     assert heads <= {"torch", "diffusers", "__future__", "math", "typing", "itertools", "collections"}
     assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n# Licence: Apache-2.0. Written by condot's export from ")
     assert ast.get_docstring(tree) == ast.get_docstring(ast.parse(path.read_text()))
-    assert not [word for word in ("initialise", "autograd.Function", "seed", "DTensor", "peft") if word in text]
+    assert not [word for word in ("initialise", "autograd.Function", "DTensor", "peft") if word in text]
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     assert len(names) == len(set(names)) and len(text.splitlines()) < 700
     own = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
@@ -344,6 +348,8 @@ def test_names_of_files_carry_a_version_and_are_no_pipelines_of_diffusers():
         path = ROOT / "models" / f"{kind.__module__.rpartition('.')[2]}.py"
         assert path.is_file() and path.stem.rpartition("_v")[2].isdigit() and not hasattr(diffusers.pipelines, path.stem)
         assert f"class {name}(" in path.read_text()
+        with torch.device("meta"):
+            assert kind().config.out_channels == kind().config.in_channels, "stock pipelines compare them"
     assert len({kind.__module__ for kind in OWN.values()}) == len(OWN), "one class a file"
 
 
@@ -433,3 +439,23 @@ def test_a_folder_is_read_back_without_its_code(tmp_path):
     answer = load_file(tmp_path / "asked.safetensors")["answer"]
     with torch.no_grad():
         assert (ours(*given("mmdit, dual attention, grid")) + answer).abs().max() <= 1e-6 * answer.abs().max()
+
+
+FROZEN = {
+    "everything": (41, "1abd670400c7ddc8", (-0.21704, 0.30339, -0.45814)),
+    "mmdit, line, sizes": (61, "9e683d0887440e21", (1.35575, -0.94909, 0.2471)),
+    "cross_dit, qk_norm, scaled": (53, "cfafd09d036dcaf4", (2.3573, 0.51974, 0.71689)),
+}
+"""Of version 1: how many tensors, the hash of their names and shapes, and the first numbers of an answer."""
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_version_1_computes_what_it_always_did(name):
+    """Exported weights outlive this code: who must change it writes a class of the next version, in its own file, and keeps this one."""
+    exported = to_exported(network(name), -1.0, masked=True)
+    with torch.no_grad():
+        numbers = exported(**asked(*given(name))).sample.flatten()[:3].tolist()
+    shapes = {key: list(value.shape) for key, value in exported.state_dict().items()}
+    digest = hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()[:16]
+    count, expected, answer = FROZEN[name]
+    assert (len(shapes), digest) == (count, expected) and numbers == pytest.approx(answer, abs=2e-4)
