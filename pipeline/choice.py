@@ -27,6 +27,8 @@ from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
 from .space import Space
 from .stock import form_of, scheduler_of
 
+PROJECTED = "clip_text_model with projection"
+"""What `data.text_encoders` calls a CLIP of this kind."""
 MOST = 3
 """Text encoders that pipelines have places for."""
 
@@ -68,8 +70,7 @@ class Choice(NamedTuple):
         if isinstance(self.pipeline, PixArtSigmaPipeline):
             return f"{ours}, use_resolution_binning=False", ours
         if isinstance(self.pipeline, StableDiffusion3Pipeline):
-            last = self.pipeline.tokenizer_3
-            return f"{ours}, max_sequence_length={0 if last is None else last.model_max_length}", ours
+            return f"{ours}, max_sequence_length={self.pipeline.tokenizer_3.model_max_length}", ours
         return ours, ours
 
 
@@ -105,9 +106,8 @@ def choose(
             return Choice(PixArtSigmaPipeline(transformer=network, vae=shown, scheduler=scheduler, **parts), why, own)
         if kl and not reason and isinstance(network, SD3Transformer2DModel):
             shown.register_to_config(shift_factor=shown.config.get("shift_factor") or 0.0)
-            empty = dict.fromkeys(("tokenizer_3", "text_encoder_3"))
             euler = FlowMatchEulerDiscreteScheduler()
-            return Choice(StableDiffusion3Pipeline(transformer=network, vae=shown, scheduler=euler, **{**empty, **parts}), why, own)
+            return Choice(StableDiffusion3Pipeline(transformer=network, vae=shown, scheduler=euler, **parts), why, own)
         padding = spoken[0].facts.padding
         place = "unet" if hasattr(network, "conv_in") else "transformer"
         pipeline = CondotPipeline(scheduler, vae=vae, padding=padding, **{place: network}, **parts)
@@ -136,11 +136,9 @@ def _not_stock_text(network: Any, spoken: Sequence[Spoken], flow: FlowConfig) ->
             return "PixArtSigmaPipeline shows the last states of one encoder, padding masked"
         return ""
     if isinstance(network, SD3Transformer2DModel):
-        clips, rest = kinds[:2], kinds[2:]
-        fits = len(clips) == 2 and all(kind == "clip_text_model with projection" or kind == "clip with projection" for kind in clips)
-        if not fits or any(kind != "t5" for kind in rest) or spoken[0].facts.padding != "attend":
+        if kinds != [*[PROJECTED] * 2, "t5"] or spoken[0].facts.padding != "attend":
             return "StableDiffusion3Pipeline shows two projected CLIPs and a T5, padding attended to"
-        if rest and spoken[2].facts.width < spoken[0].facts.width + spoken[1].facts.width:
+        if spoken[2].facts.width < spoken[0].facts.width + spoken[1].facts.width:
             return "StableDiffusion3Pipeline cuts what CLIPs wider than the T5 say"
         if flow.path != "condot" or flow.predict != "velocity":
             return "StableDiffusion3Pipeline follows velocities on the straight path"

@@ -24,7 +24,7 @@ def language(scheduler: Any) -> Any:
     """What a scheduler takes a network's output for: a prediction, and whether on the straight path."""
     config = scheduler.config
     straight = type(scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
-    kind = config.get("prediction_type", "flow_prediction" if straight else "epsilon")
+    kind = config.get("prediction_type", "velocity" if straight else "epsilon")
     return "flow_prediction" if straight and kind == "velocity" else kind, straight
 
 
@@ -44,7 +44,6 @@ class CondotPipeline(DiffusionPipeline):
     _optional_components = [
         "transformer", "unet", "vae", "tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2", "tokenizer_3", "text_encoder_3",
     ]  # fmt: skip
-    _callback_tensor_inputs = ["latents"]
     FlowODEScheduler, FlowSDEScheduler = FlowODEScheduler, FlowSDEScheduler
 
     def __init__(
@@ -110,7 +109,8 @@ class CondotPipeline(DiffusionPipeline):
         network, told = self.network, {"return_dict": False, "sizes": sizes}
         if isinstance(condition, Captions):
             told["encoder_hidden_states"], told["encoder_attention_mask"], told["pooled_projections"] = condition
-            told["added_cond_kwargs"] = {"resolution": None, "aspect_ratio": None, "text_embeds": condition.pooled, "time_ids": sizes}
+            unet = {"text_embeds": condition.pooled, "time_ids": sizes}
+            told["added_cond_kwargs"] = unet if "addition_embed_type" in network.config else {"resolution": None, "aspect_ratio": None}
         elif "num_class_embeds" not in network.config or network.config.num_class_embeds:
             told["class_labels"] = condition
         known = inspect.signature(network.forward).parameters
