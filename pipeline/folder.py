@@ -101,7 +101,7 @@ def pipeline_source(pipeline: CondotPipeline, flow: FlowConfig | None = None) ->
     Raises:
         ValueError: a scheduler of another kind of model.
     """
-    path, kind = read_scheduler(pipeline.scheduler.config, flow)
+    path, kind = read_scheduler(pipeline.scheduler, flow)
     network, sign = pipeline.network, -1.0 if pipeline.trained[0] == "flow_prediction" else 1.0
     side, factor, text = network.config.sample_size, pipeline.factor, bool(pipeline.encoders)
     pixels = torch.tensor([[factor * side, factor * side, 0, 0, factor * side, factor * side]], dtype=torch.float32, device=network.device)

@@ -24,8 +24,7 @@ def language(scheduler: Any) -> Any:
     """What a scheduler takes a network's output for: a prediction, and whether on the straight path."""
     config = scheduler.config
     straight = type(scheduler).__name__.startswith("FlowMatch") or bool(config.get("use_flow_sigmas"))
-    kind = config.get("prediction_type", "velocity" if straight else "epsilon")
-    return "flow_prediction" if straight and kind == "velocity" else kind, straight
+    return config.get("prediction_type", "flow_prediction" if straight else "epsilon"), straight
 
 
 class CondotPipeline(DiffusionPipeline):

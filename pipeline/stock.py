@@ -93,17 +93,18 @@ def _own(flow: FlowConfig) -> FlowODEScheduler:
     return FlowODEScheduler("euler", kind, "table", table=[part.tolist() for part in path(t)], **more)
 
 
-def read_scheduler(config: Any, flow: FlowConfig | None) -> tuple[Path, Prediction]:
+def read_scheduler(scheduler: Any, flow: FlowConfig | None) -> tuple[Path, Prediction]:
     """Path and prediction of a loaded pipeline.
 
     Args:
-        config: of its scheduler.
+        scheduler: its own.
         flow: the recipe that came with the folder, if any.
 
     Raises:
         ValueError: a scheduler of another kind of model.
     """
-    if config.get("_class_name") in OWN and flow is not None:
+    name, config = type(scheduler).__name__, scheduler.config
+    if name in OWN and flow is not None:
         return PATHS[flow.path](), flow.predict
     stock = config.get("prediction_type", "flow_prediction")
     ours = {name: kind for kind, name in NAMES.items()}
@@ -115,6 +116,4 @@ def read_scheduler(config: Any, flow: FlowConfig | None) -> tuple[Path, Predicti
         variances = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}.get(config.get("beta_schedule"))
         if variances and not config.get("trained_betas") and config.get("num_train_timesteps") == STEPS:
             return DDPM(variances, STEPS, config["beta_start"], config["beta_end"]), ours[stock]  # type: ignore[arg-type]
-    raise ValueError(
-        f"{config.get('_class_name')} with prediction_type={stock} is of no path known here: use the pipeline itself to sample it."
-    )
+    raise ValueError(f"{name} with prediction_type={stock} is of no path known here: use the pipeline itself to sample it.")

@@ -35,11 +35,13 @@ RETRIEVAL = {
     "mean_reciprocal_rank": 0.6, "chance": 0.02, "chance_of_five": 0.1, "chance_of_rank": 0.09,
 }  # fmt: skip
 
+CALL = "class_labels=[0], guidance_scale=2, num_inference_steps=25"
+
 
 def card_of(run, folder, config=None, **told):
     card = Card.of(run, 192, 12, torch.nn.Linear(2, 3), **told)
     (folder / "README.md").write_text(
-        readme(folder, config or Config(output_dir="/home/ann/runs/x"), ("zero", "one"), card, 2.0, "class_labels=[0]")
+        readme(folder, config or Config(output_dir="/home/ann/runs/x"), ("zero", "one"), card, 2.0, (CALL, CALL))
     )
     return ModelCard.load(folder / "README.md")
 

@@ -1,6 +1,5 @@
 """The exported folder: a stranger's stock diffusers loads it, and it draws what the trainer draws."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from PIL import Image
 
 import sample
 from pipeline.config import FlowConfig
-from pipeline.export import labelled
+from pipeline.choice import labelled
 from pipeline.flow import convert, euler, guide, initial, velocity_field, widen
 from pipeline.folder import open_folder
 from pipeline.generate import Sampler, generate
@@ -45,7 +44,8 @@ def test_a_stranger_loads_it_with_stock_diffusers(trained, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "DiTPipeline (8, 8) L []"
-    assert not list((tmp_path / "moved").rglob("*.py")) and not list((tmp_path / "moved").rglob("*.bin"))
+    assert [p.name for p in (tmp_path / "moved").rglob("*.py")] == ["pipeline_condot_v1.py"], "which nothing loads unless asked to"
+    assert not list((tmp_path / "moved").rglob("*.bin"))
 
 
 def drawn(pipe, **options):
@@ -232,10 +232,8 @@ def test_every_other_recipe_takes_a_scheduler_of_its_own_along(digits, tmp_path,
             end = None if after is None else source.path(widen(torch.full((3,), after), x))
             x = z if end is None else end.a * z + end.b * eps
     assert_equal_draws(x, theirs)
-    spec = importlib.util.spec_from_file_location("its_sde", folder / "scheduler/scheduling_flow_sde_v1.py")
-    beside = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(beside)
-    pipe.scheduler = beside.FlowSDEScheduler.from_config(pipe.scheduler.config, sigma_t="zero")
+    ours = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_condot_v1", trust_remote_code=True)
+    pipe.scheduler = ours.FlowSDEScheduler.from_config(pipe.scheduler.config, sigma_t="zero")
     assert_equal_draws(
         drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=6, guidance_scale=2.0, generator=torch.manual_seed(2)), theirs
     )

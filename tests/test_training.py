@@ -213,7 +213,6 @@ def test_ctrl_c_while_it_starts_says_one_line(digits, tmp_path):
         (["--data.split=test"], "split 'test' has no shard"),
         (["--output_dir=/proc/nowhere"], "cannot be written"),
         (["--export=true", "--flow.prior=uniform"], "stock pipelines start from normal noise"),
-        (["--export=true", "--model.style=modern"], "diffusers' DiTTransformer2DModel has no such option"),
         (["--model.kind=mmdit"], "data.text_encoder is empty"),
         (["--model.preset=M/3"], "model.preset='M/3' is unknown"),
         (["--train.lora_rank=4"], "without weights to add to"),
