@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from .flow import (
     Purpose,
     Solution,
     annealed_langevin,
+    clipped,
     coefficient,
     convert,
     count,
@@ -50,6 +51,8 @@ LEFT_NOISE = 1e-6
 LAST_LEVEL = 0.99
 """Where Langevin dynamics end: at the last time the score is finite at, nearly; the noise left there is taken off at once."""
 LANGEVIN_SOLVERS = ("langevin", "annealed_langevin", "predictor_corrector")
+RANGE = 1.0
+"""Images lie within plus and minus this."""
 NEAR_NOISE = 1e-3
 """Where sampling begins if the field is singular at t = 0, as one that predicts noise is: diffusers' own first step is there too."""
 
@@ -139,6 +142,7 @@ class Sampler:
     corrections: int = 1
     langevin_step: float = 0.2
     snr: float = 0.16
+    clip: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         known = (*ODE_SOLVERS, *SDE_SOLVERS, *LANGEVIN_SOLVERS)
@@ -225,7 +229,7 @@ def generate(
 
 def _solve(source: Source, condition: Condition, sampler: Sampler, seed: int, index: Tensor) -> Solution:
     """The end of the path for one batch, and the evaluations it took."""
-    field, times = guided(source, condition, sampler), sampler.times(source)
+    field, times = bounded(source, guided(source, condition, sampler), sampler), sampler.times(source)
     x = start(source, seed, index, float(times[0]))
     return cleaned(source, field, follow(source, field, x, times, sampler, seed, index), float(times[-1]))
 
@@ -239,6 +243,12 @@ def guided(source: Source, condition: Condition, sampler: Sampler) -> Field:
     return guide(
         source.field, condition, null, sampler.guidance_scale, interval=sampler.guidance_interval, rescale=sampler.guidance_rescale
     )
+
+
+def bounded(source: Source, field: Field, sampler: Sampler) -> Field:
+    """The field with its data prediction kept in the range of images: if the sampler says so, or where noise is predicted in pixels."""
+    on = sampler.clip == "on" or (sampler.clip == "auto" and source.predict == "noise" and not source.pixels)
+    return clipped(field, source.path, RANGE) if on else field
 
 
 def cleaned(source: Source, field: Field, end: Solution, t: float) -> Solution:
