@@ -26,7 +26,7 @@ from data.encoders import Autoencoder
 from data.options import Options
 from data.sources import Sources
 from data.stream import Share, to_unit
-from models.convert import check_classes, to_stock
+from models.convert import to_stock
 from models.cost import example
 from models.lora import add_lora, merge_lora
 from models.published import load_published
@@ -223,7 +223,6 @@ def check_exportable(config: Config, space: Space, num_classes: int) -> None:
     """Raises ValueError for what stock diffusers could not hold."""
     check_kind(config.model)
     form_of(config.flow)
-    check_classes(num_classes)
     check_export(space)
     with torch.device("meta"):
         to_stock(models.build(device="meta", **model_options(config.model, space.shape, num_classes)), 1.0)
