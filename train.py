@@ -26,7 +26,7 @@ from data.encoders import Autoencoder
 from data.options import Options
 from data.sources import Sources
 from data.stream import Share, to_unit
-from models.convert import check_classes, to_stock
+from models.convert import to_stock
 from models.cost import example
 from models.lora import add_lora, merge_lora
 from models.published import load_published
@@ -127,10 +127,11 @@ def encoder(config: Config, space: Space, device: torch.device) -> Callable[[Mic
     return encode
 
 
-def measure(config: Config, sources: Sources, space: Space, ranks: int) -> Precision:
-    """The precision in which a network of this recipe computes its micro-batches faster here."""
+def measure(config: Config, sources: Sources, space: Space, ranks: int, device: torch.device) -> Precision:
+    """The precision in which a network of this recipe computes its micro-batches faster on that device."""
     widths = sources.widths or (0, 0)
-    network = models.build(seed=0, **model_options(config.model, space.shape, len(sources.images.manifest.class_names), sources.widths))
+    options = model_options(config.model, space.shape, len(sources.images.manifest.class_names), sources.widths)
+    network = models.build(seed=0, **options).to(device)
     micro = max(1, config.train.batch_size // config.train.gradient_accumulation_steps // ranks)
     return precision.choose(network, example(network, space.shape, batch=micro, tokens=16, text_width=widths[0], pooled_width=widths[1]))
 
@@ -154,7 +155,7 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
         for note in first_weights(config, network):
             accelerator.print(note)
     if config.train.lora_rank:
-        add_lora(network, config.train.lora_rank, config.train.lora_alpha)
+        add_lora(network, config.train.lora_rank, config.train.lora_alpha, seed=config.seed)
     network = network.to(device)
     ema = Ema(network, config.ema)
     if config.train.compile:
@@ -222,7 +223,6 @@ def check_exportable(config: Config, space: Space, num_classes: int) -> None:
     """Raises ValueError for what stock diffusers could not hold."""
     check_kind(config.model)
     form_of(config.flow)
-    check_classes(num_classes)
     check_export(space)
     with torch.device("meta"):
         to_stock(models.build(device="meta", **model_options(config.model, space.shape, num_classes)), 1.0)
@@ -230,8 +230,9 @@ def check_exportable(config: Config, space: Space, num_classes: int) -> None:
 
 def export(run: Run, output: Path) -> None:
     """Write the averaged weights as a folder for stock diffusers."""
-    card = Card.of(Path(run.config.output_dir), run.images, run.step, run.network)
-    network = to_stock(merge_lora(run.ema.model.cpu()), form_of(run.config.flow).factor)
+    ours = merge_lora(run.ema.model.cpu())
+    card = Card.of(Path(run.config.output_dir), run.images, run.step, ours)
+    network = to_stock(ours, form_of(run.config.flow).factor)
     space = Space.of(run.about["space"])
     vae = Autoencoder(space.autoencoder).model if space.latent else None
     write_folder(output, network, run.config, tuple(run.about["class_names"]), card, space, vae)
