@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 import models
+from data.beside import check_captions
 from data.decode import decode_image
 from data.encoders import Autoencoder
 from data.made import MadeShards
@@ -210,6 +211,7 @@ def captioned(options: Retrieve) -> tuple[Tensor, Tensor, list[str]]:
     source, shards = source_of(options), Shards(options.reference, options.split)
     if source.read is None:
         raise ValueError("retrieve asks by caption, and the model takes no text: use evaluate for classes.")
+    check_captions(shards, options.caption)
     total = sum(shards.counts)
     if not 2 <= options.candidates <= total:
         raise ValueError(f"--candidates {options.candidates}: 2 or more, of the {total} images of split {options.split!r}.")
@@ -226,8 +228,11 @@ def retrieve_captions(options: Retrieve) -> int:
     real, made, captions = captioned(options)
     found = retrieve(made, real, torch.arange(len(real)))
     output = Path(options.output or Path(options.pipeline or options.run) / "retrieval.png")
-    rows = [part for pair in zip(real.split(10), made.split(10), strict=True) for part in pair]
-    save_image(grid(torch.cat(rows), 10, scale=max(1, 64 // real.shape[-1])), output)
+    columns = min(10, len(real))
+    white = real.new_ones(-len(real) % columns, *real.shape[1:])
+    halves = (torch.cat([part, white]).split(columns) for part in (real, made))
+    rows = [row for pair in zip(*halves, strict=True) for row in pair]
+    save_image(grid(torch.cat(rows), columns, scale=max(1, 64 // real.shape[-1])), output)
     how = {"guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps}
     output.with_suffix(".json").write_text(json.dumps({**found.as_dict(), **how, "captions": captions}, indent=1) + "\n")
     print(found)
@@ -236,7 +241,9 @@ def retrieve_captions(options: Retrieve) -> int:
 
 
 def _need_pixels(source: Source, why: str) -> None:
-    """Raises ValueError for a model of latents."""
+    """Raises ValueError for a model of latents, or of text."""
+    if source.read:
+        raise ValueError(f"the model takes text, and {why} of a class or of none: sample it with --prompt, or use retrieve.")
     if source.pixels:
         raise ValueError(
             f"the model works in latents of {source.shape}, and {why}: give a model that was trained without data.autoencoder."

@@ -130,10 +130,11 @@ def encoder(config: Config, space: Space, device: torch.device) -> Callable[[Mic
     return encode
 
 
-def measure(config: Config, sources: Sources, space: Space, ranks: int) -> Precision:
-    """The precision in which a network of this recipe computes its micro-batches faster here."""
+def measure(config: Config, sources: Sources, space: Space, ranks: int, device: torch.device) -> Precision:
+    """The precision in which a network of this recipe computes its micro-batches faster on that device."""
     widths = sources.widths or (0, 0)
-    network = models.build(seed=0, **model_options(config.model, space.shape, len(sources.images.manifest.class_names), sources.widths))
+    options = model_options(config.model, space.shape, len(sources.images.manifest.class_names), sources.widths)
+    network = models.build(seed=0, **options).to(device)
     micro = max(1, config.train.batch_size // config.train.gradient_accumulation_steps // ranks)
     return precision.choose(network, example(network, space.shape, batch=micro, tokens=16, text_width=widths[0], pooled_width=widths[1]))
 
@@ -157,7 +158,7 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
         for note in first_weights(config, network):
             accelerator.print(note)
     if config.train.lora_rank:
-        add_lora(network, config.train.lora_rank, config.train.lora_alpha)
+        add_lora(network, config.train.lora_rank, config.train.lora_alpha, seed=config.seed)
     network = network.to(device)
     ema = Ema(network, config.ema)
     if config.train.compile:
@@ -224,18 +225,19 @@ def begin(run: Run, space: Space, checkpoint: Path | None) -> None:
 def check_exportable(config: Config, space: Space, num_classes: int, encoders: int) -> None:
     """Raises ValueError for what diffusers could not hold."""
     form_of(config.flow)
-    check_classes(num_classes)
+    if config.model.takes == "class":
+        check_classes(num_classes)
     check_export(space)
     check_encoders(encoders)
 
 
 def export(run: Run, sources: Sources, output: Path) -> None:
     """Write the averaged weights as a folder that diffusers loads."""
-    card = Card.of(Path(run.config.output_dir), run.images, run.step, run.network)
+    ours = merge_lora(run.ema.model.cpu())
+    card = Card.of(Path(run.config.output_dir), run.images, run.step, ours)
     text, space = run.about["text"], Space.of(run.about["space"])
     masked = bool(text) and run.config.data.text_padding == "mask"
-    trained = merge_lora(run.ema.model.cpu())
-    network, why = to_exported(trained, form_of(run.config.flow).factor, masked), unheld(trained, masked)
+    network, why = to_exported(ours, form_of(run.config.flow).factor, masked), unheld(ours, masked)
     vae = Autoencoder(space.autoencoder).model if space.latent else None
     spoken = Words(sources.spoken).networks if text else ()
     names = () if text else tuple(run.about["class_names"])

@@ -94,7 +94,7 @@ def choose(
         vae: as `fold.stock_autoencoder` gives it; None for pixels.
         spoken: the text encoders of a network on text.
     """
-    form, scheduler = form_of(flow), scheduler_of(flow)
+    form, scheduler = form_of(flow), scheduler_of(flow, pixels=vae is None)
     own = bool(why) or not form.stock
     if not why and not form.stock:
         why = f"{flow.predict} on the path {flow.path} is followed by no stock scheduler"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from .flow import (
     Solution,
     annealed_langevin,
     autoguide,
+    clipped,
     coefficient,
     convert,
     count,
@@ -50,6 +51,8 @@ LEFT_NOISE = 1e-6
 LAST_LEVEL = 0.99
 """Where Langevin dynamics end: at the last time the score is finite at, nearly; the noise left there is taken off at once."""
 LANGEVIN_SOLVERS = ("langevin", "annealed_langevin", "predictor_corrector")
+RANGE = 1.0
+"""Images lie within plus and minus this."""
 NEAR_NOISE = 1e-3
 """Where sampling begins if the field is singular at t = 0, as one that predicts noise is: diffusers' own first step is there too."""
 
@@ -77,6 +80,7 @@ class Sampler:
     corrections: int = 1
     langevin_step: float = 0.2
     snr: float = 0.16
+    clip: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         known = (*ODE_SOLVERS, *SDE_SOLVERS, *LANGEVIN_SOLVERS)
@@ -170,7 +174,7 @@ def _rows(condition: Condition, rows: slice) -> Condition:
 
 def _solve(source: Source, condition: Condition, sampler: Sampler, seed: int, index: Tensor, watch: Watch | None) -> Solution:
     """The end of the path for one batch, and the evaluations it took."""
-    field, times = guided(source, condition, sampler), sampler.times(source)
+    field, times = bounded(source, guided(source, condition, sampler), sampler), sampler.times(source)
     x = start(source, seed, index, float(times[0]))
 
     def seen(x: Tensor, t: float) -> Tensor:
@@ -198,6 +202,12 @@ def guided(source: Source, condition: Condition, sampler: Sampler) -> Field:
 
 def _told(field: ConditionalField, condition: Condition, x: Tensor, t: Tensor) -> Any:
     return field(x, t, condition)
+
+
+def bounded(source: Source, field: Field, sampler: Sampler) -> Field:
+    """The field with its data prediction kept in the range of images: if the sampler says so, or where noise is predicted in pixels."""
+    on = sampler.clip == "on" or (sampler.clip == "auto" and source.predict == "noise" and not source.pixels)
+    return clipped(field, source.path, RANGE) if on else field
 
 
 def cleaned(source: Source, field: Field, end: Solution, t: float) -> Solution:

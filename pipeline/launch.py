@@ -20,19 +20,21 @@ from .precision import Precision, settle
 A_MONTH = timedelta(days=30)
 
 
-def start(config: Config, saved: Precision | None = None, measure: Callable[[int], Precision] = lambda ranks: "no") -> Accelerator:
+def start(
+    config: Config, saved: Precision | None = None, measure: Callable[[int, torch.device], Precision] = lambda ranks, device: "no"
+) -> Accelerator:
     """Create the Accelerator, on the CPU where there is no GPU.
 
     Args:
         config: of the run.
         saved: the precision that it began in, if it goes on.
-        measure: for `train.mixed_precision: auto`: the faster precision here, for so many ranks.
+        measure: for `train.mixed_precision: auto`: the faster precision, for so many ranks, on this one's device.
 
     Raises:
         ValueError: another number of processes runs than the launcher was asked for.
     """
     group = join(config.train.cpu_threads or _share())
-    precision = settle(config.train.mixed_precision, saved, partial(measure, group.num_processes))
+    precision = settle(config.train.mixed_precision, saved, partial(measure, group.num_processes, group.device))
     tracker = None if config.log.report_to == "none" else config.log.report_to
     return Accelerator(
         cpu=not torch.cuda.is_available(),

@@ -51,6 +51,7 @@ class Sampling(Model):
     corrections: int = 1  # Langevin steps at each time, of annealed_langevin and predictor_corrector
     langevin_step: float = 0.2  # of langevin and annealed_langevin, in units of the last level's variance
     snr: float = 0.16  # signal-to-noise ratio of a correction of predictor_corrector
+    clip: Literal["auto", "on", "off"] = "auto"  # keep data predictions within -1..1; auto: of a model that predicts noise in pixels
 
     def sampler(self) -> Sampler:
         """The options as the pipeline knows them."""
@@ -70,6 +71,7 @@ class Sampling(Model):
             corrections=self.corrections,
             langevin_step=self.langevin_step,
             snr=self.snr,
+            clip=self.clip,
         )
 
 

@@ -11,6 +11,7 @@ from .generate import Sampler, generate
 from .loop import Run
 from .sheet import grid, save_image
 from .source import network_source
+from .space import Space
 
 ROWS = 4
 """Samples of each class."""
@@ -25,7 +26,8 @@ def preview(run: Run, text: tuple[Condition, Condition] | None = None) -> None:
     """
     config, classes = run.config, 0 if text else len(run.about["class_names"])
     null = text[1] if text else None
-    source = network_source(run.ema.model, config.flow, run.method.shape, classes, run.decode, null=null)
+    pixels = Space.of(run.about["space"]).pixels
+    source = network_source(run.ema.model, config.flow, run.method.shape, classes, run.decode, pixels, null=null)
     if text:
         condition, columns = text[0], 8
     else:

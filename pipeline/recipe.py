@@ -96,6 +96,8 @@ def facts_of(config: Any, fingerprint: str) -> dict[str, Any]:
     shown = {key: settings["data"][key] for key in SEEN} | {"shards": fingerprint}
     if config.data.aspect_ratios:  # which samples share a batch then hangs on its size
         shown["batch_size"] = config.train.batch_size
+    if config.model.takes == "text":
+        shown["caption"] = config.data.caption
     model = {key: value for key, value in settings["model"].items() if key != "gradient_checkpointing"}
     return {"model": model, "flow": settings["flow"], "data": shown, "seed": config.seed}
 

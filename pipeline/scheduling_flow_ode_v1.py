@@ -44,6 +44,7 @@ class FlowODEScheduler(FlowScheduler):
         path: `condot` (a = 1 - sigma, b = sigma), `cosine`, `vp` by its `rates`, `ddpm` by its `trained_betas`, or `table`.
         table: alpha, beta and their slopes in t = 1 - sigma, each a list, evenly from sigma = 0 to 1.
         sigma_data: standard deviation of the data if the network is scaled the Karras way, else 0.
+        clip_sample, clip_sample_range: data predictions are kept within plus and minus so much, as of DDPMs in pixels.
         shift, use_dynamic_shifting, time_shift_type, shift_terminal: of the sigmas, as in FlowMatchEulerDiscreteScheduler.
     """
 
@@ -63,6 +64,8 @@ class FlowODEScheduler(FlowScheduler):
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
         shift_terminal: Any = None,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
         num_train_timesteps: int = 1000,
     ) -> None:
         self._prepare()

@@ -43,7 +43,7 @@ class FlowSDEScheduler(FlowScheduler):
         sigma_t: `zero`, `constant`, `noise` (in proportion to b), `forward` (the reverse of the noising process:
             sqrt(2 (b^2 da / a - db b)), for `exponential`), or a list of values, evenly from t = 0, the noise, to 1.
         sigma_scale: a factor on it.
-        prediction_type, path, table, rates, trained_betas, sigma_data, shift...: as in FlowODEScheduler. `path` is
+        prediction_type, path, table, rates, trained_betas, sigma_data, clip_sample, shift...: as in FlowODEScheduler. `path` is
             condot, cosine, vp (by its rates), ddpm (by trained_betas) or a table.
     """
 
@@ -65,6 +65,8 @@ class FlowSDEScheduler(FlowScheduler):
         use_dynamic_shifting: bool = False,
         time_shift_type: str = "exponential",
         shift_terminal: Any = None,
+        clip_sample: bool = False,
+        clip_sample_range: float = 1.0,
         num_train_timesteps: int = 1000,
     ) -> None:
         self._prepare()

@@ -22,7 +22,6 @@ REFUSED = (
     "use_beta_sigmas",
     "use_lu_lambdas",
     "invert_sigmas",
-    "thresholding",
     "rescale_betas_zero_snr",
 )
 """What stock schedulers can be told to do, and these cannot."""
@@ -45,6 +44,10 @@ def in_our_words(config: Any, solvers: Any) -> Any:
         given["solver"], given["other_solver"] = given.get("other_solver", solvers[0]), given["solver"]
     if "path" in given and config.get("_class_name", "FlowODEScheduler") in ("FlowODEScheduler", "FlowSDEScheduler"):
         return given
+    if given.pop("thresholding", False):
+        if given.get("sample_max_value", 1.0) > 1:
+            raise ValueError(f"thresholding up to sample_max_value={given['sample_max_value']} is not known here: 1 is, or give none.")
+        given["clip_sample"] = True
     bad = [key for key in REFUSED if given.get(key)]
     if bad:
         raise ValueError(f"{bad[0]}={given[bad[0]]} is not known here: set it to False, and give sigmas of your own to set_timesteps.")
@@ -252,7 +255,10 @@ class FlowScheduler(SchedulerMixin, ConfigMixin):
         slope = point.of_output * output.to(x.dtype)
         if point.of_sample:
             slope = torch.add(slope, x, alpha=point.of_sample)
-        return i, x if point.gauge == 1 else x / point.gauge, slope
+        y, s = x if point.gauge == 1 else x / point.gauge, point.frame
+        if self.config.clip_sample and s:  # the data prediction y - s slope is kept in range, and the noise follows from it
+            slope = (y - torch.sub(y, slope, alpha=s).clamp(-self.config.clip_sample_range, self.config.clip_sample_range)) / s
+        return i, y, slope
 
     def scale_noise(self, sample: torch.Tensor, timestep: Any, noise: torch.Tensor) -> torch.Tensor:
         """Data and noise mixed as at a timestep, one for all or one each: a sample from which sampling may begin."""

@@ -63,28 +63,31 @@ def form_of(flow: FlowConfig) -> Form:
     return Form(flow.predict, 1.0, stock=False)
 
 
-def scheduler_of(flow: FlowConfig) -> DPMSolverMultistepScheduler | DDIMScheduler | FlowODEScheduler:
+def scheduler_of(flow: FlowConfig, pixels: bool = True) -> DPMSolverMultistepScheduler | DDIMScheduler | FlowODEScheduler:
     """The scheduler of an exported folder: DPM-Solver++ on flow sigmas, DDIM on a table of step variances, or our own on a table."""
-    form = form_of(flow)
+    form, clip = form_of(flow), pixels and flow.predict == "noise"
     if not form.stock:
-        return _own(flow)
+        return _own(flow, clip)
     kind: Any = NAMES[form.predict]
     if flow.path == "condot":
-        return DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type=kind, flow_shift=1.0, algorithm_type="dpmsolver++")
+        more: dict[str, Any] = {"thresholding": True, "sample_max_value": 1.0} if clip else {}
+        return DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type=kind, flow_shift=1.0, algorithm_type="dpmsolver++", **more)
     k = torch.arange(STEPS, dtype=torch.float64)
     log_alpha = torch.log(PATHS[flow.path]()(1 - k / STEPS).a)
     log_alpha[0] = log_alpha[0].clamp(max=-CLEAN)
     variances = -torch.expm1(2 * torch.diff(log_alpha, prepend=log_alpha.new_zeros(1)))
     return DDIMScheduler(
-        trained_betas=variances.tolist(), prediction_type=kind, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
+        trained_betas=variances.tolist(), prediction_type=kind, clip_sample=clip, timestep_spacing="trailing", set_alpha_to_one=True
     )
 
 
-def _own(flow: FlowConfig) -> FlowODEScheduler:
+def _own(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
     """Our own scheduler, with the recipe's path by its name, or else as a table; Euler's steps, which are DDIM's."""
     path = PATHS[flow.path]()
     kind = NAMES.get(flow.predict, flow.predict) if flow.predict != "velocity" else "velocity"
-    more: dict[str, Any] = {"sigma_data": flow.sigma_data} if flow.precondition or flow.path == "edm" else {}
+    more: dict[str, Any] = {"clip_sample": clip}
+    if flow.precondition or flow.path == "edm":
+        more["sigma_data"] = flow.sigma_data
     if isinstance(path, DDPM):
         return FlowODEScheduler("euler", kind, "ddpm", trained_betas=step_variances(path.variances).tolist(), **more)
     if flow.path in ("condot", "cosine", "vp"):

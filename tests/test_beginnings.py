@@ -4,15 +4,23 @@ import shutil
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from conftest import fit
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
 import models
 import sample
 import train
+from data.options import Options
+from data.sources import Sources
 from models.convert import from_stock
-from pipeline import precision
+from models.lora import add_lora
+from pipeline import launch, precision
 from pipeline.checkpoint import load_state, load_tensors
+from pipeline.config import Config, LogConfig, TrainConfig
+from pipeline.networks import DiTConfig
+from pipeline.space import Space
 
 SIZES = ("--model.width=32", "--model.depth=2", "--model.heads=2", "--model.patch_size=2")
 STILL = ("--train.learning_rate=1e-30", "--train.max_steps=1")
@@ -99,14 +107,27 @@ def test_a_published_unet_begins_a_ddpm(digits, tmp_path):
     assert all(torch.allclose(found[f"net.{name}"], value, rtol=0, atol=1e-20) for name, value in expected.items())
 
 
-def test_low_rank_additions_train_alone_resume_and_merge(digits, trained, tmp_path):
+def test_a_stage_goes_on_from_its_own_checkpoint(digits, trained, tmp_path):
+    """The same command resumes: what it started from is not taken a second time."""
+    stage = f"--checkpoint.start_from={trained}"
+    assert fit(digits, tmp_path / "whole", stage) == 0
+    assert fit(digits, tmp_path / "cut", stage, "--train.max_steps=4") == 0
+    assert fit(digits, tmp_path / "cut", stage) == 0
+    one, two = (load_tensors(tmp_path / name / "checkpoint-12") for name in ("whole", "cut"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    left = tmp_path / "cut/.tmp-of-a-kill"
+    left.mkdir()
+    assert fit(digits, tmp_path / "cut", stage) == 0 and not left.exists(), "swept at the start, where the disk may be full"
+
+
+def test_low_rank_additions_train_alone_resume_and_merge(digits, trained, tmp_path, capsys):
     """Nothing else moves; a resumed run is bitwise the uninterrupted one; sampled and exported they are part of the weights."""
     pytest.importorskip("peft", reason="peft is not installed: pip install 'condot[lora]'")
     words = ("--train.lora_rank=4", f"--checkpoint.start_from={trained}")
     with pytest.raises(AssertionError):
         assert fit(digits, tmp_path / "bad", *words[:1], "--train.lora_rank=-1") == 0
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert fit(digits, whole, *words) == 0
+    assert fit(digits, whole, *words, "--export=true") == 0
     assert fit(digits, cut, *words, "--train.max_steps=4", "--checkpoint.every=4") == 0
     assert fit(digits, cut, *words) == 0
     one, two = (load_tensors(run / "checkpoint-12") for run in (whole, cut))
@@ -123,6 +144,25 @@ def test_low_rank_additions_train_alone_resume_and_merge(digits, trained, tmp_pa
     added = average[f"{name}.lora_B.default.weight"] @ average[f"{name}.lora_A.default.weight"] * (16 / 4)
     torch.testing.assert_close(network.state_dict()[f"{name}.weight"], average[f"{name}.base_layer.weight"] + added)
     assert sample.main(["export", "--run", str(whole), "--output", str(tmp_path / "folder")]) == 0
+    first, again = (
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.is_file()} for f in (whole / "export", tmp_path / "folder")
+    )
+    assert first == again, "what training exports, card and all, is what sample.py does"
+    capsys.readouterr()
+    assert fit(digits, cut, *words, "--train.lora_alpha=8", "--train.max_steps=14") == 2
+    assert "lora is [4, 16.0] there and [4, 8.0] here" in capsys.readouterr().err
+
+
+def test_additions_begin_by_the_seed_of_the_run(digits, trained, tmp_path):
+    """The first halves, looked up: after a step without length they are those that the seed draws."""
+    pytest.importorskip("peft", reason="peft is not installed: pip install 'condot[lora]'")
+    assert fit(digits, tmp_path / "run", "--train.lora_rank=4", f"--checkpoint.start_from={trained}", "--seed=7", *STILL) == 0
+    found = weights(tmp_path / "run", 1)
+    for seed, same in ((7, True), (0, False)):
+        ours = models.build("dit", channels=1, resolution=8, num_classes=10, patch_size=2, width=32, depth=2, heads=2)
+        add_lora(ours, 4, 16.0, seed=seed)
+        begun = {name: value for name, value in ours.state_dict().items() if "lora_A" in name}
+        assert len(begun) == 4 and all(torch.equal(found[name], value) is same for name, value in begun.items())
 
 
 def test_the_measured_precision_is_kept(digits, tmp_path, monkeypatch):
@@ -136,6 +176,23 @@ def test_the_measured_precision_is_kept(digits, tmp_path, monkeypatch):
     assert load_state(run / "checkpoint-4")["precision"] == "bf16"
     assert fit(digits, tmp_path / "new", "--train.mixed_precision=auto", "--train.max_steps=1") == 0
     assert load_state(tmp_path / "new" / "checkpoint-1")["precision"] == "no"
+
+
+def test_precision_is_measured_on_the_device_that_trains(digits, monkeypatch):
+    """meta stands for a device that is not the one networks are built on; four ranks of two portions share a batch of 32."""
+    seen, asked = [], []
+    monkeypatch.setattr(precision, "choose", lambda network, inputs: seen.append((network, inputs)) or "no")
+    small, quiet = DiTConfig(width=32, depth=2, heads=2), LogConfig(report_to="none")
+    config = Config(
+        model=small, log=quiet, train=TrainConfig(batch_size=32, gradient_accumulation_steps=2, mixed_precision="auto", cpu_threads=1)
+    )
+    sources = Sources.open(Options(shards=(str(digits),), resolution=8, channels=1), False)
+    assert train.measure(config, sources, Space.of_pixels(1, 8), 4, torch.device("meta")) == "no"
+    ((network, inputs),) = seen
+    assert {p.device.type for p in network.parameters()} == {part.device.type for part in inputs} == {"meta"} and len(inputs[0]) == 4
+    AcceleratorState._reset_state(True)
+    launch.start(config, None, lambda *given: asked.append(given) or "no")
+    assert asked == [(1, PartialState().device)]
 
 
 def test_recipe_and_constructors_know_the_same_fields():

@@ -40,7 +40,9 @@ def test_one_sample_serves_many_and_parts_keep_their_names():
     assert torch.equal(repeat(torch.tensor([7]), 3), torch.tensor([7, 7, 7]))
 
 
-@pytest.mark.parametrize("other", [torch.zeros(2), (torch.zeros(2),), words(2, 4)._replace(states=torch.zeros(2, 4, 5))])
+@pytest.mark.parametrize(
+    "other", [torch.zeros(2), (torch.zeros(2),), tuple(words(2, 4))[:2], words(2, 4)._replace(states=torch.zeros(2, 4, 5))]
+)
 def test_conditions_of_different_make_are_refused(other):
     with pytest.raises(ValueError, match="one make"):
         stack(words(2, 4), other)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import frozen
 import pytest
 import torch
 
@@ -10,8 +11,9 @@ import sample
 from data.reading import read_images
 from data.shards import Shards
 from pipeline.classifier import _batches, train_classifier
-from pipeline.evaluate import diversity, evaluate, load_features, nearest
+from pipeline.evaluate import Report, diversity, evaluate, load_features, nearest
 from pipeline.frechet import Moments, frechet
+from pipeline.generate import Sampler, Samples
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -166,6 +168,36 @@ def test_evaluate_as_a_user_does(quick, trained, digits, tmp_path, capsys):
     for wrong, said in (("gone.py:corners", "no Python file there"), (f"{tmp_path / 'mine.py'}:edges", "has no function edges")):
         assert sample.main([*words, *output, "--features", wrong]) == 2
         assert said in capsys.readouterr().err
+
+
+def test_evaluate_compares_what_the_command_names_and_fails_below_its_goals(trained, real, digits, tmp_path, monkeypatch):
+    """Every class alike, samples within black and white, training and held-out images; figures at a goal pass, below it fail."""
+    seen, asked = [], []
+    figures = {"samples": 25, "accuracy": 0.5, "accuracy_of_held_out": 1.0, "diversity": 1.2, "diversity_of_real": 2.0, "nearest": 2.1,
+               "nearest_of_held_out": 3.0, "frechet": 1.0, "frechet_of_train": 1.0, "feature_width": 4, "few": False}  # fmt: skip
+    monkeypatch.setattr(sample, "evaluate", lambda *given: seen.append(given) or Report(**figures))
+
+    def bright(source, labels, sampler, **more):
+        asked.append((sampler, more))
+        return Samples(torch.full((len(labels), 1, 8, 8), 1.5), 1)
+
+    monkeypatch.setattr(sample, "generate", bright)
+    words = ["evaluate", "--run", str(trained), "--reference", str(digits), "--num_images", "25", "--seed", "6", "--batch_size", "9"]
+    for goals, status in (([0.5, 0.6, 0.7], 0), ([0.51, 0, 0], 1), ([0, 0.61, 0], 1), ([0, 0, 0.71], 1)):
+        least = [
+            word for name, goal in zip(("accuracy", "diversity", "nearest"), goals, strict=True) for word in (f"--min_{name}", str(goal))
+        ]
+        assert sample.main([*words, "--output", str(tmp_path / "e.json"), *least]) == status
+    samples, labels, train, held_out, features = seen[0]
+    assert (samples == 1).all() and labels.tolist() == [*range(10), *range(10), *range(5)] and features is None
+    assert all(torch.equal(a, b) for pair in zip((train, held_out), real, strict=True) for a, b in zip(*pair, strict=True))
+    assert asked[0] == (Sampler(guidance_scale=2.0), {"seed": 6, "batch_size": 9})
+
+
+def test_a_reference_of_other_classes_is_refused(trained, tmp_path, capsys):
+    words = ["evaluate", "--run", str(trained), "--reference", str(frozen.shards(tmp_path / "shards")), "--held_out_split", "train"]
+    assert sample.main(words) == 2
+    assert "the model has 10 classes" in (error := capsys.readouterr().err) and "has 2: give its own shards" in error
 
 
 def test_features_of_real_networks(shared_data):

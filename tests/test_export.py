@@ -14,8 +14,9 @@ from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 
 import sample
-from pipeline.config import FlowConfig
+from pipeline.checkpoint import load_tensors
 from pipeline.choice import labelled
+from pipeline.config import FlowConfig
 from pipeline.flow import convert, euler, guide, initial, velocity_field, widen
 from pipeline.folder import open_folder
 from pipeline.generate import Sampler, generate
@@ -178,6 +179,22 @@ def test_exporting_again_gives_the_same_files(trained, tmp_path):
     assert first == again
 
 
+def test_another_checkpoint_is_exported_where_one_is_named(trained, tmp_path):
+    """Of a run of 12 steps of 16 images the one after 8: its average, and as many images."""
+    words = ["export", "--run", str(trained), "--checkpoint", str(trained / "checkpoint-8"), "--output", str(tmp_path / "out")]
+    assert sample.main(words) == 0
+    assert "128 images seen" in (tmp_path / "out/README.md").read_text()
+    averaged = {k.removeprefix("ema."): v for k, v in load_tensors(trained / "checkpoint-8").items() if k.startswith("ema.")}
+    last = sample.Trained(trained)
+    x, t, labels = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 4, 9])
+    with torch.no_grad():
+        newest = last.source("cpu").field(x, t, labels)
+        last.network.load_state_dict(averaged)
+        wanted, found = last.source("cpu").field(x, t, labels), open_folder(tmp_path / "out").field(x, t, labels)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    assert (newest - wanted).abs().max() > 1e-3
+
+
 def test_an_export_that_fails_leaves_the_older_one(trained, tmp_path, monkeypatch):
     assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "out")]) == 0
     before = (tmp_path / "out/model_index.json").read_bytes()
@@ -333,6 +350,8 @@ def test_the_command_draws_a_grid(trained, tmp_path, capsys):
         (["--sigma_scale", "-1"], "sigma_scale=-1.0"),
         (["--guidance_scale", "inf"], "guidance_scale=inf is not finite"),
         (["--run", "x"], "give one of them"),
+        (["--prompt", "a cat"], "--prompt ('a cat',) of a model that takes no text"),
+        (["--negative_prompt", "a dog"], "--negative_prompt 'a dog' of a model that takes no text"),
         (["--num_images", "-3"], "--num_images -3"),
         (["--num_image", "3"], "did you mean 'num_images'"),
         (["--output", "/proc/nowhere/a.png"], "/proc/nowhere"),

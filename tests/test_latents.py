@@ -1,7 +1,7 @@
 """Training in latents: encoded now or before, the run is the same; what it makes is decoded, exported, and sampled by stock diffusers."""
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import frozen
 import numpy as np
@@ -11,17 +11,22 @@ from conftest import fit
 from diffusers import AutoencoderKL, DiTPipeline
 from PIL import Image
 
+import models
 import sample
 import train
+from data import build as stream_of
 from data import encode
 from data.buckets import Windows
 from data.encoders import Autoencoder
 from data.options import Options
+from data.stream import Share, to_unit
 from pipeline.checkpoint import Store, load_state, load_tensors
 from pipeline.config import Config, DataConfig
-from pipeline.flow import Purpose, normal
+from pipeline.flow import Purpose, normal, uniform
 from pipeline.fold import check_export, stock_autoencoder
 from pipeline.folder import open_folder
+from pipeline.method import Method
+from pipeline.networks import model_options
 from pipeline.recipe import as_mapping, build, parse
 from pipeline.space import Space
 
@@ -159,6 +164,53 @@ def test_what_the_network_is_shown_is_the_draw(parts, tmp_path, monkeypatch):
     assert float(z.mean((0, 2, 3)).abs().max()) < 0.05 and float((z.std((0, 2, 3)) - 1).abs().max()) < 0.05
 
 
+@pytest.mark.parametrize("encoding", ["online", "cached"])
+def test_what_reaches_the_loss_is_named_by_seed_step_and_place(parts, tmp_path, monkeypatch, encoding):
+    """Another seed than the usual one, and each batch in two portions: images in their order, posteriors, noise, dropped classes and
+    first weights, each looked up by hand; and sizes in pixels, whatever the images are read from."""
+    seen, losses = [], Method.losses
+    monkeypatch.setattr(Method, "losses", lambda self, model, *given: seen.append(given) or losses(self, model, *given))
+    more = (
+        "--seed=5",
+        "--train.max_steps=2",
+        "--train.batch_size=8",
+        "--train.gradient_accumulation_steps=2",
+        "--train.learning_rate=1e-30",
+    )
+    told = ("--train.condition_dropout=0.5", "--model.micro_conditions=true", f"--data.encoding={encoding}")
+    assert fit(parts / "images", tmp_path / "run", *words(parts, *FIXED, *more, *told)) == 0
+    names = {"shards": (str(parts / "images"),), "autoencoder": str(parts / "vae")}
+    stream = stream_of(Options(**names, resolution=32, horizontal_flip=True, workers=0), seed=5, share=Share(batch_size=8))
+    trained, vae, places = sample.Trained(tmp_path / "run"), Autoencoder(str(parts / "vae")), torch.arange(8)
+    for step in range(2):
+        batch, (first, second) = next(stream), seen[2 * step : 2 * step + 2]
+        moments = vae.moments(to_unit(batch.images))
+        z, labels, sizes = (torch.cat([first[i], second[i]]) for i in (0, 2, 3))
+        torch.testing.assert_close(z, trained.space.draw(moments, 5, step, places), rtol=2**-9, atol=5e-3)
+        assert torch.equal(torch.cat([first[1].noise, second[1].noise]), normal(5, Purpose.NOISE, step, places, (4, 8, 8)))
+        lost = uniform(5, Purpose.CONDITION_DROP, step, places) < 0.5
+        assert lost.any() and torch.equal(labels, torch.where(lost, 2, batch.labels))
+        assert sizes.tolist() == [[*size, 32, 32] for size in batch.sizes.tolist()] and (batch.sizes[:, :2] != 32).any()
+    begun = models.build(seed=5, **model_options(trained.config.model, (4, 8, 8), 2)).state_dict()
+    tensors = load_tensors(tmp_path / "run/checkpoint-2")
+    for name, value in begun.items():
+        torch.testing.assert_close(tensors[f"model.{name}"], value, rtol=0, atol=1e-20)
+
+
+def test_the_preview_tells_the_sizes_of_whole_images_in_pixels(parts, tmp_path, monkeypatch):
+    """As `sample.py` does, not those of the latents."""
+    told, forward = [], models.DiT.forward
+
+    def spy(self, *given):
+        told.extend([] if self.training else given[3].tolist())
+        return forward(self, *given)
+
+    monkeypatch.setattr(models.DiT, "forward", spy)
+    more = ("--model.micro_conditions=true", "--train.max_steps=1", "--log.sample_every=1", "--log.sample_steps=1")
+    assert fit(parts / "images", tmp_path / "run", *words(parts, *FIXED, *more)) == 0
+    assert told and all(row == [32, 32, 0, 0, 32, 32] for row in told)
+
+
 # --- the space
 
 
@@ -285,6 +337,10 @@ def test_a_run_in_latents_is_sampled_and_exported_again(run, tmp_path, capsys):
         (("--data.channels=1",), "reads 3 channel(s). Use 3"),
         (("--data.latent_scale", "1", "2"), "data.latent_scale has 2 numbers for latents of 4 channels"),
         (("--data.latent_scale=0",), "data.latent_scale=(0.0,): positive"),
+        (
+            ("--data.encoded=", "--data.aspect_ratios", "0.6667", "1", "1.5", "--data.bucket_step=4"),
+            "40 x 28 pixels, and the network takes multiples of 8",
+        ),
     ],
 )
 def test_mistakes_are_one_line_before_any_work(parts, tmp_path, capsys, more, message):
@@ -298,6 +354,15 @@ def test_a_cache_of_another_autoencoder_is_refused(parts, tmp_path, capsys):
     other = frozen.kl(tmp_path / "vae", seed=1)
     assert fit(parts / "images", tmp_path / "run", *words(parts, "--data.encoding=cached", f"--data.autoencoder={other}")) == 2
     assert "autoencoder weights are" in capsys.readouterr().err
+
+
+def test_another_autoencoder_neither_decodes_nor_goes_into_an_export(run, tmp_path):
+    """One that took the place of the first since: its latents are others."""
+    trained = sample.Trained(run)
+    trained.space = replace(trained.space, autoencoder=str(frozen.kl(tmp_path / "vae", seed=1)))
+    for act in (lambda: trained.source("cpu").decode(torch.zeros(1, 4, 8, 8)), lambda: trained.export(tmp_path / "export")):
+        with pytest.raises(ValueError, match=r"is another autoencoder: .*weights are"):
+            act()
 
 
 def test_a_run_does_not_go_on_in_another_space(parts, run, capsys):

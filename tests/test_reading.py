@@ -2,6 +2,7 @@
 
 import frozen
 import torch
+from shardmaker import make, png
 
 from data.decode import decode_image
 from data.reading import places_of, read_captions, read_images
@@ -29,3 +30,12 @@ def test_images_classes_and_captions_are_the_samples_own(tmp_path):
     assert len(read_images(shards, 3, 8)[0]) == 12
     captions = read_captions(shards, "txt", numbers)
     assert captions[1] == "" and captions[0] == shards.read(1, 2).files["txt"].decode() and captions[2] != captions[0]
+
+
+def test_captions_are_those_of_the_named_field(tmp_path):
+    """Two captions a sample, and the second shard without one of them."""
+    shard = [{"__key__": f"{n}", "png": png(n), "txt": f"plain {n}", "json": {"title": f"title {n}"}} for n in range(3)]
+    other = [{"__key__": "3", "png": png(3), "txt": "plain 3", "json": {"name": "x"}}]
+    shards = Shards(make(tmp_path / "shards", [shard, other]), "train")
+    assert read_captions(shards, "json.title", [2, 3, 0]) == ["title 2", "", "title 0"]
+    assert read_captions(shards, "txt", [2, 3, 0]) == ["plain 2", "plain 3", "plain 0"]

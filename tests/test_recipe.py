@@ -5,8 +5,9 @@ import re
 import pytest
 
 from pipeline.config import ALIASES, Config
+from pipeline.loop import compare
 from pipeline.networks import DiTConfig, UNetConfig
-from pipeline.recipe import as_mapping, build, parse
+from pipeline.recipe import as_mapping, build, facts_of, parse
 
 
 def recipe(tmp_path, text, name="a.yaml"):
@@ -94,3 +95,9 @@ def test_shipped_recipes_parse():
 
     for path in (ROOT / "configs").glob("*.yaml"):
         assert parse(Config, ["--config", str(path)], ALIASES).output_dir.startswith("runs/")
+
+
+@pytest.mark.parametrize(("kind", "found"), [("mmdit", ["data.caption is txt there and json.name here"]), ("dit", [])])
+def test_captions_are_a_fact_of_runs_on_text(kind, found):
+    one, two = (facts_of(parse(Config, [f"--model.kind={kind}", *more]), "x") for more in ([], ["--data.caption=json.name"]))
+    assert compare(one, two) == found

@@ -16,6 +16,7 @@ from data.join import STEP, TextFacts, TextStates, drop_text, join, layout, leng
 from data.options import Options, read_options
 from data.stream import Share
 from data.text_encoders import TextEncoder, encode_captions, read_text_encoder, read_text_encoders
+from data.words import Words
 
 CAPTIONS = ["a red square and the blue circle", "", "green " * 40]
 KINDS = {"text_encoder": ("clip_projected", 16), "text_encoder_2": ("clip_projected", 24), "text_encoder_3": ("t5", 64)}
@@ -367,6 +368,46 @@ def test_a_cache_of_another_encoder_width_padding_or_length_is_refused(cache, pi
         changed = replace(options, **change)
         with pytest.raises(ValueError, match=message):
             open_text(changed, images, read_text_encoders(changed))
+
+
+# --- at work
+
+
+@pytest.mark.parametrize("padding", ["mask", "attend"])
+def test_what_a_network_is_told_is_the_same_from_the_cache_and_now(cache, padding):
+    """Three encoders put together by hand; of five captions one is dropped whole, and of others one encoder or two."""
+    options, _ = read_options(cache / f"{padding}.yaml")
+    images, (facts, ours) = open_shards(options), encoders(options)
+    text = open_text(options, images, facts)
+    batch = next(build(options, seed=1, share=Share(batch_size=5), captions=True, images=images, text=text))
+    whole, each = torch.tensor([0, 1, 0, 0, 0]).bool(), torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 1], [0, 0, 0], [1, 0, 0]]).bool()
+    nulls = [encoder.null for encoder in ours]
+    wanted, none = join(drop_text(encode_captions(ours, batch.captions), nulls, whole, each), layout(facts)), join(nulls, layout(facts))
+    for words, seen in ((Words(facts, cached=text), batch._replace(captions=())), (Words(facts), batch._replace(text=()))):
+        for got, right in ((words.told(seen, whole, each), wanted), (words.null, none)):
+            assert got.states.dtype == got.pooled.dtype == torch.float32 and torch.equal(got.mask, right.mask)
+            torch.testing.assert_close(got.states, right.states, rtol=2**-10, atol=1e-3)
+            torch.testing.assert_close(got.pooled, right.pooled, rtol=2**-10, atol=1e-3)
+
+
+def test_words_come_to_the_device_of_the_network(cache):
+    """meta stands for any device that is not the one that batches and caches are read on."""
+    options, _ = read_options(cache / "mask.yaml")
+    images, facts = open_shards(options), read_text_encoders(options)
+    text = open_text(options, images, facts)
+    words = Words(facts, "meta", text)
+    batch = next(build(options, seed=1, share=Share(batch_size=2), images=images, text=text))
+    none = torch.zeros(2, 3, dtype=torch.bool)
+    assert all(part.device.type == "meta" for found in (words.null, *words.nulls, words.told(batch, none[:, 0], none)) for part in found)
+
+
+def test_cut_captions_are_counted_of_all_encoders(pipe):
+    """CLIP's two ends and 25 words are 27 tokens of 32; T5's one end and the words are 26, of 20."""
+    words = Words(read_text_encoders(options(pipe)))
+    words.read(["red " * 25, "red"])
+    assert words.cut == 1
+    words.read(["green " * 40])
+    assert words.cut == 4
 
 
 # --- refused

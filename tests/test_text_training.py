@@ -1,20 +1,27 @@
 """Training on captions, end to end, with tiny encoders: cached is online, resumed is uninterrupted, on any number of ranks."""
 
 import json
+import shutil
+from dataclasses import replace
 
 import frozen
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import launch
+from shardmaker import make, png
 
 import sample
 import train
+from data import build
 from data.encode import main as encode
+from data.options import Options
 from data.reading import read_images
 from data.shards import Shards
+from data.stream import Share
 from data.text_encoders import TextEncoder, read_text_encoder
 from data.words import Words
+from pipeline import precision
 from pipeline.checkpoint import load_tensors
 from pipeline.options import Retrieve
 
@@ -35,7 +42,7 @@ def parts(tmp_path_factory):
     """Shards with captions, two encoders, and the captions encoded by both."""
     folder = tmp_path_factory.mktemp("text")
     shards = frozen.shards(folder / "shards", (6, 5, 5))
-    names = [frozen.text(folder / kind, kind) for kind in ("clip", "t5")]
+    names = [frozen.text(folder / kind, kind) for kind in ("clip_projected", "t5")]  # pooled to 12, of 16
     recipe = frozen.recipe(
         folder / "recipe.json",
         shards=[str(shards)],
@@ -155,15 +162,59 @@ def test_a_run_is_sampled_by_prompt(parts, tmp_path, capsys):
     for more, message in (
         ([], "--prompt is missing"),
         (["--class_labels", "1"], "--class_labels 1 of a model that takes text"),
+        (["--class_labels", "1", "--prompt", "a red square"], "--class_labels 1 of a model that takes text"),
     ):
         capsys.readouterr()
         assert sample.main([*ask, *more]) == 2 and message in capsys.readouterr().err
+    shards = ["--reference", str(parts["shards"]), "--split", "train"]
+    picture = ["--input", str(tmp_path / "a.png"), "--task", "colourise"]
+    for verb, more in (("likelihood", shards), ("restore", picture)):
+        assert sample.main([verb, "--run", str(run), *more]) == 2
+        err = capsys.readouterr().err
+        assert "the model takes text, and" in err and "Traceback" not in err
+
+
+def test_the_preview_shows_the_first_captions_of_the_order(parts, tmp_path, monkeypatch):
+    """Of the run's seed, and nothing of them is dropped; beside them no caption."""
+    shown = []
+    monkeypatch.setattr(train, "preview", lambda run, text: shown.append(text))
+    more = ("--seed=3", "--train.max_steps=1", "--log.sample_every=1", "--train.condition_dropout=0.9", "--train.encoder_dropout=0.9")
+    assert fit(parts, tmp_path / "run", *more) == 0
+    options = Options(shards=(str(parts["shards"]),), resolution=16, workers=0)
+    batch = next(build(options, seed=3, share=Share(batch_size=train.SHOWN), captions=True))
+    read = Words(tuple(read_text_encoder(str(name), 12) for name in parts["names"])).read
+    for got, captions in zip(shown[0], (batch.captions, [""]), strict=True):
+        wanted = read(captions)
+        assert torch.equal(got.mask.sum(1), wanted.mask.sum(1))
+        torch.testing.assert_close(got.states[got.mask], wanted.states[wanted.mask], rtol=2**-10, atol=1e-3)
+        torch.testing.assert_close(got.pooled, wanted.pooled, rtol=2**-10, atol=1e-3)
+
+
+def test_precision_is_measured_on_a_micro_batch_of_text(parts, tmp_path, monkeypatch):
+    """As wide as the encoders, of images as many as one pass on one rank has."""
+    seen = []
+    monkeypatch.setattr(precision, "choose", lambda network, inputs: seen.append((network, inputs)) or "no")
+    more = ("--train.mixed_precision=auto", "--train.gradient_accumulation_steps=4", "--train.max_steps=1")
+    assert fit(parts, tmp_path / "run", *more) == 0
+    ((network, inputs),) = seen
+    x, t, text = inputs
+    assert network(*inputs).shape == x.shape == (2, 3, 16, 16) and t.shape == (2,)
+    assert (text.states.shape[2], text.pooled.shape) == (16, (2, 12))
+
+
+def test_a_run_goes_on_with_its_own_encoders_only(parts, tmp_path, capsys):
+    """Another T5 of the same shape fits the network, and is refused by name of the fact."""
+    run, other = tmp_path / "run", frozen.text(tmp_path / "t5", "t5", seed=1)
+    assert fit(parts, run, "--train.max_steps=1", cached=False) == 0
+    assert fit(parts, run, "--data.text_encoder", str(parts["names"][0]), str(other), cached=False) == 2
+    assert "checkpoint-1 is of another run: text is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (("--data.text_encoder", ""), "data.text_encoder"),
+        (("--data.caption=json.name", "--data.encoding=online"), "data.caption=json.name: none of the first 6 samples"),
         (("--flow.coupling=optimal_transport", "--flow.coupling_group=4"), "every caption is one"),
         (("--export=true",), "--export=false"),
         (("--data.max_tokens=11",), "max_tokens"),
@@ -204,8 +255,28 @@ def test_retrieval_pairs_each_caption_with_its_own_image(parts, tmp_path, capsys
     figures = json.loads((run / "retrieval.json").read_text())
     assert figures["candidates"] == 12 and figures["chance"] == 1 / 12 and figures["captions"] == captions
     capsys.readouterr()
-    assert sample.main([*verb, "--candidates", "99"]) == 2
-    assert "--candidates 99: 2 or more, of the 16 images" in capsys.readouterr().err
+    for more, message in (
+        (["--candidates", "99"], "--candidates 99: 2 or more, of the 16 images"),
+        (["--candidates", "2", "--caption", "json.name"], "data.caption=json.name: none of the first 6 samples"),
+        (["--candidates", "2", "--split", "val"], "split 'val' has no shard"),
+    ):
+        assert sample.main([*verb, *more]) == 2 and message in capsys.readouterr().err
+
+
+def test_retrieval_draws_captions_of_the_named_field_and_noise_by_the_seed(parts, tmp_path, monkeypatch):
+    """From other shards than the run's: a level of gray tells the number of an image, and so its title."""
+    run = tmp_path / "run"
+    content = [{"__key__": f"{n:02d}", "png": png(n), "txt": "plain", "json": {"title": f"gray {n}"}} for n in range(16)]
+    shards = make(tmp_path / "shards", [content[:9], content[9:]])
+    assert fit(parts, run, "--train.max_steps=1") == 0
+    seeds, generate = [], sample.generate
+    monkeypatch.setattr(sample, "generate", lambda *given, seed, **more: seeds.append(seed) or generate(*given, seed=seed, **more))
+    asked = Retrieve(run=str(run), reference=str(shards), candidates=8, num_inference_steps=1, caption="json.title")
+    first, again, other = (sample.captioned(replace(asked, seed=seed)) for seed in (0, 0, 7))
+    for real, _, captions in (first, other):
+        assert captions == [f"gray {level}" for level in ((real[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()]
+    first, again, other = first[2], again[2], other[2]
+    assert first == again != other and seeds == [0, 0, 7]
 
 
 def test_a_run_is_sampled_with_its_own_encoders_only(parts, tmp_path):
@@ -214,3 +285,13 @@ def test_a_run_is_sampled_with_its_own_encoders_only(parts, tmp_path):
     Words(facts).check(own)
     with pytest.raises(ValueError, match="another encoder than number 1 of the run"):
         Words(facts).check([own[0], read_text_encoder(str(frozen.text(tmp_path / "t5", "t5", seed=1)), 12).fingerprint])
+
+
+def test_a_run_whose_encoder_was_replaced_is_not_sampled(parts, tmp_path, capsys):
+    """The folder has the same name, and other weights."""
+    own = {**parts, "names": [shutil.copytree(name, tmp_path / name.name) for name in parts["names"]]}
+    assert fit(own, tmp_path / "run", "--train.max_steps=1", cached=False) == 0
+    frozen.text(own["names"][1], "t5", seed=1)
+    ask = ["--run", str(tmp_path / "run"), "--prompt", "a red square", "--num_inference_steps", "1", "--output", str(tmp_path / "a.png")]
+    assert sample.main(ask) == 2
+    assert "is another encoder than number 1 of the run" in capsys.readouterr().err and not (tmp_path / "a.png").exists()

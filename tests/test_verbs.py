@@ -1,6 +1,8 @@
 """The verbs `likelihood` and `restore`: closed forms through the same doors as a trained model, and what a user can get wrong."""
 
+import json
 import math
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -9,8 +11,12 @@ from PIL import Image
 from test_methods import gaussian_source
 
 import sample
+from data.reading import read_images
+from data.shards import Shards
 from pipeline.density import affordable, bits
-from pipeline.generate import Sampler
+from pipeline.flow import count
+from pipeline.generate import Sampler, Samples
+from pipeline.options import Model, Sampling
 from pipeline.restore import measurement, restore
 
 STEP = 2 / 255
@@ -102,3 +108,99 @@ def test_restoring_a_digit(trained, tmp_path, capsys):
     assert "it takes one of three" in run(capsys, *words, *output, "--task", "colourise")[2]
     assert "--factor 3 does not divide" in run(capsys, *words, *output, "--task", "super_resolution", "--factor", "3")[2]
     assert "class label 12 is out of range" in run(capsys, *words, *output, "--mask", str(tmp_path / "mask.png"), "--class_label", "12")[2]
+
+
+# --- from the command line to the room that does it
+
+
+OTHER = {
+    "num_inference_steps": 7, "guidance_scale": 2.0, "guidance_interval": (0.1, 0.9), "guidance_rescale": 0.5, "solver": "exponential",
+    "sigma_t": "constant", "sigma_scale": 0.5, "grid": "rho", "grid_shift": 2.0, "grid_rho": 5.0, "given_times": (0.0, 0.5, 1.0),
+    "tolerance": 1e-3, "corrections": 3, "langevin_step": 0.1, "snr": 0.2,
+}  # fmt: skip
+"""A value for each option of sampling that is not its default."""
+
+
+def test_every_option_of_sampling_reaches_the_sampler():
+    """Under its own name; steps are `num_inference_steps` to users. What else a model has is asked of other rooms."""
+    assert OTHER.keys() == {f.name for f in fields(Sampling)} - {f.name for f in fields(Model)} | {"num_inference_steps"}
+    assert Sampling().sampler() == Sampler()
+    for name, value in OTHER.items():
+        field = "steps" if name == "num_inference_steps" else name
+        assert Sampling(**{name: value}).sampler() == replace(Sampler(), **{field: value}) != Sampler()
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What `generate` is asked for; it gives gray images."""
+    found = []
+
+    def gray(source, condition, sampler, **more):
+        found.append((condition.tolist(), sampler, more))
+        return Samples(torch.zeros(count(condition), *source.shape), 1)
+
+    monkeypatch.setattr(sample, "generate", gray)
+    return found
+
+
+def test_images_are_asked_for_as_the_command_says(trained, tmp_path, capsys, asked):
+    """Labels in turn until there are so many; all classes once where none is named."""
+    words = ["--run", str(trained), "--output", str(tmp_path / "a.png"), "--guidance_scale", "2"]
+    labels = ["--class_labels", "3", "1", "4", "--num_images", "7", "--seed", "9", "--batch_size", "5"]
+    assert run(capsys, *words, *labels)[0] == run(capsys, *words)[0] == 0
+    assert asked == [
+        ([3, 1, 4, 3, 1, 4, 3], Sampler(guidance_scale=2.0), {"seed": 9, "batch_size": 5, "null": None}),
+        (list(range(10)), Sampler(guidance_scale=2.0), {"seed": 0, "batch_size": 256, "null": None}),
+    ]
+
+
+def test_likelihood_is_asked_of_the_images_that_the_command_names(trained, digits, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(sample, "bits", lambda source, *given, **more: seen.append((*given, more)) or "bits")
+    words = ["likelihood", "--run", str(trained), "--reference", str(digits), "--num_images", "7"]
+    more = ["--split", "train", "--seed", "3", "--batch_size", "4", "--num_inference_steps", "5", "--estimate", "true"]
+    assert run(capsys, *words)[0] == run(capsys, *words, *more, "--unconditional", "true")[0] == 0
+    for (images, _, _), split in zip(seen, ("val", "train"), strict=True):
+        assert torch.equal(images, read_images(Shards(str(digits), split), 1, 8, range(7))[0])
+    assert torch.equal(seen[0][1], read_images(Shards(str(digits), "val"), 1, 8, range(7))[1]) and seen[1][1].tolist() == [10] * 7
+    assert seen[0][2] == {"steps": 50, "seed": 0, "exact": True, "batch_size": 256}
+    assert seen[1][2] == {"steps": 5, "seed": 3, "exact": False, "batch_size": 4}
+
+
+@pytest.mark.parametrize(("label", "known"), [("7", 7), ("0", 0), ("-1", None)])
+def test_restoring_is_asked_for_as_the_command_says(trained, tmp_path, capsys, monkeypatch, label, known):
+    """Class 0 is a class; the input as measured is the image itself, without the pixels that white hides."""
+    seen = []
+    monkeypatch.setattr(sample, "restore", lambda source, *given, **more: seen.append((*given, more)) or torch.zeros(2, 1, 8, 8))
+    pixels, mask = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4, np.tri(8, dtype=np.uint8) * 255
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    files = ["--input", str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png")]
+    words = ["restore", "--run", str(trained), *files, "--output", str(tmp_path / "out.png"), "--class_label", label, "--num_images", "2"]
+    assert run(capsys, *words, "--seed", "4", "--method", "replacement", "--noise_std", "0.1", "--num_inference_steps", "9")[0] == 0
+    ((measure, y, sampler, more),) = seen
+    assert more == {"label": known, "count": 2, "seed": 4, "method": "replacement", "noise_std": 0.1} and sampler == Sampler("euler", 9)
+    image = torch.from_numpy(pixels).float()[None] / 127.5 - 1
+    torch.testing.assert_close(y, image * torch.from_numpy(mask == 0))
+    assert torch.equal(measure(image[None])[0], y)
+
+
+def test_retrieval_looks_samples_up_among_real_images(tmp_path, monkeypatch):
+    """On a line: 0.6 and 0.7 are nearest to 1, the second image; the other way round each would be found."""
+    real, made = (torch.tensor(places).view(3, 1, 1, 1) for places in ((0.0, 1.0, -1.0), (0.6, 0.7, -1.0)))
+    monkeypatch.setattr(sample, "captioned", lambda options: (real, made, ["none", "one", "less"]))
+    assert sample.main(["retrieve", "--output", str(tmp_path / "r.png")]) == 0
+    figures = json.loads((tmp_path / "r.json").read_text())
+    assert figures["top1"] == pytest.approx(2 / 3) and figures["captions"] == ["none", "one", "less"]
+
+
+def test_the_picture_of_retrieval_has_samples_below_their_images(tmp_path, monkeypatch):
+    """Twelve of each, ten a row: the last two of both begin rows of their own, with white behind them."""
+    real = (torch.arange(12) / 20 - 1).view(12, 1, 1, 1)
+    made = real + 0.9
+    monkeypatch.setattr(sample, "captioned", lambda options: (real, made, ["a"] * 12))
+    assert sample.main(["retrieve", "--output", str(tmp_path / "r.png")]) == 0
+    cells = np.asarray(Image.open(tmp_path / "r.png"))[64::128, 64::128]  # 64 pixels a cell, and as many between two
+    above, below = (((half.flatten() + 1) * 127.5).round().numpy() for half in (real, made))
+    last = [np.pad(levels[10:], (0, 8), constant_values=255) for levels in (above, below)]
+    assert np.array_equal(cells, [above[:10], below[:10], *last])

@@ -13,7 +13,7 @@ from .coupling import COUPLINGS, assign, couple
 from .ddpm import DDPM, VARIANCES, step_variances
 from .diffusion import EDM, PATHS, VE, VP, SubVP
 from .divergence import EXACT_LIMIT, divergence
-from .field import Field, denoise, singular, velocity_field
+from .field import Field, clipped, denoise, singular, velocity_field
 from .grid import GRIDS, grid, rho_grid, shifted_grid, uniform_grid
 from .guidance import autoguide, guide
 from .inverse import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction, replacement
@@ -106,6 +106,7 @@ __all__ = [
     "autoguide",
     "bits_per_dimension",
     "change",
+    "clipped",
     "coefficient",
     "convert",
     "count",
