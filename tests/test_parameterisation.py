@@ -6,7 +6,20 @@ import oracles
 import pytest
 import torch
 
-from pipeline.flow import PATHS, PREDICTIONS, CondOT, change, convert, interpolate, precondition, singular, target, velocity_field, widen
+from pipeline.flow import (
+    PATHS,
+    PREDICTIONS,
+    CondOT,
+    change,
+    clipped,
+    convert,
+    interpolate,
+    precondition,
+    singular,
+    target,
+    velocity_field,
+    widen,
+)
 from pipeline.flow import denoise as finish
 
 PAIRS = list(itertools.product(PREDICTIONS, PREDICTIONS))
@@ -167,3 +180,19 @@ def test_bad_input_is_refused_with_the_reason():
         precondition(lambda x, t: x, CondOT(), 0.0)
     with pytest.raises(ValueError, match=r"unknown"):
         velocity_field(lambda x, t: x, CondOT(), "eps")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_clipped_field_goes_to_the_clamped_data(name):
+    """Its velocity is that of the clamped data and of the noise which the point then holds; in range it is the given one's."""
+    path = PATHS[name]()
+    _, _, t, x, c = drawn(name)
+    noise = torch.sin(2 * x)
+    field = velocity_field(lambda x, t: torch.sin(2 * x), path, "noise")
+    data = (x - c.b * noise) / c.a
+    kept = data.clamp(-1, 1)
+    wanted = c.da * kept + c.db * (x - c.a * kept) / c.b
+    got = clipped(field, path, 1.0)(x, t)
+    assert (data != kept).double().mean() > 0.05
+    torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(clipped(field, path, 1e6)(x, t), field(x, t), rtol=1e-6, atol=1e-6)

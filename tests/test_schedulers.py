@@ -16,7 +16,6 @@ from diffusers import (
 )
 from sampling import stream, worst_statistic
 
-from pipeline.export import OWN
 from pipeline.flow import ODE_SOLVERS, PATHS, SDE_SOLVERS, CondOT, coefficient, dormand_prince, step_variances, uniform_grid
 from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
 from pipeline.scheduling_flow_sde_v1 import FlowSDEScheduler
@@ -30,6 +29,8 @@ EVALUATIONS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4, "multistep": 1}
 WORDS = {"velocity": "velocity", "noise": "epsilon", "data": "sample", "v": "v_prediction", "score": "score"}
 BETAS = step_variances("linear").tolist()
 NAMED = {"condot": {}, "cosine": {}, "vp": {}, "ddpm": {"trained_betas": BETAS}}
+
+OWN = {"FlowODEScheduler": "scheduling_flow_ode_v1", "FlowSDEScheduler": "scheduling_flow_sde_v1"}
 
 
 def table_of(name):
@@ -132,6 +133,33 @@ def test_every_prediction_on_every_path_is_ddim(path, kind):
     torch.testing.assert_close(mine, x, rtol=2e-6, atol=2e-6)
     top = {"condot": 1, "cosine": 1}.get(path, 1) if kind in ("velocity", "data", "v") or path not in ("condot", "cosine") else 0.999
     assert scheduler.sigmas[0] == (0.999 if path == "ddpm" else top)
+
+
+@pytest.mark.parametrize("make", [FlowODEScheduler, FlowSDEScheduler])
+@pytest.mark.parametrize("path", ["condot", "cosine", "vp"])
+def test_data_predictions_are_kept_in_range(path, make):
+    """A step of data clamped and of the noise that then must have been: x' = a' z + b' (x - a z) / b; ends lie in range."""
+    more = {"sigma_t": "zero"} if make is FlowSDEScheduler else {}
+    scheduler = make(prediction_type="epsilon", path=path, clip_sample=True, clip_sample_range=0.5, **more)
+    scheduler.set_timesteps(4)
+    levels = scheduler.sigmas.tolist()
+    x = torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    clamped = 0
+    for k, (level, after) in zip(scheduler.timesteps, pairwise(levels), strict=False):
+        x = scheduler.scale_model_input(x, k)
+        a, b, *_ = scheduler.coefficients(level)
+        c, d, *_ = scheduler.coefficients(after)
+        eps = torch.sin(3 * x)
+        z = ((x - b * eps) / a).clamp(-0.5, 0.5)
+        clamped += int((z.abs() == 0.5).sum())
+        expected = c * z + d * (x - a * z) / b
+        x = scheduler.step(eps, k, x).prev_sample
+        torch.testing.assert_close(x, expected, rtol=1e-6, atol=1e-6)
+    assert clamped > 100 and x.abs().max() <= 0.5 + 1e-6
+    twin = make.from_config(DDIMScheduler(clip_sample=True).config)
+    assert twin.config.clip_sample and make.from_config(DPMSolverMultistepScheduler(thresholding=True).config).config.clip_sample
+    with pytest.raises(ValueError, match="sample_max_value=2"):
+        make.from_config(DPMSolverMultistepScheduler(thresholding=True, sample_max_value=2.0).config)
 
 
 @pytest.mark.parametrize("path", ["edm", "cosine", "condot"])
