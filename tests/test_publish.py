@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import frozen
 import pytest
 import torch
 import yaml
@@ -15,6 +16,7 @@ from conftest import ROOT, fit
 from hub import READER, ROUTES, STRANGER, WRITER, Answers, serving_hub
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from test_export_text import run_of
 
 import sample
 from pipeline.checksums import check_folder, stated_size, write_checksums
@@ -114,6 +116,33 @@ def test_code_of_ours_is_published_and_pulled_with_trust(hub, digits, tmp_path):
     got = subprocess.run(**pull, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert got.returncode == 0, got.stderr
     assert got.stdout.split(maxsplit=2)[::2] == ["0.0", "[]\n"]
+
+
+PULL_TEXT = """
+import sys, torch, numpy
+from diffusers import DiffusionPipeline
+drawn = []
+for place in sys.argv[1:3]:
+    pipe = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
+    pipe.set_progress_bar_config(disable=True)
+    how = {"num_inference_steps": 3, "guidance_scale": 2.0, "output_type": "np", "solver": "exponential"}
+    drawn.append(pipe(prompt=["a red square", "big circle"], generator=torch.Generator().manual_seed(3), **how).images)
+own = [m for m in sys.modules if m.split(".")[0] in ("condot", "pipeline", "models", "data", "train")]
+print(type(pipe).__name__, type(pipe.transformer).__name__, numpy.abs(drawn[0] - drawn[1]).max(), own)
+"""
+
+
+def test_a_text_model_is_pulled_with_its_pipeline_network_and_encoders(hub, tmp_path):
+    """Code for two parts, tokenizer and encoder: all from user/name, and the images are the folder's."""
+    run = run_of(tmp_path, frozen.shards(tmp_path / "shards", (6, 5, 5)), "mmdit, bert", "--train.max_steps=2")
+    push(hub, run / "export")
+    there = hub.repositories["ann/digits"].files
+    assert yaml.safe_load(there["README.md"].decode().split("---")[1])["pipeline_tag"] == "text-to-image"
+    assert sorted(name for name in there if name.endswith(".py")) == ["pipeline_condot_v1.py", "transformer/modeling_mmdit_v1.py"]
+    pull = lone(hub, tmp_path, "-I", "-c", PULL_TEXT, "ann/digits", str(run / "export"))
+    got = subprocess.run(**pull, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert got.returncode == 0, got.stderr
+    assert got.stdout.strip() == "CondotPipeline CondotMMDiT 0.0 []"
 
 
 def test_the_command_says_what_is_wrong_with_token_name_and_flag(hub, trained, tmp_path, capsys, monkeypatch):
