@@ -51,7 +51,7 @@ from pipeline.publish import check_repository, publish
 from pipeline.recipe import build, parse
 from pipeline.restore import restore_file
 from pipeline.retrieval import retrieve
-from pipeline.sheet import grid, save_image
+from pipeline.sheet import save_image, side_by_side
 from pipeline.source import Source, check_labels, led_by, network_source
 from pipeline.space import Space
 from pipeline.stock import form_of
@@ -157,10 +157,9 @@ class Trained:
         masked = bool(spoken) and self.config.data.text_padding == "mask"
         network, why = to_exported(self.network, form.factor, masked), unheld(self.network, masked)
         vae = Autoencoder(space.autoencoder, expected=space.fingerprint).model if space.latent else None
-        names = () if self.text else self.class_names
-        captions = self.text["captions"] if self.text else ()
-        about: dict[str, Any] = {"why": why, "spoken": spoken, "captions": captions, "variant": options.variant}
-        return write_folder(output, network, self.config, names, card, space, vae, **about)
+        shown = self.text.get("captions", ())
+        about: dict[str, Any] = {"why": why, "spoken": spoken, "captions": shown, "variant": options.variant}
+        return write_folder(output, network, self.config, () if self.text else self.class_names, card, space, vae, **about)
 
 
 def images(options: Images) -> int:
@@ -228,11 +227,7 @@ def retrieve_captions(options: Retrieve) -> int:
     real, made, captions = captioned(options)
     found = retrieve(made, real, torch.arange(len(real)))
     output = Path(options.output or Path(options.pipeline or options.run) / "retrieval.png")
-    columns = min(10, len(real))
-    white = real.new_ones(-len(real) % columns, *real.shape[1:])
-    halves = (torch.cat([part, white]).split(columns) for part in (real, made))
-    rows = [row for pair in zip(*halves, strict=True) for row in pair]
-    save_image(grid(torch.cat(rows), columns, scale=max(1, 64 // real.shape[-1])), output)
+    save_image(side_by_side(real, made, scale=max(1, 64 // real.shape[-1])), output)
     how = {"guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps}
     output.with_suffix(".json").write_text(json.dumps({**found.as_dict(), **how, "captions": captions}, indent=1) + "\n")
     print(found)
@@ -294,10 +289,8 @@ def restored(options: Restore) -> int:
         return to_unit(torch.from_numpy(decode_image(file.read_bytes(), channels, side)))
 
     difference = restore_file(source, options, read)
-    print(
-        f"{options.output}: the input as measured, then {options.num_images} "
-        f"samples; they differ from it by {difference:.4f} (root mean square, -1..1)"
-    )
+    far = f"they differ from it by {difference:.4f} (root mean square, -1..1)"
+    print(f"{options.output}: the input as measured, then {options.num_images} samples; {far}")
     return 0
 
 

@@ -63,3 +63,11 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def side_by_side(above: Tensor, below: Tensor, scale: int) -> Tensor:
+    """Two batches of as many images, (N, C, H, W), in rows of at most ten: a row of one, below it the other's; `scale` as in `grid`."""
+    columns = min(10, len(above))
+    white = above.new_ones(-len(above) % columns, *above.shape[1:])
+    halves = (torch.cat([part, white]).split(columns) for part in (above, below))
+    return grid(torch.cat([row for pair in zip(*halves, strict=True) for row in pair]), columns, scale)

@@ -27,6 +27,7 @@ from pipeline.fold import check_export, stock_autoencoder
 from pipeline.folder import open_folder
 from pipeline.method import Method
 from pipeline.networks import model_options
+from pipeline.options import Export
 from pipeline.recipe import as_mapping, build, parse
 from pipeline.space import Space
 
@@ -360,7 +361,7 @@ def test_another_autoencoder_neither_decodes_nor_goes_into_an_export(run, tmp_pa
     """One that took the place of the first since: its latents are others."""
     trained = sample.Trained(run)
     trained.space = replace(trained.space, autoencoder=str(frozen.kl(tmp_path / "vae", seed=1)))
-    for act in (lambda: trained.source("cpu").decode(torch.zeros(1, 4, 8, 8)), lambda: trained.export(tmp_path / "export")):
+    for act in (lambda: trained.source("cpu").decode(torch.zeros(1, 4, 8, 8)), lambda: trained.export(tmp_path / "export", Export())):
         with pytest.raises(ValueError, match=r"is another autoencoder: .*weights are"):
             act()
 

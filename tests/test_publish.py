@@ -492,7 +492,7 @@ def test_parts_do_not_tell_their_origin(trained, tmp_path, monkeypatch):
         vae.register_to_config(_name_or_path=str(tmp_path / "vae"))
         return vae
 
-    monkeypatch.setattr("pipeline.export.identity_autoencoder", loaded)
+    monkeypatch.setattr("pipeline.choice.identity_autoencoder", loaded)
     assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "out")]) == 0
     assert "_name_or_path" not in (tmp_path / "out/vae/config.json").read_text()
 

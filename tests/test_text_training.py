@@ -162,7 +162,7 @@ def test_a_run_is_sampled_by_prompt(parts, tmp_path, capsys):
     for more, message in (
         ([], "--prompt is missing"),
         (["--class_labels", "1"], "--class_labels 1 of a model that takes text"),
-        (["--class_labels", "1", "--prompt", "a red square"], "--class_labels 1 of a model that takes text"),
+        (["--class_labels", "1", "--prompt", "a red square"], "--class_labels and --prompt beside one another"),
     ):
         capsys.readouterr()
         assert sample.main([*ask, *more]) == 2 and message in capsys.readouterr().err
@@ -216,7 +216,7 @@ def test_a_run_goes_on_with_its_own_encoders_only(parts, tmp_path, capsys):
         (("--data.text_encoder", ""), "data.text_encoder"),
         (("--data.caption=json.name", "--data.encoding=online"), "data.caption=json.name: none of the first 6 samples"),
         (("--flow.coupling=optimal_transport", "--flow.coupling_group=4"), "every caption is one"),
-        (("--export=true",), "--export=false"),
+        (("--export=true", "--flow.prior=uniform"), "prior"),
         (("--data.max_tokens=11",), "max_tokens"),
         (("--model.patch_size=3",), "patch_size=3"),
     ],

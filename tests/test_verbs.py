@@ -116,14 +116,15 @@ def test_restoring_a_digit(trained, tmp_path, capsys):
 OTHER = {
     "num_inference_steps": 7, "guidance_scale": 2.0, "guidance_interval": (0.1, 0.9), "guidance_rescale": 0.5, "solver": "exponential",
     "sigma_t": "constant", "sigma_scale": 0.5, "grid": "rho", "grid_shift": 2.0, "grid_rho": 5.0, "given_times": (0.0, 0.5, 1.0),
-    "tolerance": 1e-3, "corrections": 3, "langevin_step": 0.1, "snr": 0.2,
+    "tolerance": 1e-3, "corrections": 3, "langevin_step": 0.1, "snr": 0.2, "clip": "on",
 }  # fmt: skip
 """A value for each option of sampling that is not its default."""
 
 
 def test_every_option_of_sampling_reaches_the_sampler():
     """Under its own name; steps are `num_inference_steps` to users. What else a model has is asked of other rooms."""
-    assert OTHER.keys() == {f.name for f in fields(Sampling)} - {f.name for f in fields(Model)} | {"num_inference_steps"}
+    elsewhere = {f.name for f in fields(Model)} | {"guide_pipeline", "guide_run"}
+    assert OTHER.keys() == {f.name for f in fields(Sampling)} - elsewhere | {"num_inference_steps"}
     assert Sampling().sampler() == Sampler()
     for name, value in OTHER.items():
         field = "steps" if name == "num_inference_steps" else name
@@ -139,7 +140,8 @@ def asked(monkeypatch):
         found.append((condition.tolist(), sampler, more))
         return Samples(torch.zeros(count(condition), *source.shape), 1)
 
-    monkeypatch.setattr(sample, "generate", gray)
+    for place in ("sample", "pipeline.draw"):
+        monkeypatch.setattr(f"{place}.generate", gray)
     return found
 
 
@@ -149,8 +151,8 @@ def test_images_are_asked_for_as_the_command_says(trained, tmp_path, capsys, ask
     labels = ["--class_labels", "3", "1", "4", "--num_images", "7", "--seed", "9", "--batch_size", "5"]
     assert run(capsys, *words, *labels)[0] == run(capsys, *words)[0] == 0
     assert asked == [
-        ([3, 1, 4, 3, 1, 4, 3], Sampler(guidance_scale=2.0), {"seed": 9, "batch_size": 5, "null": None}),
-        (list(range(10)), Sampler(guidance_scale=2.0), {"seed": 0, "batch_size": 256, "null": None}),
+        ([3, 1, 4, 3, 1, 4, 3], Sampler(guidance_scale=2.0), {"seed": 9, "batch_size": 5, "null": None, "watch": None}),
+        (list(range(10)), Sampler(guidance_scale=2.0), {"seed": 0, "batch_size": 256, "null": None, "watch": None}),
     ]
 
 
@@ -171,7 +173,7 @@ def test_likelihood_is_asked_of_the_images_that_the_command_names(trained, digit
 def test_restoring_is_asked_for_as_the_command_says(trained, tmp_path, capsys, monkeypatch, label, known):
     """Class 0 is a class; the input as measured is the image itself, without the pixels that white hides."""
     seen = []
-    monkeypatch.setattr(sample, "restore", lambda source, *given, **more: seen.append((*given, more)) or torch.zeros(2, 1, 8, 8))
+    monkeypatch.setattr("pipeline.restore.restore", lambda source, *given, **more: seen.append((*given, more)) or torch.zeros(2, 1, 8, 8))
     pixels, mask = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4, np.tri(8, dtype=np.uint8) * 255
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
