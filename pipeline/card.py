@@ -94,7 +94,9 @@ class Card:
         )
 
 
-def readme(folder: Path, config: Config, class_names: tuple[str, ...], card: Card, guidance: float, calls: tuple[str, str]) -> str:
+def readme(
+    folder: Path, config: Config, class_names: tuple[str, ...], card: Card, guidance: float, calls: tuple[str, str], why: str
+) -> str:
     """The text of README.md.
 
     Args:
@@ -104,13 +106,14 @@ def readme(folder: Path, config: Config, class_names: tuple[str, ...], card: Car
         card: the facts.
         guidance: scale with which samples.png was drawn, and the examples are.
         calls: arguments that draw an image, such as `class_labels=[0]`: of the folder's pipeline, and of our own.
+        why: it is not of stock classes; "" if it is.
     """
     sections = [
         f"---\n{_head(config, class_names, card).to_yaml()}\n---",
         f"# {card.title}",
         _what(config, class_names, card),
         f"![samples](samples.png)\n\nSamples of seed 0, 25 Heun steps, guidance {guidance:g}.",
-        _loading(folder, card, calls),
+        _loading(folder, card, calls, why),
         _training(folder, config, card),
         tables_of(card.evaluation, card.retrieval),
         _limits(config, card),
@@ -157,22 +160,23 @@ def _linked(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name})" if on_hub(name) and "/" in name else last_name(name)
 
 
-def _loading(folder: Path, card: Card, calls: tuple[str, str]) -> str:
+def _loading(folder: Path, card: Card, calls: tuple[str, str], why: str) -> str:
     """How to load it, in stock diffusers and with samplers of ours; the code in the folder, by hash."""
     index = json.loads((folder / "model_index.json").read_text())
     own = own_parts(index)
     place, (call, ours) = card.repository or "path/to/this/folder", calls
     trust = ", trust_remote_code=True" if own else ""
     kind = index["_class_name"][-1] if isinstance(index["_class_name"], list) else index["_class_name"]
-    why = (
-        f"It is a `{kind}`; its {' and '.join(own)} {'is' if len(own) == 1 else 'are'} code of ours in this repository, for no stock class "
-        f"does the same: read it, then allow it with `trust_remote_code=True`."
+    verb = "is" if len(own) == 1 else "are"
+    said = (
+        f"It is a `{kind}`; its {' and '.join(own)} {verb} code of ours in this repository: read it, then allow it with "
+        f"`trust_remote_code=True`. Why no stock class does: {why}."
         if own
         else f"It is a `{kind}` of stock classes, which hold it exactly: no code of this repository runs."
     )
     text = f"""## Loading
 
-{why}
+{said}
 
 ```python
 from diffusers import DiffusionPipeline

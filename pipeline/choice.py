@@ -64,7 +64,7 @@ class Choice(NamedTuple):
         common = f"guidance_scale={guidance:g}, num_inference_steps=25"
         if isinstance(self.pipeline, DDPMPipeline):
             return "num_inference_steps=25", "num_inference_steps=25"
-        if not captions:
+        if getattr(self.pipeline, "text_encoder", None) is None:
             return (f"class_labels=[{0 if class_names else NO_CLASS}], {common}",) * 2
         ours = f"prompt={next(filter(None, captions), 'a picture')!r}, {common}"
         if isinstance(self.pipeline, PixArtSigmaPipeline):

@@ -9,11 +9,12 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
+from diffusers.utils import logging
 from torch import nn
 
 from .card import Card, readme
@@ -92,9 +93,8 @@ def write_folder(
         for name, figures in (("evaluation", card.evaluation), ("retrieval", card.retrieval)):
             if figures:
                 (temporary / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
-        (temporary / "README.md").write_text(
-            readme(temporary, config, class_names, card, guidance, choice.calls(class_names, captions, guidance))
-        )
+        calls = choice.calls(class_names, captions, guidance)
+        (temporary / "README.md").write_text(readme(temporary, config, class_names, card, guidance, calls, choice.why))
         write_checksums(temporary)
         _replace(temporary, output)
     finally:
@@ -105,12 +105,18 @@ def write_folder(
 
 def save(pipeline: DiffusionPipeline, folder: Path, variant: str) -> None:
     """Write a pipeline's parts, weights as safetensors; with a variant in that precision too."""
-    pipeline.save_pretrained(folder, safe_serialization=True)
-    if variant:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # that half precision does not run on a CPU is no news to who asks for a file of it
+    try:
+        pipeline.save_pretrained(folder, safe_serialization=True)
         for name, part in pipeline.components.items():
-            if isinstance(part, nn.Module):
-                half: Any = copy.deepcopy(part).to(VARIANTS[variant])
+            if variant and isinstance(part, nn.Module):
+                settings, half = folder / name / "config.json", cast(Any, copy.deepcopy(part).to(VARIANTS[variant]))
+                whole = settings.read_text()
                 half.save_pretrained(folder / name, variant=variant, safe_serialization=True)
+                settings.write_text(whole)  # transformers writes the precision into it, and would load the full weights in half of it
+    finally:
+        logging.set_verbosity(before)
 
 
 def draw_samples(folder: Path, network: ModelMixin, class_names: tuple[str, ...], captions: Sequence[str], guidance: float) -> None:

@@ -76,7 +76,7 @@ def _pipeline(folder: Path, index: dict[str, Any], own: Mapping[str, type]) -> C
         elif name in TEXT:
             import transformers
 
-            safe = {"use_safetensors": True} if name.startswith("text") else {}
+            safe = {"use_safetensors": True, "dtype": torch.float32} if name.startswith("text") else {}
             parts[name] = getattr(transformers, made[1]).from_pretrained(folder / name, local_files_only=True, **safe)
         else:
             raise ValueError(f"it has a {name}, a {made[1]}, which is not known here: sample it with diffusers")

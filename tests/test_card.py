@@ -36,12 +36,13 @@ RETRIEVAL = {
 }  # fmt: skip
 
 CALL = "class_labels=[0], guidance_scale=2, num_inference_steps=25"
+WHY = "no stock scheduler follows it"
 
 
 def card_of(run, folder, config=None, **told):
     card = Card.of(run, 192, 12, torch.nn.Linear(2, 3), **told)
     (folder / "README.md").write_text(
-        readme(folder, config or Config(output_dir="/home/ann/runs/x"), ("zero", "one"), card, 2.0, (CALL, CALL))
+        readme(folder, config or Config(output_dir="/home/ann/runs/x"), ("zero", "one"), card, 2.0, (CALL, CALL), WHY)
     )
     return ModelCard.load(folder / "README.md")
 

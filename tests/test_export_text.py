@@ -126,6 +126,11 @@ def test_cached_captions_are_exported_with_their_encoders(tmp_path, shards):
     assert fit(parts, tmp_path / "run", "--export=true", "--train.max_steps=2", kind="cross_dit") == 0
     index = json.loads((tmp_path / "run/export/model_index.json").read_text())
     assert index["_class_name"] == "PixArtSigmaPipeline" and index["text_encoder"] == ["transformers", "BertModel"]
+    assert sample.main(["export", "--run", str(tmp_path / "run"), "--output", str(tmp_path / "half"), "--variant", "fp16"]) == 0
+    whole = DiffusionPipeline.from_pretrained(tmp_path / "half")
+    assert whole.text_encoder.dtype == whole.transformer.dtype == torch.float32, "the variant is for who asks for it"
+    half = DiffusionPipeline.from_pretrained(tmp_path / "half", variant="fp16", torch_dtype=torch.float16)
+    assert half.text_encoder.dtype == half.transformer.dtype == torch.float16
 
 
 def test_more_encoders_than_places_are_refused_at_the_start(tmp_path, shards, capsys):

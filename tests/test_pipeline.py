@@ -7,6 +7,7 @@ from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteSchedul
 
 from data.text_encoders import read_text_encoder
 from data.words import Words
+from pipeline.captions_v1 import Captions, joined
 from pipeline.choice import _text_parts
 from pipeline.flow import ODE_SOLVERS, guide
 from pipeline.folder import _pipeline, pipeline_source
@@ -147,4 +148,13 @@ def test_captions_are_what_training_showed(tmp_path, pipe, case, padding):
             assert not wanted[:, length:].any()
     for row in range(4):
         torch.testing.assert_close(theirs.states[row][theirs.mask[row]], ours.states[row][ours.mask[row]], atol=1e-6, rtol=0)
+        assert theirs.mask[row].sum() == ours.mask[row].sum()
     torch.testing.assert_close(theirs.pooled, ours.pooled, atol=1e-6, rtol=0)
+
+
+def test_a_token_that_one_of_neighbouring_clips_has_is_there(pipe):
+    """Their captions may be cut into different numbers of tokens: what either has counts, zeros stand beside the other's."""
+    parts = [Captions(torch.ones(1, count, 2), torch.ones(1, count, dtype=torch.bool), torch.ones(1, 1)) for count in (2, 3)]
+    for order in (parts, parts[::-1]):
+        found = joined(order, [True, True])
+        assert found.mask.tolist() == [[True] * 3] and found.states.shape == (1, 3, 4) and found.states.sum() == 10
