@@ -40,6 +40,7 @@ bench: .venv/.ready
 	python benchmarks/train_step.py
 	python benchmarks/memory.py
 	python benchmarks/schedulers.py
+	python benchmarks/sampling.py
 
 wheel: .venv/.ready
 	python -m build --wheel --outdir dist .

@@ -29,10 +29,10 @@ from pipeline.frechet import Moments, frechet
 from pipeline.generate import Sampler, generate
 
 ROWS = (
-    ("ddpm", "stock DDIM", 50, 1.0),
     ("ddpm", "stock DDIM", 50, 1.5),
-    ("ddpm", "stock DDIM", 50, 2.0),
     ("ddpm", "multistep", 50, 1.5),
+    ("ddpm", "exponential", 50, 1.0),
+    ("ddpm", "exponential", 50, 1.5),
     ("flow", "heun", 25, 1.0),
     ("flow", "heun", 25, 1.5),
     ("flow", "heun", 25, 2.0),
