@@ -28,7 +28,7 @@ demo: .venv/.ready
 	python sample.py evaluate --pipeline $(RUN)/export --reference $(RUN)/shards $(GOALS)
 
 test: .venv/.ready
-	OMP_NUM_THREADS=1 python -m pytest -m 'not gpu'
+	OMP_NUM_THREADS=1 python -m pytest -m 'not gpu' -n 2 --dist loadfile
 
 lint: .venv/.ready
 	ruff check . && ruff format --check . && mypy
