@@ -85,7 +85,7 @@ def test_an_unconditional_unet_is_a_ddpm_pipeline(unlabelled, tmp_path, capsys):
     assert "UNet2DModel in DDPMPipeline, which stock diffusers holds exactly" in capsys.readouterr().out
     folder = tmp_path / "run/export"
     pipe = DiffusionPipeline.from_pretrained(folder)
-    assert type(pipe).__name__ == "DDPMPipeline" and pipe.scheduler.config.clip_sample and "vae" not in pipe.components
+    assert type(pipe).__name__ == "DDPMPipeline" and pipe.scheduler.config.thresholding and "vae" not in pipe.components
     pipe.set_progress_bar_config(disable=True)
     assert pipe(batch_size=2, num_inference_steps=2, generator=torch.manual_seed(0)).images[0].size == (8, 8)
     own = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_condot_v1", trust_remote_code=True)
