@@ -68,7 +68,8 @@ class Choice(NamedTuple):
             return (f"class_labels=[{0 if class_names else NO_CLASS}], {common}",) * 2
         ours = f"prompt={next(filter(None, captions), 'a picture')!r}, {common}"
         if isinstance(self.pipeline, PixArtSigmaPipeline):
-            return f"{ours}, use_resolution_binning=False", ours
+            limit = self.pipeline.tokenizer.model_max_length  # its own is 300, more than some encoders read
+            return f"{ours}, use_resolution_binning=False, max_sequence_length={limit}", ours
         if isinstance(self.pipeline, StableDiffusion3Pipeline):
             return f"{ours}, max_sequence_length={self.pipeline.tokenizer_3.model_max_length}", ours
         return ours, ours
@@ -77,7 +78,7 @@ class Choice(NamedTuple):
 def check_encoders(count: int) -> None:
     """Raises ValueError for more text encoders than a pipeline has places for."""
     if count > MOST:
-        raise ValueError(f"{count} text encoders are exported nowhere: pipelines have places for {MOST}. Give --export=false.")
+        raise ValueError(f"data.text_encoder names {count} text encoders: a pipeline has places for {MOST}. Use fewer, or --export=false.")
 
 
 def choose(
