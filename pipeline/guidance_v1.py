@@ -27,6 +27,10 @@ class Guidance(NamedTuple):
                 f"1 for none; 0 <= first < last <= 1; from 0 (off) to 1."
             )
 
+    def holds(self, t: float) -> bool:
+        """Whether guidance acts at a time, ends included; on an accelerator asking costs one wait."""
+        return self.first <= t <= self.last
+
     def sharpen(self, good: torch.Tensor, lesser: torch.Tensor) -> torch.Tensor:
         """The guided prediction, (B, C, h, w); what is undone brings it back to the spread of the good one, image by image."""
         guided = torch.lerp(lesser, good, self.scale)

@@ -51,7 +51,9 @@ class Sampling(Model):
     corrections: int = 1  # Langevin steps at each time, of annealed_langevin and predictor_corrector
     langevin_step: float = 0.2  # of langevin and annealed_langevin, in units of the last level's variance
     snr: float = 0.16  # signal-to-noise ratio of a correction of predictor_corrector
-    clip: Literal["auto", "on", "off"] = "auto"  # keep data predictions within -1..1; auto: of a model that predicts noise in pixels
+    clip: Literal["auto", "on", "off"] = (
+        "auto"  # keep data predictions within -1..1; auto: of a model that predicts noise in pixels; not in restore
+    )
 
     def sampler(self) -> Sampler:
         """The options as the pipeline knows them."""

@@ -266,7 +266,7 @@ class CondotPipeline(DiffusionPipeline):
                 if self._interrupt:
                     break
                 x = scheduler.scale_model_input(x, k) if hasattr(scheduler, "scale_model_input") else x
-                inside = guidance.first <= 1 - float(k) / scheduler.config.num_train_timesteps <= guidance.last
+                inside = guidance[1:3] == (0, 1) or guidance.holds(1 - float(k) / scheduler.config.num_train_timesteps)
                 x = scheduler.step(self._guided(x, k, condition, sizes, guidance, inside), k, x, return_dict=False, **more)[0]
                 if callback is not None:
                     x = callback(self, i, k, {"latents": x}).get("latents", x)
