@@ -96,10 +96,14 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it; 0 leaves them
     condition_dropout: float = 0.1  # probability that a sample is trained without its class or caption, for guidance
     encoder_dropout: float = 0.0  # of several text encoders: probability that a sample is trained without this one; SD3 has 0.464
-    mixed_precision: Literal["no", "bf16", "fp16", "auto"] | None = None  # None: as the launcher says; auto: the faster of no and bf16
+    mixed_precision: Literal["no", "bf16", "fp16", "fp8", "auto"] | None = (
+        None  # None: as launched; auto: the faster of no and bf16
+    )
+    # FSDP2: weights, gradients, moments and averages in shares on all ranks (full) or on each machine (hybrid); None: as launched
+    sharding: Literal["none", "full", "hybrid"] | None = None
     lora_rank: int = 0  # train only low-rank additions of this rank to the attention and feed-forward layers; 0 trains all weights
     lora_alpha: float = 16.0  # the additions are multiplied by lora_alpha / lora_rank
-    compile: bool = False  # torch.compile the network: slower to start, faster on long runs
+    compile: bool = False  # torch.compile each block of the network: slower to start, faster on long runs
     cpu_threads: int = 0  # on a CPU: threads of each process; 0 shares the cores among the processes of this machine
 
     def __post_init__(self) -> None:
@@ -118,15 +122,22 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EmaConfig:
-    """The average of the weights that is sampled and exported."""
+    """The averages of the weights; the first half-life's is sampled and exported."""
 
     enabled: bool = True  # without it the raw weights are sampled and exported
-    halflife: float = 2e6  # images after which a weight counts half
-    ramp: float = 0.05  # the half-life is at most this share of the images seen so far
+    halflife: tuple[float, ...] = (2e6,)  # images after which a weight counts half; one average each
+    ramp: float = 0.05  # a half-life is at most this share of the images seen so far
+    power: tuple[float, ...] = ()  # EDM2's power-function averages by relative width, such as 0.05 0.1: any width can be rebuilt from two
+    snapshot_every: float = 0  # images between two snapshots of the power averages, from which it is rebuilt; 0: a 64th of the run
 
     def __post_init__(self) -> None:
-        _require(self.halflife > 0, "ema.halflife", self.halflife, "a positive number of images.")
+        _require(len(self.halflife) > 0, "ema.halflife", list(self.halflife), "at least one average is kept; --ema.enabled=false for none.")
+        _require(all(h > 0 for h in self.halflife), "ema.halflife", list(self.halflife), "positive numbers of images.")
+        _require(len(set(self.halflife)) == len(self.halflife), "ema.halflife", list(self.halflife), "each once.")
         _require(self.ramp > 0, "ema.ramp", self.ramp, "a positive share. Use 0.05.")
+        widths = all(0 < w < 0.28 for w in self.power) and len(set(self.power)) == len(self.power)
+        _require(widths, "ema.power", list(self.power), "relative widths between 0 and 0.28, each once. Use 0.05 0.1.")
+        _require(self.snapshot_every >= 0, "ema.snapshot_every", self.snapshot_every, "0 (automatic) or a number of images.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,12 +146,50 @@ class CheckpointConfig:
 
     every: int = 5_000  # optimiser steps
     keep: int = 2  # checkpoints kept; older ones go once a newer one is safe
+    asynchronous: bool = True  # copy the state, then write it while training goes on; false waits for the disk
     resume: str = "latest"  # `latest` (fresh where there is none), `none`, or a checkpoint's folder
     start_from: str = ""  # another run's folder, or a checkpoint of it, whose weights and average a fresh run starts from
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "checkpoint.every", self.every, "at least one step.")
         _require(self.keep >= 1, "checkpoint.keep", self.keep, "at least one checkpoint is kept.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What a bad step does, and a step that never ends."""
+
+    skips: int = 3  # steps in a row whose loss or gradient is not finite: so many are skipped, one more rolls back to the last checkpoint
+    loss_spike: float = 5.0  # a loss over so many times the median of the last `window` steps rolls back; 0 never
+    norm_spike: float = 20.0  # likewise of the gradient's norm; 0 never
+    window: int = 100  # steps whose median a spike is held against; none is called before so many were seen
+    rollbacks: int = 3  # so many, then the run ends with status 3, its evidence in rollbacks.jsonl
+    hang_seconds: float = 1800.0  # a step or a save that takes longer ends the run, saying where each rank stood; 0 never
+
+    def __post_init__(self) -> None:
+        _require(self.skips >= 0, "guard.skips", self.skips, "0 or more steps.")
+        for name in ("loss_spike", "norm_spike"):
+            _require(
+                getattr(self, name) == 0 or getattr(self, name) > 1, f"guard.{name}", getattr(self, name), "0 (never) or above 1. Use 5."
+            )
+        _require(self.window >= 2, "guard.window", self.window, "at least two steps.")
+        _require(self.rollbacks >= 0, "guard.rollbacks", self.rollbacks, "0 (the first ends the run) or more.")
+        _require(self.hang_seconds >= 0, "guard.hang_seconds", self.hang_seconds, "0 (never) or a number of seconds.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """What `--dry_run` reckons with."""
+
+    ranks: int = 0  # processes, one a device; 0: as many as were launched
+    images_per_second: float = 0.0  # of one rank in training; 0: not known, and no hours are told
+    cost_per_hour: float = 0.0  # of one rank, in whatever currency
+    memory: str = ""  # of one device, such as 80GB: what needs more is a mistake
+
+    def __post_init__(self) -> None:
+        _require(self.ranks >= 0, "plan.ranks", self.ranks, "0 (as launched) or a number of processes.")
+        _require(self.images_per_second >= 0, "plan.images_per_second", self.images_per_second, "0 (unknown) or a rate.")
+        _require(self.cost_per_hour >= 0, "plan.cost_per_hour", self.cost_per_hour, "0 (unknown) or a price.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +200,9 @@ class LogConfig:
     sample_every: int = 5_000  # optimiser steps between two sample grids; 0 for none
     sample_steps: int = 25  # solver steps of those samples
     guidance_scale: float = 1.5  # of those samples; 1 is none
-    report_to: Literal["tensorboard", "none"] = "tensorboard"  # tracker beside metrics.jsonl
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...] = ("tensorboard",)  # trackers beside metrics.jsonl
+    project: str = "condot"  # what wandb and trackio call the project; the run is called as its folder
+    peak_tflops: float = 0.0  # of one device, for the model FLOP utilisation; 0: by its name, or measured at the start
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "log.every", self.every, "at least one step.")
@@ -178,7 +229,10 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    dry_run: bool = False  # check the recipe, say what it takes, and stop before any work
 
 
 ALIASES = {

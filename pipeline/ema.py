@@ -44,7 +44,7 @@ class Ema:
         Returns:
             A factor in [0, 1).
         """
-        halflife = min(self.config.halflife, self.config.ramp * images) if self.config.enabled else 0.0
+        halflife = min(self.config.halflife[0], self.config.ramp * images) if self.config.enabled else 0.0
         return 0.5 ** (batch / halflife) if halflife > 0 else 0.0
 
     @torch.no_grad()
@@ -73,8 +73,8 @@ def check_average(asked: str, config: EmaConfig, batch_size: int) -> bool:
     except ValueError:
         raise ValueError(f"--ema {asked!r} is none: give a half-life in images, a decay a step such as 0.9999, or raw.") from None
     halflife = -batch_size * math.log(2) / math.log(number) if 0 < number < 1 else number
-    if not config.enabled or abs(halflife / config.halflife - 1) > SAME:
-        decay = 0.5 ** (batch_size / config.halflife)
-        kept = f"one average, of half-life {config.halflife:g} images (decay {decay:.6g} a step)" if config.enabled else "no average"
+    if not config.enabled or abs(halflife / config.halflife[0] - 1) > SAME:
+        decay = 0.5 ** (batch_size / config.halflife[0])
+        kept = f"one average, of half-life {config.halflife[0]:g} images (decay {decay:.6g} a step)" if config.enabled else "no average"
         raise ValueError(f"--ema {asked}: a half-life of {halflife:.4g} images, and the run kept {kept}. Leave --ema out for what it kept.")
     return True

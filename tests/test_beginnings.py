@@ -182,7 +182,7 @@ def test_precision_is_measured_on_the_device_that_trains(digits, monkeypatch):
     """meta stands for a device that is not the one networks are built on; four ranks of two portions share a batch of 32."""
     seen, asked = [], []
     monkeypatch.setattr(precision, "choose", lambda network, inputs: seen.append((network, inputs)) or "no")
-    small, quiet = DiTConfig(width=32, depth=2, heads=2), LogConfig(report_to="none")
+    small, quiet = DiTConfig(width=32, depth=2, heads=2), LogConfig(report_to=("none",))
     config = Config(
         model=small, log=quiet, train=TrainConfig(batch_size=32, gradient_accumulation_steps=2, mixed_precision="auto", cpu_threads=1)
     )

@@ -290,12 +290,12 @@ def test_the_average_is_on_an_image_clock():
     for batch in (10, 50):
         model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.zeros_(model.weight)
-        ema = Ema(model, EmaConfig(halflife=1000, ramp=1e9))
+        ema = Ema(model, EmaConfig(halflife=(1000,), ramp=1e9))
         torch.nn.init.ones_(model.weight)
         for images in range(batch, 1001, batch):
             ema.update(model, images, batch)
         assert ema.model.weight.item() == pytest.approx(0.5, abs=1e-5)
-    assert Ema(model, EmaConfig(halflife=1e9, ramp=0.1)).decay(1000, 100) == pytest.approx(0.5), (
+    assert Ema(model, EmaConfig(halflife=(1e9,), ramp=0.1)).decay(1000, 100) == pytest.approx(0.5), (
         "at first the half-life is a share of the images seen"
     )
     assert Ema(model, EmaConfig(enabled=False)).decay(1000, 100) == 0
