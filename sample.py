@@ -9,7 +9,7 @@ import sys
 
 from pipeline.process import Stopper, reported
 
-STOPPER = Stopper("no file was left half-written")  # before the slow imports
+STOPPER = Stopper("no file was left half-written", listen=__name__ == "__main__")  # before the slow imports
 
 import json
 from collections.abc import Callable

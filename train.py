@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 
 from pipeline.process import Stopper, leave_group, own_allocator, reported
@@ -26,30 +27,33 @@ from data.encoders import Autoencoder
 from data.options import Options
 from data.sources import Sources
 from data.stream import Share, to_unit
-from data.words import Words
-from models.convert import check_classes, to_exported, unheld
-from models.cost import example
-from models.lora import add_lora, merge_lora
+from models.convert import check_classes
+from models.cost import example, stages
+from models.lora import add_lora
 from models.published import load_published
-from pipeline import launch, precision
-from pipeline.card import Card
+from pipeline import launch, parallel, precision
 from pipeline.checkpoint import Store, averages, choose, find, load_state
 from pipeline.choice import check_encoders
 from pipeline.config import ALIASES, Config
-from pipeline.ema import Ema
-from pipeline.export import write_folder
+from pipeline.ema import Averages
 from pipeline.fold import check_export
-from pipeline.loop import Run, fit
+from pipeline.guard import Diverged, Evidence, Guard
+from pipeline.loop import fit
 from pipeline.method import Method
 from pipeline.networks import model_options
 from pipeline.optim import adamw
+from pipeline.options import Export
 from pipeline.precision import Precision
 from pipeline.preview import preview
+from pipeline.pulse import Pulse
 from pipeline.recipe import as_mapping, facts_of, parse
+from pipeline.run import Run
 from pipeline.space import Space
+from pipeline.status import DIVERGED, Status
 from pipeline.stock import form_of
 from pipeline.told import MicroBatch, Teller
 from pipeline.tracking import BadSamples, Log, Meter
+from pipeline.watch import Watch
 
 SHOWN = 32
 """Captions that the preview draws."""
@@ -69,30 +73,45 @@ def train(config: Config) -> int:
     accelerator = launch.start(config, saved, partial(measure, config, sources, space))
     launch.agree("data.shards", sources.images.fingerprint)
     owned = launch.lock(folder) if accelerator.is_main_process else None
-    run = assemble(config, sources, space, accelerator, store, fresh=checkpoint is None)
+    status = Status(folder, accelerator.is_main_process)
+    run = assemble(config, sources, space, accelerator, store, status, fresh=checkpoint is None)
     data.check_sides(sources.options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
     begin(run, space, checkpoint)
-    run.bad = BadSamples(folder, share=config.data.max_bad_share, main=accelerator.is_main_process, start=run.images)
-    stream = sources.stream(config.seed, share_of(config, accelerator), run.images)
-    accelerator.init_trackers("tensorboard")
-    log = Log(folder, main=accelerator.is_main_process, start=run.step, stop=config.train.max_steps, accelerator=accelerator)
     STOPPER.defer()
-    try:
-        fit(run, stream, log, config.train.max_steps)
-    finally:
-        log.close()
-        stream.close()
+    code = story(run, status)
     if sources.cut:
-        log.say(sources.cut)
+        run.log.say(sources.cut)
     accelerator.end_training()
-    if STOPPER.requested:
-        log.say(f"stopped at step {run.step}; the same command goes on from there.")
-    elif config.export and accelerator.is_main_process:
-        export(run, sources, folder / "export")
-    leave_group(STOPPER.exit_status)
+    if code == 0 and config.export and accelerator.is_main_process:
+        export(folder)
+    leave_group(code)
     if owned:
         owned.close()
-    return STOPPER.exit_status
+    return code
+
+
+def story(run: Run, status: Status) -> int:
+    """Train to the end, a signal, or where nothing helps; the exit status, and status.json."""
+    stop, code, state, reason = run.config.train.max_steps, 0, "finished", ""
+    try:
+        status.write("running", step=run.step, of=stop, images=run.images)
+        fit(run, stop)
+        code = STOPPER.exit_status
+        if code:
+            state, reason = "stopped", f"signal {STOPPER.received}"
+            run.log.say(f"stopped at step {run.step}; the same command goes on from there.")
+    except Diverged as error:
+        state, code, reason = "diverged", DIVERGED, str(error)
+        run.log.say(f"error: {reason}")
+    except Exception as error:
+        state, code, reason = "failed", 1, f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        run.watch.close()
+        status.write(state, step=run.step, of=stop, images=run.images, reason=reason, exit_status=code)
+        run.log.close()
+        run.stream.close()
+    return code
 
 
 def see(config: Config) -> tuple[Sources, Space]:
@@ -145,25 +164,17 @@ def share_of(config: Config, accelerator: Accelerator) -> Share:
     return Share(batch_size=config.train.batch_size, accumulation=accumulation, rank=rank, ranks=accelerator.num_processes)
 
 
-def assemble(config: Config, sources: Sources, space: Space, accelerator: Accelerator, store: Store, *, fresh: bool) -> Run:
-    """Introduce the rooms to one another: network, objective, optimiser, average, checkpoints."""
+def assemble(config: Config, sources: Sources, space: Space, accelerator: Accelerator, store: Store, status: Status, *, fresh: bool) -> Run:
+    """Introduce the rooms to one another: network, objective, optimiser, averages, checkpoints."""
     set_seed(config.seed)
     names, device = sources.images.manifest.class_names, accelerator.device
     words = sources.listen(device)
     method = Method(config.flow, space.shape, config.train.batch_size)
     if words:
         method.check_text()
-    network = models.build(seed=config.seed, **model_options(config.model, space.shape, len(names), sources.widths))
-    if fresh:
-        for note in first_weights(config, network):
-            accelerator.print(note)
-    if config.train.lora_rank:
-        add_lora(network, config.train.lora_rank, config.train.lora_alpha, seed=config.seed)
-    network = network.to(device)
-    ema = Ema(network, config.ema)
-    if config.train.compile:
-        network.compile()
-    model, optimizer = accelerator.prepare(network, adamw(network, config.train))
+    sharding = launch.sharding(config)
+    network, average = networks(config, sources, space, accelerator, sharding, fresh=fresh)
+    model, optimizer = parallel.prepare(accelerator, network, adamw(network, config.train), sharding)
     lora = [config.train.lora_rank, config.train.lora_alpha] if config.train.lora_rank else []
     said = {"lora": lora, "text": [one.fingerprint for one in sources.spoken], "space": space.facts if space.latent else {}}
     about = {
@@ -179,7 +190,7 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
         accelerator=accelerator,
         network=network,
         model=model,
-        ema=ema,
+        ema=Averages(network, average, config.ema),
         optimizer=optimizer,
         method=method,
         encode=encoder(config, space, device),
@@ -189,8 +200,44 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
         about=about,
         stopper=STOPPER,
         meter=Meter(accelerator),
+        watch=Watch(config.guard.hang_seconds, status),
+        guard=Guard(config.guard),
+        pulse=Pulse(device, accelerator.num_processes, scaled=accelerator.scaler is not None),
         sample=partial(preview, text=sources.shown(config.seed, SHOWN) if config.log.sample_every else None),
+        open=lambda cursor: sources.stream(config.seed, share_of(config, accelerator), cursor),
+        sharded=sharding != "none",
     )
+
+
+def networks(
+    config: Config, sources: Sources, space: Space, accelerator: Accelerator, sharding: parallel.Sharding, *, fresh: bool
+) -> tuple[nn.Module, nn.Module]:
+    """The network to train and the copy that holds its average, as they lie on this rank: with their first weights if the run is fresh."""
+    train, device = config.train, accelerator.device
+    options = model_options(config.model, space.shape, len(sources.images.manifest.class_names), sources.widths)
+    given = bool(config.init_from or train.lora_rank)  # first weights that come whole
+    network = models.build(seed=config.seed, device="meta" if sharding != "none" and not given else "cpu", **options)
+    if fresh:
+        for note in first_weights(config, network):
+            accelerator.print(note)
+    if train.lora_rank:
+        add_lora(network, train.lora_rank, train.lora_alpha, seed=config.seed)
+    if sharding == "none":
+        network = network.to(device)
+    average = copy.deepcopy(network)
+    blocks = [block for _, block in stages(network)]
+    if train.compile:
+        for block in blocks:
+            block.compile()
+    if sharding != "none":
+        mesh = parallel.mesh_of(sharding, device)
+        parallel.shard(network, blocks, mesh, accelerator.mixed_precision)
+        parallel.shard(average, [block for _, block in stages(average)], mesh)
+        if not given:
+            models.initialise(network.to_empty(device=device), config.seed)
+            average.to_empty(device=device)
+            parallel.copy_values(network, average)
+    return network, average
 
 
 def first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
@@ -208,18 +255,23 @@ def first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
 
 
 def begin(run: Run, space: Space, checkpoint: Path | None) -> None:
-    """Go on from a checkpoint, or begin afresh, and say which."""
-    folder, config = Path(run.config.output_dir), run.config
+    """Go on from a checkpoint, or begin afresh, and say which; open what the run reads and writes."""
+    folder, config, main = Path(run.config.output_dir), run.config, run.accelerator.is_main_process
     if checkpoint:
         run.load(checkpoint)
     elif config.checkpoint.start_from and not config.train.lora_rank:
         run.start_from(Path(config.checkpoint.start_from))
-    if run.accelerator.is_main_process:
+    run.evidence = Evidence(folder, main=main, start=run.step, fresh=checkpoint is None)
+    run.cursor = max(run.cursor, run.evidence.cursor(run.step))
+    run.bad = BadSamples(folder, share=config.data.max_bad_share, main=main, start=run.cursor)
+    if main:
         run.store.sweep()
         (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
         origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
         where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device}"
         print(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
+    run.stream = run.open(run.cursor)
+    run.log = Log(folder, main=main, start=run.step, stop=config.train.max_steps, accelerator=run.accelerator)
 
 
 def check_exportable(config: Config, space: Space, num_classes: int, encoders: int) -> None:
@@ -231,17 +283,11 @@ def check_exportable(config: Config, space: Space, num_classes: int, encoders: i
     check_encoders(encoders)
 
 
-def export(run: Run, sources: Sources, output: Path) -> None:
-    """Write the averaged weights as a folder that diffusers loads."""
-    ours = merge_lora(run.ema.model.cpu())
-    card = Card.of(Path(run.config.output_dir), run.images, run.step, ours)
-    text, space = run.about["text"], Space.of(run.about["space"])
-    masked = bool(text) and run.config.data.text_padding == "mask"
-    network, why = to_exported(ours, form_of(run.config.flow).factor, masked), unheld(ours, masked)
-    vae = Autoencoder(space.autoencoder).model if space.latent else None
-    spoken = Words(sources.spoken).networks if text else ()
-    names = () if text else tuple(run.about["class_names"])
-    write_folder(output, network, run.config, names, card, space, vae, why=why, spoken=spoken, captions=text.get("captions", ()))
+def export(folder: Path) -> None:
+    """Write the averaged weights of the run's last checkpoint as a folder that diffusers loads."""
+    import sample
+
+    sample.export(Export(run=str(folder), output=str(folder / "export")))
 
 
 @reported

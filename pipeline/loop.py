@@ -1,196 +1,121 @@
-"""The story of training: what a run is made of, one optimiser step, and what falls due after it.
+"""The story of training: one optimiser step, what falls due after it, and the way back when it went wrong.
 
 Noise, time and dropped label of a sample are functions of (seed, step, place in
 the global batch), the learning rate is one of the step, the order one of the
-images consumed: so a resumed run is the uninterrupted one, and the number of
+positions consumed: so a resumed run is the uninterrupted one, and the number of
 ranks changes only the order in which gradients are summed.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from collections import deque
 
 import torch
-import torch.distributed as dist
-from accelerate import Accelerator
-from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from accelerate.utils import gather_object
+from torch import Tensor
 
-from .checkpoint import Store, find, load_state, load_tensors
-from .config import Config
-from .ema import Ema
-from .flow import Condition
-from .method import Method
+from .guard import Diverged
 from .optim import learning_rate
-from .process import Stopper
+from .parallel import whole
+from .pulse import Beat
+from .run import Run, Told
 from .told import MicroBatch
-from .tracking import BadSamples, Log, Meter
+
+Recent = deque[tuple[int, list[MicroBatch]]]
+"""Steps that may still be judged, and what they saw."""
 
 
-@dataclass
-class Run:
-    """Everything that training changes or needs; `train.py` puts it together."""
-
-    config: Config
-    accelerator: Accelerator
-    network: nn.Module
-    """The bare network."""
-    model: nn.Module
-    """The network as Accelerate wrapped it."""
-    ema: Ema
-    optimizer: Any
-    method: Method
-    encode: Callable[[MicroBatch, int], Tensor]
-    """From a micro-batch and its step to what the model learns, (B, *S), on the device."""
-    decode: Callable[[Tensor], Tensor]
-    """From that to images, -1..1."""
-    condition: Callable[[MicroBatch, int, Tensor], tuple[Condition, ...]]
-    """From a micro-batch, its step and a chance a sample, (B,), to what the model takes beside x and t, some of it null."""
-    store: Store
-    about: dict[str, Any]
-    """What a checkpoint says of its run: `config`, `class_names`, and `facts`, on which a resumed run must agree."""
-    stopper: Stopper
-    meter: Meter
-    sample: Callable[[Run], None]
-    """Writes a grid of samples."""
-    bad: BadSamples = field(init=False)
-    """Counted from where the run goes on."""
-    step: int = 0
-    images: int = 0
-    saved: int = 0
-    """The step of the newest checkpoint."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors of the state, by name."""
-        named = {f"model.{k}": v for k, v in self.network.state_dict().items()}
-        named |= {f"ema.{k}": v for k, v in self.ema.model.state_dict().items()}
-        return named | {f"optim.{k}": v for k, v in self._optimizer_state().items() if isinstance(v, Tensor)}
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return get_optimizer_state_dict(self.network, inner, options=StateDictOptions(flatten_optimizer_state_dict=True))
-
-    def save(self) -> None:
-        """Write a checkpoint, all ranks together; on failure say why and go on, to try again when the next is due.
-
-        Raises:
-            ValueError: a loss or gradient since the last log line was not finite; nothing is saved then.
-        """
-        meter = self.meter.state()
-        self.check_finite("loss", meter["loss"])
-        if self.accelerator.scaler is None:  # with fp16 a gradient may overflow: the scaler skips that step
-            self.check_finite("gradient", meter["norm"])
-        state = {"step": self.step, "images": self.images, "meter": meter, **self.about}
-        errors = self.store.save(self.step, self.tensors(), state)
-        if errors and self.accelerator.is_main_process:
-            print(f"\ncheckpoint of step {self.step} failed, older ones are untouched: {'; '.join(errors)}. Free some space.", flush=True)
-        if not errors:
-            self.saved = self.step
-
-    def check_finite(self, what: str, value: float) -> None:
-        """Raises ValueError for a figure that says the run diverged."""
-        if not abs(value) < float("inf"):
-            raise ValueError(
-                f"the {what} is {value} at step {self.step}: training diverged. Lower train.learning_rate="
-                f"{self.config.train.learning_rate}; the same command goes on from step {self.saved}."
-            )
-
-    def load(self, folder: Path) -> None:
-        """Restore a checkpoint.
-
-        Raises:
-            ValueError: it is damaged, or of another network, flow or data set.
-        """
-        state = load_state(folder)
-        differences = compare(state["facts"], self.about["facts"])
-        if differences:
-            raise ValueError(f"{folder} is of another run: {'; '.join(differences)}. Give another --output_dir, or that run's settings.")
-        tensors = load_tensors(folder)
-        self._load_networks(tensors, str(folder))
-        restored = self._optimizer_state()
-        for name in restored:
-            restored[name] = tensors.get(f"optim.{name}", restored[name])
-        inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        set_optimizer_state_dict(self.network, inner, restored, options=StateDictOptions(flatten_optimizer_state_dict=True))
-        self.step = self.saved = state["step"]
-        self.images = state["images"]
-        self.meter.restore(state["meter"])
-
-    def start_from(self, folder: Path) -> None:
-        """Take the weights and the average of another run's checkpoint, and nothing else: a next stage begins.
-
-        Raises:
-            ValueError: no good checkpoint there, or weights of another network.
-        """
-        found = find(folder)
-        self._load_networks(load_tensors(found), f"checkpoint.start_from={found}")
-
-    def _load_networks(self, tensors: dict[str, Tensor], where: str) -> None:
-        for prefix, module in (("model.", self.network), ("ema.", self.ema.model)):
-            try:
-                module.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
-            except RuntimeError as error:
-                first = " ".join(str(error).split(":", 1)[-1].split())[:300]
-                raise ValueError(f"{where} is of another network: {first}. Give it the same section `model` and classes.") from error
-
-
-def compare(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Each place where two nested mappings differ, as `model.width is 128 there and 256 here`."""
-    found = []
-    for key in {**saved, **now}:
-        a, b = saved.get(key), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += compare(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key} is {a} there and {b} here")
-    return found
-
-
-class Stream(Protocol):
-    """What gives micro-batches, and remembers the samples it replaced: see data.stream.Stream."""
-
-    def __next__(self) -> MicroBatch: ...
-    def take_faults(self) -> list[Any]: ...
-
-
-def fit(run: Run, stream: Stream, log: Log, stop: int) -> None:
+def fit(run: Run, stop: int) -> None:
     """Advance to optimiser step `stop`, or to the step at which a signal came; saved either way.
 
     Raises:
-        ValueError: a loss or gradient that is not finite, seen at a log line
-            or a checkpoint, which is not saved then; too many bad samples; or
-            a last state that could not be saved.
+        Diverged: bad steps that rollbacks did not cure.
+        ValueError: too many bad samples, or a last state that could not be saved.
     """
-    run.meter.since = time.perf_counter()
-    while run.step < stop and not _stopping(run):
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(run.step, run.config.train)
-        for _ in range(run.config.train.gradient_accumulation_steps):
-            batch = next(stream)
-            with run.accelerator.accumulate(run.model):
-                losses = loss_of(run, batch)
-                run.accelerator.backward(losses.mean())
-                run.meter.add(losses)
-                if run.accelerator.sync_gradients:
-                    run.meter.add_step(clip(run))
-                run.optimizer.step()
-                run.optimizer.zero_grad()
-        run.step += 1
-        run.images += run.config.train.batch_size
-        run.ema.update(run.network, run.images, run.config.train.batch_size)
-        log.advance()
-        notify(run, stream, log, stop)
-    if run.saved != run.step:
-        run.save()
+    begin(run)
+    recent: Recent = deque(maxlen=2)
+    stopping = False
+    while run.step < stop and not stopping:
+        recent.append((run.step, advance(run)))
+        reason = ""
+        for beat in run.pulse.read(all=run.step == stop or due(run)):
+            stopping |= beat.stop
+            reason = reason or judge(run, beat, recent)
+            if run.store.pending is not None and beat.step >= run.store.pending and not beat.writing:
+                run.settle()  # every rank has written its part
+        if reason:
+            roll_back(run, reason)
+        else:
+            notify(run, stop)
+    if stopping and not run.stopper.requested:
+        run.stopper.received = 15
+    run.save(wait=True)
     if run.saved != run.step:
         raise ValueError(
             f"the state of step {run.step} could not be saved in {run.store.root}: "
             f"free some space; the same command goes on from step {run.saved}."
         )
+
+
+def begin(run: Run) -> None:
+    """Make the first step of this launch like any other, and see that there is something to come back to."""
+    run.meter.since = time.perf_counter()
+    if run.accelerator.num_processes > 2 and not run.sharded:
+        settle_sums(run)
+    if run.saved < 0:
+        run.save()
+
+
+def settle_sums(run: Run) -> None:
+    """A pass whose gradients are thrown away: after its first, DDP lays out its sums anew, and a resumed run must add up alike."""
+    run.accelerator.backward(loss_of(run, next(run.stream)).mean())
+    run.optimizer.zero_grad()
+    reopen(run)
+
+
+def reopen(run: Run) -> None:
+    """Begin the stream at the cursor again."""
+    run.stream.close()
+    run.stream = run.open(run.cursor)
+
+
+def advance(run: Run) -> list[MicroBatch]:
+    """One optimiser step; what it saw."""
+    train, seen = run.config.train, []
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.step, train)
+    loss = torch.zeros((), device=run.accelerator.device)
+    for _ in range(train.gradient_accumulation_steps):
+        run.watch.beat(run.step, "reading data")
+        with run.meter.waiting():
+            batch = next(run.stream)
+        seen.append(batch)
+        run.watch.beat(run.step, "computing")
+        with run.accelerator.accumulate(run.model):
+            losses = loss_of(run, batch)
+            run.accelerator.backward(losses.mean())
+            loss += losses.detach().mean() / train.gradient_accumulation_steps
+            if run.accelerator.sync_gradients:
+                apply(run, loss)
+            run.optimizer.zero_grad()
+    run.step += 1
+    run.images += train.batch_size
+    run.cursor += train.batch_size
+    run.ema.update(run.network, run.images, train.batch_size)
+    run.log.advance()
+    return seen
+
+
+def apply(run: Run, loss: Tensor) -> None:
+    """Move the weights by the gradients, unless this step is bad on any rank."""
+    norm = clip(run)
+    run.watch.beat(run.step, "reducing")
+    bad = run.pulse.beat(run.step, loss, norm, stop=run.stopper.requested, writing=run.store.busy())
+    if run.accelerator.scaler is None:
+        run.optimizer.optimizer.found_inf = bad  # fused optimisers leave everything as it is where it is 1, without a word to the host
+    run.optimizer.step()
+    run.meter.add_step(loss, norm, bad)
 
 
 def loss_of(run: Run, batch: MicroBatch) -> Tensor:
@@ -202,37 +127,82 @@ def loss_of(run: Run, batch: MicroBatch) -> Tensor:
 
 
 def clip(run: Run) -> Tensor:
-    """Shorten the gradients; their norm before, on the device."""
+    """Shorten the gradients; their norm before, of all ranks, on the device."""
     longest = run.config.train.max_grad_norm or float("inf")
-    return run.accelerator.clip_grad_norm_(run.model.parameters(), longest).detach()
+    return whole(run.accelerator.clip_grad_norm_(run.model.parameters(), longest).detach())
 
 
-def notify(run: Run, stream: Stream, log: Log, stop: int) -> None:
-    """Whatever is due after a step: a log line, a checkpoint, a sample grid."""
+def judge(run: Run, beat: Beat, recent: Recent) -> str:
+    """Take note of a step that all ranks know of; why it must be undone, or ""."""
+    reason = run.guard.judge(beat)
+    if beat.bad:
+        batches = next((batches for step, batches in recent if step == beat.step), [])
+        keys = gather_object([key for batch in batches for key in run.stream.keys(batch)])
+        run.evidence.skipped(beat, keys)
+        run.log.say(
+            f"step {beat.step} was not applied: loss {beat.loss}, gradient's norm {beat.norm}; its samples are in {run.evidence.bad.path}"
+        )
+    return reason
+
+
+def roll_back(run: Run, reason: str) -> None:
+    """Return to the last good checkpoint, and pass over the data since.
+
+    Raises:
+        Diverged: done too often, or there is none.
+    """
+    run.settle()
+    allowed, done = run.config.guard.rollbacks, len(run.evidence.rollbacks)
+    folder = run.store.latest() if done < allowed else None
+    if folder is None:
+        why = f"after {done} rollback(s), guard.rollbacks={allowed}" if done >= allowed else "and there is no good checkpoint to return to"
+        kept = f"{run.evidence.undone.path} and {run.evidence.bad.path}"
+        raise Diverged(
+            f"training diverged at step {run.step}, {why}: {reason}. The evidence is in {kept}. Lower train.learning_rate="
+            f"{run.config.train.learning_rate}, or look at those samples; raise guard.rollbacks to go on all the same."
+        )
+    left, cursor = run.step, run.cursor
+    run.pulse.forget()
+    run.load(folder)
+    line = {"from_step": left, "to_step": run.step, "reason": reason, "positions": [run.cursor, cursor], "cursor": cursor}
+    run.evidence.rolled_back(line | {"metrics": run.log.rewind(run.step)[-20:]})
+    run.evidence.drop_after(run.step)
+    run.cursor = cursor
+    reopen(run)
+    run.log.say(f"back from step {left} to {folder}, past the data of positions {line['positions']}: {reason}.")
+
+
+def due(run: Run) -> bool:
+    """Whether something is to be done after this step that must know it was good."""
+    return run.step % run.config.log.every == 0 or _save_due(run)
+
+
+def _save_due(run: Run) -> bool:
+    return run.step % run.config.checkpoint.every == 0 or run.step == run.again
+
+
+def notify(run: Run, stop: int) -> None:
+    """Whatever is due after a step: a log line, a checkpoint, a snapshot of the averages, a sample grid."""
     config = run.config
     if run.step % config.log.every == 0 or run.step == stop:
         values = run.meter.read(config.train.batch_size)
-        run.check_finite("loss", values["loss"])
-        values["bad_samples"] = run.bad.report(stream.take_faults(), run.images)
-        log.write(run.step, run.images, {**values, "lr": learning_rate(run.step - 1, config.train)})
+        values["bad_samples"] = run.bad.report(run.stream.take_faults(), run.images)
+        values["skipped_steps"] = run.guard.skipped
+        run.log.write(run.step, run.images, {**values, "lr": learning_rate(run.step - 1, config.train)})
     paused = time.perf_counter()
-    if run.step % config.checkpoint.every == 0:
+    if _save_due(run):
         run.save()
     if config.log.sample_every and (run.step % config.log.sample_every == 0 or run.step == stop):
-        if run.accelerator.is_main_process:
-            run.sample(run)
-        run.accelerator.wait_for_everyone()
+        sample(run)
     run.meter.since += time.perf_counter() - paused
 
 
-def _stopping(run: Run) -> bool:
-    """Whether any rank was told to stop; all ranks agree. Asked at log lines only where the answer waits for a device."""
-    if run.accelerator.num_processes == 1:
-        return run.stopper.requested
-    if run.accelerator.device.type != "cpu" and run.step % run.config.log.every:
-        return False
-    flag = torch.tensor([float(run.stopper.requested)], device=run.accelerator.device)
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    if flag.item() and run.stopper.received is None:
-        run.stopper.received = 15
-    return bool(flag.item())
+def sample(run: Run) -> None:
+    """Write a grid of samples; given up when a signal comes, or where the disk is full."""
+    with run.watch.at("sampling"):
+        try:
+            if run.sharded or run.accelerator.is_main_process:
+                run.sample(run)
+        except (Told, OSError) as problem:
+            run.log.say(f"no samples of step {run.step}: {problem or 'a signal came'}.")
+        run.accelerator.wait_for_everyone()

@@ -1,0 +1,80 @@
+"""How a network lies on the ranks: whole on each, or in shares by FSDP2; and its blocks compiled one by one.
+
+Accelerate's own FSDP is silently left out on a CPU, so sharding is done here, alike on
+CPUs and GPUs: the network and the copy that holds its average are shared out
+in the same way, and an average is moved without a word between ranks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+Sharding = Literal["none", "full", "hybrid"]
+
+
+def mesh_of(sharding: Sharding, device: torch.device) -> DeviceMesh:
+    """The ranks among which a network is shared out: all, or (machines, ranks of each) with a replica on each machine.
+
+    Raises:
+        ValueError: machines with different numbers of ranks.
+    """
+    ranks = dist.get_world_size()
+    if sharding == "full":
+        return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
+    each = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if ranks % each:
+        raise ValueError(
+            f"train.sharding=hybrid: {ranks} ranks in machines of {each} are no whole machines. Start as many on each, or use full."
+        )
+    return init_device_mesh(device.type, (ranks // each, each), mesh_dim_names=("replica", "shard"))
+
+
+def shard(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, precision: str = "no") -> None:
+    """Share out a network's parameters in place, block by block; the whole is gathered a block at a time when it is computed.
+
+    Args:
+        network: on meta, or with its values, the same on every rank.
+        blocks: its parts that are gathered at once.
+        mesh: of `mesh_of`.
+        precision: bf16 and fp16 gather the weights in that; sums of gradients and the weights themselves stay float32.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in blocks:
+        if any(True for _ in block.parameters()):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(network, mesh=mesh, mp_policy=policy)
+
+
+def prepare(accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer, sharding: Sharding) -> tuple[nn.Module, Any]:
+    """The network and the optimiser as Accelerate wraps them; a sharded network gets mixed precision only."""
+    if sharding == "none":
+        return accelerator.prepare(network, optimizer)
+    return accelerator.prepare_model(network, evaluation_mode=True), accelerator.prepare(optimizer)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on every rank; all ranks together where it is shared out."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def copy_values(source: nn.Module, target: nn.Module) -> None:
+    """Give a copy of a network, shared out alike, its parameters' values."""
+    for mine, its in zip(target.parameters(), source.parameters(), strict=True):
+        local(mine).copy_(local(its))

@@ -1,0 +1,195 @@
+"""A run: everything that training changes or needs, and how it is saved and read back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+from .checkpoint import Store, find, load_into, load_state
+from .config import Config
+from .ema import Averages
+from .flow import Condition
+from .guard import Evidence, Guard
+from .method import Method
+from .process import Stopper
+from .pulse import Pulse
+from .told import MicroBatch
+from .tracking import BadSamples, Log, Meter
+from .watch import Watch
+
+
+class Stream(Protocol):
+    """What gives micro-batches, and remembers the samples it replaced: see data.stream.Stream."""
+
+    def __next__(self) -> MicroBatch: ...
+    def take_faults(self) -> list[Any]: ...
+    def keys(self, batch: Any) -> list[str]: ...
+    def close(self) -> None: ...
+
+
+class Told(Exception):
+    """Work that is not the state's was given up, since a signal came."""
+
+
+@dataclass
+class Run:
+    """Everything that training changes or needs; `train.py` puts it together."""
+
+    config: Config
+    accelerator: Accelerator
+    network: nn.Module
+    """The bare network, whole or this rank's share of it."""
+    model: nn.Module
+    """The network as Accelerate wrapped it."""
+    ema: Averages
+    optimizer: Any
+    method: Method
+    encode: Callable[[MicroBatch, int], Tensor]
+    """From a micro-batch and its step to what the model learns, (B, *S), on the device."""
+    decode: Callable[[Tensor], Tensor]
+    """From that to images, -1..1."""
+    condition: Callable[[MicroBatch, int, Tensor], tuple[Condition, ...]]
+    """From a micro-batch, its step and a chance a sample, (B,), to what the model takes beside x and t, some of it null."""
+    store: Store
+    about: dict[str, Any]
+    """What a checkpoint says of its run: `config`, `class_names`, and `facts`, on which a resumed run must agree."""
+    stopper: Stopper
+    meter: Meter
+    watch: Watch
+    guard: Guard
+    pulse: Pulse
+    sample: Callable[[Run], None]
+    """Writes a grid of samples; where the network is shared out, all ranks together."""
+    open: Callable[[int], Stream]
+    """The stream from a position on."""
+    sharded: bool = False
+    log: Log = field(init=False)
+    stream: Stream = field(init=False)
+    bad: BadSamples = field(init=False)
+    """Counted from where the run goes on."""
+    evidence: Evidence = field(init=False)
+    step: int = 0
+    images: int = 0
+    """Seen: the clock of averages and logs."""
+    cursor: int = 0
+    """Positions of the stream consumed: as many as images, and those that were passed over."""
+    saved: int = -1
+    """The step of the newest checkpoint; -1 for none."""
+    again: int | None = None
+    """The step at which a save that failed is tried again."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors of the state, by name, as they lie on the ranks."""
+        named = {f"model.{k}": v for k, v in self.network.state_dict().items()} | self.ema.tensors()
+        return named | {f"optim.{k}": v for k, v in self._optimizer_state().items() if isinstance(v, Tensor)}
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        return get_optimizer_state_dict(self.network, inner, options=StateDictOptions(flatten_optimizer_state_dict=True))
+
+    def save(self, *, wait: bool = False) -> None:
+        """Write a checkpoint, all ranks together: copied now, written while training goes on, unless it is to be waited for."""
+        with self.watch.at("saving"):
+            self.settle()
+            if self.saved == self.step:
+                return
+            state = {
+                "step": self.step,
+                "images": self.images,
+                "cursor": self.cursor,
+                "meter": self.meter.state(),
+                "guard": self.guard.state(),
+                "averages": self.ema.labels,
+                **self.about,
+            }
+            self.store.begin(self.step, self.tensors(), state)
+            if wait or not self.config.checkpoint.asynchronous:
+                self.settle()
+
+    def settle(self) -> None:
+        """Wait for the save under way, if there is one; on failure say why and go on, to try again soon."""
+        if self.store.pending is None:
+            return
+        step = self.store.pending
+        errors = self.store.finish()
+        if not errors:
+            self.saved, self.again = step, None
+            return
+        self.again = self.step + max(1, self.config.checkpoint.every // 10)
+        self.log.say(
+            f"checkpoint of step {step} failed, older ones are untouched: {'; '.join(errors)}. It is tried again at step {self.again}."
+        )
+
+    def load(self, folder: Path) -> None:
+        """Restore a checkpoint, and pass over what a rollback to it says.
+
+        Raises:
+            ValueError: it is damaged, or of another network, flow or data set.
+        """
+        state = load_state(folder)
+        differences = compare(state["facts"], self.about["facts"])
+        if differences:
+            raise ValueError(f"{folder} is of another run: {'; '.join(differences)}. Give another --output_dir, or that run's settings.")
+        optimizer = self._optimizer_state()
+        moments = {f"optim.{k}": v for k, v in optimizer.items() if isinstance(v, Tensor)}
+        weights = {f"model.{k}": v for k, v in self.network.state_dict().items()}
+        kept = state.get("averages", self.ema.labels[:1])
+        self._read(folder, weights | self.ema.tensors(kept) | moments, str(folder))
+        for note in self.ema.begin_missing(self.network, kept):
+            self.accelerator.print(note)
+        inner = getattr(self.optimizer, "optimizer", self.optimizer)
+        set_optimizer_state_dict(self.network, inner, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+        self.step = self.saved = state["step"]
+        self.images = state["images"]
+        self.cursor = state.get("cursor", self.images)
+        self.meter.restore(state["meter"])
+        self.guard.restore(state.get("guard", {}))
+
+    def start_from(self, folder: Path) -> None:
+        """Take the weights and the average of another run's checkpoint, and nothing else: a next stage begins.
+
+        Raises:
+            ValueError: no good checkpoint there, or weights of another network.
+        """
+        found = find(folder)
+        weights = {f"model.{k}": v for k, v in self.network.state_dict().items()}
+        main = self.ema.labels[:1]
+        self._read(found, weights | self.ema.tensors(main), f"checkpoint.start_from={found}")
+        self.ema.begin_missing(self.network, main)
+
+    def _read(self, folder: Path, tensors: dict[str, Tensor], where: str) -> None:
+        """Fill tensors from a checkpoint."""
+        try:
+            load_into(folder, tensors)
+        except ValueError as error:
+            raise ValueError(f"{where} is of another network: {error}. Give it the same section `model` and classes.") from error
+
+    def told(self) -> None:
+        """Raises Told where a signal came; for work beside training. Where all ranks share it, all together."""
+        come = self.stopper.requested
+        if self.sharded:
+            flag = torch.tensor([float(come)], device=self.accelerator.device)
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+            come = flag.item() > 0
+        if come:
+            raise Told
+
+
+def compare(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Each place where two nested mappings differ, as `model.width is 128 there and 256 here`."""
+    found = []
+    for key in {**saved, **now}:
+        a, b = saved.get(key), now.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += compare(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key} is {a} there and {b} here")
+    return found
