@@ -123,7 +123,8 @@ def loss_of(run: Run, batch: MicroBatch) -> Tensor:
     device = run.accelerator.device
     data = run.encode(batch, run.step)
     draws = run.method.draw(run.config.seed, run.step, batch.places.to(device, non_blocking=True), tuple(data.shape[1:]))
-    return run.method.losses(run.model, data, draws, *run.condition(batch, run.step, draws.drop))
+    losses = run.method.losses(run.model, torch.nan_to_num(data), draws, *run.condition(batch, run.step, draws.drop))
+    return losses + 0 * data.flatten(1).sum(1)  # a sample that is not finite has a loss that is not: the step is skipped, and training goes on
 
 
 def clip(run: Run) -> Tensor:

@@ -148,6 +148,7 @@ class Run:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         set_optimizer_state_dict(self.network, inner, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
         self.step = self.saved = state["step"]
+        self.again = None
         self.images = state["images"]
         self.cursor = state.get("cursor", self.images)
         self.meter.restore(state["meter"])

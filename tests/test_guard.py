@@ -1,0 +1,178 @@
+"""A bad step is not the end: skipped as if it had never been asked for, undone by a rollback, and the evidence kept."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import fit
+
+import pipeline.loop as loop
+from data import build
+from data.options import Options
+from data.stream import Share
+from pipeline.checkpoint import load_tensors
+from pipeline.config import GuardConfig
+from pipeline.guard import Evidence, Guard
+from pipeline.pulse import Beat, Pulse
+from pipeline.status import DIVERGED
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LOG = ("--log.every=1", "--checkpoint.every=4", "--checkpoint.keep=9")
+
+
+def equal(a, b):
+    one, two = load_tensors(a), load_tensors(b)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def beat(step=0, loss=1.0, norm=1.0, bad=False):
+    return Beat(step, loss, norm, bad, False, False)
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Break what a run computes in the n-th step that it does, counted from 0, steps done again included: in its data, a gradient or a weight."""
+
+    def plant(where, *steps, by=math.nan):
+        count = -1
+        advance, loss_of, clip = loop.advance, loop.loss_of, loop.clip
+
+        def counted(run):
+            nonlocal count
+            count += 1
+            if where == "weight" and count in steps:
+                next(run.network.parameters()).data.view(-1)[3] = by
+            return advance(run)
+
+        def loss(run, batch):
+            if where == "batch" and count in steps:
+                encode = run.encode
+                run.encode = lambda b, s: encode(b, s).index_fill(0, torch.tensor([1]), by)
+                try:
+                    return loss_of(run, batch)
+                finally:
+                    run.encode = encode
+            return loss_of(run, batch) * (by if where == "loss" and count in steps else 1)
+
+        def clipped(run):
+            if where == "gradient" and count in steps:
+                next(p for p in run.network.parameters() if p.grad is not None).grad.view(-1)[0] = by
+            return clip(run)
+
+        monkeypatch.setattr(loop, "advance", counted)
+        monkeypatch.setattr(loop, "loss_of", loss)
+        monkeypatch.setattr(loop, "clip", clipped)
+
+    return plant
+
+
+@pytest.mark.parametrize("where", ["batch", "gradient", "loss"])
+@pytest.mark.parametrize("by", [math.nan, math.inf])
+def test_a_bad_step_is_skipped_and_its_samples_are_named(digits, tmp_path, poison, monkeypatch, where, by):
+    """As a run whose optimiser was not asked at that step; all else, its clocks, its average, goes on."""
+    poison(where, 5, by=by)
+    assert fit(digits, tmp_path / "run", *LOG) == 0
+    (line,) = lines(tmp_path / "run/bad_steps.jsonl")
+    stream = build(Options(shards=(str(digits),), resolution=8, channels=1), seed=0, share=Share(batch_size=16), start=5 * 16)
+    assert line["step"] == 5 and line["keys"] == stream.keys(next(stream)) and len(set(line["keys"])) == 16
+    found = lines(tmp_path / "run/metrics.jsonl")
+    assert [row["skipped_steps"] for row in found] == [0] * 5 + [1] * 7 and not (tmp_path / "run/rollbacks.jsonl").exists()
+    assert all(math.isfinite(row["loss"]) for row in found if row["step"] != 6)
+    monkeypatch.undo()
+    apply = loop.apply
+
+    def idle(run, loss):
+        step = run.optimizer.optimizer.step
+        if run.step == 5:
+            run.optimizer.optimizer.step = lambda *a: None
+        apply(run, loss)
+        run.optimizer.optimizer.step = step
+
+    monkeypatch.setattr(loop, "apply", idle)
+    assert fit(digits, tmp_path / "idle", *LOG) == 0
+    assert equal(tmp_path / "run/checkpoint-12", tmp_path / "idle/checkpoint-12")
+
+
+def test_a_weight_that_is_not_a_number_leads_back_to_the_last_checkpoint_and_past_the_data(digits, tmp_path, poison, monkeypatch):
+    """Four bad steps after the checkpoint of step 4: positions 64 to 143 are passed over. A run that goes on from that checkpoint with the
+    evidence beside it is the same run, and one without it is another."""
+    poison("weight", 5)
+    assert fit(digits, tmp_path / "run", *LOG) == 0
+    (line,) = lines(tmp_path / "run/rollbacks.jsonl")
+    assert (line["from_step"], line["to_step"], line["positions"], line["cursor"]) == (9, 4, [64, 144], 144)
+    assert "4 steps in a row" in line["reason"] and [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == list(range(1, 13))
+    state = json.loads((tmp_path / "run/checkpoint-12/state.json").read_text())
+    assert state["images"] == 192 and state["cursor"] == 192 + 80
+    monkeypatch.undo()
+    for name, kept in (("same", True), ("other", False)):
+        folder = tmp_path / name
+        folder.mkdir()
+        shutil.copytree(tmp_path / "run/checkpoint-4", folder / "checkpoint-4")
+        if kept:
+            shutil.copy(tmp_path / "run/rollbacks.jsonl", folder)
+        assert fit(digits, folder, *LOG) == 0
+        assert equal(folder / "checkpoint-12", tmp_path / "run/checkpoint-12") == kept
+
+
+def test_a_spike_leads_back(digits, tmp_path, poison, capsys):
+    poison("loss", 7, by=100.0)
+    assert fit(digits, tmp_path / "run", *LOG, "--guard.window=5") == 0
+    (line,) = lines(tmp_path / "run/rollbacks.jsonl")
+    assert (line["from_step"], line["to_step"]) == (8, 4) and "the loss" in line["reason"] and "over 5 times the median" in line["reason"]
+    assert len(line["metrics"]) == 3 and "past the data of positions [64, 128]" in capsys.readouterr().out
+
+
+def test_what_rollbacks_do_not_cure_ends_with_a_status_of_its_own_and_the_evidence(digits, tmp_path, poison, capsys):
+    poison("batch", *range(6, 1000))
+    assert fit(digits, tmp_path / "run", *LOG, "--guard.rollbacks=2", "--guard.skips=1") == DIVERGED == 3
+    text = "".join(capsys.readouterr())
+    assert "after 2 rollback(s), guard.rollbacks=2" in text and "Lower train.learning_rate=0.001" in text
+    assert len(lines(tmp_path / "run/rollbacks.jsonl")) == 2 and lines(tmp_path / "run/bad_steps.jsonl")
+    assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-0", "checkpoint-4"}
+    status = json.loads((tmp_path / "run/status.json").read_text())
+    assert status["state"] == "diverged" and status["exit_status"] == 3
+    assert all(bool(t.isfinite().all()) for t in load_tensors(tmp_path / "run/checkpoint-4").values())
+
+
+def test_a_fresh_run_forgets_the_evidence_of_another(tmp_path):
+    (tmp_path / "rollbacks.jsonl").write_text('{"to_step": 0, "cursor": 99}\n{"torn')
+    assert Evidence(tmp_path, main=False, start=0, fresh=False).cursor(0) == 99
+    assert Evidence(tmp_path, main=True, start=0, fresh=True).cursor(0) == 0 and not (tmp_path / "rollbacks.jsonl").exists()
+
+
+def test_the_judgement():
+    """Bounds are over the median, which a spike before does not move; a window must be full; good steps end a row of bad ones."""
+    guard = Guard(GuardConfig(window=4, loss_spike=3.0, norm_spike=6.0, skips=2))
+    assert [guard.judge(beat(loss=value)) for value in (1.0, 50.0, 1.2, 0.8)] == [""] * 4
+    assert guard.judge(beat(loss=3.2)) == "" and "3.4 is over 3 times the median 1.1 of the last 4 steps" in guard.judge(beat(loss=3.4))
+    assert "gradient's norm 6.1 is over 6" in guard.judge(beat(norm=6.1)) and guard.judge(beat(norm=5.9)) == ""
+    assert [bool(guard.judge(beat(bad=bad))) for bad in (True, True, False, True, True, True)] == [False] * 5 + [True]
+    assert guard.skipped == 5
+    other = Guard(GuardConfig(window=4))
+    other.restore(json.loads(json.dumps(guard.state())))
+    assert other.state() == guard.state() and list(other.losses) == list(guard.losses)
+    assert not Guard(GuardConfig(window=2, loss_spike=0, norm_spike=0)).judge(beat(loss=1e9))
+
+
+def test_the_pulse_tells_a_bad_step_on_the_device():
+    pulse = Pulse(torch.device("cpu"), 1)
+    one, nan = torch.tensor(1.0), torch.tensor(math.nan)
+    flags = [float(pulse.beat(i, a, b, stop=i == 3, writing=False)) for i, (a, b) in enumerate([(one, one), (nan, one), (one, nan), (one, one)])]
+    assert flags == [0, 1, 1, 0]
+    assert [(b.step, b.bad, b.stop) for b in pulse.read()] == [(0, False, False), (1, True, False), (2, True, False), (3, False, True)]
+    assert pulse.read() == []
+    scaled = Pulse(torch.device("cpu"), 1, scaled=True)
+    assert float(scaled.beat(0, one, nan, stop=False, writing=False)) == 0, "fp16's scaler skips those itself"
+
+
+def test_no_step_of_a_sound_run_is_called_a_spike(digits, tmp_path):
+    """The first hundreds of steps, where losses and norms change most, in small batches, where they scatter most."""
+    words = ("--train.max_steps=400", "--train.batch_size=8", "--checkpoint.every=1000", "--guard.window=20", "--log.every=100")
+    assert fit(digits, tmp_path / "run", *words) == 0 and not (tmp_path / "run/rollbacks.jsonl").exists()
+
