@@ -1,32 +1,92 @@
 """Checkpoints that are whole or absent: written aside, synced, hashed, renamed; only then are old ones removed.
 
     checkpoint-500/
-      rank-00000.safetensors ...   the tensors, shared out among the ranks
+      rank-00000.safetensors ...   the tensors; each rank writes its parts
       state.json                   step, configuration, data: what is no tensor
-      manifest.json                size and sha256 of every file; written last
+      manifest.json                every file's size and sha256, every tensor's type and shape; written last
 
-A folder whose files do not match its manifest is named and passed over for the
-one before. Nothing is ever unpickled.
+Saving has two halves: `begin` copies the state, `finish` commits what a thread
+has meanwhile written. A folder whose files do not match its manifest is named
+and passed over for the one before. A checkpoint of any number of ranks, with
+shards or without, is read by any other. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
+import math
 import os
 import shutil
 import uuid
 from pathlib import Path
-from typing import Any, TypeVar
+from threading import Thread
+from typing import Any
 
-import torch
-import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-T = TypeVar("T")
+from .manifest import NAME, Seals, broadcast, check_present, gather, rank, sync, verify, world, write_text
+from .rankfile import DTYPES, Host, Place, not_finite, write_file
+from .shares import to_write
+from .stored import averages, load_into, load_state, load_tensors, raw_weights
+
+__all__ = ["Store", "averages", "choose", "find", "load_into", "load_state", "load_tensors", "raw_weights", "verify"]
+
 PREFIX = "checkpoint-"
+NOT_FINITE = "holds numbers that are not finite"
+"""In an error of a save that would have kept a state gone wrong; other errors are the disk's."""
+
+
+class Saving:
+    """This rank's part of a save under way.
+
+    Args:
+        folder: where all ranks write, not yet the checkpoint's name.
+        state: the text of state.json, which the first rank writes.
+        listed: type and shape of every whole tensor, by name.
+    """
+
+    def __init__(self, folder: Path, state: str, listed: dict[str, Any]) -> None:
+        self.folder, self.state, self.listed = folder, state, listed
+        self.name = f"rank-{rank():05d}.safetensors"
+        self.seals: Seals = {}
+        self.numel = 0
+        """How many numbers this rank writes."""
+        self.error: str | None = None
+        self.thread: Thread | None = None
+
+    def start(self, host: Host, tensors: dict[str, Tensor]) -> None:
+        """Copy this rank's parts, and write the copies in a thread."""
+        try:
+            places = host.copy(to_write(tensors, rank(), world()))
+            self.numel = sum(place.part.box.numel for place in places)
+        except (OSError, RuntimeError, MemoryError, ValueError) as problem:  # the other ranks wait to hear of it in `finish`
+            self.error = f"rank {rank()}: {problem}"
+        else:
+            self.thread = Thread(target=self._write, args=(host, places), name="checkpoint", daemon=True)
+            self.thread.start()
+
+    def _write(self, host: Host, places: list[Place]) -> None:
+        try:
+            data = host.bytes(places[-1].stop if places else 0)
+            if bad := not_finite(places, data):
+                raise ValueError(f"{bad} {NOT_FINITE}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if places:
+                self.seals[self.name] = write_file(self.folder / self.name, places, data)
+            if rank() == 0:
+                self.seals["state.json"] = write_text(self.folder / "state.json", self.state)
+        except Exception as problem:  # whatever it is, it must be said where the ranks meet
+            self.error = f"rank {rank()}: {problem}"
+
+    def discard(self) -> None:
+        """Leave nothing of it: each rank its own file, the first one the folder."""
+        with contextlib.suppress(OSError):
+            if rank() == 0:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            else:
+                (self.folder / self.name).unlink(missing_ok=True)
+                self.folder.rmdir()  # where a machine does not share the folder
 
 
 class Store:
@@ -39,93 +99,139 @@ class Store:
 
     def __init__(self, root: Path, keep: int) -> None:
         self.root, self.keep = root, keep
+        self.pending: int | None = None
+        """The step whose save was begun and not finished."""
+        self._saving: Saving | None = None
+        self._host = Host()
+        self._brooms: list[Thread] = []
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> list[str]:
-        """Write a checkpoint; called by all ranks together.
+    def begin(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Copy the state and start to write it; called by all ranks together, after the save before was finished.
+
+        What is copied is this rank's part, into memory that is kept for the
+        next save. The thread that writes it talks to no other rank.
 
         Args:
             step: optimiser steps done; names the folder.
-            tensors: the same on every rank, by name.
+            tensors: by name, the same names on every rank; shards as DTensors, plain tensors the same on every rank.
             state: anything JSON keeps.
+        """
+        assert self.pending is None, f"the save of step {self.pending} is not finished"
+        text = json.dumps({**state, "world": world()}, indent=1)
+        listed = {name: [DTYPES.get(t.dtype, str(t.dtype)), list(t.shape)] for name, t in tensors.items()}
+        there = rank() == 0 and self._path(step).exists() and verify(self._path(step)) is None
+        there, name = broadcast((there, f".tmp-{step}-{uuid.uuid4().hex[:8]}"))
+        self.pending = step
+        if not there:  # it is there where a run was resumed and stopped again before a step was done
+            self._saving = Saving(self.root / name, text, listed)
+            self._saving.start(self._host, tensors)
+
+    def busy(self) -> bool:
+        """Whether this rank still writes; `finish` would wait for it."""
+        thread = self._saving.thread if self._saving else None
+        return thread is not None and thread.is_alive()
+
+    def finish(self) -> list[str]:
+        """Wait for what was begun and commit it; called by all ranks together, by the thread that trains.
 
         Returns:
             What went wrong on any rank, the same list on all; empty if all
-            went well. After an error nothing of it is left, and older
-            checkpoints are as they were.
+            went well, or nothing was begun. After an error nothing of it is
+            left, and older checkpoints are as they were.
         """
-        if _broadcast(verify(self.root / f"{PREFIX}{step}") is None if _rank() == 0 else None):
-            return []  # resumed and stopped again before a step was done
-        temporary = self.root / _broadcast(f".tmp-{step}-{uuid.uuid4().hex[:8]}")
-        name = f"rank-{_rank():05d}.safetensors"
-        files: dict[str, dict[str, Any]] = {}
-        error = None
-        try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            save_file(_share(tensors), temporary / name)
-            files[name] = _seal(temporary / name)
-        except (OSError, SafetensorError) as problem:
-            error = f"rank {_rank()}: {problem}"
-        gathered = _gather((files, error))
-        errors = [text for _, text in gathered if text]
-        if _rank() == 0:
-            if not errors:
-                merged = {file: seal for part, _ in gathered for file, seal in part.items()}
-                errors = self._commit(step, temporary, merged, state)
-            if errors:
-                shutil.rmtree(temporary, ignore_errors=True)
-        return _broadcast(errors)
+        saving, step = self._saving, self.pending
+        self._saving = self.pending = None
+        if saving is None or step is None:
+            return []
+        if saving.thread:
+            saving.thread.join()
+        gathered = gather((saving.seals, saving.numel, saving.error))
+        errors = [error for *_, error in gathered if error]
+        if rank() == 0 and not errors:
+            written, asked = sum(numel for _, numel, _ in gathered), sum(math.prod(shape) for _, shape in saving.listed.values())
+            assert written == asked, f"the ranks wrote {written} of {asked} numbers: they named other tensors than the first"
+            errors = self._commit(step, saving, {name: seal for part, *_ in gathered for name, seal in part.items()})
+        errors = broadcast(errors)
+        if errors:
+            saving.discard()
+        return errors
 
-    def _commit(self, step: int, temporary: Path, files: dict[str, Any], state: dict[str, Any]) -> list[str]:
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> list[str]:
+        """`begin` and `finish` in one, for those who can wait; arguments and answer as theirs."""
+        self.begin(step, tensors, state)
+        errors = self.finish()
+        self.settle()
+        return errors
+
+    def _path(self, step: int) -> Path:
+        return self.root / f"{PREFIX}{step}"
+
+    def _commit(self, step: int, saving: Saving, files: Seals) -> list[str]:
         """Complete, rename and prune, on the first rank alone."""
-        final = self.root / f"{PREFIX}{step}"
+        final = self._path(step)
         try:
-            _write_json(temporary / "state.json", state)
-            files["state.json"] = _seal(temporary / "state.json")
-            _write_json(temporary / "manifest.json", {"version": 1, "step": step, "files": files})
-            _sync(temporary)
+            check_present(saving.folder, files)
+            manifest = {"version": 2, "step": step, "world": world(), "files": files, "tensors": saving.listed}
+            write_text(saving.folder / NAME, json.dumps(manifest, indent=1))
+            sync(saving.folder)
             if final.exists():  # a damaged one: a good one is not written again
                 os.rename(final, self.root / f".tmp-old-{uuid.uuid4().hex[:8]}")
-            os.rename(temporary, final)
-            _sync(self.root)
-        except OSError as problem:
+            os.rename(saving.folder, final)
+            sync(self.root)
+        except Exception as problem:  # whatever it is: the other ranks wait for the answer
             return [f"rank 0: {problem}"]
-        self._prune()
+        self._prune(step)
         return []
 
-    def _prune(self) -> None:
-        """Remove all but the newest; each is renamed first, so that none is ever half there under its name."""
+    def _prune(self, step: int) -> None:
+        """Remove all but the newest; each is renamed first, so that none is ever half there under its name.
+
+        Only what is older than the checkpoint just written goes. A later one
+        is a damaged one that was passed over: it must not count as kept.
+        """
         try:
-            for folder in self.folders()[self.keep :]:
+            older = [folder for folder in self.folders() if _step(folder) <= step]
+            for folder in older[self.keep :]:
                 os.rename(folder, self.root / f".tmp-old-{uuid.uuid4().hex[:8]}")
         except OSError as problem:
             print(f"an old checkpoint could not be removed: {problem}", flush=True)
-        self.sweep()
+        self._brooms = [broom for broom in self._brooms if broom.is_alive()]
+        for folder in self.root.glob(".tmp-*"):
+            self._brooms.append(Thread(target=shutil.rmtree, args=(folder, True), name="broom", daemon=True))
+            self._brooms[-1].start()
+
+    def settle(self) -> None:
+        """Wait until what was pruned is gone."""
+        while self._brooms:
+            self._brooms.pop().join()
 
     def sweep(self) -> None:
-        """Remove what an interrupted save or removal left behind."""
+        """Remove what an interrupted save or removal left behind, on one rank alone."""
         for folder in self.root.glob(".tmp-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            if self._saving is None or folder != self._saving.folder:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def folders(self) -> list[Path]:
         """Checkpoints by name, the newest first, good or not."""
-        found = [p for p in self.root.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdigit()]
-        return sorted(found, key=lambda p: int(p.name.removeprefix(PREFIX)), reverse=True)
+        return sorted((p for p in self.root.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal()), key=_step, reverse=True)
 
     def latest(self) -> Path | None:
-        """The newest good checkpoint, the same on all ranks; damaged ones are named and passed over."""
-        good = None
-        if _rank() == 0:
-            for folder in self.folders():
-                fault = verify(folder)
-                if fault is None:
-                    good = folder
-                    break
+        """The newest good checkpoint, the same on all ranks, which ask together; damaged ones are named and passed over."""
+        for folder in broadcast(self.folders() if rank() == 0 else []):
+            fault = verify(folder, together=True)
+            if fault is None:
+                return folder
+            if rank() == 0:
                 print(f"checkpoint {folder} is damaged and passed over: {fault}", flush=True)
-        return _broadcast(good)
+        return None
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix(PREFIX))
 
 
 def choose(store: Store, resume: str) -> Path | None:
-    """The checkpoint to go on from; None to start afresh.
+    """The checkpoint to go on from, the same on all ranks, which ask together; None to start afresh.
 
     Args:
         store: of the run.
@@ -136,122 +242,19 @@ def choose(store: Store, resume: str) -> Path | None:
     """
     if resume == "latest":
         return store.latest()
-    newest = next(iter(store.folders()), None)
+    newest = broadcast(next(iter(store.folders()), None))
     if resume == "none":
         if newest is not None:
             raise ValueError(f"checkpoint.resume=none, but {store.root} holds {newest.name}: resume it, or give another --output_dir.")
         return None
     chosen = Path(resume)
+    verify(chosen, together=True)  # so that no rank has to read all of it
     step = load_state(chosen)["step"]
-    if newest is not None and int(newest.name.removeprefix(PREFIX)) > step:
+    if newest is not None and _step(newest) > step:
         raise ValueError(
             f"checkpoint.resume={resume} is older than {newest.name} in {store.root}: to branch off, give another --output_dir."
         )
     return chosen
-
-
-def verify(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        for name, seal in manifest["files"].items():
-            size = (folder / name).stat().st_size
-            if size != seal["bytes"]:
-                return f"{name} has {size} bytes, the manifest says {seal['bytes']}"
-            if _sha256(folder / name) != seal["sha256"]:
-                return f"{name} does not match its sha256"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def load_state(folder: Path) -> dict[str, Any]:
-    """What is no tensor of a checkpoint.
-
-    Raises:
-        ValueError: a folder that is no good checkpoint.
-    """
-    fault = verify(folder)
-    if fault:
-        raise ValueError(f"{folder} is no whole checkpoint ({fault}): give a folder checkpoint-<step>, or `latest`.")
-    return json.loads((folder / "state.json").read_text())
-
-
-def load_tensors(folder: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """All tensors of a verified checkpoint, whatever number of ranks wrote it."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("rank-*.safetensors")):
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return tensors
-
-
-def _share(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's part of tensors that every rank holds: the largest first, each to the rank with the least so far."""
-    loads = [0] * _world()
-    mine = {}
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
-        rank = loads.index(min(loads))
-        loads[rank] += tensor.nbytes
-        if rank == _rank():
-            mine[name] = tensor.detach().cpu().contiguous().clone()
-    return mine
-
-
-def _seal(path: Path) -> dict[str, Any]:
-    """Force a file to the disk; its size and hash."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sync(folder: Path) -> None:
-    """Force a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: Path, value: Any) -> None:
-    with open(path, "w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def _world() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _broadcast(value: T) -> T:
-    """The first rank's value, on all."""
-    box = [value]
-    if _world() > 1:
-        dist.broadcast_object_list(box, 0)
-    return box[0]
-
-
-def _gather(value: T) -> list[T]:
-    """Every rank's value, on all."""
-    if _world() == 1:
-        return [value]
-    values: list[Any] = [None] * _world()
-    dist.all_gather_object(values, value)
-    return values
 
 
 def find(folder: Path) -> Path:
@@ -265,17 +268,3 @@ def find(folder: Path) -> Path:
         raise ValueError(f"checkpoint.start_from={str(folder)!r} holds no whole checkpoint: name a run's folder, or a checkpoint of it.")
     load_state(found)  # verified
     return found
-
-
-def averages(folder: Path) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint, by the network's own names."""
-    return _part(folder, "ema.")
-
-
-def raw_weights(folder: Path) -> dict[str, Tensor]:
-    """The weights of a checkpoint as they were trained, by the network's own names."""
-    return _part(folder, "model.")
-
-
-def _part(folder: Path, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in load_tensors(folder).items() if name.startswith(prefix)}

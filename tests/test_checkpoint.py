@@ -1,16 +1,21 @@
 """Checkpoints: whole or absent, whatever happens while they are written, and never unpickled."""
 
+import hashlib
 import json
 import os
 import pickle
+import resource
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoint import Store, choose, load_state, load_tensors, verify
+from pipeline import checkpoint, manifest
+from pipeline.checkpoint import NOT_FINITE, Store, averages, choose, load_into, load_state, load_tensors, raw_weights, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,7 +36,7 @@ def test_what_was_saved_comes_back(tmp_path):
     assert [p.name for p in store.folders()] == ["checkpoint-100", "checkpoint-10"], "the newest two by number, not by name"
     latest = store.latest()
     loaded = load_tensors(latest)
-    assert load_state(latest) == {"step": 100} and loaded.keys() == tensors(100).keys()
+    assert load_state(latest) == {"step": 100, "world": 1} and loaded.keys() == tensors(100).keys()
     assert all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in tensors(100).items())
     assert not list(tmp_path.glob(".tmp*"))
 
@@ -51,11 +56,20 @@ def damage(folder, how):
         (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:40])
     elif how == "manifest foreign":
         (folder / "manifest.json").write_text("[1, 2]")
+    elif how == "manifest elsewhere":
+        (folder / "manifest.json").write_text('{"files": {"state.json": {}, "../../checkpoint-1/state.json": {}}}')
+    elif how == "manifest empty":
+        (folder / "manifest.json").write_text('{"files": {}}')
+    elif how == "manifest deep":
+        (folder / "manifest.json").write_text("[" * 100_000)
     elif how == "state":
         (folder / "state.json").write_text('{"step": 7}')
 
 
-@pytest.mark.parametrize("how", ["flip", "cut", "gone", "manifest gone", "manifest torn", "manifest foreign", "state"])
+HOW = ["flip", "cut", "gone", "manifest gone", "manifest torn", "manifest foreign", "manifest elsewhere", "manifest empty", "manifest deep"]
+
+
+@pytest.mark.parametrize("how", [*HOW, "state"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, capsys, how):
     store = Store(tmp_path, keep=2)
     for step in (1, 2):
@@ -71,55 +85,152 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, cap
 KILLER = """
 import os, sys, torch
 import pipeline.checkpoint as c
-point, root = sys.argv[1], sys.argv[2]
+from pathlib import Path
+point, root = sys.argv[1], Path(sys.argv[2])
 def die(*a, **k): os.kill(os.getpid(), 9)
-def half(t, path):
-    save(t, path); open(path, "r+b").truncate(50); die()
-save = c.save_file
-if point == "tensors": c.save_file = half
-elif point == "seal": c._seal = die
-elif point == "state": c._write_json = lambda p, v: (p.write_text("{"), die())
-elif point == "manifest":
-    write = c._write_json
-    c._write_json = lambda p, v: die() if p.name == "manifest.json" else write(p, v)
-elif point == "rename":
-    rename = os.rename
-    os.rename = lambda a, b: die() if "checkpoint-2" in str(b) else rename(a, b)
-elif point == "prune": c.Store._prune = die
-elif point == "sweep": c.shutil.rmtree = die
-c.Store(c.Path(root), keep=1).save(2, {"a": torch.ones(1000)}, {"step": 2})
+def patch(name, where=c, when=lambda *a: True):
+    real = getattr(where, name)
+    setattr(where, name, lambda *a, **k: die() if when(*a) else real(*a, **k))
+if point == "copy": patch("copy", c.Host)
+elif point == "checked": patch("write_file")
+elif point == "half":
+    write = os.write
+    os.write = lambda fd, chunk: (write(fd, chunk[:50]), die())
+elif point == "synced": patch("fsync", os)
+elif point == "state": patch("write_text")
+elif point == "begun": patch("finish", c.Store)
+elif point == "gathered": patch("check_present")
+elif point == "manifest": patch("write_text", when=lambda path, text: path.name == "manifest.json")
+elif point == "rename": patch("rename", os, lambda a, b: "checkpoint-2" in str(b))
+elif point == "renamed": patch("sync", when=lambda folder: folder == root)
+elif point == "prune": patch("_prune", c.Store)
+elif point == "aside": patch("rename", os, lambda a, b: "tmp-old" in str(b))
+elif point == "remove": patch("rmtree", c.shutil)
+c.Store(root, keep=1).save(2, {"a": torch.ones(1000)}, {"step": 2})
 """
+BEFORE = ("copy", "checked", "half", "synced", "state", "begun", "gathered", "manifest", "rename")
+AFTER = ("renamed", "prune", "aside", "remove")
 
 
 def test_killed_at_any_point_one_good_checkpoint_remains(tmp_path):
-    """kill -9 at seven points of a save that keeps one: before the rename the old one is there, after it the new one."""
-    points = ["tensors", "seal", "state", "manifest", "rename", "prune", "sweep"]
+    """kill -9 at thirteen points of a save that keeps one: before the rename the old one is there, after it the new one."""
+    points = (*BEFORE, *AFTER)
     for point in points:
         root = tmp_path / point
         root.mkdir()
         assert Store(root, keep=1).save(1, tensors(1), {"step": 1}) == []
-    running = [
-        subprocess.Popen([sys.executable, "-c", KILLER, point, str(tmp_path / point)], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        for point in points
-    ]
-    assert [process.wait() for process in running] == [-9] * len(points)
+    command = "import sys; exec(sys.stdin.read())"
+    script = f"""
+import os, sys
+import pipeline.checkpoint
+for point in {points!r}:
+    if os.fork() == 0:
+        sys.argv = ["", point, os.path.join({str(tmp_path)!r}, point)]
+        exec({KILLER!r})
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", command], input=script, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["-9"] * len(points), done.stderr
     for point in points:
         store = Store(tmp_path / point, keep=1)
-        assert store.latest().name == ("checkpoint-2" if point in ("prune", "sweep") else "checkpoint-1"), point
+        assert store.latest().name == ("checkpoint-2" if point in AFTER else "checkpoint-1"), point
         store.sweep()
         assert not list((tmp_path / point).glob(".tmp*"))
 
 
-def test_a_full_disk_leaves_the_old_one_and_no_debris(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["Host.copy", "write_file", "write_text", "check_present", "sync"])
+def test_a_full_disk_leaves_the_old_one_and_no_debris(tmp_path, monkeypatch, name):
+    """Wherever it shows, in the thread or where it is committed, it is said by `finish`, and the next save goes on."""
     store = Store(tmp_path, keep=1)
     store.save(1, tensors(1), {"step": 1})
-    for name in ("save_file", "_write_json", "_seal"):
-        with monkeypatch.context() as patch:
-            patch.setattr(f"pipeline.checkpoint.{name}", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-            errors = store.save(2, tensors(2), {"step": 2})
-        assert errors == ["rank 0: [Errno 28] No space left on device"]
-        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"] and verify(tmp_path / "checkpoint-1") is None
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pipeline.checkpoint.{name}", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        store.begin(2, tensors(2), {"step": 2})
+        errors = store.finish()
+    assert errors == ["rank 0: [Errno 28] No space left on device"] and store.pending is None
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"] and verify(tmp_path / "checkpoint-1") is None
     assert store.save(2, tensors(2), {"step": 2}) == []
+
+
+def test_a_disk_that_is_really_full(tmp_path):
+    """A limit on the size of files: the write stops half-way, in a thread."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    store = Store(tmp_path, keep=1)
+    store.save(1, tensors(1), {"step": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        errors = store.save(2, {"a": torch.ones(100_000)}, {"step": 2})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert errors == ["rank 0: [Errno 27] File too large"] and [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    errors = Store(tmp_path / "file" / "run", keep=1).save(1, tensors(1), {})
+    assert len(errors) == 1 and errors[0].startswith("rank 0: [Errno 20] Not a directory")
+
+
+# --- what is saved
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 4096, -1])
+def test_a_state_gone_wrong_is_never_saved(tmp_path, dtype, bad, place):
+    """The largest number of a type is no infinity; NaN and infinity are found at either end and in the middle, by name."""
+    if (dtype == torch.float8_e4m3fn and bad != bad) or dtype != torch.float8_e4m3fn:
+        good = torch.full((10_001,), torch.finfo(dtype).max, dtype=torch.float64).to(dtype)
+        state = {"ema.x": good, "model.y": good.clone(), "optim.z": torch.full((7,), 2**31 - 1, dtype=torch.int32), "u": torch.ones(3)}
+        store = Store(tmp_path, keep=1)
+        assert store.save(1, state, {}) == []
+        state["model.y"][place] = bad
+        assert store.save(2, state, {}) == [f"rank 0: model.y {NOT_FINITE}"]
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_what_is_saved_is_the_state_when_the_save_began(tmp_path, monkeypatch):
+    """Weights and state change while the thread writes, and nothing of that is in the checkpoint; two saves in turn share their memory."""
+    gate, write = threading.Event(), checkpoint.write_file
+    monkeypatch.setattr("pipeline.checkpoint.write_file", lambda *a: (gate.wait(), write(*a))[1])
+    store, state, about = Store(tmp_path, keep=3), tensors(1), {"seen": [1]}
+    for step in (1, 2):
+        gate.clear()
+        store.begin(step, state, about)
+        assert store.busy() and store.pending == step and store.latest() == (None if step == 1 else tmp_path / "checkpoint-1")
+        store.sweep()  # leaves alone what is being written
+        for tensor in state.values():
+            tensor += 1
+        about["seen"].append(step + 1)
+        gate.set()
+        assert store.finish() == [] and not store.busy() and store.pending is None
+    for step in (1, 2):
+        loaded = load_tensors(tmp_path / f"checkpoint-{step}")
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(step).items())
+        assert load_state(tmp_path / f"checkpoint-{step}")["seen"] == list(range(1, step + 1))
+    assert store.finish() == [], "nothing was begun"
+
+
+def test_any_reader_of_safetensors_reads_the_file(tmp_path):
+    """Every type, strides, no elements, no dimensions, names of any kind; compared with what the library itself would write."""
+    kinds = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2]
+    kinds += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
+    state = {f"kind.{dtype}": torch.arange(1, 8).to(dtype) for dtype in kinds}
+    state |= {"turned": torch.arange(12.0).view(3, 4).t(), "every other": torch.arange(10)[::2], "none": torch.zeros(0, 3)}
+    state |= {"point": torch.tensor(2.5), 'wei\u00dfes "Rauschen"': torch.ones(1)}
+    assert Store(tmp_path, keep=1).save(1, state, {}) == []
+    read = load_file(tmp_path / "checkpoint-1/rank-00000.safetensors")
+    save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "theirs")
+    theirs = load_file(tmp_path / "theirs")
+    assert read.keys() == theirs.keys() == load_tensors(tmp_path / "checkpoint-1").keys()
+    for name, tensor in theirs.items():
+        assert read[name].dtype == tensor.dtype and read[name].shape == tensor.shape
+        assert (
+            read[name].contiguous().view(torch.uint8).equal(tensor.contiguous().view(torch.uint8)) if tensor.ndim else read[name] == tensor
+        )
+    assert Store(tmp_path, keep=1).save(2, {"c": torch.ones(2, dtype=torch.complex64)}, {})[0].startswith("rank 0: c is of the type")
 
 
 def test_a_good_checkpoint_is_not_written_twice(tmp_path):
@@ -160,6 +271,91 @@ def test_which_checkpoint_is_resumed(tmp_path):
 
 def test_a_manifest_holds_sizes_and_hashes(tmp_path):
     Store(tmp_path, keep=1).save(3, tensors(3), {"step": 3})
-    manifest = json.loads((tmp_path / "checkpoint-3/manifest.json").read_text())
-    assert manifest["step"] == 3 and set(manifest["files"]) == {"rank-00000.safetensors", "state.json"}
-    assert all(set(seal) == {"bytes", "sha256"} and len(seal["sha256"]) == 64 for seal in manifest["files"].values())
+    said = json.loads((tmp_path / "checkpoint-3/manifest.json").read_text())
+    assert said["step"] == 3 and set(said["files"]) == {"rank-00000.safetensors", "state.json"}
+    assert said["tensors"]["a"] == ["F32", [3, 4]] and said["world"] == 1
+    for name, seal in said["files"].items():
+        body = (tmp_path / "checkpoint-3" / name).read_bytes()
+        assert seal == {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
+
+
+# --- what stays
+
+
+def test_a_damaged_later_one_does_not_push_the_new_one_out(tmp_path):
+    """Of two, step 8 is damaged: the run goes on from 4, and its save of step 6, keeping one, must stay."""
+    store = Store(tmp_path, keep=2)
+    for step in (4, 8):
+        store.save(step, tensors(step), {"step": step})
+    damage(tmp_path / "checkpoint-8", "flip")
+    store = Store(tmp_path, keep=1)
+    assert store.save(6, tensors(6), {"step": 6}) == []
+    assert [p.name for p in store.folders()] == ["checkpoint-8", "checkpoint-6"] and store.latest().name == "checkpoint-6"
+
+
+def test_what_was_found_good_is_not_hashed_again_until_it_changes(tmp_path, monkeypatch):
+    Store(tmp_path, keep=1).save(1, tensors(1), {"step": 1})
+    folder, hashed, fault = tmp_path / "checkpoint-1", [], manifest._fault
+    monkeypatch.setattr("pipeline.manifest._fault", lambda path, seal: (hashed.append(path.name), fault(path, seal))[1])
+    assert verify(folder) is None and verify(folder) is None and len(hashed) == 4, "too new to tell whether it changes"
+    for file in folder.iterdir():
+        os.utime(file, (1e9, 1e9))
+    assert verify(folder) is None and verify(folder) is None and len(hashed) == 6
+    damage(folder, "flip")
+    assert "does not match its sha256" in verify(folder)
+
+
+# --- what is read
+
+
+def older(tmp_path):
+    """A checkpoint as condot 0.1 wrote it: two ranks, no metadata, a manifest that lists no tensors."""
+    folder = tmp_path / "checkpoint-1"
+    folder.mkdir()
+    state = tensors(1)
+    for number, names in enumerate((("a", "empty"), ("b.c", "scalar"))):
+        save_file({name: state[name] for name in names}, folder / f"rank-{number:05d}.safetensors")
+    (folder / "state.json").write_text('{"step": 1}')
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": hashlib.sha256(p.read_bytes()).hexdigest()} for p in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps({"version": 1, "step": 1, "files": files}))
+    return folder
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_tensors_are_filled_in_place(tmp_path, old):
+    folder = older(tmp_path) if old else tmp_path / "checkpoint-1"
+    assert old or Store(tmp_path, keep=1).save(1, tensors(1), {"step": 1}) == []
+    assert load_state(folder)["step"] == 1
+    loaded, filled = load_tensors(folder), {name: torch.zeros_like(t) for name, t in tensors(1).items()}
+    addresses = {name: t.data_ptr() for name, t in filled.items()}
+    weight = torch.nn.Parameter(filled["a"])
+    assert load_into(folder, {**filled, "a": weight}) == [] and weight.requires_grad
+    for name, tensor in tensors(1).items():
+        assert filled[name].equal(tensor) and loaded[name].equal(tensor) and filled[name].data_ptr() == addresses[name]
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path, old):
+    folder = older(tmp_path) if old else tmp_path / "checkpoint-1"
+    assert old or Store(tmp_path, keep=1).save(1, tensors(1), {"step": 1}) == []
+    given = {"a": torch.zeros(4, 3), "scalar": torch.zeros(()).double(), "empty": torch.zeros(0), "new.b": torch.zeros(1)}
+    with pytest.raises(ValueError, match="of another network or optimiser") as caught:
+        load_into(folder, given)
+    said = str(caught.value)
+    assert "it lacks new.b; it has b.c beside; a is F32 (3, 4) there and F32 (4, 3) here; scalar is F32 () there and F64 () here" in said
+    assert "\n" not in said and not any(t.any() for t in given.values())
+    given |= {"a": torch.zeros(3, 4), "scalar": torch.zeros(())}
+    assert load_into(folder, given, allow_missing=["new."], allow_unexpected=["b."]) == ["new.b"]
+    assert given["a"].equal(tensors(1)["a"]) and given["new.b"] == 0
+    with pytest.raises(ValueError, match=r"x1, x2, x3, and 7 more"):
+        load_into(folder, {**given, **{f"x{i}": torch.zeros(1) for i in range(1, 11)}}, allow_missing=["new."], allow_unexpected=["b."])
+
+
+def test_averages_by_label(tmp_path):
+    state = {"model.x.y": torch.tensor(1.0), "ema.x.y": torch.tensor(2.0), "optim.x.y.step": torch.tensor(5.0)}
+    Store(tmp_path, keep=1).save(1, state | {"ema[width=0.05].x.y": torch.tensor(3.0), "ema[halflife=5000].x.y": torch.tensor(4.0)}, {})
+    folder = tmp_path / "checkpoint-1"
+    assert raw_weights(folder) == {"x.y": 1} and averages(folder) == {"x.y": 2}
+    assert averages(folder, "width=0.05") == {"x.y": 3} and averages(folder, "halflife=5000") == {"x.y": 4}
+    with pytest.raises(ValueError, match=r"holds no average 'width=0.1': halflife=5000, width=0.05. Name one"):
+        averages(folder, "width=0.1")

@@ -252,7 +252,7 @@ def test_two_runs_on_one_folder(digits, tmp_path, capsys):
 
 def test_a_full_disk_does_not_stop_training(digits, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.checkpoint.save_file", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr("pipeline.checkpoint.write_file", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         assert fit(digits, tmp_path / "run") == 2
     out, error = capsys.readouterr()
     assert "the state of step 12 could not be saved" in error and len(curve(tmp_path / "run")) == 6

@@ -1,0 +1,165 @@
+"""What a checkpoint holds, read back: whole tensors, or in place the parts that a rank needs, whatever wrote them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .manifest import rank, read, tensor_files, verify
+from .rankfile import DTYPES, pieces, read_into, read_whole
+from .shares import held
+
+SHOWN = 3
+"""Names that an error lists of each kind."""
+Listing = dict[str, tuple[str, tuple[int, ...]]]
+"""Type, in the format's words, and shape of whole tensors, by name."""
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """What is no tensor of a checkpoint.
+
+    Raises:
+        ValueError: a folder that is no good checkpoint.
+    """
+    fault = verify(folder)
+    if fault:
+        raise ValueError(f"{folder} is no whole checkpoint ({fault}): give a folder checkpoint-<step>, or `latest`.")
+    return json.loads((folder / "state.json").read_text())
+
+
+def listing(folder: Path) -> Listing:
+    """What a verified checkpoint holds.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    said = read(folder).get("tensors")
+    if said is not None:
+        return {name: (dtype, tuple(shape)) for name, (dtype, shape) in said.items()}
+    found: Listing = {}
+    for path in tensor_files(folder):  # of a version whose manifest did not list them
+        with safe_open(path, framework="pt") as file:
+            found |= {name: (piece.dtype, piece.whole) for name, piece in pieces(file).items()}
+    return found
+
+
+def load_tensors(folder: Path, device: torch.device | str = "cpu", prefix: str = "") -> dict[str, Tensor]:
+    """The whole tensors of a verified checkpoint, by name.
+
+    Args:
+        folder: the checkpoint's.
+        device: where they are put.
+        prefix: only those whose names begin so; nothing else is read.
+
+    Raises:
+        ValueError: parts of them are not there.
+    """
+    whole: dict[str, Tensor] = {}
+    left = {name: math.prod(shape) for name, (_, shape) in listing(folder).items() if name.startswith(prefix)}
+    expected = set(left)
+    for path in tensor_files(folder):
+        for name, count in read_whole(path, device, prefix, whole).items():
+            left[name] = left.get(name, 0) - count
+    _check_complete(folder, [name for name, count in left.items() if count] + sorted(expected - whole.keys()))
+    return whole
+
+
+def load_into(
+    folder: Path, tensors: dict[str, Tensor], *, allow_missing: Sequence[str] = (), allow_unexpected: Sequence[str] = ()
+) -> list[str]:
+    """Fill tensors in place from a verified checkpoint; of a DTensor only what this rank holds is read.
+
+    Nothing is changed where names, types or shapes do not fit.
+
+    Args:
+        folder: the checkpoint's.
+        tensors: by name; plain tensors are filled whole.
+        allow_missing: beginnings of names that the checkpoint need not have; those stay as they are.
+        allow_unexpected: beginnings of names that it may have beside; they are not read.
+
+    Returns:
+        The names that were allowed to be missing, and were.
+
+    Raises:
+        ValueError: tensors that are missing, unexpected, or of another shape or type, each listed; or parts that are not there.
+    """
+    there = listing(folder)
+    _check_fit(folder, there, tensors, tuple(allow_missing), tuple(allow_unexpected))
+    wanted = {name: part for name, t in tensors.items() if name in there and (part := held(name, t)) and part.box.numel}
+    left = {name: part.box.numel for name, part in wanted.items()}
+    files = tensor_files(folder)
+    mine = rank() % len(files) if files else 0
+    for path in files[mine:] + files[:mine]:  # written by as many ranks, all that this one needs is most often in its own file
+        if not left:
+            break
+        for name, count in read_into(path, {name: wanted[name] for name in left}).items():
+            left[name] -= count
+        left = {name: count for name, count in left.items() if count}
+    _check_complete(folder, list(left))
+    return [name for name in tensors if name not in there]
+
+
+def _check_complete(folder: Path, lacking: list[str]) -> None:
+    if lacking:
+        raise ValueError(f"{folder} lacks parts of {_some(lacking)}: take another checkpoint.")
+
+
+def _check_fit(folder: Path, there: Listing, tensors: dict[str, Tensor], missing: tuple[str, ...], unexpected: tuple[str, ...]) -> None:
+    """Raises ValueError with all that differs between what is there and what is to be filled."""
+    here = {name: (DTYPES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for name, t in tensors.items()}
+    absent = [name for name in here if name not in there and not name.startswith(missing)]
+    beside = [name for name in there if name not in here and not name.startswith(unexpected)]
+    other = [
+        f"{name} is {_say(there[name])} there and {_say(here[name])} here" for name in here if name in there and there[name] != here[name]
+    ]
+    faults = [f"it lacks {_some(absent)}"] * bool(absent) + [f"it has {_some(beside)} beside"] * bool(beside)
+    faults += [_some(other, "; ")] * bool(other)
+    if faults:
+        raise ValueError(
+            f"{folder} is of another network or optimiser: {'; '.join(faults)}. Give it the settings of the run that wrote it."
+        )
+
+
+def _say(one: tuple[str, tuple[int, ...]]) -> str:
+    dtype, shape = one
+    return f"{dtype} ({', '.join(map(str, shape))})"
+
+
+def _some(names: list[str], between: str = ", ") -> str:
+    more = f"{between}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return between.join(names[:SHOWN]) + more
+
+
+def averages(folder: Path, label: str = "") -> dict[str, Tensor]:
+    """Averaged weights of a checkpoint, by the network's own names.
+
+    Args:
+        folder: the checkpoint's.
+        label: of one of the further averages, such as `halflife=5000`; the main one by default.
+
+    Raises:
+        ValueError: it has no such average; those it has are listed.
+    """
+    prefix = f"ema[{label}]." if label else "ema."
+    found = _part(folder, prefix)
+    if not found:
+        kept = sorted({match[1] for name in listing(folder) if (match := re.match(r"ema\[(.*?)\]\.", name))})
+        raise ValueError(f"{folder} holds no average {label!r}: {', '.join(kept) or 'none beside the main one'}. Name one of them.")
+    return found
+
+
+def raw_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a checkpoint as they were trained, by the network's own names."""
+    return _part(folder, "model.")
+
+
+def _part(folder: Path, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in load_tensors(folder, prefix=prefix).items()}
