@@ -11,13 +11,19 @@ from pathlib import Path
 from typing import IO
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import AORecipeKwargs, DistributedDataParallelKwargs, KwargsHandler, gather_object, is_torchao_available
 
 from .config import Config
+from .launcher import check_recipe, sharding, take_over
+from .meeting import Meeting, meet
 from .precision import Precision, settle
 
 A_MONTH = timedelta(days=30)
+FP8_FROM = (8, 9)
+"""Compute capability of the first GPUs that multiply fp8: Ada; 9.0 is Hopper."""
+_met: Meeting | None = None
 
 
 def start(
@@ -31,19 +37,59 @@ def start(
         measure: for `train.mixed_precision: auto`: the faster precision, for so many ranks, on this one's device.
 
     Raises:
-        ValueError: another number of processes runs than the launcher was asked for.
+        ValueError: another number of processes runs than the launcher was asked for; the launcher contradicts the recipe;
+            a precision that this hardware does not have.
     """
-    group = join(config.train.cpu_threads or _share())
+    check_recipe(config)
+    asked = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    check_precision(asked, sharding(config))
+    take_over()
+    group = join(config.train.cpu_threads or _share(), _patience(config.guard.hang_seconds))
     precision = settle(config.train.mixed_precision, saved, partial(measure, group.num_processes, group.device))
     trackers = [name for name in config.log.report_to if name != "none"]
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    if asked == "fp8":
+        handlers.append(AORecipeKwargs(enable_fsdp_float8_all_gather=False))  # else weights are a tensor class of torchao's own
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         log_with=trackers or None,
         project_dir=config.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=handlers,
     )
+
+
+def _patience(hang_seconds: float) -> timedelta:
+    """How long a rank waits for another before torch gives up: longer than the watch, which can say who stands where."""
+    return timedelta(seconds=1.5 * hang_seconds + 120) if hang_seconds else A_MONTH
+
+
+def check_precision(precision: str, layout: str = "none") -> None:
+    """Refuse a precision that this process's device does not compute in.
+
+    Args:
+        precision: of `train.mixed_precision`, or as launched.
+        layout: as `sharding` says.
+
+    Raises:
+        ValueError: fp16 or fp8 without the hardware, fp8 without its library or with sharded weights.
+    """
+    gpu = torch.cuda.is_available()
+    if precision == "fp16" and not gpu:
+        raise ValueError("mixed_precision=fp16 on a CPU: its gradients are scaled on GPUs only. Use bf16, which needs no scaling.")
+    if precision != "fp8":
+        return
+    capability = torch.cuda.get_device_capability() if gpu else None
+    if capability is None or capability < FP8_FROM:
+        has = f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}" if capability else "this machine has no GPU"
+        raise ValueError(f"mixed_precision=fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or higher, and {has}. Use bf16.")
+    if not is_torchao_available():
+        raise ValueError("mixed_precision=fp8 needs torchao, which is not installed: `pip install torchao`, or use bf16.")
+    if layout != "none":
+        raise ValueError(
+            f"mixed_precision=fp8 and train.sharding={layout}: fp8 is for whole weights on each rank. Use bf16, or sharding none."
+        )
 
 
 def join(threads: int = 0, patience: timedelta | None = None) -> PartialState:
@@ -51,15 +97,18 @@ def join(threads: int = 0, patience: timedelta | None = None) -> PartialState:
 
     Args:
         threads: of this process on a CPU; 0 for torch's own number, or among several processes for its share of the processors.
-        patience: how long one may wait for another; by default torch's 10 to 30 minutes.
+        patience: how long one may wait for another once all have met; by default torch's 10 to 30 minutes.
 
     Raises:
-        ValueError: another number of processes runs than the launcher was asked for.
+        ValueError: another number of processes runs than the launcher was asked for, or some did not come.
     """
     check_launcher()
-    if not torch.cuda.is_available() and (threads or "WORLD_SIZE" in os.environ):
+    if not dist.is_initialized():
+        _begin_group(patience)
+    gpu = torch.cuda.is_available()
+    group = PartialState(cpu=not gpu)
+    if not gpu and (threads or "WORLD_SIZE" in os.environ):
         torch.set_num_threads(threads or _share())
-    group = PartialState(cpu=not torch.cuda.is_available(), **({"timeout": patience} if patience else {}))
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if group.num_processes != asked:
         raise ValueError(
@@ -67,6 +116,47 @@ def join(threads: int = 0, patience: timedelta | None = None) -> PartialState:
             f"`accelerate launch --config_file configs/accelerate/cpu2.yaml` or torchrun."
         )
     return group
+
+
+def _begin_group(patience: timedelta | None) -> None:
+    """Create torch's process group below the keys of this attempt, before Accelerate would create one that a restart breaks."""
+    global _met
+    device = _device()
+    _met = meet()
+    if _met is None:
+        return
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device is not None else "gloo",
+        store=_met.keys,
+        rank=_met.rank,
+        world_size=_met.world,
+        timeout=patience,
+        device_id=device,
+    )
+
+
+def _device() -> torch.device | None:
+    """This process's GPU, one for each process of the machine; None on a CPU.
+
+    Raises:
+        ValueError: torchrun or `accelerate launch` started more processes than the machine has GPUs.
+    """
+    if not torch.cuda.is_available():
+        return None
+    found, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here > found and "TORCHELASTIC_RUN_ID" in os.environ:  # SLURM may show each process its own GPU only
+        raise ValueError(
+            f"{here} processes were started on a machine that shows {found} GPU(s), and each needs its own: "
+            f"start {found}, or train on the CPU with CUDA_VISIBLE_DEVICES=''."
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % found)
+
+
+def meeting() -> Meeting | None:
+    """Where the processes that `join` brought together find each other's keys; None for a process alone."""
+    return _met
 
 
 def _share() -> int:
@@ -87,6 +177,8 @@ def check_launcher() -> None:
     `accelerate launch --cpu --num_processes 2` names a meeting point for its
     processes but starts one, without a rank.
 
+    Nor does `srun` give its tasks a rank: each would train alone.
+
     Raises:
         ValueError: that happened.
     """
@@ -96,6 +188,12 @@ def check_launcher() -> None:
             "several processes were asked for and one was started: on CPUs `accelerate launch --num_processes N` starts no second one. "
             "Use `accelerate launch --config_file configs/accelerate/cpu2.yaml "
             "train.py ...`, or `torchrun --standalone --nproc_per_node N train.py ...`."
+        )
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"SLURM_STEP_NUM_TASKS={tasks}: srun started {tasks} processes that do not know each other. "
+            f"Let it start one torchrun a machine: `srun --ntasks-per-node=1 torchrun ... train.py ...`, docs/cluster.md."
         )
 
 

@@ -2,22 +2,30 @@
 
 Import this before anything slow: from then on an interruption prints one line
 instead of a traceback, at once while nothing can be lost, after the step while
-training.
+training. The end of the launcher is an interruption too, so that no rank
+outlives it.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import functools
 import os
 import platform
+import select
 import signal
 import sys
 import time
 from collections.abc import Callable
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+"""Each asks for an end: Ctrl-C, a scheduler, SLURM's warning before the time is up, a terminal that went away."""
+ORPHANED: int = getattr(signal, "SIGRTMIN", signal.SIGTERM)
+"""What Linux sends when the launcher ends: none of SIGNALS, which mean what they say even where the sender lives."""
+DONE, MISTAKE, DIVERGED, HUNG = 0, 2, 3, 4
+"""Exit statuses; 128 + n is the signal n."""
 
 # Read by the threads of torch when it is imported. By default they spin for each other for milliseconds, which on a machine that others
 # use too made a step of two threads on two cores 4 to 8 times slower (2.0 s against 0.25 to 0.6 s); docs/failed-ideas.md.
@@ -48,10 +56,15 @@ def own_allocator() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
 
 
-class Stopper:
-    """Remembers that a signal came.
+def launched() -> bool:
+    """Whether `accelerate launch` or torchrun started this process."""
+    return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
 
-    Until `defer` is called a signal ends the process. After it, `requested`
+
+class Stopper:
+    """Remembers that a signal came, or that the launcher ended.
+
+    Until `defer` is called that ends the process. After it, `requested`
     becomes true and the loop is expected to save and return; a second Ctrl-C
     more than a second later ends the process where it stands.
 
@@ -64,8 +77,15 @@ class Stopper:
         self.received: int | None = None
         self._deferred = False
         self._since = 0.0
+        self._launcher = os.getppid()
         for number in SIGNALS:
-            signal.signal(number, self._handle)
+            kept = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN  # nohup
+            if not kept or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ignores nohup, and passes the signal on before it kills
+                signal.signal(number, self._handle)
+        if launched() and sys.platform == "linux":
+            signal.signal(ORPHANED, self._orphaned)
+            _ask_for_orphaned()
+            self._orphaned(ORPHANED, None)  # it may have ended before we asked
 
     @property
     def requested(self) -> bool:
@@ -81,15 +101,45 @@ class Stopper:
         """From now on the loop looks at `requested`."""
         self._deferred = True
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None, why: str = "") -> None:
+        if number == signal.SIGHUP:
+            _forget_readers()
         again = self.requested and number == signal.SIGINT and time.monotonic() - self._since > 1
         if not self._deferred or again:
-            sys.stderr.write(f"\ninterrupted: {self._consolation}.\n")
-            sys.stderr.flush()
+            _say(f"\ninterrupted{why}: {self._consolation}.\n")
             os._exit(128 + number)
         if not self.requested:
             self.received, self._since = number, time.monotonic()
-            sys.stderr.write("\nstopping after this step; Ctrl-C again to stop at once.\n")
+            _say(f"\nstopping after this step{why}; Ctrl-C again to stop at once.\n")
+
+    def _orphaned(self, number: int, frame: FrameType | None) -> None:
+        """Linux sends this when the *thread* that started us ends; the launcher may live on."""
+        if os.getppid() != self._launcher:
+            _forget_readers()
+            self._handle(signal.SIGTERM, frame, " (the launcher ended)")
+
+
+def _ask_for_orphaned() -> None:
+    """PR_SET_PDEATHSIG: outlasts exec, not fork."""
+    ctypes.CDLL(None).prctl(1, ctypes.c_ulong(ORPHANED), 0, 0, 0)
+
+
+def _say(text: str) -> None:
+    """To stderr, from a signal handler: Python's own stream may be in the middle of a line, and its reader gone."""
+    try:
+        os.write(2, text.encode())
+    except OSError:
+        return
+
+
+def _forget_readers() -> None:
+    """Where whoever read our output is gone, write to nowhere: an error there would end the run before it is saved."""
+    time.sleep(0.2)  # `| tee` may end a moment after the launcher
+    for number in (1, 2):
+        poll = select.poll()
+        poll.register(number, 0)  # errors and hang-ups are always told
+        if poll.poll(0):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
 
 
 def reported(act: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
@@ -113,8 +163,8 @@ def reported(act: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             rank = os.environ.get("RANK", "0")
             where = f" (rank {rank})" if rank != "0" else ""
             print(f"error{where}: {text}{remedy}", file=sys.stderr, flush=True)
-            leave_group(2)
-            return 2
+            leave_group(MISTAKE)
+            return MISTAKE
 
     return main
 

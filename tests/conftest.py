@@ -18,8 +18,9 @@ SHARED = ROOT.parent / "shared"
 
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
+from pipeline.process import SIGNALS  # noqa: E402
 
-for _number in (signal.SIGINT, signal.SIGTERM):  # importing train took them
+for _number in SIGNALS:  # importing train took them
     signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 torch.set_num_threads(1)
 

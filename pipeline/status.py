@@ -1,0 +1,97 @@
+"""How a run stands, for scripts: `status.json` in its folder.
+
+A launcher's exit status is 1 whatever happened, so what starts a run again
+reads this file: `stopped` asks for it, `finished`, `failed` and `diverged` do
+not, and `running` without a process means that the process was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal as signals
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+State = Literal["running", "stopped", "finished", "diverged", "failed", "hung"]
+NAME = "status.json"
+
+
+class Status:
+    """Writes status.json, whole or not at all; a disk that is full or gone is said once and stops nothing.
+
+    To be made by whoever owns the folder's lock: another run's is left alone.
+
+    Args:
+        folder: of the run; seen by all ranks, or at least by rank 0.
+        main: of rank 0, which writes all; others write only that the run hangs.
+    """
+
+    def __init__(self, folder: Path, main: bool = True) -> None:
+        self.path = folder / NAME
+        self.main = main
+        self._progress: dict[str, int | None] = {"step": None, "of": None, "images": None}
+        self._silent = False
+
+    def write(
+        self,
+        state: State,
+        *,
+        step: int | None = None,
+        of: int | None = None,
+        images: int | None = None,
+        signal: int | None = None,
+        reason: str = "",
+        exit_status: int | None = None,
+    ) -> None:
+        """Say how the run stands now.
+
+        Args:
+            state: `running` at the start and at log lines, else how it ended.
+            step: optimiser steps done; what is left out stays as it was said before.
+            of: optimiser steps in all.
+            images: seen.
+            signal: number of the signal that stopped it.
+            reason: one line for people.
+            exit_status: of rank 0's process.
+        """
+        given = {"step": step, "of": of, "images": images}
+        self._progress |= {name: value for name, value in given.items() if value is not None}
+        if not self.main and state != "hung":
+            return
+        if state == "failed" and (read(self.path.parent) or {}).get("state") == "hung":
+            return  # the ranks that were waiting fail when the one that hung is ended
+        said = {
+            "state": state,
+            **self._progress,
+            "signal": signals.Signals(signal).name if signal else None,
+            "reason": reason,
+            "exit_status": exit_status,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        try:
+            self._replace(json.dumps(said) + "\n", lasting=state != "running")
+        except OSError as error:
+            if not self._silent:
+                print(f"{self.path} could not be written ({error.strerror}); the run goes on.", file=sys.stderr, flush=True)
+            self._silent = True
+
+    def _replace(self, text: str, lasting: bool) -> None:
+        temporary = self.path.with_name(f".{NAME}-{os.environ.get('RANK', '0')}")
+        with open(temporary, "w") as file:
+            file.write(text)
+            if lasting:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, self.path)
+
+
+def read(folder: Path) -> dict[str, Any] | None:
+    """What status.json of a run's folder says; None where there is none, or nothing that can be read."""
+    try:
+        said = json.loads((folder / NAME).read_text())
+    except (OSError, ValueError):
+        return None
+    return said if isinstance(said, dict) else None
