@@ -37,8 +37,8 @@ from pipeline.choice import check_encoders
 from pipeline.config import ALIASES, Config
 from pipeline.ema import Averages
 from pipeline.fold import check_export
-from pipeline.guard import Diverged, Evidence, Guard
-from pipeline.loop import fit
+from pipeline.guard import Evidence, Guard
+from pipeline.loop import story
 from pipeline.method import Method
 from pipeline.networks import model_options
 from pipeline.optim import adamw
@@ -48,11 +48,15 @@ from pipeline.preview import preview
 from pipeline.pulse import Pulse
 from pipeline.recipe import as_mapping, facts_of, parse
 from pipeline.run import Run
+from pipeline.snapshots import forget, store_of
 from pipeline.space import Space
-from pipeline.status import DIVERGED, Status
+from pipeline.status import Status
 from pipeline.stock import form_of
 from pipeline.told import MicroBatch, Teller
+from pipeline.trackers import attach
+from pipeline.trackers import check as check_trackers
 from pipeline.tracking import BadSamples, Log, Meter
+from pipeline.utilisation import Utilisation, peak
 from pipeline.watch import Watch
 
 SHOWN = 32
@@ -66,7 +70,9 @@ def train(config: Config) -> int:
         ValueError: what a user can mend, before any work is lost.
     """
     folder = Path(config.output_dir)
+    check_trackers(config.log.report_to)
     sources, space = see(config)
+    launch.enter(config)
     store = Store(folder, config.checkpoint.keep)
     checkpoint = choose(store, config.checkpoint.resume)
     saved = load_state(checkpoint).get("precision") if checkpoint else None
@@ -78,7 +84,7 @@ def train(config: Config) -> int:
     data.check_sides(sources.options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
     begin(run, space, checkpoint)
     STOPPER.defer()
-    code = story(run, status)
+    code = story(run)
     if sources.cut:
         run.log.say(sources.cut)
     accelerator.end_training()
@@ -87,30 +93,6 @@ def train(config: Config) -> int:
     leave_group(code)
     if owned:
         owned.close()
-    return code
-
-
-def story(run: Run, status: Status) -> int:
-    """Train to the end, a signal, or where nothing helps; the exit status, and status.json."""
-    stop, code, state, reason = run.config.train.max_steps, 0, "finished", ""
-    try:
-        status.write("running", step=run.step, of=stop, images=run.images)
-        fit(run, stop)
-        code = STOPPER.exit_status
-        if code:
-            state, reason = "stopped", f"signal {STOPPER.received}"
-            run.log.say(f"stopped at step {run.step}; the same command goes on from there.")
-    except Diverged as error:
-        state, code, reason = "diverged", DIVERGED, str(error)
-        run.log.say(f"error: {reason}")
-    except Exception as error:
-        state, code, reason = "failed", 1, f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        run.watch.close()
-        status.write(state, step=run.step, of=stop, images=run.images, reason=reason, exit_status=code)
-        run.log.close()
-        run.stream.close()
     return code
 
 
@@ -197,9 +179,11 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
         decode=space.decoder(partial(Autoencoder, space.autoencoder, device)),
         condition=Teller(config, len(names), device, words, bool(network.micro_conditions), space.factor if sources.cached else 1),
         store=store,
+        snapshots=store_of(Path(config.output_dir)),
+        status=status,
         about=about,
         stopper=STOPPER,
-        meter=Meter(accelerator),
+        meter=Meter(accelerator, utilisation(config, sources, space, accelerator, network)),
         watch=Watch(config.guard.hang_seconds, status),
         guard=Guard(config.guard),
         pulse=Pulse(device, accelerator.num_processes, scaled=accelerator.scaler is not None),
@@ -240,6 +224,19 @@ def networks(
     return network, average
 
 
+def utilisation(config: Config, sources: Sources, space: Space, accelerator: Accelerator, network: nn.Module) -> Utilisation:
+    """What the model FLOP utilisation is reckoned from; all ranks together, since those that measure share processors."""
+    accelerator.wait_for_everyone()
+    rate, source = peak(config.log.peak_tflops, accelerator.mixed_precision, accelerator.device)
+    if rate:
+        accelerator.print(f"a device's peak is {rate / 1e12:.4g} TFLOP/s ({source}).")
+    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+    trained = sum(n for n, wanted in sizes if wanted) / sum(n for n, _ in sizes)
+    options = model_options(config.model, space.shape, len(sources.images.manifest.class_names), sources.widths)
+    once = config.flow.objective == "regression"  # the others go backward through a backward pass
+    return Utilisation(models.build(seed=0, device="meta", **options).eval() if once else None, trained, rate)
+
+
 def first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
     """Put published weights, or those that low-rank additions are to stand beside, into a fresh network; what is to be said of it."""
     if config.init_from:
@@ -270,7 +267,9 @@ def begin(run: Run, space: Space, checkpoint: Path | None) -> None:
         origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
         where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device}"
         print(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
+        forget(run.snapshots, run.step)
     run.stream = run.open(run.cursor)
+    attach(run.accelerator, config.log.report_to, config.log.project, folder, as_mapping(config), run.step)
     run.log = Log(folder, main=main, start=run.step, stop=config.train.max_steps, accelerator=run.accelerator)
 
 

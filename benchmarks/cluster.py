@@ -76,8 +76,8 @@ def child(folder: str, rank: int, ranks: int, position: int) -> None:
 def whole_batches(folder: str, ranks: int, position: int) -> str:
     """The samples of a global batch, put together from all ranks' plans, against the order itself; and on half as many ranks."""
     from data import open_shards
-    from data.options import Options
     from data.opening import build
+    from data.options import Options
     from data.stream import Share
 
     options, size = Options(shards=(folder,), resolution=8, workers=0), 4 * ranks
@@ -115,7 +115,13 @@ def main() -> int:
         size = (folder / "manifest.json").stat().st_size
         print(f"{options.shards:,} shards of {EACH:,}, made in {time.perf_counter() - began:.0f} s; manifest {size / 1e6:.0f} MB")
         total, batch = options.shards * EACH, 4 * options.ranks
-        for rank, position in ((0, 0), (1, 0), (options.ranks - 1, 0), (options.ranks // 2, total // 2 // batch * batch), (7, 3 * total // batch * batch)):
+        for rank, position in (
+            (0, 0),
+            (1, 0),
+            (options.ranks - 1, 0),
+            (options.ranks // 2, total // 2 // batch * batch),
+            (7, 3 * total // batch * batch),
+        ):
             words = [sys.executable, __file__, "--child", str(folder), str(rank), str(options.ranks), str(position)]
             found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
             print(

@@ -26,6 +26,24 @@ FP8_FROM = (8, 9)
 _met: Meeting | None = None
 
 
+def enter(config: Config) -> PartialState:
+    """Meet the other processes of this launch, if the launcher and this machine give what the recipe asks for.
+
+    Raises:
+        ValueError: another number of processes runs than the launcher was asked for; the launcher contradicts the recipe;
+            a precision that this hardware does not have.
+    """
+    check_recipe(config)
+    check_precision(_precision(config), sharding(config))
+    take_over()
+    return join(config.train.cpu_threads or _share(), _patience(config.guard.hang_seconds))
+
+
+def _precision(config: Config) -> str:
+    """Of the recipe, or as launched."""
+    return config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
 def start(
     config: Config, saved: Precision | None = None, measure: Callable[[int, torch.device], Precision] = lambda ranks, device: "no"
 ) -> Accelerator:
@@ -37,24 +55,17 @@ def start(
         measure: for `train.mixed_precision: auto`: the faster precision, for so many ranks, on this one's device.
 
     Raises:
-        ValueError: another number of processes runs than the launcher was asked for; the launcher contradicts the recipe;
-            a precision that this hardware does not have.
+        ValueError: as `enter`.
     """
-    check_recipe(config)
-    asked = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    check_precision(asked, sharding(config))
-    take_over()
-    group = join(config.train.cpu_threads or _share(), _patience(config.guard.hang_seconds))
+    group = enter(config)
     precision = settle(config.train.mixed_precision, saved, partial(measure, group.num_processes, group.device))
-    trackers = [name for name in config.log.report_to if name != "none"]
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-    if asked == "fp8":
+    if _precision(config) == "fp8":
         handlers.append(AORecipeKwargs(enable_fsdp_float8_all_gather=False))  # else weights are a tensor class of torchao's own
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        log_with=trackers or None,
         project_dir=config.output_dir,
         kwargs_handlers=handlers,
     )

@@ -8,8 +8,9 @@ ranks changes only the order in which gradients are summed.
 
 from __future__ import annotations
 
-import time
 from collections import deque
+from functools import partial
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -18,12 +19,42 @@ from torch import Tensor
 from .guard import Diverged
 from .optim import learning_rate
 from .parallel import whole
+from .process import DIVERGED, MISTAKE
 from .pulse import Beat
 from .run import Run, Told
+from .snapshots import due as snapshot_due
+from .snapshots import forget, snapshot
 from .told import MicroBatch
 
 Recent = deque[tuple[int, list[MicroBatch]]]
 """Steps that may still be judged, and what they saw."""
+
+
+def story(run: Run) -> int:
+    """Train to the end, to a signal, or to where nothing helps; the exit status, which status.json tells too.
+
+    Raises:
+        ValueError, OSError: as `fit`; told in status.json too.
+    """
+    stop, said = run.config.train.max_steps, dict[str, Any](state="finished", exit_status=0)
+    try:
+        run.status.write("running", step=run.step, of=stop, images=run.images)
+        fit(run, stop)
+        if run.stopper.requested:
+            said = {"state": "stopped", "signal": run.stopper.received, "exit_status": run.stopper.exit_status}
+            run.log.say(f"stopped at step {run.step}; the same command goes on from there.")
+    except Diverged as error:
+        said = {"state": "diverged", "reason": str(error), "exit_status": DIVERGED}
+        run.log.say(f"error: {error}")
+    except Exception as error:
+        said = {"state": "failed", "reason": f"{type(error).__name__}: {error}", "exit_status": MISTAKE}
+        raise
+    finally:
+        run.watch.close()
+        run.status.write(**said, step=run.step, images=run.images)
+        run.log.close()
+        run.stream.close()
+    return said["exit_status"]
 
 
 def fit(run: Run, stop: int) -> None:
@@ -60,7 +91,11 @@ def fit(run: Run, stop: int) -> None:
 
 def begin(run: Run) -> None:
     """Make the first step of this launch like any other, and see that there is something to come back to."""
-    run.meter.since = time.perf_counter()
+    with run.meter.paused():
+        _begin(run)
+
+
+def _begin(run: Run) -> None:
     if run.accelerator.num_processes > 2 and not run.sharded:
         settle_sums(run)
     if run.saved < 0:
@@ -91,6 +126,7 @@ def advance(run: Run) -> list[MicroBatch]:
         with run.meter.waiting():
             batch = next(run.stream)
         seen.append(batch)
+        run.log.say(run.meter.count(partial(told, run, batch)))
         run.watch.beat(run.step, "computing")
         with run.accelerator.accumulate(run.model):
             losses = loss_of(run, batch)
@@ -124,7 +160,15 @@ def loss_of(run: Run, batch: MicroBatch) -> Tensor:
     data = run.encode(batch, run.step)
     draws = run.method.draw(run.config.seed, run.step, batch.places.to(device, non_blocking=True), tuple(data.shape[1:]))
     losses = run.method.losses(run.model, torch.nan_to_num(data), draws, *run.condition(batch, run.step, draws.drop))
-    return losses + 0 * data.flatten(1).sum(1)  # a sample that is not finite has a loss that is not: the step is skipped, and training goes on
+    return losses + 0 * data.flatten(1).sum(
+        1
+    )  # a sample that is not finite has a loss that is not: the step is skipped, and training goes on
+
+
+def told(run: Run, batch: MicroBatch) -> tuple[Any, ...]:
+    """What the network sees of a micro-batch beside the time, nothing dropped: data, (B, *S), and what else it takes."""
+    data = run.encode(batch, run.step)
+    return data, *run.condition(batch, run.step, torch.ones(len(data), device=run.accelerator.device))
 
 
 def clip(run: Run) -> Tensor:
@@ -166,8 +210,10 @@ def roll_back(run: Run, reason: str) -> None:
     run.pulse.forget()
     run.load(folder)
     line = {"from_step": left, "to_step": run.step, "reason": reason, "positions": [run.cursor, cursor], "cursor": cursor}
-    run.evidence.rolled_back(line | {"metrics": run.log.rewind(run.step)[-20:]})
+    run.evidence.rolled_back(line | {"metrics": run.log.back(run.step)[-20:]})
     run.evidence.drop_after(run.step)
+    if run.accelerator.is_main_process:
+        forget(run.snapshots, run.step)
     run.cursor = cursor
     reopen(run)
     run.log.say(f"back from step {left} to {folder}, past the data of positions {line['positions']}: {reason}.")
@@ -186,16 +232,27 @@ def notify(run: Run, stop: int) -> None:
     """Whatever is due after a step: a log line, a checkpoint, a snapshot of the averages, a sample grid."""
     config = run.config
     if run.step % config.log.every == 0 or run.step == stop:
-        values = run.meter.read(config.train.batch_size)
-        values["bad_samples"] = run.bad.report(run.stream.take_faults(), run.images)
-        values["skipped_steps"] = run.guard.skipped
-        run.log.write(run.step, run.images, {**values, "lr": learning_rate(run.step - 1, config.train)})
-    paused = time.perf_counter()
-    if _save_due(run):
-        run.save()
-    if config.log.sample_every and (run.step % config.log.sample_every == 0 or run.step == stop):
-        sample(run)
-    run.meter.since += time.perf_counter() - paused
+        faults = run.stream.take_faults()
+        values = run.meter.read(config.train.batch_size, len(faults))
+        values["bad_samples"] = run.bad.report(faults, run.images, any_rank=bool(values["bad_samples"]))
+        more = {"skipped_steps": run.guard.skipped, "lr": learning_rate(run.step - 1, config.train)}
+        run.log.write(run.step, run.images, {**values, **more})
+        run.status.write("running", step=run.step, images=run.images)
+    with run.meter.paused():
+        if snapshot_due(run.images, config.train.batch_size, config.ema, config.train.max_steps * config.train.batch_size):
+            snap(run)  # before the checkpoint, so that none is missing after a kill between the two
+        if _save_due(run):
+            run.save()
+        if config.log.sample_every and (run.step % config.log.sample_every == 0 or run.step == stop):
+            sample(run)
+
+
+def snap(run: Run) -> None:
+    """Keep the power averages as they are now; a disk that is full costs this snapshot alone."""
+    with run.watch.at("saving a snapshot"):
+        errors = snapshot(run)
+    if errors:
+        run.log.say(f"snapshot of step {run.step} failed: {'; '.join(errors)}. Free some space.")
 
 
 def sample(run: Run) -> None:

@@ -70,14 +70,19 @@ class Stopper:
 
     Args:
         consolation: what an interruption at once leaves the user with.
+        listen: take the signals; not in a program that only borrows the module.
     """
 
-    def __init__(self, consolation: str) -> None:
+    def __init__(self, consolation: str, *, listen: bool = True) -> None:
         self._consolation = consolation
         self.received: int | None = None
         self._deferred = False
         self._since = 0.0
         self._launcher = os.getppid()
+        if listen:
+            self._listen()
+
+    def _listen(self) -> None:
         for number in SIGNALS:
             kept = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN  # nohup
             if not kept or "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun ignores nohup, and passes the signal on before it kills

@@ -21,6 +21,7 @@ from .guard import Evidence, Guard
 from .method import Method
 from .process import Stopper
 from .pulse import Pulse
+from .status import Status
 from .told import MicroBatch
 from .tracking import BadSamples, Log, Meter
 from .watch import Watch
@@ -59,6 +60,9 @@ class Run:
     condition: Callable[[MicroBatch, int, Tensor], tuple[Condition, ...]]
     """From a micro-batch, its step and a chance a sample, (B,), to what the model takes beside x and t, some of it null."""
     store: Store
+    snapshots: Store
+    """Of the power averages."""
+    status: Status
     about: dict[str, Any]
     """What a checkpoint says of its run: `config`, `class_names`, and `facts`, on which a resumed run must agree."""
     stopper: Stopper
@@ -141,10 +145,13 @@ class Run:
         optimizer = self._optimizer_state()
         moments = {f"optim.{k}": v for k, v in optimizer.items() if isinstance(v, Tensor)}
         weights = {f"model.{k}": v for k, v in self.network.state_dict().items()}
-        kept = state.get("averages", self.ema.labels[:1])
-        self._read(folder, weights | self.ema.tensors(kept) | moments, str(folder))
-        for note in self.ema.begin_missing(self.network, kept):
-            self.accelerator.print(note)
+        lacking = self.ema.lacking(state.get("averages", ()), str(folder))
+        missing = [f"ema[{label}]." for label in lacking]
+        try:
+            load_into(folder, weights | self.ema.tensors() | moments, allow_missing=missing, allow_unexpected=["ema["])
+        except ValueError as error:
+            raise ValueError(f"{error} Or give another --output_dir.") from error
+        self.ema.begin(lacking)
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         set_optimizer_state_dict(self.network, inner, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
         self.step = self.saved = state["step"]
@@ -162,16 +169,12 @@ class Run:
         """
         found = find(folder)
         weights = {f"model.{k}": v for k, v in self.network.state_dict().items()}
-        main = self.ema.labels[:1]
-        self._read(found, weights | self.ema.tensors(main), f"checkpoint.start_from={found}")
-        self.ema.begin_missing(self.network, main)
-
-    def _read(self, folder: Path, tensors: dict[str, Tensor], where: str) -> None:
-        """Fill tensors from a checkpoint."""
+        main = {name: value for name, value in self.ema.tensors().items() if name.startswith("ema.")}
         try:
-            load_into(folder, tensors)
+            load_into(found, weights | main, allow_unexpected=["ema[", "optim."])
         except ValueError as error:
-            raise ValueError(f"{where} is of another network: {error}. Give it the same section `model` and classes.") from error
+            raise ValueError(f"checkpoint.start_from={found}: {error} Give it the same section `model` and classes.") from error
+        self.ema.begin(self.ema.labels[1:])
 
     def told(self) -> None:
         """Raises Told where a signal came; for work beside training. Where all ranks share it, all together."""

@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from .jsonl import Lines, read_lines
+from .jsonl import Line, Lines, read_lines
 from .trackers import finish
 from .utilisation import Utilisation
 
@@ -32,39 +32,26 @@ class Meter:
 
     def __init__(self, accelerator: Accelerator, use: Utilisation | None = None) -> None:
         self.accelerator, self.use = accelerator, use or Utilisation()
-        self.skipped = 0
-        """Steps of this run that changed nothing."""
         self.reset()
 
     def reset(self) -> None:
         """Start the next interval."""
-        self.loss, self.norm, self.open = torch.zeros((3,), device=self.accelerator.device).unbind()
-        self.batches = self.opened = self.steps = self.timed = 0
-        self.waited = 0.0
+        self.loss, self.norm, self.good = torch.zeros((3,), device=self.accelerator.device).unbind()
+        self.timed, self.waited = 0, 0.0
         self.since = time.perf_counter()
 
-    def add(self, losses: Tensor) -> None:
-        """Count a micro-batch's losses, (B,); it belongs to the step that `add_step` or `skip_step` ends."""
-        self.open += losses.detach().mean()
-        self.opened += 1
+    def add_step(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
+        """Count an optimiser step.
 
-    def add_step(self, norm: Tensor) -> None:
-        """Count an optimiser step and its gradient norm, a scalar."""
-        self.loss += self.open
-        self.norm += norm
-        self.batches += self.opened
-        self.steps += 1
-        self._close()
-
-    def skip_step(self) -> None:
-        """Count a step whose loss or gradient was not finite; neither enters the means."""
-        self.skipped += 1
-        self._close()
-
-    def _close(self) -> None:
+        Args:
+            loss: mean of this rank's samples, a scalar on the device.
+            norm: of the gradient.
+            bad: 1 if the step changed nothing, and enters no mean.
+        """
+        self.loss += torch.where(bad > 0, 0, loss)
+        self.norm += torch.where(bad > 0, 0, norm)
+        self.good += 1 - bad
         self.timed += 1
-        self.open.zero_()
-        self.opened = 0
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -93,16 +80,14 @@ class Meter:
 
     def state(self) -> dict[str, float]:
         """The sums so far, means over ranks, for a checkpoint in the middle of an interval; all ranks together."""
-        loss, norm = self.accelerator.reduce(torch.stack([self.loss, self.norm]), reduction="mean").tolist()
-        return {"loss": loss, "norm": norm, "batches": self.batches, "steps": self.steps, "skipped": self.skipped}
+        sums = self.accelerator.reduce(torch.stack([self.loss, self.norm, self.good]), reduction="mean")
+        return dict(zip(("loss", "norm", "good"), sums.tolist(), strict=True))
 
     def restore(self, state: dict[str, float]) -> None:
         """Go on from `state`."""
-        self.loss.fill_(state["loss"])
-        self.norm.fill_(state["norm"])
-        self.open.zero_()
-        self.batches, self.steps, self.opened = int(state["batches"]), int(state["steps"]), 0
-        self.skipped = int(state.get("skipped", 0))
+        self.reset()
+        for name in ("loss", "norm", "good"):
+            getattr(self, name).fill_(state.get(name, 0.0))
 
     def read(self, batch_size: int, bad: int = 0) -> dict[str, float | None]:
         """Figures of the interval, then reset; all ranks together, in one exchange.
@@ -117,26 +102,25 @@ class Meter:
             mfu, mfu_with_encoders: shares of a device's peak, on the main process; None where not known.
             data_wait, data_wait_worst: share of the time that `waiting` took, mean and of the rank that waited longest.
             memory_gb: the most that a rank held since it began, in 1e9 bytes: of its device, or of the process on a CPU.
-            skipped_steps: of this run; bad_samples: of the interval, on all ranks.
+            bad_samples: of the interval, on all ranks.
         """
         device = self.accelerator.device
-        own = torch.stack([self.loss / max(self.batches, 1), self.norm / max(self.steps, 1)])
+        own = torch.stack([self.loss, self.norm]) / self.good.clamp(min=1)
         rest = torch.tensor([self.waited, memory_gb(device), bad], device=device)
-        found = self.accelerator.gather(torch.cat([own, rest])[None])
+        found = self.accelerator.gather(torch.cat([own, self.good[None], rest])[None])
         means, most = torch.stack([found.mean(dim=0), found.amax(dim=0)]).tolist()
         seconds = max(time.perf_counter() - self.since, 1e-9)
         rate, ranks = self.timed * batch_size / seconds, len(found)
         values: dict[str, float | None] = {
-            "loss": means[0] if self.steps else None,
-            "grad_norm": means[1] if self.steps else None,
+            "loss": means[0] if most[2] else None,
+            "grad_norm": means[1] if most[2] else None,
             "images_per_second": rate,
             "images_per_second_per_device": rate / ranks,
             **self.use.shares(rate / ranks),
-            "data_wait": min(means[2] / seconds, 1.0),
-            "data_wait_worst": min(most[2] / seconds, 1.0),
-            "memory_gb": round(most[3], 3),
-            "bad_samples": round(means[4] * ranks),
-            "skipped_steps": self.skipped,
+            "data_wait": min(means[3] / seconds, 1.0),
+            "data_wait_worst": min(most[3] / seconds, 1.0),
+            "memory_gb": round(most[4], 3),
+            "bad_samples": round(means[5] * ranks),
         }
         self.reset()
         return values
@@ -176,16 +160,18 @@ class Log:
         """One optimiser step is done."""
         self.bar.update()
 
-    def back(self, step: int) -> None:
-        """Go back to a step: the lines after it are dropped, since their steps are done again."""
+    def back(self, step: int) -> list[Line]:
+        """Go back to a step: the lines after it are dropped, since their steps are done again; they are returned."""
         if not self.main:
-            return
+            return []
+        gone = read_lines(self.lines.path, lambda line: line["step"] > step)
         try:
             self.lines.keep(lambda line: line["step"] <= step)
         except OSError as error:
             self.say(f"{self.lines.path} cannot be written ({error.strerror}): it keeps lines after step {step} that are done again.")
         self.bar.n = step
         self.bar.refresh()
+        return gone
 
     def write(self, step: int, images: int, values: dict[str, Any]) -> None:
         """Append a line: step, images seen, and the values, null where there is none; the bar shows the loss and the rate."""

@@ -15,8 +15,8 @@ from data.stream import Share
 from pipeline.checkpoint import load_tensors
 from pipeline.config import GuardConfig
 from pipeline.guard import Evidence, Guard
+from pipeline.process import DIVERGED
 from pipeline.pulse import Beat, Pulse
-from pipeline.status import DIVERGED
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOG = ("--log.every=1", "--checkpoint.every=4", "--checkpoint.keep=9")
@@ -150,7 +150,7 @@ def test_the_judgement():
     """Bounds are over the median, which a spike before does not move; a window must be full; good steps end a row of bad ones."""
     guard = Guard(GuardConfig(window=4, loss_spike=3.0, norm_spike=6.0, skips=2))
     assert [guard.judge(beat(loss=value)) for value in (1.0, 50.0, 1.2, 0.8)] == [""] * 4
-    assert guard.judge(beat(loss=3.2)) == "" and "3.4 is over 3 times the median 1.1 of the last 4 steps" in guard.judge(beat(loss=3.4))
+    assert "3.4 is over 3 times the median 1.1 of the last 4 steps" in guard.judge(beat(loss=3.4)) and guard.judge(beat(loss=3.2)) == ""
     assert "gradient's norm 6.1 is over 6" in guard.judge(beat(norm=6.1)) and guard.judge(beat(norm=5.9)) == ""
     assert [bool(guard.judge(beat(bad=bad))) for bad in (True, True, False, True, True, True)] == [False] * 5 + [True]
     assert guard.skipped == 5
@@ -163,7 +163,9 @@ def test_the_judgement():
 def test_the_pulse_tells_a_bad_step_on_the_device():
     pulse = Pulse(torch.device("cpu"), 1)
     one, nan = torch.tensor(1.0), torch.tensor(math.nan)
-    flags = [float(pulse.beat(i, a, b, stop=i == 3, writing=False)) for i, (a, b) in enumerate([(one, one), (nan, one), (one, nan), (one, one)])]
+    flags = [
+        float(pulse.beat(i, a, b, stop=i == 3, writing=False)) for i, (a, b) in enumerate([(one, one), (nan, one), (one, nan), (one, one)])
+    ]
     assert flags == [0, 1, 1, 0]
     assert [(b.step, b.bad, b.stop) for b in pulse.read()] == [(0, False, False), (1, True, False), (2, True, False), (3, False, True)]
     assert pulse.read() == []
@@ -175,4 +177,3 @@ def test_no_step_of_a_sound_run_is_called_a_spike(digits, tmp_path):
     """The first hundreds of steps, where losses and norms change most, in small batches, where they scatter most."""
     words = ("--train.max_steps=400", "--train.batch_size=8", "--checkpoint.every=1000", "--guard.window=20", "--log.every=100")
     assert fit(digits, tmp_path / "run", *words) == 0 and not (tmp_path / "run/rollbacks.jsonl").exists()
-
