@@ -36,11 +36,10 @@ from models.lora import add_lora, merge_lora
 from pipeline import launch
 from pipeline.asked import asked
 from pipeline.card import Card
-from pipeline.checkpoint import Store, averages, load_state, raw_weights
+from pipeline.checkpoint import Store, load_state
 from pipeline.config import Config
 from pipeline.density import affordable, bits
 from pipeline.draw import draw_folder, draw_picture
-from pipeline.ema import check_average
 from pipeline.evaluate import evaluate, load_features
 from pipeline.export import write_folder
 from pipeline.folder import open_folder
@@ -52,9 +51,10 @@ from pipeline.recipe import build, parse
 from pipeline.restore import restore_file
 from pipeline.retrieval import retrieve
 from pipeline.sheet import save_image, side_by_side
-from pipeline.source import Source, check_labels, led_by, network_source
+from pipeline.source import Source, check_labels, led_by, need_pixels, network_source
 from pipeline.space import Space
 from pipeline.stock import form_of
+from pipeline.weights import read_wanted, read_weights
 
 
 class Opened(NamedTuple):
@@ -64,22 +64,26 @@ class Opened(NamedTuple):
     files: tuple[Path, ...]
     """Folders, exported or checkpoints, of itself and of its guide, if it has one."""
     class_names: tuple[str, ...]
+    ema: str = ""
+    """Which weights of a run; "" is its first average."""
 
 
-def open_one(pipeline: str, run: str, device: torch.device, prefix: str = "") -> Opened:
-    """An exported folder, or a run.
+def open_one(pipeline: str, run: str, ema: str, device: torch.device, prefix: str = "") -> Opened:
+    """An exported folder, or a run and which of its weights.
 
     Raises:
         ValueError: neither or both of them, or a folder that is none.
     """
     if bool(pipeline) == bool(run):
         raise ValueError(f"--{prefix}pipeline={pipeline!r} and --{prefix}run={run!r}: give one of them, an exported folder or a run's.")
+    if pipeline and ema:
+        raise ValueError(f"--{prefix}ema {ema} of --{prefix}pipeline {pipeline}, which holds one set of weights: give --{prefix}run.")
     if pipeline:
         source, index = open_folder(pipeline, device, OWN), json.loads((Path(pipeline) / "model_index.json").read_text())
         names = index.get("id2label") or dict.fromkeys(map(str, range(source.num_classes)))
         return Opened(source, (Path(pipeline),), tuple(names[key] or key for key in sorted(names, key=int)))
-    trained = Trained(Path(run))
-    return Opened(trained.source(device), (trained.found,), () if trained.text else trained.class_names)
+    trained = Trained(Path(run), None, ema, f"--{prefix}ema")
+    return Opened(trained.source(device), (trained.found,), () if trained.text else trained.class_names, trained.ema)
 
 
 def opened(options: Model) -> Opened:
@@ -88,11 +92,11 @@ def opened(options: Model) -> Opened:
     Raises:
         ValueError: as `open_one`; a guide that has no effect, or is of other data.
     """
-    guide = (options.guide_pipeline, options.guide_run) if isinstance(options, Sampling) else ("", "")
+    guide = (options.guide_pipeline, options.guide_run, options.guide_ema) if isinstance(options, Sampling) else ("", "", "")
     if any(guide) and options.guidance_scale == 1:  # type: ignore[attr-defined]
-        raise ValueError(f"--guide_run or --guide_pipeline {guide[0] or guide[1]!r} beside --guidance_scale 1, which is none: give 2.")
+        raise ValueError(f"--guide_run or --guide_pipeline {''.join(guide)!r} beside --guidance_scale 1, which is none: give 2.")
     device = launch.join(patience=launch.A_MONTH).device
-    model = open_one(options.pipeline, options.run, device)
+    model = open_one(options.pipeline, options.run, options.ema, device)
     if not any(guide):
         return model
     weak = open_one(*guide, device, "guide_")
@@ -105,13 +109,13 @@ def source_of(options: Model) -> Source:
 
 
 class Trained:
-    """A checkpoint of a run, read back; with the weights that `ema` names, as in `pipeline.ema.check_average`.
+    """A checkpoint of a run, read back; with the weights that `ema` names, as in `pipeline.weights.read_wanted`.
 
     Raises:
         ValueError: no whole checkpoint there, or no such weights.
     """
 
-    def __init__(self, run: Path, checkpoint: Path | None = None, ema: str = "") -> None:
+    def __init__(self, run: Path, checkpoint: Path | None = None, ema: str = "", option: str = "--ema") -> None:
         found = checkpoint or (run if (run / "state.json").is_file() else Store(run, keep=1).latest())
         if found is None:
             raise ValueError(
@@ -119,6 +123,8 @@ class Trained:
             )
         self.run, self.found, self.state = run, found, load_state(found)
         self.config = build(Config, self.state["config"])
+        wanted = read_wanted(ema, self.config.ema, self.config.train.batch_size, option)
+        self.ema = wanted.name
         self.class_names = tuple(self.state["class_names"])
         self.space = Space.of(self.state["space"])
         self.text = self.state["text"]
@@ -126,8 +132,8 @@ class Trained:
         self.network = models.build(**model_options(self.config.model, self.space.shape, len(self.class_names), widths)).eval()
         if self.config.train.lora_rank:
             add_lora(self.network, self.config.train.lora_rank, self.config.train.lora_alpha)
-        averaged = check_average(ema, self.config.ema, self.config.train.batch_size)
-        self.network.load_state_dict(averages(found) if averaged else raw_weights(found))
+        weights, self.weights = read_weights(found, self.state, wanted, self.config.ema)
+        self.network.load_state_dict(weights)
         self.network = merge_lora(self.network)
 
     def source(self, device: torch.device | str) -> Source:
@@ -151,6 +157,7 @@ class Trained:
     def export(self, output: Path, options: Export) -> Path:
         """Write it for stock diffusers."""
         told: dict[str, Any] = {"title": options.title, "license": options.license, "datasets": options.dataset}
+        told |= {"ema": self.ema, "weights": self.weights}
         card = Card.of(self.run, self.state["images"], self.state["step"], self.network, repository=options.push_to_hub, **told)
         space, form = self.space, form_of(self.config.flow)
         spoken = self.words("cpu").networks if self.text else ()
@@ -184,7 +191,8 @@ def compare(options: Evaluate) -> int:
         name: Shards(options.reference, split) for name, split in (("train", options.train_split), ("held out", options.held_out_split))
     }
     features = load_features(options.features) if options.features else None
-    source = source_of(options)
+    model = opened(options)
+    source = model.source
     channels, _, resolution = source.pixels or source.shape
     train, held_out = (read_images(s, channels, resolution) for s in shards.values())
     if source.num_classes != len(shards["train"].manifest.class_names) or not source.num_classes:
@@ -197,17 +205,17 @@ def compare(options: Evaluate) -> int:
     report = evaluate(made.clamp(-1, 1), labels, train, held_out, features)
     print(report)
     output = Path(options.output or Path(options.pipeline or options.run) / "evaluation.json")
-    drawn = {"guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps}
-    output.write_text(json.dumps({**report.as_dict(), **drawn}, indent=1) + "\n")
+    output.write_text(json.dumps({**report.as_dict(), **options.told(model.ema)}, indent=1) + "\n")
     print(f"figures in {output}")
     return 0 if report.reaches(options.min_accuracy, options.min_diversity, options.min_nearest) else 1
 
 
-def captioned(options: Retrieve) -> tuple[Tensor, Tensor, list[str]]:
-    """Real images of captions that the seed draws, (N, C, H, W), a sample of each caption, and the captions."""
+def captioned(options: Retrieve) -> tuple[Tensor, Tensor, list[str], dict[str, Any]]:
+    """Real images of captions that the seed draws, (N, C, H, W), a sample of each caption, the captions, and how they were drawn."""
     if not options.reference:
         raise ValueError("--reference is missing: give a folder of shards with captions, as --reference runs/emoji/shards.")
-    source, shards = source_of(options), Shards(options.reference, options.split)
+    model, shards = opened(options), Shards(options.reference, options.split)
+    source = model.source
     if source.read is None:
         raise ValueError("retrieve asks by caption, and the model takes no text: use evaluate for classes.")
     check_captions(shards, options.caption)
@@ -219,30 +227,19 @@ def captioned(options: Retrieve) -> tuple[Tensor, Tensor, list[str]]:
     real, _ = read_images(shards, channels, side, chosen)
     captions = read_captions(shards, options.caption, chosen)
     made = generate(source, source.read(captions), options.sampler(), seed=options.seed, batch_size=options.batch_size).images
-    return real, made.clamp(-1, 1), captions
+    return real, made.clamp(-1, 1), captions, options.told(model.ema)
 
 
 def retrieve_captions(options: Retrieve) -> int:
     """Sample captions of real images, look each up among them, print and write the figures."""
-    real, made, captions = captioned(options)
+    real, made, captions, drawn = captioned(options)
     found = retrieve(made, real, torch.arange(len(real)))
     output = Path(options.output or Path(options.pipeline or options.run) / "retrieval.png")
     save_image(side_by_side(real, made, scale=max(1, 64 // real.shape[-1])), output)
-    how = {"guidance_scale": options.guidance_scale, "solver": options.solver, "steps": options.num_inference_steps}
-    output.with_suffix(".json").write_text(json.dumps({**found.as_dict(), **how, "captions": captions}, indent=1) + "\n")
+    output.with_suffix(".json").write_text(json.dumps({**found.as_dict(), **drawn, "captions": captions}, indent=1) + "\n")
     print(found)
     print(f"{output}: rows of real images, then their samples; figures in {output.with_suffix('.json')}")
     return 0
-
-
-def _need_pixels(source: Source, why: str) -> None:
-    """Raises ValueError for a model of latents, or of text."""
-    if source.read:
-        raise ValueError(f"the model takes text, and {why} of a class or of none: sample it with --prompt, or use retrieve.")
-    if source.pixels:
-        raise ValueError(
-            f"the model works in latents of {source.shape}, and {why}: give a model that was trained without data.autoencoder."
-        )
 
 
 def export(options: Export) -> int:
@@ -265,7 +262,7 @@ def likelihood(options: Likelihood) -> int:
     if not options.reference:
         raise ValueError("--reference is missing: give a folder of shards, as --reference runs/digits/shards.")
     source = source_of(options)
-    _need_pixels(source, "likelihood measures bits of 8-bit pixels")
+    need_pixels(source, "likelihood measures bits of 8-bit pixels")
     shards = Shards(options.reference, options.split)
     real, labels = read_images(shards, source.shape[0], source.shape[-1], range(min(options.num_images, sum(shards.counts))))
     if options.unconditional or not source.num_classes:
@@ -283,7 +280,7 @@ def restored(options: Restore) -> int:
         if not Path(getattr(options, name)).is_file():
             raise ValueError(f"--{name} {getattr(options, name)!r} is no file: give an image.")
     source = source_of(options)
-    _need_pixels(source, "restore measures pixels")
+    need_pixels(source, "restore measures pixels")
 
     def read(file: Path, channels: int, side: int) -> Tensor:
         return to_unit(torch.from_numpy(decode_image(file.read_bytes(), channels, side)))

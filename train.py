@@ -10,6 +10,7 @@ STOPPER = Stopper("the same command goes on from the last checkpoint")  # before
 if __name__ == "__main__":
     own_allocator()
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from pipeline.card import Card
 from pipeline.checkpoint import Store, averages, choose, find, load_state
 from pipeline.choice import check_encoders
 from pipeline.config import ALIASES, Config
-from pipeline.ema import Ema
+from pipeline.ema import Averages
 from pipeline.export import write_folder
 from pipeline.fold import check_export
 from pipeline.loop import Run, fit
@@ -46,6 +47,7 @@ from pipeline.optim import adamw
 from pipeline.precision import Precision
 from pipeline.preview import preview
 from pipeline.recipe import as_mapping, facts_of, parse
+from pipeline.snapshots import forget, store_of
 from pipeline.space import Space
 from pipeline.stock import form_of
 from pipeline.told import MicroBatch, Teller
@@ -160,7 +162,7 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
     if config.train.lora_rank:
         add_lora(network, config.train.lora_rank, config.train.lora_alpha, seed=config.seed)
     network = network.to(device)
-    ema = Ema(network, config.ema)
+    ema = Averages(network, copy.deepcopy(network), config.ema)
     if config.train.compile:
         network.compile()
     model, optimizer = accelerator.prepare(network, adamw(network, config.train))
@@ -186,6 +188,7 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
         decode=space.decoder(partial(Autoencoder, space.autoencoder, device)),
         condition=Teller(config, len(names), device, words, bool(network.micro_conditions), space.factor if sources.cached else 1),
         store=store,
+        snapshots=store_of(Path(config.output_dir)),
         about=about,
         stopper=STOPPER,
         meter=Meter(accelerator),
@@ -216,6 +219,7 @@ def begin(run: Run, space: Space, checkpoint: Path | None) -> None:
         run.start_from(Path(config.checkpoint.start_from))
     if run.accelerator.is_main_process:
         run.store.sweep()
+        forget(run.snapshots, run.step)
         (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
         origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
         where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device}"

@@ -14,6 +14,7 @@ On a GPU (XL/2, batch 128, compiled unless told otherwise) ours alone is held ag
 """
 
 import argparse
+import copy
 import multiprocessing
 import os
 import statistics
@@ -31,7 +32,7 @@ import models
 from models.kernels import attend
 from models.layers import modulate, sincos_positions
 from pipeline.config import EmaConfig, TrainConfig
-from pipeline.ema import Ema
+from pipeline.ema import Averages
 from pipeline.optim import adamw
 from pipeline.precision import choose
 from pipeline.process import ALLOCATOR
@@ -130,7 +131,7 @@ def plain_update(network):
 
 def our_update(network):
     """The pipeline's."""
-    optimizer, ema = adamw(network, TrainConfig()), Ema(network, EmaConfig())
+    optimizer, ema = adamw(network, TrainConfig()), Averages(network, copy.deepcopy(network), EmaConfig())
 
     def update():
         optimizer.step()
@@ -302,7 +303,7 @@ def parts(options, device):
     width, depth, heads = SIZES[letter]
     rows, network = (options.batch_size, (SIDE // int(patch)) ** 2), ours(width, 1, heads, int(patch)).to(device)
     whole = ours(width, depth, heads, int(patch)).to(device)
-    optimizer, ema = adamw(whole, TrainConfig()), Ema(whole, EmaConfig())
+    optimizer, ema = adamw(whole, TrainConfig()), Averages(whole, copy.deepcopy(whole), EmaConfig())
     for p in whole.parameters():
         p.grad = torch.zeros_like(p)
     block = network.blocks[0]

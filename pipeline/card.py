@@ -40,6 +40,8 @@ class Card:
     """On the Hub, as user/name."""
     repository: str = ""
     """Where it will be published, user/name."""
+    weights: str = ""
+    """Which weights of the run these are, in words; "" is its first average."""
     curve: tuple[tuple[float, float], ...] = ()
     """(images seen, loss)."""
     evaluation: dict[str, Any] = field(default_factory=dict)
@@ -70,11 +72,15 @@ class Card:
         license: str = "",
         datasets: tuple[str, ...] = (),
         repository: str = "",
+        weights: str = "",
+        ema: str = "",
     ) -> Card:
         """The facts of a run's folder and network, with what only its owner knows.
 
         Figures of evaluation.json and retrieval.json are taken from the run's
-        folder or its export, unless training went on after they were measured.
+        folder or its export, unless training went on after they were measured
+        or they are of other weights than `ema` names; `weights` are the same
+        in words.
 
         Raises:
             ValueError: a licence, title or data set that cannot be one.
@@ -88,9 +94,10 @@ class Card:
             license=license or "unknown",
             datasets=datasets,
             repository=repository,
+            weights=weights,
             curve=tuple(loss_curve(run)),
-            evaluation=figures_of(run, "evaluation.json", EVALUATED),
-            retrieval=figures_of(run, "retrieval.json", RETRIEVED),
+            evaluation=figures_of(run, "evaluation.json", EVALUATED, ema),
+            retrieval=figures_of(run, "retrieval.json", RETRIEVED, ema),
         )
 
 
@@ -219,7 +226,8 @@ def _training(folder: Path, config: Config, card: Card) -> str:
         if config.data.shards or names
         else ""
     )
-    average = "\nThe weights here are the running average of the trained ones." if config.ema.enabled else ""
+    weights = card.weights or ("the running average of the trained ones" if config.ema.enabled else "")
+    average = f"\nThe weights here are {weights}." if weights else ""
     curve = "\n\n![loss over images seen](curve.png)" if (folder / "curve.png").exists() else ""
     recipe = yaml.safe_dump(scrubbed(as_mapping(config)), sort_keys=False)
     return f"""## Training

@@ -267,9 +267,14 @@ def find(folder: Path) -> Path:
     return found
 
 
-def averages(folder: Path) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint, by the network's own names."""
-    return _part(folder, "ema.")
+def averages(folder: Path, label: str = "") -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint, by the network's own names.
+
+    Args:
+        folder: a verified checkpoint.
+        label: of a further average, such as `width=0.05`, which has the trained weights alone; by default the first.
+    """
+    return _part(folder, f"ema[{label}]." if label else "ema.")
 
 
 def raw_weights(folder: Path) -> dict[str, Tensor]:

@@ -1,38 +1,43 @@
-"""The exponential moving average of the weights, on a clock of images.
+"""The averages of the weights, on a clock of images, in the same shares as the model.
 
-Counted in images and not in steps, it does not depend on the batch size. At
-first the half-life grows with the images seen, so that the random start is
-forgotten.
+Counted in images and not in steps, they do not depend on the batch size. A
+half-life forgets evenly; at first it grows with the images seen, so that the
+random start is forgotten. A power average widens with the run, and begins at
+its start: see `posthoc`.
 Source: Karras et al., Analyzing and Improving the Training Dynamics of
-Diffusion Models (the half-life and its ramp); Tarvainen and Valpola, Mean
-teachers are better role models.
+Diffusion Models; Tarvainen and Valpola, Mean teachers are better role models.
 """
 
 from __future__ import annotations
 
-import copy
-import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from .config import EmaConfig
+from .posthoc import exponent_of, power_decay
 
-SAME = 0.05
-"""A decay is written with few digits: half-lives so near are one."""
+RAW = "raw"
+"""The label of weights as they are trained."""
 
 
-class Ema:
-    """A second copy of a model whose weights trail the first.
+@dataclass(frozen=True)
+class HalfLife:
+    """An exponential average."""
 
-    Args:
-        model: the network that is trained, not wrapped for several processes.
-        config: half-life and ramp.
-    """
+    halflife: float
+    """Images after which a weight counts half; 0 keeps nothing."""
+    ramp: float
+    """It is at most this share of the images seen so far."""
 
-    def __init__(self, model: nn.Module, config: EmaConfig) -> None:
-        self.config = config
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+    @property
+    def label(self) -> str:
+        return f"halflife={_number(self.halflife)}" if self.halflife else RAW
 
     def decay(self, images: int, batch: int) -> float:
         """What is kept of the average in one update.
@@ -44,37 +49,142 @@ class Ema:
         Returns:
             A factor in [0, 1).
         """
-        halflife = min(self.config.halflife[0], self.config.ramp * images) if self.config.enabled else 0.0
+        halflife = min(self.halflife, self.ramp * images)
         return 0.5 ** (batch / halflife) if halflife > 0 else 0.0
 
-    @torch.no_grad()
-    def update(self, model: nn.Module, images: int, batch: int) -> None:
-        """Move the average towards the weights; arguments as in `decay`."""
-        average: list[Tensor] = list(self.model.parameters())
-        weights: list[Tensor] = list(model.parameters())
-        torch._foreach_lerp_(average, weights, 1 - self.decay(images, batch))
+
+@dataclass(frozen=True)
+class Power:
+    """An average by a power of the image clock, of a relative width."""
+
+    width: float
+
+    @property
+    def label(self) -> str:
+        return f"width={_number(self.width)}"
+
+    @cached_property
+    def exponent(self) -> float:
+        return exponent_of(self.width)
+
+    def decay(self, images: int, batch: int) -> float:
+        """As of a half-life."""
+        return power_decay(self.exponent, images, batch)
 
 
-def check_average(asked: str, config: EmaConfig, batch_size: int) -> bool:
-    """Whether an average is asked for, and not the weights as they were trained.
+def laws(config: EmaConfig) -> tuple[HalfLife | Power, ...]:
+    """The averages that a recipe asks for: first that which is sampled and exported, last the power averages."""
+    halflives = config.halflife if config.enabled else (0.0,)
+    return (*(HalfLife(halflife, config.ramp) for halflife in halflives), *map(Power, config.power))
+
+
+class Averages:
+    """Averages of a network's weights: the first is a model to sample from, each further one its trained weights alone.
+
+    No update needs another rank: what is averaged is this rank's share. They
+    are float32 as the weights are; in bfloat16 they would not move.
 
     Args:
-        asked: `raw`; a half-life in images; or a decay a step, below 1, which is 0.5 ** (batch size / half-life). "" is the run's.
-        config: what the run keeps.
-        batch_size: images of a step.
-
-    Raises:
-        ValueError: an average that the run did not keep.
+        network: the network that is trained, perhaps sharded, not wrapped for several processes.
+        model: a copy of it, sharded alike; it becomes the first average.
+        config: which averages.
     """
-    if asked in ("", "raw"):
-        return asked != "raw"
-    try:
-        number = float(asked)
-    except ValueError:
-        raise ValueError(f"--ema {asked!r} is none: give a half-life in images, a decay a step such as 0.9999, or raw.") from None
-    halflife = -batch_size * math.log(2) / math.log(number) if 0 < number < 1 else number
-    if not config.enabled or abs(halflife / config.halflife[0] - 1) > SAME:
-        decay = 0.5 ** (batch_size / config.halflife[0])
-        kept = f"one average, of half-life {config.halflife[0]:g} images (decay {decay:.6g} a step)" if config.enabled else "no average"
-        raise ValueError(f"--ema {asked}: a half-life of {halflife:.4g} images, and the run kept {kept}. Leave --ema out for what it kept.")
-    return True
+
+    def __init__(self, network: nn.Module, model: nn.Module, config: EmaConfig) -> None:
+        self.laws = laws(config)
+        self.model = model.eval().requires_grad_(False)
+        _sharded(network)
+        trained = {name: p for name, p in network.named_parameters(remove_duplicate=False) if p.requires_grad}
+        for name, parameter in trained.items():
+            assert parameter.dtype in (torch.float32, torch.float64), f"{name} is {parameter.dtype}: averages need master weights"
+        self._further = {law.label: {name: p.detach().clone() for name, p in trained.items()} for law in self.laws[1:]}
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the averages, such as `halflife=2000000` and `width=0.05`, the first one's first."""
+        return tuple(law.label for law in self.laws)
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, images: int, batch: int) -> None:
+        """Move every average towards the weights.
+
+        Args:
+            network: as at the start.
+            images: seen so far, this batch included: the last update's, and `batch`.
+            batch: images of this step.
+        """
+        _sharded(network)
+        _sharded(self.model)
+        first, *others = self.laws
+        weights = _shares(network.parameters())
+        torch._foreach_lerp_(_shares(self.model.parameters()), weights, 1 - first.decay(images, batch))
+        for mine, theirs in zip(self.model.buffers(), network.buffers(), strict=True):
+            mine.copy_(theirs)
+        if others:
+            named = dict(network.named_parameters(remove_duplicate=False))
+            weights = _shares(named[name] for name in self._further[others[0].label])
+        for law in others:
+            torch._foreach_lerp_(_shares(self._further[law.label].values()), weights, 1 - law.decay(images, batch))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All averages by name: `ema.X` of the first, with its buffers, `ema[halflife=5000].X` and `ema[width=0.05].X` of the others."""
+        return {f"ema.{name}": value for name, value in self.model.state_dict().items()} | self._named(self.labels[1:])
+
+    def power(self) -> dict[str, Tensor]:
+        """The power averages alone, named as in `tensors`."""
+        return self._named([law.label for law in self.laws if isinstance(law, Power)])
+
+    @property
+    def widths(self) -> tuple[float, ...]:
+        """Of the power averages."""
+        return tuple(law.width for law in self.laws if isinstance(law, Power))
+
+    def _named(self, labels: Iterable[str]) -> dict[str, Tensor]:
+        return {f"ema[{label}].{name}": value for label in labels for name, value in self._further[label].items()}
+
+    def lacking(self, kept: Sequence[str], where: str) -> tuple[str, ...]:
+        """Labels of further averages that a checkpoint does not hold; `begin` starts them.
+
+        Args:
+            kept: labels of the checkpoint's averages.
+            where: names the checkpoint.
+
+        Raises:
+            ValueError: a power average among them: it counts from the first image, and cannot begin later.
+        """
+        missing = tuple(label for label in self.labels[1:] if label not in kept)
+        for law in self.laws:
+            if isinstance(law, Power) and law.label in missing:
+                held = [label.removeprefix("width=") for label in kept if label.startswith("width=")]
+                give = f"give --ema.power {' '.join(held)}" if held else "leave ema.power out"
+                raise ValueError(
+                    f"ema.power={_number(law.width)}: {where} was trained without it, and a power average counts from a run's "
+                    f"first image: {give}, or begin another run."
+                )
+        return missing
+
+    @torch.no_grad()
+    def begin(self, labels: Iterable[str]) -> None:
+        """Start further averages from the first."""
+        _sharded(self.model)
+        first = dict(self.model.named_parameters(remove_duplicate=False))
+        for label in labels:
+            for name, average in self._further[label].items():
+                average.copy_(first[name])
+
+
+def _sharded(module: nn.Module) -> None:
+    """Have every parameter in shares again: a forward pass without a backward one leaves some of FSDP2's whole."""
+    for one in module.modules():
+        if isinstance(one, FSDPModule):
+            one.reshard()
+
+
+def _shares(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """What this rank holds of each."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+
+
+def _number(value: float) -> str:
+    """All digits of it and no more, so that labels of different numbers differ."""
+    return repr(float(value)).removesuffix(".0")

@@ -22,11 +22,12 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from .checkpoint import Store, find, load_state, load_tensors
 from .config import Config
-from .ema import Ema
+from .ema import Averages
 from .flow import Condition
 from .method import Method
 from .optim import learning_rate
 from .process import Stopper
+from .snapshots import due, snapshot
 from .told import MicroBatch
 from .tracking import BadSamples, Log, Meter
 
@@ -41,7 +42,7 @@ class Run:
     """The bare network."""
     model: nn.Module
     """The network as Accelerate wrapped it."""
-    ema: Ema
+    ema: Averages
     optimizer: Any
     method: Method
     encode: Callable[[MicroBatch, int], Tensor]
@@ -51,6 +52,8 @@ class Run:
     condition: Callable[[MicroBatch, int, Tensor], tuple[Condition, ...]]
     """From a micro-batch, its step and a chance a sample, (B,), to what the model takes beside x and t, some of it null."""
     store: Store
+    snapshots: Store
+    """Of the power averages."""
     about: dict[str, Any]
     """What a checkpoint says of its run: `config`, `class_names`, and `facts`, on which a resumed run must agree."""
     stopper: Stopper
@@ -67,7 +70,7 @@ class Run:
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state, by name."""
         named = {f"model.{k}": v for k, v in self.network.state_dict().items()}
-        named |= {f"ema.{k}": v for k, v in self.ema.model.state_dict().items()}
+        named |= self.ema.tensors()
         return named | {f"optim.{k}": v for k, v in self._optimizer_state().items() if isinstance(v, Tensor)}
 
     def _optimizer_state(self) -> dict[str, Any]:
@@ -84,7 +87,7 @@ class Run:
         self.check_finite("loss", meter["loss"])
         if self.accelerator.scaler is None:  # with fp16 a gradient may overflow: the scaler skips that step
             self.check_finite("gradient", meter["norm"])
-        state = {"step": self.step, "images": self.images, "meter": meter, **self.about}
+        state = {"step": self.step, "images": self.images, "meter": meter, "averages": self.ema.labels, **self.about}
         errors = self.store.save(self.step, self.tensors(), state)
         if errors and self.accelerator.is_main_process:
             print(f"\ncheckpoint of step {self.step} failed, older ones are untouched: {'; '.join(errors)}. Free some space.", flush=True)
@@ -109,8 +112,13 @@ class Run:
         differences = compare(state["facts"], self.about["facts"])
         if differences:
             raise ValueError(f"{folder} is of another run: {'; '.join(differences)}. Give another --output_dir, or that run's settings.")
+        lacking = self.ema.lacking(state.get("averages", ()), str(folder))
         tensors = load_tensors(folder)
         self._load_networks(tensors, str(folder))
+        self.ema.begin(lacking)
+        for name, value in self.ema.tensors().items():
+            if name in tensors and name.startswith("ema["):
+                value.copy_(tensors[name])
         restored = self._optimizer_state()
         for name in restored:
             restored[name] = tensors.get(f"optim.{name}", restored[name])
@@ -128,6 +136,7 @@ class Run:
         """
         found = find(folder)
         self._load_networks(load_tensors(found), f"checkpoint.start_from={found}")
+        self.ema.begin(self.ema.labels[1:])
 
     def _load_networks(self, tensors: dict[str, Tensor], where: str) -> None:
         for prefix, module in (("model.", self.network), ("ema.", self.ema.model)):
@@ -216,6 +225,10 @@ def notify(run: Run, stream: Stream, log: Log, stop: int) -> None:
         values["bad_samples"] = run.bad.report(stream.take_faults(), run.images)
         log.write(run.step, run.images, {**values, "lr": learning_rate(run.step - 1, config.train)})
     paused = time.perf_counter()
+    if due(run.images, config.train.batch_size, config.ema, config.train.max_steps * config.train.batch_size):
+        errors = snapshot(run)  # before the checkpoint, so that none is missing after a kill between the two
+        if errors and run.accelerator.is_main_process:
+            print(f"\nsnapshot of step {run.step} failed: {'; '.join(errors)}. Free some space.", flush=True)
     if run.step % config.checkpoint.every == 0:
         run.save()
     if config.log.sample_every and (run.step % config.log.sample_every == 0 or run.step == stop):

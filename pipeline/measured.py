@@ -28,7 +28,7 @@ RETRIEVED = (
 """What `sample.py retrieve` leaves in retrieval.json, and the card tells."""
 
 
-def figures_of(run: Path, name: str, keys: tuple[str, ...]) -> dict[str, Any]:
+def figures_of(run: Path, name: str, keys: tuple[str, ...], ema: str = "") -> dict[str, Any]:
     """What was measured on a run's last weights; empty if nothing was.
 
     A file is older than the weights if the run's metrics.jsonl was written
@@ -38,6 +38,7 @@ def figures_of(run: Path, name: str, keys: tuple[str, ...]) -> dict[str, Any]:
         run: its folder; the file lies there or in its `export`.
         name: of the file.
         keys: what it must hold.
+        ema: which weights it must be of; "" is the run's first average.
     """
     trained = run / "metrics.jsonl"
     since = trained.stat().st_mtime if trained.exists() else 0.0
@@ -47,7 +48,7 @@ def figures_of(run: Path, name: str, keys: tuple[str, ...]) -> dict[str, Any]:
                 figures = json.loads(path.read_text())
             except ValueError:
                 continue
-            if isinstance(figures, dict) and all(key in figures for key in keys):
+            if isinstance(figures, dict) and all(key in figures for key in keys) and figures.get("ema", "") == ema:
                 return figures
     return {}
 

@@ -26,6 +26,9 @@ class Model:
 
     pipeline: str = ""  # an exported folder; or give --run
     run: str = ""  # a run's folder: its newest checkpoint, averaged weights; or one checkpoint of it
+    ema: str = (
+        ""  # which weights of the run: by half-life in images or decay a step, width=0.08 (any, where power averages were kept), or raw
+    )
     seed: int = 0  # image i is a function of (seed, i)
     batch_size: int = 256  # images at once
     num_inference_steps: int = 25  # solver steps; evaluations are reported
@@ -38,6 +41,7 @@ class Sampling(Model):
     guidance_scale: float = 1.0  # 1 is none
     guide_pipeline: str = ""  # guide by this weaker model of the same data, not by the model without its condition: an exported folder
     guide_run: str = ""  # or a run's folder, or an early checkpoint of the same run
+    guide_ema: str = ""  # which weights of that run, as --ema
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance acts, 0 noise, 1 data
     guidance_rescale: float = 0.0  # share of the guided field brought back to the spread of the unguided one, 0 to 1
     solver: Solver = "heun"  # to dormand_prince the ODE, to stochastic_heun the SDE, then Langevin dynamics
@@ -75,6 +79,10 @@ class Sampling(Model):
             snr=self.snr,
             clip=self.clip,
         )
+
+    def told(self, ema: str) -> dict[str, Any]:
+        """What figures are told beside: how samples were drawn, and by which weights."""
+        return {"guidance_scale": self.guidance_scale, "solver": self.solver, "steps": self.num_inference_steps, "ema": ema}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +133,8 @@ class Images(Sampling):
         """
         which = dict(zip(("model", "guide"), models, strict=False))
         size = {"images_per_shard": self.images_per_shard} if self.format == "shards" else {}
-        return {**which, "seed": self.seed, "conditions": conditions, **asdict(self.sampler()), "format": self.format, **size}
+        weights = {name: asked for name, asked in (("ema", self.ema), ("guide_ema", self.guide_ema)) if asked}
+        return {**which, **weights, "seed": self.seed, "conditions": conditions, **asdict(self.sampler()), "format": self.format, **size}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +173,7 @@ class Export:
 
     run: str = ""  # the run's folder; its newest checkpoint is taken
     checkpoint: str = ""  # another of its checkpoints
-    ema: str = ""  # which weights: an average by its half-life in images or its decay a step, or raw; by default the run's average
+    ema: str = ""  # which weights: by half-life in images or decay a step, width=0.08 (any, where power averages were kept), or raw
     output: str = ""  # the folder; by default `export` in the run's
     variant: Literal["", "fp16", "bf16"] = ""  # weights in half precision too, beside the full ones: from_pretrained(..., variant="fp16")
     push_to_hub: str = ""  # user/name: publish the folder there, after listing and checking every file

@@ -91,6 +91,16 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"class label {int(bad[0])} is out of range: the model {known}.")
 
 
+def need_pixels(source: Source, why: str) -> None:
+    """Raises ValueError for a model of latents, or of text."""
+    if source.read:
+        raise ValueError(f"the model takes text, and {why} of a class or of none: sample it with --prompt, or use retrieve.")
+    if source.pixels:
+        raise ValueError(
+            f"the model works in latents of {source.shape}, and {why}: give a model that was trained without data.autoencoder."
+        )
+
+
 def led_by(source: Source, weak: Source) -> Source:
     """The source, guided by a weaker model of the same data (autoguidance).
 

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 import sample
 from data.prepare import main as prepare
 from pipeline.config import EmaConfig
-from pipeline.ema import check_average
 from pipeline.flow import convert, guide, initial, widen
 from pipeline.folder import open_folder
 from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
+from pipeline.weights import read_wanted
 
 MORE = ("--export=true", "--train.learning_rate=1e-2")
 KINDS = {
@@ -141,10 +141,10 @@ def test_which_average_is_said(trained, tmp_path, capsys):
     assert not torch.equal(weights[""], weights["raw"])
     capsys.readouterr()
     assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "x"), "--ema", "0.9999"]) == 2
-    assert "one average, of half-life 100 images (decay 0.895025 a step)" in capsys.readouterr().err
+    assert "The run kept half-life 100 images (decay 0.895025 a step)" in capsys.readouterr().err
     assert not (tmp_path / "x").exists()
     with pytest.raises(ValueError, match="give a half-life in images"):
-        check_average("best", EmaConfig(), 16)
+        read_wanted("best", EmaConfig(), 16)
 
 
 CHECK = """

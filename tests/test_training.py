@@ -1,5 +1,6 @@
 """Training: an interrupted run is the uninterrupted one, and the number of processes does not change the curve."""
 
+import copy
 import hashlib
 import json
 import math
@@ -19,7 +20,7 @@ import train
 from data import prepare
 from pipeline.checkpoint import load_tensors
 from pipeline.config import EmaConfig, FlowConfig, TrainConfig
-from pipeline.ema import Ema
+from pipeline.ema import Averages, HalfLife, laws
 from pipeline.loop import compare
 from pipeline.method import Method
 from pipeline.optim import adamw, learning_rate
@@ -290,15 +291,13 @@ def test_the_average_is_on_an_image_clock():
     for batch in (10, 50):
         model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.zeros_(model.weight)
-        ema = Ema(model, EmaConfig(halflife=(1000,), ramp=1e9))
+        ema = Averages(model, copy.deepcopy(model), EmaConfig(halflife=(1000,), ramp=1e9))
         torch.nn.init.ones_(model.weight)
         for images in range(batch, 1001, batch):
             ema.update(model, images, batch)
         assert ema.model.weight.item() == pytest.approx(0.5, abs=1e-5)
-    assert Ema(model, EmaConfig(halflife=(1e9,), ramp=0.1)).decay(1000, 100) == pytest.approx(0.5), (
-        "at first the half-life is a share of the images seen"
-    )
-    assert Ema(model, EmaConfig(enabled=False)).decay(1000, 100) == 0
+    assert HalfLife(1e9, 0.1).decay(1000, 100) == pytest.approx(0.5), "at first the half-life is a share of the images seen"
+    assert laws(EmaConfig(enabled=False))[0].decay(1000, 100) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,172 @@
+"""Snapshots of the power averages, from which those of other widths are rebuilt: `<run>/averages/checkpoint-<step>`.
+
+Each is a checkpoint that holds the power averages alone; none is ever pruned.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .checkpoint import PREFIX, Store, averages, verify
+from .config import EmaConfig
+from .ema import Averages, Power
+from .posthoc import BOUND, Combination, combine
+
+FOLDER = "averages"
+SNAPSHOTS = 64
+"""In a run, unless the recipe says how far they are apart."""
+NEGLIGIBLE = 1e-9
+"""A smaller coefficient adds less than float32's rounding."""
+
+
+class Snapped(Protocol):
+    """What is taken of a run: see pipeline.loop.Run."""
+
+    snapshots: Store
+    ema: Averages
+    step: int
+    images: int
+
+
+def store_of(run: Path) -> Store:
+    """Where a run's snapshots lie; all are kept."""
+    return Store(run / FOLDER, keep=sys.maxsize)
+
+
+def due(images: int, batch: int, config: EmaConfig, total: int) -> bool:
+    """Whether a snapshot falls due with this step; a function of the image clock alone.
+
+    Args:
+        images: seen so far, this step's included.
+        batch: images of this step.
+        config: which averages are kept, and how far snapshots are apart.
+        total: images of the whole run.
+    """
+    if not config.power:
+        return False
+    every = config.snapshot_every or total / SNAPSHOTS
+    return images >= total or images // every > (images - batch) // every
+
+
+def count(config: EmaConfig, batch: int, total: int) -> int:
+    """Snapshots of a whole run; arguments as in `due`."""
+    if not config.power:
+        return 0
+    every = config.snapshot_every or total / SNAPSHOTS
+    steps = -(-total // batch)
+    return steps if every <= batch else int((steps - 1) * batch // every) + 1  # the last step has one
+
+
+def snapshot(run: Snapped) -> list[str]:
+    """Write one, all ranks together; what went wrong on any rank, as `Store.save` says it."""
+    state = {"step": run.step, "images": run.images, "widths": list(run.ema.widths)}
+    return run.snapshots.save(run.step, run.ema.power(), state)
+
+
+def forget(store: Store, step: int) -> None:
+    """Remove snapshots of steps after the one from which a run goes on: they may be of another course. For the first rank alone.
+
+    A good snapshot is not written twice, so that an old one would stay.
+    """
+    for folder in store.folders():
+        if int(folder.name.removeprefix(PREFIX)) > step:
+            os.rename(folder, store.root / f".tmp-old-{uuid.uuid4().hex[:8]}")
+    store.sweep()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One power average that was kept."""
+
+    images: float
+    width: float
+    folder: Path
+    """The snapshot, or the checkpoint, that holds it."""
+
+
+def kept_of(checkpoint: Path, images: int, widths: tuple[float, ...]) -> list[Kept]:
+    """The power averages of a checkpoint, and of the snapshots of its run up to it.
+
+    Args:
+        checkpoint: a run's, verified.
+        images: that it has seen.
+        widths: that it holds.
+    """
+    found = {(float(images), width): checkpoint for width in widths}
+    for folder in store_of(checkpoint.parent).folders():
+        try:
+            state = json.loads((folder / "state.json").read_text())
+            places = [(float(state["images"]), float(width)) for width in state["widths"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"snapshot {folder} is damaged and passed over: {type(error).__name__}: {error}", flush=True)
+            continue
+        for place in places:
+            if 0 < place[0] <= images:
+                found.setdefault(place, folder)
+    return [Kept(*place, folder) for place, folder in sorted(found.items())]
+
+
+def rebuild(kept: list[Kept], width: float, images: float) -> tuple[dict[str, Tensor], Combination]:
+    """A power average of any width, at any time up to the last that was kept.
+
+    Args:
+        kept: what there is; damaged snapshots are named and passed over.
+        width: relative width wanted.
+        images: time wanted.
+
+    Returns:
+        Trained weights by the network's own names, float32, summed in
+        float64; and how they were combined.
+
+    Raises:
+        ValueError: no combination of what was kept comes within BOUND of it.
+    """
+    kept, sound = list(kept), set[Path]()
+    while True:
+        found = combine([(one.images, one.width) for one in kept], width, images)
+        if found.error > BOUND:
+            raise ValueError(f"a width of {width:g} at {images:g} images cannot be rebuilt: {_reason(kept, found)}")
+        used = [(c, one) for c, one in zip(found.coefficients, kept, strict=True) if abs(c) > NEGLIGIBLE]
+        for folder in dict.fromkeys(one.folder for _, one in used):
+            fault = None if folder in sound else verify(folder)
+            if fault:
+                print(f"snapshot {folder} is damaged and passed over: {fault}", flush=True)
+                kept = [one for one in kept if one.folder != folder]
+                break
+            sound.add(folder)
+        else:
+            return _sum(used), found
+
+
+def _reason(kept: list[Kept], found: Combination) -> str:
+    widths = ", ".join(f"{width:g}" for width in sorted({one.width for one in kept}))
+    times = sorted({one.images for one in kept})
+    return (
+        f"the nearest combination of widths {widths}, kept {len(times)} time(s) from {times[0]:g} to {times[-1]:g} images, misses it by "
+        f"{found.error:.2g} of its size, and {BOUND:g} is allowed. Ask for a width nearer to those, or keep more snapshots "
+        f"(ema.snapshot_every) or widths (ema.power)."
+    )
+
+
+@torch.no_grad()
+def _sum(used: list[tuple[float, Kept]]) -> dict[str, Tensor]:
+    """The combination of weights, read one average after the other."""
+    total: dict[str, Tensor] = {}
+    for coefficient, one in used:
+        tensors = averages(one.folder, Power(one.width).label)
+        if not tensors or total.keys() - tensors.keys():
+            raise ValueError(f"{one.folder} holds no average of width {one.width:g}, as its state says: remove it.")
+        for name, value in tensors.items():
+            if name not in total:
+                total[name] = torch.zeros_like(value, dtype=torch.float64)
+            total[name].add_(value, alpha=coefficient)
+    return {name: value.float() for name, value in total.items()}
