@@ -65,7 +65,7 @@ def read_wanted(asked: str, config: EmaConfig, batch_size: int, option: str = "-
     except ValueError:
         numbers = {}
     known = set(numbers) in ({""}, {"halflife"}, {"decay"}, {"width"}, {"width", "images"})
-    if not known or not all(0 < n < math.inf for n in numbers.values()) or numbers.get("decay", 0) >= 1:
+    if not known or len(words) != len(numbers) or not all(0 < n < math.inf for n in numbers.values()) or numbers.get("decay", 0) >= 1:
         raise ValueError(f"{option} {asked!r} is none: give {KNOWN}.")
     kept = f"The run kept {_listed(config, batch_size)}."
     if "width" in numbers:
