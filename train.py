@@ -13,6 +13,7 @@ if __name__ == "__main__":
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -49,7 +50,10 @@ from pipeline.recipe import as_mapping, facts_of, parse
 from pipeline.space import Space
 from pipeline.stock import form_of
 from pipeline.told import MicroBatch, Teller
+from pipeline.trackers import attach, leave
+from pipeline.trackers import check as check_trackers
 from pipeline.tracking import BadSamples, Log, Meter
+from pipeline.utilisation import Utilisation, peak
 
 SHOWN = 32
 """Captions that the preview draws."""
@@ -62,6 +66,7 @@ def train(config: Config) -> int:
         ValueError: what a user can mend, before any work is lost.
     """
     folder = Path(config.output_dir)
+    check_trackers(config.log.report_to)
     sources, space = see(config)
     store = Store(folder, config.checkpoint.keep)
     checkpoint = choose(store, config.checkpoint.resume)
@@ -74,7 +79,7 @@ def train(config: Config) -> int:
     begin(run, space, checkpoint)
     run.bad = BadSamples(folder, share=config.data.max_bad_share, main=accelerator.is_main_process, start=run.images)
     stream = sources.stream(config.seed, share_of(config, accelerator), run.images)
-    accelerator.init_trackers("tensorboard")
+    attach(accelerator, config.log.report_to, config.log.project, folder, as_mapping(config), run.step)
     log = Log(folder, main=accelerator.is_main_process, start=run.step, stop=config.train.max_steps, accelerator=accelerator)
     STOPPER.defer()
     try:
@@ -153,7 +158,8 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
     method = Method(config.flow, space.shape, config.train.batch_size)
     if words:
         method.check_text()
-    network = models.build(seed=config.seed, **model_options(config.model, space.shape, len(names), sources.widths))
+    options = model_options(config.model, space.shape, len(names), sources.widths)
+    network = models.build(seed=config.seed, **options)
     if fresh:
         for note in first_weights(config, network):
             accelerator.print(note)
@@ -188,9 +194,21 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
         store=store,
         about=about,
         stopper=STOPPER,
-        meter=Meter(accelerator),
+        meter=Meter(accelerator, utilisation(config, accelerator, network, options)),
         sample=partial(preview, text=sources.shown(config.seed, SHOWN) if config.log.sample_every else None),
     )
+
+
+def utilisation(config: Config, accelerator: Accelerator, network: nn.Module, options: dict[str, Any]) -> Utilisation:
+    """What the model FLOP utilisation is reckoned from; all ranks together, since those that measure share processors."""
+    accelerator.wait_for_everyone()
+    rate, source = peak(config.log.peak_tflops, accelerator.mixed_precision, accelerator.device)
+    if rate:
+        accelerator.print(f"a device's peak is {rate / 1e12:.4g} TFLOP/s ({source}).")
+    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+    trained = sum(n for n, wanted in sizes if wanted) / sum(n for n, _ in sizes)
+    once = config.flow.objective == "regression"  # the others go backward through a backward pass
+    return Utilisation(models.build(seed=0, device="meta", **options).eval() if once else None, trained, rate)
 
 
 def first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
@@ -251,4 +269,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

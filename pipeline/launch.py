@@ -35,12 +35,10 @@ def start(
     """
     group = join(config.train.cpu_threads or _share())
     precision = settle(config.train.mixed_precision, saved, partial(measure, group.num_processes, group.device))
-    trackers = [name for name in config.log.report_to if name != "none"]
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision=precision,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
-        log_with=trackers or None,
         project_dir=config.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -170,7 +171,9 @@ def fit(run: Run, stream: Stream, log: Log, stop: int) -> None:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, run.config.train)
         for _ in range(run.config.train.gradient_accumulation_steps):
-            batch = next(stream)
+            with run.meter.waiting():
+                batch = next(stream)
+            log.say(run.meter.count(partial(seen, run, batch)))
             with run.accelerator.accumulate(run.model):
                 losses = loss_of(run, batch)
                 run.accelerator.backward(losses.mean())
@@ -201,6 +204,12 @@ def loss_of(run: Run, batch: MicroBatch) -> Tensor:
     return run.method.losses(run.model, data, draws, *run.condition(batch, run.step, draws.drop))
 
 
+def seen(run: Run, batch: MicroBatch) -> tuple[Any, ...]:
+    """What the network sees of a micro-batch beside the time, nothing dropped: data, (B, *S), and what else it takes."""
+    data = run.encode(batch, run.step)
+    return data, *run.condition(batch, run.step, torch.ones(len(data), device=run.accelerator.device))
+
+
 def clip(run: Run) -> Tensor:
     """Shorten the gradients; their norm before, on the device."""
     longest = run.config.train.max_grad_norm or float("inf")
@@ -211,9 +220,10 @@ def notify(run: Run, stream: Stream, log: Log, stop: int) -> None:
     """Whatever is due after a step: a log line, a checkpoint, a sample grid."""
     config = run.config
     if run.step % config.log.every == 0 or run.step == stop:
-        values = run.meter.read(config.train.batch_size)
-        run.check_finite("loss", values["loss"])
-        values["bad_samples"] = run.bad.report(stream.take_faults(), run.images)
+        faults = stream.take_faults()
+        values = run.meter.read(config.train.batch_size, len(faults))
+        run.check_finite("loss", values["loss"] or 0.0)
+        values["bad_samples"] = run.bad.report(faults, run.images, any_rank=bool(values["bad_samples"]))
         log.write(run.step, run.images, {**values, "lr": learning_rate(run.step - 1, config.train)})
     paused = time.perf_counter()
     if run.step % config.checkpoint.every == 0:

@@ -1,11 +1,13 @@
-"""What a run shows: a progress bar, a line of metrics.jsonl, a tracker; all of it only when due."""
+"""What a run shows: a progress bar, a line of metrics.jsonl, trackers; all of it only when due."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
+import resource
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,118 +17,210 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from .jsonl import Lines, read_lines
+from .trackers import finish
+from .utilisation import Utilisation
+
 
 class Meter:
-    """Sums on the device between two log lines; reading it is the loop's only wait."""
+    """Sums on the device between two log lines; reading it is the loop's only wait.
 
-    def __init__(self, accelerator: Accelerator) -> None:
-        self.accelerator = accelerator
+    Args:
+        accelerator: of the run.
+        use: what an image computes and what a device could; without it the utilisation is not known.
+    """
+
+    def __init__(self, accelerator: Accelerator, use: Utilisation | None = None) -> None:
+        self.accelerator, self.use = accelerator, use or Utilisation()
+        self.skipped = 0
+        """Steps of this run that changed nothing."""
         self.reset()
 
     def reset(self) -> None:
         """Start the next interval."""
-        self.loss = torch.zeros((), device=self.accelerator.device)
-        self.norm = torch.zeros((), device=self.accelerator.device)
-        self.batches = self.steps = self.timed = 0
+        self.loss, self.norm, self.open = torch.zeros((3,), device=self.accelerator.device).unbind()
+        self.batches = self.opened = self.steps = self.timed = 0
+        self.waited = 0.0
         self.since = time.perf_counter()
 
     def add(self, losses: Tensor) -> None:
-        """Count a micro-batch's losses, (B,)."""
-        self.loss += losses.detach().mean()
-        self.batches += 1
+        """Count a micro-batch's losses, (B,); it belongs to the step that `add_step` or `skip_step` ends."""
+        self.open += losses.detach().mean()
+        self.opened += 1
 
     def add_step(self, norm: Tensor) -> None:
         """Count an optimiser step and its gradient norm, a scalar."""
+        self.loss += self.open
         self.norm += norm
+        self.batches += self.opened
         self.steps += 1
+        self._close()
+
+    def skip_step(self) -> None:
+        """Count a step whose loss or gradient was not finite; neither enters the means."""
+        self.skipped += 1
+        self._close()
+
+    def _close(self) -> None:
         self.timed += 1
+        self.open.zero_()
+        self.opened = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what waits for data."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waited += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is no training, such as saving and sampling: the rates leave it out."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.since += time.perf_counter() - began
+
+    def count(self, see: Callable[[], tuple[Any, ...]]) -> str:
+        """On the main process, once, what one micro-batch computes: see Utilisation.count."""
+        if self.use.counted or not self.accelerator.is_main_process:
+            return ""
+        with self.paused():
+            return self.use.count(see)
 
     def state(self) -> dict[str, float]:
         """The sums so far, means over ranks, for a checkpoint in the middle of an interval; all ranks together."""
         loss, norm = self.accelerator.reduce(torch.stack([self.loss, self.norm]), reduction="mean").tolist()
-        return {"loss": loss, "norm": norm, "batches": self.batches, "steps": self.steps}
+        return {"loss": loss, "norm": norm, "batches": self.batches, "steps": self.steps, "skipped": self.skipped}
 
     def restore(self, state: dict[str, float]) -> None:
         """Go on from `state`."""
         self.loss.fill_(state["loss"])
         self.norm.fill_(state["norm"])
-        self.batches, self.steps = int(state["batches"]), int(state["steps"])
+        self.open.zero_()
+        self.batches, self.steps, self.opened = int(state["batches"]), int(state["steps"]), 0
+        self.skipped = int(state.get("skipped", 0))
 
-    def read(self, batch_size: int) -> dict[str, float]:
-        """Means over the interval and all ranks, then reset.
+    def read(self, batch_size: int, bad: int = 0) -> dict[str, float | None]:
+        """Figures of the interval, then reset; all ranks together, in one exchange.
+
+        Args:
+            batch_size: images of a step, all ranks together.
+            bad: samples that this rank replaced in the interval.
 
         Returns:
-            loss, grad_norm, and images_per_second of all ranks together.
+            loss, grad_norm: means over its steps and all ranks; None of no step.
+            images_per_second: of all ranks; images_per_second_per_device.
+            mfu, mfu_with_encoders: shares of a device's peak, on the main process; None where not known.
+            data_wait, data_wait_worst: share of the time that `waiting` took, mean and of the rank that waited longest.
+            memory_gb: the most that a rank held since it began, in 1e9 bytes: of its device, or of the process on a CPU.
+            skipped_steps: of this run; bad_samples: of the interval, on all ranks.
         """
-        sums = torch.stack([self.loss / max(self.batches, 1), self.norm / max(self.steps, 1)])
-        loss, norm = self.accelerator.reduce(sums, reduction="mean").tolist()
-        rate = self.timed * batch_size / max(time.perf_counter() - self.since, 1e-9)
+        device = self.accelerator.device
+        own = torch.stack([self.loss / max(self.batches, 1), self.norm / max(self.steps, 1)])
+        rest = torch.tensor([self.waited, memory_gb(device), bad], device=device)
+        found = self.accelerator.gather(torch.cat([own, rest])[None])
+        means, most = torch.stack([found.mean(dim=0), found.amax(dim=0)]).tolist()
+        seconds = max(time.perf_counter() - self.since, 1e-9)
+        rate, ranks = self.timed * batch_size / seconds, len(found)
+        values: dict[str, float | None] = {
+            "loss": means[0] if self.steps else None,
+            "grad_norm": means[1] if self.steps else None,
+            "images_per_second": _few(rate),
+            "images_per_second_per_device": _few(rate / ranks),
+            **{name: _few(share) for name, share in self.use.shares(rate / ranks).items()},
+            "data_wait": _few(min(means[2] / seconds, 1.0)),
+            "data_wait_worst": _few(min(most[2] / seconds, 1.0)),
+            "memory_gb": _few(most[3]),
+            "bad_samples": round(means[4] * ranks),
+            "skipped_steps": self.skipped,
+        }
         self.reset()
-        return {"loss": loss, "grad_norm": norm, "images_per_second": rate}
+        return values
+
+
+def _few(value: float | None) -> float | None:
+    """With the digits that a measurement has."""
+    return None if value is None else float(f"{value:.5g}")
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most that torch held on a GPU, or this process in memory, since it began; 1e9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:  # not getrusage: on Linux its figure may be that of the launcher, from which the process was forked
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    except (OSError, IndexError, ValueError):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class Log:
-    """metrics.jsonl, the progress bar and the tracker of one run, on the main process; silent on the others.
+    """metrics.jsonl, the progress bar and the trackers of one run, on the main process; silent on the others.
 
     Args:
         folder: the run's.
         main: is this the main process?
         start, stop: optimiser steps of this launch; lines after `start` are
             dropped, since their steps are done again.
-        accelerator: whose tracker is told, if it has one.
+        accelerator: whose trackers are told, if it has some.
     """
 
     def __init__(self, folder: Path, *, main: bool, start: int, stop: int, accelerator: Accelerator) -> None:
-        self.path, self.main, self.accelerator = folder / "metrics.jsonl", main, accelerator
-        self.bar = tqdm(total=stop, initial=start, disable=not main, unit="step", mininterval=0.5, smoothing=0.02, dynamic_ncols=True)
+        self.lines, self.main, self.accelerator = Lines(folder / "metrics.jsonl"), main, accelerator
+        seen = sys.stderr.isatty()  # a file, as batch systems keep, would grow by megabytes a day
+        often: dict[str, Any] = {"mininterval": 0.5 if seen else 30.0, "maxinterval": 10.0 if seen else 60.0}
+        self.bar = tqdm(total=stop, initial=start, disable=not main, unit="step", smoothing=0.02, dynamic_ncols=True, **often)
         if main:
-            self._drop_after(start)
-
-    def _drop_after(self, step: int) -> None:
-        """Keep the lines of steps that stay done."""
-        if self.path.exists():
-            _rewrite(self.path, _lines(self.path, lambda line: line["step"] <= step))
+            self.lines.keep(lambda line: line["step"] <= start)
 
     def advance(self) -> None:
         """One optimiser step is done."""
         self.bar.update()
 
-    def write(self, step: int, images: int, values: dict[str, float]) -> None:
-        """Append a line: step, images seen, and the values; the bar shows the loss and the rate."""
+    def back(self, step: int) -> None:
+        """Go back to a step: the lines after it are dropped, since their steps are done again."""
         if not self.main:
             return
-        line: dict[str, Any] = {"step": step, "images": images, **values}
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        self.bar.set_postfix_str(f"loss {values['loss']:.4f}, {values['images_per_second']:.0f} images/s")
-        self.accelerator.log(values, step=step)
+        try:
+            self.lines.keep(lambda line: line["step"] <= step)
+        except OSError as error:
+            self.say(f"{self.lines.path} cannot be written ({error.strerror}): it keeps lines after step {step} that are done again.")
+        self.bar.n = step
+        self.bar.refresh()
+
+    def write(self, step: int, images: int, values: dict[str, Any]) -> None:
+        """Append a line: step, images seen, and the values, null where there is none; the bar shows the loss and the rate."""
+        if not self.main:
+            return
+        self.say(self.lines.append([{"step": step, "images": images, **values}]))
+        known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        shown = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} images/s", "mfu": "MFU {:.1%}"}
+        text = ", ".join(text.format(known[name]) for name, text in shown.items() if name in known)
+        self.bar.set_postfix_str(text, refresh=sys.stderr.isatty())
+        self.accelerator.log({"images": images, **known}, step=step)
+        for tracker in self.accelerator.trackers:
+            for text in tracker.news() if hasattr(tracker, "news") else ():
+                self.say(text)
 
     def say(self, text: str) -> None:
-        """Print a line above the bar."""
-        if self.main:
+        """Print a line above the bar, if there is one to print."""
+        if self.main and text:
             self.bar.write(text)
 
     def close(self) -> None:
-        """Finish the bar."""
+        """Finish the bar and the trackers, which get some seconds for what they did not send yet."""
         self.bar.close()
-
-
-def _lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file that `keep` keeps; one that a kill tore is none."""
-    kept = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-            kept += [line] if keep(line) else []
-        except (ValueError, KeyError, TypeError):
-            continue
-    return kept
-
-
-def _rewrite(path: Path, lines: list[dict[str, Any]]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    temporary.replace(path)
+        if not self.main:
+            return
+        self.say(self.lines.append([]))
+        if self.lines.held:
+            self.say(f"{len(self.lines.held)} lines of {self.lines.path} could not be written, and are lost.")
+        for text in finish(self.accelerator.trackers):
+            self.say(text)
 
 
 class BadSamples:
@@ -141,16 +235,25 @@ class BadSamples:
 
     def __init__(self, folder: Path, *, share: float, main: bool, start: int) -> None:
         self.path, self.share, self.main = folder / "bad_samples.jsonl", share, main
-        self.lines = _lines(self.path, lambda line: line["position"] < start)
-        if main and self.path.exists():
-            _rewrite(self.path, self.lines)
+        self.file = Lines(self.path)
+        self.lines = read_lines(self.path, lambda line: line["position"] < start)
+        if main:
+            self.file.keep(lambda line: line["position"] < start)
 
-    def report(self, found: Iterable[Any], images: int) -> int:
+    def back(self, images: int) -> None:
+        """Go back to so many images seen: what was found after them comes again."""
+        self.lines = [line for line in self.lines if line["position"] < images]
+        if self.main:
+            with contextlib.suppress(OSError):
+                self.file.keep(lambda line: line["position"] < images)
+
+    def report(self, found: Iterable[Any], images: int, *, any_rank: bool = True) -> int:
         """Take note of what all ranks replaced; all ranks together.
 
         Args:
             found: since the last call, on this rank; each with the fields position, shard, key, error.
             images: seen so far by all ranks together.
+            any_rank: false where it is known that no rank found any; nothing is exchanged then.
 
         Returns:
             How many there were in this run.
@@ -159,11 +262,10 @@ class BadSamples:
             ValueError: more than the share of the images seen, or of a
                 thousand while fewer were seen, with the list.
         """
-        new = sorted(gather_object([fault._asdict() for fault in found]), key=lambda line: line["position"])
+        new = sorted(gather_object([fault._asdict() for fault in found]), key=lambda line: line["position"]) if any_rank else []
         self.lines += new
-        if new and self.main:
-            with open(self.path, "a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in new)
+        if self.main:
+            self.file.append(new)
         if len(self.lines) > self.share * max(images, 1000):
             listed = "; ".join(f"{line['shard']}: {line['key']} ({line['error']})" for line in self.lines[-10:])
             raise ValueError(
@@ -175,7 +277,7 @@ class BadSamples:
 
 def loss_curve(folder: Path) -> list[tuple[float, float]]:
     """(images seen, loss) of each line of a run's metrics.jsonl, in its order; lines without a finite loss are left out."""
-    lines = _lines(folder / "metrics.jsonl", lambda line: math.isfinite(line["loss"]) and math.isfinite(line["images"]))
+    lines = read_lines(folder / "metrics.jsonl", lambda line: math.isfinite(line["loss"]) and math.isfinite(line["images"]))
     return [(line["images"], line["loss"]) for line in lines]
 
 

@@ -22,7 +22,7 @@ FLOORS = {
                 "classifier",
                 "standing",
             ),
-            *("checksums", "leaks", "curve", "measured", "captions_v1", "guidance_v1"),
+            *("checksums", "leaks", "curve", "measured", "captions_v1", "guidance_v1", "jsonl", "trackers", "utilisation"),
         ],
         ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1"],
         ["optim", "ema", "tracking", "checkpoint", "identity", "launch", "method", "stock", "space", "told", "pipeline_condot_v1"],

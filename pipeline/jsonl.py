@@ -1,0 +1,106 @@
+"""Lines of JSON in a file that only grows: a kill, a full disk or a lost folder costs no more than the lines of that time."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+Line = dict[str, Any]
+HELD = 10_000
+"""Lines that wait in memory for a disk; older ones are given up."""
+
+
+def read_lines(path: Path, keep: Callable[[Line], Any] = lambda line: True) -> list[Line]:
+    """The lines that `keep` keeps; one that a kill tore is none, nor is one that `keep` cannot read."""
+    kept = []
+    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        try:
+            line = json.loads(text)
+            kept += [line] if keep(line) else []
+        except (ValueError, KeyError, TypeError):
+            continue
+    return kept
+
+
+class Lines:
+    """The writer's end of such a file; of one process.
+
+    Args:
+        path: of the file, made when the first line comes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.held: deque[str] = deque(maxlen=HELD)
+        """Lines that the disk did not take yet."""
+        self.given_up = 0
+        self._failing = False
+
+    def keep(self, rule: Callable[[Line], Any]) -> None:
+        """Drop the lines that `rule` does not keep; those at the end without any room on the disk.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        if not self.path.exists():
+            return
+        text, kept = self.path.read_bytes(), read_lines(self.path, rule)
+        wanted = "".join(_spelt(line) for line in kept).encode()
+        if text.startswith(wanted):
+            os.truncate(self.path, len(wanted))
+        else:
+            temporary = self.path.with_suffix(".tmp")
+            temporary.write_bytes(wanted)
+            temporary.replace(self.path)
+
+    def append(self, lines: Iterable[Line]) -> str:
+        """Write lines behind those that are there, or hold them until the next call.
+
+        Args:
+            lines: of values that JSON knows; NaN and infinities become null.
+
+        Returns:
+            What is to be said: "" while all is well, and while nothing is new.
+        """
+        for line in lines:
+            self.given_up += len(self.held) == HELD
+            self.held.append(_spelt(line))
+        if not self.held:
+            return ""
+        try:
+            self._write("".join(self.held).encode())
+        except OSError as error:
+            news = "" if self._failing else f"{self.path.name} cannot be written ({error.strerror}); its lines wait in memory."
+            self._failing = True
+            return news
+        lost = f", {self.given_up} are lost" if self.given_up else ""
+        news = f"{self.path.name} can be written again; {len(self.held)} lines caught up{lost}." if self._failing else ""
+        self.held.clear()
+        self._failing = False
+        return news
+
+    def _write(self, text: bytes) -> None:
+        """All of it, or nothing: of a line that a disk took in part the rest would follow another."""
+        with open(self.path, "ab", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            try:
+                while text:
+                    text = text[file.write(text) :]
+            except OSError:
+                file.truncate(size)
+                raise
+
+
+def _spelt(line: Line) -> str:
+    try:
+        return json.dumps(line, allow_nan=False) + "\n"
+    except ValueError:
+        return json.dumps({name: _finite(value) for name, value in line.items()}) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value

@@ -1,0 +1,246 @@
+"""Trackers of Accelerate, each on a thread of its own: a server that is gone, raises or hangs neither stops nor slows training."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import secrets
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+
+WAITING = 1000
+"""Calls that may wait for a tracker; further ones are left out and counted."""
+SLOW = 60.0
+"""Seconds after which a call that has not returned is spoken of."""
+LINGER = 10.0
+"""Seconds that the end of a run gives all trackers together for what waits."""
+STUCK: list[str] = []
+"""Trackers that did not end in time; see `leave`."""
+
+
+def check(names: Iterable[str]) -> None:
+    """Refuse trackers that are not installed.
+
+    Args:
+        names: `log.report_to`.
+
+    Raises:
+        ValueError: a package is missing.
+    """
+    for name in names:
+        try:
+            if name != "none":
+                importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            raise ValueError(f"log.report_to={name}: the package is not installed. Run `pip install {name}`, or leave it out.") from None
+
+
+class Wandb(WandBTracker):  # type: ignore[misc]
+    """Accelerate's, with the optimiser step as the axis: wandb's own counter refuses the steps that a resumed run does again."""
+
+    def start(self) -> None:
+        """Open the run."""
+        super().start()
+        self.run.define_metric("*", step_metric="step")
+
+    def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
+        """Give values of a step."""
+        super().log({**values, "step": step}, **more)
+
+
+class Tracker(GeneralTracker):  # type: ignore[misc]
+    """A tracker that is never waited for: every call is put down, and made by a thread.
+
+    Args:
+        name: as in `log.report_to`.
+        make: the tracker itself, not yet started; called on the thread.
+    """
+
+    main_process_only = True
+    requires_logging_directory = False
+
+    def __init__(self, name: str, make: Callable[[], Any]) -> None:
+        super().__init__(_blank=True)
+        self.name, self._make = name, make
+        self._inner: Any = None
+        self._calls: deque[tuple[str, Callable[[], Any]]] = deque()
+        self._lock = threading.Condition()
+        self._thread = threading.Thread(target=self._serve, name=f"tracker {name}", daemon=True)
+        self._news: list[str] = []
+        self._said: set[str] = set()
+        self._busy: tuple[str, float] | None = None
+        self._ending = False
+        self.given = self.lost = 0
+        """Lines of metrics: all, and those that it did not take."""
+
+    @property
+    def tracker(self) -> Any:
+        """What the package gave, once it is there."""
+        return getattr(self._inner, "tracker", None)
+
+    def start(self) -> None:
+        """Begin; nothing is waited for."""
+        self._put("start", self._begin)
+        self._thread.start()
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        """Give the settings of the run."""
+        self._put("settings", lambda: self._inner.store_init_configuration(values))
+
+    def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
+        """Give a line of metrics, or count it as lost."""
+        self.given += 1
+        self._put("line", lambda: self._inner.log(values, step=step, **more))
+        busy = self._busy
+        if busy and time.monotonic() - busy[1] > SLOW:
+            self._say("slow", f"has not answered for {SLOW:.0f} s")
+
+    def ask_to_end(self) -> None:
+        """No further calls come."""
+        with self._lock:
+            self._ending = True
+            self._lock.notify()
+
+    def finish(self, patience: float = LINGER) -> None:
+        """Wait for what was given, so many seconds at most, and end."""
+        self.ask_to_end()
+        if self._thread.is_alive():
+            self._thread.join(max(patience, 0.0))
+        if not self._thread.is_alive() or self.name in STUCK:
+            return
+        STUCK.append(self.name)
+        with self._lock:
+            undone = [*self._calls, self._busy or ("", 0.0)]
+            self.lost += sum(kind == "line" for kind, _ in undone)
+            self._calls.clear()
+        self._say("end", "did not end in time")
+
+    def news(self) -> list[str]:
+        """What is to be said since the last call."""
+        with self._lock:
+            found, self._news = self._news, []
+        return found
+
+    def account(self) -> str:
+        """At the end: what it missed, or ""."""
+        return f"log.report_to={self.name} missed {self.lost} of {self.given} lines; metrics.jsonl has them." if self.lost else ""
+
+    def _say(self, what: str, text: str) -> None:
+        """Once."""
+        with self._lock:
+            if what not in self._said:
+                self._said.add(what)
+                self._news.append(f"log.report_to={self.name} {text}; metrics.jsonl has every line, and training goes on.")
+
+    def _put(self, kind: str, call: Callable[[], Any]) -> None:
+        with self._lock:
+            room = len(self._calls) < WAITING
+            if room:
+                self._calls.append((kind, call))
+                self._lock.notify()
+            else:
+                self.lost += kind == "line"
+        if not room:
+            self._say("behind", f"is {WAITING} lines behind, and further ones are left out")
+
+    def _begin(self) -> None:
+        inner = self._make()
+        inner.start()
+        self._inner = inner
+
+    def _next(self) -> tuple[str, Callable[[], Any]]:
+        with self._lock:
+            while not self._calls and not self._ending:
+                self._lock.wait()
+            return self._calls.popleft() if self._calls else ("end", lambda: self._inner.finish())
+
+    def _serve(self) -> None:
+        """The thread: one call after the other, in their order, then the end."""
+        kind = ""
+        while kind != "end":
+            kind, call = self._next()
+            self._busy = (kind, time.monotonic())
+            try:
+                if self._inner is not None or kind == "start":
+                    call()
+                else:
+                    self.lost += kind == "line"
+            except (Exception, SystemExit) as error:  # whatever a package raises
+                self.lost += kind == "line"
+                self._say("off" if kind == "start" else "raised", f"{'did not start' if kind == 'start' else 'failed'} ({_short(error)})")
+            self._busy = None
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def attach(accelerator: Accelerator, names: Sequence[str], project: str, folder: Path, settings: Mapping[str, Any], start: int) -> None:
+    """Give an Accelerator its trackers: `accelerator.log` reaches them, on the main process.
+
+    Args:
+        accelerator: of the run.
+        names: `log.report_to`.
+        project: what wandb and trackio file the run under.
+        folder: of the run, whose name is the run's.
+        settings: nested plain values.
+        start: the step that the run goes on from; 0 is a new run to the trackers.
+    """
+    makers: dict[str, Callable[[], Any]] = {
+        "tensorboard": partial(TensorBoardTracker, "tensorboard", folder, purge_step=start + 1),
+        "wandb": lambda: Wandb(project, name=folder.name, id=_identity(folder, start), resume="allow", dir=str(folder)),
+        "trackio": partial(TrackioTracker, project, name=folder.name, resume="allow" if start else "never"),
+    }
+    wanted = [name for name in dict.fromkeys(names) if name != "none"]
+    accelerator.log_with = [Tracker(name, makers[name]) for name in wanted] if accelerator.is_main_process else []
+    accelerator.init_trackers(project, flat(settings) if start == 0 else None)
+
+
+def _identity(folder: Path, start: int) -> str:
+    """What wandb knows the run by, so that a resumed one goes on in the same place."""
+    path = folder / "wandb.id"
+    if start == 0 or not path.exists():
+        path.write_text(secrets.token_hex(8))
+    return path.read_text()
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+    """Nested settings by dotted names; lists as their words, nothing as `none`, which all trackers hold."""
+    found: dict[str, bool | int | float | str] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        elif isinstance(value, (list, tuple)):
+            found[f"{prefix}{name}"] = " ".join(map(str, value))
+        else:
+            found[f"{prefix}{name}"] = "none" if value is None else value
+    return found
+
+
+def finish(trackers: Sequence[Any], patience: float = LINGER) -> list[str]:
+    """End all trackers within `patience` seconds together; what is to be said."""
+    ours = [tracker for tracker in trackers if isinstance(tracker, Tracker)]
+    until = time.monotonic() + patience
+    for tracker in ours:
+        tracker.ask_to_end()
+    for tracker in ours:
+        tracker.finish(until - time.monotonic())
+    return [text for tracker in ours for text in (*tracker.news(), tracker.account()) if text]
+
+
+def leave(status: int) -> NoReturn:
+    """End the process; at once where a tracker is stuck, since its package may wait for its server once more."""
+    if STUCK:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -1,0 +1,196 @@
+"""Model FLOP utilisation: what an image's training computes, over what the device could compute in that time.
+
+Counted are the products of the network's forward pass, FLOPs being two a
+multiply-add, and twice as many for its backward pass: 6 a multiply-add in all.
+What activation checkpointing computes again is not counted, nor is the
+optimiser, since neither brings the model forward.
+Source: Chowdhery et al., PaLM, appendix B.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+
+T = TypeVar("T")
+
+SHEETS: dict[str, tuple[float, float | None, float | None, float]] = {
+    r"B200": (2250, 4500, 1125, 75),
+    r"(H100|H800) \d+GB HBM\de?|H200|GH200 .*": (989.4, 1978.9, 494.7, 66.9),
+    r"H100 NVL|H200 NVL": (835.5, 1671, 417.5, 60),
+    r"H100 PCIe": (756.5, 1513, 378, 51.2),
+    r"(A100|A800)[- ].*": (312, None, 156, 19.5),
+    r"A40": (149.7, None, 74.8, 37.4),
+    r"A30": (165, None, 82, 10.3),
+    r"A10": (125, None, 62.5, 31.2),
+    r"L40S": (362.05, 733, 183, 91.6),
+    r"L40": (181.05, 362, 90.5, 90.5),
+    r"L4": (121, 242.5, 60, 30.3),
+    r"RTX 6000 Ada Generation": (364.2, 728.5, 182.1, 91.1),
+    r"RTX A6000": (154.8, None, 77.4, 38.7),
+    r"GeForce RTX 5090": (209.5, 419, 104.8, 104.8),
+    r"GeForce RTX 4090": (165.2, 330.3, 82.6, 82.6),
+    r"GeForce RTX 4080": (97.5, 194.9, 48.7, 48.7),
+    r"GeForce RTX 3090 Ti": (80, None, 40, 40),
+    r"GeForce RTX 3090": (71, None, 35.6, 35.6),
+    r"V100-SXM2-.*": (125, None, None, 15.7),
+    r"V100-PCIE-.*": (112, None, None, 14),
+    r"T4": (65, None, None, 8.1),
+    r"MI(300|325)X.*": (1307.4, 2614.9, 653.7, 163.4),
+    r"MI250X.*": (191.5, None, None, 47.9),
+}
+"""TFLOP/s of one device in bf16 and fp16, fp8, TF32 and float32, by what torch calls it, of the vendors' data sheets.
+
+All dense: where a sheet gives the figure with sparsity alone, half of it.
+GeForce cards with float32 sums, as torch computes; MI250X of one of its two
+dies, which is one device to torch. V100 and T4 have no bf16 products.
+"""
+
+COLUMNS = {"bf16": 0, "fp16": 0, "fp8": 1, "tf32": 2, "float32": 3}
+SECONDS = {"cpu": 0.3, "cuda": 1.0}
+"""That measuring a peak may take."""
+
+
+def listed(name: str, kind: str) -> float | None:
+    """FLOP/s of a device by its data sheet, or None.
+
+    Args:
+        name: as torch.cuda.get_device_name has it; a part of a device (MIG) is not listed.
+        kind: of the products: a key of COLUMNS.
+    """
+    short = re.sub(r"^(NVIDIA|Tesla|AMD Instinct) ", "", re.sub(r"^NVIDIA Tesla ", "", name))
+    found = next((sheet for pattern, sheet in SHEETS.items() if re.fullmatch(pattern, short) and "MIG" not in short), None)
+    if found is None or (kind == "bf16" and re.match("V100|T4", short)):
+        return None
+    rate = found[COLUMNS[kind]]
+    return None if rate is None else rate * 1e12
+
+
+def kind_of(precision: str, device: torch.device) -> str:
+    """Of which kind a run's products are: a key of COLUMNS; `precision` is Accelerate's."""
+    if precision != "no":
+        return precision
+    fast = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if fast else "float32"
+
+
+def measured(device: torch.device, kind: str, seconds: float = 1.0, clock: Callable[[], float] = time.perf_counter) -> float | None:
+    """FLOP/s that plain products of square matrices reach, of the size that reaches most; None for fp8.
+
+    Torch's generators are not used.
+
+    Args:
+        device: to measure, with as many threads as training will have.
+        kind: a key of COLUMNS.
+        seconds: after which no larger matrices are tried.
+        clock: seconds.
+    """
+    if kind == "fp8":
+        return None
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(kind, torch.float32)
+    best, began, size = 0.0, clock(), 256
+    while size <= 8192:
+        x = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
+        spent = min(_time(lambda x=x: x @ x, device, clock) for _ in range(4))  # type: ignore[misc]
+        best = max(best, 2 * size**3 / max(spent, 1e-9))
+        if clock() - began + 4 * 8 * spent > seconds:
+            break
+        size *= 2
+    return best
+
+
+def _time(act: Callable[[], Any], device: torch.device, clock: Callable[[], float]) -> float:
+    began = clock()
+    act()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock() - began
+
+
+def peak(asked: float, precision: str, device: torch.device) -> tuple[float | None, str]:
+    """FLOP/s of one device, and whose word that is.
+
+    Args:
+        asked: `log.peak_tflops`, which is taken where it is not 0.
+        precision: of the run, as Accelerate has it.
+        device: of this process; one that is not listed is measured, with others computing at the same time if they do the same.
+    """
+    if asked:
+        return asked * 1e12, "log.peak_tflops"
+    kind = kind_of(precision, device)
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        rate = listed(name, kind)
+        if rate:
+            return rate, f"{name}, {kind}, by its data sheet"
+    return measured(device, kind, SECONDS.get(device.type, 1.0)), f"plain {kind} products, measured here"
+
+
+@torch.no_grad()
+def flops(act: Callable[[], T]) -> tuple[T, int]:
+    """What a function returns, and the FLOPs of the products, convolutions and attentions in it."""
+    custom: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # not in torch's own table
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        result = act()
+    return result, counter.get_total_flops()
+
+
+def _attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
+    """Arguments are shapes."""
+    return int(sdpa_flop(query, key, value))
+
+
+@dataclass
+class Utilisation:
+    """Of a run: FLOPs of an image, and the FLOP/s that one device could do; None is not known, and never guessed."""
+
+    network: nn.Module | None = None
+    """A copy on meta, of which one forward pass is counted; None: the objective is not one forward and one backward pass."""
+    trained: float = 1.0
+    """Share of its weights that are trained: a product with the others has no gradient of weights to compute."""
+    peak: float | None = None
+    """FLOP/s of one device."""
+    model: float | None = None
+    """FLOPs of training on one image."""
+    encoders: float | None = None
+    """FLOPs of encoding one image and its caption."""
+    counted: bool = False
+
+    def count(self, see: Callable[[], tuple[Any, ...]]) -> str:
+        """Count, once, what one micro-batch computes.
+
+        Args:
+            see: encodes it: data, (B, *S), and what else the network takes beside x and t. It is called once, and its result given up.
+
+        Returns:
+            "", or why nothing could be counted.
+        """
+        if self.counted:
+            return ""
+        self.counted = True
+        try:
+            seen, encoders = flops(see)
+            data, *told = tree_map(lambda part: part.to("meta") if isinstance(part, Tensor) else part, tuple(seen))
+            self.encoders = encoders / len(data)
+            if self.network is not None:
+                forward = flops(lambda: self.network(data, data.new_empty(len(data)), *told))[1]  # type: ignore[misc]
+                self.model = forward * (2 + self.trained) / len(data)
+        except Exception as error:  # a figure that cannot be had stops no training
+            return f"model FLOP utilisation is not known: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        finally:
+            self.network = None
+        return ""
+
+    def shares(self, rate: float) -> dict[str, float | None]:
+        """`mfu` and `mfu_with_encoders` of one device at `rate` images per second."""
+        model = self.model * rate / self.peak if self.model is not None and self.peak else None
+        more = self.encoders * rate / self.peak if self.encoders is not None and self.peak else None
+        return {"mfu": model, "mfu_with_encoders": None if model is None or more is None else model + more}
