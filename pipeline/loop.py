@@ -79,6 +79,7 @@ def fit(run: Run, stop: int) -> None:
             roll_back(run, reason)
         else:
             notify(run, stop)
+        stopping |= run.accelerator.num_processes == 1 and run.stopper.requested  # several ask one another, in the next step
     if stopping and not run.stopper.requested:
         run.stopper.received = 15
     run.save(wait=True)
@@ -241,7 +242,9 @@ def notify(run: Run, stop: int) -> None:
     with run.meter.paused():
         if snapshot_due(run.images, config.train.batch_size, config.ema, config.train.max_steps * config.train.batch_size):
             snap(run)  # before the checkpoint, so that none is missing after a kill between the two
-        if _save_due(run):
+        if _save_due(run) and run.guard.row:
+            run.again = run.step + 1  # the weights may be those that made the last steps bad: a rollback must not return to them
+        elif _save_due(run):
             run.save()
         if config.log.sample_every and (run.step % config.log.sample_every == 0 or run.step == stop):
             sample(run)

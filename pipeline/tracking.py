@@ -114,16 +114,21 @@ class Meter:
         values: dict[str, float | None] = {
             "loss": means[0] if most[2] else None,
             "grad_norm": means[1] if most[2] else None,
-            "images_per_second": rate,
-            "images_per_second_per_device": rate / ranks,
-            **self.use.shares(rate / ranks),
-            "data_wait": min(means[3] / seconds, 1.0),
-            "data_wait_worst": min(most[3] / seconds, 1.0),
-            "memory_gb": round(most[4], 3),
+            "images_per_second": _few(rate),
+            "images_per_second_per_device": _few(rate / ranks),
+            **{name: _few(share) for name, share in self.use.shares(rate / ranks).items()},
+            "data_wait": _few(min(means[3] / seconds, 1.0)),
+            "data_wait_worst": _few(min(most[3] / seconds, 1.0)),
+            "memory_gb": _few(most[4]),
             "bad_samples": round(means[5] * ranks),
         }
         self.reset()
         return values
+
+
+def _few(value: float | None) -> float | None:
+    """With the digits that a measurement has."""
+    return None if value is None else float(f"{value:.5g}")
 
 
 def memory_gb(device: torch.device) -> float:

@@ -5,9 +5,9 @@ import re
 import pytest
 
 from pipeline.config import ALIASES, Config
-from pipeline.loop import compare
 from pipeline.networks import DiTConfig, UNetConfig
 from pipeline.recipe import as_mapping, build, facts_of, parse
+from pipeline.run import compare
 
 
 def recipe(tmp_path, text, name="a.yaml"):
