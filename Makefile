@@ -1,4 +1,5 @@
 # make demo: the whole way on handwritten digits.  make test: the tests.  Both set up .venv where needed.  make bench: what we claim of speed.
+# make faults: launches, signals, kills and hangs, each on several processes; half an hour.
 PYTHON ?= python3
 RUN ?= runs/digits
 # A shorter demo, say `make demo STEPS=150 GOALS=`: fewer steps, and no figures to reach.
@@ -9,7 +10,7 @@ SAMPLE = --pipeline $(RUN)/export --class_labels 0 1 2 3 4 5 6 7 8 9 --num_image
 BIN = .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test faults lint bench wheel clean
 .DELETE_ON_ERROR:
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -28,7 +29,10 @@ demo: .venv/.ready
 	python sample.py evaluate --pipeline $(RUN)/export --reference $(RUN)/shards $(GOALS)
 
 test: .venv/.ready
-	OMP_NUM_THREADS=1 python -m pytest -m 'not gpu' -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -m 'not gpu and not faults' -n 2 --dist loadfile
+
+faults: .venv/.ready
+	OMP_NUM_THREADS=1 python -m pytest -m faults --durations 10
 
 lint: .venv/.ready
 	ruff check . && ruff format --check . && mypy

@@ -93,8 +93,10 @@ class Watch:
         """The main thread does this for a while, in the step that it is in, then what it did before."""
         step, before = self._place
         self.beat(step, where)
-        yield
-        self.beat(step, before)
+        try:
+            yield
+        finally:
+            self.beat(step, before)
 
     def close(self) -> None:
         """Watch no longer."""

@@ -1,0 +1,236 @@
+"""A run that hangs says where its ranks stood; status.json says how a run stands."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from test_launch import MEMBER, TORCHRUN, start
+from torch.distributed import TCPStore
+
+from pipeline import watch
+from pipeline.meeting import Meeting
+from pipeline.process import HUNG
+from pipeline.status import Status, read
+from pipeline.watch import Place, Watch, _compare, _places, _report
+
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a thread's _exit becomes SystemExit
+
+# --- status.json
+
+
+def test_status_is_whole_at_every_moment(tmp_path):
+    """Read again and again while it is written: always one of the two texts, never a part."""
+    status, seen, over = Status(tmp_path), set(), threading.Event()
+
+    def look():
+        while not over.is_set():
+            seen.add((tmp_path / "status.json").read_text())
+
+    status.write("running", step=0, of=10, images=0)
+    thread = threading.Thread(target=look)
+    thread.start()
+    for step in range(100):
+        status.write("running", step=step, reason="x" * 5000 * (step % 2))
+    over.set()
+    thread.join()
+    assert {json.loads(text)["state"] for text in seen} == {"running"} and {json.loads(text)["of"] for text in seen} == {10}
+    assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
+
+
+def test_status_keeps_what_was_said_before(tmp_path):
+    status = Status(tmp_path)
+    status.write("running", step=3, of=10, images=48)
+    status.write("stopped", signal=signal.SIGUSR1, exit_status=128 + signal.SIGUSR1)
+    said = read(tmp_path)
+    assert time.strptime(said.pop("time"), "%Y-%m-%dT%H:%M:%S+00:00")
+    assert said == {"state": "stopped", "step": 3, "of": 10, "images": 48, "signal": "SIGUSR1", "reason": "", "exit_status": 138}
+    assert '"state": "stopped"' in (tmp_path / "status.json").read_text(), "what docs/cluster.md looks for with grep"
+
+
+def test_only_a_hang_is_written_by_any_rank_and_outlasts_the_failures_that_it_causes(tmp_path):
+    main, other = Status(tmp_path), Status(tmp_path, main=False)
+    other.write("running", step=1)
+    other.write("failed")
+    assert read(tmp_path) is None
+    main.write("running", step=5)
+    other.write("hung", step=7, reason="rank 1", exit_status=HUNG)
+    main.write("failed", reason="connection closed by peer")
+    assert (read(tmp_path)["state"], read(tmp_path)["reason"]) == ("hung", "rank 1")
+    main.write("running", step=5)  # started again
+    main.write("failed", reason="another")
+    assert read(tmp_path)["state"] == "failed"
+
+
+def test_status_that_cannot_be_written_is_said_once_and_stops_nothing(tmp_path, capsys):
+    status = Status(tmp_path / "gone")
+    status.write("running", step=1)
+    status.write("running", step=2)
+    assert capsys.readouterr().err.count("could not be written (No such file or directory); the run goes on") == 1
+    (tmp_path / "status.json").write_text('{"state": "run')
+    assert read(tmp_path) is None
+
+
+# --- the watch
+
+
+def place(rank, step=5, age=1.0, told=3, when=0.0, silent=None):
+    return Place(rank, f"host{rank}", step, "reading data", age, told, when, silent)
+
+
+def test_a_rank_is_silent_by_its_own_count_whatever_its_clock_says():
+    """Rank 1's clock is an hour ahead, rank 2's an hour behind; only rank 3 told nothing between two readings."""
+    now = time.time()
+    before = {rank: place(rank, told=3, when=now + offset) for rank, offset in ((0, 0), (1, 3600), (2, -3600), (3, 3600))}
+    after = {rank: place(rank, told=3 if rank == 3 else 4, when=old.time) for rank, old in before.items()}
+    silent = {one.rank: one.silent for one in _compare(before, after, 7.0)}
+    assert silent == {0: None, 1: None, 2: None, 3: 7.0}, "its clock is ahead: at least the time between the readings"
+    (one,) = _compare({3: place(3, when=now - 34)}, {3: place(3, when=now - 34)}, 7.0)
+    assert str(one).startswith("rank 3 (host host3) has not been heard of for 34 s; it was in step 5, reading data")
+
+
+def test_the_report_names_the_worst_ranks_and_stays_short():
+    places = [place(rank, step=18, age=30) for rank in range(5000)]
+    places[7] = place(7, step=17, age=31)
+    places[9] = place(9, step=18, age=3, silent=40.0)
+    places[4] = place(4, step=18, age=33)
+    lines, shown = _report([one for one in places if one.rank != 11], 5000)
+    assert shown[:4] == [11, 9, 7, 4] and len(shown) == 8 and len(lines) == 9
+    assert lines[0] == "rank 11 was never heard of" and lines[1].startswith("rank 9 (host host9) has not been heard of for 40 s")
+    assert lines[2] == "rank 7 (host host7) has stood in step 17, reading data, for 31 s" and lines[-1] == "and 4992 more"
+    lines, shown = _report([], 5000)
+    assert shown == list(range(8)) and lines[-1] == "and 4992 more"
+
+
+def test_places_of_all_ranks_are_read_from_the_store():
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    for rank in (0, 2):
+        store.set(f"watch/{rank}", json.dumps(vars(place(rank))))
+    assert _places(store, 3) == {0: place(0), 2: place(2)}
+    store.set("watch/1", json.dumps(vars(place(1, step=9))))
+    assert _places(store, 3) == {0: place(0), 1: place(1, step=9), 2: place(2)}
+
+
+def test_time_in_which_the_whole_process_was_stopped_does_not_count():
+    """Ctrl-Z over lunch, a machine asleep: one long wait counts as two ordinary ones."""
+    one = Watch(0)
+    one.period = 10.0
+    assert [one._count(slept) for slept in (10, 10, 7200, 10)] == [10, 20, 40, 50]
+    one.beat(1, "reading data")
+    assert one._count(10) == 0 and one._count(10) == 10
+
+
+def test_a_watch_of_no_seconds_starts_no_thread_and_places_nest():
+    before = threading.active_count()
+    one = Watch(0)
+    one.beat(3, "reading data")
+    with one.at("saving"):
+        assert one._place == (3, "saving")
+    assert one._place == (3, "reading data") and threading.active_count() == before
+    with pytest.raises(OSError), one.at("saving"):
+        raise OSError
+    assert one._place == (3, "reading data")
+    one.close()
+
+
+def test_what_stands_still_ends(monkeypatch, tmp_path, capfd):
+    """The process ends with its place, its stack and its status."""
+    ends = threading.Event()
+    monkeypatch.setattr(os, "_exit", lambda status: (ends.set(), sys.exit(status)))
+    one = Watch(0.5, Status(tmp_path))
+    one.beat(11, "reading data")
+    assert ends.wait(10)
+    err = capfd.readouterr().err
+    assert "no progress for 0.5 s (guard.hang_seconds):\n  rank 0" in err and "has stood in step 11, reading data, for" in err
+    assert "most recent call first" in err and "test_what_stands_still_ends" in err
+    assert (read(tmp_path)["state"], read(tmp_path)["step"], read(tmp_path)["exit_status"]) == ("hung", 11, 4)
+
+
+def together(monkeypatch, world, alive, seconds=0.5):
+    """A Watch for each living rank of a launch, in this process; what each would have ended with."""
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
+    ended = []
+    monkeypatch.setattr(os, "_exit", lambda status: (ended.append(status), sys.exit(status)))
+    monkeypatch.setattr(watch.faulthandler, "dump_traceback", lambda file: None)
+    watches = []
+    for rank in alive:
+        monkeypatch.setattr(watch, "meeting", lambda rank=rank: Meeting("127.0.0.1", server.port, rank, world, 1, server))
+        watches.append(Watch(seconds))
+    return server, watches, ended
+
+
+def test_one_rank_asks_all_and_the_others_take_its_answer(monkeypatch, capfd):
+    """Three ranks hang at once, one of four was never there: one report, three ends."""
+    _, watches, ended = together(monkeypatch, 4, (0, 1, 3))
+    watches[1].beat(16, "reading data")
+    for one in (watches[0], watches[2]):
+        one.beat(17, "reducing gradients")
+    for one in watches:
+        one._thread.join(timeout=20)
+    err = capfd.readouterr().err
+    assert ended == [HUNG] * 3 and err.count("another rank reports on all") == 2
+    report = err[err.index("  rank 2 was never heard of") :].splitlines()
+    assert "rank 1" in report[1] and "step 16, reading data" in report[1] and "has not been heard of" not in report[1]
+    assert all(f"rank {rank}" in line and "step 17" in line for rank, line in zip((0, 3), sorted(report[2:4]), strict=True))
+
+
+def test_a_store_that_is_gone_keeps_no_rank_from_ending(monkeypatch, capfd):
+    _, watches, ended = together(monkeypatch, 2, (1,))
+    watches[0].beat(9, "saving")
+
+    def gone(*given):
+        raise RuntimeError("connection reset by peer")
+
+    watches[0]._met = Meeting("127.0.0.1", 1, 1, 2, 1, None)
+    monkeypatch.setattr(Meeting, "client", gone)
+    watches[0]._store = type("Gone", (), {"set": gone, "add": gone})()
+    watches[0]._thread.join(timeout=20)
+    assert ended == [HUNG] and "has stood in step 9, saving" in capfd.readouterr().err
+
+
+# --- on several processes
+
+
+def alone(folder, *words):
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, MEMBER, str(folder), *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.faults
+def test_a_process_alone_that_hangs_ends_with_4(tmp_path):
+    ended = alone(tmp_path, "--fault=sleep:0:3", "--hang=2", "--steps=9")
+    assert ended.returncode == HUNG and "in step 3, reading data" in ended.stderr and "time.sleep" not in ended.stderr
+    assert 'tests/member.py", line' in ended.stderr and read(tmp_path)["state"] == "hung"
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("fault", "names"),
+    [
+        ("freeze:1:12", r"rank 1 \(host .*\) has not been heard of for \d+ s; it was in step \d+, "),
+        ("freeze:0:12", r"rank 0 \(host .*\) has not been heard of for \d+ s; it was in step \d+, "),
+        ("sleep:1:12", r"rank 1 \(host .*\) has stood in step 12, reading data, for \d+ s"),
+        ("sleep:0:12", r"rank 0 \(host .*\) has stood in step 12, reading data, for \d+ s"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_first(tmp_path, fault, names):
+    """Stopped, as by a debugger or a failing machine, or asleep in its own code; rank 0 or another."""
+    import re
+
+    launched = start(*TORCHRUN, "--standalone", "--nproc_per_node=2", MEMBER, str(tmp_path), f"--fault={fault}", "--hang=4", "--steps=99")
+    _, err = launched.communicate(timeout=240)
+    assert launched.returncode == 1
+    report = err[err.index("no progress for 4 s (guard.hang_seconds):\n") :].splitlines()
+    named = [line for line in err.splitlines() if re.search(names, line)]
+    assert named and (named[0] in report[:3] or "another rank reports" in err)
+    assert read(tmp_path)["state"] == "hung" and re.match(names, read(tmp_path)["reason"])
+    assert "exitcode  : 4" in err and not list(tmp_path.glob("done-*"))
+    for path in tmp_path.glob("pid-*"):
+        assert not Path(f"/proc/{path.read_text().split()[0]}").exists()
