@@ -53,7 +53,7 @@ from pipeline.space import Space
 from pipeline.status import Status
 from pipeline.stock import form_of
 from pipeline.told import MicroBatch, Teller
-from pipeline.trackers import attach
+from pipeline.trackers import attach, leave
 from pipeline.trackers import check as check_trackers
 from pipeline.tracking import BadSamples, Log, Meter
 from pipeline.utilisation import Utilisation, peak
@@ -296,4 +296,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

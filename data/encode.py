@@ -55,7 +55,7 @@ WINDOW = 4
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         return run(*_words(sys.argv[1:] if argv is None else argv))
     except Interrupted as signalled:

@@ -112,6 +112,7 @@ class Run:
                 "meter": self.meter.state(),
                 "guard": self.guard.state(),
                 "averages": self.ema.labels,
+                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
                 **self.about,
             }
             self.store.begin(self.step, self.tensors(), state)
@@ -160,6 +161,8 @@ class Run:
         self.cursor = state.get("cursor", self.images)
         self.meter.restore(state["meter"])
         self.guard.restore(state.get("guard", {}))
+        if self.accelerator.scaler and state.get("scaler"):
+            self.accelerator.scaler.load_state_dict(state["scaler"])
 
     def start_from(self, folder: Path) -> None:
         """Take the weights and the average of another run's checkpoint, and nothing else: a next stage begins.

@@ -243,7 +243,7 @@ def test_retrieval_pairs_each_caption_with_its_own_image(parts, tmp_path, capsys
     run = tmp_path / "run"
     assert fit(parts, run, "--train.max_steps=1") == 0
     asked = Retrieve(run=str(run), reference=str(parts["shards"]), candidates=12, num_inference_steps=1)
-    real, made, captions = sample.captioned(asked)
+    real, made, captions, _ = sample.captioned(asked)
     whole, _ = read_images(Shards(str(parts["shards"]), "train"), 3, 16)
     numbers = [int((whole - image).abs().flatten(1).sum(1).argmin()) for image in real]
     assert len(set(numbers)) == 12 and made.shape == real.shape
