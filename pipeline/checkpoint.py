@@ -19,6 +19,7 @@ import math
 import os
 import shutil
 import uuid
+import zlib
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -50,8 +51,8 @@ class Saving:
         self.folder, self.state, self.listed = folder, state, listed
         self.name = f"rank-{rank():05d}.safetensors"
         self.seals: Seals = {}
-        self.numel = 0
-        """How many numbers this rank writes."""
+        self.told: dict[str, Any] = {}
+        """What the first rank wants to know beside the seals: how many numbers this rank writes, and what it thinks all ranks write."""
         self.error: str | None = None
         self.thread: Thread | None = None
 
@@ -59,7 +60,6 @@ class Saving:
         """Copy this rank's parts, and write the copies in a thread."""
         try:
             places = host.copy(to_write(tensors, rank(), world()))
-            self.numel = sum(place.part.box.numel for place in places)
         except (OSError, RuntimeError, MemoryError, ValueError) as problem:  # the other ranks wait to hear of it in `finish`
             self.error = f"rank {rank()}: {problem}"
         else:
@@ -74,6 +74,7 @@ class Saving:
             self.folder.mkdir(parents=True, exist_ok=True)
             if places:
                 self.seals[self.name] = write_file(self.folder / self.name, places, data)
+            self.told = {"numel": sum(place.part.box.numel for place in places), "listed": zlib.crc32(json.dumps(self.listed).encode())}
             if rank() == 0:
                 self.seals["state.json"] = write_text(self.folder / "state.json", self.state)
         except Exception as problem:  # whatever it is, it must be said where the ranks meet
@@ -145,12 +146,11 @@ class Store:
             return []
         if saving.thread:
             saving.thread.join()
-        gathered = gather((saving.seals, saving.numel, saving.error))
+        gathered = gather((saving.seals, saving.told, saving.error))
         errors = [error for *_, error in gathered if error]
         if rank() == 0 and not errors:
-            written, asked = sum(numel for _, numel, _ in gathered), sum(math.prod(shape) for _, shape in saving.listed.values())
-            assert written == asked, f"the ranks wrote {written} of {asked} numbers: they named other tensors than the first"
-            errors = self._commit(step, saving, {name: seal for part, *_ in gathered for name, seal in part.items()})
+            files = {name: seal for part, *_ in gathered for name, seal in part.items()}
+            errors = self._commit(step, saving, files, [told for _, told, _ in gathered])
         errors = broadcast(errors)
         if errors:
             saving.discard()
@@ -166,10 +166,11 @@ class Store:
     def _path(self, step: int) -> Path:
         return self.root / f"{PREFIX}{step}"
 
-    def _commit(self, step: int, saving: Saving, files: Seals) -> list[str]:
+    def _commit(self, step: int, saving: Saving, files: Seals, told: list[dict[str, Any]]) -> list[str]:
         """Complete, rename and prune, on the first rank alone."""
         final = self._path(step)
         try:
+            _check_alike(saving.listed, told)
             check_present(saving.folder, files)
             manifest = {"version": 2, "step": step, "world": world(), "files": files, "tensors": saving.listed}
             write_text(saving.folder / NAME, json.dumps(manifest, indent=1))
@@ -224,6 +225,14 @@ class Store:
             if rank() == 0:
                 print(f"checkpoint {folder} is damaged and passed over: {fault}", flush=True)
         return None
+
+
+def _check_alike(listed: dict[str, Any], told: list[dict[str, Any]]) -> None:
+    """Raises ValueError where ranks were given other tensors, or do not together hold all of them."""
+    other = [number for number, one in enumerate(told) if one["listed"] != told[0]["listed"]]
+    written, asked = sum(one["numel"] for one in told), sum(math.prod(shape) for _, shape in listed.values())
+    if other or written != asked:
+        raise ValueError(f"{written} of {asked} numbers were written, and ranks {other[:3]} named other tensors than the first")
 
 
 def _step(folder: Path) -> int:
