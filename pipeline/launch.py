@@ -43,7 +43,6 @@ def start(
     check_recipe(config)
     asked = config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     check_precision(asked, sharding(config))
-    take_over()
     group = join(config.train.cpu_threads or _share(), _patience(config.guard.hang_seconds))
     precision = settle(config.train.mixed_precision, saved, partial(measure, group.num_processes, group.device))
     trackers = [name for name in config.log.report_to if name != "none"]
@@ -103,6 +102,7 @@ def join(threads: int = 0, patience: timedelta | None = None) -> PartialState:
         ValueError: another number of processes runs than the launcher was asked for, or some did not come.
     """
     check_launcher()
+    take_over()
     if not dist.is_initialized():
         _begin_group(patience)
     gpu = torch.cuda.is_available()
@@ -133,7 +133,6 @@ def _begin_group(patience: timedelta | None) -> None:
         rank=_met.rank,
         world_size=_met.world,
         timeout=patience,
-        device_id=device,
     )
 
 
