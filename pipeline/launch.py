@@ -35,7 +35,6 @@ def enter(config: Config) -> PartialState:
     """
     check_recipe(config)
     check_precision(_precision(config), sharding(config))
-    take_over()
     return join(config.train.cpu_threads or _share(), _patience(config.guard.hang_seconds))
 
 
@@ -114,6 +113,7 @@ def join(threads: int = 0, patience: timedelta | None = None) -> PartialState:
         ValueError: another number of processes runs than the launcher was asked for, or some did not come.
     """
     check_launcher()
+    take_over()
     if not dist.is_initialized():
         _begin_group(patience)
     gpu = torch.cuda.is_available()
@@ -144,7 +144,6 @@ def _begin_group(patience: timedelta | None) -> None:
         rank=_met.rank,
         world_size=_met.world,
         timeout=patience,
-        device_id=device,
     )
 
 
