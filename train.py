@@ -40,6 +40,7 @@ from pipeline.config import ALIASES, Config
 from pipeline.ema import Ema
 from pipeline.export import write_folder
 from pipeline.fold import check_export
+from pipeline.leaks import scrubbed
 from pipeline.loop import Run, fit
 from pipeline.method import Method
 from pipeline.networks import model_options
@@ -79,7 +80,7 @@ def train(config: Config) -> int:
     begin(run, space, checkpoint)
     run.bad = BadSamples(folder, share=config.data.max_bad_share, main=accelerator.is_main_process, start=run.images)
     stream = sources.stream(config.seed, share_of(config, accelerator), run.images)
-    attach(accelerator, config.log.report_to, config.log.project, folder, as_mapping(config), run.step)
+    attach(accelerator, config.log.report_to, config.log.project, folder, scrubbed(as_mapping(config)), run.step)
     log = Log(folder, main=accelerator.is_main_process, start=run.step, stop=config.train.max_steps, accelerator=accelerator)
     STOPPER.defer()
     try:
