@@ -38,6 +38,7 @@ from pipeline.config import ALIASES, Config
 from pipeline.ema import Averages
 from pipeline.fold import check_export
 from pipeline.guard import Evidence, Guard
+from pipeline.leaks import scrubbed
 from pipeline.loop import story
 from pipeline.method import Method
 from pipeline.networks import model_options
@@ -269,7 +270,7 @@ def begin(run: Run, space: Space, checkpoint: Path | None) -> None:
         print(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
         forget(run.snapshots, run.step)
     run.stream = run.open(run.cursor)
-    attach(run.accelerator, config.log.report_to, config.log.project, folder, as_mapping(config), run.step)
+    attach(run.accelerator, config.log.report_to, config.log.project, folder, scrubbed(as_mapping(config)), run.step)
     run.log = Log(folder, main=main, start=run.step, stop=config.train.max_steps, accelerator=run.accelerator)
 
 

@@ -113,9 +113,10 @@ class Tracker(GeneralTracker):  # type: ignore[misc]
     def finish(self, patience: float = LINGER) -> None:
         """Wait for what was given, so many seconds at most, and end."""
         self.ask_to_end()
-        if self._thread.is_alive():
-            self._thread.join(max(patience, 0.0))
         if not self._thread.is_alive() or self.name in STUCK:
+            return
+        self._thread.join(max(patience, 0.0))
+        if not self._thread.is_alive():
             return
         STUCK.append(self.name)
         with self._lock:
@@ -195,14 +196,27 @@ def attach(accelerator: Accelerator, names: Sequence[str], project: str, folder:
         settings: nested plain values.
         start: the step that the run goes on from; 0 is a new run to the trackers.
     """
+    said = flat(settings)
     makers: dict[str, Callable[[], Any]] = {
         "tensorboard": partial(TensorBoardTracker, "tensorboard", folder, purge_step=start + 1),
-        "wandb": lambda: Wandb(project, name=folder.name, id=_identity(folder, start), resume="allow", dir=str(folder)),
-        "trackio": partial(TrackioTracker, project, name=folder.name, resume="allow" if start else "never"),
+        "wandb": partial(_wandb, project, folder, start, said),
+        "trackio": partial(TrackioTracker, project, name=folder.name, config=said, resume="allow" if start else "never"),
     }
-    wanted = [name for name in dict.fromkeys(names) if name != "none"]
-    accelerator.log_with = [Tracker(name, makers[name]) for name in wanted] if accelerator.is_main_process else []
-    accelerator.init_trackers(project, flat(settings) if start == 0 else None)
+    wanted = [name for name in dict.fromkeys(names) if name != "none"] if accelerator.is_main_process else []
+    accelerator.log_with = [Tracker(name, makers[name]) for name in wanted]
+    accelerator.init_trackers(project)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard" and start == 0:  # each time it makes files of its own
+            tracker.store_init_configuration(said)
+
+
+def _wandb(project: str, folder: Path, start: int, said: dict[str, Any]) -> Wandb:
+    import wandb
+
+    asked = {"console": "off", "finish_timeout": LINGER, "login_timeout": 60}  # of it the first goes through every print
+    settings = wandb.Settings(**{name: value for name, value in asked.items() if hasattr(wandb.Settings(), name)})
+    told = {"config": said, "allow_val_change": True, "settings": settings}
+    return Wandb(project, name=folder.name, id=_identity(folder, start), resume="allow", dir=str(folder), **told)
 
 
 def _identity(folder: Path, start: int) -> str:
