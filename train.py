@@ -23,19 +23,23 @@ from torch import Tensor, nn
 import data
 import models
 from data.encoders import Autoencoder
-from data.options import Options
+from data.options import Options, bytes_of
 from data.sources import Sources
 from data.stream import Share, to_unit
+from data.survey import survey
 from data.words import Words
+from models import memory
 from models.convert import check_classes, to_exported, unheld
-from models.cost import example
+from models.cost import cost, example
 from models.lora import add_lora, merge_lora
 from models.published import load_published
 from pipeline import launch, precision
 from pipeline.card import Card
+from pipeline.case import Rooms
 from pipeline.checkpoint import Store, averages, choose, find, load_state
 from pipeline.choice import check_encoders
 from pipeline.config import ALIASES, Config
+from pipeline.dry_run import dry_run
 from pipeline.ema import Ema
 from pipeline.export import write_folder
 from pipeline.fold import check_export
@@ -45,7 +49,7 @@ from pipeline.networks import model_options
 from pipeline.optim import adamw
 from pipeline.precision import Precision
 from pipeline.preview import preview
-from pipeline.recipe import as_mapping, facts_of, parse
+from pipeline.recipe import as_mapping, asked, facts_of, parse
 from pipeline.space import Space
 from pipeline.stock import form_of
 from pipeline.told import MicroBatch, Teller
@@ -244,10 +248,30 @@ def export(run: Run, sources: Sources, output: Path) -> None:
     write_folder(output, network, run.config, names, card, space, vae, why=why, spoken=spoken, captions=text.get("captions", ()))
 
 
+ROOMS = Rooms(
+    options=Options,
+    bytes_of=bytes_of,
+    survey=survey,
+    check_sides=data.check_sides,
+    share=Share,
+    build=models.build,
+    example=example,
+    cost=cost,
+    units=memory.units,
+    foretell=memory.foretell,
+    measured=memory.measured,
+    at_work=memory.at_work,
+    add_lora=add_lora,
+    load_published=load_published,
+    checks=(lambda c, space, seen: check_exportable(c, space, len(seen.class_names), len(seen.spoken)) if c.export else None,),
+)
+"""What a dry run tries of the other rooms."""
+
+
 @reported
 def main(argv: list[str]) -> int:
     """The command; returns its exit status."""
-    return train(parse(Config, argv, ALIASES))
+    return dry_run(argv, ROOMS) if asked(argv, "dry_run") else train(parse(Config, argv, ALIASES))
 
 
 if __name__ == "__main__":
