@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import nn
 
@@ -20,9 +22,10 @@ def hollow_autoencoder(facts: AutoencoderFacts) -> nn.Module:
 
     folder = locate(facts.name, "data.autoencoder", "vae")
     kind = getattr(diffusers, facts.fingerprint["class"].split()[0])
+    known = inspect.signature(kind.__init__).parameters
     try:
         with torch.device("meta"):
-            network: nn.Module = kind(**kind.extract_init_dict(read_config(folder))[0])
+            network: nn.Module = kind(**{key: value for key, value in read_config(folder).items() if key in known})
     except (TypeError, RuntimeError) as error:
         raise ValueError(f"{folder}/config.json makes no autoencoder ({error}): copy it again.") from error
     return network.eval().requires_grad_(False)

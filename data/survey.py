@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -13,14 +15,17 @@ from .beside import check_captions
 from .buckets import Buckets
 from .encoders import AutoencoderFacts, read_autoencoder
 from .hollow import hollow_autoencoder, hollow_text_encoder
-from .index import Tally
+from .index import Shard, Tally
 from .join import layout
 from .opening import Encoded, check_shapes, open_latents, open_shards, open_text
 from .options import Options
 from .shards import Shards
+from .source import Folder, LocalFolder, expand
 from .text_encoders import TextFacts, read_text_encoders
 
 T = TypeVar("T")
+NAMED = 3
+"""Faults of a folder's shards that are told one by one."""
 
 
 @dataclass
@@ -37,6 +42,8 @@ class Survey:
     """Channels of a token and of the pooled vector."""
     tokens: int = 0
     """Of a caption, at most."""
+    here: bool = False
+    """All shards are."""
     mistakes: list[str] = field(default_factory=list)
 
     def tried(self, act: Callable[..., T], *arguments: Any) -> T | None:
@@ -69,20 +76,25 @@ class Survey:
         """Of the shards."""
         return self.images.fingerprint if self.images else ""
 
-    def at_work(self) -> Iterable[tuple[str, nn.Module, Callable[[nn.Module, int], Any]]]:
+    def at_work(self) -> Iterator[tuple[str, nn.Module, Callable[[Any, int], Any]]]:
         """The frozen encoders that work in every step: name, network on the meta device, and what it computes of so many images."""
         if self.options.encoding != "online":
             return
-        if self.autoencoder:
-            height, width = self.shape
-            channels = self.autoencoder.image_channels
-            network = self.tried(hollow_autoencoder, self.autoencoder)
-            if network is not None:
-                yield "autoencoder", network, lambda it, images: it.encode(torch.zeros(images, channels, height, width))
+        autoencoder = self.tried(hollow_autoencoder, self.autoencoder) if self.autoencoder else None
+        if autoencoder is not None and self.autoencoder:
+            yield "autoencoder", autoencoder, partial(_encode, sample=(self.autoencoder.image_channels, *self.shape))
         for one in self.spoken:
             network = self.tried(hollow_text_encoder, one)
             if network is not None:
-                yield "text encoder", network, lambda it, images, n=one.max_tokens: it(torch.zeros(images, n, dtype=torch.int64))
+                yield "text encoder", network, partial(_read, tokens=one.max_tokens)
+
+
+def _encode(network: Any, images: int, sample: tuple[int, ...]) -> Any:
+    return network.encode(torch.zeros(images, *sample))
+
+
+def _read(network: Any, images: int, tokens: int) -> Any:
+    return network(torch.zeros(images, tokens, dtype=torch.int64))
 
 
 def survey(options: Options, takes_text: bool) -> Survey:
@@ -107,15 +119,51 @@ def survey(options: Options, takes_text: bool) -> Survey:
 
 
 def _images(seen: Survey, options: Options) -> Shards | None:
-    """The shards; where they cannot be opened together, each source is asked what is wrong with it."""
-    found = len(seen.mistakes)
-    images = seen.tried(open_shards, options)
-    if images is None and len(options.shards) > 1:
-        for source in options.shards:
-            seen.tried(open_shards, replace(options, shards=(source,), weights=()))
-        if len(seen.mistakes) > found + 1 and seen.mistakes[found] in seen.mistakes[found + 1 :]:
-            del seen.mistakes[found]
-    return images
+    """The shards. Where they cannot be opened together, each source is asked what is wrong with it, and manifests alone tell the rest."""
+    try:
+        images = open_shards(options)
+        seen.here = True
+        return images
+    except (ValueError, OSError) as error:
+        first = " ".join(str(error).split())
+    found: list[Folder] = []
+    for place in [place for source in options.shards for place in seen.tried(expand, source) or []]:
+        if place.endswith(".tar") or "://" in place:
+            seen.tried(open_shards, replace(options, shards=(place,), weights=()))
+        elif folder := seen.tried(Listed, place):
+            seen.mistakes += folder.said()
+            found.append(folder)
+    if not seen.mistakes:
+        seen.mistakes.append(first)  # it is wrong with all together
+    return seen.tried(Shards, found, options.split) if found else None
+
+
+class Listed(LocalFolder):
+    """A folder of shards of which the manifest is read; the shards need not be here.
+
+    Raises:
+        ValueError: no such folder, no manifest.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.faults: list[str] = []
+        super().__init__(path)
+
+    def file(self, shard: Shard) -> Path:
+        """Where the tar should lie; what is wrong with it goes into `faults`."""
+        try:
+            return super().file(shard)
+        except ValueError as error:
+            self.faults.append(str(error))
+            return self.path / shard.name
+
+    def said(self) -> list[str]:
+        """The first faults, and how many there are."""
+        more = len(self.faults) - NAMED
+        return [
+            *self.faults[:NAMED],
+            *([f"{self.name}: so it is with {more} more of {len(self.manifest.shards)} shards."] if more > 0 else []),
+        ]
 
 
 def _encoders(seen: Survey, options: Options) -> tuple[TextFacts, ...]:
@@ -133,7 +181,7 @@ def _encoders(seen: Survey, options: Options) -> tuple[TextFacts, ...]:
 
 def _text(seen: Survey, options: Options) -> None:
     """Captions, and what was encoded of them before."""
-    if seen.images:
+    if seen.images and seen.here:
         seen.tried(check_captions, seen.images, options.caption)
     if seen.images and seen.spoken and options.encoding == "cached":
         seen.tried(open_text, options, seen.images, seen.spoken)

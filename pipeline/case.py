@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from . import plan
 from .config import Config
+from .launch import check_launcher
 from .method import Draws, Method
 from .mistakes import Mistakes, check_begin, check_coupling, check_folder, defaults_of, method_of
 from .networks import model_options
@@ -25,7 +26,7 @@ from .plan import Sizes, World
 from .recipe import facts_of
 from .space import Space
 
-SD = {"channels": 4, "factor": 8}
+SD: dict[str, Any] = {"channels": 4, "factor": 8, "image_channels": 3, "fingerprint": {"class": "AutoencoderKL"}}
 """Of an autoencoder that cannot be read: Stable Diffusion's."""
 TEXT = 768, 768
 """Widths of a token and of the pooled vector, of text encoders that cannot be read."""
@@ -110,7 +111,7 @@ class Case:
         else:
             self.notes.append(f"data.autoencoder={options.autoencoder!r} is not known: counted with latents as Stable Diffusion's.")
             side = max(1, options.resolution // SD["factor"])
-            space = Space(height=side, width=side, image_channels=3, autoencoder=options.autoencoder, **SD)
+            space = Space(height=side, width=side, autoencoder=options.autoencoder, **SD)
         if self.seen.latents:
             space = space.measured(self.seen.latents.encoding["statistics"])
         return self.mistakes.tried(space.given, options.latent_scale, options.latent_shift) or space
@@ -137,14 +138,21 @@ class Case:
     @property
     def precision(self) -> str:
         """Of the products; where the recipe does not say, as launched. What would be measured at the start is counted as float32."""
-        asked = self.config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        asked = self.config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
         return "no" if asked == "auto" else asked
 
     @cached_property
     def world(self) -> World:
         """The processes."""
         ranks = self.config.plan.ranks or int(os.environ.get("WORLD_SIZE", "1"))
-        return World.of(self.sharding, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", MACHINE)))
+        if not self.config.plan.ranks:
+            self.notes.append(f"{plan.count(ranks, 'rank')}, as launched; --plan.ranks=64 reckons with 64.")
+        local = min(int(os.environ.get("LOCAL_WORLD_SIZE", MACHINE)), ranks)
+        if self.sharding == "hybrid" and ranks % local:
+            self.mistakes.add(
+                f"train.sharding=hybrid: {ranks} ranks are no whole number of machines of {local}. Use a multiple of it, or full."
+            )
+        return World.of(self.sharding, ranks, local)
 
     @cached_property
     def micro_batch(self) -> int:
@@ -218,13 +226,13 @@ class Case:
             self.mistakes.add(text)
         return found
 
-    def step(self, images: int) -> Step:
-        """The loss of so many images, for `Rooms.foretell`; a coupling, which takes no memory to speak of, is left out."""
+    def step(self, images: int, shape: tuple[int, ...]) -> Step:
+        """The loss of so many samples, (C, H, W), for `Rooms.foretell`; a coupling, which takes no memory to speak of, is left out."""
         method = replace(self.method, flow=replace(self.method.flow, coupling="independent"))
         method.path(torch.zeros(1))  # where a path keeps a table it is made here, with values
 
         def step(model: Callable[..., Tensor], network: nn.Module) -> Tensor:
-            x, t, *condition = self.rooms.example(network, self.shape, batch=images, **self.text)
+            x, t, *condition = self.rooms.example(network, shape, batch=images, **self.text)
             probe = torch.randn_like(x).sign() if method.flow.objective == "sliced" else None
             return method.losses(model, x, Draws(torch.randn_like(x), t, t, probe), *condition).mean()
 
@@ -233,6 +241,9 @@ class Case:
     def begin(self) -> str:
         """What training would look at before its first step; how it would begin."""
         config, rooms = self.config, self.rooms
+        if config.train.compile:
+            self.notes.append("train.compile is left out of account: compiled blocks keep less for the backward pass.")
+        self.mistakes.tried(check_launcher)
         for check in rooms.checks:
             self.mistakes.tried(check, config, self.space, self.seen)
         check_begin(config, self.mistakes)

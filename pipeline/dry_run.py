@@ -88,7 +88,10 @@ def memory(case: Case) -> Iterator[str]:
     if not case.model:
         return
     try:
-        prints = {kind: case.rooms.foretell(case.network, case.step(case.micro_batch), case.precision, kind) for kind in ("gpu", "cpu")}
+        prints = {
+            kind: case.rooms.foretell(case.network, case.step(case.micro_batch, case.shape), case.precision, kind)
+            for kind in ("gpu", "cpu")
+        }
     except RuntimeError as error:
         case.notes.append(f"activations could not be foretold ({' '.join(str(error).split())[:300]}).")
         return
@@ -138,25 +141,26 @@ def check_device(case: Case, needed: int) -> Iterator[str]:
 
 
 def compared(case: Case) -> Iterator[str]:
-    """Activations foretold and measured, of a few images in a network of few blocks, here and now."""
+    """Activations foretold and measured here and now: of a few images, halved until they are soon done, in a network of few blocks."""
     blocks = len(case.sizes.units) - 1
-    shallow = {"depth": min(SHALLOW, blocks)} if "depth" in case.model else {}
+    few = {"depth": min(SHALLOW, blocks)} if "depth" in case.model else {}
     if "dual_attention_blocks" in case.model:
-        shallow["dual_attention_blocks"] = min(SHALLOW, blocks, case.model["dual_attention_blocks"])
-    products = case.rooms.cost(case.bare(**shallow), case.shape, **case.text)[1]
-    images = min(case.micro_batch, int(PRODUCTS["no" if case.precision == "no" else "half"] // products))
-    what = f"{shallow['depth']} blocks" if shallow else "the whole network"
-    if images < 1:
-        yield f"activations not measured here: a step of {what} would take too long"
+        few["dual_attention_blocks"] = min(SHALLOW, blocks, case.model["dual_attention_blocks"])
+    network, half = case.bare(**few), case.precision != "no"
+    shape: tuple[int, ...] = case.shape
+    unit, limit = int(network.multiple), PRODUCTS["half" if half else "no"]  # type: ignore[arg-type]
+    while (products := case.rooms.cost(network, shape, **case.text)[1]) > limit and min(shape[1:]) > unit:
+        shape = shape[0], *(max(unit, side // 2 // unit * unit) for side in shape[1:])
+    images = min(case.micro_batch, max(1, int(limit // products)))
+    what = f"{few['depth']} blocks" if few else "the whole network"
+    what += f", {count(images, 'image')} of {' x '.join(map(str, shape))}"
+    step = case.step(images, shape)
+    foretold = case.rooms.foretell(lambda: case.network(**few), step, case.precision, "cpu").peak
+    if products > 4 * limit or foretold + 2 * plan.FLOAT * plan.numbers(case.sizes.weights) > free() / 2:
+        yield f"not measured here: a step of {what} takes {size(foretold)} and {amount(TRAINING * products * images)} multiply-adds"
         return
-    step = case.step(images)
-    foretold = case.rooms.foretell(lambda: case.network(**shallow), step, case.precision, "cpu").peak
-    if foretold + 2 * plan.FLOAT * plan.numbers(case.sizes.weights) > free() / 2:
-        yield f"activations not measured here: a step of {what} would take {size(foretold)}, and {size(free())} are free"
-        return
-    found = case.rooms.measured(case.network(**shallow, device="cpu", seed=0), step, case.precision)
-    off = f"{foretold / found - 1:+.1%}"
-    yield f"activations measured here, {what}, {count(images, 'image')}: {size(found)}, foretold {size(foretold)} ({off})"
+    found = case.rooms.measured(case.network(**few, device="cpu", seed=0), step, case.precision)
+    yield f"activations measured here, {what}: {size(found)}, foretold {size(foretold)} ({foretold / found - 1:+.1%})"
 
 
 def free() -> int:

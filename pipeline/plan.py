@@ -39,7 +39,7 @@ class World(NamedTuple):
     @classmethod
     def of(cls, sharding: str, ranks: int, local: int) -> World:
         """`local`: ranks of one machine."""
-        return cls(ranks, {"none": 1, "full": ranks, "hybrid": min(local, ranks)}[sharding])
+        return cls(ranks, {"none": 1, "full": ranks, "hybrid": local}[sharding])
 
 
 def numbers(shapes: Iterable[Shape], among: int = 1) -> int:

@@ -43,7 +43,7 @@ def load(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: a recipe is a mapping of sections (data, model, flow, train, ...), not a {type(recipe).__name__}.")
     base = recipe.pop("extends", None)
-    return _merge(load(path.parent / base, (*seen, path.resolve())), recipe) if base else recipe
+    return _merge(load(path.parent / str(base), (*seen, path.resolve())), recipe) if base else recipe
 
 
 def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) -> T:
@@ -87,7 +87,8 @@ def parse_all(cls: type[T], argv: list[str], aliases: dict[str, str] | None = No
     for word in argv[:start]:
         found += _tried(_command_line, [word], aliases or {})[1]
     words = _command_line([word for word in argv[start:] if word not in ("-h", "--help")], aliases or {})
-    recipe, wrong = _tried(load, config[0]) if (config := words.pop("config", None)) else ({}, [])
+    path = words.pop("config", None)
+    recipe, wrong = _tried(load, path[0]) if path else ({}, [])
     given = {**_flatten(recipe or {}), **words}
     default, unknown_kind = _tried(_choose_kinds, cls, given)
     if default is None:  # what the fields of an unknown kind are cannot be said
@@ -97,8 +98,8 @@ def parse_all(cls: type[T], argv: list[str], aliases: dict[str, str] | None = No
     known = _keys(default)
     unknown = [_unknown(key, known, list(aliases or {}), cls) for key in given if key not in known]
     given = {key: values for key, values in given.items() if key in known}
-    config, mistaken = _mended(cls, default, given)
-    return config, list(dict.fromkeys([*found, *wrong, *unknown_kind, *unknown, *mistaken]))
+    filled, mistaken = _mended(cls, default, given)
+    return filled, list(dict.fromkeys([*found, *wrong, *unknown_kind, *unknown, *mistaken]))
 
 
 def _mended(cls: type[T], default: T, given: Words) -> tuple[T, list[str]]:
