@@ -24,17 +24,21 @@ from torch import Tensor, nn
 import data
 import models
 from data.encoders import Autoencoder
-from data.options import Options
+from data.options import Options, bytes_of
 from data.sources import Sources
 from data.stream import Share, to_unit
+from data.survey import survey
+from models import memory
 from models.convert import check_classes
-from models.cost import example, stages
+from models.cost import cost, example, stages
 from models.lora import add_lora
 from models.published import load_published
 from pipeline import launch, parallel, precision
+from pipeline.case import Rooms
 from pipeline.checkpoint import Store, averages, choose, find, load_state
 from pipeline.choice import check_encoders
 from pipeline.config import ALIASES, Config
+from pipeline.dry_run import dry_run
 from pipeline.ema import Averages
 from pipeline.fold import check_export
 from pipeline.guard import Evidence, Guard
@@ -47,7 +51,7 @@ from pipeline.options import Export
 from pipeline.precision import Precision
 from pipeline.preview import preview
 from pipeline.pulse import Pulse
-from pipeline.recipe import as_mapping, facts_of, parse
+from pipeline.recipe import as_mapping, asked, facts_of, parse
 from pipeline.run import Run
 from pipeline.snapshots import forget, store_of
 from pipeline.space import Space
@@ -290,10 +294,30 @@ def export(folder: Path) -> None:
     sample.export(Export(run=str(folder), output=str(folder / "export")))
 
 
+ROOMS = Rooms(
+    options=Options,
+    bytes_of=bytes_of,
+    survey=survey,
+    check_sides=data.check_sides,
+    share=Share,
+    build=models.build,
+    example=example,
+    cost=cost,
+    units=memory.units,
+    foretell=memory.foretell,
+    measured=memory.measured,
+    at_work=memory.at_work,
+    add_lora=add_lora,
+    load_published=load_published,
+    checks=(lambda c, space, seen: check_exportable(c, space, len(seen.class_names), len(seen.spoken)) if c.export else None,),
+)
+"""What a dry run tries of the other rooms."""
+
+
 @reported
 def main(argv: list[str]) -> int:
     """The command; returns its exit status."""
-    return train(parse(Config, argv, ALIASES))
+    return dry_run(argv, ROOMS) if asked(argv, "dry_run") else train(parse(Config, argv, ALIASES))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def locate(name: str, field: str, part: str = "") -> Path:
 def _of_hub(name: str, field: str, part: str) -> Path:
     """Download configuration, tokenizer and safetensors of a Hub id, never a pickle; of a pipeline the part alone."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     names = ("*.json", "*.safetensors", "*.txt", "*.model")
     owner, model, *inside = name.split("/")
@@ -57,9 +57,9 @@ def _of_hub(name: str, field: str, part: str) -> Path:
             folders = [""] if whole or not part else [f"{part}/", f"{part.replace('text_encoder', 'tokenizer')}/"]
             patterns = [f"{folder}{kind}" for folder in folders for kind in names]
             found = Path(snapshot_download(repository, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.non_ema.*"]))
-        except (OSError, HfHubHTTPError):
+        except (OSError, HTTPError):
             found = Path(snapshot_download(repository, local_files_only=True))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"{field}={name!r} is no folder here and cannot be had from the Hub ({reason}): give a folder.") from error
     folder = found if (found / "config.json").is_file() and not inside else found / part

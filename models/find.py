@@ -120,7 +120,7 @@ def _of_hub(name: str) -> Path:
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(FILES):
         raise ValueError(f"init_from={name!r}: there is no such folder or file. Give one, or a Hub id as owner/model.")
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError
 
     try:
         try:
@@ -130,9 +130,9 @@ def _of_hub(name: str) -> Path:
             kinds = ("config.json", "*.index.json", "*.safetensors" if safe else "*.bin")
             patterns = [f"{under}{kind}" for kind in kinds] + ["scheduler/scheduler_config.json"]
             return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.bf16.*", "*.non_ema.*"]))
-        except (OSError, HfHubHTTPError):
+        except (OSError, HTTPError):
             return Path(snapshot_download(name, local_files_only=True))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+    except (OSError, ValueError, HTTPError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(
             f"init_from={name!r} is no folder or file here and cannot be had from the Hub ({reason}). Give a folder."

@@ -7,6 +7,7 @@ repeated bit by bit. benchmarks/train_step.py measures them.
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +20,8 @@ FEW = 2**16
 """Numbers below which torch's own GELU is faster, for it is one call."""
 CHUNK = 2**18
 """Numbers a thread that go through GELU together, in float32, so that every step but the first finds them in the cache."""
+TRACED: ContextVar[str] = ContextVar("TRACED", default="")
+"""cpu or gpu while a step is traced for one (memory.py): its forms are taken, whatever the tensors say, and chunks are not gone through."""
 SLOPE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
@@ -49,10 +52,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
 def _whole(q: Tensor, k: Tensor) -> bool:
     """Whether matmul, softmax, matmul is the fastest form."""
-    if q.device.type != "cpu":
+    if not _on_cpu(q):
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else q.dtype
     return dtype == torch.bfloat16 and q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] <= SCORES
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return (TRACED.get() or x.device.type) == "cpu"
 
 
 class TanhGELU(nn.GELU):
@@ -82,7 +89,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
     Source: Hendrycks and Gimpel, Gaussian Error Linear Units, section 2.
     """
-    if x.device.type != "cpu":
+    if not _on_cpu(x):
         return F.gelu(x, approximate="tanh")
     if torch.compiler.is_compiling():
         return _formula(x)[0]
@@ -137,6 +144,8 @@ def _in_chunks(x: Tensor, differentiated: bool) -> tuple[Tensor, Tensor | None]:
     """GELU and, if it will be differentiated, its derivative; a chunk passes through every step before the next one begins."""
     value = torch.empty_like(x, memory_format=torch.contiguous_format)
     derivative = torch.empty_like(value) if differentiated else None
+    if TRACED.get():
+        return value, derivative
     size = CHUNK * torch.get_num_threads()
     room = [torch.empty(min(size, x.numel()), dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(3)]
     for i, part in enumerate(x.reshape(-1).split(size)):

@@ -13,6 +13,7 @@ import io
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ import tyro
 import yaml
 
 T = TypeVar("T")
+R = TypeVar("R")
 Words = dict[str, list[str]]
 
 
@@ -41,7 +43,7 @@ def load(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: a recipe is a mapping of sections (data, model, flow, train, ...), not a {type(recipe).__name__}.")
     base = recipe.pop("extends", None)
-    return _merge(load(path.parent / base, (*seen, path.resolve())), recipe) if base else recipe
+    return _merge(load(path.parent / str(base), (*seen, path.resolve())), recipe) if base else recipe
 
 
 def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) -> T:
@@ -71,6 +73,71 @@ def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) 
         tyro.cli(cls, default=default, args=["--help"], description=f"{cls.__doc__}\n\nAlso understood: {names}.", **TYRO)
     args = ["--help"] if wants_help else [word for key, values in given.items() for word in (f"--{key}", *values)]
     return _quietly(cls, default, args)
+
+
+def parse_all(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) -> tuple[T, list[str]]:
+    """As `parse`, for those who want to hear of every mistake.
+
+    Returns:
+        The dataclass, with defaults where a value is mistaken; and one line a
+        mistake, none where `parse` would pass.
+    """
+    found: list[str] = []
+    start = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
+    for word in argv[:start]:
+        found += _tried(_command_line, [word], aliases or {})[1]
+    words = _command_line([word for word in argv[start:] if word not in ("-h", "--help")], aliases or {})
+    path = words.pop("config", None)
+    recipe, wrong = _tried(load, path[0]) if path else ({}, [])
+    given = {**_flatten(recipe or {}), **words}
+    default, unknown_kind = _tried(_choose_kinds, cls, given)
+    if default is None:  # what the fields of an unknown kind are cannot be said
+        sections = [key.removesuffix("kind") for key in given if key.endswith(".kind") and _tried(_choose_kinds, cls, {key: given[key]})[1]]
+        given = {key: values for key, values in given.items() if not key.startswith(tuple(sections))}
+        default = _choose_kinds(cls, given)
+    known = _keys(default)
+    unknown = [_unknown(key, known, list(aliases or {}), cls) for key in given if key not in known]
+    given = {key: values for key, values in given.items() if key in known}
+    filled, mistaken = _mended(cls, default, given)
+    return filled, list(dict.fromkeys([*found, *wrong, *unknown_kind, *unknown, *mistaken]))
+
+
+def _mended(cls: type[T], default: T, given: Words) -> tuple[T, list[str]]:
+    """What is right of the given values, and what is wrong of them: each alone first, then together."""
+
+    def fill(chosen: Words) -> T:
+        return _quietly(cls, default, [word for key, values in chosen.items() for word in (f"--{key}", *values)])
+
+    filled, found = _tried(fill, given)
+    if not found:
+        return typing.cast(T, filled), []
+    alone = {key: _tried(fill, {key: values})[1] for key, values in given.items()}
+    kept = {key: values for key, values in given.items() if not alone[key]}
+    found = [text for texts in alone.values() for text in texts]
+    filled, together = _tried(fill, kept)
+    while together:  # two values that are right, each alone
+        section = next((key.partition(".")[0] for key in kept if together[0].lstrip("-").startswith(key)), "")
+        found += together
+        kept = {key: values for key, values in kept.items() if section and key.partition(".")[0] != section}
+        filled, together = _tried(fill, kept)
+    return typing.cast(T, filled), found
+
+
+def _tried(act: Callable[..., R], *arguments: Any) -> tuple[R | None, list[str]]:
+    """What a function gives, or what it says is wrong."""
+    try:
+        return act(*arguments), []
+    except ValueError as error:
+        return None, [" ".join(str(error).split())]
+
+
+def asked(argv: list[str], switch: str) -> bool:
+    """Whether a command line, or else the recipe that it names, sets a switch; with `--help`, and where the recipe cannot be read, not."""
+    start = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
+    words = _command_line(argv[start:], {})
+    recipe = _tried(load, words["config"][0])[0] if "config" in words else None
+    values = words.get(switch) or _flatten(recipe or {}).get(switch, ["False"])
+    return values[-1].lower() == "true" and not {"-h", "--help"} & set(argv)
 
 
 def build(cls: type[T], mapping: dict[str, Any]) -> T:

@@ -1,0 +1,228 @@
+"""What a step of training holds in memory beside weights, gradients and moments: foretold without computing, and measured.
+
+A trace runs forward and backward on fake tensors, which have shapes and no
+values, and enters every storage that comes to life into a ledger until it
+dies. So XL/2 needs no memory to be planned, and a step that computes its
+blocks again, or differentiates twice, is counted as it goes. What a kernel
+takes for itself while it runs, and what an allocator loses between its blocks,
+is not seen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd.graph import _engine_run_backward
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+from .cost import stages
+from .kernels import TRACED
+
+Kind = Literal["cpu", "gpu"]
+Step = Callable[[Callable[..., Tensor], nn.Module], Tensor]
+"""From a network as it is called in training, and the bare one, to the mean loss of a micro-batch that it makes itself."""
+WIDENED = {F.layer_norm, F.rms_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.interpolate}
+"""What autocast computes in float32 on a GPU and not on a CPU, of all that our networks call: ATen/autocast_mode.h, AT_FORALL_FP32."""
+
+
+class Footprint(NamedTuple):
+    """Bytes of one micro-batch."""
+
+    activations: int
+    """At most at one moment, in the forward or the backward pass, beside weights, their gradients and `copies`."""
+    kept: int
+    """Of these: from the forward to the backward pass."""
+    copies: int
+    """At most, of weights in half precision, which autocast makes and the backward pass wants again."""
+    peak: int
+    """Activations and copies at one moment."""
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes of the storages that came to life while it is entered, and live.
+
+    Args:
+        held: tensors that were there before, and do not count.
+    """
+
+    def __init__(self, held: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._held = [tensor.untyped_storage() for tensor in held]
+        self._weights = {storage._cdata for storage in self._held}
+        self._living: dict[int, weakref.ref[Any]] = {}
+        self.now = {"activations": 0, "copies": 0}
+        self.most = {**self.now, "both": 0}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            return True if args[0].dtype == torch.bool else 1  # checks of values: times in [0, 1], no token hidden
+        result = func(*args, **(kwargs or {}))
+        copied = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
+        for part in tree_iter(result):
+            if isinstance(part, Tensor):
+                self._enter(part.untyped_storage(), "copies" if copied else "activations")
+        return result
+
+    def _enter(self, storage: torch.UntypedStorage, sort: str) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._weights or key in self._living:
+            return
+        self._living[key] = weakref.ref(storage, partial(self._leave, key, size, sort))
+        self.now[sort] += size
+        self.most[sort] = max(self.most[sort], self.now[sort])
+        self.most["both"] = max(self.most["both"], sum(self.now.values()))
+
+    def _leave(self, key: int, size: int, sort: str, _: Any) -> None:
+        del self._living[key]
+        self.now[sort] -= size
+
+
+class _AsOnGPU(TorchFunctionMode):
+    """Autocast on a CPU with the list of float32 operations that a GPU has."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in WIDENED and torch.is_autocast_enabled("cpu"):
+            args = tuple(_widened(value) for value in args)
+            kwargs = {name: _widened(value) for name, value in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+def _widened(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
+
+
+def foretell(build: Callable[[], nn.Module], step: Step, precision: str, kind: Kind) -> Footprint:
+    """What a step takes on a device that need not be here.
+
+    Args:
+        build: makes the network on the meta device.
+        step: one micro-batch. It may not look at values, but read tables that were made before.
+        precision: no, or what the products are in: bf16, fp16, and fp8, whose activations are counted as of bf16.
+        kind: gpu, for the kernels and the autocast of CUDA, or cpu.
+
+    Returns:
+        Bytes. Text is counted without a mask, and FlashAttention's or the memory-efficient kernel's
+        needs for attention on a GPU.
+    """
+    network = build()
+    with FakeTensorMode(allow_non_fake_inputs=True), _traced(kind):
+        ledger = Ledger(_prepared(_faked(network)))
+        with ledger, _AsOnGPU() if kind == "gpu" else nullcontext():
+            loss = step(_called(network, precision), network)
+            kept = ledger.now["activations"]
+            _backward(loss)
+    return Footprint(ledger.most["activations"], kept, ledger.most["copies"], ledger.most["both"])
+
+
+def _backward(loss: Tensor) -> None:
+    """As `loss.backward()`, which would suspend the function mode, and blocks are computed again meanwhile."""
+    _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def measured(network: nn.Module, step: Step, precision: str) -> int:
+    """Bytes that a step took at most on this CPU beside weights and gradients, as torch's allocator tells its profiler.
+
+    Args:
+        network: with values.
+        step, precision: as of `foretell`.
+    """
+    _prepared(network)
+    model = _called(network, precision)
+    step(model, network).backward()  # what is made once is made
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells the terminal when it begins and ends
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(model, network).backward()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(path))
+        events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event["ts"]):
+        now += event["args"]["Bytes"]
+        most = max(most, now)
+    return most
+
+
+def _prepared(network: nn.Module) -> list[Tensor]:
+    """Give every trained weight a gradient, as it has one between two micro-batches of a step; all that is then held."""
+    weights, buffers = list(network.parameters()), list(network.buffers())
+    for weight in weights:
+        if weight.requires_grad:
+            weight.grad = torch.zeros_like(weight)
+    return [*weights, *buffers, *(weight.grad for weight in weights if weight.grad is not None)]
+
+
+def _faked(network: nn.Module) -> nn.Module:
+    """Fake tensors of the CPU in place of those of the meta device, which autocast does not know; inside a FakeTensorMode."""
+    made: dict[int, Tensor] = {}
+    for module in network.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            fake = nn.Parameter(torch.empty(weight.shape, dtype=weight.dtype), requires_grad=weight.requires_grad)
+            module._parameters[name] = made.setdefault(id(weight), fake)  # type: ignore[assignment]
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = made.setdefault(id(buffer), torch.empty(buffer.shape, dtype=buffer.dtype))
+    return network
+
+
+def _called(network: nn.Module, precision: str) -> Callable[..., Tensor]:
+    """A network as Accelerate calls it: under autocast, with an output of float32."""
+
+    def model(*arguments: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "no"):
+            output: Tensor = network(*arguments)
+        return output.float()
+
+    return model
+
+
+@contextmanager
+def _traced(kind: Kind) -> Iterator[None]:
+    token = TRACED.set(kind)
+    try:
+        yield
+    finally:
+        TRACED.reset(token)
+
+
+def at_work(network: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[int, int]:
+    """What a frozen network costs while it computes.
+
+    Args:
+        network: on the meta device.
+        call: uses it, and makes its input.
+
+    Returns:
+        Bytes at most beside its weights, and multiply-adds.
+    """
+    with FakeTensorMode(), _traced("gpu"), torch.no_grad():
+        _faked(network)
+        with Ledger([*network.parameters(), *network.buffers()]) as ledger:
+            call(network)
+        with Ledger(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused kernels are not all counted
+            call(network)
+    return ledger.most["activations"], counter.get_total_flops() // 2
+
+
+def units(network: nn.Module) -> list[list[tuple[int, ...]]]:
+    """The shapes of the weights that FSDP2 gathers together: of each block, and last of all that stands in none."""
+    blocks = [module for name, module in stages(network) if not name.startswith("conditions")]
+    inside = {id(weight) for block in blocks for weight in block.parameters()}
+    rest = [tuple(weight.shape) for weight in network.parameters() if id(weight) not in inside]
+    return [*([tuple(weight.shape) for weight in block.parameters()] for block in blocks), rest]
