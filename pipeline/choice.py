@@ -31,6 +31,10 @@ PROJECTED = "clip_text_model with projection"
 """What `data.text_encoders` calls a CLIP of this kind."""
 MOST = 3
 """Text encoders that pipelines have places for."""
+PIXART_UNIT = 8
+"""PixArtSigmaPipeline refuses other sides than multiples of so many pixels, in pixels too."""
+SD3_TOKENS = 512
+"""StableDiffusion3Pipeline refuses a larger `max_sequence_length`."""
 
 
 class Spoken(Protocol):
@@ -68,8 +72,8 @@ class Choice(NamedTuple):
             return (f"class_labels=[{0 if class_names else NO_CLASS}], {common}",) * 2
         ours = f"prompt={next(filter(None, captions), 'a picture')!r}, {common}"
         if isinstance(self.pipeline, PixArtSigmaPipeline):
-            limit = self.pipeline.tokenizer.model_max_length  # its own is 300, more than some encoders read
-            return f"{ours}, use_resolution_binning=False, max_sequence_length={limit}", ours
+            limit = self.pipeline.tokenizer.model_max_length  # its own is 300, more than some encoders read; it cleans where it can
+            return f"{ours}, use_resolution_binning=False, clean_caption=False, max_sequence_length={limit}", ours
         if isinstance(self.pipeline, StableDiffusion3Pipeline):
             return f"{ours}, max_sequence_length={self.pipeline.tokenizer_3.model_max_length}", ours
         return ours, ours
@@ -102,7 +106,7 @@ def choose(
     kl = vae is None or isinstance(vae, AutoencoderKL)
     shown = vae if vae is not None else identity_autoencoder(space.channels, space.height)
     if spoken:
-        parts, reason = _text_parts(spoken), _not_stock_text(network, spoken, flow)
+        parts, reason = _text_parts(spoken), _not_stock_text(network, spoken, flow, space)
         if kl and not reason and isinstance(network, PixArtTransformer2DModel):
             return Choice(PixArtSigmaPipeline(transformer=network, vae=shown, scheduler=scheduler, **parts), why, own)
         if kl and not reason and isinstance(network, SD3Transformer2DModel):
@@ -129,18 +133,22 @@ def _text_parts(spoken: Sequence[Spoken]) -> dict[str, Any]:
     return found
 
 
-def _not_stock_text(network: Any, spoken: Sequence[Spoken], flow: FlowConfig) -> str:
+def _not_stock_text(network: Any, spoken: Sequence[Spoken], flow: FlowConfig, space: Space) -> str:
     """Why no stock pipeline shows a network the same text; "" if one does."""
     kinds = [str(one.facts.fingerprint["class"]) for one in spoken]
     if isinstance(network, PixArtTransformer2DModel):
         if len(spoken) > 1 or spoken[0].kind == "clip" or spoken[0].facts.padding != "mask":
             return "PixArtSigmaPipeline shows the last states of one encoder, padding masked"
+        if space.height * space.factor % PIXART_UNIT:
+            return f"PixArtSigmaPipeline draws multiples of {PIXART_UNIT} pixels"
         return ""
     if isinstance(network, SD3Transformer2DModel):
         if kinds != [*[PROJECTED] * 2, "t5"] or spoken[0].facts.padding != "attend":
             return "StableDiffusion3Pipeline shows two projected CLIPs and a T5, padding attended to"
         if spoken[2].facts.width < spoken[0].facts.width + spoken[1].facts.width:
             return "StableDiffusion3Pipeline cuts what CLIPs wider than the T5 say"
+        if spoken[2].max_tokens > SD3_TOKENS:
+            return f"StableDiffusion3Pipeline shows {SD3_TOKENS} tokens of the T5 at most"
         if flow.path != "condot" or flow.predict != "velocity":
             return "StableDiffusion3Pipeline follows velocities on the straight path"
         return ""

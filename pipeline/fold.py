@@ -38,15 +38,16 @@ def stock_autoencoder(vae: Any, space: Space) -> Any:
     """A copy of a stock autoencoder for which `decode(z / scaling_factor)` decodes the network's samples z."""
     check_export(space)
     vae = copy.deepcopy(vae).float().cpu()
+    own = {name: None for name in ("shift_factor", "latents_mean", "latents_std") if vae.config.get(name)}  # the recipe's are other ones
     if len(set(space.scale)) == 1 and not any(space.shift):
-        vae.register_to_config(scaling_factor=space.scale[0])
+        vae.register_to_config(scaling_factor=space.scale[0], **own)
         return vae
     scale, shift = (torch.tensor(v, dtype=torch.float64).expand(space.channels) for v in (space.scale, space.shift))
     enter, leave = _into(vae, "post_quant_conv", space.channels), _into(vae, "quant_conv", 2 * space.channels)
     _compose(enter, before=(1 / scale, shift))
     ones, logs = torch.ones_like(scale), 2 * torch.log(scale)
     _compose(leave, after=(torch.cat([scale, ones]), torch.cat([-shift * scale, logs])))
-    vae.register_to_config(scaling_factor=1.0, shift_factor=None, latents_mean=None, latents_std=None)
+    vae.register_to_config(scaling_factor=1.0, **own)
     return vae
 
 

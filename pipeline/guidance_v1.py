@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import torch
 
+ROUNDING = 1e-6
+"""Times come from timesteps in float32: what is so near an end is the end."""
+
 
 class Guidance(NamedTuple):
     """Away from a lesser prediction: how far, between which times (0 the noise, 1 the data), and how much of the spread is undone."""
@@ -29,7 +32,7 @@ class Guidance(NamedTuple):
 
     def holds(self, t: float) -> bool:
         """Whether guidance acts at a time, ends included; on an accelerator asking costs one wait."""
-        return self.first <= t <= self.last
+        return self.first - ROUNDING <= t <= self.last + ROUNDING
 
     def sharpen(self, good: torch.Tensor, lesser: torch.Tensor) -> torch.Tensor:
         """The guided prediction, (B, C, h, w); what is undone brings it back to the spread of the good one, image by image."""

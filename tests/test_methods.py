@@ -73,6 +73,25 @@ def test_every_combination_samples_its_data(path, predict, solver):
 
 
 @pytest.mark.parametrize(
+    ("clip", "predict", "latents", "kept"),
+    [
+        ("auto", "noise", False, True),
+        ("auto", "noise", True, False),
+        ("auto", "velocity", False, False),
+        ("on", "velocity", False, True),
+        ("on", "noise", True, True),
+        ("off", "noise", False, False),
+    ],
+)
+def test_noise_in_pixels_is_drawn_in_their_range_and_what_else_is_asked_for(clip, predict, latents, kept):
+    """Of N(0.3, 0.4^2) 4.1% lie beyond 1 in either direction, 5 sigma is 0.6%; clipped, the last Euler step ends on clamped data."""
+    source = dataclasses.replace(gaussian_source("condot", predict), pixels=(3, 16, 16) if latents else ())
+    images = generate(source, torch.zeros(500, dtype=torch.int64), Sampler("euler", 50, clip=clip), seed=1, batch_size=500).images
+    beyond = (images.abs() > 1 + 1e-4).double().mean()
+    assert (beyond == 0) if kept else abs(beyond - 0.041) < 0.012, beyond
+
+
+@pytest.mark.parametrize(
     ("sampler", "tolerance"),
     [
         (Sampler("predictor_corrector", 60), 0.02),

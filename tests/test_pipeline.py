@@ -3,7 +3,7 @@
 import frozen
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from data.text_encoders import read_text_encoder
 from data.words import Words
@@ -33,7 +33,10 @@ def noise(seed=0, count=3):
 
 
 @pytest.mark.parametrize("solver", FlowODEScheduler.solvers)
-@pytest.mark.parametrize("guidance", [{}, {"guidance_scale": 3.0, "guidance_interval": (0.15, 0.75), "guidance_rescale": 0.5}])
+@pytest.mark.parametrize("guidance", [
+    {}, {"guidance_scale": 3.0, "guidance_interval": (0.15, 0.75), "guidance_rescale": 0.5},
+    {"guidance_scale": 3.0, "guidance_interval": (0.2, 0.6)},  # ends on the grid, where 1 - 800 / 1000 is less than 0.2
+])  # fmt: skip
 def test_it_draws_what_our_solvers_draw(pipe, solver, guidance):
     """The same network, noise and times through flow/: to float32 rounding."""
     source, labels = pipeline_source(pipe), torch.tensor([3, 1, 4])
@@ -159,3 +162,22 @@ def test_a_token_that_one_of_neighbouring_clips_has_is_there(pipe):
     for order in (parts, parts[::-1]):
         found = joined(order, [True, True])
         assert found.mask.tolist() == [[True] * 3] and found.states.shape == (1, 3, 4) and found.states.sum() == 10
+
+
+def test_latents_are_undone_as_stable_diffusion_3_undoes_them(tmp_path, pipe):
+    """An autoencoder that comes with a shift: z = (latent - shift) scale, of diffusers' own training; a stranger may put one in."""
+    vae = AutoencoderKL.from_pretrained(frozen.kl(tmp_path / "vae", shift_factor=0.3)).eval()
+    latent = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    pipe.vae = vae
+    with torch.no_grad():
+        torch.testing.assert_close(pipe.decode((latent - 0.3) * 0.5), vae.decode(latent).sample, atol=1e-5, rtol=1e-5)
+
+
+def test_sizes_are_told_in_pixels_of_whole_images(tmp_path, pipe, monkeypatch):
+    """Of latents of 8 at a quarter of the size: 32 x 32, uncropped, by the pipeline and by the field that is read from a folder."""
+    pipe.vae, told = AutoencoderKL.from_pretrained(frozen.kl(tmp_path / "vae", channels=1)).eval(), []
+    monkeypatch.setattr(CondotPipeline, "predict", lambda self, x, t, condition, sizes=None: (told.append(sizes), x)[1])
+    pipe([1], num_inference_steps=1, output_type="latent")
+    pipeline_source(pipe).field(noise(), torch.full((3,), 0.5), torch.tensor([1, 2, 3]))
+    pipe([1], num_inference_steps=1, output_type="latent", height=48, original_size=(100, 90), crop=(1, 2))
+    assert [sizes.tolist() for sizes in told] == [[[32, 32, 0, 0, 32, 32]], [[32, 32, 0, 0, 32, 32]] * 3, [[100, 90, 1, 2, 48, 32]]]
