@@ -14,9 +14,9 @@ if __name__ == "__main__":
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
@@ -41,8 +41,7 @@ from pipeline.config import ALIASES, Config
 from pipeline.dry_run import dry_run
 from pipeline.ema import Averages
 from pipeline.fold import check_export
-from pipeline.guard import Evidence, Guard
-from pipeline.leaks import scrubbed
+from pipeline.guard import Guard
 from pipeline.loop import story
 from pipeline.method import Method
 from pipeline.networks import model_options
@@ -52,16 +51,16 @@ from pipeline.precision import Precision
 from pipeline.preview import preview
 from pipeline.pulse import Pulse
 from pipeline.recipe import as_mapping, asked, facts_of, parse
-from pipeline.run import Run
-from pipeline.snapshots import forget, store_of
+from pipeline.run import Run, begin
+from pipeline.snapshots import store_of
 from pipeline.space import Space
 from pipeline.status import Status
 from pipeline.stock import form_of
 from pipeline.told import MicroBatch, Teller
-from pipeline.trackers import attach, leave
 from pipeline.trackers import check as check_trackers
-from pipeline.tracking import BadSamples, Log, Meter
-from pipeline.utilisation import Utilisation, peak
+from pipeline.trackers import leave
+from pipeline.tracking import Meter
+from pipeline.utilisation import Utilisation
 from pipeline.watch import Watch
 
 SHOWN = 32
@@ -87,7 +86,7 @@ def train(config: Config) -> int:
     status = Status(folder, accelerator.is_main_process)
     run = assemble(config, sources, space, accelerator, store, status, fresh=checkpoint is None)
     data.check_sides(sources.options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
-    begin(run, space, checkpoint)
+    begin(run, checkpoint, space)
     STOPPER.defer()
     code = story(run)
     if sources.cut:
@@ -160,7 +159,9 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
     if words:
         method.check_text()
     sharding = launch.sharding(config)
-    network, average = networks(config, sources, space, accelerator, sharding, fresh=fresh)
+    options = model_options(config.model, space.shape, len(names), sources.widths)
+    network, average = networks(config, options, accelerator, sharding, fresh=fresh)
+    plain = models.build(device="meta", **options).eval() if config.flow.objective == "regression" else None  # others differentiate twice
     model, optimizer = parallel.prepare(accelerator, network, adamw(network, config.train), sharding)
     lora = [config.train.lora_rank, config.train.lora_alpha] if config.train.lora_rank else []
     said = {"lora": lora, "text": [one.fingerprint for one in sources.spoken], "space": space.facts if space.latent else {}}
@@ -188,7 +189,7 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
         status=status,
         about=about,
         stopper=STOPPER,
-        meter=Meter(accelerator, utilisation(config, sources, space, accelerator, network)),
+        meter=Meter(accelerator, Utilisation.of(accelerator, network, plain, config.log.peak_tflops)),
         watch=Watch(config.guard.hang_seconds, status),
         guard=Guard(config.guard),
         pulse=Pulse(device, accelerator.num_processes, scaled=accelerator.scaler is not None),
@@ -199,11 +200,10 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
 
 
 def networks(
-    config: Config, sources: Sources, space: Space, accelerator: Accelerator, sharding: parallel.Sharding, *, fresh: bool
+    config: Config, options: dict[str, Any], accelerator: Accelerator, sharding: parallel.Sharding, *, fresh: bool
 ) -> tuple[nn.Module, nn.Module]:
     """The network to train and the copy that holds its average, as they lie on this rank: with their first weights if the run is fresh."""
     train, device = config.train, accelerator.device
-    options = model_options(config.model, space.shape, len(sources.images.manifest.class_names), sources.widths)
     given = bool(config.init_from or train.lora_rank)  # first weights that come whole
     network = models.build(seed=config.seed, device="meta" if sharding != "none" and not given else "cpu", **options)
     if fresh:
@@ -229,19 +229,6 @@ def networks(
     return network, average
 
 
-def utilisation(config: Config, sources: Sources, space: Space, accelerator: Accelerator, network: nn.Module) -> Utilisation:
-    """What the model FLOP utilisation is reckoned from; all ranks together, since those that measure share processors."""
-    accelerator.wait_for_everyone()
-    rate, source = peak(config.log.peak_tflops, accelerator.mixed_precision, accelerator.device)
-    if rate:
-        accelerator.print(f"a device's peak is {rate / 1e12:.4g} TFLOP/s ({source}).")
-    sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
-    trained = sum(n for n, wanted in sizes if wanted) / sum(n for n, _ in sizes)
-    options = model_options(config.model, space.shape, len(sources.images.manifest.class_names), sources.widths)
-    once = config.flow.objective == "regression"  # the others go backward through a backward pass
-    return Utilisation(models.build(seed=0, device="meta", **options).eval() if once else None, trained, rate)
-
-
 def first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
     """Put published weights, or those that low-rank additions are to stand beside, into a fresh network; what is to be said of it."""
     if config.init_from:
@@ -254,28 +241,6 @@ def first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
     elif config.train.lora_rank:
         raise ValueError("train.lora_rank without weights to add to: give init_from, or checkpoint.start_from.")
     return ()
-
-
-def begin(run: Run, space: Space, checkpoint: Path | None) -> None:
-    """Go on from a checkpoint, or begin afresh, and say which; open what the run reads and writes."""
-    folder, config, main = Path(run.config.output_dir), run.config, run.accelerator.is_main_process
-    if checkpoint:
-        run.load(checkpoint)
-    elif config.checkpoint.start_from and not config.train.lora_rank:
-        run.start_from(Path(config.checkpoint.start_from))
-    run.evidence = Evidence(folder, main=main, start=run.step, fresh=checkpoint is None)
-    run.cursor = max(run.cursor, run.evidence.cursor(run.step))
-    run.bad = BadSamples(folder, share=config.data.max_bad_share, main=main, start=run.cursor)
-    if main:
-        run.store.sweep()
-        (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
-        origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
-        where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device}"
-        print(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
-        forget(run.snapshots, run.step)
-    run.stream = run.open(run.cursor)
-    attach(run.accelerator, config.log.report_to, config.log.project, folder, scrubbed(as_mapping(config)), run.step)
-    run.log = Log(folder, main=main, start=run.step, stop=config.train.max_steps, accelerator=run.accelerator)
 
 
 def check_exportable(config: Config, space: Space, num_classes: int, encoders: int) -> None:

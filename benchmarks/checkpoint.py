@@ -92,9 +92,8 @@ def main() -> int:
     print(f"  a save that waits for the disk           {wait * 1e3:8.1f} ms   {size / wait:.0f} MB/s, pruning the one before included")
     print(f"  stall of one beside training: begin      {begin * 1e3:8.1f} ms   the copy; {begins[0] * 1e3:.1f} the first time")
     print(f"                                finish     {end * 1e3:8.1f} ms   the commit")
-    print(
-        f"  written in the meantime                  {statistics.median(spans[1:]) * 1e3:8.1f} ms   {len(beside) / options.rounds:.0f} steps"
-    )
+    span = statistics.median(spans[1:]) * 1e3
+    print(f"  written in the meantime                  {span:8.1f} ms   {len(beside) / options.rounds:.0f} steps")
     print(f"  a step without a save, and beside one    {plain * 1e3:8.1f} ms {loaded * 1e3:8.1f} ms   {loaded / plain:.2f} times")
     lost = (begin + end + statistics.median(spans[1:]) * (1 - plain / loaded)) / wait
     print(f"  lost in all, stall and slower steps: {lost:.2f} of a save that waits")

@@ -1,4 +1,4 @@
-"""4,096 ranks over 1,000,000 shards, simulated: what opening, a first batch and a rank's memory cost, and that no sample is lost or doubled.
+"""4,096 ranks over 1,000,000 shards, simulated: what opening, a first batch and a rank's memory cost; no sample is lost or doubled.
 
 The shards are hard links to one real shard of 1,000 images, behind a manifest
 of a million lines: opening, the order, the cursor and reading do all that they
@@ -93,7 +93,8 @@ def whole_batches(folder: str, ranks: int, position: int) -> str:
         assert np.array_equal(np.stack(order(position + places), axis=1), wanted[places])
     distinct = len({tuple(row) for row in wanted.tolist()})
     assert distinct == size, "a sample comes twice"
-    return f"{size:,} samples of a global batch looked up in {spent * 1e3:.1f} ms, {distinct:,} distinct; the same on {ranks:,} and {ranks // 2:,} ranks"
+    looked = f"{size:,} samples of a global batch looked up in {spent * 1e3:.1f} ms, {distinct:,} distinct"
+    return f"{looked}; the same on {ranks:,} and {ranks // 2:,} ranks"
 
 
 def main() -> int:

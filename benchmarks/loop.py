@@ -44,7 +44,7 @@ def assembled(options: argparse.Namespace, scratch: Path):
     status = Status(scratch / "run", True)
     (scratch / "run").mkdir()
     run = train.assemble(config, sources, space, accelerator, Store(scratch / "run", 1), status, fresh=True)
-    train.begin(run, space, None)
+    train.begin(run, None, space)
     loop.begin(run)
     run.settle()
     return run
@@ -113,9 +113,8 @@ def main() -> int:
         run.stream.close()
     quarter = statistics.quantiles(ratios, n=4)
     parameters = sum(p.numel() for p in run.network.parameters())
-    print(
-        f"\n{parameters / 1e6:.1f} M parameters, batches of {options.batch}, {options.turns} turns of {options.steps} steps, {run.accelerator.device}"
-    )
+    turns = f"{options.turns} turns of {options.steps} steps, {run.accelerator.device}"
+    print(f"\n{parameters / 1e6:.1f} M parameters, batches of {options.batch}, {turns}")
     for name, values in seconds.items():
         print(f"{name:8s} {statistics.median(values) * 1e3:8.2f} ms a step")
     print(f"condot / bare {statistics.median(ratios):.4f} (quartiles {quarter[0]:.4f} to {quarter[2]:.4f}); the aim is below 1.03")

@@ -17,8 +17,8 @@ import torch
 
 from .checkpoint import Store, choose, find
 from .config import Config, FlowConfig
-from .loop import compare
 from .method import Method
+from .run import compare
 
 T = TypeVar("T")
 

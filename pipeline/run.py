@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+import yaml
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
@@ -18,11 +19,16 @@ from .config import Config
 from .ema import Averages
 from .flow import Condition
 from .guard import Evidence, Guard
+from .leaks import scrubbed
 from .method import Method
 from .process import Stopper
 from .pulse import Pulse
+from .recipe import as_mapping
+from .snapshots import forget
+from .space import Space
 from .status import Status
 from .told import MicroBatch
+from .trackers import attach
 from .tracking import BadSamples, Log, Meter
 from .watch import Watch
 
@@ -188,6 +194,34 @@ class Run:
             come = flag.item() > 0
         if come:
             raise Told
+
+
+def begin(run: Run, checkpoint: Path | None, space: Space) -> None:
+    """Go on from a checkpoint, or begin afresh, and say which; open what the run reads and writes.
+
+    Args:
+        run: assembled.
+        checkpoint: of this run.
+        space: that it trains in.
+    """
+    folder, config, main = Path(run.config.output_dir), run.config, run.accelerator.is_main_process
+    if checkpoint:
+        run.load(checkpoint)
+    elif config.checkpoint.start_from and not config.train.lora_rank:
+        run.start_from(Path(config.checkpoint.start_from))
+    run.evidence = Evidence(folder, main=main, start=run.step, fresh=checkpoint is None)
+    run.cursor = max(run.cursor, run.evidence.cursor(run.step))
+    run.bad = BadSamples(folder, share=config.data.max_bad_share, main=main, start=run.cursor)
+    if main:
+        run.store.sweep()
+        (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+        origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
+        where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device}"
+        print(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
+        forget(run.snapshots, run.step)
+    run.stream = run.open(run.cursor)
+    attach(run.accelerator, config.log.report_to, config.log.project, folder, scrubbed(as_mapping(config)), run.step)
+    run.log = Log(folder, main=main, start=run.step, stop=config.train.max_steps, accelerator=run.accelerator)
 
 
 def compare(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

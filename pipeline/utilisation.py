@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
@@ -163,6 +164,23 @@ class Utilisation:
     encoders: float | None = None
     """FLOPs of encoding one image and its caption."""
     counted: bool = False
+
+    @classmethod
+    def of(cls, accelerator: Accelerator, network: nn.Module, plain: nn.Module | None, asked: float) -> Utilisation:
+        """What a run's utilisation is reckoned from; all ranks together, since those that measure share processors.
+
+        Args:
+            accelerator: of the run.
+            network: that is trained.
+            plain: a copy on meta; None as in `network` above.
+            asked: `log.peak_tflops`.
+        """
+        accelerator.wait_for_everyone()
+        rate, source = peak(asked, accelerator.mixed_precision, accelerator.device)
+        if rate:
+            accelerator.print(f"a device's peak is {rate / 1e12:.4g} TFLOP/s ({source}).")
+        sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
+        return cls(plain, sum(n for n, wanted in sizes if wanted) / sum(n for n, _ in sizes), rate)
 
     def count(self, see: Callable[[], tuple[Any, ...]]) -> str:
         """Count, once, what one micro-batch computes.

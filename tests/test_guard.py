@@ -37,7 +37,7 @@ def beat(step=0, loss=1.0, norm=1.0, bad=False):
 
 @pytest.fixture
 def poison(monkeypatch):
-    """Break what a run computes in the n-th step that it does, counted from 0, steps done again included: in its data, a gradient or a weight."""
+    """Break what a run computes in the n-th step that it does, from 0, steps done again included: its data, a gradient or a weight."""
 
     def plant(where, *steps, by=math.nan):
         count = -1

@@ -1,4 +1,4 @@
-"""One curve: 1, 2 and 4 processes, accumulation, DDP and FSDP2; resumed in pieces bitwise, and on other numbers of ranks. `make faults` runs these."""
+"""One curve: 1, 2 and 4 processes, accumulation, DDP and FSDP2; resumed in pieces bitwise, and on other numbers of ranks."""
 
 import hashlib
 import json
@@ -85,7 +85,7 @@ def test_a_unet_in_shares_has_the_curve_of_a_whole_one(digits, tmp_path):
 
 
 def test_ranks_and_sharding_may_change_at_every_resume(digits, tmp_path):
-    """1 -> 2 in shares -> 4 whole -> 2 hybrid -> 1: the curve of one process throughout, and what is read is what was written, to the bit."""
+    """1 -> 2 in shares -> 4 whole -> 2 in shares -> 1: the curve of one process throughout."""
     words = ("--log.every=1", "--checkpoint.every=100", "--ema.halflife", "100", "500", "--ema.power", "0.1")
     stops = [(1, "none"), (2, "full"), (4, "none"), (2, "full"), (1, "none")]
     train(1, *arguments(digits, tmp_path / "one", *words, "--train.max_steps=30"))
