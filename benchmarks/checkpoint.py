@@ -35,7 +35,7 @@ def state_of(megabytes, width=1024):
     return state | {f"{kind}.{i}.bias": torch.randn(width) for kind in kinds for i in range(each)}
 
 
-def step_of(state, width=1024, products=6):
+def step_of(state, width=1024, products=2):
     """A function that does what a training step does, in seconds: products of matrices, and a change of the state."""
     a, b, changed = torch.randn(width, width), torch.randn(width, width), list(state.values())[:16]
 
@@ -86,16 +86,16 @@ def main() -> int:
     wait, begin, end = (statistics.median(figures[1:]) for figures in (waits, begins, ends))
     plain, loaded = statistics.median(alone), statistics.fmean(beside)
     ratio = (begin + end) / wait
+    span = statistics.median(spans[1:])
     print(
         f"torch {torch.__version__}, {options.threads} thread(s), {size:.0f} MB in {len(state)} tensors, {options.rounds} rounds in turns"
     )
     print(f"  a save that waits for the disk           {wait * 1e3:8.1f} ms   {size / wait:.0f} MB/s, pruning the one before included")
     print(f"  stall of one beside training: begin      {begin * 1e3:8.1f} ms   the copy; {begins[0] * 1e3:.1f} the first time")
     print(f"                                finish     {end * 1e3:8.1f} ms   the commit")
-    span = statistics.median(spans[1:]) * 1e3
-    print(f"  written in the meantime                  {span:8.1f} ms   {len(beside) / options.rounds:.0f} steps")
+    print(f"  written in the meantime                  {span * 1e3:8.1f} ms   {len(beside) / options.rounds:.0f} steps")
     print(f"  a step without a save, and beside one    {plain * 1e3:8.1f} ms {loaded * 1e3:8.1f} ms   {loaded / plain:.2f} times")
-    lost = (begin + end + statistics.median(spans[1:]) * (1 - plain / loaded)) / wait
+    lost = (begin + end + span * (1 - plain / loaded)) / wait
     print(f"  lost in all, stall and slower steps: {lost:.2f} of a save that waits")
     print(f"  target: a stall below {GOAL:.2f} of a save that waits: {ratio:.3f}{'' if ratio < GOAL else '   NOT REACHED'}")
     return 0
