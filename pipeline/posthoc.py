@@ -27,6 +27,8 @@ WIDEST = 0.28
 """Relative widths are below this: an exponent of zero, the plain mean, has 0.2887."""
 RIDGE = 1e-10
 """Added to unit squared norms: coefficients stay so small that float32's rounding of what was kept does not count."""
+NEGLIGIBLE = 1e-7
+"""Coefficients below this are left out: they add less than float32 rounds."""
 BOUND = 0.01
 """The largest relative error of a law that is still called rebuilt."""
 
@@ -96,7 +98,7 @@ def combine(kept: Sequence[tuple[float, float]], width: float, images: float) ->
     Args:
         kept: (images, relative width) of each average that was kept, each once.
         width: relative width wanted.
-        images: time wanted, as a rule that of the last one kept.
+        images: time wanted, at which one was kept: laws end steeply, and one that ends between two of them is met badly.
 
     Raises:
         ValueError: nothing was kept, or a width that is none.
@@ -113,6 +115,9 @@ def combine(kept: Sequence[tuple[float, float]], width: float, images: float) ->
     shares = norm / norms  # integral of a law of unit norm, over that of the law wanted
     factor = torch.linalg.cholesky(among + RIDGE * torch.eye(len(kept), dtype=torch.float64))
     free, along = torch.cholesky_solve(torch.stack([wanted, shares], dim=1), factor).T
-    unit = free + along * (1 - shares @ free) / (shares @ along)  # nearest of those that sum to one
+    found = shares * (free + along * (1 - shares @ free) / (shares @ along))  # nearest of those that sum to one
+    found[found.abs() < NEGLIGIBLE] = 0
+    found[found.argmax()] += 1 - found.sum()
+    unit = found / shares
     error = (unit @ among @ unit - 2 * unit @ wanted + 1).clamp(min=0).sqrt()
-    return Combination(tuple((unit * shares).tolist()), float(error))
+    return Combination(tuple(found.tolist()), float(error))

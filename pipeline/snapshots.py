@@ -24,8 +24,6 @@ from .posthoc import BOUND, Combination, combine
 FOLDER = "averages"
 SNAPSHOTS = 64
 """In a run, unless the recipe says how far they are apart."""
-NEGLIGIBLE = 1e-9
-"""A smaller coefficient adds less than float32's rounding."""
 
 
 class Snapped(Protocol):
@@ -121,7 +119,7 @@ def rebuild(kept: list[Kept], width: float, images: float) -> tuple[dict[str, Te
     Args:
         kept: what there is; damaged snapshots are named and passed over.
         width: relative width wanted.
-        images: time wanted.
+        images: time wanted, at which some were kept.
 
     Returns:
         Trained weights by the network's own names, float32, summed in
@@ -134,8 +132,8 @@ def rebuild(kept: list[Kept], width: float, images: float) -> tuple[dict[str, Te
     while True:
         found = combine([(one.images, one.width) for one in kept], width, images)
         if found.error > BOUND:
-            raise ValueError(f"a width of {width:g} at {images:g} images cannot be rebuilt: {_reason(kept, found)}")
-        used = [(c, one) for c, one in zip(found.coefficients, kept, strict=True) if abs(c) > NEGLIGIBLE]
+            raise ValueError(f"a width of {width:g} at {images:.0f} images cannot be rebuilt: {_reason(kept, images, found)}")
+        used = [(c, one) for c, one in zip(found.coefficients, kept, strict=True) if c]
         for folder in dict.fromkeys(one.folder for _, one in used):
             fault = None if folder in sound else verify(folder)
             if fault:
@@ -147,13 +145,16 @@ def rebuild(kept: list[Kept], width: float, images: float) -> tuple[dict[str, Te
             return _sum(used), found
 
 
-def _reason(kept: list[Kept], found: Combination) -> str:
+def _reason(kept: list[Kept], images: float, found: Combination) -> str:
     widths = ", ".join(f"{width:g}" for width in sorted({one.width for one in kept}))
     times = sorted({one.images for one in kept})
+    near = sorted(sorted(times, key=lambda time: abs(time - images))[:2])
+    remedy = "a width nearer to those, or keep more snapshots (ema.snapshot_every) or widths (ema.power)"
+    if images not in times:
+        remedy = f"images={' or images='.join(f'{time:.0f}' for time in near)}, where averages were kept"
     return (
-        f"the nearest combination of widths {widths}, kept {len(times)} time(s) from {times[0]:g} to {times[-1]:g} images, misses it by "
-        f"{found.error:.2g} of its size, and {BOUND:g} is allowed. Ask for a width nearer to those, or keep more snapshots "
-        f"(ema.snapshot_every) or widths (ema.power)."
+        f"the nearest combination of widths {widths}, kept {len(times)} time(s) from {times[0]:.0f} to {times[-1]:.0f} images, misses it "
+        f"by {found.error:.2g} of its size, and {BOUND:g} is allowed. Ask for {remedy}."
     )
 
 

@@ -18,9 +18,7 @@ from .snapshots import kept_of, rebuild
 
 SAME = 0.05
 """A decay is written with few digits: half-lives so near are one."""
-KNOWN = (
-    "a half-life in images, a decay a step such as 0.9999, width=0.08 for a power average, width=0.08,images=1e6 for an earlier one, or raw"
-)
+KNOWN = "a half-life in images, a decay a step such as 0.9999, width=0.08, width=0.08,images=640000 for an earlier time, or raw"
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Wanted:
         """As it was asked for, in one spelling."""
         if not self.width:
             return self.label
-        return Power(self.width).label + (f",images={self.images:g}" if self.images else "")
+        return Power(self.width).label + (f",images={self.images:.0f}" if self.images else "")
 
 
 def read_wanted(asked: str, config: EmaConfig, batch_size: int, option: str = "--ema") -> Wanted:
@@ -122,10 +120,10 @@ def read_weights(checkpoint: Path, state: Mapping[str, Any], wanted: Wanted, con
     if images > seen:
         raise ValueError(f"--ema {wanted.name}: {checkpoint} has seen {seen} images. Give at most so many.")
     found, how = rebuild(kept_of(checkpoint, seen, config.power), wanted.width, images)
-    how_many = sum(1 for c in how.coefficients if c)
+    used = sum(1 for c in how.coefficients if c)
     print(
-        f"width {wanted.width:g} at {images:g} images: rebuilt from {how_many} averages, coefficients of {how.size:.3g} in all, "
-        f"its law missed by {how.error:.1g}",
+        f"width {wanted.width:g} at {images:.0f} images: rebuilt from {used} of the averages kept, coefficients of {how.size:.3g} in "
+        f"all, its law missed by {100 * how.error:.1g} %",
         flush=True,
     )
     return first | found, f"a power average of the trained ones of relative width {wanted.width:g}, rebuilt from others"
