@@ -40,6 +40,8 @@ class Place:
     host: str
     step: int
     where: str
+    moves: int
+    """How often it moved in that step: of two ranks in one step the one that moved less is behind."""
     age: float
     """Seconds since it moved."""
     told: int
@@ -73,7 +75,7 @@ class Watch:
         self.period = min(10.0, seconds / 10)
         self._status = status
         self._place = (0, "starting")
-        self._beats = self._seen = self._told = 0
+        self._moves = self._beats = self._seen = self._told = 0
         self._age = 0.0
         self._ended = threading.Event()
         self._met = meeting() if seconds else None
@@ -85,6 +87,7 @@ class Watch:
 
     def beat(self, step: int, where: str) -> None:
         """The main thread moved: it is in this step now, doing this ("reading data")."""
+        self._moves = self._moves + 1 if step == self._place[0] else 0
         self._place = (step, where)
         self._beats += 1
 
@@ -134,7 +137,7 @@ class Watch:
 
     def _here(self) -> Place:
         step, where = self._place
-        return Place(self._rank, socket.gethostname(), step, where, self._age, self._told, time.time())
+        return Place(self._rank, socket.gethostname(), step, where, self._moves, self._age, self._told, time.time())
 
     def _end(self) -> None:
         """Report and end the process; only the thread comes here."""
@@ -203,7 +206,7 @@ def _compare(before: dict[int, Place], after: dict[int, Place], apart: float) ->
 def _report(places: list[Place], world: int) -> tuple[list[str], list[int]]:
     """The ranks that most likely hold up the others, a line each, the worst first; and which they are."""
     absent = sorted(set(range(world)) - {place.rank for place in places})
-    places = sorted(places, key=lambda place: (place.silent is None, place.step, -place.age, place.rank))
+    places = sorted(places, key=lambda place: (place.silent is None, place.step, place.moves, -place.age, place.rank))
     lines = [f"rank {rank} was never heard of" for rank in absent[:SHOWN]]
     shown = places[: SHOWN - len(lines)]
     lines += [str(place) for place in shown]

@@ -81,8 +81,8 @@ def test_status_that_cannot_be_written_is_said_once_and_stops_nothing(tmp_path, 
 # --- the watch
 
 
-def place(rank, step=5, age=1.0, told=3, when=0.0, silent=None):
-    return Place(rank, f"host{rank}", step, "reading data", age, told, when, silent)
+def place(rank, step=5, age=1.0, told=3, when=0.0, silent=None, moves=1):
+    return Place(rank, f"host{rank}", step, "reading data", moves, age, told, when, silent)
 
 
 def test_a_rank_is_silent_by_its_own_count_whatever_its_clock_says():
@@ -101,8 +101,9 @@ def test_the_report_names_the_worst_ranks_and_stays_short():
     places[7] = place(7, step=17, age=31)
     places[9] = place(9, step=18, age=3, silent=40.0)
     places[4] = place(4, step=18, age=33)
+    places[30] = place(30, step=18, age=29, moves=0)
     lines, shown = _report([one for one in places if one.rank != 11], 5000)
-    assert shown[:4] == [11, 9, 7, 4] and len(shown) == 8 and len(lines) == 9
+    assert shown[:5] == [11, 9, 7, 30, 4] and len(shown) == 8 and len(lines) == 9
     assert lines[0] == "rank 11 was never heard of" and lines[1].startswith("rank 9 (host host9) has not been heard of for 40 s")
     assert lines[2] == "rank 7 (host host7) has stood in step 17, reading data, for 31 s" and lines[-1] == "and 4992 more"
     lines, shown = _report([], 5000)
