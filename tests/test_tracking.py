@@ -124,52 +124,47 @@ def test_a_torn_or_foreign_line_is_none_and_what_is_no_number_is_null(tmp_path):
 # --- the meter
 
 
+GOOD, BAD = torch.tensor(0.0), torch.tensor(1.0)
+
+
 def test_means_leave_out_skipped_steps():
-    """Two micro-batches a step; the second step's loss is not finite."""
     meter = Meter(Alone())
-    for losses, norm in (([1.0, 3.0], 2.0), ([math.nan, 5.0], None), ([4.0, 8.0], 4.0)):
-        for loss in losses:
-            meter.add(torch.full((7,), loss))
-        meter.skip_step() if norm is None else meter.add_step(torch.tensor(norm))
-    assert meter.state() == {"loss": 16.0, "norm": 6.0, "batches": 4, "steps": 2, "skipped": 1}
+    for loss, norm, bad in ((2.0, 2.0, GOOD), (math.nan, 7.0, BAD), (6.0, math.inf, BAD), (6.0, 4.0, GOOD)):
+        meter.add_step(torch.tensor(loss), torch.tensor(norm), bad)
+    assert meter.state() == {"loss": 8.0, "norm": 6.0, "good": 2}
     values = meter.read(14)
-    assert values["loss"] == 4.0 and values["grad_norm"] == 3.0 and values["skipped_steps"] == 1
-    meter.add(torch.tensor([math.inf]))
-    meter.skip_step()
+    assert values["loss"] == 4.0 and values["grad_norm"] == 3.0
+    meter.add_step(torch.tensor(math.inf), torch.tensor(1.0), BAD)
     empty = meter.read(14)
-    assert empty["loss"] is None and empty["grad_norm"] is None and empty["skipped_steps"] == 2
+    assert empty["loss"] is None and empty["grad_norm"] is None
 
 
 def test_an_interval_goes_on_from_a_checkpoint_and_back_to_one():
     whole, parts = Meter(Alone()), Meter(Alone())
-    figures = torch.rand(6, 5).split(1)
-    for n, losses in enumerate(figures):
+    figures = torch.rand(6, 2)
+    for n, (loss, norm) in enumerate(figures):
         for meter in (whole, parts):
-            meter.add(losses[0])
-            meter.add_step(losses.norm())
+            meter.add_step(loss, norm, GOOD)
         if n == 2:
             saved = json.loads(json.dumps(parts.state()))
-            parts.add(torch.tensor([1e9]))  # a step that is rolled back in its middle
+            parts.add_step(torch.tensor(1e9), norm, GOOD)  # a step that is rolled back
             parts.restore(saved)
     a, b = whole.read(5), parts.read(5)
     assert a["loss"] == b["loss"] and a["grad_norm"] == b["grad_norm"]
-    old = Meter(Alone())
-    old.restore({"loss": 1.0, "norm": 1.0, "batches": 1, "steps": 1})
-    assert old.read(1)["loss"] == 1.0, "of a checkpoint that counted no skipped steps"
+    assert a["loss"] == pytest.approx(float(figures[:, 0].mean()), rel=1e-6)
 
 
 def test_rates_and_waits_of_all_ranks_in_one_exchange(monkeypatch):
     """10 s of training, 3 of them waiting, and 5 s of saving beside them; of three other ranks the vectors are known."""
     clock = Clock(monkeypatch, tracking)
-    accelerator = Alone([2.0, 1.0, 1.0, 70.0, 0.0], [3.0, 1.0, 9.0, 80.5, 4.0], [6.0, 2.0, 3.0, 60.0, 0.0])
+    accelerator = Alone([2.0, 1.0, 4.0, 1.0, 70.0, 0.0], [3.0, 1.0, 4.0, 9.0, 80.5, 4.0], [6.0, 2.0, 4.0, 3.0, 60.0, 0.0])
     monkeypatch.setattr(tracking, "memory_gb", lambda device: 50.0)
     meter = Meter(accelerator, Utilisation(peak=1e12, model=2e9, encoders=1e9, counted=True))
     for _ in range(4):
         with meter.waiting():
             clock.now += 0.75
         clock.now += 1.75
-        meter.add(torch.tensor([1.0]))
-        meter.add_step(torch.tensor(4.0))
+        meter.add_step(torch.tensor(1.0), torch.tensor(4.0), GOOD)
         with meter.paused():
             clock.now += 1.25
     values = meter.read(256, bad=2)
@@ -185,7 +180,6 @@ def test_rates_and_waits_of_all_ranks_in_one_exchange(monkeypatch):
         "data_wait_worst": pytest.approx(0.9),
         "memory_gb": 80.5,
         "bad_samples": 6,
-        "skipped_steps": 0,
     }
 
 
