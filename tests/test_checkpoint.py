@@ -55,7 +55,7 @@ def damage(folder, how):
     elif how == "manifest torn":
         (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:40])
     elif how == "manifest foreign":
-        (folder / "manifest.json").write_text("[1, 2]")
+        (folder / "manifest.json").write_text('{"files": ["state.json"]}')
     elif how == "manifest elsewhere":
         (folder / "manifest.json").write_text('{"files": {"state.json": {}, "../../checkpoint-1/state.json": {}}}')
     elif how == "manifest empty":
