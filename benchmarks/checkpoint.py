@@ -96,9 +96,8 @@ def main() -> int:
         f"torch {torch.__version__}, {options.threads} thread(s), {size:.0f} MB in {len(state)} tensors, {options.rounds} rounds in turns"
     )
     print(f"  a save that waits for the disk           {wait * 1e3:8.1f} ms   {size / wait:.0f} MB/s, pruning the one before included")
-    print(
-        f"  stall of one beside training: begin      {begin * 1e3:8.1f} ms   the copy; the first {begins[0] * 1e3:.1f}, reserved {reserved * 1e3:.1f}"
-    )
+    first = f"the first {begins[0] * 1e3:.1f}, or {reserved * 1e3:.1f} into memory reserved"
+    print(f"  stall of one beside training: begin      {begin * 1e3:8.1f} ms   the copy; {first}")
     print(f"                                finish     {end * 1e3:8.1f} ms   the commit")
     print(f"  written in the meantime                  {span * 1e3:8.1f} ms   {len(beside) / options.rounds:.0f} steps")
     print(f"  a step without a save, and beside one    {plain * 1e3:8.1f} ms {loaded * 1e3:8.1f} ms   {loaded / plain:.2f} times")

@@ -107,7 +107,7 @@ class Store:
         self._brooms: list[Thread] = []
 
     def reserve(self, tensors: dict[str, Tensor]) -> None:
-        """Take the memory for copies of such a state, in a thread: the first `begin` is then as quick as the others; each rank by itself."""
+        """Take the memory for copies of such a state, in a thread: the first `begin` is then as quick as others; each rank for itself."""
         self._host.reserve(to_write(tensors, rank(), world()))
 
     def begin(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
