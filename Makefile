@@ -45,6 +45,7 @@ bench: .venv/.ready
 	python benchmarks/memory.py
 	python benchmarks/schedulers.py
 	python benchmarks/sampling.py
+	python benchmarks/checkpoint.py
 
 wheel: .venv/.ready
 	python -m build --wheel --outdir dist .

@@ -98,8 +98,8 @@ def read(folder: Path) -> dict[str, Any]:
         OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: there is none that can be read.
     """
     manifest = json.loads((folder / NAME).read_text())
-    strange = [name for name in manifest["files"] if os.path.basename(name) != name]
-    if strange or "state.json" not in manifest["files"]:
+    files = manifest["files"]
+    if not isinstance(files, dict) or "state.json" not in files or any(os.path.basename(name) != name for name in files):
         raise ValueError(f"{NAME} is none of a checkpoint")
     return manifest
 

@@ -9,12 +9,14 @@ Source: https://github.com/huggingface/safetensors, section Format.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import mmap
 import os
 from pathlib import Path
+from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,6 +58,19 @@ class Host:
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._ready: torch.cuda.Event | None = None
+        self._reserving: Thread | None = None
+
+    def reserve(self, parts: list[Part]) -> None:
+        """Begin to take the memory for copies of these parts, in a thread."""
+        self._reserving = Thread(target=self._take, args=(sum(p.tensor.nbytes for p in parts), _on_gpu(parts) is not None), daemon=True)
+        self._reserving.start()
+
+    def _take(self, size: int, pinned: bool) -> None:
+        if self._memory.nbytes < size:
+            with contextlib.suppress(OSError, RuntimeError, MemoryError):  # `copy` tries again, and says why it cannot
+                self._memory = _pages(size, pinned=pinned)
+                for begin in range(0, size, STRETCH):
+                    self._memory.numpy()[begin : begin + STRETCH] = 0
 
     def copy(self, parts: list[Part]) -> list[Place]:
         """Take a copy of the parts, in the order of the file; on a GPU the copies are only queued.
@@ -70,7 +85,10 @@ class Host:
                 raise ValueError(f"{part.name} is of the type {part.tensor.dtype}, which a checkpoint cannot hold")
             start, stop = stop, stop + part.tensor.nbytes
             places.append(Place(part, start, stop))
-        device = next((part.tensor.device for part in parts if part.tensor.is_cuda), None)
+        if self._reserving:
+            self._reserving.join()
+            self._reserving = None
+        device = _on_gpu(parts)
         if self._memory.nbytes < stop:
             self._memory = _pages(stop, pinned=device is not None)
         for part, start, stop in places:
@@ -83,6 +101,11 @@ class Host:
         if self._ready:
             self._ready.synchronize()
         return self._memory.numpy().data[:size]
+
+
+def _on_gpu(parts: list[Part]) -> torch.device | None:
+    """The GPU on which parts are, if any."""
+    return next((part.tensor.device for part in parts if part.tensor.is_cuda), None)
 
 
 def _pages(size: int, *, pinned: bool) -> Tensor:

@@ -55,7 +55,7 @@ def damage(folder, how):
     elif how == "manifest torn":
         (folder / "manifest.json").write_text((folder / "manifest.json").read_text()[:40])
     elif how == "manifest foreign":
-        (folder / "manifest.json").write_text("[1, 2]")
+        (folder / "manifest.json").write_text('{"files": ["state.json"]}')
     elif how == "manifest elsewhere":
         (folder / "manifest.json").write_text('{"files": {"state.json": {}, "../../checkpoint-1/state.json": {}}}')
     elif how == "manifest empty":
@@ -233,6 +233,20 @@ def test_any_reader_of_safetensors_reads_the_file(tmp_path):
     assert Store(tmp_path, keep=1).save(2, {"c": torch.ones(2, dtype=torch.complex64)}, {})[0].startswith("rank 0: c is of the type")
 
 
+def test_all_is_on_the_disk_before_it_has_its_name_and_before_anything_is_removed(tmp_path, monkeypatch):
+    """The order that a power cut needs: every file, the folder, the rename, its parent; only then the old one goes."""
+    done, real = [], (os.fsync, os.rename)
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))), real[0](fd))[1])
+    monkeypatch.setattr(os, "rename", lambda a, b: (done.append(f"-> {os.path.basename(b)}"), real[1](a, b))[1])
+    store = Store(tmp_path, keep=1)
+    store.save(1, tensors(1), {"step": 1})
+    del done[:]
+    store.save(2, tensors(2), {"step": 2})
+    generic = [name[:7] if ".tmp-" in name else name for name in done]
+    assert generic[:2] == ["rank-00000.safetensors", "state.json"]
+    assert generic[2:] == ["manifest.json", ".tmp-2-", "-> checkpoint-2", tmp_path.name, "-> .tmp"]
+
+
 def test_a_good_checkpoint_is_not_written_twice(tmp_path):
     store = Store(tmp_path, keep=1)
     store.save(1, tensors(1), {"step": 1})
@@ -359,3 +373,17 @@ def test_averages_by_label(tmp_path):
     assert averages(folder, "width=0.05") == {"x.y": 3} and averages(folder, "halflife=5000") == {"x.y": 4}
     with pytest.raises(ValueError, match=r"holds no average 'width=0.1': halflife=5000, width=0.05. Name one"):
         averages(folder, "width=0.1")
+
+
+@pytest.mark.gpu
+def test_a_state_on_a_gpu_is_copied_before_the_next_step_changes_it(tmp_path):
+    """The copies are queued and the loop goes on at once; the next kernels come after them."""
+    store, state = Store(tmp_path, keep=2), {f"x{i}": torch.full((1 << 20,), float(i), device="cuda") for i in range(64)}
+    for step in (1, 2):
+        store.begin(step, state, {"step": step})
+        for tensor in state.values():
+            tensor += 1
+        assert store.finish() == []
+    for step in (1, 2):
+        loaded = load_tensors(tmp_path / f"checkpoint-{step}")
+        assert all((loaded[f"x{i}"] == i + step - 1).all() for i in range(64))
