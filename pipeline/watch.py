@@ -10,6 +10,7 @@ is gone is named by the others.
 
 from __future__ import annotations
 
+import atexit
 import faulthandler
 import json
 import os
@@ -17,10 +18,10 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch.distributed import Store
 
@@ -28,6 +29,7 @@ from .launch import meeting
 from .process import HUNG
 from .status import Status
 
+T = TypeVar("T")
 SHOWN = 8
 """Ranks that a report names; they show their stacks too."""
 
@@ -80,10 +82,12 @@ class Watch:
         self._ended = threading.Event()
         self._met = meeting() if seconds else None
         self._rank = self._met.rank if self._met else 0
-        self._store: Store | None = None
-        self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
-        if seconds:
-            self._thread.start()
+        # two threads: where the network is cut, a store may keep the one that tells waiting for ever
+        acts = [self._watch] * bool(seconds) + [self._tell] * (self._met is not None)
+        self._threads = [threading.Thread(target=act, name=act.__name__.strip("_"), daemon=True) for act in acts]
+        for thread in self._threads:
+            thread.start()
+        atexit.register(self.close)  # a thread in the middle of a store's C++ while Python is taken down aborts the process
 
     def beat(self, step: int, where: str) -> None:
         """The main thread moved: it is in this step now, doing this ("reading data")."""
@@ -104,12 +108,12 @@ class Watch:
     def close(self) -> None:
         """Watch no longer."""
         self._ended.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=5)
+        atexit.unregister(self.close)
+        for thread in self._threads:
+            thread.join(timeout=5)
 
     def _watch(self) -> None:
         while True:
-            self._tell()
             began = time.monotonic()
             if self._ended.wait(self.period):
                 return
@@ -125,61 +129,91 @@ class Watch:
         return self._age
 
     def _tell(self) -> None:
-        """Say to the others where this rank stands; a store that is gone ends nothing."""
-        self._told += 1
-        if self._met is None:
-            return
-        try:
-            self._store = self._store or self._met.client()
-            self._store.set(f"watch/{self._rank}", json.dumps(vars(self._here())))
-        except RuntimeError:
-            self._store = None  # its host ended, or will be asked again
+        """Say to the others where this rank stands, again and again; a store that is gone ends nothing."""
+        store: Store | None = None
+        while self._met is not None:
+            self._told += 1
+            try:
+                store = store or self._met.client()
+                store.set(f"watch/{self._rank}", json.dumps(vars(self._here())))
+            except RuntimeError:
+                store = None
+            if self._ended.wait(self.period):
+                return
 
     def _here(self) -> Place:
         step, where = self._place
         return Place(self._rank, socket.gethostname(), step, where, self._moves, self._age, self._told, time.time())
 
     def _end(self) -> None:
-        """Report and end the process; only the thread comes here."""
+        """Report and end the process; neither the others nor a disk can keep it from ending."""
         here = self._here()
-        report, shown, teller = [str(here)], [self._rank], True
-        try:
-            if self._met is not None and self._store is not None:
-                report, shown, teller = self._ask(self._store, self._met.world)
-        except RuntimeError as error:
-            report.append(f"the other ranks could not be asked ({str(error).splitlines()[0]})")
+        answer = _within(3 * self.period + 20, self._ask) if self._met is not None else Answer([str(here)], [self._rank], True)
         if self._ended.is_set() or self._beats != self._seen:
             self._age = 0.0  # it moved while we asked
-            if teller and self._store is not None:
-                for key in ("watch/askers", "watch/report"):
-                    self._store.delete_key(key)
+            if isinstance(answer, Answer) and answer.first:
+                _within(5, self._forget)
             return
-        lines = report if teller else [f"{here}; another rank reports on all"]
-        print("\n  ".join([f"\nno progress for {self.seconds:g} s (guard.hang_seconds):", *lines]), file=sys.stderr, flush=True)
-        if self._rank in shown or teller:
-            faulthandler.dump_traceback(2)
-        if self._status is not None and (teller or self._status.main):
-            self._status.write("hung", step=here.step, reason="; ".join(report), exit_status=HUNG)
+        if isinstance(answer, str):
+            answer = Answer([str(here), f"the other ranks could not be asked ({answer})"], [self._rank], True)
+        _within(20, lambda: self._show(here, answer))
         os._exit(HUNG)
 
-    def _ask(self, store: Store, world: int) -> tuple[list[str], list[int], bool]:
-        """What to say of the ranks, line by line, which ranks it names, and whether this rank found it out; only one asks them all."""
+    def _show(self, here: Place, answer: Answer) -> None:
+        lines = answer.lines if answer.first else [f"{here}; another rank reports on all"]
+        print("\n  ".join([f"\nno progress for {self.seconds:g} s (guard.hang_seconds):", *lines]), file=sys.stderr, flush=True)
+        if self._rank in answer.shown or answer.first:
+            faulthandler.dump_traceback(2)
+        if self._status is not None and (answer.first or self._status.main):
+            self._status.write("hung", step=here.step, reason="; ".join(answer.lines), exit_status=HUNG)
+
+    def _ask(self) -> Answer:
+        """What there is to say of all ranks; the first rank that hangs asks them, the others take its answer."""
+        assert self._met is not None
+        store, world = self._met.client(), self._met.world
         if store.add("watch/askers", 1) == 1:
             before, apart = _places(store, world), 1.5 * self.period + 1
             self._ended.wait(apart)
-            self._tell()
-            places = _compare(before, _places(store, world), apart)
-            report, shown = _report(places, world)
-            store.set("watch/report", json.dumps([report, shown]))
-            return report, shown, True
-        deadline = time.monotonic() + 3 * self.period + 15
+            lines, shown = _report(_compare(before, _places(store, world), apart), world)
+            store.set("watch/report", json.dumps([lines, shown]))
+            return Answer(lines, shown, True)
         while not store.check(["watch/report"]):
-            if time.monotonic() > deadline:
-                raise RuntimeError("the rank that asked did not answer")
             self._ended.wait(self.period / 4)
-            self._tell()  # who asks hears that this process runs
-        report, shown = json.loads(store.get("watch/report"))
-        return report, shown, False
+        lines, shown = json.loads(store.get("watch/report"))
+        return Answer(lines, shown, False)
+
+    def _forget(self) -> None:
+        """Let the next hang be asked after anew."""
+        assert self._met is not None
+        for key in ("watch/askers", "watch/report"):
+            self._met.client().delete_key(key)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What there is to say of the ranks."""
+
+    lines: list[str]
+    shown: list[int]
+    """The ranks that are named."""
+    first: bool
+    """This rank found it out and says it for all."""
+
+
+def _within(seconds: float, act: Callable[[], T]) -> T | str:
+    """What that gives, or why there is nothing after so many seconds."""
+    found: list[T | str] = []
+
+    def run() -> None:
+        try:
+            found.append(act())
+        except RuntimeError as error:
+            found.append(str(error).splitlines()[0])
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else f"no answer in {seconds:.0f} s"
 
 
 def _places(store: Store, world: int) -> dict[int, Place]:

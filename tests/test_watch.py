@@ -154,27 +154,33 @@ def test_what_stands_still_ends(monkeypatch, tmp_path, capfd):
     assert (read(tmp_path)["state"], read(tmp_path)["step"], read(tmp_path)["exit_status"]) == ("hung", 11, 4)
 
 
-def together(monkeypatch, world, alive, seconds=0.5):
-    """A Watch for each living rank of a launch, in this process; what each would have ended with."""
+@pytest.fixture
+def together(monkeypatch):
+    """A Watch for each living rank of a launch, in this process: from (world, alive) to the store, them, and what each ended with."""
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
-    ended = []
+    ended, watches = [], []
     monkeypatch.setattr(os, "_exit", lambda status: (ended.append(status), sys.exit(status)))
     monkeypatch.setattr(watch.faulthandler, "dump_traceback", lambda file: None)
-    watches = []
-    for rank in alive:
-        monkeypatch.setattr(watch, "meeting", lambda rank=rank: Meeting("127.0.0.1", server.port, rank, world, 1, server))
-        watches.append(Watch(seconds))
-    return server, watches, ended
+
+    def begin(world, alive):
+        for rank in alive:
+            monkeypatch.setattr(watch, "meeting", lambda rank=rank: Meeting("127.0.0.1", server.port, rank, world, 1, server))
+            watches.append(Watch(0.5))
+        return server, watches, ended
+
+    yield begin
+    for one in watches:
+        one.close()
 
 
-def test_one_rank_asks_all_and_the_others_take_its_answer(monkeypatch, capfd):
+def test_one_rank_asks_all_and_the_others_take_its_answer(together, capfd):
     """Three ranks hang at once, one of four was never there: one report, three ends."""
-    _, watches, ended = together(monkeypatch, 4, (0, 1, 3))
+    _, watches, ended = together(4, (0, 1, 3))
     watches[1].beat(16, "reading data")
     for one in (watches[0], watches[2]):
         one.beat(17, "reducing gradients")
     for one in watches:
-        one._thread.join(timeout=20)
+        one._threads[0].join(timeout=20)
     err = capfd.readouterr().err
     assert ended == [HUNG] * 3 and err.count("another rank reports on all") == 2
     report = err[err.index("  rank 2 was never heard of") :].splitlines()
@@ -182,18 +188,42 @@ def test_one_rank_asks_all_and_the_others_take_its_answer(monkeypatch, capfd):
     assert all(f"rank {rank}" in line and "step 17" in line for rank, line in zip((0, 3), sorted(report[2:4]), strict=True))
 
 
-def test_a_store_that_is_gone_keeps_no_rank_from_ending(monkeypatch, capfd):
-    _, watches, ended = together(monkeypatch, 2, (1,))
-    watches[0].beat(9, "saving")
+@pytest.mark.parametrize("how", ["gone", "cut"])
+def test_a_store_that_does_not_answer_keeps_no_rank_from_ending(together, monkeypatch, capfd, how):
+    """Its host ended, or the network is cut and a question waits for ever."""
+    _, (one,), ended = together(2, (1,))
+    one.beat(9, "saving")
 
-    def gone(*given):
-        raise RuntimeError("connection reset by peer")
+    def client(met):
+        if how == "cut":
+            time.sleep(600)
+        raise RuntimeError("connection reset by peer\nand a stack of C++")
 
-    watches[0]._met = Meeting("127.0.0.1", 1, 1, 2, 1, None)
-    monkeypatch.setattr(Meeting, "client", gone)
-    watches[0]._store = type("Gone", (), {"set": gone, "add": gone})()
-    watches[0]._thread.join(timeout=20)
-    assert ended == [HUNG] and "has stood in step 9, saving" in capfd.readouterr().err
+    monkeypatch.setattr(Meeting, "client", client)
+    monkeypatch.setattr(watch, "_within", lambda seconds, act, within=watch._within: within(min(seconds, 1.0), act))
+    one._threads[0].join(timeout=60)
+    err = capfd.readouterr().err
+    why = "connection reset by peer" if how == "gone" else "no answer in 1 s"
+    assert ended == [HUNG] and "has stood in step 9, saving" in err and f"the other ranks could not be asked ({why})" in err
+
+
+def test_a_disk_that_does_not_answer_keeps_no_process_from_ending(together, monkeypatch):
+    _, (one,), ended = together(1, (0,))
+    monkeypatch.setattr(Watch, "_show", lambda *given: time.sleep(600))
+    monkeypatch.setattr(watch, "_within", lambda seconds, act, within=watch._within: within(min(seconds, 2.0), act))
+    one._threads[0].join(timeout=60)
+    assert ended == [HUNG]
+
+
+def test_a_rank_that_moved_while_all_were_asked_goes_on_and_the_next_hang_is_asked_after_anew(together, capfd):
+    server, (one,), ended = together(1, (0,))
+    one._ask, ask = lambda: (ask(), one.beat(2, "reading data"))[0], one._ask
+    while not server.check(["condot/1/watch/report"]):
+        time.sleep(0.01)
+    one._ask = ask
+    one._threads[0].join(timeout=60)
+    err = capfd.readouterr().err
+    assert ended == [HUNG] and err.count("no progress") == 1 and "in step 2, reading data" in err and "another rank" not in err
 
 
 # --- on several processes
