@@ -1,5 +1,6 @@
 """What a run shows: figures held against closed forms, files that outlive full disks, trackers that raise, hang or are gone."""
 
+import contextlib
 import importlib.metadata
 import json
 import math
@@ -66,23 +67,25 @@ class Clock:
 # --- lines of JSON
 
 
-@pytest.fixture
-def small_files():
-    """Sets how large a file may grow, as a full disk would: a write is taken in part, then refused."""
+@contextlib.contextmanager
+def files_of_at_most(size):
+    """As on a full disk: a write is taken in part, then refused."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size if size else soft, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_lines_wait_for_a_full_disk_and_follow_in_order(tmp_path, small_files):
+def test_lines_wait_for_a_full_disk_and_follow_in_order(tmp_path):
     lines = Lines(tmp_path / "a.jsonl")
     assert lines.append([{"n": 0}]) == ""
     before = lines.path.read_bytes()
-    small_files(len(before) + 4)  # half a line fits
-    said = [lines.append([{"n": n}]) for n in (1, 2, 3)]
+    with files_of_at_most(len(before) + 4):  # half a line fits
+        said = [lines.append([{"n": n}]) for n in (1, 2, 3)]
     assert lines.path.read_bytes() == before, "no half line is left"
     assert "cannot be written" in said[0] and said[1:] == ["", ""] and len(lines.held) == 3
-    small_files(0)
     assert "3 lines" in lines.append([]) and lines.append([{"n": 4}]) == "" and not lines.held
     assert [line["n"] for line in read_lines(lines.path)] == [0, 1, 2, 3, 4]
 
@@ -97,13 +100,12 @@ def test_what_waits_for_a_disk_is_bounded_and_counted(tmp_path, monkeypatch):
     assert "2 are lost" in lines.append([]) and [line["n"] for line in read_lines(lines.path)] == [2, 3, 4]
 
 
-def test_lines_behind_a_step_go_without_any_room(tmp_path, small_files):
+def test_lines_behind_a_step_go_without_any_room(tmp_path):
     lines = Lines(tmp_path / "a.jsonl")
     lines.append([{"step": n, "loss": n / 3} for n in range(1, 9)])
     lines.path.write_bytes(lines.path.read_bytes() + b'{"step": 9, "lo')  # torn by a kill
-    small_files(1)
-    lines.keep(lambda line: line["step"] <= 5)
-    small_files(0)
+    with files_of_at_most(1):
+        lines.keep(lambda line: line["step"] <= 5)
     assert [line["step"] for line in read_lines(lines.path)] == [1, 2, 3, 4, 5]
     assert lines.path.read_bytes().endswith(b"\n") and list(tmp_path.iterdir()) == [lines.path]
 
@@ -403,12 +405,11 @@ def test_other_processes_are_silent(tmp_path, capsys):
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
-def test_training_goes_on_where_the_log_cannot_be_written(tmp_path, small_files, capsys):
+def test_training_goes_on_where_the_log_cannot_be_written(tmp_path, capsys):
     log = Log(tmp_path, main=True, start=0, stop=8, accelerator=Alone())
-    small_files(10)
-    for step in (1, 2, 3):
-        log.write(step, step, {"loss": 1.0})
-    small_files(0)
+    with files_of_at_most(10):
+        for step in (1, 2, 3):
+            log.write(step, step, {"loss": 1.0})
     log.write(4, 4, {"loss": 1.0})
     log.close()
     assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
