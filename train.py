@@ -156,6 +156,7 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
     names, device = sources.images.manifest.class_names, accelerator.device
     words = sources.listen(device)
     method = Method(config.flow, space.shape, config.train.batch_size)
+    method.check_blocks(config.model.gradient_checkpointing)
     if words:
         method.check_text()
     sharding = launch.sharding(config)

@@ -144,10 +144,10 @@ def _in_chunks(x: Tensor, differentiated: bool) -> tuple[Tensor, Tensor | None]:
     """GELU and, if it will be differentiated, its derivative; a chunk passes through every step before the next one begins."""
     value = torch.empty_like(x, memory_format=torch.contiguous_format)
     derivative = torch.empty_like(value) if differentiated else None
-    if TRACED.get():
-        return value, derivative
     size = CHUNK * torch.get_num_threads()
     room = [torch.empty(min(size, x.numel()), dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(3)]
+    if TRACED.get():
+        return value, derivative
     for i, part in enumerate(x.reshape(-1).split(size)):
         wide, y, s = (place[: len(part)] for place in room)
         here = slice(i * size, i * size + len(part))

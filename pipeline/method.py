@@ -91,6 +91,14 @@ class Method:
         if self.flow.coupling != "independent":
             raise ValueError(f"flow.coupling={self.flow.coupling} moves noise within a class, and every caption is one: set independent.")
 
+    def check_blocks(self, again: bool) -> None:
+        """Raises ValueError where blocks are computed again in the backward pass of a loss that needs an attention of its own."""
+        if again and self.flow.objective != "regression":
+            raise ValueError(
+                f"flow.objective={self.flow.objective} with model.gradient_checkpointing=true: the loss differentiates twice, through an "
+                f"attention that the second pass would not take. Set gradient_checkpointing=false and more accumulation."
+            )
+
     @property
     def preconditioned(self) -> bool:
         """Whether the network is scaled the Karras way; always on the path EDM."""

@@ -80,6 +80,7 @@ def method_of(config: Config, shape: tuple[int, ...], text: bool, mistakes: Mist
         return Method(FlowConfig(**values), shape, config.train.batch_size)
 
     method = mistakes.mended(make, vars(config.flow), "flow", defaults_of(FlowConfig))[0] or make()
+    mistakes.tried(method.check_blocks, config.model.gradient_checkpointing)
     if text:
         mistakes.tried(method.check_text)
     return method
