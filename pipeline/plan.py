@@ -7,13 +7,13 @@ from math import ceil, prod
 from typing import NamedTuple
 
 from .config import Config
+from .ema import laws
+from . import snapshots as snapped
 
 FLOAT = 4
 """Bytes of a weight, a gradient, a moment, an average: all are float32."""
 MOMENTS = 2
 """AdamW's."""
-SNAPSHOTS = 64
-"""Of a run, where ema.snapshot_every does not say."""
 Shape = tuple[int, ...]
 
 
@@ -48,8 +48,8 @@ def numbers(shapes: Iterable[Shape], among: int = 1) -> int:
 
 
 def averages(config: Config) -> int:
-    """How many averages are kept; without any the weights themselves stand in the first one's place."""
-    return len(config.ema.halflife) + len(config.ema.power) if config.ema.enabled else 1
+    """How many averages are kept: the first of all weights, or without any these themselves; further ones of trained weights."""
+    return len(laws(config.ema))
 
 
 def held(sizes: Sizes, config: Config, world: World, half: bool) -> dict[str, int]:
@@ -66,7 +66,7 @@ def held(sizes: Sizes, config: Config, world: World, half: bool) -> dict[str, in
         "weights": FLOAT * whole,
         "gradients": FLOAT * trained,
         "optimiser": FLOAT * MOMENTS * trained,
-        "averages": FLOAT * averages(config) * whole,
+        "averages": FLOAT * (whole + (averages(config) - 1) * trained),
     }
     return parts | ({"gathered": gathered(sizes, half)} if world.among > 1 else {})
 
@@ -85,17 +85,14 @@ def gathered(sizes: Sizes, half: bool) -> int:
 
 def checkpoint(sizes: Sizes, config: Config) -> int:
     """Bytes of one checkpoint: weights, averages, two moments and a step of each trained weight."""
-    trained = MOMENTS * numbers(sizes.trained) + len(sizes.trained)
-    return FLOAT * (sizes.kept * (1 + averages(config)) + trained)
+    trained, further = numbers(sizes.trained), averages(config) - 1
+    return FLOAT * (2 * sizes.kept + (MOMENTS + further) * trained + len(sizes.trained))
 
 
 def snapshots(sizes: Sizes, config: Config) -> tuple[int, int]:
     """How many snapshots of the power averages a run leaves, and bytes of each."""
-    if not config.ema.enabled or not config.ema.power:
-        return 0, 0
-    total = config.train.max_steps * config.train.batch_size
-    every = config.ema.snapshot_every or total / SNAPSHOTS
-    return max(1, ceil(total / every)), FLOAT * sizes.kept * len(config.ema.power)
+    batch = config.train.batch_size
+    return snapped.count(config.ema, batch, config.train.max_steps * batch), FLOAT * numbers(sizes.trained) * len(config.ema.power)
 
 
 def reading(samples: Sequence[int], config: Config, ranks: int) -> list[str]:

@@ -1,7 +1,8 @@
 """train.py with one fault in it: `python tests/faulty.py FAULT RANK STEP [words of train.py]`; once, whatever restarts follow.
 
 FAULT: kill, stop (SIGSTOP), sleep, a signal's name, nan (in the rank's batch), clock (time.time jumps a day back and a year on),
-reader (a thread of the stream dies), fill (the run's disk, for ten steps), or where:kill for a signal that comes `saving` or `sampling`, as saving:SIGTERM.
+reader (a thread of the stream dies), fill (the run's disk, for ten steps), or a signal that comes while `saving` or
+`sampling`, as saving:SIGTERM.
 """
 
 import contextlib
