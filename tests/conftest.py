@@ -25,6 +25,14 @@ for _number in SIGNALS:  # importing train took them
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked `gpu` is skipped where there is none."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """Real data beside the checkout; tests that need it are skipped where it is absent."""

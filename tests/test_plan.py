@@ -249,7 +249,9 @@ def test_parts_in_closed_form():
     assert plan.held(sizes, config, World.of("hybrid", 4, 2), half=True)["weights"] == 4 * (2 * 3 * 10 + 4)
     assert plan.checkpoint(sizes, config) == 4 * (127 * 4 + 2 * 127 + 3)
     assert plan.snapshots(sizes, config) == (64, 4 * 127)
-    assert plan.averages(replace(config, ema=replace(config.ema, enabled=False))) == 1
+    assert plan.averages(replace(config, ema=replace(config.ema, enabled=False))) == 2, "the weights themselves, and the power average"
+    lora = sizes._replace(trained=[(7,)])
+    assert plan.held(lora, config, World.of("none", 4, 2), half=True)["averages"] == 508 + 2 * 28
 
 
 def test_a_checkpoint_is_as_large_as_foretold(trained):
