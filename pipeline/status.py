@@ -61,8 +61,9 @@ class Status:
         self._progress |= {name: value for name, value in given.items() if value is not None}
         if not self.main and state != "hung":
             return
-        if state == "failed" and (read(self.path.parent) or {}).get("state") == "hung":
-            return  # the ranks that were waiting fail when the one that hung is ended
+        late = state == "failed" or (state == "hung" and not self.main)
+        if late and (read(self.path.parent) or {}).get("state") == "hung":
+            return  # the first to say so knows most; ranks that were waiting fail when the one that hung is ended
         said = {
             "state": state,
             **self._progress,

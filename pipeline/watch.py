@@ -148,7 +148,7 @@ class Watch:
     def _end(self) -> None:
         """Report and end the process; neither the others nor a disk can keep it from ending."""
         here = self._here()
-        answer = _within(3 * self.period + 20, self._ask) if self._met is not None else Answer([str(here)], [self._rank], True)
+        answer = _within(3 * self.period + 6, self._ask) if self._met is not None else Answer([str(here)], [self._rank], True)
         if self._ended.is_set() or self._beats != self._seen:
             self._age = 0.0  # it moved while we asked
             if isinstance(answer, Answer) and answer.first:
@@ -156,7 +156,7 @@ class Watch:
             return
         if isinstance(answer, str):
             answer = Answer([str(here), f"the other ranks could not be asked ({answer})"], [self._rank], True)
-        _within(20, lambda: self._show(here, answer))
+        _within(10, lambda: self._show(here, answer))
         os._exit(HUNG)
 
     def _show(self, here: Place, answer: Answer) -> None:

@@ -63,6 +63,7 @@ def test_only_a_hang_is_written_by_any_rank_and_outlasts_the_failures_that_it_ca
     main.write("running", step=5)
     other.write("hung", step=7, reason="rank 1", exit_status=HUNG)
     main.write("failed", reason="connection closed by peer")
+    other.write("hung", reason="of a machine that was cut off")
     assert (read(tmp_path)["state"], read(tmp_path)["reason"]) == ("hung", "rank 1")
     main.write("running", step=5)  # started again
     main.write("failed", reason="another")
