@@ -213,7 +213,8 @@ def attach(accelerator: Accelerator, names: Sequence[str], project: str, folder:
 def _wandb(project: str, folder: Path, start: int, said: dict[str, Any]) -> Wandb:
     import wandb
 
-    asked = {"console": "off", "finish_timeout": LINGER, "login_timeout": 60}  # of it the first goes through every print
+    # without these every print goes through wandb, its end waits for the server, and its question for a key for an answer
+    asked = {"console": "off", "finish_timeout": 0.8 * LINGER, "login_timeout": 30.0}
     settings = wandb.Settings(**{name: value for name, value in asked.items() if hasattr(wandb.Settings(), name)})
     told = {"config": said, "allow_val_change": True, "settings": settings}
     return Wandb(project, name=folder.name, id=_identity(folder, start), resume="allow", dir=str(folder), **told)

@@ -361,15 +361,13 @@ def test_measuring_takes_the_best_of_the_sizes_within_its_time_and_no_random_num
     """A device of 1e9 FLOP/s up to 512 a side, and half of it beyond."""
     sizes, state, now = [], torch.get_rng_state(), [0.0]
 
-    def act_time(act, device, clock):
-        sizes.append(len(act()))
-        spent = 2 * sizes[-1] ** 3 / (1e9 if sizes[-1] <= 512 else 5e8)
-        now[0] += spent
-        return spent
+    def product(x, y):
+        sizes.append(len(x))
+        now[0] += 2 * len(x) ** 3 / (1e9 if len(x) <= 512 else 5e8) * (1 if len(sizes) % 3 else 40)  # some are interrupted
 
-    monkeypatch.setattr(utilisation, "_time", act_time)
-    assert measured(CPU, "bf16", seconds=20.0, clock=lambda: now[0]) == pytest.approx(1e9)
-    assert sizes == [256] * 4 + [512] * 4 + [1024] * 4 and torch.equal(torch.get_rng_state(), state)
+    monkeypatch.setattr(torch, "matmul", product)
+    assert measured(CPU, "bf16", seconds=40.0, clock=lambda: now[0]) == pytest.approx(1e9)
+    assert sorted(set(sizes)) == [256, 512, 1024] and min(map(sizes.count, sizes)) == 4 and torch.equal(torch.get_rng_state(), state)
 
 
 # --- the log
