@@ -99,7 +99,7 @@ def memory(case: Case) -> Iterator[str]:
     kind = f"{case.sharding}{f' among {world.among}' if world.among > 1 else ''}"
     yield f"of one rank of {world.ranks}; sharding {kind}; mixed precision {case.precision}; micro-batch {case.micro_batch}"
     yield f"{'':34}{'on a GPU':>10}{'on a CPU':>10}"
-    rows = {kind: parts(case, found) for kind, found in prints.items()}
+    rows = {kind: parts(case, found, kind) for kind, found in prints.items()}
     for name in rows["gpu"]:
         yield f"{name:34}{size(rows['gpu'][name]):>10}{size(rows['cpu'][name]):>10}"
     sums = {kind: sum(row.values()) for kind, row in rows.items()}
@@ -109,8 +109,8 @@ def memory(case: Case) -> Iterator[str]:
     yield from compared(case)
 
 
-def parts(case: Case, found: Any) -> dict[str, int]:
-    """Bytes by part, of a kind of device on which a step leaves this footprint."""
+def parts(case: Case, found: Any, kind: str) -> dict[str, int]:
+    """Bytes by part, of a kind of device on which a step leaves this footprint; on a GPU those of the host are not among them."""
     half, many = case.precision != "no", plan.averages(case.config)
     held = plan.held(case.sizes, case.config, case.world, half)
     held[f"averages ({many})"] = held.pop("averages")
@@ -120,9 +120,15 @@ def parts(case: Case, found: Any) -> dict[str, int]:
         held["weights in half precision"] = found.copies
     if case.world.among > 1:
         held["gathered for a while"] = held.pop("gathered")
+    held["copy for checkpoints"] = share(case) if kind == "cpu" else 0
     encoding = max((one.bytes for one in case.encoders), default=0)  # done before the network's activations begin
     held["activations" if found.activations >= encoding else "activations of an encoder"] = max(found.activations, encoding)
     return held
+
+
+def share(case: Case) -> int:
+    """Bytes of a checkpoint that one rank copies into the host's memory, and writes while training goes on."""
+    return -(-plan.checkpoint(case.sizes, case.config) // case.world.ranks)
 
 
 def check_device(case: Case, needed: int) -> Iterator[str]:
@@ -174,7 +180,7 @@ def disk(case: Case) -> Iterator[str]:
         return
     config, one = case.config, plan.checkpoint(case.sizes, case.config)
     kept = min(config.checkpoint.keep, -(-config.train.max_steps // config.checkpoint.every))
-    yield f"a checkpoint: {size(one)} in {count(case.world.ranks, 'file')}"
+    yield f"a checkpoint: {size(one)} in {count(case.world.ranks, 'file')}; a rank's {size(share(case))} pass through the host's memory"
     yield f"{kept} kept: {size(kept * one)}, and {size((kept + 1) * one)} while one is written"
     many, each = plan.snapshots(case.sizes, config)
     if many:
