@@ -76,11 +76,11 @@ def train(config: Config) -> int:
     folder = Path(config.output_dir)
     check_trackers(config.log.report_to)
     sources, space = see(config)
-    launch.enter(config)
+    group = launch.enter(config)
     store = Store(folder, config.checkpoint.keep)
     checkpoint = choose(store, config.checkpoint.resume)
     saved = load_state(checkpoint).get("precision") if checkpoint else None
-    accelerator = launch.start(config, saved, partial(measure, config, sources, space))
+    accelerator = launch.start(config, group, saved, partial(measure, config, sources, space))
     launch.agree("data.shards", sources.images.fingerprint)
     owned = launch.lock(folder) if accelerator.is_main_process else None
     status = Status(folder, accelerator.is_main_process)

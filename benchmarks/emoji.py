@@ -66,7 +66,7 @@ def report(run: Path, shards: Path, scales: list[float], splits: list[str], seed
     for split in splits:
         for scale in scales:
             asked = Retrieve(run=str(run), reference=str(shards), split=split, guidance_scale=scale, seed=seed)
-            real, made, _ = sample.captioned(asked)
+            real, made, *_ = sample.captioned(asked)
             for name, of in (("pixels", lambda x: x), ("features", features)):
                 found = retrieve(of(made), of(real), torch.arange(len(real)))
                 low, high = found.top1_interval

@@ -40,7 +40,7 @@ def assembled(options: argparse.Namespace, scratch: Path):
     words = [f"--data.shards={scratch / 'shards'}", f"--output_dir={scratch / 'run'}", f"--train.batch_size={options.batch}"]
     config = parse(Config, [*words, *size.split(), *rest.split(), "--checkpoint.every=1000000", *options.more], ALIASES)
     sources, space = train.see(config)
-    accelerator = launch.start(config, None, partial(train.measure, config, sources, space))
+    accelerator = launch.start(config, launch.enter(config), None, partial(train.measure, config, sources, space))
     status = Status(scratch / "run", True)
     (scratch / "run").mkdir()
     run = train.assemble(config, sources, space, accelerator, Store(scratch / "run", 1), status, fresh=True)

@@ -96,9 +96,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0  # gradients longer than this are shortened to it; 0 leaves them
     condition_dropout: float = 0.1  # probability that a sample is trained without its class or caption, for guidance
     encoder_dropout: float = 0.0  # of several text encoders: probability that a sample is trained without this one; SD3 has 0.464
-    mixed_precision: Literal["no", "bf16", "fp16", "fp8", "auto"] | None = (
-        None  # None: as launched; auto: the faster of no and bf16
-    )
+    mixed_precision: Literal["no", "bf16", "fp16", "fp8", "auto"] | None = None  # None: as launched; auto: the faster of no and bf16
     # FSDP2: weights, gradients, moments and averages in shares on all ranks (full) or on each machine (hybrid); None: as launched
     sharding: Literal["none", "full", "hybrid"] | None = None
     lora_rank: int = 0  # train only low-rank additions of this rank to the attention and feed-forward layers; 0 trains all weights

@@ -43,20 +43,15 @@ def _precision(config: Config) -> str:
     return config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def start(
-    config: Config, saved: Precision | None = None, measure: Callable[[int, torch.device], Precision] = lambda ranks, device: "no"
-) -> Accelerator:
+def start(config: Config, group: PartialState, saved: Precision | None, measure: Callable[[int, torch.device], Precision]) -> Accelerator:
     """Create the Accelerator, on the CPU where there is no GPU.
 
     Args:
         config: of the run.
+        group: that `enter` met.
         saved: the precision that it began in, if it goes on.
         measure: for `train.mixed_precision: auto`: the faster precision, for so many ranks, on this one's device.
-
-    Raises:
-        ValueError: as `enter`.
     """
-    group = enter(config)
     precision = settle(config.train.mixed_precision, saved, partial(measure, group.num_processes, group.device))
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if _precision(config) == "fp8":

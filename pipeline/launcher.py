@@ -33,7 +33,7 @@ def take_over() -> None:
     rank but one.
     """
     global _noted
-    _noted = _said_sharding(os.environ) or _noted
+    _noted = _said_sharding(os.environ)
     for name in list(os.environ):
         if name.startswith(("FSDP_", "PARALLELISM_CONFIG_", "ACCELERATE_DYNAMO_")) or name in (
             "ACCELERATE_USE_FSDP",
