@@ -7,7 +7,7 @@ repeated bit by bit. benchmarks/train_step.py measures them.
 from __future__ import annotations
 
 import math
-from contextvars import ContextVar
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,6 @@ FEW = 2**16
 """Numbers below which torch's own GELU is faster, for it is one call."""
 CHUNK = 2**18
 """Numbers a thread that go through GELU together, in float32, so that every step but the first finds them in the cache."""
-TRACED: ContextVar[str] = ContextVar("TRACED", default="")
-"""cpu or gpu while a step is traced for one (memory.py): its forms are taken, whatever the tensors say, and chunks are not gone through."""
 SLOPE, CUBE = 2 * math.sqrt(2 / math.pi), 0.044715
 
 
@@ -59,7 +57,8 @@ def _whole(q: Tensor, k: Tensor) -> bool:
 
 
 def _on_cpu(x: Tensor) -> bool:
-    return (TRACED.get() or x.device.type) == "cpu"
+    """Whether the forms for CPUs are taken; memory.py asks for the others without a GPU."""
+    return x.device.type == "cpu"
 
 
 class TanhGELU(nn.GELU):
@@ -140,15 +139,17 @@ class _Gelu(torch.autograd.Function):
         return (tangent * _formula(x)[1]).to(x.dtype), None
 
 
+def _chunks(x: Tensor, size: int) -> Sequence[Tensor]:
+    return x.reshape(-1).split(size)
+
+
 def _in_chunks(x: Tensor, differentiated: bool) -> tuple[Tensor, Tensor | None]:
     """GELU and, if it will be differentiated, its derivative; a chunk passes through every step before the next one begins."""
     value = torch.empty_like(x, memory_format=torch.contiguous_format)
     derivative = torch.empty_like(value) if differentiated else None
     size = CHUNK * torch.get_num_threads()
     room = [torch.empty(min(size, x.numel()), dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(3)]
-    if TRACED.get():
-        return value, derivative
-    for i, part in enumerate(x.reshape(-1).split(size)):
+    for i, part in enumerate(_chunks(x, size)):
         wide, y, s = (place[: len(part)] for place in room)
         here = slice(i * size, i * size + len(part))
         wide.copy_(part)

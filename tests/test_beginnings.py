@@ -191,7 +191,7 @@ def test_precision_is_measured_on_the_device_that_trains(digits, monkeypatch):
     ((network, inputs),) = seen
     assert {p.device.type for p in network.parameters()} == {part.device.type for part in inputs} == {"meta"} and len(inputs[0]) == 4
     AcceleratorState._reset_state(True)
-    launch.start(config, None, lambda *given: asked.append(given) or "no")
+    launch.start(config, launch.enter(config), None, lambda *given: asked.append(given) or "no")
     assert asked == [(1, PartialState().device)]
 
 

@@ -92,7 +92,7 @@ def test_every_contradiction_is_told_at_once(monkeypatch):
     for name, value in (FSDP | {"FSDP_VERSION": "1", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"ACCUMULATION_STEPS=3 .*; FSDP_VERSION=1"):
-        launch.start(recipe())
+        launch.enter(recipe())
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,10 @@ def test_precisions_that_the_hardware_lacks(monkeypatch):
         with pytest.raises(ValueError, match=rule):
             launch.check_precision(precision)
         with pytest.raises(ValueError, match=rule):
-            launch.start(recipe(mixed_precision=precision))
+            launch.enter(recipe(mixed_precision=precision))
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
         with pytest.raises(ValueError, match=rule):
-            launch.start(recipe())
+            launch.enter(recipe())
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
