@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint, manifest
 from pipeline.checkpoint import NOT_FINITE, Store, averages, choose, load_into, load_state, load_tensors, raw_weights, verify
+from pipeline.rankfile import Host, not_finite
+from pipeline.shares import to_write
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -191,6 +193,33 @@ def test_a_state_gone_wrong_is_never_saved(tmp_path, dtype, bad, place):
         assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
+FLOATS = {torch.float16: 16, torch.bfloat16: 16, torch.float8_e4m3fn: 8, torch.float8_e5m2: 8, torch.float32: 32, torch.float64: 64}
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_every_number_is_told_from_those_that_are_none(dtype):
+    """All patterns of 8 and 16 bits, and of longer types every exponent with some mantissas; torch says which are finite."""
+    width = FLOATS[dtype]
+    raw = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[width]
+    if width <= 16:
+        bits = torch.arange(2**width)
+    else:
+        mantissa = 23 if width == 32 else 52
+        high = torch.arange(2 ** (width - mantissa)) << mantissa
+        bits = (high[:, None] + torch.tensor([0, 1, 2 ** (mantissa - 1), 2**mantissa - 1])).flatten()
+    numbers = bits.to(raw).view(dtype)
+    finite = torch.isfinite(numbers.double())
+
+    def found(tensor):
+        host = Host()
+        places = host.copy(to_write({"x": tensor}, 0, 1))
+        return not_finite(places, host.bytes(tensor.nbytes))
+
+    assert 0 < (~finite).sum() < finite.sum() and found(numbers[finite]) is None
+    bad = numbers[~finite]
+    assert all(found(bad[i : i + 1]) == "x" for i in range(0, len(bad), max(1, len(bad) // 60)))
+
+
 def test_what_is_saved_is_the_state_when_the_save_began(tmp_path, monkeypatch):
     """Weights and state change while the thread writes, and nothing of that is in the checkpoint; two saves in turn share their memory."""
     gate, write = threading.Event(), checkpoint.write_file
@@ -222,6 +251,8 @@ def test_any_reader_of_safetensors_reads_the_file(tmp_path):
     state |= {"point": torch.tensor(2.5), 'wei\u00dfes "Rauschen"': torch.ones(1)}
     assert Store(tmp_path, keep=1).save(1, state, {}) == []
     read = load_file(tmp_path / "checkpoint-1/rank-00000.safetensors")
+    length = int.from_bytes((tmp_path / "checkpoint-1/rank-00000.safetensors").read_bytes()[:8], "little")
+    assert length % 8 == 0, "tensors begin at a multiple of their size, so that they can be mapped"
     save_file({name: t.contiguous() for name, t in state.items()}, tmp_path / "theirs")
     theirs = load_file(tmp_path / "theirs")
     assert read.keys() == theirs.keys() == load_tensors(tmp_path / "checkpoint-1").keys()
