@@ -123,7 +123,7 @@ class Tracker(GeneralTracker):  # type: ignore[misc]
             undone = [*self._calls, self._busy or ("", 0.0)]
             self.lost += sum(kind == "line" for kind, _ in undone)
             self._calls.clear()
-        self._say("end", "did not end in time")
+        self._say("end", f"did not end within {LINGER:.0f} s, and is left")
 
     def news(self) -> list[str]:
         """What is to be said since the last call."""
@@ -140,7 +140,8 @@ class Tracker(GeneralTracker):  # type: ignore[misc]
         with self._lock:
             if what not in self._said:
                 self._said.add(what)
-                self._news.append(f"log.report_to={self.name} {text}; metrics.jsonl has every line, and training goes on.")
+                after = "" if what == "end" else ": training goes on, and metrics.jsonl has every line"
+                self._news.append(f"log.report_to={self.name} {text}{after}.")
 
     def _put(self, kind: str, call: Callable[[], Any]) -> None:
         with self._lock:
@@ -152,6 +153,10 @@ class Tracker(GeneralTracker):  # type: ignore[misc]
                 self.lost += kind == "line"
         if not room:
             self._say("behind", f"is {WAITING} lines behind, and further ones are left out")
+
+    def _miss(self, kind: str) -> None:
+        with self._lock:
+            self.lost += kind == "line"
 
     def _begin(self) -> None:
         inner = self._make()
@@ -174,9 +179,9 @@ class Tracker(GeneralTracker):  # type: ignore[misc]
                 if self._inner is not None or kind == "start":
                     call()
                 else:
-                    self.lost += kind == "line"
+                    self._miss(kind)
             except (Exception, SystemExit) as error:  # whatever a package raises
-                self.lost += kind == "line"
+                self._miss(kind)
                 self._say("off" if kind == "start" else "raised", f"{'did not start' if kind == 'start' else 'failed'} ({_short(error)})")
             self._busy = None
 
