@@ -111,6 +111,20 @@ def test_half_precision_copies_every_matrix_once():
     assert found.copies == 2 * taken
 
 
+@pytest.mark.parametrize("name", ["modern", "unet"])
+def test_autocast_of_a_gpu_widens_norms_in_both_passes(name):
+    """CUDA's list has the norms in float32, the CPU's has not; blocks computed again must find the same types, or torch refuses them."""
+    kind, options, _ = NETWORKS[name]
+    once, again = ({**options, "gradient_checkpointing": flag} for flag in (False, True))
+    kept = {
+        device: foretell(lambda: models.build(kind, device="meta", **once), step_of(4, {}), "bf16", device).kept
+        for device in ("cpu", "gpu")
+    }
+    if name == "unet":  # of the transformer, CPUs keep the derivative of GELU besides
+        assert kept["gpu"] > 1.3 * kept["cpu"]
+    assert foretell(lambda: models.build(kind, device="meta", **again), step_of(4, {}), "bf16", "gpu").kept < kept["gpu"] / 1.5
+
+
 def test_memory_grows_by_the_block_and_by_the_image():
     """Blocks are alike, and images are: kept activations are a line in either, up to what time and class take."""
     kind, options, _ = NETWORKS["modern"]
