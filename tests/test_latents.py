@@ -160,7 +160,7 @@ def test_what_the_network_is_shown_is_the_draw(parts, tmp_path, monkeypatch):
     monkeypatch.setattr(Space, "draw", lambda *a: seen.append(draw(*a)) or seen[-1])
     more = ("--train.max_steps=100", "--data.encoding=cached", "--checkpoint.every=1000")
     assert fit(parts / "images", tmp_path / "run", *words(parts, *more)) == 0
-    z = torch.cat(seen)
+    z = torch.cat(seen[1:])  # the first is drawn to count what it costs
     assert z.shape == (1600, 4, 8, 8) and len(z[:, 0, 0, 0].unique()) > 1590
     assert float(z.mean((0, 2, 3)).abs().max()) < 0.05 and float((z.std((0, 2, 3)) - 1).abs().max()) < 0.05
 

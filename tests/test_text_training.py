@@ -273,7 +273,7 @@ def test_retrieval_draws_captions_of_the_named_field_and_noise_by_the_seed(parts
     monkeypatch.setattr(sample, "generate", lambda *given, seed, **more: seeds.append(seed) or generate(*given, seed=seed, **more))
     asked = Retrieve(run=str(run), reference=str(shards), candidates=8, num_inference_steps=1, caption="json.title")
     first, again, other = (sample.captioned(replace(asked, seed=seed)) for seed in (0, 0, 7))
-    for real, _, captions in (first, other):
+    for real, _, captions, _ in (first, other):
         assert captions == [f"gray {level}" for level in ((real[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()]
     first, again, other = first[2], again[2], other[2]
     assert first == again != other and seeds == [0, 0, 7]

@@ -123,7 +123,7 @@ OTHER = {
 
 def test_every_option_of_sampling_reaches_the_sampler():
     """Under its own name; steps are `num_inference_steps` to users. What else a model has is asked of other rooms."""
-    elsewhere = {f.name for f in fields(Model)} | {"guide_pipeline", "guide_run"}
+    elsewhere = {f.name for f in fields(Model)} | {"guide_pipeline", "guide_run", "guide_ema"}
     assert OTHER.keys() == {f.name for f in fields(Sampling)} - elsewhere | {"num_inference_steps"}
     assert Sampling().sampler() == Sampler()
     for name, value in OTHER.items():
