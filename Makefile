@@ -45,6 +45,10 @@ bench: .venv/.ready
 	python benchmarks/memory.py
 	python benchmarks/schedulers.py
 	python benchmarks/sampling.py
+	python benchmarks/loop.py
+	python benchmarks/checkpoint.py
+	python benchmarks/scaling.py
+	python benchmarks/cluster.py
 	python benchmarks/checkpoint.py
 
 wheel: .venv/.ready

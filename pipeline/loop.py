@@ -101,6 +101,8 @@ def _begin(run: Run) -> None:
         settle_sums(run)
     if run.saved < 0:
         run.save()
+    else:
+        run.store.reserve(run.tensors())
 
 
 def settle_sums(run: Run) -> None:
