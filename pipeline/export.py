@@ -36,8 +36,6 @@ from .standing import standing_alone
 STOCK = ("diffusers", "transformers")
 """Libraries whose classes need no code of ours."""
 VARIANTS = {"": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-UNUSED = ("image_encoder", "feature_extractor")
-"""Places of StableDiffusion3Pipeline that stay empty, and that our own pipeline has not."""
 
 
 def write_folder(
@@ -146,7 +144,6 @@ def _mend_index(folder: Path, pipeline: DiffusionPipeline, class_names: tuple[st
     content = json.loads(path.read_text())
     if class_names or isinstance(pipeline, DiTPipeline):  # without the names it would be taken for ImageNet's
         content["id2label"] = {str(i): name for i, name in enumerate(class_names)}
-    content = {name: value for name, value in content.items() if name not in UNUSED}
     for name, part in pipeline.components.items():
         if part is not None and type(part).__module__.split(".")[0] not in STOCK:
             file = Path(inspect.getfile(type(part)))

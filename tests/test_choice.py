@@ -11,6 +11,7 @@ from data.text_encoders import TextEncoder
 from pipeline.choice import choose
 from pipeline.config import FlowConfig
 from pipeline.fold import stock_autoencoder
+from pipeline.folder import pipeline_source
 from pipeline.pipeline_condot_v1 import CondotPipeline
 from pipeline.space import Space
 
@@ -149,9 +150,20 @@ def test_the_call_on_the_card_draws_what_our_own_pipeline_draws(folders, case, v
         strict=True,
     ):
         pipe.set_progress_bar_config(disable=True)
-        asked = {**eval(f"dict({call})"), "num_inference_steps": 3, "output_type": "np"}
-        drawn.append(torch.tensor(pipe(**asked, generator=torch.Generator().manual_seed(1)).images))
+        asked, wanted = eval(f"dict({call})"), {"class_labels": [0]} if names else {"prompt": CAPTIONS[1]} if text else {}
+        assert wanted.items() <= asked.items()
+        quick = {"num_inference_steps": 3, "output_type": "np", "generator": torch.Generator().manual_seed(1)}
+        drawn.append(torch.tensor(pipe(**{**asked, **quick}).images))
     side = model.config.sample_size * (4 if vae else 1)
     assert drawn[0].shape == drawn[1].shape == (1, side, side, 3)
     assert ((drawn[0] > 0) & (drawn[0] < 1)).double().mean() > 0.2, "not all is black or white"
     torch.testing.assert_close(drawn[0], drawn[1], atol=1e-4, rtol=0)
+
+
+def test_a_field_takes_its_text_as_any_tuple(folders):
+    """As `flow.condition` has it: by place, not by name."""
+    pipe = chosen(folders, "pixart", ("clip",)).pipeline
+    source, x, t = pipeline_source(pipe), torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.7])
+    told = pipe.encode_prompt(CAPTIONS)
+    with torch.no_grad():
+        assert torch.equal(source.field(x, t, tuple(told)), source.field(x, t, told))

@@ -62,6 +62,11 @@ def drawn(pipe, noise, **more):
     return pipe(prompt=PROMPTS, **{**how, **more}).images
 
 
+def nothing(source):
+    """What guidance leads away from, of two images."""
+    return repeat(source.null, 2)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_every_text_model_draws_what_the_trainer_draws(tmp_path, shards, case):
     """Heun's method on the same schedule, guided by 3, with a negative prompt and without: equal to 1e-4; other words draw otherwise."""
@@ -86,8 +91,9 @@ def test_every_text_model_draws_what_the_trainer_draws(tmp_path, shards, case):
     read = open_folder(run / "export", own=sample.OWN)
     point, t = torch.randn(2, 3, 16, 16), torch.tensor([0.1, 0.8])
     with torch.no_grad():
-        a, b = (one.field(point, t, one.read(PROMPTS)) for one in (source, read))
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+        told, untold = ([one.field(point, t, how(one)) for one in (source, read)] for how in (lambda one: one.read(PROMPTS), nothing))
+    torch.testing.assert_close(*told, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(*untold, atol=1e-4, rtol=1e-4)
     assert (run / "export/samples.png").is_file()
 
 

@@ -1,5 +1,7 @@
 """CondotPipeline: its images are those of our own solvers and encoders, whatever it is told; and what it cannot be told it refuses."""
 
+from itertools import combinations, product
+
 import frozen
 import pytest
 import torch
@@ -11,6 +13,7 @@ from pipeline.captions_v1 import Captions, joined
 from pipeline.choice import _text_parts
 from pipeline.flow import ODE_SOLVERS, guide
 from pipeline.folder import _pipeline, pipeline_source
+from pipeline.guidance_v1 import Guidance
 from pipeline.pipeline_condot_v1 import NO_CLASS, CondotPipeline
 from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
 from pipeline.scheduling_flow_sde_v1 import FlowSDEScheduler
@@ -35,7 +38,7 @@ def noise(seed=0, count=3):
 @pytest.mark.parametrize("solver", FlowODEScheduler.solvers)
 @pytest.mark.parametrize("guidance", [
     {}, {"guidance_scale": 3.0, "guidance_interval": (0.15, 0.75), "guidance_rescale": 0.5},
-    {"guidance_scale": 3.0, "guidance_interval": (0.2, 0.6)},  # ends on the grid, where 1 - 800 / 1000 is less than 0.2
+    {"guidance_scale": 3.0, "guidance_interval": (0.2, 1.0)},  # begins on the grid, where 1 - 800 / 1000 is less than 0.2
 ])  # fmt: skip
 def test_it_draws_what_our_solvers_draw(pipe, solver, guidance):
     """The same network, noise and times through flow/: to float32 rounding."""
@@ -48,6 +51,16 @@ def test_it_draws_what_our_solvers_draw(pipe, solver, guidance):
     assert (made - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
     other = pipe([3, 1, 5], num_inference_steps=5, solver=solver, latents=noise(), output_type="latent", **guidance).images
     assert torch.equal(made[:2], other[:2]) and (made[2] - other[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("steps", [5, 10, 25, 50])
+def test_an_interval_holds_at_its_ends(steps):
+    """Counted in whole numbers: evaluation k of n is at time k / n."""
+    scheduler = FlowODEScheduler("euler")
+    scheduler.set_timesteps(steps)
+    for (first, last), (k, timestep) in product(combinations(range(11), 2), enumerate(scheduler.timesteps)):
+        held = Guidance(3.0, first / 10, last / 10, 0.0).holds(1 - float(timestep) / 1000)
+        assert held == (first * steps <= 10 * k <= last * steps), (first, last, k)
 
 
 def test_its_noise_is_the_generators(pipe):
