@@ -194,16 +194,16 @@ class Store:
         Only what is older than the checkpoint just written goes. A later one
         is a damaged one that was passed over: it must not count as kept.
         """
+        self._brooms = [broom for broom in self._brooms if broom.is_alive()]
         try:
             older = [folder for folder in self.folders() if _step(folder) <= step]
             for folder in older[self.keep :]:
                 os.rename(folder, self.root / f".tmp-old-{uuid.uuid4().hex[:8]}")
-        except OSError as problem:
+            for folder in self.root.glob(".tmp-*"):
+                self._brooms.append(Thread(target=shutil.rmtree, args=(folder, True), name="broom", daemon=True))
+                self._brooms[-1].start()
+        except (OSError, RuntimeError) as problem:
             print(f"an old checkpoint could not be removed: {problem}", flush=True)
-        self._brooms = [broom for broom in self._brooms if broom.is_alive()]
-        for folder in self.root.glob(".tmp-*"):
-            self._brooms.append(Thread(target=shutil.rmtree, args=(folder, True), name="broom", daemon=True))
-            self._brooms[-1].start()
 
     def settle(self) -> None:
         """Wait until what was pruned is gone."""

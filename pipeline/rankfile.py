@@ -92,7 +92,7 @@ class Host:
         if self._memory.nbytes < stop:
             self._memory = _pages(stop, pinned=device is not None)
         for part, start, stop in places:
-            self._memory[start:stop].view(part.tensor.dtype).view(part.box.shape).copy_(part.tensor, non_blocking=True)
+            self._memory[start:stop].view(part.tensor.dtype).view(part.box.shape).copy_(part.tensor, non_blocking=part.tensor.is_cuda)
         self._ready = torch.cuda.current_stream(device).record_event() if device else None
         return places
 

@@ -338,6 +338,22 @@ def test_a_damaged_later_one_does_not_push_the_new_one_out(tmp_path):
     assert [p.name for p in store.folders()] == ["checkpoint-8", "checkpoint-6"] and store.latest().name == "checkpoint-6"
 
 
+def test_an_old_one_that_cannot_be_removed_is_said_and_no_failure(tmp_path, monkeypatch, capsys):
+    store, rename = Store(tmp_path, keep=1), os.rename
+    store.save(1, tensors(1), {"step": 1})
+
+    def refuse(source, target):
+        if "tmp-old" in str(target):
+            raise OSError(1, "Operation not permitted")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        assert store.save(2, tensors(2), {"step": 2}) == []
+    assert "an old checkpoint could not be removed: [Errno 1]" in capsys.readouterr().out and store.latest().name == "checkpoint-2"
+    assert store.save(3, tensors(3), {"step": 3}) == [] and [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
 def test_what_was_found_good_is_not_hashed_again_until_it_changes(tmp_path, monkeypatch):
     Store(tmp_path, keep=1).save(1, tensors(1), {"step": 1})
     folder, hashed, fault = tmp_path / "checkpoint-1", [], manifest._fault
