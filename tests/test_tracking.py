@@ -519,6 +519,7 @@ def test_a_tracker_that_hangs_holds_up_nothing(where, held, monkeypatch):
     entered.wait()
     for step in range(2, 11):
         tracker.log({"loss": 1.0}, step=step)
+    assert len(tracker._calls) == 4
     said = finish([tracker], patience=0.01)
     assert tracker.lost == 10 and trackers.STUCK == ["wandb"]
     assert [sum(word in text for text in said) for word in ("not answered", "lines behind", "did not end", "missed 10 of 10")] == [1] * 4
