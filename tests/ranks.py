@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 def _enter(body, rank, world, folder, words):
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=timedelta(seconds=300))
         body(*words)
     except BaseException:
         (Path(folder) / f"error-{rank}").write_text(traceback.format_exc())
