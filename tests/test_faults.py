@@ -107,7 +107,7 @@ def test_a_signal_at_any_moment_saves_on_every_rank_within_the_grace(digits, unt
     same(tmp_path / "run", untouched(ranks))
 
 
-@pytest.mark.parametrize(("fault", "says"), [("stop", "has not been heard of"), ("sleep", "has stood in step 11")])
+@pytest.mark.parametrize(("fault", "says"), [("stop", "has not been heard of"), ("sleep", "has stood in step 1[01]")])
 def test_a_rank_that_hangs_is_named_and_the_run_ends(digits, tmp_path, fault, says):
     began = time.monotonic()
     done = faulty(2, fault, 1, 11, arguments(digits, tmp_path / "run", *RUN, "--guard.hang_seconds=8"))
@@ -142,10 +142,10 @@ def test_a_reader_that_dies_ends_the_run_with_its_reason_and_the_run_goes_on(dig
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting a small disk needs root")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_full_disk_stops_saving_and_not_training(digits, untouched, tmp_path, ranks):
-    """A tmpfs with room for three checkpoints, and a file that fills it from step 10 to step 20."""
+    """A tmpfs that a file fills from step 10 to step 20."""
     small = tmp_path / "disk"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(small)]).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(small)]).returncode:
         pytest.skip("mounting a small disk is not allowed here")
     try:
         words = arguments(digits, small / "run", *RUN, "--checkpoint.keep=1")
