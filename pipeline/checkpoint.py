@@ -200,8 +200,9 @@ class Store:
             for folder in older[self.keep :]:
                 os.rename(folder, self.root / f".tmp-old-{uuid.uuid4().hex[:8]}")
             for folder in self.root.glob(".tmp-*"):
-                self._brooms.append(Thread(target=shutil.rmtree, args=(folder, True), name="broom", daemon=True))
-                self._brooms[-1].start()
+                broom = Thread(target=shutil.rmtree, args=(folder, True), name="broom", daemon=True)
+                broom.start()
+                self._brooms.append(broom)
         except (OSError, RuntimeError) as problem:
             print(f"an old checkpoint could not be removed: {problem}", flush=True)
 
