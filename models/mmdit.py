@@ -17,7 +17,7 @@ from .condition import Embedder, Sizes, Text, Time, check_text, given
 from .grid import Positions, check_sizes
 from .initialise import Rule, begins
 from .kernels import attend
-from .layers import FeedForward, RMSNorm, entered, modulate, unpatch
+from .layers import FeedForward, RMSNorm, entered, kept_in, modulate, unpatch
 
 
 class Heads(nn.Module):
@@ -166,7 +166,7 @@ class MMDiT(nn.Module):
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         h = entered(self.enter, x, self.patch_size)
         h = h + self.positions.of(rows, columns, h)
-        c = self.text(condition.states.to(self.text.weight.dtype)).to(self.text.weight.dtype)
+        c = self.text(condition.states.to(self.text.weight.dtype)).to(kept_in(self.text, x))
         seen = condition.seen
         mask = None if seen is None else torch.cat([seen.new_ones(h.shape[:2]), seen], dim=1)
         for block in self.blocks:
