@@ -217,8 +217,7 @@ def roll_back(run: Run, reason: str) -> None:
     run.evidence.drop_after(run.step)
     if run.accelerator.is_main_process:
         forget(run.snapshots, run.step)
-    run.cursor = cursor
-    reopen(run)
+    run.cursor = cursor  # where the stream is already
     run.log.say(f"back from step {left} to {folder}, past the data of positions {line['positions']}: {reason}.")
 
 
