@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from conftest import fit
+from test_scale import BUCKETS, shapes  # noqa: F401  the fixture
 
 import pipeline.loop as loop
 from data import build
@@ -118,6 +119,20 @@ def test_a_weight_that_is_not_a_number_leads_back_to_the_last_checkpoint_and_pas
             shutil.copy(tmp_path / "run/rollbacks.jsonl", folder)
         assert fit(digits, folder, *LOG) == 0
         assert equal(folder / "checkpoint-12", tmp_path / "run/checkpoint-12") == kept
+
+
+def test_a_rollback_with_batches_of_several_shapes(shapes, tmp_path, poison, monkeypatch):  # noqa: F811
+    """The run that goes on in the same process is the one that begins again beside the evidence."""
+    poison("weight", 5)
+    assert fit(shapes, tmp_path / "run", *BUCKETS, *LOG) == 0
+    (line,) = lines(tmp_path / "run/rollbacks.jsonl")
+    assert line["to_step"] == 4 and line["positions"] == [32, 72]
+    monkeypatch.undo()
+    (tmp_path / "same").mkdir()
+    shutil.copytree(tmp_path / "run/checkpoint-4", tmp_path / "same/checkpoint-4")
+    shutil.copy(tmp_path / "run/rollbacks.jsonl", tmp_path / "same")
+    assert fit(shapes, tmp_path / "same", *BUCKETS, *LOG) == 0
+    assert equal(tmp_path / "same/checkpoint-12", tmp_path / "run/checkpoint-12")
 
 
 def test_a_spike_leads_back(digits, tmp_path, poison, capsys):
