@@ -59,6 +59,9 @@ class Power:
 
     width: float
 
+    def __post_init__(self) -> None:
+        exponent_of(self.width)  # refuses a width that has none before any work
+
     @property
     def label(self) -> str:
         return f"width={_number(self.width)}"

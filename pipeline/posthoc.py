@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-WIDEST = 0.28
-"""Relative widths are below this: an exponent of zero, the plain mean, has 0.2887."""
+NARROWEST, WIDEST = 1e-6, 0.28
+"""Relative widths lie between: an exponent of zero, the plain mean, has 0.2887."""
 RIDGE = 1e-10
 """Added to unit squared norms: coefficients stay so small that float32's rounding of what was kept does not count."""
 NEGLIGIBLE = 1e-7
@@ -42,13 +42,13 @@ def exponent_of(width: float) -> float:
     """The exponent gamma of a relative width.
 
     Args:
-        width: above 0, below WIDEST.
+        width: from NARROWEST, below WIDEST.
 
     Raises:
         ValueError: another width.
     """
-    if not 0 < width < WIDEST:
-        raise ValueError(f"a relative width of {width:g}: it lies above 0 and below {WIDEST}. Use 0.1.")
+    if not NARROWEST <= width < WIDEST:
+        raise ValueError(f"a relative width of {width:g}: it lies between {NARROWEST:g} and {WIDEST}. Use 0.1.")
     low, high = 0.0, 1 / width  # the width falls with the exponent, and lies below 1 / (exponent + 1)
     while high - low > 1e-13 * high:
         middle = (low + high) / 2

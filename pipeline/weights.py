@@ -13,7 +13,7 @@ from torch import Tensor
 from .checkpoint import averages, raw_weights
 from .config import EmaConfig
 from .ema import RAW, HalfLife, Power, laws
-from .posthoc import WIDEST
+from .posthoc import NARROWEST, WIDEST
 from .snapshots import kept_of, rebuild
 
 SAME = 0.05
@@ -81,8 +81,8 @@ def _power(width: float, images: float, config: EmaConfig, said: str, kept: str)
     """A power average that was kept, or is to be rebuilt."""
     if not config.power:
         raise ValueError(f"{said}: power averages are rebuilt from others, and none was kept. {kept} Train with --ema.power 0.05 0.1.")
-    if width >= WIDEST:
-        raise ValueError(f"{said}: relative widths lie below {WIDEST}. {kept}")
+    if not NARROWEST <= width < WIDEST:
+        raise ValueError(f"{said}: relative widths lie between {NARROWEST:g} and {WIDEST}. {kept}")
     near = [w for w in config.power if math.isclose(w, width, rel_tol=1e-9)]
     return Wanted(Power(near[0]).label) if near and not images else Wanted(width=width, images=images)
 
@@ -117,7 +117,7 @@ def read_weights(checkpoint: Path, state: Mapping[str, Any], wanted: Wanted, con
         return first | (_further(checkpoint, wanted.label) if wanted.label else {}), _described(law)
     seen = int(state["images"])
     images = wanted.images or seen
-    if images > seen:
+    if not 0 < images <= seen:
         raise ValueError(f"--ema {wanted.name}: {checkpoint} has seen {seen} images. Give at most so many.")
     found, how = rebuild(kept_of(checkpoint, seen, config.power), wanted.width, images)
     used = sum(1 for c in how.coefficients if c)

@@ -37,8 +37,8 @@ def test_exponents_are_the_published_ones():
     assert width_of(0) == pytest.approx(12**-0.5, rel=1e-12)
     for width in (0.001, 0.05, 0.1, 0.15, 0.279):
         assert width_of(exponent_of(width)) == pytest.approx(width, rel=1e-10)
-    for width in (0, -0.1, 0.28, 0.5, math.nan):
-        with pytest.raises(ValueError, match=r"above 0 and below 0\.28"):
+    for width in (0, -0.1, 1e-200, 0.28, 0.5, math.nan):
+        with pytest.raises(ValueError, match=r"between 1e-06 and 0\.28"):
             exponent_of(width)
 
 
@@ -327,7 +327,7 @@ def test_which_weights_a_word_asks_for():
         "100": f"a half-life of 100 images. The run kept {kept}. Leave --ema out", "0.5": "a half-life of 256 images",
         "best": "give a half-life", "nan": "give a half-life", "inf": "give a half-life", "-3": "give a half-life",
         "decay=2": "give a half-life", "width=": "give a half-life", "images=5": "give a half-life", "1,2": "give a half-life",
-        "width=0.3": "lie below 0.28",
+        "width=0.3": "between 1e-06 and 0.28", "width=1e-200": "between 1e-06 and 0.28",
     }.items():  # fmt: skip
         with pytest.raises(ValueError, match=message):
             read_wanted(word, config, 256)
@@ -407,6 +407,8 @@ def test_images_and_figures_of_other_weights(powered, digits, tmp_path, capsys, 
     assert "The run kept half-life 100 images" in capsys.readouterr().err
     assert sample.main(["--run", str(powered), "--ema", "width=0.1,images=1000"]) == 2
     assert "has seen 192 images. Give at most so many" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="has seen 0 images"):  # as a run is saved before its first step
+        read_weights(powered / "checkpoint-12", {"images": 0}, Wanted(width=0.08), EmaConfig(power=(0.05, 0.1)))
     monkeypatch.setattr(sample, "evaluate", lambda *_: Report())
     evaluate = ["evaluate", "--run", str(powered), "--reference", str(digits), "--num_images", "10", "--num_inference_steps", "1"]
     assert sample.main([*evaluate, "--ema", "1000"]) == 0
