@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 from . import plan
 from .config import Config
-from .launch import check_launcher
+from .launch import check_hardware, check_launcher, check_layout
+from .launcher import contradictions, sharding
 from .method import Draws, Method
 from .mistakes import Mistakes, check_begin, check_coupling, check_folder, defaults_of, method_of
 from .networks import model_options
 from .plan import Sizes, World
 from .recipe import facts_of
 from .space import Space
+from .trackers import check as check_trackers
 
 SD: dict[str, Any] = {"channels": 4, "factor": 8, "image_channels": 3, "fingerprint": {"class": "AutoencoderKL"}}
 """Of an autoencoder that cannot be read: Stable Diffusion's."""
@@ -132,8 +134,7 @@ class Case:
     @property
     def sharding(self) -> str:
         """none, full or hybrid; where the recipe does not say, as launched."""
-        launched = os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true")
-        return self.config.train.sharding or ("full" if launched else "none")
+        return sharding(self.config)
 
     @property
     def precision(self) -> str:
@@ -243,7 +244,7 @@ class Case:
         config, rooms = self.config, self.rooms
         if config.train.compile:
             self.notes.append("train.compile is left out of account: compiled blocks keep less for the backward pass.")
-        self.mistakes.tried(check_launcher)
+        self.check_launch()
         for check in rooms.checks:
             self.mistakes.tried(check, config, self.space, self.seen)
         check_begin(config, self.mistakes)
@@ -256,3 +257,14 @@ class Case:
                 self.mistakes.tried(rooms.load_published, config.init_from, self.bare())
         facts = facts_of(config, self.seen.fingerprint)
         return check_folder(config, facts if self.seen.images else {k: v for k, v in facts.items() if k != "data"}, self.mistakes)
+
+    def check_launch(self) -> None:
+        """Whether launcher and recipe say the same; what this machine alone would refuse, the cluster's may have, and is only a note."""
+        self.mistakes.tried(check_launcher)
+        for text in contradictions(self.config, os.environ):
+            self.mistakes.add(f"{text}.")
+        self.mistakes.tried(check_layout, self.precision, self.sharding)
+        here = Mistakes()
+        here.tried(check_hardware, self.precision)
+        here.tried(check_trackers, self.config.log.report_to)
+        self.notes += [f"on this machine training would be refused: {text}" for text in here]

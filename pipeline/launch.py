@@ -71,7 +71,7 @@ def _patience(hang_seconds: float) -> timedelta:
 
 
 def check_precision(precision: str, layout: str = "none") -> None:
-    """Refuse a precision that this process's device does not compute in.
+    """Refuse a precision that this process's device does not compute in, or not with weights that lie so.
 
     Args:
         precision: of `train.mixed_precision`, or as launched.
@@ -80,6 +80,20 @@ def check_precision(precision: str, layout: str = "none") -> None:
     Raises:
         ValueError: fp16 or fp8 without the hardware, fp8 without its library or with sharded weights.
     """
+    check_hardware(precision)
+    check_layout(precision, layout)
+
+
+def check_layout(precision: str, layout: str) -> None:
+    """Raises ValueError for fp8 with sharded weights."""
+    if precision == "fp8" and layout != "none":
+        raise ValueError(
+            f"mixed_precision=fp8 and train.sharding={layout}: fp8 is for whole weights on each rank. Use bf16, or sharding none."
+        )
+
+
+def check_hardware(precision: str) -> None:
+    """Raises ValueError for fp16 or fp8 without the hardware, and fp8 without its library."""
     gpu = torch.cuda.is_available()
     if precision == "fp16" and not gpu:
         raise ValueError("mixed_precision=fp16 on a CPU: its gradients are scaled on GPUs only. Use bf16, which needs no scaling.")
@@ -91,10 +105,6 @@ def check_precision(precision: str, layout: str = "none") -> None:
         raise ValueError(f"mixed_precision=fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or higher, and {has}. Use bf16.")
     if not is_torchao_available():
         raise ValueError("mixed_precision=fp8 needs torchao, which is not installed: `pip install torchao`, or use bf16.")
-    if layout != "none":
-        raise ValueError(
-            f"mixed_precision=fp8 and train.sharding={layout}: fp8 is for whole weights on each rank. Use bf16, or sharding none."
-        )
 
 
 def join(threads: int = 0, patience: timedelta | None = None) -> PartialState:

@@ -405,6 +405,31 @@ def test_both_beginnings_are_one_too_many(tmp_path):
     assert any("give one of them" in text for text in case.mistakes)
 
 
+def test_a_launcher_against_the_recipe_is_a_mistake(digits, tmp_path, monkeypatch):
+    """All that training would refuse at its start, together."""
+    said = {"MIXED_PRECISION": "fp16", "GRADIENT_ACCUMULATION_STEPS": "4", "USE_FSDP": "true"}
+    for name, value in said.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    config = parse(Config, [*arguments(digits, tmp_path / "run"), "--train.mixed_precision=bf16", "--train.sharding=none"], ALIASES)
+    case = Case(config, train.ROOMS, Mistakes())
+    case.begin()
+    words = ("MIXED_PRECISION=fp16 and", "STEPS=4 and", "FSDP_VERSION=1:", "sharding=none: leave one out")
+    assert [sum(word in text for text in case.mistakes) for word in words] == [1, 1, 1, 1] and len(case.mistakes) == 4
+
+
+def test_what_this_machine_lacks_is_a_note_and_no_mistake(digits, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    words = ["--train.mixed_precision=fp8", "--log.report_to", "none"]
+    case = Case(parse(Config, [*arguments(digits, tmp_path / "run"), *words], ALIASES), train.ROOMS, Mistakes())
+    case.begin()
+    assert case.mistakes == [] and sum("refused: mixed_precision=fp8 needs a GPU" in text for text in case.notes) == 1
+    sharded = parse(Config, [*arguments(digits, tmp_path / "run"), *words, "--train.sharding=full"], ALIASES)
+    case = Case(sharded, train.ROOMS, Mistakes())
+    case.begin()
+    assert len(case.mistakes) == 1 and "fp8 and train.sharding=full" in case.mistakes[0]
+
+
 def test_absent_shards_are_a_mistake_and_the_rest_is_told(digits, tmp_path, capsys):
     status, mistakes, text = told(capsys, *arguments(tmp_path / "nowhere", tmp_path / "run"))
     assert status == 2 and len(mistakes) == 1 and "nowhere' is no folder" in mistakes[0]
