@@ -21,11 +21,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from models.cost import cost, example
-from pipeline import trackers, tracking, utilisation
-from pipeline.jsonl import Lines, read_lines
-from pipeline.trackers import Tracker, attach, check, finish, flat
-from pipeline.tracking import BadSamples, Log, Meter, loss_curve, memory_gb
-from pipeline.utilisation import SHEETS, Utilisation, flops, kind_of, listed, measured, peak
+from pipeline import tracking
+from pipeline.tracking import BadSamples, Log, Meter, loss_curve, memory_gb, trackers, utilisation
+from pipeline.tracking.jsonl import Lines, read_lines
+from pipeline.tracking.trackers import Tracker, attach, check, finish, flat
+from pipeline.tracking.utilisation import SHEETS, Utilisation, flops, kind_of, listed, measured, peak
 
 CPU = torch.device("cpu")
 
@@ -91,7 +91,7 @@ def test_lines_wait_for_a_full_disk_and_follow_in_order(tmp_path):
 
 
 def test_what_waits_for_a_disk_is_bounded_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.jsonl.HELD", 3)
+    monkeypatch.setattr("pipeline.tracking.jsonl.HELD", 3)
     lines = Lines(tmp_path / "absent" / "a.jsonl")
     lines.held = type(lines.held)(maxlen=3)
     for n in range(5):

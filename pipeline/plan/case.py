@@ -16,17 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import plan
-from .config import Config
-from .launch import check_hardware, check_launcher, check_layout
-from .launcher import contradictions, sharding
-from .method import Draws, Method
+from .. import plan
+from ..config import Config
+from ..launch import check_hardware, check_launcher, check_layout
+from ..launch.launcher import contradictions, sharding
+from ..method import Draws, Method
+from ..networks import model_options
+from ..recipe import facts_of
+from ..space import Space
+from ..tracking.trackers import check as check_trackers
+from . import Sizes, World
 from .mistakes import Mistakes, check_begin, check_coupling, check_folder, defaults_of, method_of
-from .networks import model_options
-from .plan import Sizes, World
-from .recipe import facts_of
-from .space import Space
-from .trackers import check as check_trackers
 
 SD: dict[str, Any] = {"channels": 4, "factor": 8, "image_channels": 3, "fingerprint": {"class": "AutoencoderKL"}}
 """Of an autoencoder that cannot be read: Stable Diffusion's."""
