@@ -136,8 +136,14 @@ def test_a_rollback_with_batches_of_several_shapes(shapes, tmp_path, poison, mon
 
 
 def test_a_spike_leads_back(digits, tmp_path, poison, capsys):
+    """And TensorBoard, asked itself, shows each step once, as metrics.jsonl does."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     poison("loss", 7, by=100.0)
-    assert fit(digits, tmp_path / "run", *LOG, "--guard.window=5") == 0
+    assert fit(digits, tmp_path / "run", *LOG, "--guard.window=5", "--log.report_to=tensorboard") == 0
+    events = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload().Scalars("loss")
+    kept = [(line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in lines(tmp_path / "run/metrics.jsonl")]
+    assert [(event.step, event.value) for event in events] == kept and len(kept) == 12
     (line,) = lines(tmp_path / "run/rollbacks.jsonl")
     assert (line["from_step"], line["to_step"]) == (8, 4) and "the loss" in line["reason"] and "over 5 times the median" in line["reason"]
     assert len(line["metrics"]) == 3 and "past the data of positions [64, 128]" in capsys.readouterr().out

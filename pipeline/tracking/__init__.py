@@ -166,7 +166,7 @@ class Log:
         self.bar.update()
 
     def back(self, step: int) -> list[Line]:
-        """Go back to a step: the lines after it are dropped, since their steps are done again; they are returned."""
+        """Go back to a step: the lines after it are dropped, here and by trackers that can, since they come again; they are returned."""
         if not self.main:
             return []
         gone = read_lines(self.lines.path, lambda line: line["step"] > step)
@@ -176,6 +176,9 @@ class Log:
             self.say(f"{self.lines.path} cannot be written ({error.strerror}): it keeps lines after step {step} that are done again.")
         self.bar.n = step
         self.bar.refresh()
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "rewind"):
+                tracker.rewind(step)
         return gone
 
     def write(self, step: int, images: int, values: dict[str, Any]) -> None:

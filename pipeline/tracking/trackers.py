@@ -44,6 +44,16 @@ def check(names: Iterable[str]) -> None:
             raise ValueError(f"log.report_to={name}: the package is not installed. Run `pip install {name}`, or leave it out.") from None
 
 
+class TensorBoard(TensorBoardTracker):  # type: ignore[misc]
+    """Accelerate's, and the way back."""
+
+    def rewind(self, step: int) -> None:
+        """What was told of later steps is to be forgotten: TensorBoard drops it when it reads the file that begins here."""
+        self.finish()
+        self.init_kwargs["purge_step"] = step + 1
+        self.start()
+
+
 class Wandb(WandBTracker):  # type: ignore[misc]
     """Accelerate's, with the optimiser step as the axis: wandb's own counter refuses the steps that a resumed run does again."""
 
@@ -103,6 +113,10 @@ class Tracker(GeneralTracker):  # type: ignore[misc]
         busy = self._busy
         if busy and time.monotonic() - busy[1] > SLOW:
             self._say("slow", f"has not answered for {SLOW:.0f} s")
+
+    def rewind(self, step: int) -> None:
+        """Steps after this one are done again; a tracker that cannot forget them shows them twice."""
+        self._put("way back", lambda: getattr(self._inner, "rewind", lambda step: None)(step))
 
     def ask_to_end(self) -> None:
         """No further calls come."""
@@ -203,7 +217,7 @@ def attach(accelerator: Accelerator, names: Sequence[str], project: str, folder:
     """
     said = flat(settings)
     makers: dict[str, Callable[[], Any]] = {
-        "tensorboard": partial(TensorBoardTracker, "tensorboard", folder, purge_step=start + 1),
+        "tensorboard": partial(TensorBoard, "tensorboard", folder, purge_step=start + 1),
         "wandb": partial(_wandb, project, folder, start, said),
         "trackio": partial(TrackioTracker, project, name=folder.name, config=said, resume="allow" if start else "never"),
     }

@@ -163,9 +163,8 @@ def loss_of(run: Run, batch: MicroBatch) -> Tensor:
     data = run.encode(batch, run.step)
     draws = run.method.draw(run.config.seed, run.step, batch.places.to(device, non_blocking=True), tuple(data.shape[1:]))
     losses = run.method.losses(run.model, torch.nan_to_num(data), draws, *run.condition(batch, run.step, draws.drop))
-    return losses + 0 * data.flatten(1).sum(
-        1
-    )  # a sample that is not finite has a loss that is not: the step is skipped, and training goes on
+    # a sample that is not finite has a loss that is not: the step is skipped, and training goes on
+    return losses + 0 * data.flatten(1).sum(1)
 
 
 def told(run: Run, batch: MicroBatch) -> tuple[Any, ...]:
