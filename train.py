@@ -35,7 +35,6 @@ from models.lora import add_lora
 from models.published import load_published
 from pipeline import launch
 from pipeline.checkpoint import Store, averages, choose, find, load_state
-from pipeline.choice import check_encoders
 from pipeline.config import ALIASES, Config
 from pipeline.ema import Averages
 from pipeline.ema.snapshots import store_of
@@ -250,8 +249,7 @@ def check_exportable(config: Config, space: Space, num_classes: int, encoders: i
     form_of(config.flow)
     if config.model.takes == "class":
         check_classes(num_classes)
-    check_export(space)
-    check_encoders(encoders)
+    check_export(space, encoders)
 
 
 def export(folder: Path) -> None:

@@ -29,8 +29,6 @@ from .stock import form_of, scheduler_of
 
 PROJECTED = "clip_text_model with projection"
 """What `data.text_encoders` calls a CLIP of this kind."""
-MOST = 3
-"""Text encoders that pipelines have places for."""
 PIXART_UNIT = 8
 """PixArtSigmaPipeline refuses other sides than multiples of so many pixels, in pixels too."""
 SD3_TOKENS = 512
@@ -77,12 +75,6 @@ class Choice(NamedTuple):
         if isinstance(self.pipeline, StableDiffusion3Pipeline):
             return f"{ours}, max_sequence_length={self.pipeline.tokenizer_3.model_max_length}", ours
         return ours, ours
-
-
-def check_encoders(count: int) -> None:
-    """Raises ValueError for more text encoders than a pipeline has places for."""
-    if count > MOST:
-        raise ValueError(f"data.text_encoder names {count} text encoders: a pipeline has places for {MOST}. Use fewer, or --export=false.")
 
 
 def choose(

@@ -16,10 +16,16 @@ from torch import Tensor, nn
 from .space import Space
 
 EXPORTED = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+MOST = 3
+"""Text encoders that pipelines have places for."""
 
 
-def check_export(space: Space) -> None:
-    """Raises ValueError for latents that no stock pipeline decodes."""
+def check_export(space: Space, encoders: int = 0) -> None:
+    """Raises ValueError for latents that no stock pipeline decodes, and more text encoders than a pipeline has places for."""
+    if encoders > MOST:
+        raise ValueError(
+            f"data.text_encoder names {encoders} text encoders: a pipeline has places for {MOST}. Use fewer, or --export=false."
+        )
     kind = space.fingerprint.get("class")
     if not space.latent or kind == "AutoencoderKL":
         return

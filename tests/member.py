@@ -70,7 +70,7 @@ def main() -> int:
             file.write(f"{step}\n")
     if dist.is_initialized():
         dist.barrier()
-    number = launch.meeting().number if launch.meeting() else 0
+    number = launch.met().number if launch.met() else 0
     (given.folder / f"done-{rank}").write_text(f"{group.num_processes} {number} {launch.sharding(Config())}")
     status.write("finished" if step == given.steps else "stopped", step=step, signal=STOPPER.received, exit_status=STOPPER.exit_status)
     watch.close()

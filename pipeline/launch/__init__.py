@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -53,6 +54,7 @@ def start(config: Config, group: PartialState, saved: Precision | None, measure:
         measure: for `train.mixed_precision: auto`: the faster precision, for so many ranks, on this one's device.
     """
     precision = settle(config.train.mixed_precision, saved, partial(measure, group.num_processes, group.device))
+    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # torch 2.13's new name for it is not in Accelerate 1.15
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
     if _precision(config) == "fp8":
         handlers.append(AORecipeKwargs(enable_fsdp_float8_all_gather=False))  # else weights are a tensor class of torchao's own
@@ -169,7 +171,7 @@ def _device() -> torch.device | None:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % found)
 
 
-def meeting() -> Meeting | None:
+def met() -> Meeting | None:
     """Where the processes that `join` brought together find each other's keys; None for a process alone."""
     return _met
 

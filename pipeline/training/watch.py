@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 from torch.distributed import Store
 
-from ..launch import meeting
+from ..launch import met
 from ..process import HUNG
 from .status import Status
 
@@ -80,7 +80,7 @@ class Watch:
         self._moves = self._beats = self._seen = self._told = 0
         self._age = 0.0
         self._ended = threading.Event()
-        self._met = meeting() if seconds else None
+        self._met = met() if seconds else None
         self._rank = self._met.rank if self._met else 0
         # two threads: where the network is cut, a store may keep the one that tells waiting for ever
         acts = [self._watch] * bool(seconds) + [self._tell] * (self._met is not None)
