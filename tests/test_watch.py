@@ -165,7 +165,7 @@ def together(monkeypatch):
 
     def begin(world, alive):
         for rank in alive:
-            monkeypatch.setattr(watch, "meeting", lambda rank=rank: Meeting("127.0.0.1", server.port, rank, world, 1, server))
+            monkeypatch.setattr(watch, "met", lambda rank=rank: Meeting("127.0.0.1", server.port, rank, world, 1, server))
             watches.append(Watch(0.5))
         return server, watches, ended
 
