@@ -52,6 +52,9 @@ def poison(monkeypatch):
             return advance(run)
 
         def loss(run, batch):
+            if where == "overflow" and count in steps:
+                first = next(run.network.parameters())  # a gradient of it that is added in the backward pass, before it is looked at
+                return loss_of(run, batch) + (first.view(-1)[0] - first.view(-1)[0].detach()) * 1e38
             if where == "batch" and count in steps:
                 encode = run.encode
                 run.encode = lambda b, s: encode(b, s).index_fill(0, torch.tensor([1]), by)

@@ -41,6 +41,36 @@ def digest(folder):
     return {name: hashlib.sha256(t.numpy().tobytes()).hexdigest() for name, t in tensors.items()}
 
 
+def test_the_weights_are_those_of_adamw_by_its_formula(digits, tmp_path, monkeypatch):
+    """Loshchilov and Hutter's algorithm 2 in float64, on the gradients that the run had; the young moments' correction counts from 1."""
+    seen, clip = [], loop.clip
+    monkeypatch.setattr(
+        loop, "clip", lambda run: (seen.append({n: p.grad.clone() for n, p in run.network.named_parameters()}), clip(run))[1]
+    )
+    more = (
+        "--train.weight_decay=0.1",
+        "--train.lr_warmup_steps=3",
+        "--train.max_steps=4",
+        "--checkpoint.keep=9",
+        "--train.max_grad_norm=0.5",
+    )
+    assert fit(digits, tmp_path / "run", *more) == 0
+    first, last = load_tensors(tmp_path / "run/checkpoint-0"), load_tensors(tmp_path / "run/checkpoint-4")
+    norms = [math.sqrt(sum(float(g.double().square().sum()) for g in step.values())) for step in seen]
+    assert len(seen) == 4 and max(norms) > 0.5, "nothing is clipped"
+    for name in seen[0]:
+        w = first[f"model.{name}"].double()
+        decay = 0.1 if w.ndim >= 2 and name != "classes.weight" else 0.0
+        m = v = torch.zeros_like(w)
+        for t, (step, norm) in enumerate(zip(seen, norms, strict=True), 1):
+            g, rate = step[name].double() * min(1, 0.5 / norm), 1e-3 * t / 4
+            m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g.square()
+            w = w - rate * decay * w - rate * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        moved = (w - first[f"model.{name}"]).norm()
+        assert (last[f"model.{name}"] - w).norm() <= 2e-3 * moved + 1e-7, name
+        assert float(last[f"optim.state.{name}.step"]) == 4
+
+
 # --- resume
 
 

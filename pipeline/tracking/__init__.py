@@ -46,11 +46,12 @@ class Meter:
         Args:
             loss: mean of this rank's samples, a scalar on the device.
             norm: of the gradient.
-            bad: 1 if the step changed nothing, and enters no mean.
+            bad: 1 if the step changed nothing, and enters no mean; nor does one whose gradient overflowed in fp16.
         """
-        self.loss += torch.where(bad > 0, 0, loss)
-        self.norm += torch.where(bad > 0, 0, norm)
-        self.good += 1 - bad
+        good = (bad == 0) & norm.isfinite()
+        self.loss += torch.where(good, loss, 0)
+        self.norm += torch.where(good, norm, 0)
+        self.good += good
         self.timed += 1
 
     @contextlib.contextmanager

@@ -19,6 +19,9 @@ from ..config import GuardConfig
 from ..tracking.jsonl import Line, Lines, read_lines
 from .pulse import Beat
 
+OVERFLOWS = 40
+"""Steps in a row: fp16's scaler, which begins at 2^16 and halves, is then far below any gradient that it could help."""
+
 
 class Diverged(Exception):
     """A run that was led back too often, or could not be."""
@@ -37,6 +40,8 @@ class Guard:
         self.norms: deque[float] = deque(maxlen=config.window)
         self.row = 0
         """Bad steps since the last good one."""
+        self.overflows = 0
+        """Likewise those that fp16's scaler passed over."""
         self.skipped = 0
         """In this run."""
 
@@ -49,6 +54,9 @@ class Guard:
                 return f"{self.row} steps in a row have a loss or gradient that is not finite"
             return ""
         self.row = 0
+        self.overflows = 0 if math.isfinite(beat.norm) else self.overflows + 1
+        if self.overflows > OVERFLOWS:
+            return f"{self.overflows} steps in a row have a gradient that is not finite, however small fp16's scale"
         for what, value, seen, most in (
             ("loss", beat.loss, self.losses, self.config.loss_spike),
             ("gradient's norm", beat.norm, self.norms, self.config.norm_spike),
@@ -58,20 +66,26 @@ class Guard:
                     f"the {what} {value:.4g} is over {most:g} times the median {statistics.median(seen):.4g} of the last {len(seen)} steps"
                 )
         self.losses.append(beat.loss)
-        if math.isfinite(beat.norm):  # with fp16 a scaled gradient may overflow
+        if not self.overflows:
             self.norms.append(beat.norm)
         return ""
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs to judge as this one would."""
-        return {"losses": list(self.losses), "norms": list(self.norms), "row": self.row, "skipped": self.skipped}
+        return {
+            "losses": list(self.losses),
+            "norms": list(self.norms),
+            "row": self.row,
+            "overflows": self.overflows,
+            "skipped": self.skipped,
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`, or afresh from an empty one."""
         for seen, name in ((self.losses, "losses"), (self.norms, "norms")):
             seen.clear()
             seen.extend(state.get(name, ()))
-        self.row, self.skipped = state.get("row", 0), state.get("skipped", 0)
+        self.row, self.overflows, self.skipped = (state.get(name, 0) for name in ("row", "overflows", "skipped"))
 
 
 class Evidence:

@@ -21,7 +21,7 @@ from ..ema.snapshots import forget, snapshot
 from ..launch.parallel import whole
 from ..process import DIVERGED, MISTAKE
 from .guard import Diverged
-from .optim import learning_rate
+from .optim import learning_rate, step_unless
 from .pulse import Beat
 from .run import Run, Told
 from .told import MicroBatch
@@ -151,9 +151,7 @@ def apply(run: Run, loss: Tensor) -> None:
     norm = clip(run)
     run.watch.beat(run.step, "reducing")
     bad = run.pulse.beat(run.step, loss, norm, stop=run.stopper.requested, writing=run.store.busy())
-    if run.accelerator.scaler is None:
-        run.optimizer.optimizer.found_inf = bad  # fused optimisers leave everything as it is where it is 1, without a word to the host
-    run.optimizer.step()
+    step_unless(run.optimizer, bad)
     run.meter.add_step(loss, norm, bad)
 
 

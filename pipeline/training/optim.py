@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import TrainConfig
 
@@ -22,6 +23,25 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     plain = [p for p in trained if p.ndim < 2 or id(p) in tables]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def step_unless(optimizer: Any, bad: Tensor) -> None:
+    """A step that leaves everything as it is where `bad` is 1: fused optimisers find that on the device, without a word to the host.
+
+    Args:
+        optimizer: as Accelerate wraps it; fp16's scaler, if there is one, has its own word, and either is enough.
+        bad: 0 or 1, a scalar on the device.
+    """
+    inner = optimizer.optimizer
+
+    def mark(*_: Any) -> None:
+        found = getattr(inner, "found_inf", None)
+        inner.found_inf = bad if found is None else torch.maximum(bad, found)
+
+    hook = inner.register_step_pre_hook(mark)
+    optimizer.step()
+    hook.remove()
+    vars(inner).pop("found_inf", None)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -103,7 +103,12 @@ class Run:
 
     def _optimizer_state(self) -> dict[str, Any]:
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
-        return get_optimizer_state_dict(self.network, inner, options=StateDictOptions(flatten_optimizer_state_dict=True))
+        fresh = not inner.state
+        state = get_optimizer_state_dict(self.network, inner, options=StateDictOptions(flatten_optimizer_state_dict=True))
+        if fresh:  # torch makes it by a step of zero gradients, which AdamW's correction of its young moments must not count
+            for moments in inner.state.values():
+                moments["step"].zero_()
+        return state
 
     def save(self, *, wait: bool = False) -> None:
         """Write a checkpoint, all ranks together: copied now, written while training goes on, unless it is to be waited for."""
