@@ -32,7 +32,8 @@ EACH, NAMES = 1_000, 50_000
 
 def simulate(folder: Path, count: int) -> None:
     """So many shards that are one."""
-    from data.index import Manifest, Tally, describe, write_manifest
+    from data.index import describe
+    from data.manifest import Manifest, Tally, write_manifest
 
     first = one_shard(folder, EACH)
     shard, _ = describe(first, "train")
