@@ -120,7 +120,7 @@ def read_manifest(file: BinaryIO, where: str) -> Manifest:
 
 
 def _by_lines(file: BinaryIO) -> Manifest:
-    """A manifest as `write_manifest` has it: shards go into columns as they come, and what is left, with the last of them, is a small one."""
+    """A manifest as `write_manifest` has it: shards go into columns as they come; what is left, with the last of them, is a manifest."""
     left, end, columns = list[bytes](), list[bytes](), Columns()
     for line in file:
         left.append(line)

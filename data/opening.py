@@ -122,7 +122,9 @@ def _open_side(options: Options, images: Shards, form: str, wanted: list[dict[st
             )
         side = LocalFolder(place)
         check_encoding(side.manifest, facts, side.name)
-        found, missing = side.manifest.shards.pick(part.names)
+        found, missing = side.manifest.shards.split(options.split), list[str]()
+        if not found.alike(part):
+            found, missing = side.manifest.shards.pick(part.names)
         if missing:
             raise ValueError(
                 f"{place} lacks {len(missing)} shards of split {options.split!r}: run `data.encode` with --splits {options.split}."

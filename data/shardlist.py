@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
+from operator import eq
 from typing import Any, overload
 
 import numpy as np
@@ -182,15 +183,21 @@ class ShardList(Sequence[Shard]):
 
     def split(self, name: str) -> ShardList:
         """The shards of one split; maybe none."""
-        code = self._columns.splits.get(name, -1)
-        return ShardList(self._columns, self._rows[self._columns.numbers("split")[self._rows] == code])
+        return self.take(np.flatnonzero(self._columns.numbers("split")[self._rows] == self._columns.splits.get(name, -1)))
+
+    def take(self, numbers: np.ndarray | Sequence[int]) -> ShardList:
+        """The shards with these numbers, in their order."""
+        return ShardList(self._columns, self._rows[np.asarray(numbers, np.int64)])
 
     def pick(self, names: Iterable[str]) -> tuple[ShardList, list[str]]:
         """The shards with these names, in the order of the names, and the names that no shard has."""
         wanted = list(names)
         here = dict(zip(self.names, range(len(self)), strict=True))
-        found = np.array([here[name] for name in wanted if name in here], np.int64)
-        return ShardList(self._columns, self._rows[found]), [name for name in wanted if name not in here]
+        return self.take([here[name] for name in wanted if name in here]), [name for name in wanted if name not in here]
+
+    def alike(self, other: ShardList) -> bool:
+        """Whether both have the same names in the same order."""
+        return len(self) == len(other) and all(map(eq, self.names, other.names))
 
     @property
     def fingerprint(self) -> str:

@@ -141,9 +141,9 @@ class Shards:
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """These will be read soon."""
-        places = [self._place(shard) for shard in shards]
-        for folder in self.folders:
-            folder.prefetch([line for where, line in places if where is folder])
+        for folder, part, end in zip(self.folders, self.parts, self._ends, strict=True):
+            first = end - len(part)
+            folder.prefetch(part.take([shard - first for shard in shards if first <= shard < end]))
 
     def records(self, shard: int) -> np.ndarray:
         """The memory-mapped index of a shard: one RECORD a sample.

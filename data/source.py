@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -42,7 +42,7 @@ class Folder(Protocol):
         """The index of a tar, which may be here before the tar is."""
         ...
 
-    def prefetch(self, shards: list[Shard]) -> None:
+    def prefetch(self, shards: Sequence[Shard]) -> None:
         """These will be wanted soon, in this order; returns at once."""
         ...
 
@@ -103,7 +103,7 @@ class LocalFolder:
     def index(self, shard: Shard) -> Path:
         return index_path(self.path / shard.name)
 
-    def prefetch(self, shards: list[Shard]) -> None:
+    def prefetch(self, shards: Sequence[Shard]) -> None:
         """Nothing to do: the files are here."""
 
 
