@@ -183,7 +183,8 @@ class ShardList(Sequence[Shard]):
 
     def split(self, name: str) -> ShardList:
         """The shards of one split; maybe none."""
-        return self.take(np.flatnonzero(self._columns.numbers("split")[self._rows] == self._columns.splits.get(name, -1)))
+        here = np.flatnonzero(self._columns.numbers("split")[self._rows] == self._columns.splits.get(name, -1))
+        return self if len(here) == len(self) else self.take(here)
 
     def take(self, numbers: np.ndarray | Sequence[int]) -> ShardList:
         """The shards with these numbers, in their order."""

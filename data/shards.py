@@ -75,8 +75,12 @@ class Shards:
         self.parts: list[ShardList] = []
         """Of each folder."""
         for folder, wanted in zip(self.folders, chosen or [None] * len(self.folders), strict=True):
-            if not isinstance(wanted, ShardList):
-                wanted = folder.manifest.shards.pick(wanted)[0] if wanted else folder.manifest.split(split)
+            if not wanted:
+                wanted = folder.manifest.split(split)
+            elif not isinstance(wanted, ShardList):
+                wanted, missing = folder.manifest.shards.pick(wanted)
+                if missing:
+                    raise ValueError(f"{folder.name} has no {missing[0]}: its manifest does not list it. Name others.")
             self.parts.append(wanted)
         self._ends = list(accumulate(map(len, self.parts)))
         self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()

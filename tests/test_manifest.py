@@ -262,6 +262,8 @@ def test_shards_of_several_folders_are_counted_through(tmp_path):
     assert [f"{s.name[0]}/{s.name}" for s in shards.shards] == wanted and shards.counts == [3, 1, 0, 1, 2, 3] == shards.samples.tolist()
     assert [len(shards.records(i)) for i in range(6)] == shards.counts
     assert shards.fingerprint == "+".join(old_fingerprint(part) for part in shards.parts)
+    with pytest.raises(ValueError, match=r"/b has no c1\.tar: its manifest does not list it"):
+        Shards(folders[1:2], "train", [("b0.tar", "c1.tar")])
     told = {}
     for folder in folders:
         folder.prefetch = lambda some, name=folder.path.name: told.update({name: [s.name for s in some]})
