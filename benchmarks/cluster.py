@@ -3,7 +3,9 @@
 The shards are hard links to one real shard of 1,000 images, behind a manifest
 of a million lines: opening, the order, the cursor and reading do all that they
 would do. Ranks are processes of their own, one after the other, on this
-machine; the other 4,090 are the same code with another number.
+machine; the other 4,090 are the same code with another number. Memory is told
+beyond what a process holds that has imported all and opened nothing; of that
+much is torch's libraries, which the ranks of a machine share.
 
     python benchmarks/cluster.py [--shards 1000000] [--ranks 4096]
 """
@@ -24,15 +26,21 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from loader_scale import one_shard, rss
+from loader_scale import one_shard
 
 EACH, NAMES = 1_000, 50_000
 """Images of a shard; names that one file is given (a file system allows 65,000)."""
 
 
+def memory(what: str) -> float:
+    """Megabytes of this process: `VmRSS` resident now, `RssAnon` of them its own, `VmHWM` the most ever resident."""
+    return int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0]) / 1e3
+
+
 def simulate(folder: Path, count: int) -> None:
     """So many shards that are one."""
-    from data.index import Manifest, Tally, describe, write_manifest
+    from data.index import describe
+    from data.manifest import Manifest, Tally, write_manifest
 
     first = one_shard(folder, EACH)
     shard, _ = describe(first, "train")
@@ -50,18 +58,22 @@ def simulate(folder: Path, count: int) -> None:
 
 
 def child(folder: str, rank: int, ranks: int, position: int) -> None:
-    """One rank: prints seconds and megabytes."""
+    """One rank: prints seconds and megabytes; without a folder, what its imports alone hold."""
     from data import build, open_shards
     from data.options import Options
     from data.stream import Share
 
-    options, before = Options(shards=(folder,), resolution=8, workers=1), rss()
+    before = memory("VmRSS")
+    if not folder:
+        print(json.dumps({"resident": before, "own": memory("RssAnon")}))
+        return
+    options = Options(shards=(folder,), resolution=8, workers=1)
     began = time.perf_counter()
     shards = open_shards(options)
     opened, began = time.perf_counter() - began, time.perf_counter()
     stream = build(options, seed=1, share=Share(batch_size=4 * ranks, ranks=ranks, rank=rank), start=position, images=shards)
     batch = next(stream)
-    first, held = time.perf_counter() - began, rss() - before
+    first, held = time.perf_counter() - began, memory("VmRSS") - before
     for _ in range(50):
         next(stream)
     began = time.perf_counter()
@@ -69,8 +81,8 @@ def child(folder: str, rank: int, ranks: int, position: int) -> None:
         next(stream)
     rate = 200 / (time.perf_counter() - began)
     stream.close()
-    found = {"open": opened, "first": first, "held": held, "after": rss() - before, "rate": rate, "samples": batch.samples.tolist()}
-    print(json.dumps(found))
+    found = {"open": opened, "first": first, "held": held, "after": memory("VmRSS") - before, "rate": rate}
+    print(json.dumps(found | {"all": memory("VmRSS"), "peak": memory("VmHWM"), "samples": batch.samples.tolist()}))
 
 
 def whole_batches(folder: str, ranks: int, position: int) -> str:
@@ -97,6 +109,12 @@ def whole_batches(folder: str, ranks: int, position: int) -> str:
     return f"{looked}; the same on {ranks:,} and {ranks // 2:,} ranks"
 
 
+def rank_of(*words: object) -> dict[str, float]:
+    """What a rank in a process of its own prints; arguments as `child`."""
+    command = [sys.executable, __file__, "--child", *map(str, words)]
+    return dict(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, default=1_000_000)
@@ -115,6 +133,8 @@ def main() -> int:
         simulate(folder, options.shards)
         size = (folder / "manifest.json").stat().st_size
         print(f"{options.shards:,} shards of {EACH:,}, made in {time.perf_counter() - began:.0f} s; manifest {size / 1e6:.0f} MB")
+        bare = rank_of("", 0, 1, 0)
+        print(f"a process that has imported all and opened nothing: {bare['resident']:.0f} MB, {bare['own']:.0f} of them its own")
         total, batch = options.shards * EACH, 4 * options.ranks
         for rank, position in (
             (0, 0),
@@ -123,11 +143,11 @@ def main() -> int:
             (options.ranks // 2, total // 2 // batch * batch),
             (7, 3 * total // batch * batch),
         ):
-            words = [sys.executable, __file__, "--child", str(folder), str(rank), str(options.ranks), str(position)]
-            found = json.loads(subprocess.run(words, check=True, capture_output=True, text=True).stdout)
+            found = rank_of(folder, rank, options.ranks, position)
             print(
                 f"rank {rank:5,} from position {position:15,}: open {found['open']:.2f} s, first batch {found['first'] * 1e3:.0f} ms, "
-                f"{found['held']:.0f} MB (after 100 batches {found['after']:.0f}), {found['rate']:.0f} images/s"
+                f"{found['held']:.0f} MB beyond (after 100 batches {found['after']:.0f}; {found['all']:.0f} in all, "
+                f"at most {found['peak']:.0f}), {found['rate']:.0f} images/s"
             )
         print(whole_batches(str(folder), options.ranks, total // 3 // batch * batch))
     return 0

@@ -32,7 +32,8 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from data import Encoded, build
-from data.index import NO_LABEL, RECORD, Manifest, Tally, describe, write_manifest
+from data.index import NO_LABEL, RECORD, describe
+from data.manifest import Manifest, Tally, write_manifest
 from data.options import Options
 from data.shards import Shards
 from data.stream import Share

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from data import build, open_shards
-from data.index import Manifest, Tally, describe, write_manifest
+from data.index import describe
+from data.manifest import Manifest, Tally, write_manifest
 from data.options import Options
 from data.shards import Shards
 from data.stream import Share

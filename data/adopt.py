@@ -18,9 +18,11 @@ from tqdm import tqdm
 from .crew import Progress, crew, processors
 from .decode import DECODE_ERRORS, upright
 from .fill import journal_path
-from .index import Manifest, Shard, Tally, describe, index_path, write_manifest
+from .index import describe, index_path
 from .listing import digest, reason, some, split_named
+from .manifest import Manifest, Tally, write_manifest
 from .pack import REPORTED, Corrupt, already, complaint, locked
+from .shardlist import Shard, ShardList
 from .summary import draw
 from .tar import members
 from .write import commit, commit_json
@@ -229,4 +231,6 @@ def _assemble(journals: list[dict[str, Any]], class_names: tuple[str, ...], requ
         "unreadable": {"count": len(faults), "list": faults[:REPORTED]},
         "missing_captions": samples - tally.captions if tally.captions else 0,
     }
-    return Manifest(shards=tuple(shard for shard in shards if shard.samples), class_names=names, tally=tally, source=request), report
+    return Manifest(
+        shards=ShardList.of([shard for shard in shards if shard.samples]), class_names=names, tally=tally, source=request
+    ), report

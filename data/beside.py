@@ -109,7 +109,7 @@ PROBED = 100
 def check_captions(images: Shards, field: str) -> None:
     """Raises ValueError where none of the first samples has a caption, with what they have instead; arguments as in `Beside`."""
     there: dict[str, None] = {}
-    count = min(PROBED, images.counts[0])
+    count = min(PROBED, int(images.samples[0]))
     for number in range(count):
         files = images.read(0, number).files
         if caption_of(files, field):

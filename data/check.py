@@ -10,8 +10,9 @@ import numpy as np
 
 from .crew import Progress
 from .decode import DECODE_ERRORS, upright
-from .index import IMAGE_EXTENSIONS, Shard, index_path, locate, sha256
+from .index import IMAGE_EXTENSIONS, index_path, locate, sha256
 from .listing import reason
+from .shardlist import Shard
 from .tar import BLOCK, files_of
 
 CHANGED = "its bytes changed since it was indexed"

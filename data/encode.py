@@ -41,9 +41,10 @@ from .claim import Claim
 from .encoded import EXTENSIONS, side_folder, text_name
 from .encoders import Autoencoder, read_autoencoder
 from .forms import Form, Item, Latents, Text
-from .index import IMAGE_EXTENSIONS, Shard
+from .index import IMAGE_EXTENSIONS
 from .open import open_sources
 from .options import Options, read_options
+from .shardlist import Shard, ShardList
 from .shards import Shards
 from .side import Side
 from .source import Folder
@@ -121,10 +122,11 @@ def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
     made = _forms(args, options)
     sources = open_sources(options)
     for number, (folder, names) in enumerate(sources):
-        splits = [split for split in args.splits.split(",") if split] or sorted({shard.split for shard in folder.manifest.shards})
-        wanted = [shard for split in splits for shard in folder.manifest.split(split) if names is None or shard.name in names]
+        splits = [split for split in args.splits.split(",") if split] or folder.manifest.shards.splits
+        chosen = None if names is None else set(names)
+        wanted = [shard for split in splits for shard in folder.manifest.split(split) if chosen is None or shard.name in chosen]
         if options.text_encoder and wanted:
-            check_captions(Shards([folder], wanted[0].split, [(wanted[0].name,)]), options.caption)
+            check_captions(Shards([folder], wanted[0].split, [ShardList.of(wanted[:1])]), options.caption)
         for name, form in made.items():
             side = Side(side_folder(output, name, number, len(sources)), form.facts(folder.manifest), folder.manifest)
             encode(folder, wanted, name, form, side, options)
@@ -199,13 +201,13 @@ def encode(folder: Folder, wanted: list[Shard], name: str, form: Form, side: Sid
 def _finish(side: Side, form: Form, wanted: list[Shard], options: Options, worked: bool) -> None:
     """Write the manifest, unless it is there already."""
     manifest = side.manifest()
-    names = {shard.name for shard in manifest.shards} if manifest else set()
+    names = set(manifest.shards.names) if manifest else set()
     if manifest is None or worked or not {shard.name for shard in wanted} <= names:
         bad = [text for shard in wanted for text in side.note(shard)["sums"]["bad"]]
         _check_bad(bad, sum(shard.samples for shard in wanted), options.max_bad_share)
         extra = form.extra(side.folder)
         manifest = side.finish(lambda total: form.describe(total) | extra)
-    count, size = sum(s.samples for s in manifest.shards), sum(s.bytes for s in manifest.shards)
+    count, size = int(manifest.shards.samples.sum()), int(manifest.shards.bytes.sum())
     bad_count = len(manifest.encoding["bad"])
     already = "" if worked else "already "
     print(f"{side.folder}: {count:,} samples {already}encoded, {size:,} bytes, {bad_count} of them undecodable.", flush=True)
@@ -227,7 +229,7 @@ def _check_bad(bad: list[str], samples: int, most: float) -> None:
 def _encode_shard(folder: Folder, shard: Shard, form: Form, side: Side, claim: Claim, pool: ThreadPoolExecutor, bar: Any) -> None:
     """One shard from its tar to its side shard."""
 
-    images = Shards([folder], shard.split, [(shard.name,)])
+    images = Shards([folder], shard.split, [ShardList.of([shard])])
     records = np.array(images.records(0))
     extension = EXTENSIONS[side.facts["form"]]
     form.sums()

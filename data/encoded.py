@@ -18,8 +18,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from .fingerprint import differences
-from .index import Manifest
 from .join import TextStates
+from .manifest import Manifest
 from .options import Options
 from .write import once
 

@@ -21,7 +21,7 @@ from .buckets import Buckets
 from .decode import DECODE_ERRORS, decode_into
 from .encoded import text_rows, wanted_latents, wanted_text, write_null
 from .encoders import Autoencoder, AutoencoderFacts, check_images
-from .index import Manifest
+from .manifest import Manifest
 from .options import Options
 from .side import Sums
 from .stream import to_unit

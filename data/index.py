@@ -1,22 +1,18 @@
 """What is in a shard: where each sample lies, how large it is, and what it must hash to.
 
 Beside `train-000000.tar` lies `train-000000.npy`, 24 bytes a sample,
-memory-mapped; `manifest.json` lists the shards of a folder with their hashes.
-A folder without it is not whole. Latents and text embeddings lie in side
-shards: other folders of the same form, with the same keys in the same order.
+memory-mapped. Latents and text embeddings lie in side shards: other folders of
+the same form, with the same keys in the same order.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -25,6 +21,8 @@ from PIL import Image
 
 from .decode import has_exif, is_plain
 from .listing import reason
+from .manifest import Tally
+from .shardlist import Shard
 from .tar import BLOCK, Span, samples
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "apng", "mpo", "avif", "jp2", "ico", "psd")
@@ -49,72 +47,6 @@ PLAIN = 0x8000
 NO_LABEL = 65535
 MAX_TEXT_BYTES = 1 << 20
 """A larger .json, .txt or .cls is refused."""
-SIZES_KEPT = 10_000
-VERSION = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shard:
-    """One tar of a folder and what it must be."""
-
-    name: str
-    split: str
-    samples: int
-    bytes: int
-    sha256: str
-    index_sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tally:
-    """What a shard, or a folder, holds; tallies add up."""
-
-    sizes: dict[str, int] = field(default_factory=dict)
-    """Images of each upright "width x height", the most common first; "other" sums what is beyond SIZES_KEPT."""
-    labels: dict[str, int] = field(default_factory=dict)
-    """Samples of each class number."""
-    captions: int = 0
-    """Samples with a `.txt`."""
-
-    def __add__(self, other: Tally) -> Tally:
-        sizes, labels = Counter(self.sizes), Counter(self.labels)
-        sizes.update(other.sizes)
-        labels.update(other.labels)
-        rest = sizes.pop("other", 0)
-        kept = dict(sizes.most_common(SIZES_KEPT))
-        rest += sizes.total() - sum(kept.values())
-        ordered = {key: labels[key] for key in sorted(labels, key=int)}
-        return Tally(sizes=kept | ({"other": rest} if rest else {}), labels=ordered, captions=self.captions + other.captions)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Manifest:
-    """A folder of shards: all of it, or the folder is refused."""
-
-    shards: tuple[Shard, ...]
-    class_names: tuple[str, ...] = ()
-    tally: Tally = field(default_factory=Tally)
-    source: str = ""
-    """A hash of what was asked for when it was packed."""
-    encoding: dict[str, Any] = field(default_factory=dict)
-    """For side shards: what they were made from and how; empty for images."""
-    version: int = VERSION
-
-    def split(self, name: str) -> tuple[Shard, ...]:
-        """The shards of one split.
-
-        Raises:
-            ValueError: no shard has it.
-        """
-        chosen = tuple(shard for shard in self.shards if shard.split == name)
-        if not chosen:
-            raise ValueError(f"split {name!r} has no shard: the manifest has {', '.join(sorted({s.split for s in self.shards}))}.")
-        return chosen
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash of every shard's content and order, independent of where the folder lies."""
-        return hashlib.sha256("".join(f"{s.split}:{s.sha256};" for s in self.shards).encode()).hexdigest()
 
 
 def index_shard(
@@ -261,35 +193,6 @@ def describe(
         index_sha256=sha256(path),
     )
     return shard, Tally() + Tally(sizes=sizes, labels=labels, captions=captions)
-
-
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write `manifest.json` under a temporary name and rename it: it is there whole or not at all."""
-    raw = asdict(manifest)
-    lines = ",\n  ".join(json.dumps(shard) for shard in raw.pop("shards"))
-    temporary = folder / f".manifest.json.{os.getpid()}"
-    with open(temporary, "w") as file:
-        file.write(json.dumps(raw, indent=1)[:-2] + f',\n "shards": [\n  {lines}\n ]\n}}\n')
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / "manifest.json")
-
-
-def parse_manifest(text: str | bytes, where: str) -> Manifest:
-    """A manifest from its text.
-
-    Raises:
-        ValueError: text that is no manifest of this version.
-    """
-    try:
-        raw: dict[str, Any] = json.loads(text)
-        if raw["version"] != VERSION:
-            raise ValueError(f"version {raw['version']}, this release reads {VERSION}")
-        shards = tuple(Shard(**shard) for shard in raw.pop("shards"))
-        names, tally = tuple(raw.pop("class_names")), Tally(**raw.pop("tally"))
-        return Manifest(**raw, shards=shards, class_names=names, tally=tally)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where} cannot be read ({error}): run `python -m data.prepare` again.") from error
 
 
 def sha256(path: Path) -> str:

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from .check import Check, check
 from .crew import crew, processors, quiet
-from .index import NO_LABEL, Manifest
+from .index import NO_LABEL
+from .manifest import Manifest
 from .opening import build, open_shards
 from .options import Options, read_options
 from .shards import Shards
@@ -101,14 +102,14 @@ def describe_split(shards: Shards, split: str) -> list[str]:
 
 def describe_captions(manifests: list[Manifest]) -> str:
     """How many samples of all splits have captions."""
-    total = sum(shard.samples for manifest in manifests for shard in manifest.shards)
+    total = sum(int(manifest.shards.samples.sum()) for manifest in manifests)
     have = sum(manifest.tally.captions for manifest in manifests)
     return f"captions: {have:,} of {total:,} in all splits" + (f", {total - have:,} missing" if 0 < have < total else "")
 
 
 def find_bad(shards: Shards, samples: int | None, verify: bool, workers: int) -> tuple[int, list[str]]:
     """Decode samples; gives how many were decoded, and what is wrong, by shard and key."""
-    counts = np.array(shards.counts)
+    counts = shards.samples
     total, starts = int(counts.sum()), np.cumsum(counts) - counts
     wanted = total if samples is None else min(samples, total)
     chosen = np.unique(np.linspace(0, total - 1, wanted).round().astype(np.int64)) if wanted else np.zeros(0, np.int64)

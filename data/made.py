@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .fill import commit_shard, journal_path
-from .index import Manifest, Shard, Tally, index_path, write_manifest
+from .index import index_path
+from .manifest import Manifest, Tally, write_manifest
+from .shardlist import Shard, ShardList
 from .write import TarWriter
 
 SPLIT = "train"
@@ -79,7 +81,9 @@ class MadeShards:
                 if path.exists():  # else it was moved before a kill
                     os.replace(path, self._folder / path.name)
         tally = sum((tally for _, tally in whole), Tally())
-        write_manifest(self._folder, Manifest(shards=tuple(shard for shard, _ in whole), class_names=self._class_names, tally=tally))
+        write_manifest(
+            self._folder, Manifest(shards=ShardList.of([shard for shard, _ in whole]), class_names=self._class_names, tally=tally)
+        )
 
     def _whole(self) -> list[tuple[Shard, Tally]]:
         """What the journals say of all shards that are whole, in order."""

@@ -6,6 +6,8 @@ import os
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+
 from .cache import Cache
 from .options import Options
 from .remote import RemoteFolder
@@ -70,10 +72,10 @@ def _open(place: str, names: tuple[str, ...] | None, options: Options) -> Opened
     folder: Folder = (
         RemoteFolder(place, cache=_cache(options), retry_seconds=options.retry_seconds) if "://" in place else LocalFolder(place)
     )
-    there = [shard.name for shard in folder.manifest.shards]
-    missing = [name for name in names or () if name not in set(there)]
+    there = folder.manifest.shards
+    missing = there.pick(names)[1] if names else []
     if missing:
-        shown = f"{there[0]} to {there[-1]}, {len(there)} shards" if there else "none"
+        shown = f"{there[0].name} to {there[-1].name}, {len(there)} shards" if there else "none"
         raise ValueError(
             f"{folder.name} has no {missing[0]}{f' and {len(missing) - 1} more of those named' if missing[1:] else ''}: "
             f"its manifest lists {shown}. Name some of these, or the folder for all."
@@ -83,8 +85,9 @@ def _open(place: str, names: tuple[str, ...] | None, options: Options) -> Opened
 
 def _block_bytes(folder: Folder, names: tuple[str, ...] | None, options: Options) -> int:
     """What the largest block of a source takes, and the shard that comes next."""
-    chosen = [s for s in folder.manifest.shards if (s.split == options.split if names is None else s.name in names)]
-    return sum(sorted((s.bytes for s in chosen), reverse=True)[: options.shuffle_block + 1])
+    shards = folder.manifest.shards
+    chosen = shards.split(options.split) if names is None else shards.pick(names)[0]
+    return int(np.sort(chosen.bytes)[::-1][: options.shuffle_block + 1].sum())
 
 
 def _cache(options: Options) -> Cache:

@@ -10,11 +10,12 @@ from .beside import Beside, Embeddings
 from .buckets import Buckets
 from .encoded import Moments, check_encoding, pooled, read_null, side_folder, text_name, wanted_latents, wanted_text
 from .encoders import AutoencoderFacts, check_images
-from .index import Tally
 from .join import TextStates
+from .manifest import Tally
 from .open import open_sources
 from .options import Options
 from .order import Mixture, Order, Sequence
+from .shardlist import ShardList
 from .shards import Shards
 from .source import Folder, LocalFolder
 from .stream import Planner, Share, Stream
@@ -112,9 +113,8 @@ def open_text(options: Options, images: Shards, facts: tuple[TextFacts, ...]) ->
 
 
 def _open_side(options: Options, images: Shards, form: str, wanted: list[dict[str, Any]]) -> Encoded:
-    folders: list[Folder] = []
-    chosen = [tuple(shard.name for shard in part) for part in images.parts]
-    for number, (facts, names) in enumerate(zip(wanted, chosen, strict=True)):
+    folders, chosen = list[Folder](), list[ShardList]()
+    for number, (facts, part) in enumerate(zip(wanted, images.parts, strict=True)):
         place = side_folder(options.encoded, form, number, len(wanted))
         if not (place / "manifest.json").is_file():
             raise ValueError(
@@ -122,12 +122,15 @@ def _open_side(options: Options, images: Shards, form: str, wanted: list[dict[st
             )
         side = LocalFolder(place)
         check_encoding(side.manifest, facts, side.name)
-        missing = set(names) - {shard.name for shard in side.manifest.shards}
+        found, missing = side.manifest.shards.split(options.split), list[str]()
+        if not found.alike(part):
+            found, missing = side.manifest.shards.pick(part.names)
         if missing:
             raise ValueError(
                 f"{place} lacks {len(missing)} shards of split {options.split!r}: run `data.encode` with --splits {options.split}."
             )
         folders.append(side)
+        chosen.append(found)
     encodings = [folder.manifest.encoding for folder in folders]
     return Encoded(Shards(folders, options.split, chosen), pooled(encodings) if form == "latents" else encodings[0])
 
@@ -154,9 +157,9 @@ def check_shapes(options: Options, known: AutoencoderFacts) -> None:
 def order_of(shards: Shards, options: Options, seed: int) -> Sequence:
     """The order of the samples: all shards shuffled together, or a mixture by weight."""
     if not options.weights:
-        return Order(shards.counts, seed, options.shuffle_block)
+        return Order(shards.samples, seed, options.shuffle_block)
     parts, first = [], 0
     for part in shards.parts:
-        parts.append((Order([shard.samples for shard in part], seed, options.shuffle_block), first))
+        parts.append((Order(part.samples, seed, options.shuffle_block), first))
         first += len(part)
     return Mixture(parts, options.weights, seed)

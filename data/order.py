@@ -85,13 +85,13 @@ class Order:
         ValueError: no sample at all.
     """
 
-    def __init__(self, counts: list[int], seed: int, block: int) -> None:
+    def __init__(self, counts: List[int] | np.ndarray, seed: int, block: int) -> None:
         self.counts = np.asarray(counts, np.int64)
         self.samples = self.epoch = int(self.counts.sum())
         if self.samples == 0:
             raise ValueError(f"{len(counts)} shards hold no sample: pack a folder that has images.")
         self.seed, self.block = seed, block
-        self._epochs: dict[int, tuple[list[np.ndarray], np.ndarray]] = {}
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._mixed: dict[tuple[int, int], np.ndarray] = {}
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -106,34 +106,33 @@ class Order:
         shards, numbers = np.empty_like(positions), np.empty_like(positions)
         epochs, within = np.divmod(positions, self.samples)
         for epoch in np.unique(epochs):
-            blocks, starts = self._plan(int(epoch))
+            order, starts = self._plan(int(epoch))
             which = np.searchsorted(starts, within, side="right") - 1
             for b in np.unique(which[epochs == epoch]):
                 here = (epochs == epoch) & (which == b)
-                local = self._block(int(epoch), int(b), blocks[b])[within[here] - starts[b]]
-                ends = np.cumsum(self.counts[blocks[b]])
+                mixed = order[b * self.block : (b + 1) * self.block]
+                local = self._block(int(epoch), int(b), mixed)[within[here] - starts[b]]
+                ends = np.cumsum(self.counts[mixed])
                 s = np.searchsorted(ends, local, side="right")
-                shards[here], numbers[here] = blocks[b][s], local - ends[s] + self.counts[blocks[b][s]]
+                shards[here], numbers[here] = mixed[s], local - ends[s] + self.counts[mixed[s]]
         return shards, numbers
 
     def ahead(self, position: int) -> list[int]:
         """The shards of the position's block and of the next one, in the order of their epochs."""
         epoch, within = divmod(position, self.samples)
-        blocks, starts = self._plan(epoch)
+        order, starts = self._plan(epoch)
         b = int(np.searchsorted(starts, within, side="right")) - 1
-        if b + 1 < len(blocks):
-            return [*blocks[b].tolist(), *blocks[b + 1].tolist()]
-        return [*blocks[b].tolist(), *self._plan(epoch + 1)[0][0].tolist()]
+        near: list[int] = order[b * self.block : (b + 2) * self.block].tolist()
+        return near if b + 2 < len(starts) else near + self._plan(epoch + 1)[0][: self.block].tolist()
 
-    def _plan(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
-        """The epoch's blocks of shards and where each begins; the last two are kept."""
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of shards, and the position at which each block of them begins; the last two are kept."""
         if epoch not in self._epochs:
             while len(self._epochs) > 1:
                 self._epochs.pop(next(iter(self._epochs)))
             shards = permutation(len(self.counts), self.seed, 1, epoch)
-            blocks = [shards[i : i + self.block] for i in range(0, len(shards), self.block)]
             sizes = np.add.reduceat(self.counts[shards], np.arange(0, len(shards), self.block))
-            self._epochs[epoch] = (blocks, np.concatenate([[0], np.cumsum(sizes)]))
+            self._epochs[epoch] = (shards, np.concatenate([[0], np.cumsum(sizes)]))
         return self._epochs[epoch]
 
     def _block(self, epoch: int, number: int, shards: np.ndarray) -> np.ndarray:

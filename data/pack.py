@@ -22,9 +22,11 @@ from tqdm import tqdm
 
 from .crew import crew, processors
 from .fill import Job, Trim, fill, hashes_path, journal_path, trim
-from .index import IMAGE_EXTENSIONS, Manifest, Shard, Tally, index_path, parse_manifest, write_manifest
+from .index import IMAGE_EXTENSIONS, index_path
 from .listing import Source, digest, some
+from .manifest import Manifest, Tally, parse_manifest, write_manifest
 from .plan import Packing, Planned, plan
+from .shardlist import Shard, ShardList
 from .summary import draw
 from .write import commit_json
 
@@ -72,7 +74,7 @@ def pack(source: Source, output: Path, packing: Packing, *, skip: bool = False, 
             raise Corrupt(complaint(report, output))
         _trim(drops, shards, folder, workers)
         manifest = _assemble(source, shards, folder, output, request)
-        report["samples"] = sum(shard.samples for shard in manifest.shards)
+        report["samples"] = int(manifest.shards.samples.sum())
         report["missing_captions"] = report["samples"] - manifest.tally.captions if manifest.tally.captions else 0
         commit_json(report, output / "report.json")
         draw(output, manifest, output / "summary.png")
@@ -221,4 +223,4 @@ def _assemble(source: Source, shards: list[Planned], folder: Path, output: Path,
                 os.replace(path, output / path.name.removeprefix("trimmed-"))
         listed.append(Shard(**journal["shard"]))
         tally += Tally(**journal["tally"])
-    return Manifest(shards=tuple(listed), class_names=source.class_names, tally=tally, source=request)
+    return Manifest(shards=ShardList.of(listed), class_names=source.class_names, tally=tally, source=request)

@@ -23,8 +23,8 @@ from .crew import quiet
 from .digits import digits
 from .folder import imagefolder
 from .hub import hub
-from .index import Manifest
 from .listing import Source
+from .manifest import Manifest
 from .options import bytes_of
 from .pack import pack
 from .parquet import parquet

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Sequence
-from itertools import accumulate
 
 import numpy as np
 import torch
@@ -17,7 +16,7 @@ from .stream import to_unit
 
 def places_of(shards: Shards, numbers: Sequence[int] | None = None) -> list[tuple[int, int]]:
     """Shard and number in it of samples counted through all shards; all of them by default."""
-    first = list(accumulate(shards.counts, initial=0))
+    first = [0, *np.cumsum(shards.samples).tolist()]
     chosen = range(first[-1]) if numbers is None else numbers
     found = [(i, bisect(first, i) - 1) for i in chosen]
     return [(shard, i - first[shard]) for i, shard in found]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import time
+from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Sequence
 from io import FileIO
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -15,7 +17,9 @@ import numpy as np
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, several times as fast
 
 from .decode import DECODE_ERRORS, decode_image
-from .index import IMAGE_EXTENSIONS, NO_LABEL, RECORD, Manifest, Shard, locate
+from .index import IMAGE_EXTENSIONS, NO_LABEL, RECORD, locate
+from .manifest import Manifest
+from .shardlist import Shard, ShardList
 from .source import Folder, LocalFolder
 from .tar import BLOCK, files_of
 
@@ -51,7 +55,7 @@ class Shards:
     Args:
         folders: the path of one folder, or opened ones with the same classes.
         split: which of the manifests' splits.
-        chosen: for each folder, the shards wanted, in order; None for all of the split.
+        chosen: for each folder, the shards wanted, in order, or their names; None for all of the split.
 
     Raises:
         ValueError: a folder that is missing, not whole, or without the split;
@@ -62,18 +66,23 @@ class Shards:
         self,
         folders: str | Path | Sequence[Folder],
         split: str = "train",
-        chosen: Sequence[tuple[str, ...] | None] | None = None,
+        chosen: Sequence[ShardList | tuple[str, ...] | None] | None = None,
     ) -> None:
         if isinstance(folders, (str, Path)):
             folders = [LocalFolder(folders)]
         self.folders: list[Folder] = list(folders)
         self.split = split
-        self.parts: list[list[Shard]] = []
-        for folder, names in zip(self.folders, chosen or [None] * len(self.folders), strict=True):
-            by_name = {shard.name: shard for shard in folder.manifest.shards}
-            self.parts.append([by_name[n] for n in names] if names else list(folder.manifest.split(split)))
-        self.shards = [shard for part in self.parts for shard in part]
-        self._folder = [folder for folder, part in zip(self.folders, self.parts, strict=True) for _ in part]
+        self.parts: list[ShardList] = []
+        """Of each folder."""
+        for folder, wanted in zip(self.folders, chosen or [None] * len(self.folders), strict=True):
+            if not wanted:
+                wanted = folder.manifest.split(split)
+            elif not isinstance(wanted, ShardList):
+                wanted, missing = folder.manifest.shards.pick(wanted)
+                if missing:
+                    raise ValueError(f"{folder.name} has no {missing[0]}: its manifest does not list it. Name others.")
+            self.parts.append(wanted)
+        self._ends = list(accumulate(map(len, self.parts)))
         self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()
         self._files: OrderedDict[int, FileIO] = OrderedDict()
         self._lock = threading.Lock()
@@ -105,23 +114,40 @@ class Shards:
     @property
     def fingerprint(self) -> str:
         """Of the content and order of the shards, wherever they lie."""
-        if len(self.folders) == 1 and self.parts[0] == list(self.manifest.split(self.split)):
+        if len(self.folders) == 1 and self.parts[0] == self.manifest.split(self.split):
             return self.manifest.fingerprint
-        return "+".join(Manifest(shards=tuple(part)).fingerprint for part in self.parts)
+        return "+".join(part.fingerprint for part in self.parts)
+
+    @property
+    def samples(self) -> np.ndarray:
+        """(N,), int64: samples in each shard."""
+        return np.concatenate([part.samples for part in self.parts])
 
     @property
     def counts(self) -> list[int]:
-        """Samples in each shard."""
-        return [shard.samples for shard in self.shards]
+        """`samples` as a list."""
+        return self.samples.tolist()
+
+    @property
+    def shards(self) -> list[Shard]:
+        """All of them, for few: a million take 700 MB."""
+        return [shard for part in self.parts for shard in part]
+
+    def _place(self, shard: int) -> tuple[Folder, Shard]:
+        """Where a shard lies, and its line of the manifest."""
+        part = bisect(self._ends, shard)
+        return self.folders[part], self.parts[part][shard - self._ends[part]]  # the same counted from the part's end
 
     def name(self, shard: int) -> str:
         """How messages call a shard."""
-        return f"{self._folder[shard].name.rstrip('/')}/{self.shards[shard].name}"
+        folder, line = self._place(shard)
+        return f"{folder.name.rstrip('/')}/{line.name}"
 
     def prefetch(self, shards: Sequence[int]) -> None:
         """These will be read soon."""
-        for folder in self.folders:
-            folder.prefetch([self.shards[s] for s in shards if self._folder[s] is folder])
+        for folder, part, end in zip(self.folders, self.parts, self._ends, strict=True):
+            first = end - len(part)
+            folder.prefetch(part.take([shard - first for shard in shards if first <= shard < end]))
 
     def records(self, shard: int) -> np.ndarray:
         """The memory-mapped index of a shard: one RECORD a sample.
@@ -132,11 +158,11 @@ class Shards:
 
         found = self._indexes.get(shard)
         if found is None:
-            found = np.asarray(np.load(self._folder[shard].index(self.shards[shard]), mmap_mode="r", allow_pickle=False))
-            if len(found) != self.shards[shard].samples:
+            folder, line = self._place(shard)
+            found = np.asarray(np.load(folder.index(line), mmap_mode="r", allow_pickle=False))
+            if len(found) != line.samples:
                 raise ValueError(
-                    f"{self.name(shard)}: its index has {len(found)} samples, "
-                    f"the manifest says {self.shards[shard].samples}. Copy both again."
+                    f"{self.name(shard)}: its index has {len(found)} samples, the manifest says {line.samples}. Copy both again."
                 )
             self._keep(self._indexes, shard, found, OPEN_INDEXES)
         return found
@@ -153,8 +179,9 @@ class Shards:
         return out.view(RECORD)[:, 0]
 
     def _open(self, shard: int) -> FileIO:
+        folder, line = self._place(shard)
         try:
-            return self._keep(self._files, shard, FileIO(self._folder[shard].file(self.shards[shard])), OPEN_FILES)
+            return self._keep(self._files, shard, FileIO(folder.file(line)), OPEN_FILES)
         except (ValueError, OSError) as error:
             raise LostShard(str(error)) from error
 

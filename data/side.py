@@ -21,7 +21,9 @@ import numpy as np
 
 from .claim import Claim, take
 from .encoded import disagreements
-from .index import Manifest, Shard, Tally, describe, index_path, parse_manifest, write_manifest
+from .index import describe, index_path
+from .manifest import Manifest, Tally, parse_manifest, write_manifest
+from .shardlist import Shard, ShardList
 from .write import commit, commit_json, once
 
 Sums = dict[str, Any]
@@ -120,7 +122,7 @@ class Side:
             describe_sums: from the sums of all shards to facts for the manifest.
         """
         notes = [self.note(shard) for shard in self.images.shards if self.done(shard)]
-        shards = tuple(Shard(**note["shard"]) for note in notes)
+        shards = ShardList.of([Shard(**note["shard"]) for note in notes])
         tally = sum((Tally(**note["tally"]) for note in notes), Tally())
         encoding = {**self.facts, **describe_sums(add([note["sums"] for note in notes]))}
         manifest = Manifest(shards=shards, class_names=self.images.class_names, tally=tally, encoding=encoding)

@@ -87,7 +87,7 @@ class Sources:
 
     def examples(self, count: int) -> list[str]:
         """The first captions of the shards, at most so many, without the empty ones."""
-        numbers = range(min(count, sum(self.images.counts)))
+        numbers = range(min(count, int(self.images.samples.sum())))
         return [caption for caption in read_captions(self.images, self.options.caption, numbers) if caption]
 
     @property

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .decode import DECODE_ERRORS, upright
-from .index import IMAGE_EXTENSIONS, Manifest, Tally, index_path
+from .index import IMAGE_EXTENSIONS, index_path
+from .manifest import Manifest, Tally
 from .tar import BLOCK, files_of
 
 SIDE, LINE, MARGIN = 128, 16, 8
@@ -25,11 +26,11 @@ SIDES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 def text(manifest: Manifest, report: dict[str, Any], output: Path) -> str:
     """What was packed, in a few lines."""
     tally = manifest.tally
-    total = sum(s.samples for s in manifest.shards)
-    lines = [f"{output}: {total:,} images in {len(manifest.shards)} shards, {sum(s.bytes for s in manifest.shards):,} bytes"]
-    for split in sorted({s.split for s in manifest.shards}, key=lambda name: (name != "train", name)):
+    total = int(manifest.shards.samples.sum())
+    lines = [f"{output}: {total:,} images in {len(manifest.shards)} shards, {manifest.shards.bytes.sum():,} bytes"]
+    for split in sorted(manifest.shards.splits, key=lambda name: (name != "train", name)):
         shards = manifest.split(split)
-        lines.append(f"  {split}: {sum(s.samples for s in shards):,} images in {len(shards)} shards")
+        lines.append(f"  {split}: {shards.samples.sum():,} images in {len(shards)} shards")
     common = ", ".join(f"{size} ({count:,})" for size, count in list(tally.sizes.items())[:5])
     lines.append(f"  sizes: {common}{', ...' if len(tally.sizes) > 5 else ''}")
     names = ", ".join(manifest.class_names[:10]) + (", ..." if len(manifest.class_names) > 10 else "")
@@ -140,7 +141,7 @@ def contact_sheet(tiles: Sequence[tuple[Image.Image, str]], columns: int) -> Ima
 
 def _sample(folder: Path, manifest: Manifest) -> list[tuple[Image.Image, str]]:
     """SHEET samples, evenly spaced over all shards, with their captions or classes."""
-    counts = np.array([shard.samples for shard in manifest.shards])
+    counts = manifest.shards.samples
     ends, total = np.cumsum(counts), int(counts.sum())
     tiles = []
     for number in np.unique(np.linspace(0, max(0, total - 1), min(SHEET, total)).round().astype(int)).tolist():

@@ -15,10 +15,11 @@ from .beside import check_captions
 from .buckets import Buckets
 from .encoders import AutoencoderFacts, read_autoencoder
 from .hollow import hollow_autoencoder, hollow_text_encoder
-from .index import Shard, Tally
 from .join import layout
+from .manifest import Tally
 from .opening import Encoded, check_shapes, open_latents, open_shards, open_text
 from .options import Options
+from .shardlist import Shard
 from .shards import Shards
 from .source import Folder, LocalFolder, expand
 from .text_encoders import TextFacts, read_text_encoders
@@ -65,7 +66,7 @@ class Survey:
     @property
     def samples(self) -> list[int]:
         """Of each shard."""
-        return list(self.images.counts) if self.images else []
+        return self.images.counts if self.images else []
 
     @property
     def class_names(self) -> tuple[str, ...]:

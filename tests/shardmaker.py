@@ -10,7 +10,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from data.index import Manifest, Tally, describe, write_manifest
+from data.index import describe
+from data.manifest import Manifest, Tally, write_manifest
 
 
 def flat(lists):

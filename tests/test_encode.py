@@ -29,7 +29,8 @@ from data.encode import main
 from data.encoded import check_encoding, latent_shape, latents_of, pooled, text_of, wanted_latents, wanted_text
 from data.encoders import Autoencoder, read_autoencoder
 from data.fingerprint import weights_hash
-from data.index import index_path, write_manifest
+from data.index import index_path
+from data.manifest import write_manifest
 from data.options import read_options
 from data.shards import Shards
 from data.source import LocalFolder

@@ -51,8 +51,9 @@ FLOORS = {
         ["published"],
     ],
     "data": [
-        ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew", "join"],
-        ["index", "buckets", "fetch", "cache", "encoders", "text_encoders", "write", "columns", "plan"],
+        ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew", "join", "shardlist"],
+        ["manifest", "buckets", "fetch", "cache", "encoders", "text_encoders", "write", "columns", "plan"],
+        ["index"],
         ["hollow", "source", "encoded", "summary", "check", "fill", "tables", "digits"],
         ["shards", "remote", "pack", "side", "folder", "parquet", "hub"],
         ["beside", "open", "adopt", "made"],

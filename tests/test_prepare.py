@@ -27,7 +27,7 @@ from data.columns import Choice
 from data.crew import crew
 from data.decode import upright
 from data.folder import imagefolder
-from data.index import parse_manifest
+from data.manifest import parse_manifest
 from data.options import bytes_of
 from data.pack import pack
 from data.parquet import parquet

@@ -26,7 +26,8 @@ from servers import Fault, serving
 
 from data import open as opening
 from data.cache import Cache, CacheFull, Item
-from data.index import Manifest, Tally, describe, index_path, write_manifest
+from data.index import describe, index_path
+from data.manifest import Manifest, Tally, write_manifest
 from data.open import open_folder, open_sources
 from data.options import Options
 from data.remote import RemoteFolder

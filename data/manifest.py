@@ -1,0 +1,150 @@
+"""What a folder of shards says of itself: `manifest.json` lists its shards with their hashes, and what they hold together.
+
+A folder without it is not whole. It has a line a shard, so that a million of
+them are read a few thousand at a time.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .shardlist import AT_ONCE, Columns, ShardList
+
+SIZES_KEPT = 10_000
+VERSION = 2
+LISTED = ' "shards": [\n'
+"""The line of the file after which each line is a shard."""
+READ_BYTES = 1 << 20
+"""Of the file, at once."""
+FAULTS = (ValueError, KeyError, TypeError, AttributeError)
+"""What reading text that is no manifest ends in."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """What a shard, or a folder, holds; tallies add up."""
+
+    sizes: dict[str, int] = field(default_factory=dict)
+    """Images of each upright "width x height", the most common first; "other" sums what is beyond SIZES_KEPT."""
+    labels: dict[str, int] = field(default_factory=dict)
+    """Samples of each class number."""
+    captions: int = 0
+    """Samples with a `.txt`."""
+
+    def __add__(self, other: Tally) -> Tally:
+        sizes, labels = Counter(self.sizes), Counter(self.labels)
+        sizes.update(other.sizes)
+        labels.update(other.labels)
+        rest = sizes.pop("other", 0)
+        kept = dict(sizes.most_common(SIZES_KEPT))
+        rest += sizes.total() - sum(kept.values())
+        ordered = {key: labels[key] for key in sorted(labels, key=int)}
+        return Tally(sizes=kept | ({"other": rest} if rest else {}), labels=ordered, captions=self.captions + other.captions)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A folder of shards: all of it, or the folder is refused."""
+
+    shards: ShardList
+    """Any sequence of shards becomes one."""
+    class_names: tuple[str, ...] = ()
+    tally: Tally = field(default_factory=Tally)
+    source: str = ""
+    """A hash of what was asked for when it was packed."""
+    encoding: dict[str, Any] = field(default_factory=dict)
+    """For side shards: what they were made from and how; empty for images."""
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.shards, ShardList):
+            object.__setattr__(self, "shards", ShardList.of(self.shards))
+
+    def split(self, name: str) -> ShardList:
+        """The shards of one split.
+
+        Raises:
+            ValueError: no shard has it.
+        """
+        chosen = self.shards.split(name)
+        if not chosen:
+            raise ValueError(f"split {name!r} has no shard: the manifest has {', '.join(self.shards.splits)}.")
+        return chosen
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of every shard's content and order, independent of where the folder lies."""
+        return self.shards.fingerprint
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write `manifest.json` under a temporary name and rename it: it is there whole or not at all."""
+    raw = asdict(replace(manifest, shards=ShardList.of(())))
+    del raw["shards"]
+    temporary = folder / f".manifest.json.{os.getpid()}"
+    with open(temporary, "w") as file:
+        file.write(json.dumps(raw, indent=1)[:-2] + ",\n" + LISTED)
+        for number, shard in enumerate(manifest.shards):
+            file.write((",\n  " if number else "  ") + json.dumps(vars(shard)))
+        file.write(("" if manifest.shards else "  ") + "\n ]\n}\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, folder / "manifest.json")
+
+
+def parse_manifest(text: bytes, where: str) -> Manifest:
+    """A manifest from its text; see `read_manifest`."""
+    return read_manifest(io.BytesIO(text), where)
+
+
+def read_manifest(file: BinaryIO, where: str) -> Manifest:
+    """A manifest from a file, which is at its beginning and can go back there.
+
+    Raises:
+        ValueError: text that is no manifest of this version; `where` is how the message calls it.
+    """
+    try:
+        return _by_lines(file)
+    except FAULTS:
+        file.seek(0)  # damaged, or laid out in another way: the whole of it will tell
+    try:
+        return _manifest(json.loads(file.read()), Columns())
+    except FAULTS as error:
+        raise ValueError(f"{where} cannot be read ({error}): run `python -m data.prepare` again.") from error
+
+
+def _by_lines(file: BinaryIO) -> Manifest:
+    """A manifest as `write_manifest` has it: shards go into columns as they come; what is left, with the last of them, is a manifest."""
+    left, end, columns = list[bytes](), list[bytes](), Columns()
+    for line in file:
+        left.append(line)
+        if line == LISTED.encode():
+            break
+    while lines := file.readlines(READ_BYTES):
+        end += lines
+        if body := b"".join(end[:-3]):
+            if not body.endswith(b",\n"):
+                raise ValueError("a shard's line that ends without a comma")
+            columns.extend(json.loads(b"[%b]" % body[:-2]))
+        end = end[-3:]
+    raw = json.loads(b"".join(left + end))
+    if len(columns) and not raw["shards"]:
+        raise ValueError("a comma behind the last shard")
+    return _manifest(raw, columns)
+
+
+def _manifest(raw: dict[str, Any], columns: Columns) -> Manifest:
+    """From a manifest's JSON; its shards come after those that the columns hold already."""
+    if raw["version"] != VERSION:
+        raise ValueError(f"version {raw['version']}, this release reads {VERSION}")
+    shards = raw.pop("shards")
+    for first in range(0, len(shards), AT_ONCE):
+        columns.extend(shards[first : first + AT_ONCE])
+    names, tally = tuple(raw.pop("class_names")), Tally(**raw.pop("tally"))
+    return Manifest(**raw, shards=ShardList(columns), class_names=names, tally=tally)
