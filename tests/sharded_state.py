@@ -1,4 +1,4 @@
-"""What the ranks of test_sharded_checkpoint.py do; a light module, since every rank imports it."""
+"""What the ranks of test_sharded_checkpoint.py and test_half.py do; a light module, since every rank imports it."""
 
 import contextlib
 import hashlib
@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from pipeline import checkpoint
 from pipeline.checkpoint import Store, load_into, load_tensors, manifest
 from pipeline.checkpoint.shares import to_write
+from pipeline.launch.parallel import shard
+from pipeline.training.optim import step_unless
 
 
 def mesh_of(kind):
@@ -273,3 +275,33 @@ def balance(folder, kind):
     parts = to_write(spread(state, kind), dist.get_rank(), dist.get_world_size())
     written = sum(part.tensor.nbytes for part in parts)
     (Path(folder) / f"{kind}-{dist.get_rank()}").write_text(json.dumps(written))
+
+
+class Scaled:
+    """An optimiser as Accelerate wraps it for fp16."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.scaler = optimizer, torch.amp.GradScaler("cpu", init_scale=4.0)
+
+    def step(self):
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+
+
+def overflow_on_one():
+    """An infinity in one rank's share of one gradient: no rank moves its own, all halve the scale; the same of a loss that is bad."""
+    network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
+    for weight in network.parameters():
+        torch.nn.init.constant_(weight, 0.1)
+    shard(network, list(network), init_device_mesh("cpu", (2,)))
+    run = Scaled(torch.optim.AdamW(network.parameters(), lr=0.1, fused=True))
+    for step, (infinite, bad, moved, scale) in enumerate([(0, 0, True, 4), (1, 0, False, 2), (0, 1, False, 2), (0, 0, True, 2)]):
+        run.scaler.scale(network(torch.ones(2, 4)).square().mean()).backward()
+        if infinite and dist.get_rank() == 1:
+            network[0].weight.grad.to_local()[0, 0] = float("inf")
+        run.scaler.unscale_(run.optimizer)
+        before = [p.full_tensor().clone() for p in network.parameters()]
+        step_unless(run, torch.tensor(float(bad)))
+        run.optimizer.zero_grad()
+        same = [torch.equal(p.full_tensor(), old) for p, old in zip(network.parameters(), before, strict=True)]
+        assert same == [not moved] * 4 and run.scaler.get_scale() == scale, (step, same, run.scaler.get_scale())

@@ -5,8 +5,10 @@ import math
 
 import accelerate
 import pytest
+import sharded_state
 import torch
 from conftest import fit
+from ranks import together
 from test_guard import LOG, equal, lines, poison  # noqa: F401  the fixture
 
 import pipeline.launch
@@ -86,3 +88,7 @@ def test_a_gradient_that_no_scale_makes_finite_ends_the_run(digits, tmp_path, po
     assert fit(digits, tmp_path / "run", *HALF, *words) == DIVERGED
     (line,) = lines(tmp_path / "run/rollbacks.jsonl")
     assert f"{OVERFLOWS + 1} steps in a row" in line["reason"] and line["from_step"] == 4 + OVERFLOWS + 1
+
+
+def test_an_overflow_on_one_rank_is_one_on_all_where_weights_are_shared_out():
+    together(2, sharded_state.overflow_on_one)
