@@ -100,6 +100,18 @@ def test_what_waits_for_a_disk_is_bounded_and_counted(tmp_path, monkeypatch):
     assert "2 are lost" in lines.append([]) and [line["n"] for line in read_lines(lines.path)] == [2, 3, 4]
 
 
+def test_lines_that_wait_for_a_disk_are_dropped_too(tmp_path):
+    """A rollback while the disk is full: steps that are done again have one line each."""
+    lines = Lines(tmp_path / "a.jsonl")
+    lines.append([{"step": 1}])
+    with files_of_at_most(lines.path.stat().st_size):
+        lines.append([{"step": n} for n in (2, 3, 4)])
+        lines.keep(lambda line: line["step"] <= 2)
+        lines.append([{"step": 3}])
+    lines.append([])
+    assert [line["step"] for line in read_lines(lines.path)] == [1, 2, 3]
+
+
 def test_lines_behind_a_step_go_without_any_room(tmp_path):
     lines = Lines(tmp_path / "a.jsonl")
     lines.append([{"step": n, "loss": n / 3} for n in range(1, 9)])
