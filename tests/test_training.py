@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -18,6 +19,7 @@ from PIL import Image
 import models
 import pipeline.loop as loop
 from data import prepare
+from pipeline import checkpoint
 from pipeline.checkpoint import load_tensors
 from pipeline.config import EmaConfig, FlowConfig, TrainConfig
 from pipeline.ema import Averages, HalfLife, laws
@@ -259,6 +261,42 @@ def test_a_full_disk_does_not_stop_training(digits, tmp_path, monkeypatch, capsy
     assert "the state of step 12 could not be saved" in error and len(curve(tmp_path / "run")) == 6
     assert "checkpoint of step 4 failed, older ones are untouched: rank 0: [Errno 28] No space left on device" in out
     assert not list((tmp_path / "run").glob("*checkpoint*")) and not list((tmp_path / "run").glob(".tmp*"))
+
+
+def test_a_save_that_failed_is_tried_again_soon(digits, tmp_path, monkeypatch, capsys):
+    """A tenth of checkpoint.every later, and of 4 steps that is the next one; then as before."""
+    write = checkpoint.write_file
+
+    def full_at_4(path, *rest):
+        if path.parent.name.startswith(".tmp-4-"):
+            raise OSError(28, "No space left on device")
+        return write(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_file", full_at_4)
+    assert fit(digits, tmp_path / "run", "--checkpoint.asynchronous=false", "--checkpoint.keep=9") == 0
+    assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (0, 5, 8, 12)}
+    assert "It is tried again at step 5." in "".join(capsys.readouterr())
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(digits, tmp_path, monkeypatch):
+    """The file of step 4 is held back until step 7 is done."""
+    gate, waits, write, advance = threading.Event(), [], checkpoint.write_file, loop.advance
+
+    def held(path, *rest):
+        if path.parent.name.startswith(".tmp-4-"):
+            waits.append(gate.wait(20))
+        return write(path, *rest)
+
+    def counted(run):
+        seen = advance(run)
+        if run.step == 7:
+            gate.set()
+        return seen
+
+    monkeypatch.setattr(checkpoint, "write_file", held)
+    monkeypatch.setattr(loop, "advance", counted)
+    assert fit(digits, tmp_path / "run", "--checkpoint.keep=9") == 0 and waits == [True]
+    assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (0, 4, 8, 12)}
 
 
 def test_a_run_that_diverges_stops_and_saves_nothing_of_it(digits, tmp_path, capsys):
