@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint, manifest
 from pipeline.checkpoint import NOT_FINITE, Store, averages, choose, load_into, load_state, load_tensors, raw_weights, verify
-from pipeline.rankfile import Host, not_finite
+from pipeline.rankfile import KEY, Host, not_finite
 from pipeline.shares import to_write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +78,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, cap
         store.save(step, tensors(step), {"step": step})
     damage(tmp_path / "checkpoint-2", how)
     assert store.latest() == tmp_path / "checkpoint-1"
-    assert f"{tmp_path / 'checkpoint-2'} is damaged and passed over" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'checkpoint-2'} is damaged and passed over" in said
+    assert ("bytes, the manifest says" in said) == (how in ("cut", "state")), "told by its size, nothing is hashed"
     with pytest.raises(ValueError, match="is no whole checkpoint"):
         load_state(tmp_path / "checkpoint-2")
     assert store.save(2, tensors(2), {"step": 2}) == [] and store.latest() == tmp_path / "checkpoint-2", "a damaged one is written again"
@@ -240,6 +242,19 @@ def test_what_is_saved_is_the_state_when_the_save_began(tmp_path, monkeypatch):
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(step).items())
         assert load_state(tmp_path / f"checkpoint-{step}")["seen"] == list(range(1, step + 1))
     assert store.finish() == [], "nothing was begun"
+
+
+def test_memory_for_copies_is_taken_once():
+    """Of a state of the same size or a smaller one; a larger one has room too."""
+    host = Host()
+
+    def copied(count):
+        host.copy(to_write({"x": torch.arange(float(count))}, 0, 1))
+        found = torch.frombuffer(host.bytes(4 * count), dtype=torch.float32)
+        assert found.equal(torch.arange(float(count)))
+        return found.data_ptr()
+
+    assert copied(1000) == copied(900) == copied(1000) != copied(9000)
 
 
 def test_any_reader_of_safetensors_reads_the_file(tmp_path):
@@ -410,6 +425,20 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path, old):
     assert given["a"].equal(tensors(1)["a"]) and given["new.b"] == 0
     with pytest.raises(ValueError, match=r"x1, x2, x3, and 7 more"):
         load_into(folder, {**given, **{f"x{i}": torch.zeros(1) for i in range(1, 11)}}, allow_missing=["new."], allow_unexpected=["b."])
+
+
+def test_parts_of_another_tensor_fill_nothing(tmp_path):
+    """A file whose part is of a longer tensor than the manifest lists: as of a folder put together by hand."""
+    Store(tmp_path, keep=1).save(1, {"a": torch.ones(4)}, {"step": 1})
+    folder = tmp_path / "checkpoint-1"
+    file, parts = folder / "rank-00000.safetensors", {"a": {"whole": [8], "offset": [0]}}
+    save_file({"a": torch.ones(4)}, file, metadata={KEY: json.dumps({"parts": parts})})
+    said = json.loads((folder / "manifest.json").read_text())
+    said["files"][file.name] = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(said))
+    assert verify(folder) is None
+    with pytest.raises(ValueError, match="lacks parts of a"):
+        load_into(folder, {"a": torch.zeros(4)})
 
 
 def test_averages_by_label(tmp_path):

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -159,6 +160,28 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # SLURM shows each task its own, as number 0
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert launch._device() == torch.device("cuda", 0)
+
+
+def test_processes_of_a_machine_share_its_processors(monkeypatch):
+    """Eight of them: all for one process, as many for each of several, and never none; a number that is asked for is taken."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    for ranks, each in (("1", 8), ("3", 2), ("4", 2), ("16", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert launch._share() == each
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(launch, "_begin_group", lambda patience: None)
+    monkeypatch.setattr(launch, "PartialState", lambda cpu: SimpleNamespace(num_processes=1))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    launch.join()
+    assert taken == [], "alone: torch's own number"
+    launch.join(3)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    launch.join()
+    launch.join(5)
+    assert taken == [3, 2, 5]
 
 
 def test_torch_waits_longer_than_the_watch():
