@@ -166,6 +166,20 @@ def test_a_spike_leads_back(digits, tmp_path, poison, capsys):
     assert len(line["metrics"]) == 3 and "past the data of positions [64, 128]" in capsys.readouterr().out
 
 
+def test_snapshots_of_the_course_that_was_undone_are_written_anew(digits, tmp_path, poison, monkeypatch):
+    """Steps 5 and 6 had theirs before the spike led back to 4; what stays is that of a run that begins there."""
+    words = (*LOG, "--guard.window=5", "--ema.power", "0.1")
+    poison("loss", 6, by=100.0)
+    assert fit(digits, tmp_path / "run", *words) == 0
+    monkeypatch.undo()
+    (tmp_path / "same").mkdir()
+    shutil.copytree(tmp_path / "run/checkpoint-4", tmp_path / "same/checkpoint-4")
+    shutil.copy(tmp_path / "run/rollbacks.jsonl", tmp_path / "same")
+    assert fit(digits, tmp_path / "same", *words) == 0
+    for step in (5, 6, 7, 12):
+        assert equal(tmp_path / f"run/averages/checkpoint-{step}", tmp_path / f"same/averages/checkpoint-{step}"), step
+
+
 def test_the_samples_named_are_those_of_the_step_done_again(digits, tmp_path, poison):
     """Step 8 is undone and done again on the data behind it, which are bad: both courses have a step 8."""
     poison("loss", 8, by=100.0)
