@@ -80,6 +80,20 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(digits, tmp_path, more):
     assert digest(tmp_path / "parts" / last) == digest(tmp_path / "whole" / last)
     for key in ("step", "images", "loss", "lr", "grad_norm"):
         assert [line[key] for line in curve(tmp_path / "parts")] == [line[key] for line in curve(tmp_path / "whole")]
+    assert last == f"checkpoint-{curve(tmp_path / 'whole')[-1]['step']}", "the last step has a line, whether or not one is due"
+    if "--train.lr_ramp=cosine" in more:  # of the steps 1, 3, ... counted from 0, which the lines of 2, 4, ... are about
+        told = [line["lr"] for line in curve(tmp_path / "whole")]
+        assert told == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(1, 12, 2)])
+
+
+def test_a_step_in_four_passes_is_the_step(digits, tmp_path):
+    """Loss and gradient as the log tells them, and so the next steps; only sums are in another order."""
+    for passes in (1, 4):
+        more = ("--train.max_steps=3", "--log.every=1", f"--train.gradient_accumulation_steps={passes}")
+        assert fit(digits, tmp_path / str(passes), *more) == 0
+    one, four = curve(tmp_path / "1"), curve(tmp_path / "4")
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in four] == pytest.approx([line[key] for line in one], rel=1e-4)
 
 
 def test_a_finished_run_is_left_as_it_is(digits, trained, capsys):
