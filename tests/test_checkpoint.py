@@ -171,6 +171,13 @@ def test_a_disk_that_is_really_full(tmp_path):
     assert errors == ["rank 0: [Errno 27] File too large"] and [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
+def test_a_state_of_which_a_part_was_not_written_is_no_checkpoint(tmp_path, monkeypatch):
+    """Wherever the parts went that no rank took: 17 numbers of 18."""
+    monkeypatch.setattr(checkpoint, "to_write", lambda *given: [part for part in to_write(*given) if part.name != "scalar"])
+    (error,) = Store(tmp_path, keep=1).save(1, tensors(1), {"step": 1})
+    assert "17 of 18 numbers were written" in error and not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("no folder")
     errors = Store(tmp_path / "file" / "run", keep=1).save(1, tensors(1), {})
@@ -427,9 +434,10 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path, old):
         load_into(folder, {**given, **{f"x{i}": torch.zeros(1) for i in range(1, 11)}}, allow_missing=["new."], allow_unexpected=["b."])
 
 
-def test_parts_of_another_tensor_fill_nothing(tmp_path):
-    """A file whose part is of a longer tensor than the manifest lists: as of a folder put together by hand."""
-    Store(tmp_path, keep=1).save(1, {"a": torch.ones(4)}, {"step": 1})
+@pytest.mark.parametrize("listed", [4, 8])
+def test_half_a_tensor_is_none(tmp_path, listed):
+    """The file has four of eight numbers, and the manifest lists eight, or four, as of a folder put together by hand."""
+    Store(tmp_path, keep=1).save(1, {"a": torch.ones(listed)}, {"step": 1})
     folder = tmp_path / "checkpoint-1"
     file, parts = folder / "rank-00000.safetensors", {"a": {"whole": [8], "offset": [0]}}
     save_file({"a": torch.ones(4)}, file, metadata={KEY: json.dumps({"parts": parts})})
@@ -438,7 +446,10 @@ def test_parts_of_another_tensor_fill_nothing(tmp_path):
     (folder / "manifest.json").write_text(json.dumps(said))
     assert verify(folder) is None
     with pytest.raises(ValueError, match="lacks parts of a"):
-        load_into(folder, {"a": torch.zeros(4)})
+        load_into(folder, {"a": torch.zeros(listed)})
+    if listed == 8:
+        with pytest.raises(ValueError, match="lacks parts of a"):
+            load_tensors(folder)
 
 
 def test_averages_by_label(tmp_path):

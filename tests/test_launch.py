@@ -108,12 +108,13 @@ def test_every_contradiction_is_told_at_once(monkeypatch):
     ],
 )
 def test_sharding_is_the_recipes_or_as_launched_and_accelerate_forgets_it(monkeypatch, said, asked, known):
-    for name, value in said.items():
+    for name, value in (said | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "PARALLELISM_CONFIG_TP_SIZE": "1"}).items():
         monkeypatch.setenv(name, value)
     config = recipe(sharding=asked)
     assert launch.sharding(config) == known
     launcher.take_over()
-    assert not [name for name in os.environ if name.startswith("FSDP_") or name == "ACCELERATE_USE_FSDP"]
+    unsaid = ("FSDP_", "ACCELERATE_USE_FSDP", "ACCELERATE_DYNAMO_", "PARALLELISM_CONFIG_")
+    assert not [name for name in os.environ if name.startswith(unsaid)]
     assert launch.sharding(config) == known, "remembered once the variables are gone"
     launcher.take_over()
     assert launch.sharding(recipe()) == "none", "the next run in this process was launched without"
@@ -160,6 +161,15 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # SLURM shows each task its own, as number 0
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert launch._device() == torch.device("cuda", 0)
+
+
+def test_ranks_that_see_other_data_are_named(monkeypatch):
+    """Rank 1 of three; the first and the last see the same."""
+    monkeypatch.setattr(launch, "gather_object", lambda mine: [*mine, "b" * 64, *mine])
+    with pytest.raises(ValueError, match=r"data.shards is a{12} on rank 0 and b{12} on rank 1"):
+        launch.agree("data.shards", "a" * 64)
+    monkeypatch.setattr(launch, "gather_object", lambda mine: mine * 3)
+    launch.agree("data.shards", "a" * 64)
 
 
 def test_processes_of_a_machine_share_its_processors(monkeypatch):

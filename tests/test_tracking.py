@@ -233,9 +233,9 @@ def test_lines_bar_and_trackers_of_a_log(tmp_path, capsys):
     kept = read_lines(tmp_path / "metrics.jsonl")
     assert [(line["step"], line["loss"]) for line in kept] == [(2, 0.5), (4, 0.25), (6, 0.5)] and kept[1]["grad_norm"] is None
     assert accelerator.logged[1] == (4, {"images": 64, "loss": 0.25, "images_per_second": 10.0}), "what is no number is not sent"
-    again = Log(tmp_path, main=True, start=3, stop=8, accelerator=accelerator)
-    again.close()
-    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [2]
+    for start, left in ((4, [2, 4]), (3, [2])):
+        Log(tmp_path, main=True, start=start, stop=8, accelerator=accelerator).close()
+        assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == left
     assert "/8" in capsys.readouterr().err
 
 
@@ -273,6 +273,10 @@ def test_bad_samples_are_exchanged_only_where_a_rank_found_some(tmp_path, monkey
     monkeypatch.setattr(tracking, "gather_object", lambda found: [*found, fault(3, "b.tar", "k", "torn")._asdict()])
     assert bad.report([fault(9, "a.tar", "j", "torn")], 100) == 2
     assert [line["position"] for line in read_lines(bad.path)] == [3, 9]
+    for main in (True, False):  # gone on from position 9, which is the first to come again
+        (tmp_path / "again").mkdir(exist_ok=True)
+        (tmp_path / "again/bad_samples.jsonl").write_bytes(bad.path.read_bytes())
+        assert [line["position"] for line in BadSamples(tmp_path / "again", share=0.01, main=main, start=9).lines] == [3]
     bad.back(5)
     assert [line["position"] for line in read_lines(bad.path)] == [3] and len(bad.lines) == 1
 
