@@ -386,6 +386,12 @@ def test_what_was_found_good_is_not_hashed_again_until_it_changes(tmp_path, monk
     assert verify(folder) is None and verify(folder) is None and len(hashed) == 6
     damage(folder, "flip")
     assert "does not match its sha256" in verify(folder)
+    damage(folder, "flip")  # back again
+    os.utime(folder / "rank-00000.safetensors", (1e9, 1e9))
+    assert verify(folder) is None
+    damage(folder, "flip")  # of the same number and size, and old as well
+    os.utime(folder / "rank-00000.safetensors", (1e9, 1e9 + 1))
+    assert "does not match its sha256" in verify(folder)
 
 
 # --- what is read

@@ -110,7 +110,7 @@ def test_a_bad_step_is_skipped_and_its_samples_are_named(digits, tmp_path, poiso
 
 def test_a_weight_that_is_not_a_number_leads_back_to_the_last_checkpoint_and_past_the_data(digits, tmp_path, poison, monkeypatch):
     """Four bad steps after the checkpoint of step 4: positions 64 to 143 are passed over. A run that goes on from that checkpoint with the
-    evidence beside it is the same run, and one without it is another."""
+    evidence beside it is the same run, and one without it is another; a later checkpoint knows by itself what was passed over."""
     poison("weight", 5)
     assert fit(digits, tmp_path / "run", *LOG) == 0
     (line,) = lines(tmp_path / "run/rollbacks.jsonl")
@@ -121,11 +121,11 @@ def test_a_weight_that_is_not_a_number_leads_back_to_the_last_checkpoint_and_pas
     state = json.loads((tmp_path / "run/checkpoint-12/state.json").read_text())
     assert state["images"] == 192 and state["cursor"] == 192 + 80
     monkeypatch.undo()
-    for name, kept in (("same", True), ("other", False)):
+    for name, step, kept in (("same", 4, True), ("other", 4, False), ("later", 8, True)):
         folder = tmp_path / name
         folder.mkdir()
-        shutil.copytree(tmp_path / "run/checkpoint-4", folder / "checkpoint-4")
-        if kept:
+        shutil.copytree(tmp_path / f"run/checkpoint-{step}", folder / f"checkpoint-{step}")
+        if name == "same":
             shutil.copy(tmp_path / "run/rollbacks.jsonl", folder)
         assert fit(digits, folder, *LOG) == 0
         assert equal(folder / "checkpoint-12", tmp_path / "run/checkpoint-12") == kept

@@ -103,6 +103,7 @@ def test_every_contradiction_is_told_at_once(monkeypatch):
         ({}, "hybrid", "hybrid"),
         (FSDP, None, "full"),
         (HYBRID, None, "hybrid"),
+        *((FSDP | {"FSDP_SHARDING_STRATEGY": number}, None, name) for number, name in (("1", "full"), ("4", "hybrid"))),
         (FSDP | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, None, "hybrid"),
         (FSDP, "hybrid", "hybrid"),
     ],
