@@ -40,6 +40,7 @@ from pipeline.checkpoint import Store, load_state
 from pipeline.config import Config
 from pipeline.density import affordable, bits
 from pipeline.draw import draw_folder, draw_picture
+from pipeline.ema.weights import read_wanted, read_weights
 from pipeline.evaluate import evaluate, load_features
 from pipeline.export import write_folder
 from pipeline.folder import open_folder
@@ -54,7 +55,6 @@ from pipeline.sheet import save_image, side_by_side
 from pipeline.source import Source, check_labels, led_by, need_pixels, network_source
 from pipeline.space import Space
 from pipeline.stock import form_of
-from pipeline.weights import read_wanted, read_weights
 
 
 class Opened(NamedTuple):
@@ -109,7 +109,7 @@ def source_of(options: Model) -> Source:
 
 
 class Trained:
-    """A checkpoint of a run, read back; with the weights that `ema` names, as in `pipeline.weights.read_wanted`.
+    """A checkpoint of a run, read back; with the weights that `ema` names, as in `pipeline.ema.weights.read_wanted`.
 
     Raises:
         ValueError: no whole checkpoint there, or no such weights.

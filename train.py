@@ -33,35 +33,36 @@ from models.convert import check_classes
 from models.cost import cost, example, stages
 from models.lora import add_lora
 from models.published import load_published
-from pipeline import launch, parallel, precision
-from pipeline.case import Rooms
+from pipeline import launch
 from pipeline.checkpoint import Store, averages, choose, find, load_state
 from pipeline.choice import check_encoders
 from pipeline.config import ALIASES, Config
-from pipeline.dry_run import dry_run
 from pipeline.ema import Averages
+from pipeline.ema.snapshots import store_of
 from pipeline.fold import check_export
-from pipeline.guard import Guard
-from pipeline.loop import story
+from pipeline.launch import parallel, precision
+from pipeline.launch.precision import Precision
 from pipeline.method import Method
 from pipeline.networks import model_options
-from pipeline.optim import adamw
 from pipeline.options import Export
-from pipeline.precision import Precision
-from pipeline.preview import preview
-from pipeline.pulse import Pulse
+from pipeline.plan.case import Rooms
+from pipeline.plan.dry_run import dry_run
 from pipeline.recipe import as_mapping, asked, facts_of, parse
-from pipeline.run import Run, begin
-from pipeline.snapshots import store_of
 from pipeline.space import Space
-from pipeline.status import Status
 from pipeline.stock import form_of
-from pipeline.told import MicroBatch, Teller
-from pipeline.trackers import check as check_trackers
-from pipeline.trackers import leave
 from pipeline.tracking import Meter
-from pipeline.utilisation import Utilisation
-from pipeline.watch import Watch
+from pipeline.tracking.trackers import check as check_trackers
+from pipeline.tracking.trackers import leave
+from pipeline.tracking.utilisation import Utilisation
+from pipeline.training.guard import Guard
+from pipeline.training.loop import story
+from pipeline.training.optim import adamw
+from pipeline.training.preview import preview
+from pipeline.training.pulse import Pulse
+from pipeline.training.run import Run, begin
+from pipeline.training.status import Status
+from pipeline.training.told import MicroBatch, Teller
+from pipeline.training.watch import Watch
 
 SHOWN = 32
 """Captions that the preview draws."""

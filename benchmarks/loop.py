@@ -5,7 +5,7 @@ so that a busy moment hits both alike. The bare loop reads the same stream,
 draws noise and times from torch's generator, has the same loss, backward pass,
 clipping, fused AdamW and running average, and nothing else: no log, no
 reduction, no judgement of steps, no order that survives a restart. Ours is all
-of `pipeline.loop` with a log line every 50 steps. Printed is the median over
+of `pipeline.training.loop` with a log line every 50 steps. Printed is the median over
 turns of the ratio of times. The aim: below 1.03.
 
     python benchmarks/loop.py [--turns 40] [--steps 5] [--width 256] [--depth 8] [--batch 64]
@@ -25,11 +25,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train
 from data.prepare import main as prepare
-from pipeline import launch, loop
+from pipeline import launch
 from pipeline.checkpoint import Store
 from pipeline.config import ALIASES, Config
 from pipeline.recipe import parse
-from pipeline.status import Status
+from pipeline.training import loop
+from pipeline.training.status import Status
 
 
 def assembled(options: argparse.Namespace, scratch: Path):
@@ -76,7 +77,7 @@ def bare(run):
 
 
 def ours(run):
-    """One step of pipeline.loop.fit."""
+    """One step of pipeline.training.loop.fit."""
     recent: loop.Recent = loop.deque(maxlen=2)
 
     def step() -> None:

@@ -33,9 +33,9 @@ from models.kernels import attend
 from models.layers import modulate, sincos_positions
 from pipeline.config import EmaConfig, TrainConfig
 from pipeline.ema import Averages
-from pipeline.optim import adamw
-from pipeline.precision import choose
+from pipeline.launch.precision import choose
 from pipeline.process import ALLOCATOR
+from pipeline.training.optim import adamw
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """Width, depth, heads."""

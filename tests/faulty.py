@@ -15,9 +15,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pipeline.loop as loop
-import pipeline.preview as preview
-import pipeline.rankfile as rankfile
+import pipeline.checkpoint.rankfile as rankfile
+import pipeline.training.loop as loop
+import pipeline.training.preview as preview
 import train
 from data.batch import Loader
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from pipeline import launch
 from pipeline.config import Config
-from pipeline.status import Status
-from pipeline.watch import Watch
+from pipeline.training.status import Status
+from pipeline.training.watch import Watch
 
 
 def fault(how: str, rank: int, step: int) -> None:

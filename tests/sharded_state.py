@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from pipeline import checkpoint, manifest
-from pipeline.checkpoint import Store, load_into, load_tensors
-from pipeline.shares import to_write
+from pipeline import checkpoint
+from pipeline.checkpoint import Store, load_into, load_tensors, manifest
+from pipeline.checkpoint.shares import to_write
 
 
 def mesh_of(kind):

@@ -16,11 +16,11 @@ from pipeline.card import Card
 from pipeline.checkpoint import Store, averages, load_state, load_tensors, raw_weights, verify
 from pipeline.config import Config, EmaConfig
 from pipeline.ema import Averages, laws
+from pipeline.ema.posthoc import BOUND, combine, exponent_of, power_decay, products, width_of
+from pipeline.ema.snapshots import count, due, forget, kept_of, rebuild, snapshot, store_of
+from pipeline.ema.weights import Wanted, read_wanted, read_weights
 from pipeline.options import Images
-from pipeline.posthoc import BOUND, combine, exponent_of, power_decay, products, width_of
 from pipeline.recipe import build
-from pipeline.snapshots import count, due, forget, kept_of, rebuild, snapshot, store_of
-from pipeline.weights import Wanted, read_wanted, read_weights
 
 # --- the laws
 

@@ -16,9 +16,10 @@ from data.options import Options
 from data.sources import Sources
 from models.convert import from_stock
 from models.lora import add_lora
-from pipeline import launch, precision
+from pipeline import launch
 from pipeline.checkpoint import load_state, load_tensors
 from pipeline.config import Config, LogConfig, TrainConfig
+from pipeline.launch import precision
 from pipeline.networks import DiTConfig
 from pipeline.space import Space
 

@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import checkpoint, manifest
-from pipeline.checkpoint import NOT_FINITE, Store, averages, choose, load_into, load_state, load_tensors, raw_weights, verify
-from pipeline.rankfile import KEY, Host, not_finite
-from pipeline.shares import to_write
+from pipeline import checkpoint
+from pipeline.checkpoint import NOT_FINITE, Store, averages, choose, load_into, load_state, load_tensors, manifest, raw_weights, verify
+from pipeline.checkpoint.rankfile import KEY, Host, not_finite
+from pipeline.checkpoint.shares import to_write
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -379,7 +379,7 @@ def test_an_old_one_that_cannot_be_removed_is_said_and_no_failure(tmp_path, monk
 def test_what_was_found_good_is_not_hashed_again_until_it_changes(tmp_path, monkeypatch):
     Store(tmp_path, keep=1).save(1, tensors(1), {"step": 1})
     folder, hashed, fault = tmp_path / "checkpoint-1", [], manifest._fault
-    monkeypatch.setattr("pipeline.manifest._fault", lambda path, seal: (hashed.append(path.name), fault(path, seal))[1])
+    monkeypatch.setattr("pipeline.checkpoint.manifest._fault", lambda path, seal: (hashed.append(path.name), fault(path, seal))[1])
     assert verify(folder) is None and verify(folder) is None and len(hashed) == 4, "too new to tell whether it changes"
     for file in folder.iterdir():
         os.utime(file, (1e9, 1e9))

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 import sample
 from data.prepare import main as prepare
 from pipeline.config import EmaConfig
+from pipeline.ema.weights import read_wanted
 from pipeline.flow import convert, guide, initial, widen
 from pipeline.folder import open_folder
 from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
-from pipeline.weights import read_wanted
 
 MORE = ("--export=true", "--train.learning_rate=1e-2")
 KINDS = {

@@ -10,16 +10,16 @@ import torch
 from conftest import fit
 from test_scale import BUCKETS, shapes  # noqa: F401  the fixture
 
-import pipeline.loop as loop
+import pipeline.training.loop as loop
 from data import build
 from data.options import Options
 from data.stream import Share
 from pipeline import checkpoint
 from pipeline.checkpoint import load_tensors
 from pipeline.config import GuardConfig
-from pipeline.guard import Evidence, Guard
 from pipeline.process import DIVERGED
-from pipeline.pulse import Beat, Pulse
+from pipeline.training.guard import Evidence, Guard
+from pipeline.training.pulse import Beat, Pulse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOG = ("--log.every=1", "--checkpoint.every=4", "--checkpoint.keep=9")

@@ -16,8 +16,9 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT
 from torch.distributed import TCPStore
 
-from pipeline import launch, launcher, meeting
+from pipeline import launch
 from pipeline.config import Config, DiTConfig, GuardConfig, TrainConfig
+from pipeline.launch import launcher, meeting
 
 ACCELERATE = ROOT / "configs" / "accelerate"
 MEMBER = str(ROOT / "tests" / "member.py")

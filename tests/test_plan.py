@@ -23,11 +23,11 @@ from data.survey import survey
 from models.cost import cost, example
 from models.memory import Footprint, Ledger, at_work, foretell, measured, units
 from pipeline import plan
-from pipeline.case import Case
 from pipeline.checkpoint import Store, load_tensors
 from pipeline.config import ALIASES, Config
-from pipeline.mistakes import Mistakes
 from pipeline.plan import Sizes, World
+from pipeline.plan.case import Case
+from pipeline.plan.mistakes import Mistakes
 from pipeline.recipe import as_mapping, asked, parse, parse_all
 
 TEXT = {"tokens": 16, "text_width": 48, "pooled_width": 32}

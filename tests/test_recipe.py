@@ -7,7 +7,7 @@ import pytest
 from pipeline.config import ALIASES, Config
 from pipeline.networks import DiTConfig, UNetConfig
 from pipeline.recipe import as_mapping, build, facts_of, parse
-from pipeline.run import compare
+from pipeline.training.run import compare
 
 
 def recipe(tmp_path, text, name="a.yaml"):

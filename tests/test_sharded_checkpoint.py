@@ -13,8 +13,8 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
 from pipeline.checkpoint import Store, load_tensors
-from pipeline.rankfile import KEY
-from pipeline.shares import Box, deal, overlap, shard_box, to_write, within
+from pipeline.checkpoint.rankfile import KEY
+from pipeline.checkpoint.shares import Box, deal, overlap, shard_box, to_write, within
 
 # --- boxes
 

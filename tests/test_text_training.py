@@ -21,8 +21,8 @@ from data.shards import Shards
 from data.stream import Share
 from data.text_encoders import TextEncoder, read_text_encoder
 from data.words import Words
-from pipeline import precision
 from pipeline.checkpoint import load_tensors
+from pipeline.launch import precision
 from pipeline.options import Retrieve
 
 NETWORKS = {

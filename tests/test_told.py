@@ -6,7 +6,7 @@ import torch
 
 from pipeline.config import Config, TrainConfig
 from pipeline.flow import Purpose, uniform
-from pipeline.told import Teller, classes
+from pipeline.training.told import Teller, classes
 
 CPU = torch.device("cpu")
 

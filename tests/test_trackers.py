@@ -10,10 +10,9 @@ from accelerate import PartialState
 from conftest import fit
 from test_tracking import Alone
 
-from pipeline import trackers
-from pipeline.jsonl import read_lines
-from pipeline.trackers import Tracker, attach, check, finish, flat
-from pipeline.tracking import loss_curve
+from pipeline.tracking import loss_curve, trackers
+from pipeline.tracking.jsonl import read_lines
+from pipeline.tracking.trackers import Tracker, attach, check, finish, flat
 
 # --- between the run and a server
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pipeline import tracking
-from pipeline.jsonl import Lines, read_lines
 from pipeline.tracking import BadSamples, Log, Meter, loss_curve, memory_gb
-from pipeline.utilisation import Utilisation
+from pipeline.tracking.jsonl import Lines, read_lines
+from pipeline.tracking.utilisation import Utilisation
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ def test_lines_wait_for_a_full_disk_and_follow_in_order(tmp_path):
 
 
 def test_what_waits_for_a_disk_is_bounded_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.jsonl.HELD", 3)
+    monkeypatch.setattr("pipeline.tracking.jsonl.HELD", 3)
     lines = Lines(tmp_path / "absent" / "a.jsonl")
     lines.held = type(lines.held)(maxlen=3)
     for n in range(5):

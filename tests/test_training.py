@@ -17,15 +17,15 @@ from conftest import ROOT, UNET, arguments, fit, launch
 from PIL import Image
 
 import models
-import pipeline.loop as loop
+import pipeline.training.loop as loop
 from data import prepare
 from pipeline import checkpoint
 from pipeline.checkpoint import load_tensors
 from pipeline.config import EmaConfig, FlowConfig, TrainConfig
 from pipeline.ema import Averages, HalfLife, laws
 from pipeline.method import Method
-from pipeline.optim import adamw, learning_rate
-from pipeline.run import compare
+from pipeline.training.optim import adamw, learning_rate
+from pipeline.training.run import compare
 
 
 def curve(folder):

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import models
 from models.cost import cost, example
-from pipeline import utilisation
-from pipeline.utilisation import SHEETS, Utilisation, flops, kind_of, listed, measured, peak
+from pipeline.tracking import utilisation
+from pipeline.tracking.utilisation import SHEETS, Utilisation, flops, kind_of, listed, measured, peak
 
 CPU = torch.device("cpu")
 

@@ -15,11 +15,11 @@ from conftest import ROOT
 from test_launch import MEMBER, TORCHRUN, start
 from torch.distributed import TCPStore
 
-from pipeline import watch
-from pipeline.meeting import Meeting
+from pipeline.launch.meeting import Meeting
 from pipeline.process import HUNG
-from pipeline.status import Status, read
-from pipeline.watch import Place, Watch, _compare, _places, _report
+from pipeline.training import watch
+from pipeline.training.status import Status, read
+from pipeline.training.watch import Place, Watch, _compare, _places, _report
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a thread's _exit becomes SystemExit
 

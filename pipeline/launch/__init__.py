@@ -15,7 +15,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import AORecipeKwargs, DistributedDataParallelKwargs, KwargsHandler, gather_object, is_torchao_available
 
-from .config import Config
+from ..config import Config
 from .launcher import check_recipe, sharding, take_over
 from .meeting import Meeting, meet
 from .precision import Precision, settle

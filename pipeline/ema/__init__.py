@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from .config import EmaConfig
+from ..config import EmaConfig
 from .posthoc import exponent_of, power_decay
 
 RAW = "raw"

@@ -25,8 +25,8 @@ from typing import Any, TypeVar
 
 from torch.distributed import Store
 
-from .launch import meeting
-from .process import HUNG
+from ..launch import meeting
+from ..process import HUNG
 from .status import Status
 
 T = TypeVar("T")

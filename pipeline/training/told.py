@@ -11,8 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .config import Config
-from .flow import Condition, Purpose, uniform
+from ..config import Config
+from ..flow import Condition, Purpose, uniform
 
 
 class MicroBatch(Protocol):

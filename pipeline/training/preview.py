@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .flow import Condition, count
-from .generate import Sampler, generate
+from ..flow import Condition, count
+from ..generate import Sampler, generate
+from ..sheet import grid, save_image
+from ..source import network_source
+from ..space import Space
 from .run import Run
-from .sheet import grid, save_image
-from .source import network_source
-from .space import Space
 
 ROWS = 4
 """Samples of each class."""

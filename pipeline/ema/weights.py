@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import averages, raw_weights
-from .config import EmaConfig
-from .ema import RAW, HalfLife, Power, laws
+from ..checkpoint import averages, raw_weights
+from ..config import EmaConfig
+from . import RAW, HalfLife, Power, laws
 from .posthoc import NARROWEST, WIDEST
 from .snapshots import kept_of, rebuild
 

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .config import GuardConfig
-from .jsonl import Line, Lines, read_lines
+from ..config import GuardConfig
+from ..tracking.jsonl import Line, Lines, read_lines
 from .pulse import Beat
 
 

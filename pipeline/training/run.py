@@ -14,22 +14,22 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from .checkpoint import Store, find, load_into, load_state
-from .config import Config
-from .ema import Averages
-from .flow import Condition
+from ..checkpoint import Store, find, load_into, load_state
+from ..config import Config
+from ..ema import Averages
+from ..ema.snapshots import forget
+from ..flow import Condition
+from ..leaks import scrubbed
+from ..method import Method
+from ..process import Stopper
+from ..recipe import as_mapping
+from ..space import Space
+from ..tracking import BadSamples, Log, Meter
+from ..tracking.trackers import attach
 from .guard import Evidence, Guard
-from .leaks import scrubbed
-from .method import Method
-from .process import Stopper
 from .pulse import Pulse
-from .recipe import as_mapping
-from .snapshots import forget
-from .space import Space
 from .status import Status
 from .told import MicroBatch
-from .trackers import attach
-from .tracking import BadSamples, Log, Meter
 from .watch import Watch
 
 

@@ -6,12 +6,12 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from . import plan
+from .. import plan
+from ..config import ALIASES, Config
+from ..recipe import parse_all
+from . import amount, count, size
 from .case import Case, Rooms
-from .config import ALIASES, Config
 from .mistakes import Mistakes
-from .plan import amount, count, size
-from .recipe import parse_all
 
 PRODUCTS = {"no": 6e10, "half": 1.5e10}
 """Multiply-adds of the forward pass that is measured here, at most: seconds on two cores."""

@@ -16,14 +16,14 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from ..ema.snapshots import due as snapshot_due
+from ..ema.snapshots import forget, snapshot
+from ..launch.parallel import whole
+from ..process import DIVERGED, MISTAKE
 from .guard import Diverged
 from .optim import learning_rate
-from .parallel import whole
-from .process import DIVERGED, MISTAKE
 from .pulse import Beat
 from .run import Run, Told
-from .snapshots import due as snapshot_due
-from .snapshots import forget, snapshot
 from .told import MicroBatch
 
 Recent = deque[tuple[int, list[MicroBatch]]]

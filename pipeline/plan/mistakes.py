@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from .checkpoint import Store, choose, find
-from .config import Config, FlowConfig
-from .method import Method
-from .run import compare
+from ..checkpoint import Store, choose, find
+from ..config import Config, FlowConfig
+from ..method import Method
+from ..training.run import compare
 
 T = TypeVar("T")
 

@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import plan
-from .config import Config
-from .launch import check_launcher
-from .method import Draws, Method
+from .. import plan
+from ..config import Config
+from ..launch import check_launcher
+from ..method import Draws, Method
+from ..networks import model_options
+from ..recipe import facts_of
+from ..space import Space
+from . import Sizes, World
 from .mistakes import Mistakes, check_begin, check_coupling, check_folder, defaults_of, method_of
-from .networks import model_options
-from .plan import Sizes, World
-from .recipe import facts_of
-from .space import Space
 
 SD: dict[str, Any] = {"channels": 4, "factor": 8, "image_channels": 3, "fingerprint": {"class": "AutoencoderKL"}}
 """Of an autoencoder that cannot be read: Stable Diffusion's."""

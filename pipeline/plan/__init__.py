@@ -6,9 +6,9 @@ from collections.abc import Iterable, Sequence
 from math import ceil, prod
 from typing import NamedTuple
 
-from . import snapshots as snapped
-from .config import Config
-from .ema import laws
+from ..config import Config
+from ..ema import laws
+from ..ema import snapshots as snapped
 
 FLOAT = 4
 """Bytes of a weight, a gradient, a moment, an average: all are float32."""

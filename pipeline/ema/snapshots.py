@@ -16,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .checkpoint import PREFIX, Store, averages, verify
-from .config import EmaConfig
-from .ema import Averages, Power
+from ..checkpoint import PREFIX, Store, averages, verify
+from ..config import EmaConfig
+from . import Averages, Power
 from .posthoc import BOUND, Combination, combine
 
 FOLDER = "averages"

@@ -1,0 +1,1 @@
+"""From a run's parts to its last step: the loop, its state, and what stands guard over both."""
