@@ -45,7 +45,7 @@ def whole(scale=1.0):
     }
     state = {name: torch.randn(shape, generator=draw) * scale for name, shape in shapes.items()}
     state |= {"optim.half": torch.randn(9, 4, generator=draw).bfloat16(), "optim.count": torch.arange(11) * int(scale)}
-    return state | {"optim.step": torch.tensor(3.0 * scale), "optim.flag": torch.tensor([True, False, True])}
+    return state | {"optim.step": torch.tensor(3.0 * scale), "optim.flag": torch.tensor([True, False, True]), "optim.flag.b": torch.ones(5)}
 
 
 def spread(state, kind):
@@ -59,7 +59,9 @@ def spread(state, kind):
         if name == "optim.step":
             found[name] = t.clone()
         else:
-            found[name] = distribute_tensor(t.clone(), mesh, [*copies, Shard(dim)] if name != "optim.flag" else [Replicate()] * mesh.ndim)
+            found[name] = distribute_tensor(
+                t.clone(), mesh, [*copies, Shard(dim)] if not name.startswith("optim.flag") else [Replicate()] * mesh.ndim
+            )
     return found
 
 

@@ -309,6 +309,15 @@ def test_snapshots_of_a_course_that_was_left_are_forgotten(tmp_path):
     assert not store.folders()
 
 
+def test_snapshots_of_no_image_and_of_no_number_are_none(tmp_path, capsys):
+    store = store_of(tmp_path)
+    for step, images in ((0, 0), (1, 16), (2, 32), (3, "many"), (4, 64)):
+        assert store.save(step, {"a": torch.ones(1)}, {"step": step, "images": images, "widths": [0.05]}) == []
+    kept = kept_of(tmp_path / "checkpoint-2", 32, (0.05,))
+    assert [(one.images, one.folder) for one in kept] == [(16, store.root / "checkpoint-1"), (32, tmp_path / "checkpoint-2")]
+    assert capsys.readouterr().out.count("is damaged and passed over") == 1
+
+
 # --- which weights
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline import checkpoint
 from pipeline.checkpoint import NOT_FINITE, Store, averages, choose, load_into, load_state, load_tensors, manifest, raw_weights, verify
-from pipeline.checkpoint.rankfile import Host, not_finite
+from pipeline.checkpoint.rankfile import KEY, Host, not_finite
 from pipeline.checkpoint.shares import to_write
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +78,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path, cap
         store.save(step, tensors(step), {"step": step})
     damage(tmp_path / "checkpoint-2", how)
     assert store.latest() == tmp_path / "checkpoint-1"
-    assert f"{tmp_path / 'checkpoint-2'} is damaged and passed over" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{tmp_path / 'checkpoint-2'} is damaged and passed over" in said
+    assert ("bytes, the manifest says" in said) == (how in ("cut", "state")), "told by its size, nothing is hashed"
     with pytest.raises(ValueError, match="is no whole checkpoint"):
         load_state(tmp_path / "checkpoint-2")
     assert store.save(2, tensors(2), {"step": 2}) == [] and store.latest() == tmp_path / "checkpoint-2", "a damaged one is written again"
@@ -169,6 +171,13 @@ def test_a_disk_that_is_really_full(tmp_path):
     assert errors == ["rank 0: [Errno 27] File too large"] and [p.name for p in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
+def test_a_state_of_which_a_part_was_not_written_is_no_checkpoint(tmp_path, monkeypatch):
+    """Wherever the parts went that no rank took: 17 numbers of 18."""
+    monkeypatch.setattr(checkpoint, "to_write", lambda *given: [part for part in to_write(*given) if part.name != "scalar"])
+    (error,) = Store(tmp_path, keep=1).save(1, tensors(1), {"step": 1})
+    assert "17 of 18 numbers were written" in error and not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("no folder")
     errors = Store(tmp_path / "file" / "run", keep=1).save(1, tensors(1), {})
@@ -240,6 +249,19 @@ def test_what_is_saved_is_the_state_when_the_save_began(tmp_path, monkeypatch):
         assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors(step).items())
         assert load_state(tmp_path / f"checkpoint-{step}")["seen"] == list(range(1, step + 1))
     assert store.finish() == [], "nothing was begun"
+
+
+def test_memory_for_copies_is_taken_once():
+    """Of a state of the same size or a smaller one; a larger one has room too."""
+    host = Host()
+
+    def copied(count):
+        host.copy(to_write({"x": torch.arange(float(count))}, 0, 1))
+        found = torch.frombuffer(host.bytes(4 * count), dtype=torch.float32)
+        assert found.equal(torch.arange(float(count)))
+        return found.data_ptr()
+
+    assert copied(1000) == copied(900) == copied(1000) != copied(9000)
 
 
 def test_any_reader_of_safetensors_reads_the_file(tmp_path):
@@ -364,6 +386,12 @@ def test_what_was_found_good_is_not_hashed_again_until_it_changes(tmp_path, monk
     assert verify(folder) is None and verify(folder) is None and len(hashed) == 6
     damage(folder, "flip")
     assert "does not match its sha256" in verify(folder)
+    damage(folder, "flip")  # back again
+    os.utime(folder / "rank-00000.safetensors", (1e9, 1e9))
+    assert verify(folder) is None
+    damage(folder, "flip")  # of the same number and size, and old as well
+    os.utime(folder / "rank-00000.safetensors", (1e9, 1e9 + 1))
+    assert "does not match its sha256" in verify(folder)
 
 
 # --- what is read
@@ -410,6 +438,24 @@ def test_what_does_not_fit_is_listed_and_nothing_is_changed(tmp_path, old):
     assert given["a"].equal(tensors(1)["a"]) and given["new.b"] == 0
     with pytest.raises(ValueError, match=r"x1, x2, x3, and 7 more"):
         load_into(folder, {**given, **{f"x{i}": torch.zeros(1) for i in range(1, 11)}}, allow_missing=["new."], allow_unexpected=["b."])
+
+
+@pytest.mark.parametrize("listed", [4, 8])
+def test_half_a_tensor_is_none(tmp_path, listed):
+    """The file has four of eight numbers, and the manifest lists eight, or four, as of a folder put together by hand."""
+    Store(tmp_path, keep=1).save(1, {"a": torch.ones(listed)}, {"step": 1})
+    folder = tmp_path / "checkpoint-1"
+    file, parts = folder / "rank-00000.safetensors", {"a": {"whole": [8], "offset": [0]}}
+    save_file({"a": torch.ones(4)}, file, metadata={KEY: json.dumps({"parts": parts})})
+    said = json.loads((folder / "manifest.json").read_text())
+    said["files"][file.name] = {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(said))
+    assert verify(folder) is None
+    with pytest.raises(ValueError, match="lacks parts of a"):
+        load_into(folder, {"a": torch.zeros(listed)})
+    if listed == 8:
+        with pytest.raises(ValueError, match="lacks parts of a"):
+            load_tensors(folder)
 
 
 def test_averages_by_label(tmp_path):

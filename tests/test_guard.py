@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import pipeline.training.loop as loop
 from data import build
 from data.options import Options
 from data.stream import Share
+from pipeline import checkpoint
 from pipeline.checkpoint import load_tensors
 from pipeline.config import GuardConfig
 from pipeline.process import DIVERGED
@@ -30,6 +32,13 @@ def equal(a, b):
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def keys(digits, position):
+    """Of the batch of 16 that begins there."""
+    options = Options(shards=(str(digits),), resolution=8, channels=1)
+    stream = build(options, seed=0, share=Share(batch_size=16), start=position)
+    return stream.keys(next(stream))
 
 
 def beat(step=0, loss=1.0, norm=1.0, bad=False):
@@ -83,8 +92,7 @@ def test_a_bad_step_is_skipped_and_its_samples_are_named(digits, tmp_path, poiso
     poison(where, 5, by=by)
     assert fit(digits, tmp_path / "run", *LOG) == 0
     (line,) = lines(tmp_path / "run/bad_steps.jsonl")
-    stream = build(Options(shards=(str(digits),), resolution=8, channels=1), seed=0, share=Share(batch_size=16), start=5 * 16)
-    assert line["step"] == 5 and line["keys"] == stream.keys(next(stream)) and len(set(line["keys"])) == 16
+    assert line["step"] == 5 and line["keys"] == keys(digits, 5 * 16) and len(set(line["keys"])) == 16
     found = lines(tmp_path / "run/metrics.jsonl")
     assert [row["skipped_steps"] for row in found] == [0] * 5 + [1] * 7 and not (tmp_path / "run/rollbacks.jsonl").exists()
     assert all(math.isfinite(row["loss"]) for row in found if row["step"] != 6)
@@ -105,23 +113,38 @@ def test_a_bad_step_is_skipped_and_its_samples_are_named(digits, tmp_path, poiso
 
 def test_a_weight_that_is_not_a_number_leads_back_to_the_last_checkpoint_and_past_the_data(digits, tmp_path, poison, monkeypatch):
     """Four bad steps after the checkpoint of step 4: positions 64 to 143 are passed over. A run that goes on from that checkpoint with the
-    evidence beside it is the same run, and one without it is another."""
+    evidence beside it is the same run, and one without it is another; a later checkpoint knows by itself what was passed over."""
     poison("weight", 5)
     assert fit(digits, tmp_path / "run", *LOG) == 0
     (line,) = lines(tmp_path / "run/rollbacks.jsonl")
     assert (line["from_step"], line["to_step"], line["positions"], line["cursor"]) == (9, 4, [64, 144], 144)
+    assert [(row["step"], row["keys"]) for row in line["bad_steps"]] == [(n, keys(digits, 16 * n)) for n in (5, 6, 7, 8)]
+    assert not lines(tmp_path / "run/bad_steps.jsonl"), "what was undone is told there alone"
     assert "4 steps in a row" in line["reason"] and [row["step"] for row in lines(tmp_path / "run/metrics.jsonl")] == list(range(1, 13))
     state = json.loads((tmp_path / "run/checkpoint-12/state.json").read_text())
     assert state["images"] == 192 and state["cursor"] == 192 + 80
     monkeypatch.undo()
-    for name, kept in (("same", True), ("other", False)):
+    for name, step, kept in (("same", 4, True), ("other", 4, False), ("later", 8, True)):
         folder = tmp_path / name
         folder.mkdir()
-        shutil.copytree(tmp_path / "run/checkpoint-4", folder / "checkpoint-4")
-        if kept:
+        shutil.copytree(tmp_path / f"run/checkpoint-{step}", folder / f"checkpoint-{step}")
+        if name == "same":
             shutil.copy(tmp_path / "run/rollbacks.jsonl", folder)
         assert fit(digits, folder, *LOG) == 0
         assert equal(folder / "checkpoint-12", tmp_path / "run/checkpoint-12") == kept
+        found = json.loads((folder / "checkpoint-12/state.json").read_text())["guard"]
+        assert (found == state["guard"]) == kept and found["skipped"] == 0 == found["row"], "steps undone count no more"
+
+
+def test_a_resumed_run_judges_as_the_whole_one_would(digits, tmp_path, poison):
+    """Step 3 is bad; the run ends at 5 and goes on: what the guard knows of the steps before comes from the checkpoint."""
+    poison("batch", 3)
+    assert fit(digits, tmp_path / "run", *LOG, "--train.max_steps=5") == 0
+    assert fit(digits, tmp_path / "run", *LOG) == 0
+    found = lines(tmp_path / "run/metrics.jsonl")
+    assert [row["skipped_steps"] for row in found] == [0] * 3 + [1] * 9
+    known = json.loads((tmp_path / "run/checkpoint-12/state.json").read_text())["guard"]
+    assert known["losses"] == pytest.approx([row["loss"] for row in found if row["loss"] is not None]) and len(known["losses"]) == 11
 
 
 def test_a_rollback_with_batches_of_several_shapes(shapes, tmp_path, poison, monkeypatch):  # noqa: F811
@@ -152,6 +175,47 @@ def test_a_spike_leads_back(digits, tmp_path, poison, capsys):
     assert len(line["metrics"]) == 3 and "past the data of positions [64, 128]" in capsys.readouterr().out
 
 
+def test_snapshots_of_the_course_that_was_undone_are_written_anew(digits, tmp_path, poison, monkeypatch):
+    """Steps 5 and 6 had theirs before the spike led back to 4; what stays is that of a run that begins there."""
+    words = (*LOG, "--guard.window=5", "--ema.power", "0.1")
+    poison("loss", 6, by=100.0)
+    assert fit(digits, tmp_path / "run", *words) == 0
+    monkeypatch.undo()
+    (tmp_path / "same").mkdir()
+    shutil.copytree(tmp_path / "run/checkpoint-4", tmp_path / "same/checkpoint-4")
+    shutil.copy(tmp_path / "run/rollbacks.jsonl", tmp_path / "same")
+    assert fit(digits, tmp_path / "same", *words) == 0
+    for step in (5, 6, 7, 12):
+        assert equal(tmp_path / f"run/averages/checkpoint-{step}", tmp_path / f"same/averages/checkpoint-{step}"), step
+
+
+def test_the_samples_named_are_those_of_the_step_done_again(digits, tmp_path, poison):
+    """Step 8 is undone and done again on the data behind it, which are bad: both courses have a step 8."""
+    poison("loss", 8, by=100.0)
+    poison("batch", 9)
+    assert fit(digits, tmp_path / "run", *LOG, "--guard.window=5") == 0
+    (undone,), (line,) = lines(tmp_path / "run/rollbacks.jsonl"), lines(tmp_path / "run/bad_steps.jsonl")
+    assert (undone["from_step"], undone["to_step"]) == (9, 8) and undone["bad_steps"] == []
+    assert line["step"] == 8 and line["keys"] == keys(digits, 9 * 16)
+
+
+def test_a_rollback_waits_for_the_checkpoint_under_way(digits, tmp_path, poison, monkeypatch):
+    """That of step 4 is held back until the spike of step 5 has been judged: it is the last good one all the same."""
+    gate, write, back = threading.Event(), checkpoint.write_file, loop.roll_back
+
+    def held(path, *rest):
+        if path.parent.name.startswith(".tmp-4-"):
+            assert gate.wait(60)
+        return write(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_file", held)
+    monkeypatch.setattr(loop, "roll_back", lambda *given: (gate.set(), back(*given))[1])
+    poison("loss", 5, by=100.0)
+    assert fit(digits, tmp_path / "run", *LOG, "--guard.window=5") == 0
+    (line,) = lines(tmp_path / "run/rollbacks.jsonl")
+    assert (line["from_step"], line["to_step"]) == (6, 4)
+
+
 def test_what_rollbacks_do_not_cure_ends_with_a_status_of_its_own_and_the_evidence(digits, tmp_path, poison, capsys):
     poison("batch", *range(6, 1000))
     assert fit(digits, tmp_path / "run", *LOG, "--guard.rollbacks=2", "--guard.skips=1") == DIVERGED == 3
@@ -166,7 +230,14 @@ def test_what_rollbacks_do_not_cure_ends_with_a_status_of_its_own_and_the_eviden
 
 def test_a_fresh_run_forgets_the_evidence_of_another(tmp_path):
     (tmp_path / "rollbacks.jsonl").write_text('{"to_step": 0, "cursor": 99}\n{"torn')
-    assert Evidence(tmp_path, main=False, start=0, fresh=False).cursor(0) == 99
+    evidence = Evidence(tmp_path, main=False, start=0, fresh=False)
+    assert evidence.cursor(0) == 99
+    evidence.rolled_back({"to_step": 0, "cursor": 200})
+    evidence.rolled_back({"to_step": 5, "cursor": 300})
+    assert (evidence.cursor(0), evidence.cursor(5), evidence.cursor(3)) == (200, 300, 0), "the last way back from a step passes over most"
+    (tmp_path / "bad_steps.jsonl").write_text("".join(f'{{"step": {n}, "keys": []}}\n' for n in (2, 3, 4)))
+    Evidence(tmp_path, main=True, start=3, fresh=False)
+    assert [line["step"] for line in lines(tmp_path / "bad_steps.jsonl")] == [2], "step 3 is the first to come again"
     assert Evidence(tmp_path, main=True, start=0, fresh=True).cursor(0) == 0 and not (tmp_path / "rollbacks.jsonl").exists()
 
 
@@ -181,6 +252,8 @@ def test_the_judgement():
     other = Guard(GuardConfig(window=4))
     other.restore(json.loads(json.dumps(guard.state())))
     assert other.state() == guard.state() and list(other.losses) == list(guard.losses)
+    other.restore({"losses": [3.0], "row": 1})
+    assert other.state() == {"losses": [3.0], "norms": [], "row": 1, "skipped": 0}, "nothing of the course that was undone"
     assert not Guard(GuardConfig(window=2, loss_spike=0, norm_spike=0)).judge(beat(loss=1e9))
 
 
@@ -195,6 +268,33 @@ def test_the_pulse_tells_a_bad_step_on_the_device():
     assert pulse.read() == []
     scaled = Pulse(torch.device("cpu"), 1, scaled=True)
     assert float(scaled.beat(0, one, nan, stop=False, writing=False)) == 0, "fp16's scaler skips those itself"
+
+
+def test_the_pulse_of_three_ranks(monkeypatch):
+    """Means of losses and norms; bad, told to stop, still writing: if any rank is."""
+    one = torch.tensor(1.0)
+    for others, said in (
+        ([5.0, 2.0, 0, 0, 0], (2.0, 1.0, False, False, False)),
+        ([5.0, 2.0, 1, 0, 0], (2.0, 1.0, True, False, False)),
+        ([5.0, 2.0, 0, 1, 0], (2.0, 1.0, False, True, False)),
+        ([5.0, 2.0, 0, 0, 1], (2.0, 1.0, False, False, True)),
+    ):
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda facts, others=others: facts.add_(torch.tensor(others)))
+        pulse = Pulse(torch.device("cpu"), 3)
+        assert bool(pulse.beat(7, one, one, stop=False, writing=False)) == said[2]
+        assert pulse.read() == [Beat(7, *said)]
+
+
+def test_on_a_gpu_the_newest_step_is_not_waited_for():
+    pulse, one = Pulse(torch.device("cpu"), 1), torch.tensor(1.0)
+    for step in range(3):
+        pulse.beat(step, one, one, stop=False, writing=False)
+    pulse.device = torch.device("cuda")
+    assert [b.step for b in pulse.read()] == [0, 1] and pulse.read() == [] and [b.step for b in pulse.read(all=True)] == [2]
+    pulse.device = torch.device("cpu")
+    pulse.beat(3, one, one, stop=False, writing=False)
+    pulse.forget()
+    assert pulse.read(all=True) == []
 
 
 def test_no_step_of_a_sound_run_is_called_a_spike(digits, tmp_path):

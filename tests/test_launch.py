@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,17 +104,19 @@ def test_every_contradiction_is_told_at_once(monkeypatch):
         ({}, "hybrid", "hybrid"),
         (FSDP, None, "full"),
         (HYBRID, None, "hybrid"),
+        *((FSDP | {"FSDP_SHARDING_STRATEGY": number}, None, name) for number, name in (("1", "full"), ("4", "hybrid"))),
         (FSDP | {"PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}, None, "hybrid"),
         (FSDP, "hybrid", "hybrid"),
     ],
 )
 def test_sharding_is_the_recipes_or_as_launched_and_accelerate_forgets_it(monkeypatch, said, asked, known):
-    for name, value in said.items():
+    for name, value in (said | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "PARALLELISM_CONFIG_TP_SIZE": "1"}).items():
         monkeypatch.setenv(name, value)
     config = recipe(sharding=asked)
     assert launch.sharding(config) == known
     launcher.take_over()
-    assert not [name for name in os.environ if name.startswith("FSDP_") or name == "ACCELERATE_USE_FSDP"]
+    unsaid = ("FSDP_", "ACCELERATE_USE_FSDP", "ACCELERATE_DYNAMO_", "PARALLELISM_CONFIG_")
+    assert not [name for name in os.environ if name.startswith(unsaid)]
     assert launch.sharding(config) == known, "remembered once the variables are gone"
     launcher.take_over()
     assert launch.sharding(recipe()) == "none", "the next run in this process was launched without"
@@ -160,6 +163,37 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # SLURM shows each task its own, as number 0
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert launch._device() == torch.device("cuda", 0)
+
+
+def test_ranks_that_see_other_data_are_named(monkeypatch):
+    """Rank 1 of three; the first and the last see the same."""
+    monkeypatch.setattr(launch, "gather_object", lambda mine: [*mine, "b" * 64, *mine])
+    with pytest.raises(ValueError, match=r"data.shards is a{12} on rank 0 and b{12} on rank 1"):
+        launch.agree("data.shards", "a" * 64)
+    monkeypatch.setattr(launch, "gather_object", lambda mine: mine * 3)
+    launch.agree("data.shards", "a" * 64)
+
+
+def test_processes_of_a_machine_share_its_processors(monkeypatch):
+    """Eight of them: all for one process, as many for each of several, and never none; a number that is asked for is taken."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
+    for ranks, each in (("1", 8), ("3", 2), ("4", 2), ("16", 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert launch._share() == each
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(launch, "_begin_group", lambda patience: None)
+    monkeypatch.setattr(launch, "PartialState", lambda cpu: SimpleNamespace(num_processes=1))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    launch.join()
+    assert taken == [], "alone: torch's own number"
+    launch.join(3)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    launch.join()
+    launch.join(5)
+    assert taken == [3, 2, 5]
 
 
 def test_torch_waits_longer_than_the_watch():

@@ -2,7 +2,7 @@
 
 import math
 import os
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import frozen
 import pytest
@@ -175,8 +175,10 @@ def test_caches_made_before_and_after_a_trace_hold_values():
     """A path's table is the same whether a trace came first or not, and a trace leaves no fake tensors in it."""
     config = parse(Config, ["--flow.path=ddpm", "--flow.predict=noise", "--flow.time=discrete", *SHAPE])
     case = Case(config, train.ROOMS, Mistakes())
-    found = case.rooms.foretell(case.network, case.step(2, case.shape), "no", "cpu")
+    step = case.step(2, case.shape)
+    found = case.rooms.foretell(case.network, step, "no", "cpu")
     assert isinstance(found, Footprint) and math.isfinite(float(case.method.path(torch.tensor([0.5])).a))
+    assert measured(case.network(device="cpu", seed=0), step, "no") == pytest.approx(found.peak, rel=0.15), "the same step, with numbers"
 
 
 SHAPE = ("--data.resolution=16", "--data.channels=3", "--model.width=32", "--model.depth=2", "--model.heads=2")
@@ -500,6 +502,30 @@ def test_parse_all_names_all(words, found):
     assert all("\n" not in text for text in mistakes)
     assert config.seed == {"--seed=1": 1, "--seed=3": 3}.get(next((w for w in words if w.startswith("--seed")), ""), 0)
     assert as_mapping(config)["train"]["max_steps"] == 400_000
+
+
+@dataclass(frozen=True)
+class Between:
+    """Two values that are right, each alone."""
+
+    low: int = 0
+    high: int = 9
+
+    def __post_init__(self):
+        if self.low > self.high:
+            raise ValueError(f"between.low={self.low} is above between.high={self.high}.")
+
+
+@dataclass(frozen=True)
+class Ranged:
+    between: Between = field(default_factory=Between)
+    seed: int = 0
+
+
+def test_values_that_are_wrong_together_alone_are_named_and_the_rest_is_kept():
+    assert parse_all(Ranged, ["--between.low=5", "--seed=3"]) == (Ranged(Between(low=5), 3), [])
+    found, (mistake,) = parse_all(Ranged, ["--between.low=5", "--between.high=4", "--seed=3"])
+    assert found == Ranged(seed=3) and mistake.startswith("between.low=5 is above between.high=4")
 
 
 @pytest.mark.parametrize(

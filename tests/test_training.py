@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from PIL import Image
 import models
 import pipeline.training.loop as loop
 from data import prepare
+from pipeline import checkpoint
 from pipeline.checkpoint import load_tensors
 from pipeline.config import EmaConfig, FlowConfig, TrainConfig
 from pipeline.ema import Averages, HalfLife, laws
@@ -109,6 +111,20 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(digits, tmp_path, more):
     assert digest(tmp_path / "parts" / last) == digest(tmp_path / "whole" / last)
     for key in ("step", "images", "loss", "lr", "grad_norm"):
         assert [line[key] for line in curve(tmp_path / "parts")] == [line[key] for line in curve(tmp_path / "whole")]
+    assert last == f"checkpoint-{curve(tmp_path / 'whole')[-1]['step']}", "the last step has a line, whether or not one is due"
+    if "--train.lr_ramp=cosine" in more:  # of the steps 1, 3, ... counted from 0, which the lines of 2, 4, ... are about
+        told = [line["lr"] for line in curve(tmp_path / "whole")]
+        assert told == pytest.approx([1e-3 * (1 + math.cos(math.pi * step / 12)) / 2 for step in range(1, 12, 2)])
+
+
+def test_a_step_in_four_passes_is_the_step(digits, tmp_path):
+    """Loss and gradient as the log tells them, and so the next steps; only sums are in another order."""
+    for passes in (1, 4):
+        more = ("--train.max_steps=3", "--log.every=1", f"--train.gradient_accumulation_steps={passes}")
+        assert fit(digits, tmp_path / str(passes), *more) == 0
+    one, four = curve(tmp_path / "1"), curve(tmp_path / "4")
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in four] == pytest.approx([line[key] for line in one], rel=1e-4)
 
 
 def test_a_finished_run_is_left_as_it_is(digits, trained, capsys):
@@ -302,6 +318,42 @@ def test_a_full_disk_does_not_stop_training(digits, tmp_path, monkeypatch, capsy
     assert "the state of step 12 could not be saved" in error and len(curve(tmp_path / "run")) == 6
     assert "checkpoint of step 4 failed, older ones are untouched: rank 0: [Errno 28] No space left on device" in out
     assert not list((tmp_path / "run").glob("*checkpoint*")) and not list((tmp_path / "run").glob(".tmp*"))
+
+
+def test_a_save_that_failed_is_tried_again_soon(digits, tmp_path, monkeypatch, capsys):
+    """A tenth of checkpoint.every later, and of 4 steps that is the next one; then as before."""
+    write = checkpoint.write_file
+
+    def full_at_4(path, *rest):
+        if path.parent.name.startswith(".tmp-4-"):
+            raise OSError(28, "No space left on device")
+        return write(path, *rest)
+
+    monkeypatch.setattr(checkpoint, "write_file", full_at_4)
+    assert fit(digits, tmp_path / "run", "--checkpoint.asynchronous=false", "--checkpoint.keep=9") == 0
+    assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (0, 5, 8, 12)}
+    assert "It is tried again at step 5." in "".join(capsys.readouterr())
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(digits, tmp_path, monkeypatch):
+    """The file of step 4 is held back until step 7 is done."""
+    gate, waits, write, advance = threading.Event(), [], checkpoint.write_file, loop.advance
+
+    def held(path, *rest):
+        if path.parent.name.startswith(".tmp-4-"):
+            waits.append(gate.wait(20))
+        return write(path, *rest)
+
+    def counted(run):
+        seen = advance(run)
+        if run.step == 7:
+            gate.set()
+        return seen
+
+    monkeypatch.setattr(checkpoint, "write_file", held)
+    monkeypatch.setattr(loop, "advance", counted)
+    assert fit(digits, tmp_path / "run", "--checkpoint.keep=9") == 0 and waits == [True]
+    assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (0, 4, 8, 12)}
 
 
 def test_a_run_that_diverges_stops_and_saves_nothing_of_it(digits, tmp_path, capsys):

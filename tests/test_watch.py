@@ -136,9 +136,12 @@ def test_a_watch_of_no_seconds_starts_no_thread_and_places_nest():
     with one.at("saving"):
         assert one._place == (3, "saving")
     assert one._place == (3, "reading data") and threading.active_count() == before
+    assert one._here().moves == 2, "since it came to this step"
+    one.beat(4, "reading data")
+    assert one._here().moves == 0
     with pytest.raises(OSError), one.at("saving"):
         raise OSError
-    assert one._place == (3, "reading data")
+    assert one._place == (4, "reading data")
     one.close()
 
 

@@ -230,7 +230,6 @@ class Case:
     def step(self, images: int, shape: tuple[int, ...]) -> Step:
         """The loss of so many samples, (C, H, W), for `Rooms.foretell`; a coupling, which takes no memory to speak of, is left out."""
         method = replace(self.method, flow=replace(self.method.flow, coupling="independent"))
-        method.path(torch.zeros(1))  # where a path keeps a table it is made here, with values
 
         def step(model: Callable[..., Tensor], network: nn.Module) -> Tensor:
             x, t, *condition = self.rooms.example(network, shape, batch=images, **self.text)

@@ -229,13 +229,6 @@ class BadSamples:
         if main:
             self.file.keep(lambda line: line["position"] < start)
 
-    def back(self, images: int) -> None:
-        """Go back to so many images seen: what was found after them comes again."""
-        self.lines = [line for line in self.lines if line["position"] < images]
-        if self.main:
-            with contextlib.suppress(OSError):
-                self.file.keep(lambda line: line["position"] < images)
-
     def report(self, found: Iterable[Any], images: int, *, any_rank: bool = True) -> int:
         """Take note of what all ranks replaced; all ranks together.
 

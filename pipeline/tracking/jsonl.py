@@ -41,11 +41,14 @@ class Lines:
         self._failing = False
 
     def keep(self, rule: Callable[[Line], Any]) -> None:
-        """Drop the lines that `rule` does not keep; those at the end without any room on the disk.
+        """Drop the lines that `rule` does not keep, of those that wait too; those at the end without any room on the disk.
 
         Raises:
             OSError: the file cannot be written.
         """
+        waiting = [text for text in self.held if rule(json.loads(text))]
+        self.held.clear()
+        self.held.extend(waiting)
         if not self.path.exists():
             return
         text, kept = self.path.read_bytes(), read_lines(self.path, rule)

@@ -2,8 +2,8 @@
 
 A step whose loss or gradient is not finite on any rank is applied on none.
 The evidence is kept in the run's folder: bad_steps.jsonl has the skipped steps
-with the keys of their samples, rollbacks.jsonl what was undone, and which
-positions of the stream are passed over.
+with the keys of their samples, rollbacks.jsonl what was undone, bad steps
+among it, and which positions of the stream are passed over.
 """
 
 from __future__ import annotations
@@ -105,6 +105,10 @@ class Evidence:
             self.bad.path.unlink(missing_ok=True)
             self.undone.path.unlink(missing_ok=True)
         self.drop_after(start)
+
+    def after(self, step: int) -> list[Line]:
+        """The bad steps from `step` on; of the main process."""
+        return read_lines(self.bad.path, lambda line: line["step"] >= step) if self.main else []
 
     def drop_after(self, step: int) -> None:
         """Forget bad steps that come again."""

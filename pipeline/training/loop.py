@@ -77,6 +77,7 @@ def fit(run: Run, stop: int) -> None:
                 run.settle()  # every rank has written its part
         if reason:
             roll_back(run, reason)
+            recent.clear()  # its steps are done again, with other samples
         else:
             notify(run, stop)
         stopping |= run.accelerator.num_processes == 1 and run.stopper.requested  # several ask one another, in the next step
@@ -210,7 +211,7 @@ def roll_back(run: Run, reason: str) -> None:
     run.pulse.forget()
     run.load(folder)
     line = {"from_step": left, "to_step": run.step, "reason": reason, "positions": [run.cursor, cursor], "cursor": cursor}
-    run.evidence.rolled_back(line | {"metrics": run.log.back(run.step)[-20:]})
+    run.evidence.rolled_back(line | {"metrics": run.log.back(run.step)[-20:], "bad_steps": run.evidence.after(run.step)})
     run.evidence.drop_after(run.step)
     if run.accelerator.is_main_process:
         forget(run.snapshots, run.step)
