@@ -253,7 +253,7 @@ def test_the_judgement():
     other.restore(json.loads(json.dumps(guard.state())))
     assert other.state() == guard.state() and list(other.losses) == list(guard.losses)
     other.restore({"losses": [3.0], "row": 1})
-    assert other.state() == {"losses": [3.0], "norms": [], "row": 1, "skipped": 0}, "nothing of the course that was undone"
+    assert other.state() == {"losses": [3.0], "norms": [], "row": 1, "overflows": 0, "skipped": 0}, "nothing of the course that was undone"
     assert not Guard(GuardConfig(window=2, loss_spike=0, norm_spike=0)).judge(beat(loss=1e9))
 
 
