@@ -8,6 +8,7 @@ in the same way, and an average is moved without a word between ranks.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -48,6 +49,7 @@ def shard(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, pre
         mesh: of `mesh_of`.
         precision: bf16 and fp16 gather the weights in that; sums of gradients and the weights themselves stay float32.
     """
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)  # which nobody writes to
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in blocks:
