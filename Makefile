@@ -1,5 +1,5 @@
 # make demo: the whole way on handwritten digits.  make test: the tests.  Both set up .venv where needed.  make bench: what we claim of speed.
-# make faults: launches, signals, kills and hangs, each on several processes; about an hour.
+# make faults: launches, signals, kills and hangs, each on several processes; half an hour.
 PYTHON ?= python3
 RUN ?= runs/digits
 # A shorter demo, say `make demo STEPS=150 GOALS=`: fewer steps, and no figures to reach.
