@@ -73,6 +73,21 @@ def test_the_weights_are_those_of_adamw_by_its_formula(digits, tmp_path, monkeyp
         assert float(last[f"optim.state.{name}.step"]) == 4
 
 
+def test_compiled_blocks_draw_the_same_curve_and_leave_the_same_names(digits, tmp_path):
+    """One graph serves all blocks, forwards and backwards; a checkpoint goes on without it."""
+    import torch._dynamo.utils as dynamo
+
+    torch._dynamo.reset()
+    dynamo.counters.clear()
+    more = ("--train.max_steps=4", "--log.every=1")
+    assert fit(digits, tmp_path / "plain", *more) == 0 and not dynamo.counters["stats"]
+    assert fit(digits, tmp_path / "compiled", *more, "--train.compile=true") == 0
+    assert dynamo.counters["stats"]["unique_graphs"] == 1 and dynamo.counters["aot_autograd"]["ok"] == 1
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    assert digest(tmp_path / "compiled/checkpoint-4").keys() == digest(tmp_path / "plain/checkpoint-4").keys()
+    assert fit(digits, tmp_path / "compiled", "--train.max_steps=5") == 0
+
+
 # --- resume
 
 
