@@ -234,6 +234,29 @@ def test_a_width_rebuilt_is_the_width_tracked(tmp_path, capsys):
     assert distance(made, exact) < 0.05 * distance(named(kept, "width=0.05"), exact)
 
 
+def test_the_averages_of_a_run_are_those_of_its_weights(digits, tmp_path):
+    """In float64 from the weights of each step: half-lives on the image clock, ramped (Karras et al. 2022), and a power of it (2024)."""
+    words = ("--checkpoint.every=1", "--checkpoint.keep=99", "--train.max_steps=8", "--ema.halflife", "12", "30", "--ema.power", "0.1")
+    assert fit(digits, tmp_path / "run", *words, "--ema.ramp=0.3") == 0
+    steps = [load_tensors(tmp_path / f"run/checkpoint-{step}") for step in range(9)]
+    names = [name.removeprefix("model.") for name in steps[0] if name.startswith("model.")]
+    power = 6.94  # of the width 0.10, as the paper gives it
+    decays = {
+        "ema.": lambda seen: 0.5 ** (16 / min(12, 0.3 * seen)),
+        "ema[halflife=30].": lambda seen: 0.5 ** (16 / min(30, 0.3 * seen)),
+        "ema[width=0.1].": lambda seen: (1 - 16 / seen) ** (power + 1),
+    }
+    for prefix, decay in decays.items():
+        for name in names:
+            average = steps[0][f"model.{name}"].double()
+            for step in range(1, 9):
+                kept = decay(16 * step)
+                average = kept * average + (1 - kept) * steps[step][f"model.{name}"].double()
+            moved = (average - steps[0][f"model.{name}"]).norm()
+            assert (steps[8][f"{prefix}{name}"] - average).norm() <= 1e-3 * moved + 1e-7, f"{prefix}{name}"
+            assert not torch.equal(steps[8][f"{prefix}{name}"], steps[8][f"model.{name}"]) or moved == 0
+
+
 def test_several_averages_are_each_alone_bitwise():
     many = EmaConfig(halflife=(500, 5000), ramp=9, power=(0.05, 0.1))
     alone = [
