@@ -181,7 +181,7 @@ def leave_group(status: int) -> None:
     communication and may wait for ever, holding Python's lock, for a thread of
     gloo that waits for that lock (torch 2.13; seen once in some thirty runs);
     and at the end of Python a group of one process, too, may still have a
-    thread, at which the C++ library aborts (8 of 40 runs of torchrun).
+    thread, at which the C++ library aborts (5 of 24 runs of torchrun).
     """
     if "WORLD_SIZE" in os.environ:
         sys.stdout.flush()
