@@ -49,7 +49,6 @@ bench: .venv/.ready
 	python benchmarks/checkpoint.py
 	python benchmarks/scaling.py
 	python benchmarks/cluster.py
-	python benchmarks/checkpoint.py
 
 wheel: .venv/.ready
 	python -m build --wheel --outdir dist .
