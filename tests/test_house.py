@@ -51,6 +51,8 @@ FLOORS = {
         ["published"],
     ],
     "data": [
+        ["printable", "text_files", "image_formats", "regular_files"],
+        ["orientation", "color", "bands", "splits", "locators"],
         ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew", "join", "shardlist"],
         ["manifest", "buckets", "fetch", "cache", "encoders", "text_encoders", "write", "columns", "plan"],
         ["index"],
