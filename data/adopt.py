@@ -139,7 +139,7 @@ def index(job: Indexing, progress: Progress) -> str:
         return job.name
     with open(index_path(tar), "rb") as file:
         os.fsync(file.fileno())
-    found = {"shard": asdict(shard), "tally": asdict(tally), "faults": faults, **asdict(remarks)}
+    found = {"shard": asdict(shard), "tally": asdict(tally), "faults": faults, "unknown": dict(remarks.unknown), "joined": remarks.joined}
     commit_json(found, journal_path(job.folder / job.name))
     return job.name
 

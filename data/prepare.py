@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     tars.add_argument("source", help="a folder, a brace pattern or a glob of .tar, .tar.gz or .tgz")
     tars.add_argument("--split", default="", help="of all tars (default: the word train, val or test in each name or folder, else train)")
     tars.add_argument(
-        "--image_extension", default="", help="which image, where samples have several: png, or seg.png (default: the only one)"
+        "--image_extension", default="", help="the image, where samples have several: png, or seg.png (default: the only one)"
     )
     tars.add_argument("--verify", action="store_true", help="decode every image")
     tars.add_argument("--class_names", type=Path, help="a file with one name a line, a JSON list, or a JSON map from numbers to names")
