@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-import glob
 import gzip
 import json
 import os
 import shutil
 import zlib
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from braceexpand import braceexpand
 from tqdm import tqdm
 
 from .crew import Progress, crew, processors
 from .decode import DECODE_ERRORS, upright
 from .fill import journal_path
 from .index import describe, index_path
-from .listing import digest, reason, some, split_named
+from .listing import digest, reason, some
 from .manifest import Manifest, Tally, write_manifest
 from .pack import REPORTED, Corrupt, already, complaint, locked
+from .printable import printable
+from .sample_files import IMAGE_EXTENSIONS
 from .shardlist import Shard, ShardList
 from .summary import draw
-from .tar import members
+from .tar import Remarks, members
+from .tar_sources import COMPRESSED, output_names, splits_of
 from .write import commit, commit_json
 
-COMPRESSED = (".tar.gz", ".tgz")
 MOST_INFLATION = 200
 """Times its compressed size: gzip makes at most 1,030 of zeros, and 5 to 20 of images with small texts and padding."""
 CHUNK = 1 << 20
+KINDS = 20
+"""Of files that are no part of a sample, which the report counts one by one."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +48,7 @@ class Indexing:
     folder: Path
     """Where its journal goes."""
     verify: bool
-
-
-def find_tars(source: str) -> list[Path]:
-    """The tars of a folder, a brace pattern or a glob, sorted.
-
-    Raises:
-        ValueError: none, or some that are missing.
-    """
-    if Path(source).is_dir():
-        found = sorted(
-            path for path in Path(source).iterdir() if path.name.endswith((".tar", *COMPRESSED)) and not path.name.startswith(".")
-        )
-        if not found:
-            raise ValueError(f"source {source!r} holds no .tar, .tar.gz or .tgz: name the folder in which the shards themselves lie.")
-        return found
-    try:
-        names = sorted({name for pattern in braceexpand(source) for name in (sorted(glob.glob(pattern)) or [pattern])})
-    except ValueError as error:
-        raise ValueError(f"source {source!r} is no pattern: {error}. Write shards-{{000000..000009}}.tar.") from error
-    missing = [name for name in names if not Path(name).is_file()]
-    if missing:
-        raise ValueError(f"source {source!r}: {len(missing)} of {len(names)} tars are not there: {some(missing, 3)}. Check the pattern.")
-    return [Path(name) for name in names]
+    image_extension: str = ""
 
 
 def adopt(
@@ -79,6 +60,7 @@ def adopt(
     verify: bool = False,
     skip: bool = False,
     workers: int = 0,
+    image_extension: str = "",
 ) -> tuple[Manifest, dict[str, Any]]:
     """Make existing tars a folder of shards.
 
@@ -87,48 +69,46 @@ def adopt(
         output: the folder they lie in, or another, to which they are linked
             or, if compressed, decompressed.
         class_names: name of each class number; from the labels where absent.
-        split: of all tars; else the word in each name, else `train`.
+        split: of all tars; else the word in the name of each or of its folder, else `train`.
         verify: decode every image.
         skip: leave out of the index what cannot be read, instead of an error.
         workers: processes; 0 for as many as there are processors.
+        image_extension: of the image, where samples have several that could be.
 
     Raises:
-        ValueError: damaged tars, samples that cannot be indexed, classes that
-            disagree with `class_names`, another folder in `output`.
+        ValueError: damaged tars, samples that cannot be indexed, no sample,
+            classes that disagree with `class_names`, another folder in
+            `output`, a tar whose name says another split than its folder's.
     """
-    names = [_plain_name(path) for path in tars]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if twice:
-        raise ValueError(f"two tars would both be {output / twice[0]}: index one folder at a time, or rename one.")
+    names = output_names(tars, output)
     packed = [path.name for path in tars if path.name.endswith(COMPRESSED)]
     if packed and tars[0].parent.resolve() == output.resolve():
         raise ValueError(f"{some(packed, 3)} cannot be read from the middle: give another folder as --output, where they are decompressed.")
-    request = digest("webdataset", [(p.name, p.stat().st_size) for p in tars], class_names, split, verify)
+    chosen = [image_extension] if image_extension else []
+    request = digest("webdataset", [(p.name, p.stat().st_size) for p in tars], class_names, split, verify, *chosen)
+    splits = [split] * len(tars) if split else splits_of(tars)
     if (output / "manifest.json").exists():
         return already(output, request, skip)
     ours = [name for name, tar in zip(names, tars, strict=True) if tar.parent.resolve() != output.resolve()]
     with locked(output, request, ours) as folder:
         jobs = [
-            Indexing(tar.resolve(), name, split or split_named(tar.name) or "train", output, folder, verify)
-            for tar, name in zip(tars, names, strict=True)
+            Indexing(tar.resolve(), name, where, output, folder, verify, image_extension)
+            for tar, name, where in zip(tars, names, splits, strict=True)
         ]
         _index(jobs, skip, workers)
         journals = [json.loads(journal_path(folder / job.name).read_text()) for job in jobs]
         _refuse_damaged(journals, folder)
-        manifest, report = _assemble(journals, class_names, request)
+        manifest, report = _assemble(journals, class_names, request, image_extension)
         if report["unreadable"]["count"] and (not skip or not report["samples"]):
             commit_json(report, output / "report.json")
             raise Corrupt(complaint(report, output))
+        if not report["samples"]:
+            raise ValueError(_nothing(tars, report))
         commit_json(report, output / "report.json")
         draw(output, manifest, output / "summary.png")
         write_manifest(output, manifest)
         shutil.rmtree(folder, ignore_errors=True)
     return manifest, report
-
-
-def _plain_name(path: Path) -> str:
-    """`a.tar` of `a.tar.gz`, `a.tgz` or `a.tar`."""
-    return f"{path.name.removesuffix('.gz').removesuffix('.tgz').removesuffix('.tar')}.tar"
 
 
 def _index(jobs: list[Indexing], skip: bool, workers: int) -> None:
@@ -148,16 +128,19 @@ def index(job: Indexing, progress: Progress) -> str:
     """Bring one tar to its place and index it; what is wrong with it goes into its journal."""
     tar = job.output / job.name
     faults: list[str] = []
+    remarks = Remarks()
     try:
         if job.source != tar.resolve():
             _bring(job.source, tar)
-        shard, tally = describe(tar, job.split, faults=faults, verify=_decodes if job.verify else None)
+        verify = _decodes if job.verify else None
+        shard, tally = describe(tar, job.split, faults=faults, verify=verify, image_extension=job.image_extension, remarks=remarks)
     except ValueError as error:
         commit_json({"damaged": str(error)}, journal_path(job.folder / job.name))
         return job.name
     with open(index_path(tar), "rb") as file:
         os.fsync(file.fileno())
-    commit_json({"shard": asdict(shard), "tally": asdict(tally), "faults": faults}, journal_path(job.folder / job.name))
+    found = {"shard": asdict(shard), "tally": asdict(tally), "faults": faults, "unknown": dict(remarks.unknown), "joined": remarks.joined}
+    commit_json(found, journal_path(job.folder / job.name))
     return job.name
 
 
@@ -202,13 +185,15 @@ def _refuse_damaged(journals: list[dict[str, Any]], folder: Path) -> None:
         raise ValueError(f"{len(damaged)} of {len(journals)} tars are damaged: {some(damaged)}")
 
 
-def _assemble(journals: list[dict[str, Any]], class_names: tuple[str, ...], request: str) -> tuple[Manifest, dict[str, Any]]:
+def _assemble(
+    journals: list[dict[str, Any]], class_names: tuple[str, ...], request: str, image_extension: str
+) -> tuple[Manifest, dict[str, Any]]:
     """The manifest and the report of indexed tars.
 
     Raises:
         ValueError: a class that has no name.
     """
-    tally, shards = Tally(), []
+    tally, shards, unknown = Tally(), [], Counter[str]()
     for journal in journals:
         found = Tally(**journal["tally"])
         most = max(map(int, found.labels), default=-1)
@@ -218,6 +203,7 @@ def _assemble(journals: list[dict[str, Any]], class_names: tuple[str, ...], requ
                 "give the names that belong to these shards."
             )
         tally += found
+        unknown.update(journal.get("unknown", {}))
         shards.append(Shard(**journal["shard"]))
     names = class_names if tally.labels else ()
     if tally.labels and not names:
@@ -230,7 +216,32 @@ def _assemble(journals: list[dict[str, Any]], class_names: tuple[str, ...], requ
         "samples": samples,
         "unreadable": {"count": len(faults), "list": faults[:REPORTED]},
         "missing_captions": samples - tally.captions if tally.captions else 0,
+        "unknown_files": _few(unknown),
+        "joined_tars": sum(journal.get("joined", 0) for journal in journals),
     }
-    return Manifest(
-        shards=ShardList.of([shard for shard in shards if shard.samples]), class_names=names, tally=tally, source=request
-    ), report
+    manifest = Manifest(
+        shards=ShardList.of([shard for shard in shards if shard.samples]),
+        class_names=names,
+        tally=tally,
+        source=request,
+        image_extension=image_extension,
+    )
+    return manifest, report
+
+
+def _few(unknown: Counter[str]) -> dict[str, int]:
+    """Return counts by kind, at most KINDS of them: a stranger's tar may have a kind for each file."""
+    kept = dict(unknown.most_common(KINDS))
+    rest = unknown.total() - sum(kept.values())
+    if rest:
+        kept["of other kinds"] = kept.get("of other kinds", 0) + rest
+    return dict(sorted(kept.items()))
+
+
+def _nothing(tars: list[Path], report: dict[str, Any]) -> str:
+    """Return what to say of tars that hold no image."""
+    found = "; ".join(f"{count:,} files {kind}" for kind, count in report["unknown_files"].items())
+    return (
+        f"{printable(str(tars[0]))}{f' and {len(tars) - 1} more' if len(tars) > 1 else ''}: no image. Looked for files of "
+        f".{', .'.join(IMAGE_EXTENSIONS)}{f', and found {found}' if found else ''}."
+    )

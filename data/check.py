@@ -10,10 +10,12 @@ import numpy as np
 
 from .crew import Progress
 from .decode import DECODE_ERRORS, upright
-from .index import IMAGE_EXTENSIONS, index_path, locate, sha256
+from .index import image_in, index_path, locate, sha256
 from .listing import reason
+from .printable import printable
 from .shardlist import Shard
-from .tar import BLOCK, files_of
+from .tar import files_of
+from .tar_headers import BLOCK
 
 CHANGED = "its bytes changed since it was indexed"
 
@@ -44,7 +46,7 @@ def check(job: Check, progress: Progress) -> list[str]:
         for number in job.numbers.tolist():
             key, why = _sample(file.fileno(), records[number])
             if why:
-                bad.append(f"{job.tar.name}: {key or f'sample {number}'} ({why})")
+                bad.append(f"{printable(job.tar.name)}: {printable(key) or f'sample {number}'} ({why})")
             progress(1)
     return bad
 
@@ -59,9 +61,9 @@ def _sample(file: int, record: np.void) -> tuple[str, str]:
             return files_of(body[: (before + 1) * BLOCK])[0], CHANGED
         except ValueError:
             return "", CHANGED
-    key, files = files_of(body)
     try:
-        upright(next(files[e] for e in IMAGE_EXTENSIONS if e in files), 3)
+        key = files_of(body)[0]
+        upright(image_in(body, before, size), 3)
     except DECODE_ERRORS as error:
         return key, reason(error)
     return key, ""

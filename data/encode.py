@@ -41,9 +41,9 @@ from .claim import Claim
 from .encoded import EXTENSIONS, side_folder, text_name
 from .encoders import Autoencoder, read_autoencoder
 from .forms import Form, Item, Latents, Text
-from .index import IMAGE_EXTENSIONS
 from .open import open_sources
 from .options import Options, read_options
+from .printable import printable
 from .shardlist import Shard, ShardList
 from .shards import Shards
 from .side import Side
@@ -261,8 +261,8 @@ def _item(images: Shards, number: int, record: Any) -> Item:
     """One sample, its bytes checked."""
 
     sample = images.read(0, number)
-    image = next(sample.files[e] for e in IMAGE_EXTENSIONS if e in sample.files)
-    return Item(sample.key, f"{images.shards[0].name}: {sample.key}", image, sample.files, int(record["width"]), int(record["height"]))
+    where = f"{images.shards[0].name}: {printable(sample.key)}"
+    return Item(sample.key, where, sample.image, sample.files, int(record["width"]), int(record["height"]))
 
 
 if __name__ == "__main__":

@@ -20,9 +20,11 @@ from PIL import Image
 
 from .crew import Progress
 from .decode import DECODE_ERRORS, upright
-from .index import IMAGE_EXTENSIONS, MAX_TEXT_BYTES, NO_LABEL, describe, index_path
+from .index import NO_LABEL, describe, index_path
 from .listing import Fault, Part, Record, reason
+from .sample_files import IMAGE_EXTENSIONS
 from .tar import samples
+from .text_files import MAX_TEXT_BYTES
 from .write import TarWriter, commit, commit_json
 
 FORMATS = {

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from .columns import label_of, names_of
-from .index import IMAGE_EXTENSIONS, MAX_TEXT_BYTES
 from .listing import SPLIT_WORDS, Fault, Record, Source, digest, reason, some
+from .sample_files import IMAGE_EXTENSIONS
 from .tables import Row, is_table, read_tables
+from .text_files import MAX_TEXT_BYTES
 
 KNOWN = f".{', .'.join(IMAGE_EXTENSIONS)}"
 

@@ -19,13 +19,26 @@ import simplejpeg
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, three times as fast
 from PIL import Image
 
-from .decode import has_exif, is_plain
+from .decode import DECODE_ERRORS, has_exif, is_plain
 from .listing import reason
 from .manifest import Tally
+from .printable import printable
+from .sample_files import (
+    NO_LABEL,
+    TEXTS,
+    check_text_size,
+    has_image,
+    image_among,
+    is_about_the_data,
+    kind_without_image,
+    no_image,
+    read_texts,
+    why_no_image,
+)
 from .shardlist import Shard
-from .tar import BLOCK, Span, samples
+from .tar import Remarks, Span, samples
+from .tar_headers import BLOCK
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "apng", "mpo", "avif", "jp2", "ico", "psd")
 RECORD = np.dtype(
     [
         ("payload", "<u4"),
@@ -44,9 +57,10 @@ sample before and after it, with 15 bits of their crc32, and a bit that says `de
 image's size in pixels."""
 PLAIN = 0x8000
 """That bit of `rest`."""
-NO_LABEL = 65535
-MAX_TEXT_BYTES = 1 << 20
-"""A larger .json, .txt or .cls is refused."""
+MAX_SAMPLE_BYTES = 0x7FFFF000
+"""Of all files of a sample, headers too: what one read of a file gives."""
+MAX_BLOCKS = (1 << 16) - 1
+"""Beside an image, on either side."""
 
 
 def index_shard(
@@ -55,6 +69,8 @@ def index_shard(
     like: np.ndarray | None = None,
     faults: list[str] | None = None,
     verify: Callable[[bytes], None] | None = None,
+    image_extension: str = "",
+    remarks: Remarks | None = None,
 ) -> tuple[np.ndarray, int]:
     """Read a tar once and describe its samples, in order.
 
@@ -65,51 +81,113 @@ def index_shard(
         faults: where given, samples that cannot be indexed are left out and
             named here, instead of an error.
         verify: called with each image; its ValueError is the sample's fault.
+        image_extension: of the image, where samples have several.
+        remarks: where given, files that are no part of a sample are counted here.
 
     Returns:
         One RECORD a sample, and the number of samples with a caption.
 
     Raises:
-        ValueError: a damaged tar; a sample with no image, an image whose
-            header cannot be read, a class that is no whole number from 0 to
-            65,534, a text of more than a megabyte; another number of samples
+        ValueError: a damaged tar; a sample with no image or several, an image
+            whose header cannot be read, a class that is no whole number from 0
+            to 65,534, a text that cannot be read; another number of samples
             than `like`.
     """
-    records, captions = [], 0
-    with open(path, "rb") as file:
-        for number, span in enumerate(samples(path)):
-            body = os.pread(file.fileno(), span.end - span.start, span.start)
+    remarks = Remarks() if remarks is None else remarks
+    records, captions, beside, lone = [], 0, set[str](), list[Span]()
+    with open(path, "rb", buffering=0) as file:
+        for number, span in enumerate(samples(path, remarks=remarks, every=like is not None)):
+            known = like is not None or has_image(span.files, image_extension)
+            body = _read(file.fileno(), span, path) if known else b""
             try:
-                label, width, height = (NO_LABEL, 0, 0) if like is None else like[["label", "width", "height"]][number].item()
-                payload = _payload(span, ("npy",) if like is not None else IMAGE_EXTENSIONS)
+                payload = _array(span) if like is not None else _image(span, image_extension)
+                if not payload:
+                    lone.append(span)
+                    continue
                 if like is None:
-                    label = _label(span, body)
+                    label, captioned = read_texts({text: _bytes_of(span, text, body) for text in TEXTS if text in span.files})
                     width, height = _size(_bytes_of(span, payload, body))
+                else:
+                    captioned, (label, width, height) = False, like[["label", "width", "height"]][number].item()
                 if verify is not None:
                     verify(_bytes_of(span, payload, body))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                if faults is None:
-                    raise ValueError(f"{path}: {span.key} cannot be indexed: {error}. Leave it out when packing.") from error
-                faults.append(f"{path.name}: {span.key} ({reason(error)})")
+            except DECODE_ERRORS as error:
+                _fail(path, span, error, faults)
                 continue
-            captions += "txt" in span.files
+            captions += captioned
+            beside.update(span.files)
             records.append((*locate(body, span.files[payload].offset, span.files[payload].size, span.start), label, width, height))
+    for span in lone:
+        if not beside.isdisjoint(span.files) and not is_about_the_data(span.key):
+            _fail(path, span, ValueError(span.fault or no_image(span.files)), faults)
+        else:
+            remarks.unknown.update(member.special or kind_without_image(extension) for extension, member in span.files.items())
     if like is not None and len(records) != len(like):
         raise ValueError(f"{path} holds {len(records)} samples, the images' shard {len(like)}: encode it again.")
     return np.array(records, RECORD), captions
 
 
-def _payload(span: Span, extensions: tuple[str, ...]) -> str:
-    """The extension of a sample's image, or of its array."""
-    found = next((e for kind in extensions for e in span.files if e == kind or (kind == "npy" and e.endswith(".npy"))), None)
-    if found is None:
-        raise ValueError(f"no image: one of {', '.join(extensions)} is needed beside {', '.join(span.files)}")
-    for text in ("json", "txt", "cls"):
-        if text in span.files and span.files[text].size > MAX_TEXT_BYTES:
-            raise ValueError(f"its .{text} has {span.files[text].size} bytes, at most {MAX_TEXT_BYTES} are read")
-    if max(span.files[found].offset - span.start, span.end - span.files[found].end) // BLOCK > 65535:
-        raise ValueError(f"the files beside its {found} take more than 33 MB")
+def _fail(path: Path, span: Span, error: Exception, faults: list[str] | None) -> None:
+    """Note what is wrong with a sample, or raise it."""
+    if faults is None:
+        raise ValueError(f"{printable(str(path))}: {printable(span.key)} cannot be indexed: {error}. Leave it out when packing.") from error
+    faults.append(f"{printable(path.name)}: {printable(span.key)} ({printable(reason(error))})")
+
+
+def _read(file: int, span: Span, path: Path) -> bytes:
+    """Return all that a sample spans; nothing where that is too much."""
+    length = span.end - span.start
+    if length > MAX_SAMPLE_BYTES:
+        return b""
+    body = os.pread(file, length, span.start)
+    if len(body) < length:
+        raise ValueError(f"{printable(str(path))}: it was cut while it was read. Pack or copy this shard again.")
+    return body
+
+
+def _array(span: Span) -> str:
+    """Return the extension of a side shard's array.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    found = next((extension for extension in span.files if extension == "npy" or extension.endswith(".npy")), None)
+    if found is None or span.fault:
+        raise ValueError(span.fault or f"no array: one of npy is needed beside {', '.join(span.files)}")
+    _check(span, found)
     return found
+
+
+def _image(span: Span, wanted: str) -> str:
+    """Return the extension of a sample's image; "" where its files may be no sample at all.
+
+    Raises:
+        ValueError: the sample lost its image, has several, or cannot be read.
+    """
+    if not has_image(span.files, wanted):
+        why = why_no_image(span.key, span.files)
+        if why:
+            raise ValueError(span.fault or why)
+        return ""
+    if span.fault:
+        raise ValueError(span.fault)
+    found = image_among(span.files, wanted)
+    for text in TEXTS:
+        if text in span.files:
+            check_text_size(text, span.files[text].size)
+    _check(span, found)
+    return found
+
+
+def _check(span: Span, payload: str) -> None:
+    """Raise ValueError where a RECORD cannot say where a sample lies."""
+    member = span.files[payload]
+    if max(member.offset - span.start, span.end - member.end) // BLOCK > MAX_BLOCKS:
+        raise ValueError(f"the files beside its {payload} take more than 33 MB")
+    if span.end - span.start > MAX_SAMPLE_BYTES:
+        raise ValueError(f"its files take {span.end - span.start} bytes, at most {MAX_SAMPLE_BYTES} are read")
+    if span.end > BLOCK << 32:
+        raise ValueError("it lies more than 2 TB from the tar's beginning: pack several tars")
 
 
 def locate(body: bytes, offset: int, size: int, start: int) -> tuple[int, int, int, int, int, int]:
@@ -127,18 +205,19 @@ def locate(body: bytes, offset: int, size: int, start: int) -> tuple[int, int, i
     return offset // BLOCK, size, crc32_of(payload), first // BLOCK, after, rest
 
 
+def image_in(body: bytes, before: int, size: int) -> bytes:
+    """Return the image (or array) of a sample, the one that the index points at.
+
+    Args:
+        body: all that the sample spans.
+        before, size: fields of its RECORD, `before` and `bytes`.
+    """
+    return body[before * BLOCK : before * BLOCK + size]
+
+
 def _bytes_of(span: Span, extension: str, body: bytes) -> bytes:
     member = span.files[extension]
     return body[member.offset - span.start : member.offset - span.start + member.size]
-
-
-def _label(span: Span, body: bytes) -> int:
-    if "cls" not in span.files:
-        return NO_LABEL
-    label = int(_bytes_of(span, "cls", body))
-    if not 0 <= label < NO_LABEL:
-        raise ValueError(f"class {label} is not in 0 to {NO_LABEL - 1}")
-    return label
 
 
 def _size(image: bytes) -> tuple[int, int]:
@@ -176,9 +255,11 @@ def describe(
     like: np.ndarray | None = None,
     faults: list[str] | None = None,
     verify: Callable[[bytes], None] | None = None,
+    image_extension: str = "",
+    remarks: Remarks | None = None,
 ) -> tuple[Shard, Tally]:
     """Index a tar, write the index beside it, and give its line of the manifest and what it holds; arguments as `index_shard`."""
-    records, captions = index_shard(tar, like=like, faults=faults, verify=verify)
+    records, captions = index_shard(tar, like=like, faults=faults, verify=verify, image_extension=image_extension, remarks=remarks)
     path = index_path(tar)
     with open(path, "wb") as file:
         np.lib.format.write_array(file, records, allow_pickle=False)

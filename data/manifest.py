@@ -60,6 +60,8 @@ class Manifest:
     """A hash of what was asked for when it was packed."""
     encoding: dict[str, Any] = field(default_factory=dict)
     """For side shards: what they were made from and how; empty for images."""
+    image_extension: str = ""
+    """Of the image, where samples have several that could be."""
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -80,13 +82,19 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """A hash of every shard's content and order, independent of where the folder lies."""
-        return self.shards.fingerprint
+        return self.fingerprint_of(self.shards)
+
+    def fingerprint_of(self, shards: ShardList) -> str:
+        """Return the `fingerprint` of some of the shards; which image of a sample is meant is part of it."""
+        return shards.fingerprint + (f":{self.image_extension}" if self.image_extension else "")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` under a temporary name and rename it: it is there whole or not at all."""
     raw = asdict(replace(manifest, shards=ShardList.of(())))
     del raw["shards"]
+    if not manifest.image_extension:  # a file that releases of before the field can read
+        del raw["image_extension"]
     temporary = folder / f".manifest.json.{os.getpid()}"
     with open(temporary, "w") as file:
         file.write(json.dumps(raw, indent=1)[:-2] + ",\n" + LISTED)

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .adopt import adopt, find_tars
+from .adopt import adopt
 from .columns import Choice
 from .crew import quiet
 from .digits import digits
@@ -29,7 +29,9 @@ from .options import bytes_of
 from .pack import pack
 from .parquet import parquet
 from .plan import Packing
+from .sample_files import parse_image_extension
 from .summary import text
+from .tar_sources import find_tars
 
 SHOWN = 20
 """Images left out that are named on the screen."""
@@ -52,7 +54,10 @@ def parser() -> argparse.ArgumentParser:
             kind.add_argument(f"--{column}_column", default="", help="where it is not found by its type or name")
     tars = kinds.add_parser("webdataset", help="existing tars of samples, indexed in place or linked")
     tars.add_argument("source", help="a folder, a brace pattern or a glob of .tar, .tar.gz or .tgz")
-    tars.add_argument("--split", default="", help="of all tars (default: the word train, val or test in each name, else train)")
+    tars.add_argument("--split", default="", help="of all tars (default: the word train, val or test in each name or folder, else train)")
+    tars.add_argument(
+        "--image_extension", default="", help="the image, where samples have several: png, or seg.png (default: the only one)"
+    )
     tars.add_argument("--verify", action="store_true", help="decode every image")
     tars.add_argument("--class_names", type=Path, help="a file with one name a line, a JSON list, or a JSON map from numbers to names")
     scans = kinds.add_parser("digits", help="scikit-learn's handwritten digits")
@@ -133,6 +138,7 @@ def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
         verify=args.verify,
         skip=args.skip_corrupt,
         workers=args.workers,
+        image_extension=parse_image_extension(args.image_extension),
     )
 
 

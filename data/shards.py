@@ -17,11 +17,13 @@ import numpy as np
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, several times as fast
 
 from .decode import DECODE_ERRORS, decode_image
-from .index import IMAGE_EXTENSIONS, NO_LABEL, RECORD, locate
+from .index import NO_LABEL, RECORD, image_in, locate
 from .manifest import Manifest
+from .printable import printable
 from .shardlist import Shard, ShardList
 from .source import Folder, LocalFolder
-from .tar import BLOCK, files_of
+from .tar import files_of
+from .tar_headers import BLOCK
 
 OPEN_FILES = 64
 OPEN_INDEXES = 1024
@@ -39,6 +41,17 @@ class Sample(NamedTuple):
     files: dict[str, bytes]
     label: int
     """-1 where it has none."""
+    body: bytes
+    """All that it spans in its shard."""
+    before: int
+    """Of its RECORD: the blocks of BLOCK bytes before its image."""
+    size: int
+    """Of its image, bytes."""
+
+    @property
+    def image(self) -> bytes:
+        """The file that its index points at."""
+        return image_in(self.body, self.before, self.size)
 
 
 class BadSample(ValueError):
@@ -116,7 +129,7 @@ class Shards:
         """Of the content and order of the shards, wherever they lie."""
         if len(self.folders) == 1 and self.parts[0] == self.manifest.split(self.split):
             return self.manifest.fingerprint
-        return "+".join(part.fingerprint for part in self.parts)
+        return "+".join(folder.manifest.fingerprint_of(part) for folder, part in zip(self.folders, self.parts, strict=True))
 
     @property
     def samples(self) -> np.ndarray:
@@ -219,14 +232,15 @@ class Shards:
         if len(body) != length or locate(body, block * BLOCK, size, start) != record[:6]:
             raise BadSample(f"{self.name(shard)}, sample {number}: {CHANGED}.")
         key, files = files_of(body)
-        return Sample(key, files, -1 if label == NO_LABEL else label)
+        return Sample(key, files, -1 if label == NO_LABEL else label, body, before, size)
 
     def key(self, shard: int, number: int) -> str:
-        """The name of a sample, as far as it can still be read."""
+        """Return the name of a sample for messages, as far as it can still be read."""
         try:
             block, _, _, before, *_ = self.records(shard)[number].item()
             file = self._files.get(shard) or self._open(shard)
-            return files_of(os.pread(file.fileno(), (before + 1) * BLOCK, (block - before) * BLOCK))[0] or f"sample {number}"
+            key = files_of(os.pread(file.fileno(), (before + 1) * BLOCK, (block - before) * BLOCK))[0]
+            return printable(key) or f"sample {number}"
         except (ValueError, OSError):
             return f"sample {number}"
 
@@ -249,9 +263,8 @@ class Shards:
             BadSample: it cannot be decoded.
         """
         sample = self.read(shard, number)
-        image = next(sample.files[e] for e in IMAGE_EXTENSIONS if e in sample.files)
         try:
-            return decode_image(image, channels, resolution, mirror), sample.label
+            return decode_image(sample.image, channels, resolution, mirror), sample.label
         except DECODE_ERRORS as error:
             raise BadSample(
                 f"{self.name(shard)}: image {sample.key!r} cannot be decoded ({error}). Pack the folder again without it."

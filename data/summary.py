@@ -12,9 +12,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .decode import DECODE_ERRORS, upright
-from .index import IMAGE_EXTENSIONS, index_path
+from .index import image_in, index_path
 from .manifest import Manifest, Tally
-from .tar import BLOCK, files_of
+from .tar import files_of
+from .tar_headers import BLOCK
 
 SIDE, LINE, MARGIN = 128, 16, 8
 SHEET = 64
@@ -50,6 +51,8 @@ def findings(report: dict[str, Any]) -> list[str]:
         lines.append(f"  duplicates: {same['count']:,}{across} ({done}): {first}")
     for kind, count in report.get("unknown_files", {}).items():
         lines.append(f"  not packed: {count:,} files {kind}")
+    if report.get("joined_tars"):
+        lines.append(f"  tars joined end to end, all of them read: {report['joined_tars']:,} behind the first of a file")
     orphans = report.get("captions_without_image", [])
     if orphans:
         lines.append(f"  captions without image: {len(orphans):,}, such as {orphans[0]}")
@@ -148,21 +151,22 @@ def _sample(folder: Path, manifest: Manifest) -> list[tuple[Image.Image, str]]:
         s = int(np.searchsorted(ends, number, side="right"))
         tar = folder / manifest.shards[s].name
         record = np.load(index_path(tar), mmap_mode="r", allow_pickle=False)[number - int(ends[s] - counts[s])]
-        files = read(tar, record)[1]
+        _, files, data = read(tar, record)
         try:
-            image = upright(next(files[e] for e in IMAGE_EXTENSIONS if e in files), 3)
+            image = upright(data, 3)
         except DECODE_ERRORS:
             image = Image.new("RGB", (SIDE, SIDE), "#cc3333")  # red: it cannot be decoded
         tiles.append((image, caption_of(files, int(record["label"]), manifest.class_names)))
     return tiles
 
 
-def read(tar: Path, record: np.void) -> tuple[str, dict[str, bytes]]:
-    """Key and files of one sample, by its line of the index."""
+def read(tar: Path, record: np.void) -> tuple[str, dict[str, bytes], bytes]:
+    """Return key, files and image of one sample, by its line of the index."""
     payload, size, _, before, after = record.item()[:5]
     length = (before + after) * BLOCK + -(-size // BLOCK) * BLOCK
     with open(tar, "rb", buffering=0) as file:
-        return files_of(os.pread(file.fileno(), length, (payload - before) * BLOCK))
+        body = os.pread(file.fileno(), length, (payload - before) * BLOCK)
+    return *files_of(body), image_in(body, before, size)
 
 
 def caption_of(files: dict[str, bytes], label: int, names: Sequence[str]) -> str:

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from .columns import CAPTION_COLUMNS, FILE_COLUMNS, LABEL_COLUMNS, first_text
-from .index import MAX_TEXT_BYTES
 from .listing import some
+from .text_files import MAX_TEXT_BYTES
 
 EXTENSIONS = (".csv", ".jsonl")
 

@@ -1,114 +1,250 @@
 """The tar format, read strictly: where Python's `tarfile` takes a damaged header for the end, this is an error.
 
 Files that share a name up to the first dot of its last part are one sample and
-lie next to one another, as webdataset has it. Only regular files count; a name
-that would leave its folder is refused, though nothing here ever unpacks one.
+lie next to one another, as webdataset has it. A name that would leave its
+folder is refused, though nothing here ever unpacks one. One walk serves whole
+tars and single samples in memory.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-BLOCK = 512
-"""Bytes; headers lie at multiples of it."""
+from .printable import printable
+from .tar_headers import BLOCK, EXTENSIONS, MAX_EXTENSION_BYTES, NO_EXTENSION, Extension, Header, extended, is_extended_sparse, parse_header
+
 EMPTY = bytes(BLOCK)
+AT_ONCE = 1 << 20
+"""Bytes of zeros that are read at once."""
+REGULAR = frozenset((b"0", b"\0", b"7"))
+LINKS, DEVICES, SPARSE, FOREIGN = "that are links", "that are devices or pipes", "stored sparse", "of a tar type that is not known"
+REMEDIES = {
+    LINKS: "is a link: pack with `tar --dereference --hard-dereference`",
+    DEVICES: "is a device or a pipe, and no file: pack without it",
+    SPARSE: "is stored sparse: pack without `tar --sparse`",
+    FOREIGN: "is of a tar type that is not known: pack with `tar --format=pax`",
+}
+"""What stands where a file's bytes should be, and what helps."""
+WITHOUT_DATA = {b"1": LINKS, b"2": LINKS, b"3": DEVICES, b"4": DEVICES, b"6": DEVICES}
+"""Types that have no bytes, whatever size they state."""
+HIDDEN, META, BARE = "that are hidden (._*, .DS_Store, __MACOSX)", "named __*__", "without extension"
+"""Files that are no part of a sample; webdataset leaves them out as well."""
 
 
 class Member(NamedTuple):
-    """One file inside a tar: its name, where its header and its bytes begin, how many there are, and where the next header is."""
+    """One file inside a tar: its name, where its headers and its bytes begin, how many there are, and where the next header is."""
 
     name: str
     header: int
+    """Of the first: a long name has a header of its own, before the file's."""
     offset: int
     size: int
     end: int
+    archive: int = 0
+    """How many end-of-archive marks lie before it: tars can be joined end to end."""
+    special: str = ""
+    """One of REMEDIES where it is no regular file, whose bytes can be read."""
 
 
 class Span(NamedTuple):
-    """One sample inside a tar: its key, and its files by extension."""
+    """One sample inside a tar: its key, its files by extension, where its first header lies and where the next sample begins."""
 
     key: str
     files: dict[str, Member]
+    start: int
+    end: int
+    fault: str = ""
+    """Why it cannot be read as it lies."""
 
-    @property
-    def start(self) -> int:
-        """Where its first header lies."""
-        return next(iter(self.files.values())).header  # they lie in the order in which they were walked
 
-    @property
-    def end(self) -> int:
-        """Where the next sample begins."""
-        return next(reversed(self.files.values())).end
+@dataclass
+class Remarks:
+    """What a walk through a tar finds beside samples."""
+
+    unknown: Counter[str] = field(default_factory=Counter)
+    """Files that are no part of a sample, by kind."""
+    joined: int = 0
+    """Tars that follow the first within one file."""
 
 
 def members(path: Path) -> Iterator[Member]:
-    """Walk the headers of a tar.
+    """Walk the headers of a tar, in order; folders are passed over.
 
     Raises:
         ValueError: a damaged header, a file that is cut, no end-of-archive
-            block, or a name that leads out of the folder.
+            mark, anything but zeros and further tars behind it, or a name
+            that leads out of the folder.
     """
-    size, at, long_name = path.stat().st_size, 0, None
-    with open(path, "rb") as file:
-        while True:
-            head = os.pread(file.fileno(), BLOCK, at)
-            if len(head) < BLOCK:
-                raise ValueError(f"{path}: cut at byte {at}, the end-of-archive block is missing. Pack or copy this shard again.")
-            if head == EMPTY:
+    with open(path, "rb", buffering=0) as file:
+        number = file.fileno()
+        yield from _walk(lambda at, length: os.pread(number, length, at), os.fstat(number).st_size, printable(str(path)))
+
+
+def _walk(read: Callable[[int, int], bytes], size: int, where: str = "") -> Iterator[Member]:
+    """Walk headers.
+
+    Args:
+        read: gives so many bytes from there, fewer at the end.
+        size: bytes that there are.
+        where: how messages call the tar; "" for a sample in memory, which has no end-of-archive mark and may be cut.
+    """
+    at, archive, begins, known = 0, 0, -1, NO_EXTENSION
+    while at < size or where:
+        head = read(at, BLOCK)
+        if not where and (len(head) < BLOCK or head == EMPTY):
+            return
+        if len(head) < BLOCK:
+            raise ValueError(f"{where}: cut at byte {at}, the end-of-archive block is missing. Pack or copy this shard again.")
+        if head == EMPTY:
+            if begins >= 0:
+                raise ValueError(f"{where}: the long name at byte {begins} has no file. Pack or copy this shard again.")
+            following = _behind_mark(read, at, size, where)
+            if following is None:
                 return
-            name, length, kind = _checked(head, path, at)
-            end = at + BLOCK + -(-length // BLOCK) * BLOCK
-            if end > size:
-                raise ValueError(f"{path}: cut inside {name!r} at byte {at}. Pack or copy this shard again.")
-            if kind in (b"L", b"x"):
-                long_name = _long_name(kind, os.pread(file.fileno(), length, at + BLOCK)) or long_name
-            elif kind in (b"0", b"\0"):
-                yield Member(_inside(long_name or name, path), at, at + BLOCK, length, end)
-                long_name = None
-            at = end
+            at, archive = following, archive + 1
+            continue
+        try:
+            header = parse_header(head)
+            if header.kind in EXTENSIONS:
+                if begins < 0 and header.kind != b"g":
+                    begins = at
+                known = extended(known, header.kind, _body(read, at, header.size))
+                at += BLOCK + -(-header.size // BLOCK) * BLOCK
+                continue
+        except ValueError as error:
+            raise ValueError(f"{where}: damaged tar header at byte {at} ({error}). Pack or copy this shard again.") from error
+        member = _member(header, at if begins < 0 else begins, at, archive, known, read)
+        if member.end > size and where:
+            raise ValueError(f"{where}: cut inside {member.name!r} at byte {at}. Pack or copy this shard again.")
+        if not _is_folder(header, member.name):
+            if member.name.startswith("/") or (".." in member.name and ".." in member.name.split("/")):
+                raise ValueError(f"{where}: the name {member.name!r} leads out of its folder. Pack this shard again with plain names.")
+            yield member
+        at, begins, known = member.end, -1, NO_EXTENSION
 
 
-def samples(path: Path) -> Iterator[Span]:
-    """Walk the samples of a tar, in order.
+def _body(read: Callable[[int, int], bytes], at: int, size: int) -> bytes:
+    """Return what an extension header at this byte holds."""
+    if size > MAX_EXTENSION_BYTES:
+        raise ValueError(f"{size} bytes of names or records, at most {MAX_EXTENSION_BYTES} are read")
+    body = read(at + BLOCK, size)
+    if len(body) < size:
+        raise ValueError("cut inside a long name")
+    return body
+
+
+def _member(header: Header, begins: int, at: int, archive: int, known: Extension, read: Callable[[int, int], bytes]) -> Member:
+    """Return the file whose own header lies at a byte, its extension headers from `begins` on."""
+    name = header.name if known.name is None else known.name
+    size = header.size if known.size is None else known.size
+    offset, special = at + BLOCK, ""
+    if header.kind not in REGULAR:
+        special = SPARSE if header.kind == b"S" else WITHOUT_DATA.get(header.kind, FOREIGN)
+        if special == SPARSE:  # the map of its holes may go on in further blocks
+            more = is_extended_sparse(read(at, BLOCK), 482)
+            while more:
+                more = is_extended_sparse(read(offset, BLOCK), 504)
+                offset += BLOCK
+        if header.kind in WITHOUT_DATA or header.kind == b"5":
+            size = 0
+    elif known.sparse:
+        special = SPARSE
+    elif header.kind == b"\0" and name.endswith("/"):
+        size = 0
+    return Member(name, begins, offset, size, offset + -(-size // BLOCK) * BLOCK, archive, special)
+
+
+def _is_folder(header: Header, name: str) -> bool:
+    """Return whether a header is a folder's; tars of before POSIX have files whose name ends in a slash for it."""
+    return header.kind == b"5" or (header.kind in REGULAR and name.endswith("/"))
+
+
+def _behind_mark(read: Callable[[int, int], bytes], mark: int, size: int, where: str) -> int | None:
+    """Return where another tar begins behind an end-of-archive mark, None where nothing but zeros follows.
 
     Raises:
-        ValueError: as `members`, or a sample with two files of one extension.
+        ValueError: something else follows, or the mark is a single block, as a header is that was overwritten.
     """
-    key, files = None, dict[str, Member]()
+    at, found = mark, -1
+    while at < size and found < 0:
+        piece = read(at, AT_ONCE)
+        zeros = len(piece) - len(piece.lstrip(b"\0"))
+        if zeros < len(piece):
+            found = at + zeros
+        elif not piece:
+            return None
+        at += len(piece)
+    if found < 0:
+        return None
+    following = found // BLOCK * BLOCK
+    if following - mark < 2 * BLOCK:
+        raise ValueError(
+            f"{where}: the tar header at byte {mark} is all zeros, one block where an end-of-archive mark has two, and bytes follow at "
+            f"{found}. Pack or copy this shard again."
+        )
+    try:
+        parse_header(read(following, BLOCK).ljust(BLOCK, b"\0"))
+    except ValueError as error:
+        raise ValueError(
+            f"{where}: byte {found}, behind the end-of-archive mark at byte {mark}, belongs to no tar. Pack or copy this shard again."
+        ) from error
+    return following
+
+
+# --- samples
+
+
+def samples(path: Path, *, remarks: Remarks | None = None, every: bool = False) -> Iterator[Span]:
+    """Walk the samples of a tar, in order.
+
+    Args:
+        path: the tar.
+        remarks: where given, files that are no part of a sample are counted here.
+        every: take every file for part of a sample, as in side shards.
+
+    Raises:
+        ValueError: as `members`.
+    """
+    remarks = Remarks() if remarks is None else remarks
+    key, files, start, end, archive, fault = "", dict[str, Member](), 0, 0, 0, ""
     for member in members(path):
+        kind = "" if every else no_part(member.name)
+        if kind:
+            remarks.unknown[member.special or kind] += 1
+            continue
         name, extension = key_and_extension(member.name)
-        if key is not None and name != key:
-            yield Span(key, files)
-            files = {}
+        if files and (name != key or member.archive != archive):
+            yield Span(key, files, start, end, fault)
+            files, fault = {}, ""
+        if not files:
+            key, start, archive = name, member.header, member.archive
         if extension in files:
-            raise ValueError(f"{path}: {member.name!r} is there twice. Pack this shard again with one file of each kind a sample.")
-        key = name
-        files[extension] = member
-    if key is not None:
-        yield Span(key, files)
+            fault = f"{member.name!r} is there twice"
+        elif member.special and not fault:
+            fault = f"its .{printable(extension)} {REMEDIES[member.special]}"
+        files.setdefault(extension, member)
+        end, remarks.joined = member.end, member.archive
+    if files:
+        yield Span(key, files, start, end, fault)
 
 
 def files_of(span: bytes) -> tuple[str, dict[str, bytes]]:
-    """Key and files of one sample from the bytes that it spans in its tar.
+    """Return key and files of one sample from the bytes that it spans in its tar.
 
     Args:
         span: from its first header to the end of its last file's block, as
-            `members` walked it or as its crc32 vouches for it.
+            `samples` walked it or as its crc32 vouches for it; or a beginning.
     """
-    at, key, files, long_name = 0, "", {}, None
-    while at < len(span):
-        name, length, kind = _header(span[at : at + BLOCK])
-        body = span[at + BLOCK : at + BLOCK + length]
-        if kind in (b"L", b"x"):
-            long_name = _long_name(kind, body) or long_name
-        elif kind in (b"0", b"\0"):
-            key, extension = key_and_extension(long_name or name)
-            files[extension] = body
-            long_name = None
-        at += BLOCK + -(-length // BLOCK) * BLOCK
+    found = [member for member in _walk(lambda at, length: span[at : at + length], len(span)) if not member.special]
+    key, files = "", {}
+    for member in [member for member in found if not no_part(member.name)] or found:  # older indexes have samples of such files
+        key, extension = key_and_extension(member.name)
+        files[extension] = span[member.offset : member.offset + member.size]
     return key, files
 
 
@@ -119,41 +255,13 @@ def key_and_extension(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def _checked(head: bytes, path: Path, at: int) -> tuple[str, int, bytes]:
-    """What a header says, if its checksum is right: the sum of its bytes, those of the checksum itself counted as blanks."""
-    try:
-        if int(head[148:156].strip(b" \0"), 8) == sum(head) - sum(head[148:156]) + 256:
-            return _header(head)
-    except ValueError:
-        pass
-    raise ValueError(f"{path}: damaged tar header at byte {at}. Pack or copy this shard again.")
-
-
-def _inside(name: str, path: Path) -> str:
-    """The name, if it stays inside the folder it would be unpacked into."""
-    if name.startswith("/") or ".." in name.split("/"):
-        raise ValueError(f"{path}: the name {name!r} leads out of its folder. Pack this shard again with plain names.")
-    return name
-
-
-def _header(head: bytes) -> tuple[str, int, bytes]:
-    """Name, length and kind of a tar member; a ValueError where the length is no number."""
-    base256 = head[124] & 0x80
-    length = int.from_bytes(head[125:136], "big") if base256 else int(head[124:136].strip(b" \0") or b"0", 8)
-    ustar = head[257:262] == b"ustar" and head[262:263] == b"\0"
-    prefix = head[345:500].rstrip(b"\0").decode(errors="replace") if ustar else ""
-    name = head[:100].partition(b"\0")[0].decode(errors="replace")
-    return (f"{prefix}/{name}" if prefix else name), length, head[156:157]
-
-
-def _long_name(kind: bytes, body: bytes) -> str | None:
-    """A name too long for its header, in GNU's (L) or POSIX's (x) form."""
-    if kind == b"L":
-        return body.rstrip(b"\0").decode(errors="replace")
-    while body:
-        length = int(body[: body.index(b" ")])
-        key, _, value = body[body.index(b" ") + 1 : length - 1].partition(b"=")
-        if key == b"path":
-            return value.decode(errors="replace")
-        body = body[length:]
-    return None
+def no_part(name: str) -> str:
+    """Return why a file is no part of a sample, by its name: one of HIDDEN, META, BARE; "" where it is."""
+    base = name[name.rfind("/") + 1 :]
+    if name.startswith(".") or "/." in name or "__" in name:
+        for part in name.split("/"):
+            if (part.startswith(".") and part != ".") or part == "__MACOSX":
+                return HIDDEN
+            if len(part) > 4 and part.startswith("__") and part.endswith("__"):
+                return META
+    return "" if base.partition(".")[2] else BARE

@@ -8,7 +8,7 @@ import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .tar import BLOCK
+from .tar_headers import BLOCK
 
 
 class TarWriter:

@@ -13,11 +13,11 @@ import webdataset
 from PIL import Image
 from test_prepare import contents, everything, picture, refused
 
-from data.adopt import find_tars
 from data.index import index_path
 from data.prepare import class_names, main
 from data.shards import Shards
 from data.tar import members
+from data.tar_sources import find_tars
 
 
 def shards_of(folder, names=("train-0.tar", "val-0.tar"), count=6, **more):
@@ -136,7 +136,8 @@ def test_sources_of_tars_that_are_none(tmp_path, capsys):
     assert "holds no .tar" in refused(capsys, "webdataset", tmp_path / "empty")
     assert "2 of 2 tars are not there" in refused(capsys, "webdataset", tmp_path / "x-{0..1}.tar")
     one, two = shards_of(tmp_path / "one", ("a.tar",)), shards_of(tmp_path / "two", ("a.tar",))
-    assert "two tars would both be" in refused(capsys, "webdataset", f"{one.parent}/{{one,two}}/a.tar", "--output", tmp_path / "out")
+    (one / "a.tar.gz").write_bytes(gzip.compress((one / "a.tar").read_bytes()))
+    assert "two tars would both be" in refused(capsys, "webdataset", f"{one}/a.tar*", "--output", tmp_path / "out")
     assert "has tars in 2 folders" in refused(capsys, "webdataset", f"{two.parent}/{{one,two}}/*.tar")
     one.chmod(0o555)
     assert "cannot be written" in refused(capsys, "webdataset", one)

@@ -52,9 +52,9 @@ FLOORS = {
     ],
     "data": [
         ["printable", "text_files", "image_formats", "regular_files"],
-        ["orientation", "color", "bands", "splits", "locators"],
+        ["orientation", "color", "bands", "splits", "locators", "tar_headers", "sample_files"],
         ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew", "join", "shardlist"],
-        ["manifest", "buckets", "fetch", "cache", "encoders", "text_encoders", "write", "columns", "plan"],
+        ["manifest", "tar_sources", "buckets", "fetch", "cache", "encoders", "text_encoders", "write", "columns", "plan"],
         ["index"],
         ["hollow", "source", "encoded", "summary", "check", "fill", "tables", "digits"],
         ["shards", "remote", "pack", "side", "folder", "parquet", "hub"],
