@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .color import deep_to_srgb
+from .color import srgb_values
 from .image_formats import BadImage, check_size, parsing
 from .orientation import load_pixels, turned
 
@@ -95,8 +95,7 @@ def as_channels(found: Bands, channels: int, dtype: type[np.unsignedinteger]) ->
     if found.premultiplied and opacity is not None:
         color = np.minimum(color.astype(np.float64) * top / np.maximum(opacity, 1), top).round().astype(dtype)
     if found.profile:
-        color = deep_to_srgb(color.astype(np.uint16) * np.uint16(65535 // top), found.profile)
-        color = color if top == 65535 else ((color.astype(np.uint32) + 128) // 257).astype(dtype)
+        color = srgb_values(color, found.profile)
     if opacity is not None and channels in (1, 3):
         whole = color.astype(np.uint32) * opacity + np.uint32(top) * (top - opacity.astype(np.uint32))
         color = ((whole + top // 2) // top).astype(dtype)

@@ -10,6 +10,7 @@ those of other bands, are arrays (`bands`, `tiff`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from .tiff import needs_bands, read_tiff, tiff_size
 
 DECODE_ERRORS = PASSED
 """What is raised for a damaged, a foreign or an absurd file; BadImage, a ValueError, for whatever else its parser raised."""
+APP1_APP2 = re.compile(b"\xff[\xe1\xe2]")
+"""Where the segments begin that say more of a JPEG file: EXIF, XMP, its profile."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Pillow's, of each number of channels."""
 
@@ -46,7 +49,7 @@ def decode_into(
     Raises:
         One of DECODE_ERRORS.
     """
-    if out.shape[2] == 3 and out.itemsize == 1 and (plain or is_plain(data)):
+    if out.strides[1] == 3 and (plain or is_plain(data)):  # three bytes a pixel
         try:  # straight into `out`, which reads the header only once
             found = simplejpeg.decode_jpeg(data, buffer=out)
             if plain or found.shape == out.shape:
@@ -253,7 +256,7 @@ def is_plain(data: bytes) -> bool:
     """
     if data[:2] != JPEG_MAGIC:
         return False
-    if len(data) < 4096 and not (b"Exif" in data or b"Orientation" in data or b"ICC_PROFILE" in data):  # searching is faster than walking
+    if len(data) < 4096 and not APP1_APP2.search(data):  # searching is faster than walking
         return b"\xff\xc0\0\x11" in data or b"\xff\xc2\0\x11" in data
     header = jpeg_header(data)
     if header is None or header.frame not in (0xC0, 0xC2) or header.components != 3:
