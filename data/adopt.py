@@ -15,14 +15,14 @@ from typing import Any
 from tqdm import tqdm
 
 from .crew import Progress, crew, processors
-from .decode import DECODE_ERRORS, upright
+from .decode import DECODE_ERRORS, preview
 from .fill import journal_path
+from .image_formats import IMAGE_EXTENSIONS
 from .index import describe, index_path
 from .listing import digest, reason, some
 from .manifest import Manifest, Tally, write_manifest
 from .pack import REPORTED, Corrupt, already, complaint, locked
 from .printable import printable
-from .sample_files import IMAGE_EXTENSIONS
 from .shardlist import Shard, ShardList
 from .summary import draw
 from .tar import Remarks, members
@@ -146,7 +146,7 @@ def index(job: Indexing, progress: Progress) -> str:
 
 def _decodes(image: bytes) -> None:
     try:
-        upright(image, 3)
+        preview(image)
     except DECODE_ERRORS as error:
         raise ValueError(reason(error)) from error
 

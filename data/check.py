@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .crew import Progress
-from .decode import DECODE_ERRORS, upright
-from .index import image_in, index_path, locate, sha256
+from .decode import DECODE_ERRORS, preview
+from .index import image_in, index_path, locate, sha256, unchanged
 from .listing import reason
 from .printable import printable
 from .shardlist import Shard
@@ -53,17 +54,18 @@ def check(job: Check, progress: Progress) -> list[str]:
 
 def _sample(file: int, record: np.void) -> tuple[str, str]:
     """Key of a sample and what is wrong with it, or nothing."""
-    payload, size, _, before, after = record.item()[:5]
+    fields: tuple[Any, ...] = tuple(record.item())
+    payload, size, _, before, after = fields[:5]
     start = (payload - before) * BLOCK
     body = os.pread(file, (before + after) * BLOCK + -(-size // BLOCK) * BLOCK, start)
-    if locate(body, payload * BLOCK, size, start) != record.item()[:6]:
+    if not unchanged(locate(body, payload * BLOCK, size, start), fields):
         try:
             return files_of(body[: (before + 1) * BLOCK])[0], CHANGED
         except ValueError:
             return "", CHANGED
     try:
         key = files_of(body)[0]
-        upright(image_in(body, before, size), 3)
+        preview(image_in(body, before, size))
     except DECODE_ERRORS as error:
         return key, reason(error)
     return key, ""

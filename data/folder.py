@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from .columns import label_of, names_of
+from .image_formats import IMAGE_EXTENSIONS
 from .listing import SPLIT_WORDS, Fault, Record, Source, digest, reason, some
-from .sample_files import IMAGE_EXTENSIONS
 from .tables import Row, is_table, read_tables
 from .text_files import MAX_TEXT_BYTES
 

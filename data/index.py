@@ -8,18 +8,16 @@ the same form, with the same keys in the same order.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import simplejpeg
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, three times as fast
-from PIL import Image
 
-from .decode import DECODE_ERRORS, has_exif, is_plain
+from .decode import DECODE_ERRORS, is_plain, upright_size
 from .listing import reason
 from .manifest import Tally
 from .printable import printable
@@ -215,32 +213,20 @@ def image_in(body: bytes, before: int, size: int) -> bytes:
     return body[before * BLOCK : before * BLOCK + size]
 
 
+def unchanged(found: tuple[int, ...], record: tuple[Any, ...]) -> bool:
+    """Whether what `locate` finds is what a record says, except for `is_plain`, whose rule has changed since the first shards."""
+    return found[:5] == record[:5] and found[5] % PLAIN == record[5] % PLAIN
+
+
 def _bytes_of(span: Span, extension: str, body: bytes) -> bytes:
     member = span.files[extension]
     return body[member.offset - span.start : member.offset - span.start + member.size]
 
 
 def _size(image: bytes) -> tuple[int, int]:
-    """Width and height of an image file as it is shown upright, from its header alone."""
-    turned = False
-    try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(image)
-        if has_exif(image):
-            turned = _turned(Image.open(io.BytesIO(image)))
-    except ValueError:  # no JPEG, or an odd one
-        picture = Image.open(io.BytesIO(image))
-        width, height = picture.size
-        turned = _turned(picture)
-    width, height = min(width, 65535), min(height, 65535)
-    return (height, width) if turned else (width, height)
-
-
-def _turned(picture: Image.Image) -> bool:
-    """Whether the camera was held upright; where that cannot be read the pixels often can, and `decode.upright` shows them as they lie."""
-    try:
-        return picture.getexif().get(0x0112) in (5, 6, 7, 8)
-    except (OSError, SyntaxError):
-        return False
+    """Width and height of an image file as it is shown upright, as far as two bytes hold them."""
+    width, height = upright_size(image)
+    return min(width, 65535), min(height, 65535)
 
 
 def index_path(tar: Path) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -18,6 +19,8 @@ from .shardlist import AT_ONCE, Columns, ShardList
 
 SIZES_KEPT = 10_000
 VERSION = 2
+DECODER = 2
+"""The rule of `decode.is_plain` now: since 2 it also knows colour profiles, XMP, and EXIF behind fill bytes."""
 LISTED = ' "shards": [\n'
 """The line of the file after which each line is a shard."""
 READ_BYTES = 1 << 20
@@ -62,6 +65,8 @@ class Manifest:
     """For side shards: what they were made from and how; empty for images."""
     image_extension: str = ""
     """Of the image, where samples have several that could be."""
+    decoder: int = DECODER
+    """Which rule of `decode.is_plain` the indexes were made by; 1 where a manifest does not say."""
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -155,4 +160,5 @@ def _manifest(raw: dict[str, Any], columns: Columns) -> Manifest:
     for first in range(0, len(shards), AT_ONCE):
         columns.extend(shards[first : first + AT_ONCE])
     names, tally = tuple(raw.pop("class_names")), Tally(**raw.pop("tally"))
+    raw["decoder"] = operator.index(raw.get("decoder", 1))
     return Manifest(**raw, shards=ShardList(columns), class_names=names, tally=tally)

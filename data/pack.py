@@ -22,11 +22,11 @@ from tqdm import tqdm
 
 from .crew import crew, processors
 from .fill import Job, Trim, fill, hashes_path, journal_path, trim
+from .image_formats import IMAGE_EXTENSIONS
 from .index import index_path
 from .listing import Source, digest, some
 from .manifest import Manifest, Tally, parse_manifest, write_manifest
 from .plan import Packing, Planned, plan
-from .sample_files import IMAGE_EXTENSIONS
 from .shardlist import Shard, ShardList
 from .summary import draw
 from .write import commit_json

@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 
+from .image_formats import IMAGE_EXTENSIONS
 from .printable import printable
 from .text_files import MAX_TEXT_BYTES, decode_text, parse_json
 
-IMAGE_EXTENSIONS = (
-    *("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "apng", "mpo", "avif", "jp2", "ico", "psd"),
-    *("jfif", "jpe"),
-)
 _IMAGES = frozenset(IMAGE_EXTENSIONS)
 UNREAD_IMAGES = frozenset(
     (
@@ -71,6 +68,8 @@ def image_among(extensions: Collection[str], wanted: str = "") -> str:
             raise ValueError(f"no .{wanted}, which --image_extension names, only {_dotted(extensions)}")
         return wanted
     found = [extension for extension in extensions if extension in _IMAGES]
+    if len(found) > 1 and "npy" in found:  # an array beside an image is something about it
+        found.remove("npy")
     if len(found) != 1:
         raise ValueError(f"{len(found)} images, {_dotted(found)}: name the one to train on, say --image_extension {found[0]}")
     return found[0]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .decode import DECODE_ERRORS, upright
+from .decode import DECODE_ERRORS, preview
 from .index import image_in, index_path
 from .manifest import Manifest, Tally
 from .tar import files_of
@@ -153,7 +153,7 @@ def _sample(folder: Path, manifest: Manifest) -> list[tuple[Image.Image, str]]:
         record = np.load(index_path(tar), mmap_mode="r", allow_pickle=False)[number - int(ends[s] - counts[s])]
         _, files, data = read(tar, record)
         try:
-            image = upright(data, 3)
+            image = preview(data)
         except DECODE_ERRORS:
             image = Image.new("RGB", (SIDE, SIDE), "#cc3333")  # red: it cannot be decoded
         tiles.append((image, caption_of(files, int(record["label"]), manifest.class_names)))
