@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .caption_fields import caption_of
 from .crew import Progress
 from .decode import DECODE_ERRORS, upright
 from .index import IMAGE_EXTENSIONS, index_path, locate, sha256
@@ -28,6 +29,8 @@ class Check:
     """(N,), int64: which samples to decode."""
     verify: bool
     """Hash the whole files too."""
+    caption: str = ""
+    """As `data.caption` has it: which texts must be readable."""
 
 
 def check(job: Check, progress: Progress) -> list[str]:
@@ -42,14 +45,14 @@ def check(job: Check, progress: Progress) -> list[str]:
         return [*bad, f"{index_path(job.tar).name}: {len(records)} samples, the manifest says {job.shard.samples}"]
     with open(job.tar, "rb", buffering=0) as file:
         for number in job.numbers.tolist():
-            key, why = _sample(file.fileno(), records[number])
+            key, why = _sample(file.fileno(), records[number], job.caption)
             if why:
                 bad.append(f"{job.tar.name}: {key or f'sample {number}'} ({why})")
             progress(1)
     return bad
 
 
-def _sample(file: int, record: np.void) -> tuple[str, str]:
+def _sample(file: int, record: np.void, caption: str) -> tuple[str, str]:
     """Key of a sample and what is wrong with it, or nothing."""
     payload, size, _, before, after = record.item()[:5]
     start = (payload - before) * BLOCK
@@ -62,6 +65,7 @@ def _sample(file: int, record: np.void) -> tuple[str, str]:
     key, files = files_of(body)
     try:
         upright(next(files[e] for e in IMAGE_EXTENSIONS if e in files), 3)
+        caption_of(files, caption)
     except DECODE_ERRORS as error:
         return key, reason(error)
     return key, ""

@@ -52,7 +52,7 @@ FLOORS = {
     ],
     "data": [
         ["printable", "text_files", "image_formats", "regular_files"],
-        ["orientation", "color", "bands", "splits", "locators"],
+        ["orientation", "color", "bands", "splits", "locators", "caption_fields"],
         ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew", "join", "shardlist"],
         ["manifest", "buckets", "fetch", "cache", "encoders", "text_encoders", "write", "columns", "plan"],
         ["index"],
