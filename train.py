@@ -87,6 +87,7 @@ def train(config: Config) -> int:
     run = assemble(config, sources, space, accelerator, store, status, fresh=checkpoint is None)
     data.check_sides(sources.options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
     begin(run, checkpoint, space)
+    run.log.say(sources.note)
     STOPPER.defer()
     code = story(run)
     if sources.cut:

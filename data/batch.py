@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .beside import Beside, Company
+from .beside import ALONE, Beside, Company
 from .buckets import Buckets
 from .decode import DECODE_ERRORS, decode_into
 from .index import NO_LABEL
@@ -141,7 +141,7 @@ class Loader:
             ValueError: too many bad samples in a row, or a lost shard.
         """
         array = self.reader.empty(len(plan.positions), plan.shape)
-        company = self.beside.empty(len(plan.positions)) if self.beside else Company([], [])
+        company = self.beside.empty(plan.positions) if self.beside else ALONE
         faults, payload, fill, beside = list[Fault](), self.shards.payload, self.reader.fill, self.beside
         where = (plan.records[name].tolist() for name in ("payload", "bytes", "crc32"))
         corners = plan.corners if self.look.random_crop else repeat(CENTRE, len(array))

@@ -1,17 +1,20 @@
-"""What comes beside an image: its caption, and its caption as text encoders saw it before."""
+"""What comes beside an image: its caption, and its captions as text encoders saw them before."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from .encoded import text_of
+from .caption_fields import ENTRIES, FORMS, PURPOSE, caption_of, captions_in, parse_captions
+from .encoded import drawn_text, text_of
 from .join import TextStates, length_of
-from .shards import Shards
+from .order import share_at
+from .printable import printable
+from .shards import LostShard, Shards
+from .text_files import parse_json
 
 
 class Embeddings(NamedTuple):
@@ -30,38 +33,52 @@ class Company(NamedTuple):
     captions: list[str]
     rows: list[list[tuple[np.ndarray, np.ndarray]]]
     """Of each encoder, of each image: states and pooled vector over the bytes that were read."""
+    shares: list[float]
+    """Of each position, from 0 to below 1: names the caption that it draws, read now or encoded before."""
 
 
 NOTHING = np.zeros((0, 0), np.float16), np.zeros(0, np.float16)
+ALONE = Company([], [], [])
+"""Of images that come with nothing."""
 
 
 class Beside:
-    """Reads it.
+    """Reads what goes with an image.
 
     Args:
         images: the shards that hold the captions, whatever the images are read from.
-        caption: "" for none, "txt", or "json.KEY".
+        caption: as `data.caption` has it.
         encoded: captions of each encoder, if they are wanted.
+        seed: of the draw among several captions, which is a function of (seed, position).
+        read: whether captions themselves are wanted.
     """
 
-    def __init__(self, images: Shards, caption: str, encoded: Sequence[Embeddings] = ()) -> None:
-        self.images, self.caption, self.encoded = images, caption, tuple(encoded)
+    def __init__(self, images: Shards, caption: str, encoded: Sequence[Embeddings] = (), seed: int = 0, read: bool = True) -> None:
+        self.images, self.caption, self.encoded, self.seed = images, caption, tuple(encoded), seed
+        named = parse_captions(caption)
+        self.read, self.several, self.weights = read and bool(named.fields), named.several, named.shares
 
-    def empty(self, count: int) -> Company:
-        """For so many images."""
-        return Company([""] * count if self.caption else [], [[NOTHING] * count for _ in self.encoded])
+    def empty(self, positions: np.ndarray) -> Company:
+        """Return what is to be filled for the images of these positions, (B,)."""
+        count = len(positions)
+        shares = share_at(positions, self.seed, PURPOSE).tolist() if self.several else [0.0] * count
+        return Company([""] * count if self.read else [], [[NOTHING] * count for _ in self.encoded], shares)
 
     def fill(self, company: Company, i: int, shard: int, number: int) -> None:
         """Read what goes with a sample into row i.
 
         Raises:
-            ValueError: its bytes changed, or its shard is lost.
+            ValueError: its bytes changed, its shard is lost, or its text cannot be read.
         """
-        if self.caption:
-            company.captions[i] = caption_of(self.images.read(shard, number).files, self.caption)
+        if self.read:
+            company.captions[i] = caption_of(self.images.read(shard, number).files, self.caption, company.shares[i])
         for rows, (shards, _, width, pooled_width) in zip(company.rows, self.encoded, strict=True):
             block, size, crc32 = shards.records(shard)[number].item()[:3]
-            rows[i] = text_of(shards.payload(shard, block, size, crc32), width, pooled_width)
+            payload = shards.payload(shard, block, size, crc32)
+            if self.several:
+                rows[i] = drawn_text(payload, width, pooled_width, self.weights, company.shares[i])
+            else:
+                rows[i] = text_of(payload, width, pooled_width)
 
     def text(self, company: Company) -> tuple[TextStates, ...]:
         """The filled rows as `Batch.text`."""
@@ -80,51 +97,95 @@ def _stack(rows: list[tuple[np.ndarray, np.ndarray]], one: Embeddings) -> TextSt
     return TextStates(torch.from_numpy(whole), torch.from_numpy(mask), torch.from_numpy(pooled))
 
 
-def caption_of(files: dict[str, bytes], field: str) -> str:
-    """A sample's caption.
+PROBED = 100
+"""Samples of a folder in which each field must be at least once."""
+LISTED = 20
+"""Fields that a message names of those that samples have."""
+WORDS = 4
+"""A text of so many words is a sentence, and no tag."""
+ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f")
+"""Of sentences, the last three Chinese and Japanese ones."""
+
+
+def check_captions(images: Shards | Sequence[Shards], caption: str) -> str:
+    """Raise ValueError where none of the first samples has a caption of some field, with what they have instead.
 
     Args:
-        files: of the sample, by extension.
-        field: "txt", or "json.KEY".
+        images: shards of all folders, which may have different fields.
+        caption: as `data.caption` has it.
 
     Returns:
-        "" where it has none; the entries of a list with commas between.
+        What is to be said of fields that hold several captions each; mostly "".
     """
-    extension, _, key = field.partition(".")
-    text = files.get(extension, b"").decode("utf-8", "replace").strip()
-    if not key or not text:
-        return text
-    try:
-        found = json.loads(text)
-    except ValueError:
-        return ""
-    value = found.get(key) if isinstance(found, dict) else None
-    return ", ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
-
-
-PROBED = 100
-"""Samples in which at least one caption must be."""
-
-
-def check_captions(images: Shards, field: str) -> None:
-    """Raises ValueError where none of the first samples has a caption, with what they have instead; arguments as in `Beside`."""
-    there: dict[str, None] = {}
-    count = min(PROBED, int(images.samples[0]))
-    for number in range(count):
-        files = images.read(0, number).files
-        if caption_of(files, field):
-            return
-        there |= dict.fromkeys(f".{extension}" for extension in files)
-        there |= dict.fromkeys(f"json.{key}" for key in _keys(files.get("json", b"")))
+    fields, opened = parse_captions(caption).fields, [images] if isinstance(images, Shards) else list(images)
+    missing, there, notes = dict.fromkeys(fields), dict[str, None](), list[str]()
+    count, joined = 0, ""
+    for shards, first in [(one, shard) for one in opened for shard in _first_shards(one)]:
+        for files in _samples(shards, first):
+            count += 1
+            there |= dict.fromkeys(f".{extension}" for extension in files)
+            there |= dict.fromkeys(f"json.{key}" for key in _object(files.get("json", b"")))
+            for field in fields:
+                try:
+                    if captions_in(files, (field,)):
+                        missing.pop(field, None)
+                except ValueError as error:
+                    notes.append(f"; of one the text cannot be read ({error})")
+                joined = joined or (field if _holds_sentences(files, field) else "")
+            if fields == ("txt",) and not missing:
+                return ""
+        if fields and not missing:
+            return f"data.caption={joined} joins lists of sentences with commas; {joined}{ENTRIES} draws one of them." if joined else ""
     raise ValueError(
-        f"data.caption={field or '(empty)'}: none of the first {count} samples of {images.name(0)} has such a caption; "
-        f"they have {', '.join(there)}. Choose `txt` or `json.KEY`, or pack the images with captions."
+        f"data.caption={next(iter(missing), '(empty)')}: none of the first {count} samples of {opened[0].name(0)} has such a caption; "
+        f"they have {_listed(there)}{''.join(notes[:1])}. Name another, or pack the images with captions: {FORMS}."
     )
 
 
-def _keys(body: bytes) -> list[str]:
+def sentences_note(images: Shards, caption: str) -> str:
+    """Return what `check_captions` says, "" where it raises: for those who only look."""
     try:
-        found = json.loads(body or b"{}")
+        return check_captions(images, caption)
     except ValueError:
-        return []
-    return list(found) if isinstance(found, dict) else []
+        return ""
+
+
+def _first_shards(images: Shards) -> list[int]:
+    """Return the first shard of each folder."""
+    return [0, *np.cumsum([len(part) for part in images.parts])[:-1].tolist()]
+
+
+def _samples(images: Shards, shard: int) -> Iterator[dict[str, bytes]]:
+    """Yield the files of a shard's first samples; none of one whose bytes changed, which is left to training to count."""
+    for number in range(min(PROBED, images.counts[shard])):
+        try:
+            yield images.read(shard, number).files
+        except LostShard:
+            raise
+        except ValueError:
+            yield {}
+
+
+def _listed(there: dict[str, None]) -> str:
+    more = len(there) - LISTED
+    return ", ".join(map(printable, list(there)[:LISTED])) + (f" and {more} more" if more > 0 else "") or "nothing that can be read"
+
+
+def _holds_sentences(files: dict[str, bytes], field: str) -> bool:
+    """Whether a list of sentences would be joined into one caption; tags are mostly shorter than a sentence."""
+    key = field.removeprefix("json.")
+    if key == field or key.endswith(ENTRIES):
+        return False
+    value = _object(files.get("json", b"")).get(key)
+    texts = value if isinstance(value, list) else []
+    long = [isinstance(text, str) and (len(text.split()) >= WORDS or text.strip().endswith(ENDS)) for text in texts]
+    return len(long) > 1 and 2 * sum(long) > len(long)
+
+
+def _object(body: bytes) -> Mapping[str, object]:
+    """Return the mapping that a `.json` holds; an empty one where it holds none."""
+    try:
+        found = parse_json(body) if body else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .caption_fields import caption_of
 from .crew import Progress
 from .decode import DECODE_ERRORS, preview
 from .index import image_in, index_path, locate, sha256, unchanged
@@ -31,6 +32,8 @@ class Check:
     """(N,), int64: which samples to decode."""
     verify: bool
     """Hash the whole files too."""
+    caption: str = ""
+    """As `data.caption` has it: which texts must be readable."""
 
 
 def check(job: Check, progress: Progress) -> list[str]:
@@ -45,14 +48,14 @@ def check(job: Check, progress: Progress) -> list[str]:
         return [*bad, f"{index_path(job.tar).name}: {len(records)} samples, the manifest says {job.shard.samples}"]
     with open(job.tar, "rb", buffering=0) as file:
         for number in job.numbers.tolist():
-            key, why = _sample(file.fileno(), records[number])
+            key, why = _sample(file.fileno(), records[number], job.caption)
             if why:
                 bad.append(f"{printable(job.tar.name)}: {printable(key) or f'sample {number}'} ({why})")
             progress(1)
     return bad
 
 
-def _sample(file: int, record: np.void) -> tuple[str, str]:
+def _sample(file: int, record: np.void, caption: str) -> tuple[str, str]:
     """Key of a sample and what is wrong with it, or nothing."""
     fields: tuple[Any, ...] = tuple(record.item())
     payload, size, _, before, after = fields[:5]
@@ -64,8 +67,9 @@ def _sample(file: int, record: np.void) -> tuple[str, str]:
         except ValueError:
             return "", CHANGED
     try:
-        key = files_of(body)[0]
+        key, files = files_of(body)
         preview(image_in(body, before, size))
+        caption_of(files, caption)
     except DECODE_ERRORS as error:
         return key, reason(error)
     return key, ""

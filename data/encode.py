@@ -37,6 +37,7 @@ import torch
 from tqdm import tqdm
 
 from .beside import check_captions
+from .caption_fields import parse_captions
 from .claim import Claim
 from .encoded import EXTENSIONS, side_folder, text_name
 from .encoders import Autoencoder, read_autoencoder
@@ -121,16 +122,28 @@ def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
         raise ValueError("data.encoded is empty: name the folder of the cache there, or with --output.")
     made = _forms(args, options)
     sources = open_sources(options)
-    for number, (folder, names) in enumerate(sources):
+    plans = list[tuple[Folder, list[Shard]]]()
+    for folder, names in sources:
         splits = [split for split in args.splits.split(",") if split] or folder.manifest.shards.splits
         chosen = None if names is None else set(names)
-        wanted = [shard for split in splits for shard in folder.manifest.split(split) if chosen is None or shard.name in chosen]
-        if options.text_encoder and wanted:
-            check_captions(Shards([folder], wanted[0].split, [ShardList.of(wanted[:1])]), options.caption)
+        shards = [shard for split in splits for shard in folder.manifest.split(split)]
+        plans.append((folder, [shard for shard in shards if chosen is None or shard.name in chosen]))
+    if options.text_encoder:
+        _check_captions(plans, options.caption)
+    for number, (folder, wanted) in enumerate(plans):
         for name, form in made.items():
             side = Side(side_folder(output, name, number, len(sources)), form.facts(folder.manifest), folder.manifest)
             encode(folder, wanted, name, form, side, options)
     return 0
+
+
+def _check_captions(plans: list[tuple[Folder, list[Shard]]], caption: str) -> None:
+    """Raise ValueError where a folder has no captions; of several fields each folder may have its own, and each field must be in one."""
+    firsts = [Shards([folder], wanted[0].split, [ShardList.of(wanted[:1])]) for folder, wanted in plans if wanted]
+    groups = [firsts] if parse_captions(caption).several and firsts else [[one] for one in firsts]
+    for note in dict.fromkeys(check_captions(group, caption) for group in groups):
+        if note:
+            print(note, flush=True)
 
 
 def _forms(args: argparse.Namespace, options: Options) -> dict[str, Form]:
@@ -213,7 +226,9 @@ def _finish(side: Side, form: Form, wanted: list[Shard], options: Options, worke
     print(f"{side.folder}: {count:,} samples {already}encoded, {size:,} bytes, {bad_count} of them undecodable.", flush=True)
     if side.facts["form"] == "text":
         said, most = manifest.encoding["statistics"], side.facts["encoder"]["max_tokens"]
-        shares = f"{said['tokens'] / max(1, count):.1f} tokens a caption; {said['cut']:,} captions cut to {most} tokens"
+        shares = f"{said['captions']:,} captions, " if "captions" in said else ""
+        encoded = said["captions"] + said["missing"] if "captions" in said else said["samples"]
+        shares += f"{said['tokens'] / max(1, encoded):.1f} tokens a caption; {said['cut']:,} captions cut to {most} tokens"
         print(f"{side.folder}: {shares}, {said['missing']:,} samples without one.", flush=True)
 
 

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from .caption_fields import draw, parse_captions
 from .fingerprint import differences
 from .join import TextStates
 from .manifest import Manifest
@@ -27,6 +28,8 @@ FormName = Literal["latents", "text"]
 EXTENSIONS: dict[FormName, str] = {"latents": "moments.npy", "text": "text.npy"}
 TEXT_VERSION = 2
 """Of the arrays of encoded captions: since 2 their first row is the pooled vector."""
+SEVERAL_VERSION = 3
+"""Of arrays with several captions: since 3 those of each stand one behind the other, a list of them before all."""
 NULL = "null.safetensors"
 """Beside encoded captions: the encoding of the empty one."""
 TRANSFORM = "upright, on white, resized by the short side (Lanczos), cropped at the centre"
@@ -65,8 +68,13 @@ def wanted_latents(options: Options, images: Manifest, fingerprint: Mapping[str,
 
 
 def wanted_text(options: Options, images: Manifest, fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What a cache of one encoder's text embeddings must have been made from; arguments as in `wanted_latents`."""
-    wanted = {"form": "text", "version": TEXT_VERSION, "source": images.fingerprint, "caption": options.caption}
+    """What a cache of one encoder's text embeddings must have been made from; arguments as in `wanted_latents`.
+
+    The weights of several captions do not count: all are encoded.
+    """
+    named = parse_captions(options.caption)
+    version, caption = (SEVERAL_VERSION, list(named.fields)) if named.several else (TEXT_VERSION, "".join(named.fields))
+    wanted = {"form": "text", "version": version, "source": images.fingerprint, "caption": caption}
     return wanted | ({"encoder": dict(fingerprint)} if fingerprint else {})
 
 
@@ -96,8 +104,11 @@ def disagreements(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[s
             if differ and there.get("name") != wanted.get("name", there.get("name")):
                 found.append(f"it was made with {there['name']}, and {wanted['name']} is named here")
             found += differ
-        elif key == "version" and had != here and there.get("form") == wanted["form"]:
-            found.append(f"its arrays are of version {had or 1}, without pooled vectors, and {here} is read: encode the captions again")
+        elif key == "version" and there.get("form") == wanted["form"]:
+            if had not in (TEXT_VERSION, SEVERAL_VERSION):
+                found.append(f"its arrays are of version {had or 1}, without pooled vectors, and {here} is read: encode the captions again")
+        elif key == "caption":
+            found += [] if had == here else [f"caption is {_fields(had)} there and {_fields(here)} here"]
         elif key == "flips":
             found += [] if set(here) <= set(had or ()) else [f"flips are {had} there and {here} here (--flips both)"]
         elif key == "source":
@@ -105,6 +116,11 @@ def disagreements(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[s
         elif had != here:
             found.append(f"{key} is {had} there and {here} here")
     return found
+
+
+def _fields(caption: str | Sequence[str] | None) -> str:
+    """Return the fields that a cache has encoded, as a recipe writes them."""
+    return caption if isinstance(caption, str) else ",".join(caption or ())
 
 
 def pooled(encodings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -162,11 +178,60 @@ def text_of(payload: bytes | memoryview, width: int, pooled_width: int) -> tuple
     Raises:
         ValueError: no such array.
     """
+    rows = _rows(payload, width, pooled_width)
+    return rows[1:, :width], rows[0, :pooled_width]
+
+
+def _rows(payload: bytes | memoryview, width: int, pooled_width: int) -> np.ndarray:
     start, across = 10 + int.from_bytes(payload[8:10], "little"), max(width, pooled_width)
     if (len(payload) - start) % (2 * across) or len(payload) < start + 4 * across:
-        raise ValueError(f"{len(payload)} bytes are no token states of width {width}: encode the captions again.")
-    rows = np.frombuffer(payload, "<f2", -1, start).reshape(-1, across)
-    return rows[1:, :width], rows[0, :pooled_width]
+        raise ValueError(
+            f"{len(payload)} bytes are no token states of width {width}: this sample's text could not be read (see the manifest's bad), "
+            f"or the cache is of another encoder: encode the captions again."
+        )
+    return np.frombuffer(payload, "<f2", -1, start).reshape(-1, across)
+
+
+def several_rows(captions: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+    """Return all captions of a sample as they are stored: a list of them, filled up to whole rows, then the rows of each.
+
+    Args:
+        captions: at least one; the number of its field, and its rows as `text_rows` has them.
+
+    Returns:
+        (rows, channels), float16. The list is of uint16 in the places of
+        float16: how many captions, then of each its field and its rows.
+    """
+    across = captions[0][1].shape[1]
+    words = [len(captions), *(word for field, rows in captions for word in (field, len(rows)))]
+    listed = np.zeros((-(-len(words) // across), across), np.uint16)
+    listed.flat[: len(words)] = words
+    return np.concatenate([listed.view(np.float16), *(rows for _, rows in captions)])
+
+
+def drawn_text(
+    payload: bytes | memoryview, width: int, pooled_width: int, weights: Sequence[float], share: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return one caption of those in the bytes of a `.text.npy`, as `text_of` does of the only one.
+
+    Args:
+        payload: the whole file, of an array as `several_rows` makes it.
+        width, pooled_width: of a state and of the pooled vector.
+        weights, share: what draws it, see `caption_fields.draw`.
+
+    Raises:
+        ValueError: no such array.
+    """
+    rows = _rows(payload, width, pooled_width)
+    words = rows.reshape(-1).view("<u2")
+    count = int(words[0])
+    fields, lengths = words[1 : 1 + 2 * count : 2].tolist(), words[2 : 2 + 2 * count : 2].tolist()
+    first = -(-(1 + 2 * count) // rows.shape[1])
+    if not count or len(lengths) < count or first + sum(lengths) != len(rows) or max(fields) >= len(weights):
+        raise ValueError(f"{len(payload)} bytes are no list of captions of width {width}: encode the captions again.")
+    at = draw(fields, weights, share)
+    first += sum(lengths[:at])
+    return rows[first + 1 : first + lengths[at], :width], rows[first, :pooled_width]
 
 
 def write_null(folder: Path, make: Callable[[], TextStates]) -> str:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .beside import caption_of
 from .buckets import Buckets
+from .caption_fields import FORMS, captions_in, parse_captions
 from .decode import DECODE_ERRORS, decode_into
-from .encoded import text_rows, wanted_latents, wanted_text, write_null
+from .encoded import several_rows, text_rows, wanted_latents, wanted_text, write_null
 from .encoders import Autoencoder, AutoencoderFacts, check_images
 from .manifest import Manifest
 from .options import Options
@@ -181,7 +181,7 @@ class Latents:
 
 
 class Text:
-    """Captions as one encoder's pooled vectors and states; a sample without one has the empty caption, the null condition.
+    """Captions as one encoder's pooled vectors and states, all of a sample; without one it has the empty caption, the null condition.
 
     Args:
         options: of the recipe.
@@ -192,10 +192,15 @@ class Text:
     """
 
     def __init__(self, options: Options, known: TextFacts, load: Callable[[], TextEncoder], batch_size: int, computed: str) -> None:
-        if not options.caption:
-            raise ValueError("data.caption is empty beside data.text_encoder: choose `txt` or `json.KEY`.")
+        self.named = parse_captions(options.caption)
+        if not self.named.fields:
+            raise ValueError(f"data.caption is empty beside data.text_encoder: {FORMS}.")
         self.options, self.known, self._load, self.batch_size, self.computed = options, known, load, batch_size, computed
-        self._counts = dict.fromkeys(("count", "tokens", "missing", "cut"), 0)
+        self._start()
+
+    def _start(self) -> None:
+        names = ("count", "tokens", "missing", "cut", *(("captions",) if self.named.several else ()))
+        self._counts, self._bad = dict.fromkeys(names, 0), list[str]()
 
     @cached_property
     def encoder(self) -> TextEncoder:
@@ -207,33 +212,59 @@ class Text:
         wanted = wanted_text(self.options, images, self.known.fingerprint)
         return {**wanted, **said, "name": self.known.name, "dtype": "float16", "computed": self.computed}
 
-    def prepare(self, item: Item) -> str:
-        """The caption; "" where there is none."""
-        return caption_of(item.files, self.options.caption)
+    def prepare(self, item: Item) -> list[tuple[int, str]] | str:
+        """The captions, each with the number of its field, "" alone where there is none; or why they cannot be read."""
+        try:
+            return captions_in(item.files, self.named.fields) or [(0, "")]
+        except ValueError as error:
+            return str(error)
 
-    def encode(self, items: list[Item], prepared: list[str]) -> list[np.ndarray]:
-        """(1 + tokens, channels) each, as `text_rows` has them, without what the mask hides."""
-        made, before = [np.zeros(0)] * len(items), self.encoder.cut
-        order = sorted(range(len(items)), key=lambda i: len(prepared[i]))  # of like length together, for less padding
-        for first in range(0, len(items), self.batch_size):
+    def encode(self, items: list[Item], prepared: list[list[tuple[int, str]] | str]) -> list[np.ndarray]:
+        """(1 + tokens, channels) each, as `text_rows` has them, without what the mask hides; of several captions as `several_rows`.
+
+        An array without rows where the text cannot be read.
+        """
+        captions = [(i, text) for i, found in enumerate(prepared) if not isinstance(found, str) for _, text in found]
+        rows = self._rows([text for _, text in captions], [items[i].where for i, _ in captions])
+        made, first = list[np.ndarray](), 0
+        for item, found in zip(items, prepared, strict=True):
+            if isinstance(found, str):
+                self._bad.append(f"{item.where} ({found})")
+                made.append(np.zeros((0, max(self.known.width, self.known.pooled_width)), np.float16))
+                continue
+            own = rows[first : first + len(found)]
+            first += len(found)
+            made.append(
+                several_rows([(field, part) for (field, _), part in zip(found, own, strict=True)]) if self.named.several else own[0]
+            )
+            self._counts["count"] += 1
+            self._counts["missing"] += not found[0][1]
+        if self.named.several:
+            self._counts["captions"] += sum(bool(text) for _, text in captions)
+        return made
+
+    def _rows(self, captions: list[str], where: list[str]) -> list[np.ndarray]:
+        """The rows of each caption; `where` they are is for messages."""
+        made, before = [np.zeros(0)] * len(captions), self.encoder.cut
+        order = sorted(range(len(captions)), key=lambda i: len(captions[i]))  # of like length together, for less padding
+        for first in range(0, len(captions), self.batch_size):
             batch = order[first : first + self.batch_size]
-            part, where = self.encoder.encode([prepared[i] for i in batch]), [items[i].where for i in batch]
+            part, names = self.encoder.encode([captions[i] for i in batch]), [where[i] for i in batch]
             lengths = part.mask.sum(1).tolist()
             self._counts["tokens"] += sum(lengths)
-            for i, states, pooled, length in zip(batch, half(part.states, where), half(part.pooled, where), lengths, strict=True):
+            for i, states, pooled, length in zip(batch, half(part.states, names), half(part.pooled, names), lengths, strict=True):
                 made[i] = text_rows(states[:length], pooled)
         self._counts["cut"] += self.encoder.cut - before
-        self._counts["count"] += len(items)
-        self._counts["missing"] += sum(not caption for caption in prepared)
         return made
 
     def sums(self) -> Sums:
-        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
-        return {**counts, "bad": []}
+        sums = {**self._counts, "bad": self._bad}
+        self._start()
+        return sums
 
     def describe(self, total: Sums) -> dict[str, Any]:
-        counted = {"samples": total["count"], "tokens": total["tokens"], "missing": total["missing"], "cut": total["cut"]}
-        return {"statistics": counted, "bad": []}
+        counted = {"samples": total["count"]} | {name: total[name] for name in ("captions", "tokens", "missing", "cut") if name in total}
+        return {"statistics": counted, "bad": total["bad"]}
 
     def extra(self, folder: Path) -> dict[str, Any]:
         """The encoding of the empty caption."""

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from .beside import sentences_note
 from .check import Check, check
 from .crew import crew, processors, quiet
 from .index import NO_LABEL
@@ -107,8 +108,8 @@ def describe_captions(manifests: list[Manifest]) -> str:
     return f"captions: {have:,} of {total:,} in all splits" + (f", {total - have:,} missing" if 0 < have < total else "")
 
 
-def find_bad(shards: Shards, samples: int | None, verify: bool, workers: int) -> tuple[int, list[str]]:
-    """Decode samples; gives how many were decoded, and what is wrong, by shard and key."""
+def find_bad(shards: Shards, samples: int | None, verify: bool, workers: int, caption: str) -> tuple[int, list[str]]:
+    """Decode samples, and read their captions; gives how many were decoded, and what is wrong, by shard and key."""
     counts = shards.samples
     total, starts = int(counts.sum()), np.cumsum(counts) - counts
     wanted = total if samples is None else min(samples, total)
@@ -118,7 +119,7 @@ def find_bad(shards: Shards, samples: int | None, verify: bool, workers: int) ->
     for number, (shard, folder) in enumerate(places):
         here = chosen[(chosen >= starts[number]) & (chosen < starts[number] + counts[number])] - starts[number]
         if len(here) or verify:
-            jobs.append(Check(folder.file(shard), shard, here, verify))
+            jobs.append(Check(folder.file(shard), shard, here, verify, caption))
     bad: list[str] = []
     useful = min(len(jobs), workers or min(processors(), len(chosen) // 5000 + 1))
     with tqdm(total=len(chosen), desc="checking", unit="image", mininterval=1) as bar:
@@ -157,7 +158,9 @@ def main(argv: list[str] | None = None) -> int:
         shards = open_shards(options)
         print("\n".join(describe_split(shards, options.split)))
         print(describe_captions([folder.manifest for folder in shards.folders]))
-        checked, bad = find_bad(shards, args.samples, args.verify, args.workers)
+        if note := sentences_note(shards, options.caption):
+            print(note)
+        checked, bad = find_bad(shards, args.samples, args.verify, args.workers, options.caption)
         print(f"checked: {checked:,} of {sum(shards.counts):,} images{' and all hashes' if args.verify else ''}, {len(bad):,} bad")
         for line in bad[:SHOWN]:
             print(f"  {line}")

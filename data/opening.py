@@ -63,9 +63,8 @@ def build(
     buckets.check(sum((folder.manifest.tally for folder in shards.folders), Tally()).sizes)
     order = order_of(shards, options, seed)
     look = Look(seed, options.horizontal_flip, options.random_crop)
-    caption = options.caption if captions else ""
     embeddings = [Embeddings(shards, said["encoder"]["max_tokens"], said["width"], said["pooled"]) for shards, said, _ in text]
-    beside = Beside(images, caption, embeddings) if captions or text else None
+    beside = Beside(images, options.caption, embeddings, seed, captions) if captions or text else None
     loader = Loader(shards, order, reader, look, buckets, beside, options.lost_shards == "skip")
     return Stream(Planner(shards, order, buckets, share, look, start), loader, options.workers)
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import yaml
 
+from .caption_fields import parse_captions, spell_captions
+
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -39,6 +41,7 @@ class Options:
     aspect_ratios: tuple[float, ...] = ()
     bucket_step: int = 32
     caption: str = "txt"
+    """One field or several by weight, as `caption_fields` writes them; "" for none."""
     shuffle_block: int = 16
     workers: int = 2
     max_bad_share: float = 0.001
@@ -61,7 +64,7 @@ class Options:
         _require(self.workers >= 0, "workers", self.workers, "0 or more threads.")
         _require(0 <= self.max_bad_share < 1, "max_bad_share", self.max_bad_share, "a share below 1. Use 0.001; 0 stops at the first.")
         _require(self.lost_shards in ("stop", "skip"), "lost_shards", self.lost_shards, "choose `stop` or `skip`.")
-        _require(self.caption in ("", "txt") or self.caption.startswith("json."), "caption", self.caption, "choose `txt` or `json.KEY`.")
+        parse_captions(self.caption)
         _require(self.retry_seconds > 0, "retry_seconds", self.retry_seconds, "a positive number of seconds.")
         bytes_of(self.cache_size, "data.cache_size")
         self._check_buckets()
@@ -150,7 +153,7 @@ def read_options(recipe: str | Path, over: dict[str, Any] | None = None) -> tupl
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0.5)
             raise ValueError(f"unknown key 'data.{key}'" + (f": did you mean 'data.{near[0]}'?" if near else "."))
-        section[key] = _typed(key, value, known[key])
+        section[key] = _typed(key, spell_captions(value) if key == "caption" else value, known[key])
     return Options(**section), whole
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .beside import caption_of
-from .shards import Shards
+from .caption_fields import PURPOSE, caption_of
+from .order import share_at
+from .shards import BadSample, Shards
 from .stream import to_unit
 
 
@@ -32,6 +33,28 @@ def read_images(shards: Shards, channels: int, resolution: int, numbers: Sequenc
     return to_unit(torch.from_numpy(np.stack([pixels for pixels, _ in pairs]))), torch.tensor([label for _, label in pairs])
 
 
-def read_captions(shards: Shards, field: str, numbers: Sequence[int] | None = None) -> list[str]:
-    """Captions; `field` as `data.caption` in a recipe, "" where a sample has none."""
-    return [caption_of(shards.read(shard, number).files, field) for shard, number in places_of(shards, numbers)]
+def read_captions(shards: Shards, caption: str, numbers: Sequence[int] | None = None, seed: int = 0) -> list[str]:
+    """Return captions, "" where a sample has none.
+
+    Args:
+        shards: of the samples.
+        caption: as `data.caption` has it; of several each sample draws one, a function of (seed, number).
+        numbers: as in `places_of`.
+        seed: of that draw.
+
+    Raises:
+        BadSample: one whose text cannot be read.
+    """
+    chosen = range(int(shards.samples.sum())) if numbers is None else numbers
+    drawn = share_at(np.array(chosen, np.int64), seed, PURPOSE).tolist()
+    return [_caption(shards, *place, caption, share) for place, share in zip(places_of(shards, chosen), drawn, strict=True)]
+
+
+def _caption(shards: Shards, shard: int, number: int, caption: str, share: float) -> str:
+    sample = shards.read(shard, number)
+    try:
+        return caption_of(sample.files, caption, share)
+    except ValueError as error:
+        raise BadSample(
+            f"{shards.name(shard)}: the caption of {sample.key!r} cannot be read ({error}). Mend that text and pack the folder again."
+        ) from error

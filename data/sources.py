@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from .join import TextStates, layout
 from .opening import Encoded, build, check_shapes, open_latents, open_shards, open_text
 from .options import Options
 from .reading import read_captions
-from .shards import Shards
+from .shards import BadSample, Shards
 from .stream import Share, Stream
 from .text_encoders import TextFacts, read_text_encoders
 from .words import Words
@@ -33,6 +33,8 @@ class Sources:
     """The text encoders, of a network that takes text."""
     text: tuple[Encoded, ...]
     """Captions encoded before, by each."""
+    note: str = ""
+    """What is to be said of the captions at the start."""
     words: Words | None = None
     """The text encoders at work, once `listen` has said where."""
 
@@ -49,10 +51,9 @@ class Sources:
             check_shapes(options, known)
         latents = open_latents(options, images, known) if known else None
         spoken = read_text_encoders(options) if takes_text else ()
-        if spoken:
-            check_captions(images, options.caption)
+        note = check_captions(images, options.caption) if spoken else ""
         text = open_text(options, images, spoken) if options.encoding == "cached" else ()
-        return cls(options, images, known, latents, spoken, text)
+        return cls(options, images, known, latents, spoken, text, note)
 
     @property
     def cached(self) -> bool:
@@ -86,9 +87,12 @@ class Sources:
         return self.words.told(batch, kept[:, 0], kept), self.words.null
 
     def examples(self, count: int) -> list[str]:
-        """The first captions of the shards, at most so many, without the empty ones."""
-        numbers = range(min(count, int(self.images.samples.sum())))
-        return [caption for caption in read_captions(self.images, self.options.caption, numbers) if caption]
+        """The first captions of the shards, at most so many, without the empty ones and those that cannot be read."""
+        found = []
+        for number in range(min(count, int(self.images.samples.sum()))):
+            with suppress(BadSample):
+                found += read_captions(self.images, self.options.caption, [number])
+        return [caption for caption in found if caption]
 
     @property
     def cut(self) -> str:

@@ -46,6 +46,8 @@ class Survey:
     here: bool = False
     """All shards are."""
     mistakes: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """What is no mistake, and perhaps not meant."""
 
     def tried(self, act: Callable[..., T], *arguments: Any) -> T | None:
         """What a function gives, or None and one mistake more."""
@@ -183,6 +185,7 @@ def _encoders(seen: Survey, options: Options) -> tuple[TextFacts, ...]:
 def _text(seen: Survey, options: Options) -> None:
     """Captions, and what was encoded of them before."""
     if seen.images and seen.here:
-        seen.tried(check_captions, seen.images, options.caption)
+        note = seen.tried(check_captions, seen.images, options.caption)
+        seen.notes += [note] if note else []
     if seen.images and seen.spoken and options.encoding == "cached":
         seen.tried(open_text, options, seen.images, seen.spoken)

@@ -13,6 +13,7 @@ from typing import Any
 
 MAX_TEXT_BYTES = 1 << 20
 """A larger .json, .txt or .cls is refused."""
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 def decode_text(body: bytes) -> str:
@@ -23,9 +24,8 @@ def decode_text(body: bytes) -> str:
     """
     if len(body) > MAX_TEXT_BYTES:
         raise ValueError(f"the text has {len(body)} bytes, at most {MAX_TEXT_BYTES} are read")
-    marked = body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        text = body.decode("utf-16" if marked else "utf-8-sig")
+    try:  # utf-8-sig is written in Python, and this is read with every sample
+        text = body.decode("utf-16") if body.startswith(UTF16) else body.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"the text is no UTF-8 (byte {error.start}): save it as UTF-8") from error
     if "\0" in text:

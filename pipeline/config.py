@@ -31,7 +31,9 @@ class DataConfig:
     random_crop: bool = False  # crop anywhere, chosen by (seed, position), instead of at the centre
     aspect_ratios: tuple[float, ...] = ()  # width / height of each bucket, all of about resolution^2 pixels; none for squares
     bucket_step: int = 32  # pixels of which every bucket's sides are multiples
-    caption: str = "txt"  # where captions are: txt, or json.KEY
+    # where captions are: txt, json.KEY (a list is joined with commas), json.KEY[*] (one entry of a list, drawn), or several by weight, as
+    # txt=0.7,json.short=0.3; which a sample is shown with is drawn by (seed, position)
+    caption: str = "txt"
     shuffle_block: int = 16  # shards; so many are mixed with one another, which bounds the memory of the order
     workers: int = 2  # threads that read and decode ahead on each rank; 0 reads inside the loop
     max_bad_share: float = 0.001  # of samples that cannot be read; more stop training with the list

@@ -159,7 +159,7 @@ class Retrieve(Sampling):
 
     reference: str = ""  # folder of shards with captions
     split: str = "train"  # of the shards; what was trained on was seen
-    caption: str = "txt"  # where captions are: txt, or json.KEY
+    caption: str = "txt"  # where captions are, as data.caption in a recipe; of several, each image draws one
     candidates: int = 50  # captions, drawn by the seed; one sample and one real image each
     guidance_scale: float = 3.0  # 1 is none
     output: str = (

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import math
 import re
 import types
 import typing
@@ -23,6 +24,8 @@ import yaml
 T = TypeVar("T")
 R = TypeVar("R")
 Words = dict[str, list[str]]
+WEIGHTED = ("data.caption",)
+"""Fields of one text that a recipe may also write as a list, or as a mapping to weights."""
 
 
 def load(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -62,7 +65,7 @@ def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) 
     wants_help = any(word in ("-h", "--help") for word in argv)
     words = _command_line([word for word in argv if word not in ("-h", "--help")], aliases or {})
     config = words.pop("config", None)
-    given = {**(_flatten(load(config[0])) if config else {}), **words}
+    given = _spelled({**(_flatten(load(config[0])) if config else {}), **words})
     default = _choose_kinds(cls, given)
     known = _keys(default)
     for key in given:
@@ -89,7 +92,7 @@ def parse_all(cls: type[T], argv: list[str], aliases: dict[str, str] | None = No
     words = _command_line([word for word in argv[start:] if word not in ("-h", "--help")], aliases or {})
     path = words.pop("config", None)
     recipe, wrong = _tried(load, path[0]) if path else ({}, [])
-    given = {**_flatten(recipe or {}), **words}
+    given = _spelled({**_flatten(recipe or {}), **words})
     default, unknown_kind = _tried(_choose_kinds, cls, given)
     if default is None:  # what the fields of an unknown kind are cannot be said
         sections = [key.removesuffix("kind") for key in given if key.endswith(".kind") and _tried(_choose_kinds, cls, {key: given[key]})[1]]
@@ -164,9 +167,22 @@ def facts_of(config: Any, fingerprint: str) -> dict[str, Any]:
     if config.data.aspect_ratios:  # which samples share a batch then hangs on its size
         shown["batch_size"] = config.train.batch_size
     if config.model.takes == "text":
-        shown["caption"] = config.data.caption
+        shown["caption"] = _captions(config.data.caption)
     model = {key: value for key, value in settings["model"].items() if key != "gradient_checkpointing"}
     return {"model": model, "flow": settings["flow"], "data": shown, "seed": config.seed}
+
+
+def _captions(text: str) -> str:
+    """Return `data.caption` with its fields in one order and their weights as shares: what decides which caption is drawn."""
+    pairs = [(field.strip(), weight) for field, _, weight in (part.partition("=") for part in text.split(","))]
+    if len(pairs) == 1:
+        return pairs[0][0]
+    try:
+        weights = {field: float(weight or 1) for field, weight in pairs}
+        total = math.fsum(weights.values())
+        return ",".join(f"{field}={weights[field] / total!r}" for field in sorted(weights))
+    except (ValueError, ArithmeticError):
+        return text  # `data/` says what is wrong with it
 
 
 TYRO: dict[str, Any] = {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), "use_underscores": True}
@@ -212,22 +228,29 @@ def _word(value: Any) -> str:
 def _flatten(mapping: dict[str, Any], prefix: str = "") -> Words:
     words: Words = {}
     for key, value in mapping.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and f"{prefix}{key}" in WEIGHTED:
+            words[f"{prefix}{key}"] = [f"{name}={_word(weight)}" for name, weight in value.items()] or ["{}"]
+        elif isinstance(value, dict):
             words |= _flatten(value, f"{prefix}{key}.")
         elif isinstance(value, (list, tuple)):
-            words[f"{prefix}{key}"] = [_word(item) for item in value]
+            words[f"{prefix}{key}"] = [_word(item) for item in value] or (["[]"] if f"{prefix}{key}" in WEIGHTED else [])
         else:
             words[f"{prefix}{key}"] = [_word(value)]
     return words
 
 
+def _spelled(words: Words) -> Words:
+    """Several words of a field that holds one text, as that text: `data/options.py` reads the same form, and the rooms are sealed."""
+    return {key: [",".join(values)] if key in WEIGHTED else values for key, values in words.items()}
+
+
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, section by section; another `kind` starts its section afresh."""
+    """`over` on top of `base`, section by section, field by field; another `kind` starts its section afresh."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)
         same = isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
-        merged[key] = _merge(typing.cast(dict[str, Any], old), value) if same else value
+        merged[key] = {**typing.cast(dict[str, Any], old), **value} if same else value
     return merged
 
 

@@ -52,7 +52,7 @@ FLOORS = {
     ],
     "data": [
         ["printable", "text_files", "image_formats", "regular_files", "jpeg_header"],
-        ["orientation", "color", "splits", "locators", "tar_headers", "sample_files"],
+        ["orientation", "color", "splits", "locators", "tar_headers", "sample_files", "caption_fields"],
         ["bands"],
         ["tiff"],
         ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew", "join", "shardlist"],

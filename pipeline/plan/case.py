@@ -100,6 +100,7 @@ class Case:
         seen = self.rooms.survey(options, self.config.model.takes == "text")
         for text in seen.mistakes:
             self.mistakes.add(text)
+        self.notes += seen.notes
         return seen
 
     @cached_property
