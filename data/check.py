@@ -9,12 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from .crew import Progress
-from .decode import DECODE_ERRORS, upright
+from .decode import DECODE_ERRORS, decode_into
 from .index import IMAGE_EXTENSIONS, index_path, locate, sha256
 from .listing import reason
 from .shardlist import Shard
 from .tar import BLOCK, files_of
 
+SIDE = 16
+"""Pixels that a decoded image is made smaller to, as training makes it: whether it decodes is all that is asked."""
 CHANGED = "its bytes changed since it was indexed"
 
 
@@ -28,6 +30,9 @@ class Check:
     """(N,), int64: which samples to decode."""
     verify: bool
     """Hash the whole files too."""
+    channels: int = 3
+    bit_depth: int = 8
+    """As a recipe's section `data` has them."""
 
 
 def check(job: Check, progress: Progress) -> list[str]:
@@ -37,20 +42,21 @@ def check(job: Check, progress: Progress) -> list[str]:
         for path, wanted in ((job.tar, job.shard.sha256), (index_path(job.tar), job.shard.index_sha256)):
             if sha256(path) != wanted:
                 bad.append(f"{path.name}: its sha256 is not what the manifest says")
+    pixels = np.empty((SIDE, SIDE, job.channels), f"uint{job.bit_depth}")
     records = np.load(index_path(job.tar), mmap_mode="r", allow_pickle=False)
     if len(records) != job.shard.samples:
         return [*bad, f"{index_path(job.tar).name}: {len(records)} samples, the manifest says {job.shard.samples}"]
     with open(job.tar, "rb", buffering=0) as file:
         for number in job.numbers.tolist():
-            key, why = _sample(file.fileno(), records[number])
+            key, why = _sample(file.fileno(), records[number], pixels)
             if why:
                 bad.append(f"{job.tar.name}: {key or f'sample {number}'} ({why})")
             progress(1)
     return bad
 
 
-def _sample(file: int, record: np.void) -> tuple[str, str]:
-    """Key of a sample and what is wrong with it, or nothing."""
+def _sample(file: int, record: np.void, pixels: np.ndarray) -> tuple[str, str]:
+    """Key of a sample and what is wrong with it, or nothing; its image is decoded into `pixels`."""
     payload, size, _, before, after = record.item()[:5]
     start = (payload - before) * BLOCK
     body = os.pread(file, (before + after) * BLOCK + -(-size // BLOCK) * BLOCK, start)
@@ -61,7 +67,7 @@ def _sample(file: int, record: np.void) -> tuple[str, str]:
             return "", CHANGED
     key, files = files_of(body)
     try:
-        upright(next(files[e] for e in IMAGE_EXTENSIONS if e in files), 3)
+        decode_into(pixels, next(files[e] for e in IMAGE_EXTENSIONS if e in files))
     except DECODE_ERRORS as error:
         return key, reason(error)
     return key, ""
