@@ -11,7 +11,7 @@ from typing import Any
 from .animate import Film, save_animation
 from .asked import Asked
 from .generate import Source, check_sampler, generate
-from .image_files import encode_image, extension_of
+from .image_files import encode_image, file_extension
 from .launch import join
 from .many import Files, Keeper, Made, collect, fingerprint
 from .options import Images
@@ -41,7 +41,7 @@ def draw_picture(options: Images, source: Source, wanted: Asked) -> int:
 def unseen(source: Source) -> str:
     """Say what of a source's images a picture of several of them does not show; "" where it shows all."""
     channels, depth = source.image_shape[0], source.bit_depth
-    kept = extension_of(channels)
+    kept = file_extension(channels)
     if kept == "npy":
         return f"; it shows the first three of {channels} bands: an --output that ends in / keeps all, as .{kept}"
     return f"; it has 8 of {depth} bits: an --output that ends in / keeps all" if depth > 8 else ""
@@ -72,7 +72,7 @@ def draw_folder(options: Images, source: Source, wanted: Asked, files: Sequence[
     """
     sampler, folder = options.sampler(), Path(options.output)
     check_sampler(source, sampler)
-    extension = extension_of(source.image_shape[0])
+    extension = file_extension(source.image_shape[0])
 
     def make(numbers: range) -> list[Made]:
         condition, away = wanted.conditions(source, numbers)

@@ -28,13 +28,13 @@ def quantise(image: Tensor, bit_depth: int = 8) -> np.ndarray:
     return levels.to(torch.uint8 if bit_depth == 8 else torch.uint16).permute(1, 2, 0).contiguous().numpy()
 
 
-def extension_of(channels: int) -> str:
+def file_extension(channels: int) -> str:
     """Return what the file of an image of so many channels is called: png up to four, npy for more."""
     return "png" if channels in COLOUR_TYPES else "npy"
 
 
 def encode_image(image: Tensor, bit_depth: int = 8) -> bytes:
-    """Return (C, H, W), -1..1, as the bytes of a file, of the kind that `extension_of` names; a .npy holds (H, W, C)."""
+    """Return (C, H, W), -1..1, as the bytes of a file, of the kind that `file_extension` names; a .npy holds (H, W, C)."""
     pixels, buffer = quantise(image, bit_depth), io.BytesIO()
     if pixels.shape[2] not in COLOUR_TYPES:
         np.save(buffer, pixels)

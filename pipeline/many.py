@@ -72,7 +72,7 @@ class Files:
 
     Args:
         folder: where to.
-        extension: of the images, as `image_files.extension_of` has it.
+        extension: of the images, as `image_files.file_extension` has it.
     """
 
     def __init__(self, folder: Path, extension: str = "png") -> None:
