@@ -16,7 +16,7 @@ from braceexpand import braceexpand
 from tqdm import tqdm
 
 from .crew import Progress, crew, processors
-from .decode import DECODE_ERRORS, upright
+from .decode import DECODE_ERRORS, preview
 from .fill import journal_path
 from .index import describe, index_path
 from .listing import digest, reason, some, split_named
@@ -163,7 +163,7 @@ def index(job: Indexing, progress: Progress) -> str:
 
 def _decodes(image: bytes) -> None:
     try:
-        upright(image, 3)
+        preview(image)
     except DECODE_ERRORS as error:
         raise ValueError(reason(error)) from error
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from .crew import Progress
 from .decode import DECODE_ERRORS, decode_into
-from .index import IMAGE_EXTENSIONS, index_path, locate, sha256
+from .index import IMAGE_EXTENSIONS, index_path, locate, sha256, unchanged
 from .listing import reason
 from .shardlist import Shard
 from .tar import BLOCK, files_of
@@ -57,10 +58,11 @@ def check(job: Check, progress: Progress) -> list[str]:
 
 def _sample(file: int, record: np.void, pixels: np.ndarray) -> tuple[str, str]:
     """Key of a sample and what is wrong with it, or nothing; its image is decoded into `pixels`."""
-    payload, size, _, before, after = record.item()[:5]
+    fields: tuple[Any, ...] = tuple(record.item())
+    payload, size, _, before, after = fields[:5]
     start = (payload - before) * BLOCK
     body = os.pread(file, (before + after) * BLOCK + -(-size // BLOCK) * BLOCK, start)
-    if locate(body, payload * BLOCK, size, start) != record.item()[:6]:
+    if not unchanged(locate(body, payload * BLOCK, size, start), fields):
         try:
             return files_of(body[: (before + 1) * BLOCK])[0], CHANGED
         except ValueError:

@@ -1,63 +1,33 @@
 """From the bytes of an image file to pixels of a wanted size.
 
-The image is turned upright (EXIF), its transparency laid on white, resized
-with antialiasing so that it covers the wanted size, and cropped to it. Plain
+The image is turned upright, its colours are converted to sRGB where its
+profile says otherwise, its transparency is kept or laid on white, and it is
+resized with antialiasing so that it covers the wanted size, and cropped to it.
 JPEG files take simplejpeg, whose pixels are Pillow's to the bit; Pillow takes
-the rest, and has the last word on what is damaged.
+the rest of 8 bits, and has the last word on what is damaged; deeper files, and
+those of other bands, are arrays (`bands`, `tiff`).
 """
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-DECODE_ERRORS = (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionBombError)
-"""What is raised for a damaged, a foreign or an absurd file."""
-MAX_PIXELS = 178_956_970
-"""A larger image is refused as a decompression bomb: Pillow's own limit."""
-MAX_RATIO = 32
-"""An image whose long side is longer than so many short ones is refused: nothing is left of it in a crop."""
+from .bands import Bands, array_size, as_channels, read_array, read_png, resized
+from .color import is_srgb, to_srgb
+from .image_formats import JPEG_MAGIC, NUMPY_MAGIC, PASSED, PNG_MAGIC, TIFF_MAGIC, BadImage, check_size, open_image, parsing
+from .jpeg_header import jpeg_header
+from .orientation import IN_PNG, load_pixels, orientation_of, stated_orientation, swaps_sides, turned
+from .tiff import needs_bands, read_tiff, tiff_size
 
-
-def upright(data: bytes, channels: int) -> Image.Image:
-    """Decode an image as gray (1 channel) or RGB (3), upright, transparency on white; of an animation the first frame.
-
-    Raises:
-        One of DECODE_ERRORS: not an image, damaged, larger than MAX_PIXELS,
-            more extreme than MAX_RATIO.
-    """
-    image: Image.Image = Image.open(io.BytesIO(data))
-    _check(*image.size)
-    try:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-    except (OSError, SyntaxError):
-        image.load()  # passes where the pixels are whole and only what follows them is damaged, as viewers see it
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _eight_bits(image)
-    mode = "L" if channels == 1 else "RGB"
-    return image if image.mode == mode else image.convert(mode)
-
-
-def _check(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{width} x {height} pixels are more than {MAX_PIXELS}")
-    if max(width, height) > MAX_RATIO * min(width, height):
-        raise ValueError(f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit (and wider) grays scaled to 8 bits; Pillow's own conversion clips them."""
-    values = np.asarray(image, np.float64)
-    top = 65535.0 if values.max(initial=0) > 255 else 255.0
-    return Image.fromarray(np.round(values.clip(0, top) * (255 / top)).astype(np.uint8))
+DECODE_ERRORS = PASSED
+"""What is raised for a damaged, a foreign or an absurd file; BadImage, a ValueError, for whatever else its parser raised."""
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""Pillow's, of each number of channels."""
 
 
 def decode_into(
@@ -66,7 +36,8 @@ def decode_into(
     """Decode an image file into pixels of a given size.
 
     Args:
-        out: (height, width, channels), uint8, contiguous; channels 1 or 3. Filled.
+        out: (height, width, channels), contiguous. Filled. Channels: 1 gray, 2 gray and alpha, 3 RGB, 4 RGBA, more: so many bands.
+            uint8, or uint16, where 16 bits are kept and 8-bit values are times 257.
         data: the file.
         mirror: left to right, after cropping.
         at: where to crop what the wanted size leaves over: 0 at the top (left), 1 at the bottom (right).
@@ -75,62 +46,221 @@ def decode_into(
     Raises:
         One of DECODE_ERRORS.
     """
-    if plain or (out.shape[2] == 3 and is_plain(data)):
+    if out.shape[2] == 3 and out.itemsize == 1 and (plain or is_plain(data)):
         try:  # straight into `out`, which reads the header only once
             found = simplejpeg.decode_jpeg(data, buffer=out)
             if plain or found.shape == out.shape:
                 if mirror:
                     out[:] = out[:, ::-1].copy()
                 return
-        except ValueError:  # larger than `out`, or damaged: Pillow has the last word
+        except (ValueError, RuntimeError, MemoryError):  # larger than `out`, or damaged: Pillow has the last word
             found = None
-    pixels = _jpeg(data, out.shape[2]) if data[:2] == b"\xff\xd8" else None
-    image = upright(data, out.shape[2]) if pixels is None else Image.fromarray(pixels)
-    height, width = out.shape[:2]
-    if image.size != (width, height):
-        box = crop_box(image.width, image.height, width, height, at)
-        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
-    fitted = np.asarray(image, np.uint8).reshape(out.shape)
+    fitted = _fitted(data, out.shape, out.itemsize > 1, at)
     out[:] = fitted[:, ::-1] if mirror else fitted
 
 
-def has_exif(data: bytes) -> bool:
-    """Whether a JPEG file says how the camera was held: an Exif segment before its first scan."""
-    return any(data[at + 1] == 0xE1 and data[at + 4 : at + 8] == b"Exif" for at in _segments(data))
+def _fitted(data: bytes, shape: tuple[int, ...], deep: bool, at: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Return an image resized and cropped to (height, width, channels), uint8 or, where it is deep, uint16."""
+    height, width, channels = shape
+    bands, opened = _bands(data, channels, deep)
+    if bands is not None:
+        values = as_channels(bands, channels, np.uint16 if deep else np.uint8)
+        if values.shape == shape:
+            return values
+        box = crop_box(values.shape[1], values.shape[0], width, height, at)
+        return resized(values, (width, height), box, alpha=channels in (2, 4) and bands.colors > 0)
+    image = _eight_bits(data, channels, opened)
+    if image.size != (width, height):
+        box = crop_box(image.width, image.height, width, height, at)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+    pixels = np.asarray(image, np.uint8).reshape(shape)
+    return pixels * np.uint16(257) if deep else pixels
+
+
+def upright(data: bytes, channels: int) -> Image.Image:
+    """Decode an image as gray (1 channel), gray with alpha (2), RGB (3) or RGBA (4), of 8 bits, upright, in sRGB.
+
+    Without alpha, transparency is laid on white. Of an animation the first frame.
+
+    Raises:
+        One of DECODE_ERRORS: not an image, damaged, larger than MAX_PIXELS,
+            more extreme than MAX_RATIO.
+    """
+    bands, opened = _bands(data, channels, False)
+    if bands is None:
+        return _eight_bits(data, channels, opened)
+    pixels = as_channels(bands, channels, np.uint8)
+    return Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if channels == 1 else pixels))
+
+
+def preview(data: bytes) -> Image.Image:
+    """Decode any image that can be trained on, with whatever number of channels, as RGB to look at: of bands the first three.
+
+    Raises:
+        One of DECODE_ERRORS.
+    """
+    bands, opened = _bands(data, None, False)
+    if bands is None:
+        return _eight_bits(data, 3, opened)
+    if bands.colors == 0:
+        count = 3 if bands.values.shape[2] >= 3 else 1
+        bands = bands._replace(values=bands.values[..., :count], colors=count)
+    return Image.fromarray(np.ascontiguousarray(as_channels(bands, 3, np.uint8)))
+
+
+class Native(NamedTuple):
+    """An image with all the channels and bits of its file, upright and in sRGB: as Pillow's, or as an array."""
+
+    image: Image.Image | None
+    """Of mode L, LA, RGB or RGBA."""
+    values: np.ndarray
+    """(H, W, C), uint8 or uint16; empty where there is an `image`."""
+    is_color: bool = True
+    alpha: bool = False
+
+
+def native(data: bytes) -> Native:
+    """Decode an image with all the channels and bits that it has.
+
+    Raises:
+        One of DECODE_ERRORS.
+    """
+    bands, opened = _bands(data, None, True)
+    if bands is None:
+        return Native(_eight_bits(data, None, opened), np.empty((0, 0, 0), np.uint8))
+    channels = bands.colors + bands.alpha if bands.colors else bands.values.shape[2]
+    values = as_channels(bands, channels, np.uint8 if bands.values.dtype.itemsize == 1 else np.uint16)
+    return Native(None, values, bands.colors > 0, bands.alpha)
+
+
+def upright_size(data: bytes) -> tuple[int, int]:
+    """Return width and height of an image as it is shown upright, from its headers alone.
+
+    Raises:
+        One of DECODE_ERRORS.
+    """
+    if data[:2] == JPEG_MAGIC and (header := jpeg_header(data)) is not None:
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+            turns = stated_orientation(header.exif, header.xmp) if header.exif or header.xmp else 1
+            return (height, width) if swaps_sides(turns) else (width, height)
+        except ValueError:  # an odd one
+            pass
+    if data[:6] == NUMPY_MAGIC:
+        return array_size(data)
+    try:
+        image = open_image(data)
+    except UnidentifiedImageError:
+        if data[:4] not in TIFF_MAGIC:
+            raise
+        return tiff_size(data)
+    width, height = image.size
+    states = data[:8] != PNG_MAGIC or any(word in data for word in IN_PNG)  # or else a PNG would be decoded for nothing
+    return (height, width) if states and swaps_sides(orientation_of(image)) else (width, height)
+
+
+def _bands(data: bytes, channels: int | None, deep: bool) -> tuple[Bands | None, Image.Image | None]:
+    """Return the bands of a file that has to be read as an array; else None, and the file as Pillow opened it, unless it is a JPEG.
+
+    Args:
+        data: the file.
+        channels: wanted; None for those of the file.
+        deep: whether more than 8 bits are wanted.
+    """
+    if data[:6] == NUMPY_MAGIC:
+        return read_array(data), None
+    if data[:2] == JPEG_MAGIC and (channels is None or channels <= 4):
+        return None, None
+    try:
+        image = open_image(data)
+    except UnidentifiedImageError:
+        if data[:4] not in TIFF_MAGIC:
+            raise
+        return read_tiff(data, channels), None
+    check_size(*image.size)
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        if needs_bands(image, channels or len(image.getbands()), deep):
+            return read_tiff(data, channels, image), None
+    elif image.format == "PNG" and data[24] == 16 and (deep or data[25] == 0 or "transparency" in image.info):
+        return read_png(data, image), None
+    if channels is not None and channels > 4:
+        bands = len(image.getbands())
+        raise BadImage(f"it has {bands} channel{'s' * (bands != 1)}, {channels} are wanted: bands are read from TIFF and .npy files")
+    return None, image
+
+
+def _eight_bits(data: bytes, channels: int | None, image: Image.Image | None) -> Image.Image:
+    """Return an image of 8 bits a channel, upright; `image` is the file as Pillow opened it, None for a JPEG; channels None: its own."""
+    decoded = _jpeg(data) if image is None else None
+    if decoded is None:
+        image = image or open_image(data)
+        check_size(*image.size)
+        decoded = image, load_pixels(image), image.info.get("icc_profile")
+    pixels, orientation, profile = decoded
+    with parsing():
+        pixels = _channels(to_srgb(_standard(pixels, data), profile), channels)
+    return pixels if orientation == 1 else Image.fromarray(np.ascontiguousarray(turned(np.asarray(pixels), orientation)))
+
+
+def _jpeg(data: bytes) -> tuple[Image.Image, int, bytes | None] | None:
+    """Return the pixels of a JPEG file, their orientation and profile; None for what Pillow should look at."""
+    header = jpeg_header(data)
+    if header is None or header.components not in (1, 3):
+        return None
+    try:
+        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
+        check_size(width, height)
+        if space not in ("Gray", "YCbCr", "RGB"):
+            return None
+        pixels = simplejpeg.decode_jpeg(data, "GRAY" if space == "Gray" else "RGB")
+    except (ValueError, RuntimeError, MemoryError):
+        return None
+    image = Image.fromarray(pixels.squeeze(2) if space == "Gray" else pixels)
+    return image, stated_orientation(header.exif, header.xmp) if header.exif or header.xmp else 1, header.icc
+
+
+def _standard(image: Image.Image, data: bytes) -> Image.Image:
+    """Return an image in mode L, LA, RGB, RGBA or CMYK, with transparency as alpha."""
+    clear = image.info.get("transparency")
+    if clear is not None and image.mode == "L" and image.format == "PNG" and data[24] in (2, 4):
+        image.info["transparency"] = clear * {2: 85, 4: 17}[data[24]]  # Pillow scales such pixels to 8 bits, and not this
+    if clear is not None and image.mode in ("1", "L", "RGB", "P"):
+        return image.convert("LA" if image.mode in ("1", "L") else "RGBA")
+    if image.mode.startswith("I;16"):  # of JPEG 2000, whose values Pillow shifts to 16 bits
+        return Image.fromarray(np.round(np.asarray(image) * (255 / 65535)).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise BadImage(f"its {image.mode} values say neither black nor white: save 8 or 16 bits")
+    kept = {"1": "L", "La": "LA", "RGBa": "RGBA", "PA": "RGBA", **{mode: mode for mode in ("L", "LA", "RGB", "RGBA", "CMYK")}}
+    mode = kept.get(image.mode, "RGB")
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _channels(image: Image.Image, channels: int | None) -> Image.Image:
+    """Return an image of mode L, LA, RGB or RGBA in that of a number of channels; transparency is kept, or laid on white."""
+    if channels is None:
+        return image
+    if image.mode in ("LA", "RGBA") and channels in (1, 3):
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    mode = MODES[channels]
+    return image if image.mode == mode else image.convert(mode)
 
 
 def is_plain(data: bytes) -> bool:
-    """Whether a file is a JPEG of three colours that says nothing of how the camera was held; where this says no, Pillow is asked."""
-    if data[:2] != b"\xff\xd8":
+    """Return whether a JPEG file's decoded components are its image: three colours that need no turning and are sRGB.
+
+    Where this says no, more has to be asked.
+    """
+    if data[:2] != JPEG_MAGIC:
         return False
-    if len(data) < 4096:  # searching is faster than walking
-        return b"Exif" not in data and (b"\xff\xc0\0\x11" in data or b"\xff\xc2\0\x11" in data)
-    for at in _segments(data):
-        if data[at + 1] in (0xC0, 0xC2):
-            return data[at + 9] == 3
-        if data[at + 1] == 0xE1 and data[at + 4 : at + 8] == b"Exif":
-            return False
-    return False
-
-
-def _segments(data: bytes) -> Iterator[int]:
-    """Where the segments of a JPEG file begin, up to its first scan."""
-    at = 2
-    while at + 10 < len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
-        yield at
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
-
-
-def _jpeg(data: bytes, channels: int) -> np.ndarray | None:
-    """The pixels of a JPEG file, (H, W) or (H, W, 3); None for what Pillow should look at."""
-    try:
-        height, width, space, _ = simplejpeg.decode_jpeg_header(data)
-        if space not in (("Gray",) if channels == 1 else ("Gray", "YCbCr", "RGB")) or has_exif(data):
-            return None
-        _check(width, height)
-        return simplejpeg.decode_jpeg(data, "RGB" if channels == 3 else "GRAY").squeeze(2 if channels == 1 else ())
-    except ValueError:
-        return None
+    if len(data) < 4096 and not (b"Exif" in data or b"Orientation" in data or b"ICC_PROFILE" in data):  # searching is faster than walking
+        return b"\xff\xc0\0\x11" in data or b"\xff\xc2\0\x11" in data
+    header = jpeg_header(data)
+    if header is None or header.frame not in (0xC0, 0xC2) or header.components != 3:
+        return False
+    if (header.exif or header.xmp) and stated_orientation(header.exif, header.xmp) != 1:
+        return False
+    return not header.icc or is_srgb(header.icc, "RGB")
 
 
 def crop_box(width: int, height: int, to_width: int, to_height: int, at: Sequence[float] | np.ndarray) -> tuple[float, float, float, float]:
@@ -152,7 +282,7 @@ def decode_image(data: bytes, channels: int, resolution: int, mirror: bool = Fal
 
     Args:
         data: the file.
-        channels: 1 or 3.
+        channels: as `decode_into` takes them.
         resolution: pixels a side.
         mirror: left to right.
         bit_depth: 8 or 16.

@@ -8,7 +8,6 @@ leaving them out later costs nothing.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 from dataclasses import asdict, dataclass, replace
@@ -16,20 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from .crew import Progress
-from .decode import DECODE_ERRORS, upright
-from .index import IMAGE_EXTENSIONS, MAX_TEXT_BYTES, NO_LABEL, describe, index_path
+from .decode import DECODE_ERRORS, preview, upright_size
+from .image_formats import IMAGE_EXTENSIONS, extension_of
+from .index import MAX_TEXT_BYTES, NO_LABEL, describe, index_path
 from .listing import Fault, Part, Record, reason
+from .shrink import smaller
 from .tar import samples
 from .write import TarWriter, commit, commit_json
 
-FORMATS = {
-    **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"},
-    **{"AVIF": "avif", "JPEG2000": "jp2", "ICO": "ico", "PSD": "psd"},
-}
-SAVED_AS: dict[str, dict[str, Any]] = {"jpg": {"format": "JPEG", "quality": 95}, "webp": {"format": "WEBP", "quality": 95}}
 HASHED = np.dtype([("number", "<u8"), ("key", "<u8"), ("hash", "V16")])
 """One packed sample: its number in the source, in its shard's key, and a hash of its image's bytes."""
 
@@ -127,13 +122,15 @@ def prepared(record: Record, max_side: int) -> tuple[Record, dict[str, bytes]] |
     The record's image stays as it was read, for its hash.
     """
     try:
-        image = upright(record.image, 3)
+        size = upright_size(record.image)
         extension, stored = record.extension, record.image
         if extension not in IMAGE_EXTENSIONS:
-            extension = _extension(record.image)
-        if max_side and max(image.size) > max_side:
-            record = record._replace(more={**record.more, "resized_from": list(image.size)})
-            extension, stored = _smaller(image, max_side, extension)
+            extension = extension_of(record.image)
+        if max_side and max(size) > max_side:
+            record = record._replace(more={**record.more, "resized_from": list(size)})
+            extension, stored = smaller(stored, max_side, extension)
+        else:
+            preview(stored)  # to see that it decodes
         return record, _files(record, extension, stored)
     except DECODE_ERRORS as error:
         return Fault(record.name, reason(error))
@@ -152,22 +149,3 @@ def _files(record: Record, extension: str, stored: bytes) -> dict[str, bytes]:
         if len(files.get(name, b"")) > MAX_TEXT_BYTES:
             raise ValueError(f"its .{name} would have {len(files[name])} bytes, at most {MAX_TEXT_BYTES} are read")
     return files
-
-
-def _extension(data: bytes) -> str:
-    """The extension that the bytes of an image ask for."""
-    found = Image.open(io.BytesIO(data)).format or "unknown"
-    if found not in FORMATS:
-        raise ValueError(f"its format {found} is none of {', '.join(FORMATS)}")
-    return FORMATS[found]
-
-
-def _smaller(image: Image.Image, side: int, extension: str) -> tuple[str, bytes]:
-    """An image whose longer side is `side`, in its own family of formats; those of no family become PNG."""
-    scale = side / max(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    family = {"jpeg": "jpg"}.get(extension, extension)
-    family = family if family in SAVED_AS else "png"
-    buffer = io.BytesIO()
-    image.resize(size, Image.Resampling.LANCZOS).save(buffer, **SAVED_AS.get(family, {"format": "PNG"}))
-    return family, buffer.getvalue()

@@ -8,24 +8,22 @@ the same form, with the same keys in the same order.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import simplejpeg
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, three times as fast
-from PIL import Image
 
-from .decode import has_exif, is_plain
+from .decode import DECODE_ERRORS, is_plain, upright_size
+from .image_formats import IMAGE_EXTENSIONS
 from .listing import reason
 from .manifest import Tally
 from .shardlist import Shard
 from .tar import BLOCK, Span, samples
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff", "apng", "mpo", "avif", "jp2", "ico", "psd")
 RECORD = np.dtype(
     [
         ("payload", "<u4"),
@@ -87,7 +85,7 @@ def index_shard(
                     width, height = _size(_bytes_of(span, payload, body))
                 if verify is not None:
                     verify(_bytes_of(span, payload, body))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            except DECODE_ERRORS as error:
                 if faults is None:
                     raise ValueError(f"{path}: {span.key} cannot be indexed: {error}. Leave it out when packing.") from error
                 faults.append(f"{path.name}: {span.key} ({reason(error)})")
@@ -127,6 +125,11 @@ def locate(body: bytes, offset: int, size: int, start: int) -> tuple[int, int, i
     return offset // BLOCK, size, crc32_of(payload), first // BLOCK, after, rest
 
 
+def unchanged(found: tuple[int, ...], record: tuple[Any, ...]) -> bool:
+    """Whether what `locate` finds is what a record says, except for `is_plain`, whose rule has changed since the first shards."""
+    return found[:5] == record[:5] and found[5] % PLAIN == record[5] % PLAIN
+
+
 def _bytes_of(span: Span, extension: str, body: bytes) -> bytes:
     member = span.files[extension]
     return body[member.offset - span.start : member.offset - span.start + member.size]
@@ -142,26 +145,9 @@ def _label(span: Span, body: bytes) -> int:
 
 
 def _size(image: bytes) -> tuple[int, int]:
-    """Width and height of an image file as it is shown upright, from its header alone."""
-    turned = False
-    try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(image)
-        if has_exif(image):
-            turned = _turned(Image.open(io.BytesIO(image)))
-    except ValueError:  # no JPEG, or an odd one
-        picture = Image.open(io.BytesIO(image))
-        width, height = picture.size
-        turned = _turned(picture)
-    width, height = min(width, 65535), min(height, 65535)
-    return (height, width) if turned else (width, height)
-
-
-def _turned(picture: Image.Image) -> bool:
-    """Whether the camera was held upright; where that cannot be read the pixels often can, and `decode.upright` shows them as they lie."""
-    try:
-        return picture.getexif().get(0x0112) in (5, 6, 7, 8)
-    except (OSError, SyntaxError):
-        return False
+    """Width and height of an image file as it is shown upright, as far as two bytes hold them."""
+    width, height = upright_size(image)
+    return min(width, 65535), min(height, 65535)
 
 
 def index_path(tar: Path) -> Path:

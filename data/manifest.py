@@ -18,6 +18,8 @@ from .shardlist import AT_ONCE, Columns, ShardList
 
 SIZES_KEPT = 10_000
 VERSION = 2
+DECODER = 2
+"""The rule of `decode.is_plain` now: since 2 it also knows colour profiles, XMP, and EXIF behind fill bytes."""
 LISTED = ' "shards": [\n'
 """The line of the file after which each line is a shard."""
 READ_BYTES = 1 << 20
@@ -60,6 +62,8 @@ class Manifest:
     """A hash of what was asked for when it was packed."""
     encoding: dict[str, Any] = field(default_factory=dict)
     """For side shards: what they were made from and how; empty for images."""
+    decoder: int = DECODER
+    """Which rule of `decode.is_plain` the indexes were made by; 1 where a manifest does not say."""
     version: int = VERSION
 
     def __post_init__(self) -> None:
@@ -147,4 +151,4 @@ def _manifest(raw: dict[str, Any], columns: Columns) -> Manifest:
     for first in range(0, len(shards), AT_ONCE):
         columns.extend(shards[first : first + AT_ONCE])
     names, tally = tuple(raw.pop("class_names")), Tally(**raw.pop("tally"))
-    return Manifest(**raw, shards=ShardList(columns), class_names=names, tally=tally)
+    return Manifest(**{"decoder": 1, **raw}, shards=ShardList(columns), class_names=names, tally=tally)

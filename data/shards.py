@@ -17,8 +17,8 @@ import numpy as np
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, several times as fast
 
 from .decode import DECODE_ERRORS, decode_image
-from .index import IMAGE_EXTENSIONS, NO_LABEL, RECORD, locate
-from .manifest import Manifest
+from .index import IMAGE_EXTENSIONS, NO_LABEL, RECORD, locate, unchanged
+from .manifest import DECODER, Manifest
 from .shardlist import Shard, ShardList
 from .source import Folder, LocalFolder
 from .tar import BLOCK, files_of
@@ -83,6 +83,7 @@ class Shards:
                     raise ValueError(f"{folder.name} has no {missing[0]}: its manifest does not list it. Name others.")
             self.parts.append(wanted)
         self._ends = list(accumulate(map(len, self.parts)))
+        self._know_plain = np.array([folder.manifest.decoder >= DECODER for folder in self.folders])
         self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()
         self._files: OrderedDict[int, FileIO] = OrderedDict()
         self._lock = threading.Lock()
@@ -167,6 +168,10 @@ class Shards:
             self._keep(self._indexes, shard, found, OPEN_INDEXES)
         return found
 
+    def know_plain(self, shards: np.ndarray) -> np.ndarray:
+        """Whether the indexes of shards were made by today's rule of `decode.is_plain`, (N,), bool; older ones said it of too many."""
+        return self._know_plain[np.searchsorted(self._ends, shards, side="right")]
+
     def gather(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """The records of many samples, (N,)."""
         sort = np.argsort(shards, kind="stable")
@@ -216,7 +221,7 @@ class Shards:
             body = os.pread(file.fileno(), length, start)
         except OSError:
             body = self._again(shard, start, length)
-        if len(body) != length or locate(body, block * BLOCK, size, start) != record[:6]:
+        if len(body) != length or not unchanged(locate(body, block * BLOCK, size, start), record):
             raise BadSample(f"{self.name(shard)}, sample {number}: {CHANGED}.")
         key, files = files_of(body)
         return Sample(key, files, -1 if label == NO_LABEL else label)

@@ -107,6 +107,7 @@ class Planner:
         corners, shapes = self.look.corners(positions.ravel()), [self.buckets.shapes[bucket] for _, bucket in chosen]
         wanted = np.repeat(shapes, places.shape[1], axis=0)
         plain = (records["rest"] >= PLAIN) & (records["height"] == wanted[:, 0]) & (records["width"] == wanted[:, 1])
+        plain &= self.shards.know_plain(shards)
         samples, mirrored = np.stack([shards, numbers], axis=1), self.look.mirrored(positions.ravel())
         columns = samples, records, labels_of(records), crops(records, corners, wanted), mirrored, corners, plain
         rows = zip(places, positions, *(column.reshape(*places.shape, *column.shape[1:]) for column in columns), shapes, strict=True)

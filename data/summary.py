@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .decode import DECODE_ERRORS, upright
+from .decode import DECODE_ERRORS, preview
 from .index import IMAGE_EXTENSIONS, index_path
 from .manifest import Manifest, Tally
 from .tar import BLOCK, files_of
@@ -151,7 +151,7 @@ def _sample(folder: Path, manifest: Manifest) -> list[tuple[Image.Image, str]]:
         record = np.load(index_path(tar), mmap_mode="r", allow_pickle=False)[number - int(ends[s] - counts[s])]
         files = read(tar, record)[1]
         try:
-            image = upright(next(files[e] for e in IMAGE_EXTENSIONS if e in files), 3)
+            image = preview(next(files[e] for e in IMAGE_EXTENSIONS if e in files))
         except DECODE_ERRORS:
             image = Image.new("RGB", (SIDE, SIDE), "#cc3333")  # red: it cannot be decoded
         tiles.append((image, caption_of(files, int(record["label"]), manifest.class_names)))

@@ -1,0 +1,112 @@
+"""Colours as sRGB: what an embedded ICC profile says of pixels is applied, where that makes a difference."""
+
+from __future__ import annotations
+
+import io
+from functools import lru_cache
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from .image_formats import BadImage, parsing
+
+SAME = 2
+"""A profile that moves no colour of a grid by more than so many of 255 levels counts as sRGB: encoders write sRGB in many ways."""
+KEPT = 64
+"""Profiles whose conversions are kept, by their bytes: a data set has few."""
+SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
+"""The colour space that a profile must have to be one of pixels of a mode; another is ignored, as viewers do."""
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """Return an image with its colours as sRGB says them, alpha as it was.
+
+    Args:
+        image: of mode L, LA, RGB, RGBA or CMYK, the last of which becomes RGB.
+        profile: an ICC profile; without one, or with a damaged one, gray and RGB count as sRGB.
+    """
+    mode = {"LA": "L", "RGBA": "RGB"}.get(image.mode, image.mode)
+    transform = transform_of(profile, mode) if profile else None
+    if transform is None:
+        return image.convert("RGB") if mode == "CMYK" else image
+    if mode == "L":
+        curve = _applied(transform, Image.frombytes("L", (256, 1), bytes(range(256)))).convert("L").tobytes()
+        return image.point(list(curve) + (list(range(256)) if image.mode == "LA" else []))
+    if image.mode == "RGBA":
+        converted = _applied(transform, image.convert("RGB"))
+        converted.putalpha(image.getchannel("A"))
+        return converted
+    return _applied(transform, image)
+
+
+def is_srgb(profile: bytes, mode: str) -> bool:
+    """Return whether a profile leaves pixels of a mode (L or RGB) as they are."""
+    return transform_of(profile, mode) is None
+
+
+@lru_cache(KEPT)
+def transform_of(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """Return littlecms's conversion to sRGB, safe to use by several threads; None where it would change nothing or cannot be made."""
+    try:
+        with parsing():
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if source.profile.xcolor_space != SPACES[mode]:
+                return None
+            flags = ImageCms.Flags.HIGHRESPRECALC
+            transform = ImageCms.buildTransform(source, SRGB, mode, "RGB", ImageCms.Intent.PERCEPTUAL, flags)
+    except (OSError, ValueError, SyntaxError, ImageCms.PyCMSError):
+        return None
+    if mode == "CMYK":
+        return transform
+    grid = _grid(mode)
+    moved = np.abs(np.asarray(_applied(transform, grid), int) - np.asarray(grid.convert("RGB"), int)).max()
+    return transform if moved > SAME else None
+
+
+def _grid(mode: str) -> Image.Image:
+    """Return all grays, or 17 levels of each of three colours and all grays."""
+    grays = np.arange(256, dtype=np.uint8)
+    if mode == "L":
+        return Image.fromarray(grays[None])
+    levels = np.round(np.linspace(0, 255, 17)).astype(np.uint8)
+    colours = np.stack(np.meshgrid(levels, levels, levels, indexing="ij"), axis=-1).reshape(1, -1, 3)
+    return Image.fromarray(np.concatenate([colours, np.repeat(grays[None, :, None], 3, axis=2)], axis=1))
+
+
+def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Image:
+    with parsing():
+        return transform.apply(image)
+
+
+def deep_to_srgb(values: np.ndarray, profile: bytes | None) -> np.ndarray:
+    """Return 16-bit colours as sRGB says them.
+
+    Args:
+        values: (H, W, 1) gray or (H, W, 3) RGB, uint16.
+        profile: an ICC profile, or none.
+
+    Raises:
+        BadImage: the profile makes a difference, and imagecodecs, which converts 16 bits, is not installed.
+    """
+    mode = "L" if values.shape[2] == 1 else "RGB"
+    if not profile or transform_of(profile, mode) is None:
+        return values
+    try:
+        import imagecodecs
+    except ImportError as error:
+        raise BadImage(
+            "its ICC profile says that its 16-bit colours are not sRGB, and converting those needs imagecodecs: "
+            "`pip install imagecodecs`, or convert the files to sRGB."
+        ) from error
+    with parsing():
+        space = "gray" if mode == "L" else "rgb"
+        found = imagecodecs.cms_transform(
+            np.ascontiguousarray(values.squeeze(2) if mode == "L" else values),
+            profile,
+            imagecodecs.cms_profile("srgb"),
+            colorspace=space,
+            outcolorspace="rgb",
+            outdtype="u2",
+        )
+    return found[..., :1] if mode == "L" else found

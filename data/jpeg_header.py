@@ -1,0 +1,58 @@
+"""What a JPEG file says before its first scan: its components, and its EXIF, XMP and colour profile."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+EXIF, XMP, ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
+
+
+class JpegHeader(NamedTuple):
+    """Of the segments of a JPEG file up to its first scan."""
+
+    frame: int
+    """The marker of its frame, 0xC0 for baseline and 0xC2 for progressive; 0 where there is none."""
+    components: int
+    exif: bytes
+    """As Pillow joins several: the first with its `Exif` mark, the others without."""
+    xmp: bytes
+    icc: bytes
+    """The joined colour profile; empty where a part of it is missing."""
+
+
+def jpeg_header(data: bytes) -> JpegHeader | None:
+    """Return what a JPEG file says before its first scan, or None where its segments run off its end.
+
+    As libjpeg and Pillow do, skip junk and any number of fill bytes FF before a marker.
+    """
+    at, frame, components, exif, xmp, profile = 2, 0, 0, b"", b"", list[bytes]()
+    while True:
+        at = data.find(b"\xff", at)
+        while at >= 0 and data[at + 1 : at + 2] == b"\xff":
+            at += 1
+        if at < 0 or at + 4 > len(data):
+            return None
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
+        if marker == 0xDA:
+            return JpegHeader(frame, components, exif, xmp, _joined(profile))
+        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD9:  # these have no length
+            at += 2
+            continue
+        if length < 2:
+            return None
+        first, last = at + 4, at + 2 + length
+        if marker == 0xE1 and data.startswith(EXIF, first):
+            exif += data[first + len(EXIF) if exif else first : last]
+        elif marker == 0xE1 and data.startswith(XMP, first):
+            xmp = data[first + len(XMP) : last]
+        elif marker == 0xE2 and data.startswith(ICC, first):
+            profile.append(data[first + len(ICC) : last])
+        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and length >= 8:
+            frame, components = marker, data[first + 5] if first + 5 < len(data) else 0
+        at = last
+
+
+def _joined(parts: list[bytes]) -> bytes:
+    """Return a profile from its numbered parts: number, how many, bytes."""
+    parts.sort()
+    return b"".join(part[2:] for part in parts) if parts and len(parts[0]) > 1 and parts[0][1] == len(parts) else b""
