@@ -41,7 +41,7 @@ from pipeline.config import Config
 from pipeline.density import affordable, bits
 from pipeline.draw import draw_folder, draw_picture
 from pipeline.ema.weights import read_wanted, read_weights
-from pipeline.evaluate import evaluate, load_features
+from pipeline.evaluate import check_features, evaluate, load_features
 from pipeline.export import write_folder
 from pipeline.folder import open_folder
 from pipeline.generate import generate
@@ -142,7 +142,8 @@ class Trained:
         decode = space.decoder(partial(Autoencoder, space.autoencoder, device, expected=space.fingerprint))
         read = self.words(device).read if self.text else None
         classes = 0 if self.text else len(self.class_names)
-        return network_source(self.network.to(device), self.config.flow, space.shape, classes, decode, space.pixels, read)
+        network, depth = self.network.to(device), self.config.data.bit_depth
+        return network_source(network, self.config.flow, space.shape, classes, decode, space.pixels, read, bit_depth=depth)
 
     def words(self, device: torch.device | str) -> Words:
         """The text encoders it was trained with.
@@ -193,13 +194,14 @@ def compare(options: Evaluate) -> int:
     features = load_features(options.features) if options.features else None
     model = opened(options)
     source = model.source
-    channels, _, resolution = source.pixels or source.shape
-    train, held_out = (read_images(s, channels, resolution) for s in shards.values())
+    channels, _, resolution = source.image_shape
+    train, held_out = (read_images(s, channels, resolution, bit_depth=source.bit_depth) for s in shards.values())
     if source.num_classes != len(shards["train"].manifest.class_names) or not source.num_classes:
         raise ValueError(
             f"the model has {source.num_classes} classes, {options.reference} "
             f"has {len(shards['train'].manifest.class_names)}: give its own shards."
         )
+    check_features(features, held_out[0][:2], options.features)
     labels = torch.arange(options.num_images) % source.num_classes
     made = generate(source, labels, options.sampler(), seed=options.seed, batch_size=options.batch_size).images
     report = evaluate(made.clamp(-1, 1), labels, train, held_out, features)
@@ -223,8 +225,8 @@ def captioned(options: Retrieve) -> tuple[Tensor, Tensor, list[str], dict[str, A
     if not 2 <= options.candidates <= total:
         raise ValueError(f"--candidates {options.candidates}: 2 or more, of the {total} images of split {options.split!r}.")
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(options.seed))[: options.candidates].tolist()
-    channels, _, side = source.pixels or source.shape
-    real, _ = read_images(shards, channels, side, chosen)
+    channels, _, side = source.image_shape
+    real, _ = read_images(shards, channels, side, chosen, bit_depth=source.bit_depth)
     captions = read_captions(shards, options.caption, chosen)
     made = generate(source, source.read(captions), options.sampler(), seed=options.seed, batch_size=options.batch_size).images
     return real, made.clamp(-1, 1), captions, options.told(model.ema)
@@ -262,9 +264,10 @@ def likelihood(options: Likelihood) -> int:
     if not options.reference:
         raise ValueError("--reference is missing: give a folder of shards, as --reference runs/digits/shards.")
     source = source_of(options)
-    need_pixels(source, "likelihood measures bits of 8-bit pixels")
+    need_pixels(source, "likelihood measures bits of pixels")
     shards = Shards(options.reference, options.split)
-    real, labels = read_images(shards, source.shape[0], source.shape[-1], range(min(options.num_images, sum(shards.counts))))
+    first = range(min(options.num_images, sum(shards.counts)))
+    real, labels = read_images(shards, source.shape[0], source.shape[-1], first, bit_depth=source.bit_depth)
     if options.unconditional or not source.num_classes:
         labels = torch.full_like(labels, source.null)
     else:
@@ -283,7 +286,7 @@ def restored(options: Restore) -> int:
     need_pixels(source, "restore measures pixels")
 
     def read(file: Path, channels: int, side: int) -> Tensor:
-        return to_unit(torch.from_numpy(decode_image(file.read_bytes(), channels, side)))
+        return to_unit(torch.from_numpy(decode_image(file.read_bytes(), channels, side, bit_depth=source.bit_depth)))
 
     difference = restore_file(source, options, read)
     far = f"they differ from it by {difference:.4f} (root mean square, -1..1)"

@@ -38,7 +38,7 @@ class Batch(NamedTuple):
     """One micro-batch of one rank."""
 
     images: Tensor
-    """(B, C, H, W), uint8, pixels; or (B, K, h, w), float16, the moments of latents."""
+    """(B, C, H, W), uint8 or uint16, pixels; or (B, K, h, w), float16, the moments of latents."""
     labels: Tensor
     """(B,), int64; -1 where a sample has no class."""
     places: Tensor
@@ -222,14 +222,15 @@ class Pixels:
     """Image files as pixels.
 
     Args:
-        channels: 1 for gray, 3 for RGB.
+        channels: as `data.channels` has them.
+        bit_depth: of the values: 8 gives uint8, 16 uint16.
     """
 
-    def __init__(self, channels: int) -> None:
-        self.channels = channels
+    def __init__(self, channels: int, bit_depth: int = 8) -> None:
+        self.channels, self.dtype = channels, np.dtype(f"uint{bit_depth}")
 
     def empty(self, count: int, shape: tuple[int, int]) -> np.ndarray:
-        return np.empty((count, *shape, self.channels), np.uint8)
+        return np.empty((count, *shape, self.channels), self.dtype)
 
     fill = staticmethod(decode_into)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from .caption_fields import caption_of
 from .crew import Progress
-from .decode import DECODE_ERRORS, preview
+from .decode import DECODE_ERRORS, decode_into
 from .index import image_in, index_path, locate, sha256, unchanged
 from .listing import reason
 from .printable import printable
@@ -19,6 +19,8 @@ from .shardlist import Shard
 from .tar import files_of
 from .tar_headers import BLOCK
 
+SIDE = 16
+"""Pixels that a decoded image is made smaller to, as training makes it: whether it decodes is all that is asked."""
 CHANGED = "its bytes changed since it was indexed"
 
 
@@ -34,6 +36,9 @@ class Check:
     """Hash the whole files too."""
     caption: str = ""
     """As `data.caption` has it: which texts must be readable."""
+    channels: int = 3
+    bit_depth: int = 8
+    """As a recipe's section `data` has them."""
 
 
 def check(job: Check, progress: Progress) -> list[str]:
@@ -43,20 +48,21 @@ def check(job: Check, progress: Progress) -> list[str]:
         for path, wanted in ((job.tar, job.shard.sha256), (index_path(job.tar), job.shard.index_sha256)):
             if sha256(path) != wanted:
                 bad.append(f"{path.name}: its sha256 is not what the manifest says")
+    pixels = np.empty((SIDE, SIDE, job.channels), f"uint{job.bit_depth}")
     records = np.load(index_path(job.tar), mmap_mode="r", allow_pickle=False)
     if len(records) != job.shard.samples:
         return [*bad, f"{index_path(job.tar).name}: {len(records)} samples, the manifest says {job.shard.samples}"]
     with open(job.tar, "rb", buffering=0) as file:
         for number in job.numbers.tolist():
-            key, why = _sample(file.fileno(), records[number], job.caption)
+            key, why = _sample(file.fileno(), records[number], job.caption, pixels)
             if why:
                 bad.append(f"{printable(job.tar.name)}: {printable(key) or f'sample {number}'} ({why})")
             progress(1)
     return bad
 
 
-def _sample(file: int, record: np.void, caption: str) -> tuple[str, str]:
-    """Key of a sample and what is wrong with it, or nothing."""
+def _sample(file: int, record: np.void, caption: str, pixels: np.ndarray) -> tuple[str, str]:
+    """Return the key of a sample and what is wrong with it, or nothing; its image is decoded into `pixels`."""
     fields: tuple[Any, ...] = tuple(record.item())
     payload, size, _, before, after = fields[:5]
     start = (payload - before) * BLOCK
@@ -68,7 +74,7 @@ def _sample(file: int, record: np.void, caption: str) -> tuple[str, str]:
             return "", CHANGED
     try:
         key, files = files_of(body)
-        preview(image_in(body, before, size))
+        decode_into(pixels, image_in(body, before, size))
         caption_of(files, caption)
     except DECODE_ERRORS as error:
         return key, reason(error)

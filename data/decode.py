@@ -280,21 +280,22 @@ def crop_box(width: int, height: int, to_width: int, to_height: int, at: Sequenc
     return left, top, min(left + wide, width), min(top + high, height)
 
 
-def decode_image(data: bytes, channels: int, resolution: int, mirror: bool = False) -> np.ndarray:
+def decode_image(data: bytes, channels: int, resolution: int, mirror: bool = False, bit_depth: int = 8) -> np.ndarray:
     """An image file as a square of pixels, cropped at its centre.
 
     Args:
         data: the file.
-        channels: 1 or 3.
+        channels: as `decode_into` takes them.
         resolution: pixels a side.
         mirror: left to right.
+        bit_depth: 8 or 16.
 
     Returns:
-        (channels, resolution, resolution), uint8.
+        (channels, resolution, resolution), uint8 or uint16.
 
     Raises:
         One of DECODE_ERRORS.
     """
-    out = np.empty((resolution, resolution, channels), np.uint8)
+    out = np.empty((resolution, resolution, channels), f"uint{bit_depth}")
     decode_into(out, data, mirror)
     return np.ascontiguousarray(out.transpose(2, 0, 1))

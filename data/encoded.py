@@ -64,6 +64,8 @@ def wanted_latents(options: Options, images: Manifest, fingerprint: Mapping[str,
         "bucket_step": options.bucket_step if options.aspect_ratios else 0,
         "flips": ["plain", "mirrored"] if options.horizontal_flip else ["plain"],
     }
+    if options.bit_depth != 8:  # caches of 8 bits do not say: older ones could not
+        wanted["bit_depth"] = options.bit_depth
     return wanted | ({"encoder": dict(fingerprint)} if fingerprint else {})
 
 
@@ -95,8 +97,8 @@ def check_encoding(manifest: Manifest, wanted: Mapping[str, Any], where: str) ->
 def disagreements(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Each fact in which a cache is not what is wanted. Mirrored latents that nobody wants are no fault."""
     found = []
-    for key, here in wanted.items():
-        had = there.get(key)
+    for key, here in {"bit_depth": 8, **wanted}.items():
+        had = there.get(key, 8 if key == "bit_depth" else None)
         if key == "name":  # the same weights may lie elsewhere
             continue
         if key == "encoder":

@@ -106,7 +106,7 @@ class Autoencoder:
         """Encode pixels.
 
         Args:
-            x: (B, 3, H, W), -1..1.
+            x: (B, image_channels, H, W), -1..1.
 
         Returns:
             float32: mean and standard deviation of the posterior, (B, 2 C, H /
@@ -124,7 +124,7 @@ class Autoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels, (B, 3, H, W), about -1..1, float32, of latents as `moments` has them (unscaled)."""
+        """Pixels, (B, image_channels, H, W), about -1..1, float32, of latents as `moments` has them (unscaled)."""
         return self.model.decode(latents.to(self.model.device, self.model.dtype)).sample.float()
 
 
@@ -132,7 +132,10 @@ def check_images(facts: AutoencoderFacts, channels: int, *sides: int) -> None:
     """Raises ValueError for images that the autoencoder does not read, or that do not divide into latents."""
     if channels != facts.image_channels:
         need = facts.image_channels
-        raise ValueError(f"data.channels={channels}: the autoencoder {facts.name} reads {need} channel(s). Use {need}.")
+        raise ValueError(
+            f"data.channels={channels}: the autoencoder {facts.name} reads {need} channel(s). "
+            f"Use {need}, or leave data.autoencoder out, to train on pixels."
+        )
     bad = [side for side in sides if side % facts.factor]
     if bad:
         near = max(facts.factor, round(bad[0] / facts.factor) * facts.factor)

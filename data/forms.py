@@ -117,9 +117,9 @@ class Latents:
         }
 
     def prepare(self, item: Item) -> np.ndarray | str:
-        """The image as training sees it, (C, H, W) uint8, or why there is none."""
+        """The image as training sees it, (C, H, W), uint8 or uint16, or why there is none."""
         bucket = self.buckets.nearest(np.array([item.width]), np.array([item.height]))[0]
-        out = np.empty((*self.buckets.shapes[bucket], self.options.channels), np.uint8)
+        out = np.empty((*self.buckets.shapes[bucket], self.options.channels), f"uint{self.options.bit_depth}")
         try:
             decode_into(out, item.image)
         except DECODE_ERRORS as error:

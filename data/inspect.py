@@ -49,7 +49,8 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seed", type=int, help="of the order (default: the recipe's, else 0)")
     made.add_argument("--batch_size", type=int, help="(default: the recipe's, else 64)")
     made.add_argument("--resolution", type=int, help="in pixels (default: the recipe's, else 256)")
-    made.add_argument("--channels", type=int, choices=(1, 3), help="(default: the recipe's, else 3)")
+    made.add_argument("--channels", type=int, help="1 gray, 2 with alpha, 3 RGB, 4 with alpha, more: bands (default: the recipe's, else 3)")
+    made.add_argument("--bit_depth", type=int, help="8, or 16 as 16-bit files have them (default: the recipe's, else 8)")
     for flag in ("horizontal_flip", "random_crop"):
         made.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, default=None)
     return made
@@ -61,7 +62,7 @@ def options_of(args: argparse.Namespace) -> tuple[Options, int, int]:
     Raises:
         ValueError: no such recipe, or values that cannot be right.
     """
-    names = ("split", "resolution", "channels", "horizontal_flip", "random_crop")
+    names = ("split", "resolution", "channels", "bit_depth", "horizontal_flip", "random_crop")
     over: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     over |= {"shards": tuple(args.shards), "encoding": "online"}
     options, recipe = (read_options(args.config, over)) if args.config else (Options(**over), {})
@@ -108,8 +109,8 @@ def describe_captions(manifests: list[Manifest]) -> str:
     return f"captions: {have:,} of {total:,} in all splits" + (f", {total - have:,} missing" if 0 < have < total else "")
 
 
-def find_bad(shards: Shards, samples: int | None, verify: bool, workers: int, caption: str) -> tuple[int, list[str]]:
-    """Decode samples, and read their captions; gives how many were decoded, and what is wrong, by shard and key."""
+def find_bad(shards: Shards, options: Options, samples: int | None, verify: bool, workers: int) -> tuple[int, list[str]]:
+    """Decode samples as training would, and read their captions; gives how many were decoded, and what is wrong, by shard and key."""
     counts = shards.samples
     total, starts = int(counts.sum()), np.cumsum(counts) - counts
     wanted = total if samples is None else min(samples, total)
@@ -119,7 +120,7 @@ def find_bad(shards: Shards, samples: int | None, verify: bool, workers: int, ca
     for number, (shard, folder) in enumerate(places):
         here = chosen[(chosen >= starts[number]) & (chosen < starts[number] + counts[number])] - starts[number]
         if len(here) or verify:
-            jobs.append(Check(folder.file(shard), shard, here, verify, caption))
+            jobs.append(Check(folder.file(shard), shard, here, verify, options.caption, options.channels, options.bit_depth))
     bad: list[str] = []
     useful = min(len(jobs), workers or min(processors(), len(chosen) // 5000 + 1))
     with tqdm(total=len(chosen), desc="checking", unit="image", mininterval=1) as bar:
@@ -144,9 +145,15 @@ def picture(stream: Stream, names: tuple[str, ...]) -> Image.Image:
         batch = next(stream)
         captions = batch.captions or ("",) * len(batch.labels)
         for pixels, label, caption in zip(batch.images.numpy(), batch.labels.tolist(), captions, strict=True):
-            image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)).squeeze())
-            tiles.append((image, caption or (names[label] if 0 <= label < len(names) else "")))
+            tiles.append((shown(pixels), caption or (names[label] if 0 <= label < len(names) else "")))
     return contact_sheet(tiles[:PICTURED], 8)
+
+
+def shown(pixels: np.ndarray) -> Image.Image:
+    """Pixels, (C, H, W), with 8 bits a channel: gray, RGB, either with its alpha; of more bands the first three."""
+    eight = pixels if pixels.dtype == np.uint8 else np.round(pixels / 257).astype(np.uint8)
+    array = np.ascontiguousarray(eight[: 3 if len(eight) > 4 else None].transpose(1, 2, 0))
+    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -160,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
         print(describe_captions([folder.manifest for folder in shards.folders]))
         if note := sentences_note(shards, options.caption):
             print(note)
-        checked, bad = find_bad(shards, args.samples, args.verify, args.workers, options.caption)
+        checked, bad = find_bad(shards, options, args.samples, args.verify, args.workers)
         print(f"checked: {checked:,} of {sum(shards.counts):,} images{' and all hashes' if args.verify else ''}, {len(bad):,} bad")
         for line in bad[:SHOWN]:
             print(f"  {line}")
@@ -170,7 +177,8 @@ def main(argv: list[str] | None = None) -> int:
         first = build(options, seed=seed, share=share, captions=True, images=shards)
         picture(first, shards.manifest.class_names).save(args.output)
         first.close()
-        print(f"the first {PICTURED} images of training, seed {seed}: {args.output}")
+        bands = f", the first three of {options.channels} bands" if options.channels > 4 else ""
+        print(f"the first {PICTURED} images of training, seed {seed}{bands}: {args.output}")
         rate = throughput(build(options, seed=seed, share=share, images=shards))
         print(f"stream: {rate:,.0f} images/s at {options.resolution} px with {options.workers} threads on this machine")
     except (ValueError, OSError) as error:

@@ -58,7 +58,7 @@ def build(
         ValueError: shards that cannot be had, weights, shapes or a start that cannot be.
     """
     images = images or open_shards(options)
-    shards, reader = (latents.shards, Moments(latents.encoding)) if latents else (images, Pixels(options.channels))
+    shards, reader = (latents.shards, Moments(latents.encoding)) if latents else (images, Pixels(options.channels, options.bit_depth))
     buckets = Buckets(options.aspect_ratios, options.resolution, options.bucket_step, whole=bool(options.autoencoder))
     buckets.check(sum((folder.manifest.tally for folder in shards.folders), Tally()).sizes)
     order = order_of(shards, options, seed)

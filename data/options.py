@@ -15,6 +15,9 @@ import yaml
 
 from .caption_fields import parse_captions, spell_captions
 
+MOST_CHANNELS = 1024
+"""Hyperspectral cameras have some hundred bands; more is a slip."""
+BIT_DEPTHS = (8, 16)
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -36,6 +39,7 @@ class Options:
     split: str = "train"
     resolution: int = 256
     channels: int = 3
+    bit_depth: int = 8
     horizontal_flip: bool = False
     random_crop: bool = False
     aspect_ratios: tuple[float, ...] = ()
@@ -60,6 +64,9 @@ class Options:
 
     def __post_init__(self) -> None:
         _require(self.resolution >= 1, "resolution", self.resolution, "at least 1 pixel. Use the side of your images, or 256.")
+        channels = f"1 (gray), 2 (gray, alpha), 3 (RGB), 4 (RGB, alpha), or up to {MOST_CHANNELS} (the bands of TIFF or .npy files)."
+        _require(1 <= self.channels <= MOST_CHANNELS, "channels", self.channels, f"choose {channels}")
+        _require(self.bit_depth in BIT_DEPTHS, "bit_depth", self.bit_depth, "8, or 16 to keep what 16-bit files hold. Use 8.")
         _require(self.shuffle_block >= 1, "shuffle_block", self.shuffle_block, "at least 1 shard. Use 16 or more.")
         _require(self.workers >= 0, "workers", self.workers, "0 or more threads.")
         _require(0 <= self.max_bad_share < 1, "max_bad_share", self.max_bad_share, "a share below 1. Use 0.001; 0 stops at the first.")

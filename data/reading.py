@@ -23,13 +23,15 @@ def places_of(shards: Shards, numbers: Sequence[int] | None = None) -> list[tupl
     return [(shard, i - first[shard]) for i, shard in found]
 
 
-def read_images(shards: Shards, channels: int, resolution: int, numbers: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
+def read_images(
+    shards: Shards, channels: int, resolution: int, numbers: Sequence[int] | None = None, *, bit_depth: int = 8
+) -> tuple[Tensor, Tensor]:
     """Images, (N, C, H, W) in -1..1, cropped at the centre, and their classes, (N,).
 
     Raises:
         BadSample: one that cannot be decoded.
     """
-    pairs = [shards.pixels(shard, number, channels, resolution) for shard, number in places_of(shards, numbers)]
+    pairs = [shards.pixels(shard, number, channels, resolution, bit_depth=bit_depth) for shard, number in places_of(shards, numbers)]
     return to_unit(torch.from_numpy(np.stack([pixels for pixels, _ in pairs]))), torch.tensor([label for _, label in pairs])
 
 

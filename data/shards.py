@@ -261,15 +261,17 @@ class Shards:
                 problem = error
         raise LostShard(f"{self.name(shard)} cannot be read at byte {start}: {problem.strerror or problem}.") from problem
 
-    def pixels(self, shard: int, number: int, channels: int, resolution: int, mirror: bool = False) -> tuple[np.ndarray, int]:
-        """One sample's image, (C, H, W) uint8, cropped at its centre, and its class.
+    def pixels(
+        self, shard: int, number: int, channels: int, resolution: int, mirror: bool = False, bit_depth: int = 8
+    ) -> tuple[np.ndarray, int]:
+        """One sample's image, (C, H, W), uint8 or uint16, cropped at its centre, and its class.
 
         Raises:
             BadSample: it cannot be decoded.
         """
         sample = self.read(shard, number)
         try:
-            return decode_image(sample.image, channels, resolution, mirror), sample.label
+            return decode_image(sample.image, channels, resolution, mirror, bit_depth), sample.label
         except DECODE_ERRORS as error:
             raise BadSample(
                 f"{self.name(shard)}: image {sample.key!r} cannot be decoded ({error}). Pack the folder again without it."

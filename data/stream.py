@@ -178,5 +178,9 @@ class Stream:
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """Pixels 0..255, uint8, to -1..1, float32, contiguous; any shape."""
-    return pixels.to(torch.float32, memory_format=torch.contiguous_format) / 127.5 - 1
+    """Pixels 0..255, uint8, or 0..65535, uint16, to -1..1, float32, contiguous; any shape.
+
+    A value of 8 bits, and the same widened to 16 (times 257), give the same float.
+    """
+    half = 32767.5 if pixels.dtype == torch.uint16 else 127.5
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format) / half - 1

@@ -124,14 +124,15 @@ def histogram(title: str, bars: dict[str, int], width: int, height: int) -> Imag
 
 
 def contact_sheet(tiles: Sequence[tuple[Image.Image, str]], columns: int) -> Image.Image:
-    """Images in a grid, each whole in its square and named below."""
+    """Images in a grid, each whole in its square and named below; what is transparent stays so."""
+    mode = "RGBA" if any(image.mode in ("LA", "RGBA") for image, _ in tiles) else "RGB"
     rows = max(1, -(-len(tiles) // columns))
-    picture = Image.new("RGB", (MARGIN + columns * (SIDE + MARGIN), MARGIN + rows * (SIDE + LINE + MARGIN)), PAPER)
+    picture = Image.new(mode, (MARGIN + columns * (SIDE + MARGIN), MARGIN + rows * (SIDE + LINE + MARGIN)), PAPER)
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
     for i, (image, name) in enumerate(tiles):
         x, y = MARGIN + i % columns * (SIDE + MARGIN), MARGIN + i // columns * (SIDE + LINE + MARGIN)
         small = ImageOps.contain(
-            image.convert("RGB"), (SIDE, SIDE), Image.Resampling.LANCZOS if max(image.size) > SIDE else Image.Resampling.NEAREST
+            image.convert(mode), (SIDE, SIDE), Image.Resampling.LANCZOS if max(image.size) > SIDE else Image.Resampling.NEAREST
         )
         picture.paste(small, (x + (SIDE - small.width) // 2, y + (SIDE - small.height) // 2))
         line = " ".join(name.split())

@@ -11,6 +11,7 @@ from torch import Tensor
 from .flow import denoise
 from .flow.field import Field
 from .generate import Sampler, Source
+from .image_files import on_white
 from .sheet import grid, picture, whole
 
 FIRST, ALL_BETWEEN, LAST = 600, 3000, 2000
@@ -58,14 +59,14 @@ class Film:
 
 
 def save_animation(frames: list[Tensor], path: Path, columns: int, scale: int = 1) -> None:
-    """Write grids as an animated GIF or WebP, whole or not at all; a GIF has 256 colours a frame, a WebP all.
+    """Write grids as an animated GIF or WebP, whole or not at all; a GIF has 256 colours a frame, a WebP all; alpha is laid on white.
 
     Args:
         frames: each (N, C, H, W), -1..1.
         path: where to, `.gif` or `.webp`.
         columns, scale: as in `sheet.grid`.
     """
-    pictures = [picture(grid(frame, columns, scale)) for frame in frames]
+    pictures = [on_white(picture(grid(frame, columns, scale))) for frame in frames]
     between = max(SHORTEST, ALL_BETWEEN // max(1, len(pictures) - 2))
     durations = [FIRST, *[between] * (len(pictures) - 2), LAST][-len(pictures) :]
     more: dict[str, Any] = {"lossless": True} if path.suffix == ".webp" else {}

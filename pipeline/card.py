@@ -20,6 +20,7 @@ from .measured import EVALUATED, RETRIEVED, figures_of, results_of, tables_of
 from .recipe import as_mapping
 from .tracking import last_loss, loss_curve
 
+CHANNELS = {1: "gray", 2: "gray and alpha", 3: "RGB", 4: "RGB and alpha"}
 STOCK = ("diffusers", "transformers")
 """Libraries whose classes load without trust."""
 
@@ -121,6 +122,7 @@ def readme(
         _what(config, class_names, card),
         f"![samples](samples.png)\n\nSamples of seed 0, 25 Heun steps, guidance {guidance:g}.",
         _loading(folder, card, calls, why),
+        _beyond(config.data.channels, config.data.bit_depth),
         _training(folder, config, card),
         tables_of(card.evaluation, card.retrieval),
         _limits(config, card),
@@ -158,8 +160,22 @@ def _what(config: Config, class_names: tuple[str, ...], card: Card) -> str:
     origin = f"from the weights of {_linked(config.init_from)}" if config.init_from else "from scratch"
     return (
         f"A {config.model.kind} of {card.parameters:,} parameters, trained {origin} by condot on\n"
-        f"{data.resolution} x {data.resolution} images with {data.channels} channel(s), {told}{latents}."
+        f"{data.resolution} x {data.resolution} {kind_of(data.channels, data.bit_depth)}, {told}{latents}."
     )
+
+
+def kind_of(channels: int, bit_depth: int) -> str:
+    """Return what kind of images those of so many channels and bits are, in words."""
+    named = f" ({CHANNELS[channels]})" if channels in CHANNELS else ""
+    return f"images with {channels} channel(s){named}{f' of {bit_depth} bits' if bit_depth != 8 else ''}"
+
+
+def beyond_pil(channels: int, bit_depth: int) -> str:
+    """Return how to have all of an image that a pipeline's PIL images do not hold; "" where they hold all."""
+    numbers = f'`output_type="np"` gives numbers in 0 to 1, (height, width, {channels})'
+    if channels not in CHANNELS:
+        return f"no PIL image holds {channels} bands: {numbers}"
+    return f"PIL images of a pipeline have 8 of its {bit_depth} bits: {numbers}" if bit_depth != 8 else ""
 
 
 def _linked(name: str) -> str:
@@ -207,6 +223,12 @@ image = pipe({ours}, solver="heun", generator=torch.Generator().manual_seed(0)).
         text += '\n\nThe code, by SHA-256; to run what you read, give `from_pretrained` its commit as `revision="..."`.\n\n'
         text += "\n".join(["| file | SHA-256 |", "|---|---|", *code])
     return text
+
+
+def _beyond(channels: int, bit_depth: int) -> str:
+    """What of an image the pipeline's default output does not hold, as a paragraph of its own."""
+    said = beyond_pil(channels, bit_depth)
+    return f"{said[0].upper()}{said[1:]}, to be multiplied by {2**bit_depth - 1}." if said else ""
 
 
 def own_parts(index: dict[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from diffusers import (
 )
 
 from .config import FlowConfig
-from .identity import identity_autoencoder
+from .identity import MOST_CHANNELS, identity_autoencoder
 from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
 from .space import Space
 from .stock import form_of, scheduler_of
@@ -33,6 +33,10 @@ PIXART_UNIT = 8
 """PixArtSigmaPipeline refuses other sides than multiples of so many pixels, in pixels too."""
 SD3_TOKENS = 512
 """StableDiffusion3Pipeline refuses a larger `max_sequence_length`."""
+
+
+EXACT = f", and there is no exact one of pixels with more than {MOST_CHANNELS} channels"
+"""Why a model of many bands takes our own pipeline, which needs none."""
 
 
 class Spoken(Protocol):
@@ -61,8 +65,12 @@ class Choice(NamedTuple):
         """What was chosen, in words."""
         return f"with code of its own (trust_remote_code=True): {self.why}" if self.trust else "which stock diffusers holds exactly"
 
-    def calls(self, class_names: Sequence[str], captions: Sequence[str], guidance: float) -> tuple[str, str]:
-        """Arguments that draw an image: of this pipeline, and of our own."""
+    def calls(self, class_names: Sequence[str], captions: Sequence[str], guidance: float, bands: bool = False) -> tuple[str, str]:
+        """Arguments that draw an image: of this pipeline, and of our own; `bands`: as numbers, since no PIL image holds it."""
+        theirs, ours = self._calls(class_names, captions, guidance)
+        return (f'{theirs}, output_type="np"', f'{ours}, output_type="np"') if bands else (theirs, ours)
+
+    def _calls(self, class_names: Sequence[str], captions: Sequence[str], guidance: float) -> tuple[str, str]:
         common = f"guidance_scale={guidance:g}, num_inference_steps=25"
         if isinstance(self.pipeline, DDPMPipeline):
             return "num_inference_steps=25", "num_inference_steps=25"
@@ -95,8 +103,10 @@ def choose(
     own = bool(why) or not form.stock
     if not why and not form.stock:
         why = f"{flow.predict} on the path {flow.path} is followed by no stock scheduler"
-    kl = vae is None or isinstance(vae, AutoencoderKL)
-    shown = vae if vae is not None else identity_autoencoder(space.channels, space.height)
+    wide = vae is None and space.channels > MOST_CHANNELS
+    kl = not wide and (vae is None or isinstance(vae, AutoencoderKL))
+    shown = vae if vae is not None or wide else identity_autoencoder(space.channels, space.height)
+    place = "unet" if hasattr(network, "conv_in") else "transformer"
     if spoken:
         parts, reason = _text_parts(spoken), _not_stock_text(network, spoken, flow, space)
         if kl and not reason and isinstance(network, PixArtTransformer2DModel):
@@ -106,13 +116,15 @@ def choose(
             euler = FlowMatchEulerDiscreteScheduler()
             return Choice(StableDiffusion3Pipeline(transformer=network, vae=shown, scheduler=euler, **parts), why, own)
         padding = spoken[0].facts.padding
-        place = "unet" if hasattr(network, "conv_in") else "transformer"
         pipeline = CondotPipeline(scheduler, vae=vae, padding=padding, **{place: network}, **parts)
-        return Choice(pipeline, why or reason or "stock text pipelines decode with an AutoencoderKL", True)
+        return Choice(pipeline, why or reason or f"stock text pipelines decode with an AutoencoderKL{EXACT if wide else ''}", True)
     if getattr(network.config, "micro_conditions", False):
         return Choice(CondotPipeline(scheduler, transformer=network, vae=vae, id2label=dict(enumerate(class_names)) or None), why, True)
     if isinstance(network, UNet2DModel) and network.class_embedding is None and vae is None and form.stock:
         return Choice(DDPMPipeline(unet=network, scheduler=scheduler), why, False)  # type: ignore[arg-type]
+    if wide:
+        pipeline = CondotPipeline(scheduler, id2label=dict(enumerate(class_names)) or None, **{place: network})
+        return Choice(pipeline, why or f"DiTPipeline decodes with an AutoencoderKL{EXACT}", True)
     return Choice(DiTPipeline(transformer=labelled(network), vae=shown, scheduler=scheduler), why, own)  # type: ignore[arg-type]
 
 

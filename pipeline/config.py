@@ -26,7 +26,8 @@ class DataConfig:
     weights: tuple[float, ...] = ()  # share of each folder in every batch; none shuffles all together
     split: str = "train"  # which of the manifest's splits to train on
     resolution: int = 256  # pixels; images are resized by the short side and cropped to this square
-    channels: Literal[1, 3] = 3  # 1 for gray, 3 for RGB
+    channels: int = 3  # 1: gray; 2: gray and alpha; 3: RGB; 4: RGB and alpha; 5 and more: the bands of TIFF and .npy files
+    bit_depth: Literal[8, 16] = 8  # of a pixel's values as they are trained on; 16 keeps what 16-bit files hold, beside 8-bit ones
     horizontal_flip: bool = False  # mirror half of the images, chosen by (seed, position)
     random_crop: bool = False  # crop anywhere, chosen by (seed, position), instead of at the centre
     aspect_ratios: tuple[float, ...] = ()  # width / height of each bucket, all of about resolution^2 pixels; none for squares

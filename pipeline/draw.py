@@ -6,15 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .animate import Film, save_animation
 from .asked import Asked
 from .generate import Source, check_sampler, generate
+from .image_files import encode_image, file_extension
 from .launch import join
 from .many import Files, Keeper, Made, collect, fingerprint
 from .options import Images
 from .process import Stopper, leave_group
-from .sheet import grid, png, save_image
+from .sheet import grid, save_image
 
 UNASKED = 16
 """Images of a model without conditions, unless another number is given."""
@@ -32,8 +34,23 @@ def draw_picture(options: Images, source: Source, wanted: Asked) -> int:
         save_animation(film.frames(made), output, columns, scale)
     else:
         save_image(grid(made, columns, scale), output)
-    print(f"{output}: {count} images by {options.solver}, {evaluations} evaluations each")
+    print(f"{output}: {count} images by {options.solver}, {evaluations} evaluations each{unseen(source)}")
     return 0
+
+
+def unseen(source: Source) -> str:
+    """Say what of a source's images a picture of several of them does not show; "" where it shows all."""
+    channels, depth = source.image_shape[0], source.bit_depth
+    kept = file_extension(channels)
+    if kept == "npy":
+        return f"; it shows the first three of {channels} bands: an --output that ends in / keeps all, as .{kept}"
+    return f"; it has 8 of {depth} bits: an --output that ends in / keeps all" if depth > 8 else ""
+
+
+def described(source: Source) -> dict[str, Any]:
+    """Return how a source's images are written, where it is not as ever, gray or RGB of 8 bits; so older folders go on."""
+    channels = {} if source.image_shape[0] in (1, 3) else {"channels": source.image_shape[0]}
+    return channels | ({} if source.bit_depth == 8 else {"bit_depth": source.bit_depth})
 
 
 def draw_folder(options: Images, source: Source, wanted: Asked, files: Sequence[Path], tars: Callable[[], Keeper], stopper: Stopper) -> int:
@@ -55,17 +72,19 @@ def draw_folder(options: Images, source: Source, wanted: Asked, files: Sequence[
     """
     sampler, folder = options.sampler(), Path(options.output)
     check_sampler(source, sampler)
+    extension = file_extension(source.image_shape[0])
 
     def make(numbers: range) -> list[Made]:
         condition, away = wanted.conditions(source, numbers)
         size, first = len(numbers), numbers[0]
         made = generate(source, condition, sampler, seed=options.seed, first=first, batch_size=size, null=away).images
-        return [{"png": png(image), **wanted.beside(i)} for i, image in zip(numbers, made, strict=True)]
+        return [{extension: encode_image(image, source.bit_depth), **wanted.beside(i)} for i, image in zip(numbers, made, strict=True)]
 
     count, shards = options.num_images or len(wanted) or UNASKED, options.format == "shards"
-    settings = options.settings([fingerprint(one) for one in files], wanted.digest)
+    settings = options.settings([fingerprint(one) for one in files], wanted.digest) | described(source)
     unit = options.images_per_shard if shards else options.batch_size
-    keeper, left = collect(folder, count, settings, unit, options.batch_size, tars if shards else partial(Files, folder), make, stopper)
+    keep = tars if shards else partial(Files, folder, extension)
+    keeper, left = collect(folder, count, settings, unit, options.batch_size, keep, make, stopper)
     if join().is_main_process:
         if left:
             print(f"{folder}: {left} of {count} images are still to be made; the same command goes on from there.")

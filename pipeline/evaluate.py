@@ -151,6 +151,19 @@ def load_features(place: str) -> Features:
     return lambda images: found(images).detach().flatten(1)
 
 
+def check_features(features: Features | None, images: Tensor, place: str) -> None:
+    """Raises ValueError for features that cannot be had of some images, (B, C, H, W); `place` is what names them."""
+    try:
+        if features:
+            features(images)
+    except Exception as error:  # whatever somebody's own code raises
+        text = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--features={place}: it fails on images of {images.shape[1]} channel(s), {tuple(images.shape)} ({type(error).__name__}: "
+            f"{text}). It gets the model's images as they are: choose the channels that it needs inside it, or leave --features out."
+        ) from error
+
+
 def diversity(images: Tensor, labels: Tensor) -> float:
     """Mean distance between two images of a class, the first thousand of it, then the mean over classes.
 

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
 from diffusers.utils import logging
 from torch import nn
 
-from .card import Card, readme
+from .card import Card, beyond_pil, readme
 from .checksums import write_checksums
 from .choice import Spoken, choose
 from .config import Config
@@ -91,13 +91,14 @@ def write_folder(
         for name, figures in (("evaluation", card.evaluation), ("retrieval", card.retrieval)):
             if figures:
                 (temporary / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
-        calls = choice.calls(class_names, captions, guidance)
+        calls = choice.calls(class_names, captions, guidance, bands=space.image_channels > 4)
         (temporary / "README.md").write_text(readme(temporary, config, class_names, card, guidance, calls, choice.why))
         write_checksums(temporary)
         _replace(temporary, output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    progress(f"exported to {output}: a {type(network).__name__} in {type(choice.pipeline).__name__}, {choice.reason}")
+    told = f"; {shown}" if (shown := beyond_pil(space.image_channels, config.data.bit_depth)) else ""
+    progress(f"exported to {output}: a {type(network).__name__} in {type(choice.pipeline).__name__}, {choice.reason}{told}")
     return output
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,13 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu", own: Map
     try:
         pipeline = _pipeline(folder, json.loads((folder / "model_index.json").read_text()), own or {})
         recipe = folder / "config.yaml"
-        flow = build(Config, yaml.safe_load(recipe.read_text())).flow if recipe.exists() else None
+        config = build(Config, yaml.safe_load(recipe.read_text())) if recipe.exists() else None
     except Exception as error:  # diffusers raises many kinds for a damaged folder; each is the user's folder
         raise ValueError(
             f"pipeline={str(folder)!r} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}): export it again."
         ) from error
-    return pipeline_source(pipeline.to(device), flow)
+    source = pipeline_source(pipeline.to(device), config.flow if config else None)
+    return replace(source, bit_depth=config.data.bit_depth) if config else source
 
 
 def _pipeline(folder: Path, index: dict[str, Any], own: Mapping[str, type]) -> CondotPipeline:

@@ -64,7 +64,7 @@ class Keeper(Protocol):
 
 
 class Files:
-    """A file per image, all in one folder: `000000.png` and on.
+    """A file per image, all in one folder: `000000.png` and on, or `000000.npy`.
 
     Flat at any number of images: where a file lies must not depend on how many
     there will be, and what reads such folders wants them flat; for more than
@@ -72,12 +72,13 @@ class Files:
 
     Args:
         folder: where to.
+        extension: of the images, as `image_files.file_extension` has it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, extension: str = "png") -> None:
+        self._folder, self._extension = folder, extension
         self._found = {entry.name for entry in os.scandir(folder) if entry.name[0] != "." and entry.stat().st_size}
-        self.there = sum(name.endswith(".png") for name in self._found)
+        self.there = sum(name.endswith(f".{extension}") for name in self._found)
 
     def missing(self, unit: range) -> Sequence[int]:
         """Those that are no file yet, or an empty one, as after a power failure."""
@@ -86,7 +87,7 @@ class Files:
     def put(self, number: int, made: Made) -> None:
         """Write the image, whole or not at all; the files beside it are for shards."""
         with whole(self._folder / self._name(number)) as temporary:
-            temporary.write_bytes(made["png"])
+            temporary.write_bytes(made[self._extension])
 
     def close(self, unit: range) -> None:
         """Nothing is left to do: each image is whole by itself."""
@@ -97,9 +98,8 @@ class Files:
     def finish(self) -> None:
         """Nor here."""
 
-    @staticmethod
-    def _name(number: int) -> str:
-        return f"{number:06d}.png"
+    def _name(self, number: int) -> str:
+        return f"{number:06d}.{self._extension}"
 
 
 def units(count: int, size: int, rank: int = 0, ranks: int = 1) -> list[range]:

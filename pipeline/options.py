@@ -99,7 +99,8 @@ class Images(Sampling):
     prompts: str = ""  # a file in place of prompt: .txt, one a line; .jsonl, {"prompt": ..., "negative_prompt": ...} a line
     negative_prompt: str = ""  # what guidance leads away from; by default from no caption
     num_images: int = 0  # images in all; 0 for one of each label or prompt
-    output: str = "samples.png"  # .png, .jpg, .webp: a grid; .gif: an animation; without a suffix: a folder, 000000.png and on
+    # .png, .jpg, .webp: a grid; .gif: an animation; without a suffix: a folder, 000000.png and on (.npy of 5 bands or more)
+    output: str = "samples.png"
     show: Literal["", "state", "prediction"] = (
         ""  # of an animation: the points, or the image each leads to; .webp moves where this is given
     )
@@ -185,7 +186,7 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class Likelihood(Model):
-    """Bits per dimension of 8-bit images under the model, by the probability flow ODE."""
+    """Bits per dimension of images under the model, by the probability flow ODE; of 8 bits, or of as many as it was trained on."""
 
     reference: str = ""  # folder of shards
     split: str = "val"  # of the shards

@@ -155,7 +155,8 @@ def as_mapping(config: Any) -> dict[str, Any]:
 
 
 SEEN = (
-    "split", "resolution", "channels", "horizontal_flip", "random_crop", "aspect_ratios", "bucket_step", "weights", "shuffle_block",
+    "split", "resolution", "channels", "bit_depth", "horizontal_flip", "random_crop", "aspect_ratios", "bucket_step", "weights",
+    "shuffle_block",
 )  # fmt: skip
 """Fields of `data` that decide what the network is shown, and in which order."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 from collections.abc import Iterator
@@ -12,6 +11,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor
+
+from .image_files import on_white, quantise, to_picture
+
+OPAQUE = (".jpg", ".jpeg", ".gif")
+"""Files that cannot hold a picture's alpha, or of a GIF a bit of it."""
 
 
 def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
@@ -35,22 +39,15 @@ def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
 
 
 def picture(image: Tensor) -> Image.Image:
-    """(C, H, W), -1..1, with 8 bits a channel: gray for one, RGB for three."""
-    array = ((image + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
-    return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
-
-
-def png(image: Tensor) -> bytes:
-    """(C, H, W), -1..1, as the bytes of a PNG."""
-    buffer = io.BytesIO()
-    picture(image).save(buffer, "PNG")
-    return buffer.getvalue()
+    """(C, H, W), -1..1, with 8 bits a channel, to be looked at: gray, RGB, either with its alpha; of five bands or more the first three."""
+    return to_picture(quantise(image))
 
 
 def save_image(image: Tensor, path: Path) -> None:
-    """Write (C, H, W), -1..1, as an image file, whole or not at all; the folder is made."""
+    """Write (C, H, W), -1..1, as an image file, whole or not at all; the folder is made. A JPEG has no alpha: it is laid on white."""
+    shown = picture(image)
     with whole(path) as temporary:
-        picture(image).save(temporary)
+        (on_white(shown) if path.suffix.lower() in OPAQUE else shown).save(temporary)
 
 
 @contextmanager

@@ -44,6 +44,13 @@ class Source:
     """From captions to conditions, of a model that takes text."""
     weak: ConditionalField | None = None
     """A worse field of the same data, by which this one is guided instead of by its own without a condition; see weak.py."""
+    bit_depth: int = 8
+    """Of the images that it was trained on, and so of those that are written of it, a file each."""
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Of an image, (C, H, W)."""
+        return self.pixels or self.shape
 
 
 def network_source(
@@ -55,6 +62,7 @@ def network_source(
     pixels: tuple[int, ...] = (),
     read: Callable[[Sequence[str]], Condition] | None = None,
     null: Condition | None = None,
+    bit_depth: int = 8,
 ) -> Source:
     """A network of ours as a source; its null is the class `num_classes`, or the text "" where it reads, unless one is given.
 
@@ -80,6 +88,7 @@ def network_source(
         predict=flow.predict,
         prior=prior_of(flow),
         pixels=pixels,
+        bit_depth=bit_depth,
     )
 
 

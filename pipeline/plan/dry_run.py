@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .. import plan
+from ..card import kind_of
 from ..config import ALIASES, Config
 from ..recipe import parse_all
 from . import amount, count, size
@@ -77,10 +78,21 @@ def data(case: Case) -> Iterator[str]:
     train, world = case.config.train, case.world
     parts = f"{world.ranks} x {train.gradient_accumulation_steps} x {case.micro_batch}"
     yield f"a step's batch of {count(train.batch_size, 'image')}: ranks x accumulation x micro-batch = {parts}"
+    yield pixels(case)
     if case.seen.samples:
         yield from plan.reading(case.seen.samples, case.config, world.ranks)
     else:
         yield "the shards are not here: what hangs on their number is not known"
+
+
+def pixels(case: Case) -> str:
+    """What is decoded: channels, bits, and the bytes that wait in the host's memory, where workers read ahead."""
+    options, (height, width) = case.seen.options, case.seen.shape
+    each = height * width * options.channels * options.bit_depth // 8
+    ahead = 2 * options.workers + 1  # as Stream reads ahead, and the one that is learned
+    kind = f"{kind_of(options.channels, options.bit_depth)}, {height} x {width} pixels: {size(each)} each"
+    latents = options.autoencoder and options.encoding == "cached"
+    return kind if latents else f"{kind}, up to {size(ahead * case.micro_batch * each)} decoded ahead"
 
 
 def memory(case: Case) -> Iterator[str]:

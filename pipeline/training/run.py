@@ -229,11 +229,15 @@ def begin(run: Run, checkpoint: Path | None, space: Space) -> None:
     run.log = Log(folder, main=main, start=run.step, stop=config.train.max_steps, accelerator=run.accelerator)
 
 
+BEFORE = {"data.bit_depth": 8}
+"""Facts that older checkpoints do not name, as they were."""
+
+
 def compare(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Each place where two nested mappings differ, as `model.width is 128 there and 256 here`."""
     found = []
     for key in {**saved, **now}:
-        a, b = saved.get(key), now.get(key)
+        a, b = saved.get(key, BEFORE.get(prefix + key)), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
             found += compare(a, b, f"{prefix}{key}.")
         elif a != b:
