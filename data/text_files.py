@@ -23,6 +23,8 @@ def decode_text(body: bytes) -> str:
     """
     if len(body) > MAX_TEXT_BYTES:
         raise ValueError(f"the text has {len(body)} bytes, at most {MAX_TEXT_BYTES} are read")
+    if body.isascii() and b"\0" not in body:  # most are, and this takes a tenth of the time
+        return body.decode("ascii").strip()
     marked = body.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     try:
         text = body.decode("utf-16" if marked else "utf-8-sig")
