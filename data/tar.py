@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .printable import printable
-from .tar_headers import BLOCK, EXTENSIONS, MAX_EXTENSION_BYTES, NO_EXTENSION, Extension, Header, extended, is_extended_sparse, parse_header
+from .tar_headers import BLOCK, EXTENSIONS, MAX_EXTENSION_BYTES, NO_EXTENSION, Extension, extended, parse_header
 
 EMPTY = bytes(BLOCK)
 ZEROS = bytes(1 << 20)
@@ -109,23 +109,28 @@ def _walk(read: Callable[[int, int], bytes], size: int, where: str = "") -> Iter
             at, archive = following, archive + 1
             continue
         try:
-            header = parse_header(head)
-            if header.kind in EXTENSIONS:
-                if begins < 0 and header.kind != b"g":
+            name, length, kind = parse_header(head)
+            if kind in EXTENSIONS:
+                if begins < 0 and kind != b"g":
                     begins = at
-                known = extended(known, header.kind, _body(read, at, header.size))
-                at += BLOCK + -(-header.size // BLOCK) * BLOCK
+                known = extended(known, kind, _body(read, at, length))
+                at += BLOCK + -(-length // BLOCK) * BLOCK
                 continue
         except ValueError as error:
             raise ValueError(f"{where}: damaged tar header at byte {at} ({error}). Pack or copy this shard again.") from error
-        member = _member(header, at if begins < 0 else begins, at, archive, known, read)
-        if member.end > size and where:
-            raise ValueError(f"{where}: cut inside {member.name!r} at byte {at}. Pack or copy this shard again.")
-        if header.kind != b"5" and not (member.name.endswith("/") and header.kind in REGULAR):  # no folder
-            if member.name.startswith("/") or (".." in member.name and ".." in member.name.split("/")):
-                raise ValueError(f"{where}: the name {member.name!r} leads out of its folder. Pack this shard again with plain names.")
-            yield member
-        at, begins, known = member.end, -1, NO_EXTENSION
+        first, offset, special = (at if begins < 0 else begins), at + BLOCK, ""
+        if kind != b"0" or known is not NO_EXTENSION:
+            name, length = name if known.name is None else known.name, length if known.size is None else known.size
+            length, special = _described(kind, name, length, known)
+            offset += _map_of_holes(read, at) if kind == b"S" else 0
+        end = offset + -(-length // BLOCK) * BLOCK
+        if end > size and where:
+            raise ValueError(f"{where}: cut inside {name!r} at byte {at}. Pack or copy this shard again.")
+        if kind != b"5" and not (name.endswith("/") and kind in REGULAR):  # no folder
+            if name.startswith("/") or (".." in name and ".." in name.split("/")):
+                raise ValueError(f"{where}: the name {name!r} leads out of its folder. Pack this shard again with plain names.")
+            yield Member(name, first, offset, length, end, archive, special)
+        at, begins, known = end, -1, NO_EXTENSION
 
 
 def _body(read: Callable[[int, int], bytes], at: int, size: int) -> bytes:
@@ -138,26 +143,23 @@ def _body(read: Callable[[int, int], bytes], at: int, size: int) -> bytes:
     return body
 
 
-def _member(header: Header, begins: int, at: int, archive: int, known: Extension, read: Callable[[int, int], bytes]) -> Member:
-    """Return the file whose own header lies at a byte, its extension headers from `begins` on."""
-    name, size, kind = header
-    if known is not NO_EXTENSION:
-        name, size = name if known.name is None else known.name, size if known.size is None else known.size
-    offset, special = at + BLOCK, ""
-    if kind not in REGULAR:
-        special = SPARSE if kind == b"S" else WITHOUT_DATA.get(kind, FOREIGN)
-        if special == SPARSE:  # the map of its holes may go on in further blocks
-            more = is_extended_sparse(read(at, BLOCK), 482)
-            while more:
-                more = is_extended_sparse(read(offset, BLOCK), 504)
-                offset += BLOCK
-        if kind in WITHOUT_DATA or kind == b"5":
-            size = 0
-    elif known.sparse:
-        special = SPARSE
-    elif kind == b"\0" and name.endswith("/"):  # how tars of before POSIX write a folder
-        size = 0
-    return Member(name, begins, offset, size, offset + -(-size // BLOCK) * BLOCK, archive, special)
+def _described(kind: bytes, name: str, length: int, known: Extension) -> tuple[int, str]:
+    """Return how many bytes of data lie behind a header, and which of REMEDIES it needs where it is no regular file's."""
+    if kind in REGULAR:
+        folder = kind == b"\0" and name.endswith("/")  # as tars of before POSIX have it
+        return 0 if folder else length, SPARSE if known.sparse else ""
+    if kind == b"S":
+        return length, SPARSE
+    return 0 if kind in WITHOUT_DATA or kind == b"5" else length, WITHOUT_DATA.get(kind, FOREIGN)
+
+
+def _map_of_holes(read: Callable[[int, int], bytes], at: int) -> int:
+    """Return the bytes between the header of an old GNU sparse file and its data: the map of its holes may need further blocks."""
+    length, block, more = 0, read(at, BLOCK), 482
+    while len(block) == BLOCK and block[more]:
+        length += BLOCK
+        block, more = read(at + length, BLOCK), 504
+    return length
 
 
 def _behind_mark(read: Callable[[int, int], bytes], mark: int, size: int, where: str) -> int | None:
@@ -236,9 +238,15 @@ def files_of(span: bytes) -> tuple[str, dict[str, bytes]]:
         span: from its first header to the end of its last file's block, as
             `samples` walked it or as its crc32 vouches for it; or a beginning.
     """
-    found = [member for member in _walk(lambda at, length: span[at : at + length], len(span)) if not member.special]
-    key, files = "", {}
-    for member in [member for member in found if not no_part(member.name)] or found:  # older indexes have samples of such files
+    key, files, strays = "", dict[str, bytes](), list[Member]()
+    for member in _walk(lambda at, length: span[at : at + length], len(span)):
+        name, extension = key_and_extension(member.name)
+        if (not files or name != key or not extension) and no_part(member.name):
+            strays.append(member)
+        elif not member.special:
+            key = name
+            files[extension] = span[member.offset : member.offset + member.size]
+    for member in strays if not files else ():  # indexes of before have samples of such files
         key, extension = key_and_extension(member.name)
         files[extension] = span[member.offset : member.offset + member.size]
     return key, files

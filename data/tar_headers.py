@@ -20,14 +20,6 @@ ADLER = 65521
 """Adler-32 counts modulo this prime."""
 
 
-class Header(NamedTuple):
-    """What one block says: a name, a number of bytes, and the type of what they are."""
-
-    name: str
-    size: int
-    kind: bytes
-
-
 class Extension(NamedTuple):
     """What extension headers say of the file that follows them; None where they are silent."""
 
@@ -39,8 +31,8 @@ class Extension(NamedTuple):
 NO_EXTENSION = Extension()
 
 
-def parse_header(head: bytes) -> Header:
-    """Return what a block of BLOCK bytes says.
+def parse_header(head: bytes) -> tuple[str, int, bytes]:
+    """Return what a block of BLOCK bytes says: a name, a number of bytes, and the type of what they are.
 
     Raises:
         ValueError: another checksum than it states, or a size that is no number.
@@ -54,7 +46,7 @@ def parse_header(head: bytes) -> Header:
     name = head[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
     if head[345] and head[257:263] == b"ustar\0":  # old GNU tars have dates there
         name = f"{_text(head[345:500])}/{name}"
-    return Header(name, size, head[156:157])
+    return name, size, head[156:157]
 
 
 def extended(known: Extension, kind: bytes, body: bytes) -> Extension:
@@ -107,11 +99,6 @@ def pax_records(body: bytes) -> dict[bytes, bytes]:
         records[body[blank + 1 : equals]] = body[equals + 1 : end - 1]
         at = end
     return records
-
-
-def is_extended_sparse(block: bytes, at: int) -> bool:
-    """Return whether another block of old GNU's map of holes follows: `at` is 482 in a header, 504 in such a block."""
-    return len(block) == BLOCK and block[at] != 0
 
 
 def _text(field: bytes) -> str:
