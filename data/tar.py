@@ -91,7 +91,8 @@ def _walk(read: Callable[[int, int], bytes], size: int, where: str = "") -> Iter
     Args:
         read: gives so many bytes from there, fewer at the end.
         size: bytes that there are.
-        where: how messages call the tar; "" for a sample in memory, which has no end-of-archive mark and may be cut.
+        where: how messages call the tar; "" for a sample in memory, whose crc32 vouches for it, which has no end-of-archive
+            mark and may be cut.
     """
     at, archive, begins, known = 0, 0, -1, NO_EXTENSION
     while at < size or where:
@@ -109,7 +110,7 @@ def _walk(read: Callable[[int, int], bytes], size: int, where: str = "") -> Iter
             at, archive = following, archive + 1
             continue
         try:
-            name, length, kind = parse_header(head)
+            name, length, kind = parse_header(head, checked=not where)
             if kind in EXTENSIONS:
                 if begins < 0 and kind != b"g":
                     begins = at

@@ -31,16 +31,17 @@ class Extension(NamedTuple):
 NO_EXTENSION = Extension()
 
 
-def parse_header(head: bytes) -> tuple[str, int, bytes]:
+def parse_header(head: bytes, *, checked: bool = False) -> tuple[str, int, bytes]:
     """Return what a block of BLOCK bytes says: a name, a number of bytes, and the type of what they are.
+
+    Args:
+        head: the block.
+        checked: whether its checksum need not be looked at, for what a crc32 vouches for.
 
     Raises:
         ValueError: another checksum than it states, or a size that is no number.
     """
-    stated = int(head[148:154], 8) if head[148:154].isdigit() and not head[154] else _octal(head[148:156])
-    # The low half of Adler-32 is one more than the sum of the bytes, ten times as fast as `sum` but modulo ADLER: no damage to a
-    # few bytes changes it by a multiple of that.
-    if ((adler32(head) & 0xFFFF) + 255 - sum(head[148:156]) - stated) % ADLER and not _sum_is(head, stated):
+    if not checked and not _sum_is(head):
         raise ValueError("its checksum is wrong")
     size = int(head[124:135], 8) if head[124:135].isdigit() and not head[135] else _size(head[124:136])
     name = head[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
@@ -122,7 +123,15 @@ def _octal(field: bytes) -> int:
     return int(digits or b"0", 8)
 
 
-def _sum_is(head: bytes, stated: int) -> bool:
-    """Return whether the bytes of a header add up to its checksum, its own bytes counted as blanks; some old tars add with a sign."""
+def _sum_is(head: bytes) -> bool:
+    """Return whether the bytes of a header add up to its checksum, that one counted as blanks; some old tars add with a sign.
+
+    The low half of Adler-32 is one more than the sum of the bytes, ten times as fast as `sum` but modulo ADLER: no damage to
+    a few bytes changes it by a multiple of that.
+    """
+    own = head[148:156]
+    stated = int(own[:6], 8) if own[:6].isdigit() and not own[6] else _octal(own)
+    if not ((adler32(head) & 0xFFFF) + 255 - sum(own) - stated) % ADLER:
+        return True
     rest = head[:148] + head[156:]
     return stated - 256 in (sum(rest), sum(rest) - 256 * sum(byte > 127 for byte in rest))
