@@ -85,7 +85,8 @@ def why_no_image(key: str, extensions: Collection[str]) -> str:
         return f"no image that is read: .{unread[0]}. Convert it to PNG, JPEG or WebP"
     parts = sorted(last[extension] for extension in last.keys() & _IMAGES)
     if parts:
-        return f"no image but .{printable(parts[0])}: name it with --image_extension {printable(parts[0])}"
+        part = printable(parts[0])
+        return f"no image but .{part}, since names are split at their first dot: name it with --image_extension {part}, or pack other names"
     return no_image(extensions) if NEED_IMAGE.intersection(extensions) else ""
 
 
@@ -128,7 +129,7 @@ def read_texts(texts: Mapping[str, bytes]) -> tuple[int, bool]:
                 label = parse_label(body)
             elif extension == "txt":
                 captioned = bool(decode_text(body))
-            elif body:
+            elif body.strip():
                 parse_json(body)
         except ValueError as error:
             raise ValueError(f"its .{extension}: {error}") from error

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .printable import printable
-from .tar_headers import BLOCK, EXTENSIONS, MAX_EXTENSION_BYTES, NO_EXTENSION, Extension, Header, extended, is_extended_sparse, parse_header
+from .tar_headers import BLOCK, EXTENSIONS, MAX_EXTENSION_BYTES, NO_EXTENSION, Extension, extended, parse_header
 
 EMPTY = bytes(BLOCK)
-AT_ONCE = 1 << 20
-"""Bytes of zeros that are read at once."""
+ZEROS = bytes(1 << 20)
+"""So many are read at once behind the end, and compared, a hundred times as fast as they are counted."""
 REGULAR = frozenset((b"0", b"\0", b"7"))
 LINKS, DEVICES, SPARSE, FOREIGN = "that are links", "that are devices or pipes", "stored sparse", "of a tar type that is not known"
 REMEDIES = {
@@ -91,7 +91,8 @@ def _walk(read: Callable[[int, int], bytes], size: int, where: str = "") -> Iter
     Args:
         read: gives so many bytes from there, fewer at the end.
         size: bytes that there are.
-        where: how messages call the tar; "" for a sample in memory, which has no end-of-archive mark and may be cut.
+        where: how messages call the tar; "" for a sample in memory, whose crc32 vouches for it, which has no end-of-archive
+            mark and may be cut.
     """
     at, archive, begins, known = 0, 0, -1, NO_EXTENSION
     while at < size or where:
@@ -109,23 +110,28 @@ def _walk(read: Callable[[int, int], bytes], size: int, where: str = "") -> Iter
             at, archive = following, archive + 1
             continue
         try:
-            header = parse_header(head)
-            if header.kind in EXTENSIONS:
-                if begins < 0 and header.kind != b"g":
+            name, length, kind = parse_header(head, checked=not where)
+            if kind in EXTENSIONS:
+                if begins < 0 and kind != b"g":
                     begins = at
-                known = extended(known, header.kind, _body(read, at, header.size))
-                at += BLOCK + -(-header.size // BLOCK) * BLOCK
+                known = extended(known, kind, _body(read, at, length))
+                at += BLOCK + -(-length // BLOCK) * BLOCK
                 continue
         except ValueError as error:
             raise ValueError(f"{where}: damaged tar header at byte {at} ({error}). Pack or copy this shard again.") from error
-        member = _member(header, at if begins < 0 else begins, at, archive, known, read)
-        if member.end > size and where:
-            raise ValueError(f"{where}: cut inside {member.name!r} at byte {at}. Pack or copy this shard again.")
-        if not _is_folder(header, member.name):
-            if member.name.startswith("/") or (".." in member.name and ".." in member.name.split("/")):
-                raise ValueError(f"{where}: the name {member.name!r} leads out of its folder. Pack this shard again with plain names.")
-            yield member
-        at, begins, known = member.end, -1, NO_EXTENSION
+        first, offset, special = (at if begins < 0 else begins), at + BLOCK, ""
+        if kind != b"0" or known is not NO_EXTENSION:
+            name, length = name if known.name is None else known.name, length if known.size is None else known.size
+            length, special = _described(kind, name, length, known)
+            offset += _map_of_holes(read, at) if kind == b"S" else 0
+        end = offset + -(-length // BLOCK) * BLOCK
+        if end > size and where:
+            raise ValueError(f"{where}: cut inside {name!r} at byte {at}. Pack or copy this shard again.")
+        if kind != b"5" and not (name.endswith("/") and kind in REGULAR):  # no folder
+            if name.startswith("/") or (".." in name and ".." in name.split("/")):
+                raise ValueError(f"{where}: the name {name!r} leads out of its folder. Pack this shard again with plain names.")
+            yield Member(name, first, offset, length, end, archive, special)
+        at, begins, known = end, -1, NO_EXTENSION
 
 
 def _body(read: Callable[[int, int], bytes], at: int, size: int) -> bytes:
@@ -138,30 +144,23 @@ def _body(read: Callable[[int, int], bytes], at: int, size: int) -> bytes:
     return body
 
 
-def _member(header: Header, begins: int, at: int, archive: int, known: Extension, read: Callable[[int, int], bytes]) -> Member:
-    """Return the file whose own header lies at a byte, its extension headers from `begins` on."""
-    name = header.name if known.name is None else known.name
-    size = header.size if known.size is None else known.size
-    offset, special = at + BLOCK, ""
-    if header.kind not in REGULAR:
-        special = SPARSE if header.kind == b"S" else WITHOUT_DATA.get(header.kind, FOREIGN)
-        if special == SPARSE:  # the map of its holes may go on in further blocks
-            more = is_extended_sparse(read(at, BLOCK), 482)
-            while more:
-                more = is_extended_sparse(read(offset, BLOCK), 504)
-                offset += BLOCK
-        if header.kind in WITHOUT_DATA or header.kind == b"5":
-            size = 0
-    elif known.sparse:
-        special = SPARSE
-    elif header.kind == b"\0" and name.endswith("/"):
-        size = 0
-    return Member(name, begins, offset, size, offset + -(-size // BLOCK) * BLOCK, archive, special)
+def _described(kind: bytes, name: str, length: int, known: Extension) -> tuple[int, str]:
+    """Return how many bytes of data lie behind a header, and which of REMEDIES it needs where it is no regular file's."""
+    if kind in REGULAR:
+        folder = kind == b"\0" and name.endswith("/")  # as tars of before POSIX have it
+        return 0 if folder else length, SPARSE if known.sparse else ""
+    if kind == b"S":
+        return length, SPARSE
+    return 0 if kind in WITHOUT_DATA or kind == b"5" else length, WITHOUT_DATA.get(kind, FOREIGN)
 
 
-def _is_folder(header: Header, name: str) -> bool:
-    """Return whether a header is a folder's; tars of before POSIX have files whose name ends in a slash for it."""
-    return header.kind == b"5" or (header.kind in REGULAR and name.endswith("/"))
+def _map_of_holes(read: Callable[[int, int], bytes], at: int) -> int:
+    """Return the bytes between the header of an old GNU sparse file and its data: the map of its holes may need further blocks."""
+    length, block, more = 0, read(at, BLOCK), 482
+    while len(block) == BLOCK and block[more]:
+        length += BLOCK
+        block, more = read(at + length, BLOCK), 504
+    return length
 
 
 def _behind_mark(read: Callable[[int, int], bytes], mark: int, size: int, where: str) -> int | None:
@@ -172,12 +171,11 @@ def _behind_mark(read: Callable[[int, int], bytes], mark: int, size: int, where:
     """
     at, found = mark, -1
     while at < size and found < 0:
-        piece = read(at, AT_ONCE)
-        zeros = len(piece) - len(piece.lstrip(b"\0"))
-        if zeros < len(piece):
-            found = at + zeros
-        elif not piece:
+        piece = read(at, len(ZEROS))
+        if not piece:
             return None
+        if piece != ZEROS[: len(piece)]:
+            found = at + len(piece) - len(piece.lstrip(b"\0"))
         at += len(piece)
     if found < 0:
         return None
@@ -213,11 +211,12 @@ def samples(path: Path, *, remarks: Remarks | None = None, every: bool = False) 
     remarks = Remarks() if remarks is None else remarks
     key, files, start, end, archive, fault = "", dict[str, Member](), 0, 0, 0, ""
     for member in members(path):
-        kind = "" if every else no_part(member.name)
-        if kind:
-            remarks.unknown[member.special or kind] += 1
-            continue
         name, extension = key_and_extension(member.name)
+        if not every and (not files or name != key or not extension):
+            kind = no_part(member.name)
+            if kind:
+                remarks.unknown[member.special or kind] += 1
+                continue
         if files and (name != key or member.archive != archive):
             yield Span(key, files, start, end, fault)
             files, fault = {}, ""
@@ -240,9 +239,15 @@ def files_of(span: bytes) -> tuple[str, dict[str, bytes]]:
         span: from its first header to the end of its last file's block, as
             `samples` walked it or as its crc32 vouches for it; or a beginning.
     """
-    found = [member for member in _walk(lambda at, length: span[at : at + length], len(span)) if not member.special]
-    key, files = "", {}
-    for member in [member for member in found if not no_part(member.name)] or found:  # older indexes have samples of such files
+    key, files, strays = "", dict[str, bytes](), list[Member]()
+    for member in _walk(lambda at, length: span[at : at + length], len(span)):
+        name, extension = key_and_extension(member.name)
+        if (not files or name != key or not extension) and no_part(member.name):
+            strays.append(member)
+        elif not member.special:
+            key = name
+            files[extension] = span[member.offset : member.offset + member.size]
+    for member in strays if not files else ():  # indexes of before have samples of such files
         key, extension = key_and_extension(member.name)
         files[extension] = span[member.offset : member.offset + member.size]
     return key, files
@@ -262,6 +267,6 @@ def no_part(name: str) -> str:
         for part in name.split("/"):
             if (part.startswith(".") and part != ".") or part == "__MACOSX":
                 return HIDDEN
-            if len(part) > 4 and part.startswith("__") and part.endswith("__"):
+            if len(part) > 4 and part.startswith("__") and part.endswith("__") and ("." not in part or part != base):
                 return META
     return "" if base.partition(".")[2] else BARE

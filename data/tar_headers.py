@@ -20,14 +20,6 @@ ADLER = 65521
 """Adler-32 counts modulo this prime."""
 
 
-class Header(NamedTuple):
-    """What one block says: a name, a number of bytes, and the type of what they are."""
-
-    name: str
-    size: int
-    kind: bytes
-
-
 class Extension(NamedTuple):
     """What extension headers say of the file that follows them; None where they are silent."""
 
@@ -39,18 +31,23 @@ class Extension(NamedTuple):
 NO_EXTENSION = Extension()
 
 
-def parse_header(head: bytes) -> Header:
-    """Return what a block of BLOCK bytes says.
+def parse_header(head: bytes, *, checked: bool = False) -> tuple[str, int, bytes]:
+    """Return what a block of BLOCK bytes says: a name, a number of bytes, and the type of what they are.
+
+    Args:
+        head: the block.
+        checked: whether its checksum need not be looked at, for what a crc32 vouches for.
 
     Raises:
         ValueError: another checksum than it states, or a size that is no number.
     """
-    if not _sum_is(head, _octal(head[148:156])):
+    if not checked and not _sum_is(head):
         raise ValueError("its checksum is wrong")
-    name = _text(head[:100])
+    size = int(head[124:135], 8) if head[124:135].isdigit() and not head[135] else _size(head[124:136])
+    name = head[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape")
     if head[345] and head[257:263] == b"ustar\0":  # old GNU tars have dates there
         name = f"{_text(head[345:500])}/{name}"
-    return Header(name, _size(head[124:136]), head[156:157])
+    return name, size, head[156:157]
 
 
 def extended(known: Extension, kind: bytes, body: bytes) -> Extension:
@@ -72,6 +69,8 @@ def extended(known: Extension, kind: bytes, body: bytes) -> Extension:
             raise ValueError("a global record of a name or a size, which would hold for every file behind it")
         return known
     sparse = known.sparse or any(key.startswith(b"GNU.sparse.") for key in records)
+    if kind == b"L" and not body[:1].strip(b"\0"):
+        raise ValueError("a long name of no length")
     raw = body if kind == b"L" else records.get(b"GNU.sparse.name") or records.get(b"path")
     name = _text(raw) if raw else known.name
     if known.name is not None and name != known.name:
@@ -89,7 +88,9 @@ def pax_records(body: bytes) -> dict[bytes, bytes]:
         ValueError: a length that is no number, or not that of its record.
     """
     records, at = dict[bytes, bytes](), 0
-    while at < len(body) and body[at]:  # zeros may fill it up
+    while at < len(body):
+        if at and not body[at] and not body[at:].strip(b"\0"):  # some writers fill it up
+            break
         blank = body.find(b" ", at, at + 9)  # eight digits are more than MAX_EXTENSION_BYTES
         digits = body[at:blank] if blank > at else b""
         end = at + int(digits) if digits.isdigit() else 0
@@ -99,11 +100,6 @@ def pax_records(body: bytes) -> dict[bytes, bytes]:
         records[body[blank + 1 : equals]] = body[equals + 1 : end - 1]
         at = end
     return records
-
-
-def is_extended_sparse(block: bytes, at: int) -> bool:
-    """Return whether another block of old GNU's map of holes follows: `at` is 482 in a header, 504 in such a block."""
-    return len(block) == BLOCK and block[at] != 0
 
 
 def _text(field: bytes) -> str:
@@ -127,13 +123,15 @@ def _octal(field: bytes) -> int:
     return int(digits or b"0", 8)
 
 
-def _sum_is(head: bytes, stated: int) -> bool:
-    """Return whether the bytes of a header add up to its checksum, those of the checksum itself counted as blanks.
+def _sum_is(head: bytes) -> bool:
+    """Return whether the bytes of a header add up to its checksum, that one counted as blanks; some old tars add with a sign.
 
-    The low half of Adler-32 is one more than the sum, ten times as fast as `sum`, but modulo ADLER: no damage to a few bytes
-    changes it by a multiple of that. Some old tars add bytes with a sign.
+    The low half of Adler-32 is one more than the sum of the bytes, ten times as fast as `sum` but modulo ADLER: no damage to
+    a few bytes changes it by a multiple of that.
     """
-    own = sum(head[148:156])
-    if ((adler32(head) & 0xFFFF) - 1 - own + 256 - stated) % ADLER == 0:
+    own = head[148:156]
+    stated = int(own[:6], 8) if own[:6].isdigit() and not own[6] else _octal(own)
+    if not ((adler32(head) & 0xFFFF) + 255 - sum(own) - stated) % ADLER:
         return True
-    return sum(head) - own + 256 - 256 * sum(byte > 127 for byte in head[:148] + head[156:]) == stated
+    rest = head[:148] + head[156:]
+    return stated - 256 in (sum(rest), sum(rest) - 256 * sum(byte > 127 for byte in rest))
