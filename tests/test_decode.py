@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data.decode import DECODE_ERRORS, decode_image, decode_into, is_plain, upright, upright_size
+from data.decode import DECODE_ERRORS, decode_image, decode_into, is_plain, upright
 from data.image_formats import MAX_RATIO
 from tests.shardmaker import jpeg
 
