@@ -55,8 +55,7 @@ def read_tiff(data: bytes, channels: int | None, image: Image.Image | None = Non
     Raises:
         ValueError: it is damaged, of a kind that is not read, or tifffile is not installed.
     """
-    if image is not None and image.mode in ("I;16", "I;16B", "F"):
-        assert isinstance(image, TiffImagePlugin.TiffImageFile)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode in ("I;16", "I;16B", "F") and image.tag_v2.get(SAMPLES, 1) == 1:
         check_size(*image.size)
         tags = dict(image.tag_v2)
         profile = image.info.get("icc_profile")
