@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from .color import srgb_values
-from .image_formats import BadImage, check_size, parsing
+from .image_formats import BadImage, check_size, open_image, parsing
 from .orientation import load_pixels, turned
 
 
@@ -197,7 +197,7 @@ def read_png(data: bytes, image: Image.Image) -> Bands:
 def _unpacked(data: bytes, tile: list[Any], mode: str, raw: str) -> np.ndarray:
     """Return the pixels of a PNG file as Pillow's unpacker of a raw mode gives them."""
     with parsing():
-        image = Image.open(io.BytesIO(data), formats=("PNG",))
+        image: Any = open_image(data)
         image._mode, image.tile = mode, [tile[0]._replace(args=raw)]  # the tile says how its bytes become pixels
         load_pixels(image)
         return np.asarray(image)

@@ -9,7 +9,7 @@ from threading import Lock
 import numpy as np
 from PIL import Image, ImageCms
 
-from .image_formats import BadImage, parsing
+from .image_formats import BadImage, converted, parsing
 
 SAME = 2
 """A profile that moves no colour of a grid by more than so many of 255 levels counts as sRGB: encoders write sRGB in many ways."""
@@ -31,14 +31,14 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     mode = {"LA": "L", "RGBA": "RGB"}.get(image.mode, image.mode)
     transform = transform_of(profile, mode) if profile else None
     if transform is None:
-        return image.convert("RGB") if mode == "CMYK" else image
+        return converted(image, "RGB") if mode == "CMYK" else image
     if mode == "L":
         curve = _applied(transform, Image.frombytes("L", (256, 1), bytes(range(256)))).convert("L").tobytes()
         return image.point(list(curve) + (list(range(256)) if image.mode == "LA" else []))
     if image.mode == "RGBA":
-        converted = _applied(transform, image.convert("RGB"))
-        converted.putalpha(image.getchannel("A"))
-        return converted
+        colors = _applied(transform, image.convert("RGB"))
+        colors.putalpha(image.getchannel("A"))
+        return colors
     return _applied(transform, image)
 
 
