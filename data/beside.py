@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from .caption_fields import ENTRIES, FORMS, PURPOSE, caption_of, captions_in, parse_captions
+from .caption_fields import ENTRIES, PURPOSE, caption_reader, captions_in, parse_captions
 from .encoded import drawn_text, text_of
 from .join import TextStates, length_of
 from .order import share_at
@@ -54,8 +54,8 @@ class Beside:
     """
 
     def __init__(self, images: Shards, caption: str, encoded: Sequence[Embeddings] = (), seed: int = 0, read: bool = True) -> None:
-        self.images, self.caption, self.encoded, self.seed = images, caption, tuple(encoded), seed
-        named = parse_captions(caption)
+        self.images, self.encoded, self.seed = images, tuple(encoded), seed
+        named, self.caption_of = parse_captions(caption), caption_reader(caption)
         self.read, self.several, self.weights = read and bool(named.fields), named.several, named.shares
 
     def empty(self, positions: np.ndarray) -> Company:
@@ -71,7 +71,7 @@ class Beside:
             ValueError: its bytes changed, its shard is lost, or its text cannot be read.
         """
         if self.read:
-            company.captions[i] = caption_of(self.images.read(shard, number).files, self.caption, company.shares[i])
+            company.captions[i] = self.caption_of(self.images.read(shard, number).files, company.shares[i])
         for rows, (shards, _, width, pooled_width) in zip(company.rows, self.encoded, strict=True):
             block, size, crc32 = shards.records(shard)[number].item()[:3]
             payload = shards.payload(shard, block, size, crc32)
@@ -138,7 +138,7 @@ def check_captions(images: Shards | Sequence[Shards], caption: str) -> str:
             return f"data.caption={joined} joins lists of sentences with commas; {joined}{ENTRIES} draws one of them." if joined else ""
     raise ValueError(
         f"data.caption={next(iter(missing), '(empty)')}: none of the first {count} samples of {opened[0].name(0)} has such a caption; "
-        f"they have {_listed(there)}{''.join(notes[:1])}. Name another, or pack the images with captions: {FORMS}."
+        f"they have {_listed(there)}{''.join(notes[:1])}. Choose `txt` or `json.KEY`, or pack the images with captions."
     )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from .text_files import caption_text, decode_text, parse_json
@@ -62,9 +62,10 @@ def parse_captions(text: str) -> CaptionFields:
         weights[field] = _weight(weight, text) if equals else 1.0
     if len({equals for _, equals, _ in pairs}) > 1:
         raise ValueError(f"data.caption={text}: only some fields have a weight. Give each one, or none for equal weights.")
-    total = math.fsum(weights.values())
-    if not math.isfinite(total):
-        raise ValueError(f"data.caption={text}: the weights sum to {total}. Use smaller ones; only their ratios count.")
+    try:
+        total = math.fsum(weights.values())  # exact, so in any order the same
+    except OverflowError:
+        raise ValueError(f"data.caption={text}: the weights are too large to be added. Use smaller ones; only ratios count.") from None
     fields = tuple(sorted(weights))
     return CaptionFields(fields, tuple(weights[field] / total for field in fields))
 
@@ -118,12 +119,13 @@ def captions_in(files: Mapping[str, bytes], fields: Sequence[str]) -> list[tuple
 
 def _texts(parsed: Any, key: str) -> list[str]:
     """Return the captions under a key of JSON: the entries of a list where the key ends in `[*]`, else one, a list joined with commas."""
-    name = key.removesuffix(ENTRIES)
+    entries = key.endswith(ENTRIES)
+    name = key.removesuffix(ENTRIES) if entries else key
     value = parsed.get(name) if isinstance(parsed, dict) else None
     if not isinstance(value, list):
         return [_text(value, name)]
     texts = [text for text in (_text(entry, name) for entry in value) if text]
-    if name == key:
+    if not entries:
         return [", ".join(texts)]
     if len(texts) > MAX_ENTRIES:
         raise ValueError(f"{name} holds {len(texts)} captions, at most {MAX_ENTRIES} are read: shorten the list")
@@ -174,13 +176,34 @@ def caption_of(files: Mapping[str, bytes], caption: str, share: float = 0.0) -> 
     Raises:
         ValueError: see `captions_in`.
     """
-    if caption == "txt":  # nearly always: microseconds count here
-        try:
-            return decode_text(files["txt"]) if "txt" in files else ""
-        except ValueError as error:
-            raise ValueError(f".txt: {error}") from error
+    return caption_reader(caption)(files, share)
+
+
+@lru_cache
+def caption_reader(caption: str) -> Callable[[Mapping[str, bytes], float], str]:
+    """Return `caption_of` for one `data.caption`, without what need not be done for each sample."""
     named = parse_captions(caption)
+    if not named.fields:
+        return lambda files, share: ""
+    if named.several:
+        return partial(_drawn, named)
+    return _plain if named.fields == ("txt",) else partial(_keyed, named.fields[0].removeprefix("json."))
+
+
+def _drawn(named: CaptionFields, files: Mapping[str, bytes], share: float) -> str:
     found = captions_in(files, named.fields)
-    if not found:
-        return ""
-    return found[draw([number for number, _ in found], named.shares, share) if len(found) > 1 else 0][1]
+    return found[draw([number for number, _ in found], named.shares, share)][1] if found else ""
+
+
+def _plain(files: Mapping[str, bytes], share: float) -> str:
+    try:
+        return decode_text(files["txt"]) if "txt" in files else ""
+    except ValueError as error:
+        raise ValueError(f".txt: {error}") from error
+
+
+def _keyed(key: str, files: Mapping[str, bytes], share: float) -> str:
+    try:
+        return _texts(parse_json(files["json"]), key)[0] if "json" in files else ""
+    except ValueError as error:
+        raise ValueError(f".json: {error}") from error

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from shardmaker import make, png
 
 from data import build, encode, open_shards, open_text
-from data.beside import caption_of, check_captions
+from data.beside import check_captions
+from data.caption_fields import caption_of
 from data.join import STEP, TextFacts, TextStates, drop_text, join, layout, length_of
 from data.options import Options, read_options
 from data.stream import Share
