@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from .color import deep_to_srgb
-from .image_formats import BadImage, check_size, parsing
+from .color import srgb_values
+from .image_formats import BadImage, check_size, open_image, parsing
 from .orientation import load_pixels, turned
 
 
@@ -95,8 +95,7 @@ def as_channels(found: Bands, channels: int, dtype: type[np.unsignedinteger]) ->
     if found.premultiplied and opacity is not None:
         color = np.minimum(color.astype(np.float64) * top / np.maximum(opacity, 1), top).round().astype(dtype)
     if found.profile:
-        color = deep_to_srgb(color.astype(np.uint16) * np.uint16(65535 // top), found.profile)
-        color = color if top == 65535 else ((color.astype(np.uint32) + 128) // 257).astype(dtype)
+        color = srgb_values(color, found.profile)
     if opacity is not None and channels in (1, 3):
         whole = color.astype(np.uint32) * opacity + np.uint32(top) * (top - opacity.astype(np.uint32))
         color = ((whole + top // 2) // top).astype(dtype)
@@ -198,7 +197,7 @@ def read_png(data: bytes, image: Image.Image) -> Bands:
 def _unpacked(data: bytes, tile: list[Any], mode: str, raw: str) -> np.ndarray:
     """Return the pixels of a PNG file as Pillow's unpacker of a raw mode gives them."""
     with parsing():
-        image = Image.open(io.BytesIO(data), formats=("PNG",))
+        image: Any = open_image(data)
         image._mode, image.tile = mode, [tile[0]._replace(args=raw)]  # the tile says how its bytes become pixels
         load_pixels(image)
         return np.asarray(image)

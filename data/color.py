@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 from functools import lru_cache
+from threading import Lock
 
 import numpy as np
 from PIL import Image, ImageCms
 
-from .image_formats import BadImage, parsing
+from .image_formats import BadImage, converted, parsing
 
 SAME = 2
 """A profile that moves no colour of a grid by more than so many of 255 levels counts as sRGB: encoders write sRGB in many ways."""
@@ -16,6 +17,7 @@ KEPT = 64
 """Profiles whose conversions are kept, by their bytes: a data set has few."""
 SPACES = {"L": "GRAY", "RGB": "RGB ", "CMYK": "CMYK"}
 """The colour space that a profile must have to be one of pixels of a mode; another is ignored, as viewers do."""
+BUILDING = Lock()
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
@@ -29,14 +31,14 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     mode = {"LA": "L", "RGBA": "RGB"}.get(image.mode, image.mode)
     transform = transform_of(profile, mode) if profile else None
     if transform is None:
-        return image.convert("RGB") if mode == "CMYK" else image
+        return converted(image, "RGB") if mode == "CMYK" else image
     if mode == "L":
         curve = _applied(transform, Image.frombytes("L", (256, 1), bytes(range(256)))).convert("L").tobytes()
         return image.point(list(curve) + (list(range(256)) if image.mode == "LA" else []))
     if image.mode == "RGBA":
-        converted = _applied(transform, image.convert("RGB"))
-        converted.putalpha(image.getchannel("A"))
-        return converted
+        colors = _applied(transform, image.convert("RGB"))
+        colors.putalpha(image.getchannel("A"))
+        return colors
     return _applied(transform, image)
 
 
@@ -49,11 +51,11 @@ def is_srgb(profile: bytes, mode: str) -> bool:
 def transform_of(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Return littlecms's conversion to sRGB, safe to use by several threads; None where it would change nothing or cannot be made."""
     try:
-        with parsing():
+        with BUILDING, parsing():
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             if source.profile.xcolor_space != SPACES[mode]:
                 return None
-            flags = ImageCms.Flags.HIGHRESPRECALC
+            flags = ImageCms.Flags.NOOPTIMIZE if mode == "L" else ImageCms.Flags.HIGHRESPRECALC  # 256 grays need no shortcut
             transform = ImageCms.buildTransform(source, SRGB, mode, "RGB", ImageCms.Intent.PERCEPTUAL, flags)
     except (OSError, ValueError, SyntaxError, ImageCms.PyCMSError):
         return None
@@ -79,19 +81,21 @@ def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image
         return transform.apply(image)
 
 
-def deep_to_srgb(values: np.ndarray, profile: bytes | None) -> np.ndarray:
-    """Return 16-bit colours as sRGB says them.
+def srgb_values(values: np.ndarray, profile: bytes) -> np.ndarray:
+    """Return colours as sRGB says them.
 
     Args:
-        values: (H, W, 1) gray or (H, W, 3) RGB, uint16.
-        profile: an ICC profile, or none.
+        values: (H, W, 1) gray or (H, W, 3) RGB, uint8 or uint16.
+        profile: an ICC profile.
 
     Raises:
-        BadImage: the profile makes a difference, and imagecodecs, which converts 16 bits, is not installed.
+        BadImage: the profile makes a difference to 16 bits, and imagecodecs, which converts those, is not installed.
     """
-    mode = "L" if values.shape[2] == 1 else "RGB"
-    if not profile or transform_of(profile, mode) is None:
+    mode, flat = ("L", values.squeeze(2)) if values.shape[2] == 1 else ("RGB", values)
+    if transform_of(profile, mode) is None:
         return values
+    if values.dtype == np.uint8:
+        return np.asarray(to_srgb(Image.fromarray(np.ascontiguousarray(flat)), profile)).reshape(values.shape)
     try:
         import imagecodecs
     except ImportError as error:
@@ -100,13 +104,13 @@ def deep_to_srgb(values: np.ndarray, profile: bytes | None) -> np.ndarray:
             "`pip install imagecodecs`, or convert the files to sRGB."
         ) from error
     with parsing():
-        space = "gray" if mode == "L" else "rgb"
         found = imagecodecs.cms_transform(
-            np.ascontiguousarray(values.squeeze(2) if mode == "L" else values),
+            np.ascontiguousarray(flat),
             profile,
-            imagecodecs.cms_profile("srgb"),
-            colorspace=space,
+            SRGB.tobytes(),
+            colorspace="gray" if mode == "L" else "rgb",
             outcolorspace="rgb",
             outdtype="u2",
+            flags=imagecodecs.CMS.FLAGS.NOOPTIMIZE,  # littlecms's shortcuts are off by up to 6,000 of 65,535
         )
     return found[..., :1] if mode == "L" else found

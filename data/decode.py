@@ -10,6 +10,7 @@ those of other bands, are arrays (`bands`, `tiff`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,13 +20,15 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from .bands import Bands, array_size, as_channels, read_array, read_png, resized
 from .color import is_srgb, to_srgb
-from .image_formats import JPEG_MAGIC, NUMPY_MAGIC, PASSED, PNG_MAGIC, TIFF_MAGIC, BadImage, check_size, open_image, parsing
+from .image_formats import JPEG_MAGIC, NUMPY_MAGIC, PASSED, PNG_MAGIC, TIFF_MAGIC, BadImage, check_size, converted, open_image
 from .jpeg_header import jpeg_header
 from .orientation import IN_PNG, load_pixels, orientation_of, stated_orientation, swaps_sides, turned
 from .tiff import needs_bands, read_tiff, tiff_size
 
 DECODE_ERRORS = PASSED
 """What is raised for a damaged, a foreign or an absurd file; BadImage, a ValueError, for whatever else its parser raised."""
+APP1_APP2 = re.compile(b"\xff[\xe1\xe2]")
+"""Where the segments begin that say more of a JPEG file: EXIF, XMP, its profile."""
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Pillow's, of each number of channels."""
 
@@ -46,7 +49,7 @@ def decode_into(
     Raises:
         One of DECODE_ERRORS.
     """
-    if out.shape[2] == 3 and out.itemsize == 1 and (plain or is_plain(data)):
+    if out.strides[1] == 3 and (plain or is_plain(data)):  # three bytes a pixel
         try:  # straight into `out`, which reads the header only once
             found = simplejpeg.decode_jpeg(data, buffer=out)
             if plain or found.shape == out.shape:
@@ -99,7 +102,7 @@ def preview(data: bytes) -> Image.Image:
     Raises:
         One of DECODE_ERRORS.
     """
-    bands, opened = _bands(data, None, False)
+    bands, opened = _bands(data, 3, False)
     if bands is None:
         return _eight_bits(data, 3, opened)
     if bands.colors == 0:
@@ -179,7 +182,7 @@ def _bands(data: bytes, channels: int | None, deep: bool) -> tuple[Bands | None,
         return read_tiff(data, channels), None
     check_size(*image.size)
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        if needs_bands(image, channels or len(image.getbands()), deep):
+        if needs_bands(image, channels, deep):
             return read_tiff(data, channels, image), None
     elif image.format == "PNG" and data[24] == 16 and (deep or data[25] == 0 or "transparency" in image.info):
         return read_png(data, image), None
@@ -197,8 +200,7 @@ def _eight_bits(data: bytes, channels: int | None, image: Image.Image | None) ->
         check_size(*image.size)
         decoded = image, load_pixels(image), image.info.get("icc_profile")
     pixels, orientation, profile = decoded
-    with parsing():
-        pixels = _channels(to_srgb(_standard(pixels, data), profile), channels)
+    pixels = _channels(to_srgb(_standard(pixels, data), profile), channels)
     return pixels if orientation == 1 else Image.fromarray(np.ascontiguousarray(turned(np.asarray(pixels), orientation)))
 
 
@@ -222,17 +224,18 @@ def _jpeg(data: bytes) -> tuple[Image.Image, int, bytes | None] | None:
 def _standard(image: Image.Image, data: bytes) -> Image.Image:
     """Return an image in mode L, LA, RGB, RGBA or CMYK, with transparency as alpha."""
     clear = image.info.get("transparency")
-    if clear is not None and image.mode == "L" and image.format == "PNG" and data[24] in (2, 4):
-        image.info["transparency"] = clear * {2: 85, 4: 17}[data[24]]  # Pillow scales such pixels to 8 bits, and not this
+    if clear is not None and image.mode == "L" and image.format == "PNG" and data[24] in (2, 4, 8):
+        top = 2 ** data[24] - 1
+        image.info["transparency"] = (clear & top) * (255 // top)  # Pillow scales pixels of 2 and 4 bits to 8, and not this
     if clear is not None and image.mode in ("1", "L", "RGB", "P"):
-        return image.convert("LA" if image.mode in ("1", "L") else "RGBA")
+        return converted(image, "LA" if image.mode in ("1", "L") else "RGBA")
     if image.mode.startswith("I;16"):  # of JPEG 2000, whose values Pillow shifts to 16 bits
         return Image.fromarray(np.round(np.asarray(image) * (255 / 65535)).astype(np.uint8))
     if image.mode in ("I", "F"):
         raise BadImage(f"its {image.mode} values say neither black nor white: save 8 or 16 bits")
     kept = {"1": "L", "La": "LA", "RGBa": "RGBA", "PA": "RGBA", **{mode: mode for mode in ("L", "LA", "RGB", "RGBA", "CMYK")}}
     mode = kept.get(image.mode, "RGB")
-    return image if image.mode == mode else image.convert(mode)
+    return image if image.mode == mode else converted(image, mode)
 
 
 def _channels(image: Image.Image, channels: int | None) -> Image.Image:
@@ -240,10 +243,10 @@ def _channels(image: Image.Image, channels: int | None) -> Image.Image:
     if channels is None:
         return image
     if image.mode in ("LA", "RGBA") and channels in (1, 3):
-        image = image.convert("RGBA")
+        image = converted(image, "RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     mode = MODES[channels]
-    return image if image.mode == mode else image.convert(mode)
+    return image if image.mode == mode else converted(image, mode)
 
 
 def is_plain(data: bytes) -> bool:
@@ -253,7 +256,7 @@ def is_plain(data: bytes) -> bool:
     """
     if data[:2] != JPEG_MAGIC:
         return False
-    if len(data) < 4096 and not (b"Exif" in data or b"Orientation" in data or b"ICC_PROFILE" in data):  # searching is faster than walking
+    if len(data) < 4096 and not APP1_APP2.search(data):  # searching is faster than walking
         return b"\xff\xc0\0\x11" in data or b"\xff\xc2\0\x11" in data
     header = jpeg_header(data)
     if header is None or header.frame not in (0xC0, 0xC2) or header.components != 3:

@@ -69,6 +69,16 @@ def open_image(data: bytes) -> Image.Image:
         return Image.open(io.BytesIO(data), formats=OPENED)
 
 
+def converted(image: Image.Image, mode: str) -> Image.Image:
+    """Return an image in another of Pillow's modes.
+
+    Raises:
+        ValueError and the like: what is damaged, a palette say, has none.
+    """
+    with parsing():
+        return image.convert(mode)
+
+
 def check_size(width: int, height: int, bands: int = 1) -> None:
     """Raise ValueError for an image without pixels, with too many, or of too extreme a shape, before it is decoded."""
     if min(width, height, bands) < 1:

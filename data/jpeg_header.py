@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
+FILL = re.compile(b"\xff+")
+BARE = frozenset((0x00, 0x01, *range(0xD0, 0xDA)))
+"""Markers without a length; the first is no marker but an escaped FF."""
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 EXIF, XMP, ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0"
 
 
@@ -26,30 +31,33 @@ def jpeg_header(data: bytes) -> JpegHeader | None:
     As libjpeg and Pillow do, skip junk and any number of fill bytes FF before a marker.
     """
     at, frame, components, exif, xmp, profile = 2, 0, 0, b"", b"", list[bytes]()
-    while True:
-        at = data.find(b"\xff", at)
-        while at >= 0 and data[at + 1 : at + 2] == b"\xff":
-            at += 1
-        if at < 0 or at + 4 > len(data):
-            return None
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4])
-        if marker == 0xDA:
-            return JpegHeader(frame, components, exif, xmp, _joined(profile))
-        if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD9:  # these have no length
-            at += 2
-            continue
-        if length < 2:
-            return None
-        first, last = at + 4, at + 2 + length
-        if marker == 0xE1 and data.startswith(EXIF, first):
-            exif += data[first + len(EXIF) if exif else first : last]
-        elif marker == 0xE1 and data.startswith(XMP, first):
-            xmp = data[first + len(XMP) : last]
-        elif marker == 0xE2 and data.startswith(ICC, first):
-            profile.append(data[first + len(ICC) : last])
-        elif 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and length >= 8:
-            frame, components = marker, data[first + 5] if first + 5 < len(data) else 0
-        at = last
+    try:
+        while True:
+            if data[at] != 0xFF:
+                at = data.index(0xFF, at)
+            marker = data[at + 1]
+            if marker == 0xDA:
+                return JpegHeader(frame, components, exif, xmp, _joined(profile))
+            if marker == 0xFF:
+                at = FILL.match(data, at).end() - 1  # type: ignore[union-attr]
+                continue
+            if marker in BARE:
+                at += 2
+                continue
+            first, last = at + 4, at + 2 + (data[at + 2] << 8 | data[at + 3])
+            if last < first:
+                return None
+            if marker == 0xE1 and data.startswith(EXIF, first):
+                exif += data[first + len(EXIF) if exif else first : last]
+            elif marker == 0xE1 and data.startswith(XMP, first):
+                xmp = data[first + len(XMP) : last]
+            elif marker == 0xE2 and data.startswith(ICC, first):
+                profile.append(data[first + len(ICC) : last])
+            elif marker in FRAMES:
+                frame, components = marker, data[first + 5]
+            at = last
+    except (IndexError, ValueError):
+        return None
 
 
 def _joined(parts: list[bytes]) -> bytes:

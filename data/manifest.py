@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import operator
 import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -151,4 +152,5 @@ def _manifest(raw: dict[str, Any], columns: Columns) -> Manifest:
     for first in range(0, len(shards), AT_ONCE):
         columns.extend(shards[first : first + AT_ONCE])
     names, tally = tuple(raw.pop("class_names")), Tally(**raw.pop("tally"))
-    return Manifest(**{"decoder": 1, **raw}, shards=ShardList(columns), class_names=names, tally=tally)
+    raw["decoder"] = operator.index(raw.get("decoder", 1))
+    return Manifest(**raw, shards=ShardList(columns), class_names=names, tally=tally)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,29 +15,33 @@ from .bands import Bands, limits_of
 from .image_formats import BadImage, check_size, parsing
 from .orientation import load_pixels
 
-BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, TILE_WIDTH, TILE_LENGTH, EXTRA, FORMAT = 258, 259, 262, 277, 322, 323, 338, 339
+BITS, PHOTOMETRIC, SAMPLES, PLANES, EXTRA, FORMAT = 258, 262, 277, 284, 338, 339
 LOWEST, HIGHEST, PROFILE = 340, 341, 34675
 ALPHA = (1, 2, 999)
 """Of ExtraSamples: premultiplied alpha, alpha, and Corel's."""
 LOSSLESS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 34925: "LZMA", 50000: "Zstandard"}
 """Compressions of TIFF that are read here: they cannot give more bytes than they are asked for."""
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is that sample's fault, and told there
 INSTALL = "`pip install tifffile imagecodecs`"
 
 
-def needs_bands(image: TiffImagePlugin.TiffImageFile, channels: int, deep: bool) -> bool:
+def needs_bands(image: TiffImagePlugin.TiffImageFile, channels: int | None, deep: bool) -> bool:
     """Return whether Pillow's pixels of a TIFF file would not be all that is wanted.
 
     Args:
         image: opened.
-        channels: wanted.
+        channels: wanted; None for all that it has.
         deep: whether more than 8 bits are wanted, where there are some.
     """
     tags = image.tag_v2
     if tags.get(PHOTOMETRIC, 1) not in (0, 1, 2):
         return False
-    if max(_numbers(tags.get(BITS, 1))) > 8 or max(_numbers(tags.get(FORMAT, 1))) > 1:
-        return deep or image.mode not in ("RGB", "RGBA")
-    return channels > 4 or (channels in (2, 4) and tags.get(SAMPLES, 1) == channels and not _says_alpha(_numbers(tags.get(EXTRA, ()))))
+    samples = (_numbers(tags.get(SAMPLES, 1)) or (1,))[0]
+    if (channels or 0) > 4 or _are_bare(samples, channels, tags):
+        return True
+    if max(_numbers(tags.get(BITS, 1)), default=1) > 8 or max(_numbers(tags.get(FORMAT, 1)), default=1) > 1:
+        return deep or image.mode not in ("RGB", "RGBA") or tags.get(PLANES) == 2
+    return samples > 4 and tags.get(PLANES) == 2
 
 
 def read_tiff(data: bytes, channels: int | None, image: Image.Image | None = None) -> Bands:
@@ -44,15 +49,13 @@ def read_tiff(data: bytes, channels: int | None, image: Image.Image | None = Non
 
     Args:
         data: the file.
-        channels: wanted: so many bands without declared alpha are taken as they are; None takes all bands of a file that has
-            other than 1 and 3.
+        channels: wanted: so many bands without declared alpha are taken as they are; None takes all bands of such a file.
         image: the file opened, where Pillow can; its grays of 12 and 16 bits and of 32-bit floats need no further package.
 
     Raises:
         ValueError: it is damaged, of a kind that is not read, or tifffile is not installed.
     """
-    if image is not None and image.mode in ("I;16", "I;16B", "F"):
-        assert isinstance(image, TiffImagePlugin.TiffImageFile)
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode in ("I;16", "I;16B", "F") and image.tag_v2.get(SAMPLES, 1) == 1:
         check_size(*image.size)
         tags = dict(image.tag_v2)
         profile = image.info.get("icc_profile")
@@ -61,12 +64,13 @@ def read_tiff(data: bytes, channels: int | None, image: Image.Image | None = Non
     with _pages(data) as file:
         page = file.pages[0]
         tags = {tag.code: tag.value for tag in page.tags}
-        _check_page(page, tags)
+        _check_page(page)
         values = page.asarray(maxworkers=1)
         if page.axes == "SYX":
             values = values.transpose(1, 2, 0)
-    values = values.reshape(values.shape[0], values.shape[1], -1)
-    found = _grays(values, tags, _orientation(tags))
+    if values.size != np.prod(_shape(page)):
+        raise BadImage("its pixels are missing")
+    found = _grays(values.reshape(_shape(page)), tags, _orientation(tags))
     return _roles(found, tags, channels)
 
 
@@ -74,7 +78,7 @@ def tiff_size(data: bytes) -> tuple[int, int]:
     """Return width and height of the first page of a TIFF file, upright, from its tags."""
     with _pages(data) as file:
         page = file.pages[0]
-        width, height = page.imagewidth, page.imagelength
+        height, width, _ = _shape(page)
         return (height, width) if _orientation({tag.code: tag.value for tag in page.tags}) >= 5 else (width, height)
 
 
@@ -93,14 +97,23 @@ def _pages(data: bytes) -> Iterator[Any]:
         yield file
 
 
+def _shape(page: Any) -> tuple[int, int, int]:
+    """Return height, width and bands of a page; damaged ones may have any type."""
+    found = page.imagelength, page.imagewidth, page.samplesperpixel
+    if not all(isinstance(number, int) for number in found):
+        raise BadImage(f"its height, width and bands {found} are no whole numbers")
+    return found
+
+
 def _orientation(tags: dict[int, Any]) -> int:
     stated = (_numbers(tags.get(274, 1)) or (1,))[0]
     return int(stated) if 1 <= stated <= 8 else 1
 
 
-def _check_page(page: Any, tags: dict[int, Any]) -> None:
+def _check_page(page: Any) -> None:
     """Raise for a page that is not read, before memory is taken for it."""
-    check_size(page.imagewidth, page.imagelength, page.samplesperpixel)
+    height, width, bands = _shape(page)
+    check_size(width, height, bands)
     if page.axes not in ("YX", "YXS", "SYX"):
         raise BadImage(f"its first page has the axes {page.axes}: save it as (height, width, bands)")
     if page.compression not in LOSSLESS:
@@ -108,14 +121,14 @@ def _check_page(page: Any, tags: dict[int, Any]) -> None:
     if page.photometric not in (0, 1, 2):
         raise BadImage(f"its photometric interpretation {int(page.photometric)} is neither gray nor RGB: save it again")
     if page.is_tiled:
-        check_size(page.tilewidth, page.tilelength, page.samplesperpixel)
+        check_size(page.tilewidth, page.tilelength, bands)
 
 
 def _grays(values: np.ndarray, tags: dict[int, Any], orientation: int) -> Bands:
     """Return the values of a TIFF file with its black and white."""
-    bits = max(_numbers(tags.get(BITS, 1)))
+    bits = max(_numbers(tags.get(BITS, 1)), default=1)
     lows, highs = _numbers(tags.get(LOWEST, ())), _numbers(tags.get(HIGHEST, ()))
-    if lows and highs and max(lows) < min(highs) and values.dtype.kind != "b":
+    if lows and highs and 0 < min(highs) - max(lows) < np.inf and values.dtype.kind != "b":
         low, high = float(min(lows)), float(max(highs))
         if values.dtype.kind == "u" and bits <= 16:
             low, high = 0.0, 2.0**bits - 1
@@ -131,13 +144,22 @@ def _roles(found: Bands, tags: dict[int, Any], channels: int | None) -> Bands:
     samples, extra = found.values.shape[2], _numbers(tags.get(EXTRA, ()))
     colors = 3 if tags.get(PHOTOMETRIC, 1) == 2 else 1
     alpha = _says_alpha(extra) and samples > colors
-    bare = samples not in (1, 3) if channels is None else samples == channels and channels not in (1, 3)
-    if not alpha and (bare or samples < colors or (colors == 1 and samples > 2)):
+    if not alpha and (_are_bare(samples, channels, tags) or samples < colors or (colors == 1 and samples > 2)):
         return found._replace(colors=0)
     alpha = alpha or (colors == 3 and samples == 4 and not extra)  # as old writers of RGBA have it, and Pillow reads it
     profile = tags.get(PROFILE)
     profile = bytes(profile) if isinstance(profile, (bytes, bytearray)) else None
     return found._replace(colors=colors, alpha=alpha, premultiplied=extra[:1] == (1,), profile=profile)
+
+
+def _are_bare(samples: int, channels: int | None, tags: Any) -> bool:
+    """Return whether the bands of a gray or RGB file are taken as they are: as many as wanted, one of them for no declared purpose."""
+    extra = _numbers(tags.get(EXTRA, ()))
+    if samples in (1, 3) or _says_alpha(extra):
+        return False
+    if channels is None:
+        return not (tags.get(PHOTOMETRIC, 1) == 2 and samples == 4 and not extra)
+    return samples == channels
 
 
 def _says_alpha(extra: tuple[Any, ...]) -> bool:

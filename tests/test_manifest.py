@@ -46,7 +46,7 @@ def head_of(rng):
 
 def old_text(shards, head):
     """The file as it was written before there were columns."""
-    raw = {**head, "tally": asdict(head["tally"]), "version": VERSION}
+    raw = {**head, "tally": asdict(head["tally"]), "decoder": 2, "version": VERSION}
     lines = ",\n  ".join(json.dumps(asdict(shard)) for shard in shards)
     return (json.dumps(raw, indent=1)[:-2] + f',\n "shards": [\n  {lines}\n ]\n}}\n').encode()
 
@@ -59,7 +59,7 @@ def old_reading(text):
             raise ValueError(f"version {raw['version']}, this release reads {VERSION}")
         shards = [Shard(**shard) for shard in raw.pop("shards")]
         names, tally = tuple(raw.pop("class_names")), Tally(**raw.pop("tally"))
-        manifest = Manifest(**raw, shards=(), class_names=names, tally=tally)
+        manifest = Manifest(**{"decoder": 1, **raw}, shards=(), class_names=names, tally=tally)
         return shards, manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"x/manifest.json cannot be read ({error}): run `python -m data.prepare` again."
