@@ -400,6 +400,15 @@ def test_many_bands_take_the_pipeline_that_needs_no_autoencoder(monkeypatch):
     assert images.shape == (1, 4, 4, channels) and pipeline_source(found.pipeline).shape == (channels, 4, 4)
 
 
+def test_an_unconditional_unet_of_bands_is_a_stock_pipeline_without_autoencoder():
+    config = UNetConfig(block_channels=(32,), head_width=32)
+    network = to_exported(shake(models.build(seed=0, **model_options(config, (5, 8, 8), 0))), -1.0)
+    found = choose(network, "", FlowConfig(), Space.of_pixels(5, 8), (), None, ())
+    assert found.calls((), (), 1.0, bands=True)[0] == 'num_inference_steps=25, output_type="np"'
+    assert type(found.pipeline).__name__ == "DDPMPipeline" and not found.trust
+    assert found.pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 5)
+
+
 # --- what is refused
 
 
