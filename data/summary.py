@@ -50,11 +50,19 @@ def findings(report: dict[str, Any]) -> list[str]:
         lines.append(f"  duplicates: {same['count']:,}{across} ({done}): {first}")
     for kind, count in report.get("unknown_files", {}).items():
         lines.append(f"  not packed: {count:,} files {kind}")
+    for name, count in report.get("splits_left_out", {}).items():
+        lines.append(f"  not packed, since --splits does not name it: {name}" + (f" ({count:,} images)" if count else ""))
+    for link, folder in report.get("repeated_folders", [])[:3]:
+        lines.append(f"  link not followed: {link} leads to {folder}, which is read already")
+    gaps = report.get("classes_without_image", [])
+    if gaps:
+        lines.append(f"  class numbers without an image: {len(gaps):,}, such as {gaps[0]}")
     orphans = report.get("captions_without_image", [])
     if orphans:
         lines.append(f"  captions without image: {len(orphans):,}, such as {orphans[0]}")
     if report.get("images_not_in_table"):
-        lines.append(f"  images that no table names: {report['images_not_in_table']:,}")
+        kept = "not packed" if report.get("only_images_in_table") else "packed without caption or class"
+        lines.append(f"  images that no table names: {report['images_not_in_table']:,}, {kept}")
     if report.get("resized"):
         lines.append(f"  made smaller: {report['resized']:,}")
     return lines
