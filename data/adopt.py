@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from .index import describe, index_path
 from .listing import digest, reason, some, split_named
 from .manifest import Manifest, Tally, write_manifest
 from .pack import REPORTED, Corrupt, already, complaint, locked
+from .regular_files import kind_of
 from .shardlist import Shard, ShardList
 from .summary import draw
 from .tar import members
@@ -59,6 +61,9 @@ def find_tars(source: str) -> list[Path]:
         )
         if not found:
             raise ValueError(f"source {source!r} holds no .tar, .tar.gz or .tgz: name the folder in which the shards themselves lie.")
+        special = [f"{path} ({_kind(path)})" for path in found if not path.is_file()]
+        if special:
+            raise ValueError(f"source {source!r}: {len(special)} of {len(found)} tars are no files: {some(special, 3)}. Move them away.")
         return found
     try:
         names = sorted({name for pattern in braceexpand(source) for name in (sorted(glob.glob(pattern)) or [pattern])})
@@ -70,12 +75,17 @@ def find_tars(source: str) -> list[Path]:
     return [Path(name) for name in names]
 
 
+def _kind(path: Path) -> str:
+    return kind_of(path.stat()) if path.exists() else "a link that leads to nothing"
+
+
 def adopt(
     tars: list[Path],
     output: Path,
     *,
     class_names: tuple[str, ...] = (),
     split: str = "",
+    split_of: Mapping[Path, str] | None = None,
     verify: bool = False,
     skip: bool = False,
     workers: int = 0,
@@ -88,6 +98,7 @@ def adopt(
             or, if compressed, decompressed.
         class_names: name of each class number; from the labels where absent.
         split: of all tars; else the word in each name, else `train`.
+        split_of: the split of each tar, instead of these.
         verify: decode every image.
         skip: leave out of the index what cannot be read, instead of an error.
         workers: processes; 0 for as many as there are processors.
@@ -103,13 +114,20 @@ def adopt(
     packed = [path.name for path in tars if path.name.endswith(COMPRESSED)]
     if packed and tars[0].parent.resolve() == output.resolve():
         raise ValueError(f"{some(packed, 3)} cannot be read from the middle: give another folder as --output, where they are decompressed.")
-    request = digest("webdataset", [(p.name, p.stat().st_size) for p in tars], class_names, split, verify)
+    request = digest(
+        "webdataset",
+        [(p.name, p.stat().st_size) for p in tars],
+        class_names,
+        split,
+        verify,
+        *([sorted(split_of.values())] if split_of else []),
+    )
     if (output / "manifest.json").exists():
         return already(output, request, skip)
     ours = [name for name, tar in zip(names, tars, strict=True) if tar.parent.resolve() != output.resolve()]
     with locked(output, request, ours) as folder:
         jobs = [
-            Indexing(tar.resolve(), name, split or split_named(tar.name) or "train", output, folder, verify)
+            Indexing(tar.resolve(), name, (split_of or {}).get(tar) or split or split_named(tar.name) or "train", output, folder, verify)
             for tar, name in zip(tars, names, strict=True)
         ]
         _index(jobs, skip, workers)

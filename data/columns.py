@@ -112,7 +112,7 @@ def choose(schema: pa.Schema, features: Mapping[str, Any], choice: Choice, where
             f"{where}: column {image!r} holds {schema.field(image).type}, not files of images. Name another by --image_column."
         )
     rest = [name for name in schema.names if name != image]
-    classes = [name for name in rest if _class_names(features, name) is not None]
+    classes = [name for name in rest if class_names_of(features, name) is not None]
     label = column_of("label", choice.label, schema.names, where, (*LABEL_COLUMNS, *classes), rest)
     rest = [name for name in rest if name != label]
     caption = column_of("caption", choice.caption, schema.names, where, CAPTION_COLUMNS, rest)
@@ -121,7 +121,7 @@ def choose(schema: pa.Schema, features: Mapping[str, Any], choice: Choice, where
             f"{where}: column {caption!r} holds {schema.field(caption).type}, not captions. "
             "Name another by --caption_column, or none with --caption_column none."
         )
-    names = _class_names(features, label)
+    names = class_names_of(features, label)
     others = [f.name for f in schema if f.name not in (image, caption, label) and _says_something(f.type)]
     return Columns(image, caption, label, names or (), names is not None, tuple(others))
 
@@ -149,7 +149,7 @@ def column_of(flag: str, name: str, names: Sequence[str], where: str, known: Seq
     return next((candidate for candidate in known if candidate in (names if among is None else among)), "")
 
 
-def _class_names(features: Mapping[str, Any], column: str) -> tuple[str, ...] | None:
+def class_names_of(features: Mapping[str, Any], column: str) -> tuple[str, ...] | None:
     """Return the names of the classes of a column, also of one that holds lists of one class; None where it has none.
 
     Raises:

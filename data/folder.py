@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,8 +17,8 @@ from .index import IMAGE_EXTENSIONS
 from .labels import class_name, label_of, names_of, natural, numbers_of, unused
 from .listing import Fault, Record, Source, digest, ordered_splits, reason, some, storable
 from .regular_files import MAX_IMAGE_BYTES, open_regular, read_regular
-from .splits import SplitChoice, assign, kinds_of, split_folders
-from .tables import Row, is_meant, is_metadata, is_table, read_tables
+from .splits import ALL, BESIDE, SplitChoice, assign, kinds_of, split_folders
+from .tables import Names, Row, is_meant, is_metadata, is_table, read_tables
 from .text_files import MAX_TEXT_BYTES, decode_text
 from .walk import READ, Found, extension, stem, walk
 
@@ -74,12 +75,26 @@ class FolderPart:
             raise ValueError(f"its caption {name.rpartition('/')[2]}: {reason(error)}") from error
 
 
-def imagefolder(path: Path, choice: Choice | None = None, splits: SplitChoice | None = None, *, skip: bool = False) -> Source:
+class Content(NamedTuple):
+    """What is to be packed of a folder."""
+
+    images: list[str]
+    split_of: list[str | None]
+    """Of each image; None where `--splits` leaves it out."""
+    rows: dict[str, Row]
+    """What is known of each image."""
+    sidecars: dict[str, str]
+    """The `.txt` of each image that has one."""
+    classes: Sequence[str]
+    notes: dict[str, Any]
+
+
+def imagefolder(path: Path, choice: Choice | None = None, splits: SplitChoice = ALL, *, skip: bool = False) -> Source:
     """Return the images below a folder, or those that a table names.
 
     Args:
         path: the folder, or a table of image files, whose images alone are packed.
-        choice: columns of tables that the user named; `none` for no captions or no classes.
+        choice: columns of tables that the user named; `none` for no tables, no captions or no classes.
         splits: which folders are packed, and as what.
         skip: leave out captions without an image, instead of an error.
 
@@ -88,7 +103,7 @@ def imagefolder(path: Path, choice: Choice | None = None, splits: SplitChoice | 
             both beside and inside class folders, a table that contradicts
             itself, splits that cannot be known.
     """
-    choice, splits = choice or Choice(), splits or SplitChoice()
+    choice = choice or Choice()
     selects = (is_table(path.name) or path.suffix.lower() == ".parquet") and not path.is_dir() and os.path.lexists(path)
     root = path.parent if selects else path
     if not root.is_dir():
@@ -97,36 +112,22 @@ def imagefolder(path: Path, choice: Choice | None = None, splits: SplitChoice | 
     if not found.images:
         raise ValueError(_nothing(path, found))
     tables = [path.name] if selects else _tables_of(path, found, choice)
-    rivals = [f"{one} and {other}" for one, other in found.rivals if stem(one) in {stem(name) for name in found.images}]
-    if rivals and not tables:
-        raise ValueError(f"{len(rivals)} images have two captions: {some(rivals)}. Keep one `.txt` an image.")
-    if tables:
-        rows, notes = _described(root, found, tables, choice, skip)
-        images = [name for name in found.images if name in rows] if selects else found.images
-        if not images:
-            raise ValueError(f"source {str(path)!r} names no image: it has no rows. Fill it in, or give the folder itself as the source.")
-        notes |= {"images_not_in_table": len(found.images) - len(rows), "only_images_in_table": selects}
-        split_of, tops = _splits_of_tables(images, rows, splits, path), [""] * len(images)
-        sidecars = dict[str, str]()
-    else:
-        _refuse_columns(path, choice)
-        split_of, tops = _splits_of_folders(found, splits, path)
-        images, rows, notes = found.images, {}, _orphans(found, skip)
-        sidecars = {} if choice.caption.lower() == NONE else found.sidecars
-    classes = _classes(root, images, tops, split_of, found.dead) if choice.label.lower() != NONE and not tables else []
-    numbers = numbers_of(classes, given=True)
-    of_class = {top: Row(label=numbers[class_name(storable(top))]) for top in set(tops) if classes and top} | {"": Row()}
+    content = _described(path, root, found, tables, choice, splits, skip) if tables else _plain(path, found, choice, splits, skip)
     sizes = {name: status.st_size if status else 0 for name, status in zip(found.images, found.stats, strict=True)}
+    both = list(zip(content.images, content.split_of, strict=True))
     samples = [
-        Sample(name, sizes[name], rows.get(name) or of_class.get(top, Row()), sidecars.get(stem(name), ""))
-        for name, top, split in zip(images, tops, split_of, strict=True)
+        Sample(name, sizes[name], content.rows.get(name, Row()), content.sidecars.get(name, ""))
+        for name, split in both
         if split is not None
     ]
-    left = Counter(storable(name.partition("/")[0]) for name, split in zip(images, split_of, strict=True) if split is None)
-    notes |= {"splits_left_out": dict(left), "repeated_folders": found.repeated[:1000]}
-    notes["unknown_files"] = {kind: found.count[kind] for kind in sorted(found.count)}
-    names = notes.pop("class_names", classes)
-    return _source(root, samples, [split for split in split_of if split is not None], names, notes)
+    left = Counter(storable(name.partition("/")[0]) if "/" in name else BESIDE for name, split in both if split is None)
+    notes = {
+        "unknown_files": {kind: found.count[kind] for kind in sorted(found.count)},
+        "splits_left_out": dict(left),
+        "repeated_folders": found.repeated[:1000],
+        **content.notes,
+    }
+    return _source(root, samples, [split for split in content.split_of if split is not None], content.classes, notes)
 
 
 def _nothing(path: Path, found: Found) -> str:
@@ -147,8 +148,9 @@ def _tables_of(path: Path, found: Found, choice: Choice) -> list[str]:
     Raises:
         ValueError: which one is meant cannot be told.
     """
-    metadata = [name for name in found.tables if is_metadata(name)]
-    others = [name for name in found.tables if "/" not in name and not is_metadata(name)]
+    ignored = choice.file.lower() == NONE
+    metadata = [name for name in found.tables if is_metadata(name) and not ignored]
+    others = [name for name in found.tables if "/" not in name and not is_metadata(name) and not ignored]
     meant = metadata or [name for name in others if is_meant(path / name, READ, choice)]
     if not metadata and len(meant) > 1:
         raise ValueError(f"{path} holds the tables {', '.join(meant)}: which describes the images? Give that file as the source.")
@@ -158,59 +160,97 @@ def _tables_of(path: Path, found: Found, choice: Choice) -> list[str]:
     return meant
 
 
-def _described(root: Path, found: Found, tables: list[str], choice: Choice, skip: bool) -> tuple[dict[str, Row], dict[str, Any]]:
-    """Return captions, classes and the rest from tables, by image, and notes; sub-folders are no classes then, as in `datasets`."""
+def _described(path: Path, root: Path, found: Found, tables: list[str], choice: Choice, splits: SplitChoice, skip: bool) -> Content:
+    """Take captions, classes and the rest from tables; sub-folders are no classes then, as in `datasets`."""
+    selects = root != path
     there = [name for name in found.images if name not in found.dead or extension(name) in READ]
     rows, absent = read_tables(root, tables, there, choice)
     listed = some([storable(name) for name in tables], 3)
+    if not rows and not absent:
+        raise ValueError(f"{listed} has no rows. Fill it in, or pack the folder without it by --file_column none.")
     if absent and (not skip or not rows):
-        raise ValueError(
-            f"{len(absent)} rows of {listed} name no image that is there (captions without images): {some(absent)}. "
+        remedy = (
             "Add the images, correct the names, or leave these rows out with --skip_corrupt."
+            if rows
+            else "Name images relative to the table, or pack the folder without it by --file_column none."
         )
+        raise ValueError(f"{len(absent)} rows of {listed} name no image that is there (captions without images): {some(absent)}. {remedy}")
     values = [row.raw_label for row in rows.values()]
     names = names_of(values, f"{listed}, column of labels")
     numbers = numbers_of(names, given=False)
     rows = {name: row._replace(label=label_of(row.raw_label, numbers)) for name, row in rows.items()}
-    notes: dict[str, Any] = {"captions_without_image": absent[:1000], "class_names": names}
-    gaps = unused(values, numbers)
-    if gaps:
-        notes["classes_without_image"] = gaps
-    for name in found.images:
-        if stem(name) in found.sidecars:
-            found.leave(found.sidecars[stem(name)], ".txt, since a table describes the images")
-    return rows, notes
+    images = [name for name in found.images if name in rows] if selects else found.images
+    notes = {
+        "captions_without_image": absent[:1000],
+        "images_not_in_table": len(found.images) - len(rows),
+        "only_images_in_table": selects,
+        "classes_without_image": unused(values, numbers),
+    }
+    for _ in _sidecars(found, root)[0]:
+        found.leave("", ".txt, since a table describes the images")
+    return Content(images, _splits_of_tables(images, rows, splits, path), rows, {}, names, notes)
 
 
-def _refuse_columns(path: Path, choice: Choice) -> None:
-    for flag, name in (("file", choice.file), ("caption", choice.caption), ("label", choice.label)):
-        if name and name.lower() != NONE:
-            raise ValueError(f"--{flag}_column {name!r}: {path} has no table of images. Put a metadata.csv beside them, or leave it out.")
-
-
-def _orphans(found: Found, skip: bool) -> dict[str, Any]:
-    """Return notes on captions without an image.
+def _plain(path: Path, found: Found, choice: Choice, splits: SplitChoice, skip: bool) -> Content:
+    """Take classes from the folders, captions from sidecars.
 
     Raises:
-        ValueError: there are some, and others that have one.
+        ValueError: a column was named, and no table is there.
     """
-    images = {stem(name) for name in found.images}
-    orphans = [storable(found.sidecars[name]) for name in sorted(found.sidecars.keys() - images)]
-    if orphans and images & found.sidecars.keys() and not skip:
+    for flag, name in (("file", choice.file), ("caption", choice.caption), ("label", choice.label)):
+        if name and name.lower() != NONE:
+            raise ValueError(f"--{flag}_column {name!r}: {path} has no table of images. Put a metadata.csv there, or leave it out.")
+    sidecars, orphans, rivals = _sidecars(found, path)
+    if rivals:
+        raise ValueError(f"{len(rivals)} images have two captions: {some(rivals)}. Keep one `.txt` an image.")
+    if orphans and sidecars and not skip:
         raise ValueError(
             f"{len(orphans)} captions have no image: {some(orphans)}. "
             "Add the images, move these files away, or leave them out with --skip_corrupt."
         )
-    return {"captions_without_image": orphans[:1000]}
-
-
-def _splits_of_folders(found: Found, splits: SplitChoice, path: Path) -> tuple[list[str | None], list[str]]:
-    """Return the split and the class folder of each image; links that lead to nothing say neither."""
     alive = [name for name in found.images if name not in found.dead]
     split_of, tops = split_folders(alive, splits, str(path)) if alive else ([], [])
     known = dict(zip(alive, zip(split_of, tops, strict=True), strict=True))
-    both = [known.get(name, ("train", "")) for name in found.images]
-    return [split for split, _ in both], [top for _, top in both]
+    packed = {name: top for name, (split, top) in known.items() if split is not None and choice.label.lower() != NONE}
+    classes = _classes(path, packed)
+    numbers = {name: number for number, name in enumerate(classes)}
+    of_top = {top: Row(label=numbers[class_name(storable(top))]) for top in set(packed.values()) if top}
+    return Content(
+        found.images,
+        [known[name][0] if name in known else "train" for name in found.images],
+        {name: of_top[top] for name, top in packed.items() if top},
+        {} if choice.caption.lower() == NONE else sidecars,
+        classes,
+        {
+            "captions_without_image": orphans[:1000],
+            "renumbered_folders": [n for n, name in enumerate(classes) if name.isdecimal() and int(name) != n],
+        },
+    )
+
+
+def _renumbered(classes: Sequence[str]) -> list[str]:
+    """Return the folders that are called by numbers which are not their classes'."""
+    numbers = enumerate(classes)
+    return [name for number, name in numbers if re.fullmatch("[0-9]+", name) and int(name) != number]
+
+
+def _sidecars(found: Found, root: Path) -> tuple[dict[str, str], list[str], list[str]]:
+    """Return the `.txt` of each image that has one, those of no image, and pairs of one image; NFC and NFD are one name."""
+    images: dict[str, list[str]] = {}
+    for name in found.images:
+        images.setdefault(stem(name), []).append(name)
+    names, owner, orphans = Names(list(images)), dict[str, str](), list[str]()
+    rivals = [f"{one} and {other}" for one, other in found.rivals if stem(one) in images]
+    for base in sorted(found.sidecars):
+        sidecar = found.sidecars[base]
+        of = names.find(base, str(root / sidecar))
+        if of is None:
+            orphans.append(storable(sidecar))
+        elif of in owner:
+            rivals.append(f"{owner[of]} and {sidecar}")
+        else:
+            owner[of] = sidecar
+    return {name: sidecar for base, sidecar in owner.items() for name in images[base]}, orphans, list(map(storable, rivals))
 
 
 def _splits_of_tables(images: list[str], rows: dict[str, Row], splits: SplitChoice, path: Path) -> list[str | None]:
@@ -223,19 +263,22 @@ def _splits_of_tables(images: list[str], rows: dict[str, Row], splits: SplitChoi
     return [assigned[word or "(no split)"] if assigned else "train" for word in words]
 
 
-def _classes(root: Path, images: Sequence[str], tops: Sequence[str], splits: Sequence[str | None], dead: set[str]) -> list[str]:
+def _classes(root: Path, tops: dict[str, str]) -> list[str]:
     """Return the names of the classes, in natural order.
+
+    Args:
+        root: the folder.
+        tops: the class folder of each image, empty where it is in none.
 
     Raises:
         ValueError: some images lie in class folders and others beside them.
     """
-    packed = [(name, top) for name, top, split in zip(images, tops, splits, strict=True) if split is not None and name not in dead]
-    classes = sorted({class_name(storable(top)) for _, top in packed if top}, key=natural)
-    loose = next((name for name, top in packed if not top), None)
+    classes = sorted({class_name(storable(top)) for top in set(tops.values()) if top}, key=natural)
+    loose = next((name for name, top in tops.items() if not top), None)
     if classes and loose is not None:
         raise ValueError(
-            f"{root / loose} lies beside the class folders {', '.join(classes[:3])}: put every image into a class, or pack without classes "
-            "by --label_column none."
+            f"{root / loose} lies beside the class folders {', '.join(classes[:3])}: put every image into a class, or none, "
+            "or pack without classes by --label_column none."
         )
     return classes
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 from .columns import Choice, Columns, choose
 from .labels import names_of, numbers_of, unused
 from .listing import Fault, Record, Source, digest, ordered_splits, reason
-from .regular_files import MAX_IMAGE_BYTES, read_regular
+from .regular_files import MAX_IMAGE_BYTES, read_regular, require_regular
 from .splits import SPLIT_COLUMN, SplitChoice, assign, check_rows
 
 ARROW_ERRORS = (OSError, ValueError, pa.ArrowException)
@@ -81,6 +81,8 @@ def hub(source: str, subset: str | None, splits: SplitChoice, choice: Choice) ->
     """
     import datasets
 
+    if os.path.isdir(source):
+        _refuse_special_files(Path(source))
     errors = (*ARROW_ERRORS, RuntimeError, TypeError, KeyError, AttributeError, ImportError, datasets.exceptions.DatasetsError)
     try:
         loaded = datasets.load_dataset(source, subset)
@@ -92,6 +94,10 @@ def hub(source: str, subset: str | None, splits: SplitChoice, choice: Choice) ->
     chosen = {name: loaded[name] for name in names if split_of[name]}
     first = next(iter(chosen.values()))
     columns = choose(first.features.arrow_schema, first.features.to_dict(), choice, source)
+    for name, part in chosen.items():
+        lacking = [column for column in columns.all if column not in part.column_names]
+        if lacking:
+            raise ValueError(f"split {name!r} of {source} has no column {lacking[0]!r}. Pack it apart with --splits {name}.")
     notes: dict[str, Any] = {"splits_left_out": {name: len(loaded[name]) for name in names if name not in chosen}}
     if columns.label and not columns.class_names:
         values = [value for part in chosen.values() for value in _values(part, columns.label)]
@@ -103,6 +109,19 @@ def hub(source: str, subset: str | None, splits: SplitChoice, choice: Choice) ->
             check_rows(_values(part, SPLIT_COLUMN), str(split_of[name]), name)
     parts = [_plain(part, columns, datasets) for part in chosen.values()]
     return _source(parts, {name: str(split_of[name]) for name in chosen}, columns, _own_folders(source, parts, datasets), notes)
+
+
+def _refuse_special_files(folder: Path) -> None:
+    """Raise a ValueError where a folder holds what is no file, such as a FIFO, at which `datasets` would wait for ever."""
+    for at, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(at, name)
+            try:
+                require_regular(os.stat(path))
+            except OSError:
+                continue  # a link that leads to nothing
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}. Move it out of the data set.") from error
 
 
 def _values(part: Any, column: str) -> list[Any]:

@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from .columns import Choice, Columns, choose, common_type, features_of
+from .columns import Choice, Columns, choose, class_names_of, common_type, features_of
 from .labels import Class, names_of, numbers_of, unused
 from .listing import Fault, Record, Source, digest, ordered_splits, reason, storable
 from .regular_files import require_regular
-from .splits import SPLIT_COLUMN, SplitChoice, assign, check_rows, few
+from .splits import ALL, SPLIT_COLUMN, SplitChoice, assign, check_rows, few
 
 READ_ERRORS = (OSError, ValueError, ImportError, pa.ArrowException)
 """What fsspec and pyarrow raise for files that are missing, out of reach or damaged; ImportError where a protocol's package is missing."""
@@ -101,7 +101,7 @@ def _kept(values: dict[str, Any], name: str, columns: Columns, numbers: dict[Cla
     return Kept(record._replace(image=b""), at, len(record.image))
 
 
-def parquet(source: str, choice: Choice, splits: SplitChoice) -> Source:
+def parquet(source: str, choice: Choice, splits: SplitChoice = ALL) -> Source:
     """Return the rows of a parquet file, of those in a folder or that a pattern finds, by path or URL.
 
     Args:
@@ -230,13 +230,12 @@ def _columns(files: list[File], names: list[str], choice: Choice) -> tuple[Colum
             raise ValueError(f"{odd[name].url}: column {name!r} is not as in {files[0].url}. Pack files of one schema together.")
     if not columns.label:
         return columns, {}
-    others = [
-        file for file in files if features_of(file.schema).get(columns.label, features.get(columns.label)) != features.get(columns.label)
-    ]
-    if others:
-        raise ValueError(
-            f"{others[0].url}: the classes of column {columns.label!r} are not named as in {files[0].url}. Pack these files apart."
-        )
+    for file in files[1:]:
+        theirs = class_names_of(features_of(file.schema), columns.label)
+        if theirs is not None and theirs != (columns.class_names if columns.class_names_given else None):
+            raise ValueError(
+                f"{file.url}: the classes of column {columns.label!r} are not named as in {files[0].url}. Pack these files apart."
+            )
     if columns.class_names:
         return columns, {}
     values = _values(files, columns.label)

@@ -24,7 +24,7 @@ from .digits import digits
 from .folder import imagefolder
 from .hub import hub
 from .labels import class_name
-from .listing import Source, reason
+from .listing import Source, reason, split_named, storable
 from .manifest import Manifest
 from .options import bytes_of
 from .pack import pack
@@ -32,7 +32,7 @@ from .parquet import parquet
 from .plan import Packing
 from .printable import printable
 from .regular_files import read_regular
-from .splits import parse_splits
+from .splits import SplitChoice, assign, parse_splits
 from .summary import text
 
 SHOWN = 20
@@ -52,23 +52,24 @@ def parser() -> argparse.ArgumentParser:
     remote = kinds.add_parser("hub", help="a data set of the Hugging Face Hub")
     remote.add_argument("source", help="its name, say user/photos, or a local folder that `datasets` loads")
     remote.add_argument("--subset", help="its configuration, where it has several")
-    for kind, named in ((folder, "file"), (table, "image"), (remote, "image")):
+    tars = kinds.add_parser("webdataset", help="existing tars of samples, indexed in place or linked")
+    tars.add_argument("source", help="a folder, a brace pattern or a glob of .tar, .tar.gz or .tgz")
+    tars.add_argument("--split", default="", help="of all tars (default: by the words in their names, else train)")
+    tars.add_argument("--verify", action="store_true", help="decode every image")
+    tars.add_argument("--class_names", type=Path, help="a file with one name a line, a JSON list, or a JSON map from numbers to names")
+    for kind in (folder, table, remote, tars):
         kind.add_argument(
             "--splits",
             default="",
             help="those to pack, by the names of folders, files or Hub splits, each NAME or NAME=SPLIT, with commas: "
             "train,testA,extra=train; none: names say nothing, all is training data (default: all, by the words in their names)",
         )
+    for kind, named in ((folder, "file"), (table, "image"), (remote, "image")):
         kind.add_argument(f"--{named}_column", default="", help="column of images, where it is not found by its type or name")
         kind.add_argument(
             "--caption_column", default="", help="column of captions, where it is not found by its name; none for no captions"
         )
         kind.add_argument("--label_column", default="", help="column of classes, where it is not found by its name; none for no classes")
-    tars = kinds.add_parser("webdataset", help="existing tars of samples, indexed in place or linked")
-    tars.add_argument("source", help="a folder, a brace pattern or a glob of .tar, .tar.gz or .tgz")
-    tars.add_argument("--split", default="", help="of all tars (default: the word train, val or test in each name, else train)")
-    tars.add_argument("--verify", action="store_true", help="decode every image")
-    tars.add_argument("--class_names", type=Path, help="a file with one name a line, a JSON list, or a JSON map from numbers to names")
     scans = kinds.add_parser("digits", help="scikit-learn's handwritten digits")
     for kind in (folder, table, remote, scans):
         _packing(kind, holdout=0.2 if kind is scans else 0.0)
@@ -112,8 +113,8 @@ def refuse_output(args: argparse.Namespace) -> None:
     if args.kind == "hub" and source.is_dir() and output.is_relative_to(source.resolve()):
         raise ValueError(f"--output {args.output} lies inside the source, where `datasets` would find it. Name a folder outside of it.")
     begun = (args.output / "manifest.json").exists() or (args.output / ".packing" / "request.json").exists()
-    if (args.output / "summary.png").exists() and not begun:
-        raise ValueError(f"{args.output / 'summary.png'} is there, and no shards: choose another --output, or move it away.")
+    if (args.output / "summary.png").exists() and not begun and not any(args.output.glob("*.tar")):
+        raise ValueError(f"{args.output} holds summary.png and no manifest: choose another --output, or move it away.")
 
 
 def class_names(path: Path | None) -> tuple[str, ...]:
@@ -140,8 +141,25 @@ def class_names(path: Path | None) -> tuple[str, ...]:
     return tuple(map(class_name, raw))
 
 
+def splits_of_tars(tars: list[Path], choice: SplitChoice, source: str) -> tuple[dict[Path, str], list[str]]:
+    """Return the split of each tar that is packed, by the word in its name or in the nearest folder; and the tars that are left out.
+
+    Raises:
+        ValueError: some say a split and others none, or one says several.
+    """
+    top = Path(os.path.commonpath([tar.parent for tar in tars]))
+    named = {str(tar.relative_to(top)): [tar.name, tar.name.split(".")[0], *reversed(tar.parent.relative_to(top).parts)] for tar in tars}
+    assigned = assign(named, choice, f"source {source!r}") or dict.fromkeys(named, "train")
+    split_of = {tar: split for tar, split in zip(tars, assigned.values(), strict=True) if split is not None}
+    return split_of, [storable(name) for name, split in assigned.items() if split is None]
+
+
 def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
     tars = find_tars(args.source)
+    split_of, left_out = (
+        (dict.fromkeys(tars, args.split), []) if args.split else splits_of_tars(tars, parse_splits(args.splits), args.source)
+    )
+    plain = all(split == (args.split or split_named(tar.name) or "train") for tar, split in split_of.items())
     folders = sorted({tar.parent for tar in tars})
     if args.output is None and len(folders) > 1:
         raise ValueError(
@@ -152,15 +170,17 @@ def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
         os.access(args.output, os.W_OK) and args.output.stat().st_mode & 0o222
     ):  # the mode counts for root too
         raise ValueError(f"{args.output} cannot be written, and indexes go beside the tars: give another folder as --output.")
-    return adopt(
-        tars,
+    manifest, report = adopt(
+        list(split_of),
         args.output,
         class_names=class_names(args.class_names),
         split=args.split,
+        split_of=None if plain else split_of,
         verify=args.verify,
         skip=args.skip_corrupt,
         workers=args.workers,
     )
+    return manifest, {**report, "splits_left_out": dict.fromkeys(left_out)}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,6 +8,7 @@ cannot be known is asked about, never taken for training data.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -60,6 +61,10 @@ class SplitChoice:
                 if name == pattern or fnmatchcase(name.lower(), pattern.lower()):
                     return pattern, split
         return None
+
+
+ALL = SplitChoice()
+"""What names say of themselves."""
 
 
 def parse_splits(text: str) -> SplitChoice:
@@ -123,12 +128,13 @@ def _chosen(named: Mapping[str, Sequence[str]], choice: SplitChoice, where: str)
 
 def question(where: str, said: Mapping[str, set[str]]) -> str:
     """Return what to ask of names that do not say their splits alike, with the option that answers."""
-    clear = [f"{item} ({next(iter(kinds))})" for item, kinds in said.items() if len(kinds) == 1]
-    open_ = [f"{item} ({' and '.join(sorted(kinds))})" if kinds else item for item, kinds in said.items() if len(kinds) != 1]
-    known = f"{few(clear)} {'say theirs' if len(clear) > 1 else 'says its split'}, but " if clear else ""
-    example = ",".join([item for item, kinds in said.items() if len(kinds) == 1][:2] + [f"{next(iter(_unsaid(said)), 'NAME')}=train"])
+    clear = [item for item, kinds in said.items() if len(kinds) == 1]
+    unclear = [item for item, kinds in said.items() if len(kinds) != 1]
+    known = f"{few([f'{item} ({next(iter(said[item]))})' for item in clear])} can be known, but " if clear else ""
+    doubtful = few([f"{item} ({' and '.join(sorted(said[item]))})" if said[item] else item for item in unclear])
+    example = shlex.quote(",".join([*clear[:2], f"{unclear[0]}=train"]))
     return (
-        f"{where}: which splits are these? {known}{few(open_)} cannot be known. Say which to pack, and as what, with --splits, "
+        f"{where}: which splits are these? {known}{doubtful} cannot. Say which to pack, and as what, with --splits, "
         f"such as --splits {example} (those not named are left out); --splits none packs all as training data."
     )
 
@@ -142,10 +148,6 @@ def check_rows(values: Iterable[object], split: str, where: str) -> None:
             f"{where}: its column {SPLIT_COLUMN!r} says {few(others)} of some rows, and all would be packed as {split}. "
             f"Write a file for each split, or pack all as training data with --splits none."
         )
-
-
-def _unsaid(said: Mapping[str, set[str]]) -> list[str]:
-    return [item for item, kinds in said.items() if len(kinds) != 1]
 
 
 def few(items: Sequence[str], limit: int = 5) -> str:

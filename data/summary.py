@@ -57,6 +57,8 @@ def findings(report: dict[str, Any]) -> list[str]:
     gaps = report.get("classes_without_image", [])
     if gaps:
         lines.append(f"  class numbers without an image: {len(gaps):,}, such as {gaps[0]}")
+    if report.get("renumbered_folders"):
+        lines.append("  folders named by numbers that are not from 0 without gaps: a class has its place among them, not its name")
     orphans = report.get("captions_without_image", [])
     if orphans:
         lines.append(f"  captions without image: {len(orphans):,}, such as {orphans[0]}")

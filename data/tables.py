@@ -146,8 +146,8 @@ def _columns_of(header: tuple[str, ...], choice: Choice, where: str) -> tuple[st
     file = column_of("file", choice.file, header, where, FILE_COLUMNS)
     if not file:
         raise ValueError(
-            f"{where}: no column names the image: call one `file_name`, as `datasets` does, or name it with --file_column. "
-            f"It has {printable(', '.join(header))}."
+            f"{where}: no column names the image: call one `file_name`, as `datasets` does, or name it with --file_column; "
+            f"--file_column none packs the folder without this table. It has {printable(', '.join(header))}."
         )
     rest = [name for name in header if name != file]
     if choice.label in rest:
@@ -204,7 +204,7 @@ def rows_of(path: Path, file_column: str = "") -> Iterator[tuple[int, dict[str, 
     """
     kind = path.suffix.lower()
     try:
-        with open_regular(path) as file:
+        with _open(path) as file:
             if kind == ".parquet":
                 batches = pq.ParquetFile(file).iter_batches(1000)
                 yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
@@ -213,7 +213,14 @@ def rows_of(path: Path, file_column: str = "") -> Iterator[tuple[int, dict[str, 
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read as a table: {reason(error)}. Save it as UTF-8 with a header line.") from error
     except (csv.Error, OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as a table: {reason(error)}.") from error
+        raise ValueError(f"{path} cannot be read as a table: {reason(error)}. Save it as CSV, JSON lines or parquet.") from error
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open_regular(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as a table: {error}.") from error
 
 
 def _separated(file: BinaryIO, path: Path, file_column: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -91,7 +91,11 @@ def walk(root: Path) -> Found:
         seen[real] = at.rstrip("/") or str(root)
         ours = _holds_shards(real)
         for entry in sorted(os.scandir(root / at), key=lambda entry: entry.name):
-            if entry.name.startswith(".") or (ours and (entry.name in WRITTEN or entry.name.endswith((".tar", ".npy")))):
+            if entry.name.startswith("."):
+                if extension(entry.name) in READ and not entry.name.startswith("._") and not entry.is_dir():
+                    found.leave(f"{at}{entry.name}", "that are hidden")
+                continue
+            if ours and (entry.name in WRITTEN or entry.name.endswith((".tar", ".npy"))):
                 continue
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(f"{at}{entry.name}/")
