@@ -65,7 +65,7 @@ class Columns:
         path = path if isinstance(path, str) else None
         if data is None:
             raise ValueError(f"its image lies elsewhere, at {path!r}" if path else "its row has no image")
-        more = {key: row[key] for key in self.others}
+        more = {key: row[key] for key in self.others if key in row}
         words = row.get(self.caption) if self.caption else None
         if isinstance(words, list):  # several captions of one image: the first is the caption, all are kept
             more[self.caption] = words

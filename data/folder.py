@@ -134,8 +134,8 @@ def _nothing(path: Path, found: Found) -> str:
     """Return why a folder without images is refused."""
     what = f"source {str(path)!r} holds no image: looked for {KNOWN} in it and its sub-folders"
     if found.sidecars or found.tables:
-        count = len(found.sidecars) or len(found.tables)
-        return f"{what}, and found captions without images ({count} {'.txt files' if found.sidecars else 'tables'}). Put the images beside them."
+        texts = f"{len(found.sidecars)} .txt files" if found.sidecars else f"{len(found.tables)} tables"
+        return f"{what}, and found captions without images ({texts}). Put the images beside them."
     other = ", ".join(f"{n} {kind} ({found.unknown[kind][0]})" for kind, n in found.count.most_common(4))
     return f"{what}{f', and found {other}' if other else ''}. Convert other formats to PNG, JPEG or WebP."
 

@@ -87,7 +87,7 @@ def hub(source: str, subset: str | None, splits: SplitChoice, choice: Choice) ->
     try:
         loaded = datasets.load_dataset(source, subset)
     except errors as error:
-        why = reason(error) + (f" ({reason(error.__cause__)})" if error.__cause__ else "")
+        why = reason(error).rstrip(".") + (f" ({reason(error.__cause__)})" if error.__cause__ else "")
         raise ValueError(f"source {source!r} cannot be loaded by `datasets`: {why}. Check its name, --subset and the network.") from error
     names = [str(name) for name in loaded]
     split_of = assign({name: [name] for name in names}, splits, source, known=True) or dict.fromkeys(names, "train")

@@ -28,7 +28,7 @@ def class_name(text: str) -> str:
 def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Return what sorts names as people count: `class2` before `class10`."""
     parts = re.split(r"([0-9]+)", name)
-    return [(1, int(part), "") if i % 2 else (0, 0, part) for i, part in enumerate(parts) if part], name
+    return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts) if part], name
 
 
 def class_of(value: Any) -> Class | None:

@@ -21,7 +21,7 @@ from .columns import Choice, Columns, choose, class_names_of, common_type, featu
 from .labels import Class, names_of, numbers_of, unused
 from .listing import Fault, Record, Source, digest, ordered_splits, reason, storable
 from .regular_files import require_regular
-from .splits import ALL, SPLIT_COLUMN, SplitChoice, assign, check_rows, few
+from .splits import ALL, SPLIT_COLUMN, SplitChoice, assign, check_rows, few, names_of_file
 
 READ_ERRORS = (OSError, ValueError, ImportError, pa.ArrowException)
 """What fsspec and pyarrow raise for files that are missing, out of reach or damaged; ImportError where a protocol's package is missing."""
@@ -67,7 +67,7 @@ class ParquetPart:
                 try:
                     self._spill(file, mine, kept, spill)
                 except READ_ERRORS as error:
-                    raise ValueError(f"{self.urls[file]} cannot be read as parquet: {reason(error)}. Copy it again.") from error
+                    raise ValueError(f"{self.urls[file]} cannot be read as parquet: {reason(error).rstrip('.')}. Copy it again.") from error
             spill.flush()
             for place in range(len(self.rows)):
                 record, at, size = kept.pop(place)
@@ -83,7 +83,8 @@ class ParquetPart:
             for group in np.unique(self.rows[places, 1]).tolist():
                 wanted = {int(self.rows[p, 2]): int(p) for p in places if self.rows[p, 1] == group}
                 at = 0
-                for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=self.columns.all, use_threads=False):
+                there = [name for name in self.columns.all if name in table.schema_arrow.names]
+                for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=there, use_threads=False):
                     here = [row for row in range(at, at + len(batch)) if row in wanted]
                     for row in here:
                         values = batch.slice(row - at, 1).to_pylist()[0]
@@ -165,7 +166,7 @@ def _reached(source: str, read: Callable[[], Result]) -> Result:
         return read()
     except READ_ERRORS as error:
         raise ValueError(
-            f"source {source!r} cannot be read as parquet: {reason(error)}. Check the address and your rights to it."
+            f"source {source!r} cannot be read as parquet: {reason(error).rstrip('.')}. Check the address and your rights to it."
         ) from error
 
 
@@ -192,19 +193,12 @@ def _addresses(source: str) -> dict[str, str]:
 
 def _splits(names: list[str], choice: SplitChoice, source: str) -> tuple[dict[str, str], dict[str, None]]:
     """Return the split of each file that is packed, by the word in its name or in the nearest folder; and the files that are not."""
-    named = {name: _names_of_file(name) for name in names}
+    named = {name: names_of_file(name) for name in names}
     assigned = assign(named, choice, f"source {source!r}")
     if assigned is None:
         return dict.fromkeys(names, "train"), {}
     left = [name for name, split in assigned.items() if split is None]
     return {name: split for name, split in assigned.items() if split is not None}, dict.fromkeys(left)
-
-
-def _names_of_file(name: str) -> list[str]:
-    """Return what may name a file in `--splits`: its own name, with and without ending and numbers, and its folders, the nearest first."""
-    *folders, file = name.split("/")
-    stem = file.rpartition(".")[0]
-    return [file, stem, re.sub(r"([-_.]?[0-9]+(-of-[0-9]+)?)*$", "", stem), *reversed(folders)]
 
 
 def _file(url: str) -> File:
@@ -222,12 +216,13 @@ def _columns(files: list[File], names: list[str], choice: Choice) -> tuple[Colum
     Raises:
         ValueError: files that disagree, a label column whose values are no classes, rows of several splits in one file.
     """
-    schema, odd = _one_schema(files)
+    schema, lacking, odd = _one_schema(files)
     features = features_of(files[0].schema)
     columns = choose(schema, features, choice, names[0])
     for name in columns.all:
-        if name in odd:
-            raise ValueError(f"{odd[name].url}: column {name!r} is not as in {files[0].url}. Pack files of one schema together.")
+        file = odd.get(name) or (lacking.get(name) if name not in columns.others else None)
+        if file:
+            raise ValueError(f"{file.url}: column {name!r} is not as in other files. Pack files of one schema together.")
     if not columns.label:
         return columns, {}
     for file in files[1:]:
@@ -244,26 +239,28 @@ def _columns(files: list[File], names: list[str], choice: Choice) -> tuple[Colum
     return columns, {"classes_without_image": gaps} if gaps else {}
 
 
-def _one_schema(files: list[File]) -> tuple[pa.Schema, dict[str, File]]:
-    """Return the types of the first file's columns as all files have them, and the first file that has another for each that differ."""
-    first, odd, fields = files[0].schema, dict[str, File](), list[pa.Field]()
-    for field in first:
-        kind = field.type
-        for file in files[1:]:
-            place = file.schema.get_field_index(field.name)
-            common = common_type(kind, file.schema.field(place).type) if place >= 0 else None
+def _one_schema(files: list[File]) -> tuple[pa.Schema, dict[str, File], dict[str, File]]:
+    """Return all columns with the types that all files have; and for those that some lack, or have of another type, one such file."""
+    kinds, lacking, odd = dict[str, pa.DataType](), dict[str, File](), dict[str, File]()
+    for file in files:
+        for field in file.schema:
+            common = common_type(kinds.get(field.name, field.type), field.type)
             if common is None:
                 odd.setdefault(field.name, file)
-                break
-            kind = common
-        fields.append(pa.field(field.name, kind))
-    return pa.schema(fields, first.metadata), odd
+            kinds[field.name] = kinds[field.name] if common is None else common
+    for file in files:
+        for name in kinds.keys() - set(file.schema.names):
+            lacking.setdefault(name, file)
+    doubled = [name for file in files for name in file.schema.names if file.schema.names.count(name) > 1]
+    return pa.schema([*kinds.items(), *((name, kinds[name]) for name in doubled)], files[0].schema.metadata), lacking, odd
 
 
 def _values(files: list[File], column: str) -> list[Any]:
     """Return the values that a column has, each once where Arrow can tell."""
     values: list[Any] = []
     for file in files:
+        if column not in file.schema.names:
+            continue
         with fsspec.open(file.url, "rb").open() as opened:
             for batch in pq.ParquetFile(opened).iter_batches(1 << 16, columns=[column]):
                 part = batch.column(0)

@@ -32,7 +32,7 @@ from .parquet import parquet
 from .plan import Packing
 from .printable import printable
 from .regular_files import read_regular
-from .splits import SplitChoice, assign, parse_splits
+from .splits import SplitChoice, assign, names_of_file, parse_splits
 from .summary import text
 
 SHOWN = 20
@@ -148,7 +148,7 @@ def splits_of_tars(tars: list[Path], choice: SplitChoice, source: str) -> tuple[
         ValueError: some say a split and others none, or one says several.
     """
     top = Path(os.path.commonpath([tar.parent for tar in tars]))
-    named = {str(tar.relative_to(top)): [tar.name, tar.name.split(".")[0], *reversed(tar.parent.relative_to(top).parts)] for tar in tars}
+    named = {str(tar.relative_to(top)): names_of_file(str(tar.relative_to(top))) for tar in tars}
     assigned = assign(named, choice, f"source {source!r}") or dict.fromkeys(named, "train")
     split_of = {tar: split for tar, split in zip(tars, assigned.values(), strict=True) if split is not None}
     return split_of, [storable(name) for name, split in assigned.items() if split is None]

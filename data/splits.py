@@ -36,6 +36,13 @@ def kinds_of(name: str) -> set[str]:
     return {WORDS[word] for word in words_of(name) if word in WORDS}
 
 
+def names_of_file(path: str) -> list[str]:
+    """Return what may name a file in `--splits`: its name, with and without ending and numbers, and its folders, the nearest first."""
+    *folders, file = path.split("/")
+    base = file.partition(".")[0]
+    return [file, base, re.sub(r"([-_]?[0-9]+(-of-[0-9]+)?)*$", "", base), *reversed(folders)]
+
+
 def is_split_name(name: str) -> bool:
     """Return whether a name says a split and nothing else but numbers: `Test`, `train2017`."""
     words = words_of(name)
@@ -92,7 +99,13 @@ def parse_splits(text: str) -> SplitChoice:
     return SplitChoice(tuple(chosen))
 
 
-def assign(named: Mapping[str, Sequence[str]], choice: SplitChoice, where: str, *, known: bool = False) -> dict[str, str | None] | None:
+TRAINING = "packs all as training data"
+CLASSES = f"{TRAINING}, with the folders as classes"
+
+
+def assign(
+    named: Mapping[str, Sequence[str]], choice: SplitChoice, where: str, *, known: bool = False, otherwise: str = TRAINING
+) -> dict[str, str | None] | None:
     """Return the split of each item of a source, None for those that `--splits` leaves out; None where no name says any.
 
     Args:
@@ -101,6 +114,7 @@ def assign(named: Mapping[str, Sequence[str]], choice: SplitChoice, where: str, 
         choice: what `--splits` says.
         where: the source.
         known: the items are splits of their own, so that each must say which.
+        otherwise: what `--splits none` does.
 
     Raises:
         ValueError: some say a split and others none, or one says several; or
@@ -114,7 +128,7 @@ def assign(named: Mapping[str, Sequence[str]], choice: SplitChoice, where: str, 
     if not known and not any(said.values()):
         return None
     if any(len(kinds) != 1 for kinds in said.values()):
-        raise ValueError(question(where, said))
+        raise ValueError(question(where, said, otherwise))
     return {item: next(iter(kinds)) for item, kinds in said.items()}
 
 
@@ -126,7 +140,7 @@ def _chosen(named: Mapping[str, Sequence[str]], choice: SplitChoice, where: str)
     return {item: hit[1] if hit else None for item, hit in found.items()}
 
 
-def question(where: str, said: Mapping[str, set[str]]) -> str:
+def question(where: str, said: Mapping[str, set[str]], otherwise: str) -> str:
     """Return what to ask of names that do not say their splits alike, with the option that answers."""
     clear = [item for item, kinds in said.items() if len(kinds) == 1]
     unclear = [item for item, kinds in said.items() if len(kinds) != 1]
@@ -134,8 +148,8 @@ def question(where: str, said: Mapping[str, set[str]]) -> str:
     doubtful = few([f"{item} ({' and '.join(sorted(said[item]))})" if said[item] else item for item in unclear])
     example = shlex.quote(",".join([*clear[:2], f"{unclear[0]}=train"]))
     return (
-        f"{where}: which splits are these? {known}{doubtful} cannot. Say which to pack, and as what, with --splits, "
-        f"such as --splits {example} (those not named are left out); --splits none packs all as training data."
+        f"{where}: which splits are these? {known}{doubtful} {'cannot' if clear else 'cannot be known'}. Say which to pack, and as what, "
+        f"with --splits, such as --splits {example} (those not named are left out); --splits none {otherwise}."
     )
 
 
@@ -175,7 +189,7 @@ def split_folders(images: Sequence[str], choice: SplitChoice, where: str) -> tup
         return _listed_folders(paths, choice, where)
     depth = _depth(paths)
     tops = [path[depth] if len(path) > depth else BESIDE for path in paths]
-    assigned = assign({top: [top] for top in dict.fromkeys(tops)}, choice, where)
+    assigned = assign({top: [top] for top in dict.fromkeys(tops)}, choice, where, otherwise=CLASSES)
     if assigned is not None:
         return [assigned[top] for top in tops], [path[depth + 1] if len(path) > depth + 1 else "" for path in paths]
     deep = dict.fromkeys("/".join(path[: i + 1]) for path in set(paths) for i, name in enumerate(path) if is_split_name(name))

@@ -211,9 +211,11 @@ def rows_of(path: Path, file_column: str = "") -> Iterator[tuple[int, dict[str, 
             else:
                 yield from _lines(file, path) if kind == ".jsonl" else _separated(file, path, file_column)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} cannot be read as a table: {reason(error)}. Save it as UTF-8 with a header line.") from error
+        raise ValueError(f"{path} cannot be read as a table: {reason(error).rstrip('.')}. Save it as UTF-8 with a header line.") from error
     except (csv.Error, OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path} cannot be read as a table: {reason(error)}. Save it as CSV, JSON lines or parquet.") from error
+        raise ValueError(
+            f"{path} cannot be read as a table: {reason(error).rstrip('.')}. Save it as CSV, JSON lines or parquet."
+        ) from error
 
 
 def _open(path: Path) -> BinaryIO:

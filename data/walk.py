@@ -97,12 +97,19 @@ def walk(root: Path) -> Found:
                 continue
             if ours and (entry.name in WRITTEN or entry.name.endswith((".tar", ".npy"))):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 (links if entry.is_symlink() else folders).append(f"{at}{entry.name}/")
             else:
                 found.add(f"{at}{entry.name}", _status(entry))
     found.sort()
     return found
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
 
 
 def _status(entry: os.DirEntry[str]) -> os.stat_result | None:
