@@ -34,8 +34,12 @@ def open_regular(path: str | Path) -> BinaryIO:
     require_regular(os.stat(path))
     descriptor = os.open(path, FLAGS)
     try:
-        require_regular(os.fstat(descriptor))
-    except ValueError:
+        status = os.fstat(descriptor)
+        require_regular(status)
+        if not status.st_size and os.read(descriptor, 1):
+            raise ValueError("it is said to be empty and is not, as the kernel's own files are, and only files on a disk are read")
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    except (OSError, ValueError):
         os.close(descriptor)
         raise
     return os.fdopen(descriptor, "rb")
