@@ -8,6 +8,7 @@ import os
 import shutil
 import zlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,14 @@ from .decode import DECODE_ERRORS, preview
 from .fill import journal_path
 from .image_formats import IMAGE_EXTENSIONS
 from .index import describe, index_path
-from .listing import digest, reason, some
+from .listing import digest, reason, some, split_named
 from .manifest import Manifest, Tally, write_manifest
 from .pack import REPORTED, Corrupt, already, complaint, locked
 from .printable import printable
 from .shardlist import Shard, ShardList
 from .summary import draw
 from .tar import Remarks, members
-from .tar_sources import COMPRESSED, output_names, splits_of
+from .tar_sources import COMPRESSED, output_names
 from .write import commit, commit_json
 
 MOST_INFLATION = 200
@@ -57,6 +58,7 @@ def adopt(
     *,
     class_names: tuple[str, ...] = (),
     split: str = "",
+    split_of: Mapping[Path, str] | None = None,
     verify: bool = False,
     skip: bool = False,
     workers: int = 0,
@@ -69,7 +71,8 @@ def adopt(
         output: the folder they lie in, or another, to which they are linked
             or, if compressed, decompressed.
         class_names: name of each class number; from the labels where absent.
-        split: of all tars; else the word in the name of each or of its folder, else `train`.
+        split: of all tars; else the word in each name, else `train`.
+        split_of: the split of each tar, instead of these.
         verify: decode every image.
         skip: leave out of the index what cannot be read, instead of an error.
         workers: processes; 0 for as many as there are processors.
@@ -78,22 +81,29 @@ def adopt(
     Raises:
         ValueError: damaged tars, samples that cannot be indexed, no sample,
             classes that disagree with `class_names`, another folder in
-            `output`, a tar whose name says another split than its folder's.
+            `output`.
     """
     names = output_names(tars, output)
     packed = [path.name for path in tars if path.name.endswith(COMPRESSED)]
     if packed and tars[0].parent.resolve() == output.resolve():
         raise ValueError(f"{some(packed, 3)} cannot be read from the middle: give another folder as --output, where they are decompressed.")
-    chosen = [image_extension] if image_extension else []
-    request = digest("webdataset", [(p.name, p.stat().st_size) for p in tars], class_names, split, verify, *chosen)
-    splits = [split] * len(tars) if split else splits_of(tars)
+    more = [*([image_extension] if image_extension else []), *([sorted(split_of.values())] if split_of else [])]
+    request = digest("webdataset", [(p.name, p.stat().st_size) for p in tars], class_names, split, verify, *more)
     if (output / "manifest.json").exists():
         return already(output, request, skip)
     ours = [name for name, tar in zip(names, tars, strict=True) if tar.parent.resolve() != output.resolve()]
     with locked(output, request, ours) as folder:
         jobs = [
-            Indexing(tar.resolve(), name, where, output, folder, verify, image_extension)
-            for tar, name, where in zip(tars, names, splits, strict=True)
+            Indexing(
+                tar.resolve(),
+                name,
+                (split_of or {}).get(tar) or split or split_named(tar.name) or "train",
+                output,
+                folder,
+                verify,
+                image_extension,
+            )
+            for tar, name in zip(tars, names, strict=True)
         ]
         _index(jobs, skip, workers)
         journals = [json.loads(journal_path(folder / job.name).read_text()) for job in jobs]

@@ -3,235 +3,296 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from .columns import label_of, names_of
-from .image_formats import IMAGE_EXTENSIONS
-from .listing import SPLIT_WORDS, Fault, Record, Source, digest, reason, some
-from .tables import Row, is_table, read_tables
-from .text_files import MAX_TEXT_BYTES
+from .columns import NONE, Choice
+from .image_formats import IMAGE_EXTENSIONS, JPEG_NAMES
+from .labels import class_name, label_of, names_of, natural, numbers_of, unused
+from .listing import Fault, Record, Source, digest, ordered_splits, reason, some, storable
+from .regular_files import MAX_IMAGE_BYTES, open_regular, read_regular
+from .splits import ALL, BESIDE, SplitChoice, assign, kinds_of, split_folders
+from .tables import Names, Row, is_meant, is_metadata, is_table, read_tables
+from .text_files import MAX_TEXT_BYTES, decode_text
+from .walk import Found, extension, stem, walk
 
 KNOWN = f".{', .'.join(IMAGE_EXTENSIONS)}"
 
 
-@dataclass
-class Found:
-    """What a walk through a folder finds; names are relative to it."""
+class Sample(NamedTuple):
+    """One image file, with what is known of it."""
 
-    images: list[str] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
-    texts: set[str] = field(default_factory=set)
-    """Names of `.txt` files without their ending."""
-    tables: list[str] = field(default_factory=list)
-    unknown: dict[str, list[str]] = field(default_factory=dict)
-    """Other files by extension: the first few names, then the count."""
-    count: Counter[str] = field(default_factory=Counter)
+    name: str
+    bytes: int
+    row: Row
+    sidecar: str
+    """The `.txt` with its caption, below the folder; empty where it has none."""
 
 
 @dataclass(frozen=True)
 class FolderPart:
-    """Some image files, with what is known of each."""
+    """Some image files below a folder."""
 
     root: str
-    names: list[str]
-    sizes: list[int]
-    labels: list[int | None]
-    captions: list[str | None]
-    sidecars: list[bool]
-    more: list[dict[str, Any] | None]
+    samples: list[Sample]
 
     def read(self, scratch: Path) -> Iterator[Record | Fault]:
-        for i, name in enumerate(self.names):
+        for sample in self.samples:
             try:
-                data = Path(self.root, name).read_bytes()
-                if len(data) != self.sizes[i]:
-                    raise ValueError(f"it had {self.sizes[i]} bytes when it was listed and has {len(data)} now")
-                caption = _sidecar(Path(self.root, name).with_suffix(".txt")) if self.sidecars[i] else self.captions[i]
+                data = self._image(sample)
+                caption = self._caption(sample.sidecar) if sample.sidecar else sample.row.caption
             except (OSError, ValueError) as error:
-                yield Fault(name, reason(error))
+                yield Fault(storable(sample.name), reason(error))
                 continue
-            yield Record(name, data, _extension(name), self.labels[i], caption, self.more[i] or {})
+            kind = extension(sample.name)
+            known = kind if kind in IMAGE_EXTENSIONS and kind not in JPEG_NAMES else ""
+            yield Record(storable(sample.name), data, known, sample.row.label, caption, sample.row.more or {})
+
+    def _image(self, sample: Sample) -> bytes:
+        path = Path(self.root, sample.name)
+        if path.is_symlink() and not path.exists():
+            raise ValueError("it is a link that leads to nothing")
+        if sample.bytes > MAX_IMAGE_BYTES:
+            raise ValueError(f"it has {sample.bytes} bytes, at most {MAX_IMAGE_BYTES} are read")
+        with open_regular(path) as file:
+            data = file.read(sample.bytes + 1)
+        if len(data) != sample.bytes:
+            raise ValueError(
+                f"it had {sample.bytes} bytes when it was listed and has {'more' if len(data) > sample.bytes else len(data)} now"
+            )
+        return data
+
+    def _caption(self, name: str) -> str | None:
+        try:
+            return decode_text(read_regular(Path(self.root, name), MAX_TEXT_BYTES)) or None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"its caption {name.rpartition('/')[2]}: {reason(error)}") from error
 
 
-def _sidecar(path: Path) -> str | None:
-    with open(path, "rb") as file:
-        text = file.read(MAX_TEXT_BYTES + 1)
-    if len(text) > MAX_TEXT_BYTES:
-        raise ValueError(f"its .txt has more than {MAX_TEXT_BYTES} bytes")
-    return text.decode("utf-8-sig").strip() or None
+class Content(NamedTuple):
+    """What is to be packed of a folder."""
+
+    images: list[str]
+    split_of: list[str | None]
+    """Of each image; None where `--splits` leaves it out."""
+    rows: dict[str, Row]
+    """What is known of each image."""
+    sidecars: dict[str, str]
+    """The `.txt` of each image that has one."""
+    classes: Sequence[str]
+    notes: dict[str, Any]
 
 
-def imagefolder(path: Path, *, skip: bool = False) -> Source:
-    """The images below a folder, or those that a table names.
+def imagefolder(path: Path, choice: Choice | None = None, splits: SplitChoice = ALL, *, skip: bool = False) -> Source:
+    """Return the images below a folder, or those that a table names.
 
     Args:
-        path: the folder, or a `.csv` or `.jsonl` table of image files.
+        path: the folder, or a table of image files, whose images alone are packed.
+        choice: columns of tables that the user named; `none` for no tables, no captions or no classes.
+        splits: which folders are packed, and as what.
         skip: leave out captions without an image, instead of an error.
 
     Raises:
         ValueError: no such folder, no image, captions without images, images
-            both beside and inside class folders, a table that contradicts itself.
+            both beside and inside class folders, a table that contradicts
+            itself, splits that cannot be known.
     """
-    root = path.parent if path.is_file() and is_table(path.name) else path
-    if not root.is_dir() or (root == path and not path.is_dir()):
+    choice = choice or Choice()
+    selects = (is_table(path.name) or path.suffix.lower() == ".parquet") and not path.is_dir() and os.path.lexists(path)
+    root = path.parent if selects else path
+    if not root.is_dir():
         raise ValueError(f"source {str(path)!r} is no folder: give the folder that holds the images or one sub-folder a class.")
-    found = _walk(root)
+    found = walk(root)
     if not found.images:
         raise ValueError(_nothing(path, found))
-    tables = [path.name] if root != path else _tables_of(path, found)
-    notes: dict[str, Any] = {"unknown_files": {kind: found.count[kind] for kind in sorted(found.count)}}
-    if tables:
-        return _with_tables(path, root, found, tables, notes, skip)
-    splits, tops = _split_folders(root, found.images)
-    orphans = sorted(found.texts - {_stem(name) for name in found.images})
-    captioned = [_stem(name) in found.texts for name in found.images]
-    if orphans and any(captioned) and not skip:
-        raise ValueError(
-            f"{len(orphans)} captions have no image: {some([f'{name}.txt' for name in orphans])}. "
-            "Add the images, move these files away, or leave them out with --skip_corrupt."
-        )
-    notes["captions_without_image"] = [f"{name}.txt" for name in orphans[:1000]]
-    classes = _classes(root, found.images, tops)
-    row_of = {"": Row()} | {name: Row(label=number) for number, name in enumerate(classes)}
-    return _source(root, found.images, found.sizes, [row_of[top] for top in tops], captioned, classes, splits, notes)
-
-
-def _walk(root: Path) -> Found:
-    """Everything below a folder but hidden files, in the order of names; links to folders are followed, once each."""
-    found, seen, folders = Found(), set[str](), [""]
-    while folders:
-        at = folders.pop()
-        real = os.path.realpath(root / at)
-        if real in seen:
-            continue
-        seen.add(real)
-        below = []
-        for entry in sorted(os.scandir(root / at), key=lambda entry: entry.name):
-            name = f"{at}{entry.name}"
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                below.append(f"{name}/")
-            elif _extension(name) in IMAGE_EXTENSIONS:
-                found.images.append(name)
-                found.sizes.append(entry.stat().st_size if entry.is_file() else 0)  # a dangling link is a fault when it is read
-            elif _extension(name) == "txt":
-                found.texts.add(_stem(name))
-            elif is_table(name):
-                found.tables.append(name)
-            else:
-                kind = f".{_extension(name)}" if _extension(name) else "without extension"
-                found.count[kind] += 1
-                found.unknown.setdefault(kind, [])
-                if len(found.unknown[kind]) < 3:
-                    found.unknown[kind].append(name)
-        folders += reversed(below)
-    return found
+    tables = [path.name] if selects else _tables_of(path, found, choice)
+    content = _described(path, root, found, tables, choice, splits, skip) if tables else _plain(path, found, choice, splits, skip)
+    sizes = {name: status.st_size if status else 0 for name, status in zip(found.images, found.stats, strict=True)}
+    both = list(zip(content.images, content.split_of, strict=True))
+    samples = [
+        Sample(name, sizes[name], content.rows.get(name, Row()), content.sidecars.get(name, ""))
+        for name, split in both
+        if split is not None
+    ]
+    left = Counter(storable(name.partition("/")[0]) if "/" in name else BESIDE for name, split in both if split is None)
+    notes = {
+        "unknown_files": {kind: found.count[kind] for kind in sorted(found.count)},
+        "splits_left_out": dict(left),
+        "repeated_folders": found.repeated[:1000],
+        **content.notes,
+    }
+    return _source(root, samples, [split for split in content.split_of if split is not None], content.classes, notes)
 
 
 def _nothing(path: Path, found: Found) -> str:
-    """Why a folder without images is refused."""
+    """Return why a folder without images is refused."""
     what = f"source {str(path)!r} holds no image: looked for {KNOWN} in it and its sub-folders"
-    if found.texts or found.tables:
-        count = len(found.texts) or len(found.tables)
-        return (
-            f"{what}, and found captions without images ({count} {'.txt files' if found.texts else 'tables'}). Put the images beside them."
-        )
+    if found.sidecars or found.tables:
+        texts = f"{len(found.sidecars)} .txt files" if found.sidecars else f"{len(found.tables)} tables"
+        return f"{what}, and found captions without images ({texts}). Put the images beside them."
     other = ", ".join(f"{n} {kind} ({found.unknown[kind][0]})" for kind, n in found.count.most_common(4))
     return f"{what}{f', and found {other}' if other else ''}. Convert other formats to PNG, JPEG or WebP."
 
 
-def _tables_of(path: Path, found: Found) -> list[str]:
-    """The tables that describe a folder: every `metadata.*` in it, or the only other one at its top.
+def _tables_of(path: Path, found: Found, choice: Choice) -> list[str]:
+    """Return the tables that describe a folder: every `metadata.*` in it, or the only other one at its top that names images.
+
+    Tables that describe no images are counted as files that are not packed.
 
     Raises:
         ValueError: which one is meant cannot be told.
     """
-    metadata = [name for name in found.tables if Path(name).stem == "metadata"]
-    others = [name for name in found.tables if "/" not in name and Path(name).stem != "metadata"]
-    if not metadata and len(others) > 1:
-        raise ValueError(f"{path} holds the tables {', '.join(others)}: which describes the images? Give that file as the source.")
-    return metadata or others
+    ignored = choice.file.lower() == NONE
+    metadata = [name for name in found.tables if is_metadata(name) and not ignored]
+    others = [name for name in found.tables if "/" not in name and not is_metadata(name) and not ignored]
+    meant = metadata or [name for name in others if is_meant(path / name, IMAGE_EXTENSIONS, choice)]
+    if not metadata and len(meant) > 1:
+        raise ValueError(f"{path} holds the tables {', '.join(meant)}: which describes the images? Give that file as the source.")
+    for name in found.tables:
+        if name not in meant:
+            found.leave(name)
+    return meant
 
 
-def _with_tables(path: Path, root: Path, found: Found, tables: list[str], notes: dict[str, Any], skip: bool) -> Source:
-    """Captions, classes and the rest from tables; sub-folders are no classes then, as in `datasets`."""
-    rows, absent = read_tables(root, tables, set(found.images))
+def _described(path: Path, root: Path, found: Found, tables: list[str], choice: Choice, splits: SplitChoice, skip: bool) -> Content:
+    """Take captions, classes and the rest from tables; sub-folders are no classes then, as in `datasets`."""
+    selects = root != path
+    there = [name for name in found.images if name not in found.dead or extension(name) in IMAGE_EXTENSIONS]
+    rows, absent = read_tables(root, tables, there, choice)
+    listed = some([storable(name) for name in tables], 3)
+    if not rows and not absent:
+        raise ValueError(f"{listed} has no rows. Fill it in, or pack the folder without it by --file_column none.")
     if absent and (not skip or not rows):
-        raise ValueError(
-            f"{len(absent)} rows of {', '.join(tables[:3])} name no image that is there (captions without images): {some(absent)}. "
-            "Add the images, remove the rows, or leave them out with --skip_corrupt."
+        remedy = (
+            "Add the images, correct the names, or leave these rows out with --skip_corrupt."
+            if rows
+            else "Name images relative to the table, or pack the folder without it by --file_column none."
         )
-    notes["captions_without_image"] = absent[:1000]
-    notes["images_not_in_table"] = len(found.images) - len(rows)
-    names = names_of((row.raw_label for row in rows.values()), str(path))
-    numbers = {name: i for i, name in enumerate(names)}
-    labelled = [row._replace(label=label_of(row.raw_label, numbers)) for name in found.images for row in [rows.get(name, Row())]]
-    splits = _split_folders(root, found.images)[0]
-    return _source(root, found.images, found.sizes, labelled, [False] * len(labelled), list(names), splits, notes)
+        raise ValueError(f"{len(absent)} rows of {listed} name no image that is there (captions without images): {some(absent)}. {remedy}")
+    values = [row.raw_label for row in rows.values()]
+    names = names_of(values, f"{listed}, column of labels")
+    numbers = numbers_of(names, given=False)
+    rows = {name: row._replace(label=label_of(row.raw_label, numbers)) for name, row in rows.items()}
+    images = [name for name in found.images if name in rows] if selects else found.images
+    notes = {
+        "captions_without_image": absent[:1000],
+        "images_not_in_table": len(found.images) - len(rows),
+        "only_images_in_table": selects,
+        "classes_without_image": unused(values, numbers),
+    }
+    for _ in _sidecars(found, root)[0]:
+        found.leave("", ".txt, since a table describes the images")
+    return Content(images, _splits_of_tables(images, rows, splits, path), rows, {}, names, notes)
 
 
-def _split_folders(root: Path, images: list[str]) -> tuple[list[str], list[str]]:
-    """The split of each image and the name of its class folder; top folders that are all named like splits are splits."""
-    tops = [name.partition("/")[0] if "/" in name else "" for name in images]
-    if not set(tops) <= set(SPLIT_WORDS) or "train" not in {SPLIT_WORDS[top] for top in set(tops)}:
-        return ["train"] * len(images), tops
-    return [SPLIT_WORDS[top] for top in tops], [name.split("/")[1] if name.count("/") > 1 else "" for name in images]
+def _plain(path: Path, found: Found, choice: Choice, splits: SplitChoice, skip: bool) -> Content:
+    """Take classes from the folders, captions from sidecars.
+
+    Raises:
+        ValueError: a column was named, and no table is there.
+    """
+    for flag, name in (("file", choice.file), ("caption", choice.caption), ("label", choice.label)):
+        if name and name.lower() != NONE:
+            raise ValueError(f"--{flag}_column {name!r}: {path} has no table of images. Put a metadata.csv there, or leave it out.")
+    sidecars, orphans, rivals = _sidecars(found, path)
+    if rivals:
+        raise ValueError(f"{len(rivals)} images have two captions: {some(rivals)}. Keep one `.txt` an image.")
+    if orphans and sidecars and not skip:
+        raise ValueError(
+            f"{len(orphans)} captions have no image: {some(orphans)}. "
+            "Add the images, move these files away, or leave them out with --skip_corrupt."
+        )
+    alive = [name for name in found.images if name not in found.dead]
+    split_of, tops = split_folders(alive, splits, str(path)) if alive else ([], [])
+    known = dict(zip(alive, zip(split_of, tops, strict=True), strict=True))
+    packed = {name: top for name, (split, top) in known.items() if split is not None and choice.label.lower() != NONE}
+    classes = _classes(path, packed)
+    numbers = {name: number for number, name in enumerate(classes)}
+    of_top = {top: Row(label=numbers[class_name(storable(top))]) for top in set(packed.values()) if top}
+    return Content(
+        found.images,
+        [known[name][0] if name in known else "train" for name in found.images],
+        {name: of_top[top] for name, top in packed.items() if top},
+        {} if choice.caption.lower() == NONE else sidecars,
+        classes,
+        {
+            "captions_without_image": orphans[:1000],
+            "renumbered_folders": [n for n, name in enumerate(classes) if name.isdecimal() and int(name) != n],
+        },
+    )
 
 
-def _classes(root: Path, images: list[str], tops: list[str]) -> list[str]:
-    classes = sorted(set(tops) - {""})
-    if classes and "" in tops:
-        loose = root / images[tops.index("")]
-        raise ValueError(f"{loose} lies beside the class folders {', '.join(classes[:3])}: put every image into a class, or none.")
+def _renumbered(classes: Sequence[str]) -> list[str]:
+    """Return the folders that are called by numbers which are not their classes'."""
+    numbers = enumerate(classes)
+    return [name for number, name in numbers if re.fullmatch("[0-9]+", name) and int(name) != number]
+
+
+def _sidecars(found: Found, root: Path) -> tuple[dict[str, str], list[str], list[str]]:
+    """Return the `.txt` of each image that has one, those of no image, and pairs of one image; NFC and NFD are one name."""
+    images: dict[str, list[str]] = {}
+    for name in found.images:
+        images.setdefault(stem(name), []).append(name)
+    names, owner, orphans = Names(list(images)), dict[str, str](), list[str]()
+    rivals = [f"{one} and {other}" for one, other in found.rivals if stem(one) in images]
+    for base in sorted(found.sidecars):
+        sidecar = found.sidecars[base]
+        of = names.find(base, str(root / sidecar))
+        if of is None:
+            orphans.append(storable(sidecar))
+        elif of in owner:
+            rivals.append(f"{owner[of]} and {sidecar}")
+        else:
+            owner[of] = sidecar
+    return {name: sidecar for base, sidecar in owner.items() for name in images[base]}, orphans, list(map(storable, rivals))
+
+
+def _splits_of_tables(images: list[str], rows: dict[str, Row], splits: SplitChoice, path: Path) -> list[str | None]:
+    """Return the split of each image, from a column `split` where the tables have one, else from its folders."""
+    words = [rows[name].split if name in rows else "" for name in images]
+    if not any(map(kinds_of, words)):
+        return split_folders(images, splits, str(path))[0]
+    named = {word or "(no split)": [word] for word in dict.fromkeys(words)}
+    assigned = assign(named, splits, f"{path}, column `split`")
+    return [assigned[word or "(no split)"] if assigned else "train" for word in words]
+
+
+def _classes(root: Path, tops: dict[str, str]) -> list[str]:
+    """Return the names of the classes, in natural order.
+
+    Args:
+        root: the folder.
+        tops: the class folder of each image, empty where it is in none.
+
+    Raises:
+        ValueError: some images lie in class folders and others beside them.
+    """
+    classes = sorted({class_name(storable(top)) for top in set(tops.values()) if top}, key=natural)
+    loose = next((name for name, top in tops.items() if not top), None)
+    if classes and loose is not None:
+        raise ValueError(
+            f"{root / loose} lies beside the class folders {', '.join(classes[:3])}: put every image into a class, or none, "
+            "or pack without classes by --label_column none."
+        )
     return classes
 
 
-def _source(
-    root: Path,
-    images: list[str],
-    sizes: list[int],
-    rows: list[Row],
-    captioned: list[bool],
-    classes: list[str],
-    splits: list[str],
-    notes: dict[str, Any],
-) -> Source:
-    def part(numbers: np.ndarray) -> FolderPart:
-        chosen = numbers.tolist()
-        return FolderPart(
-            root=str(root),
-            names=[images[i] for i in chosen],
-            sizes=[sizes[i] for i in chosen],
-            labels=[rows[i].label for i in chosen],
-            captions=[rows[i].caption for i in chosen],
-            sidecars=[captioned[i] for i in chosen],
-            more=[rows[i].more for i in chosen],
-        )
-
-    names = sorted(set(splits), key=lambda split: (split != "train", split))
+def _source(root: Path, samples: list[Sample], splits: list[str], classes: Sequence[str], notes: dict[str, Any]) -> Source:
+    names = ordered_splits(splits)
     return Source(
-        part=part,
-        name=images.__getitem__,
-        rows=np.ones(len(images), np.int64),
-        bytes=np.array(sizes, np.int64),
-        identity=digest("folder", images, sizes, rows, captioned, splits),
+        part=lambda numbers: FolderPart(str(root), [samples[i] for i in numbers.tolist()]),
+        name=lambda number: storable(samples[number].name),
+        rows=np.ones(len(samples), np.int64),
+        bytes=np.array([sample.bytes for sample in samples], np.int64),
+        identity=digest("folder", samples, splits),
         splits=tuple(names),
         split_of=np.array([names.index(split) for split in splits], np.int8),
         class_names=tuple(classes),
         notes=notes,
     )
-
-
-def _extension(name: str) -> str:
-    return os.path.splitext(name)[1].lower().lstrip(".")
-
-
-def _stem(name: str) -> str:
-    return os.path.splitext(name)[0]

@@ -1,17 +1,28 @@
-"""Images in a data set of the Hugging Face Hub, or in anything else that `datasets.load_dataset` opens."""
+"""Images in a data set of the Hugging Face Hub, or in anything else that `datasets.load_dataset` opens.
+
+`datasets` runs no code of a data set since its release 4. But a row may name
+a file instead of holding an image, and a stranger's row may name any file of
+this machine: only those of the data set itself are read.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from .columns import Choice, Columns, choose, names_of
-from .listing import SPLIT_WORDS, Fault, Record, Source, digest, reason
+from .columns import Choice, Columns, choose
+from .labels import names_of, numbers_of, unused
+from .listing import Fault, Record, Source, digest, ordered_splits, reason
+from .regular_files import MAX_IMAGE_BYTES, read_regular, require_regular
+from .splits import SPLIT_COLUMN, SplitChoice, assign, check_rows
+
+ARROW_ERRORS = (OSError, ValueError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
@@ -21,66 +32,133 @@ class HubPart:
     rows: Any
     names: list[str]
     columns: Columns
+    folders: tuple[str, ...]
+    """Real paths of the folders of whose files a row may name one."""
 
     def read(self, scratch: Path) -> Iterator[Record | Fault]:
-        numbers = {name: i for i, name in enumerate(self.columns.class_names)}
+        numbers = numbers_of(self.columns.class_names, given=self.columns.class_names_given)
         for name, row in zip(self.names, self.rows, strict=True):
             try:
                 value = row[self.columns.image]
-                if isinstance(value, dict) and value.get("bytes") is None and value.get("path") and os.path.isfile(value["path"]):
-                    row = {**row, self.columns.image: {**value, "bytes": Path(value["path"]).read_bytes()}}
+                path = _file_named(value)
+                if path:
+                    row = {**row, self.columns.image: {**value, "bytes": self._read(path)}}
                 yield self.columns.record(row, name, numbers)
-            except (OSError, ValueError) as error:
+            except ARROW_ERRORS as error:
                 yield Fault(name, reason(error))
 
+    def _read(self, path: str) -> bytes:
+        if not _inside(path, self.folders):
+            raise ValueError(f"its row names {path!r}, a file outside the data set, which is not read")
+        return read_regular(path, MAX_IMAGE_BYTES)
 
-def hub(source: str, subset: str | None, splits: list[str], choice: Choice) -> Source:
-    """The rows of a data set.
+
+def _file_named(value: Any) -> str:
+    """Return the file of this machine that a row names instead of holding its image; nothing where it holds one or none is there."""
+    if isinstance(value, dict) and value.get("bytes") is None and isinstance(value.get("path"), str):
+        return value["path"] if os.path.lexists(value["path"]) else ""
+    return ""
+
+
+def _inside(path: str, folders: Sequence[str]) -> bool:
+    """Return whether a file lies in one of some folders, wherever its links lead."""
+    real = os.path.realpath(path)
+    return any(real.startswith(folder.rstrip(os.sep) + os.sep) for folder in folders)
+
+
+def hub(source: str, subset: str | None, splits: SplitChoice, choice: Choice) -> Source:
+    """Return the rows of a data set.
 
     Args:
         source: its name on the Hub, or a folder of this machine.
         subset: its configuration, where it has several.
-        splits: those to pack; all where empty.
+        splits: those to pack, and as what; all where it says nothing.
         choice: columns that the user named.
 
     Raises:
-        ValueError: no such data set, subset or split; no image column.
+        ValueError: no such data set, subset or split; a split of which it is
+            not known whether it is for training; no image column.
     """
     import datasets
 
+    if os.path.isdir(source):
+        _refuse_special_files(Path(source))
+    errors = (*ARROW_ERRORS, RuntimeError, TypeError, KeyError, AttributeError, ImportError, datasets.exceptions.DatasetsError)
     try:
         loaded = datasets.load_dataset(source, subset)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(
-            f"source {source!r} cannot be loaded by `datasets`: {reason(error)}. Check its name, --subset and the network."
-        ) from error
-    missing = [name for name in splits if name not in loaded]
-    if missing:
-        raise ValueError(f"--splits {missing[0]!r}: {source} has {', '.join(map(str, loaded))}.")
-    chosen = {str(name): loaded[name] for name in (splits or loaded)}
+    except errors as error:
+        why = reason(error).rstrip(".") + (f" ({reason(error.__cause__)})" if error.__cause__ else "")
+        raise ValueError(f"source {source!r} cannot be loaded by `datasets`: {why}. Check its name, --subset and the network.") from error
+    names = [str(name) for name in loaded]
+    split_of = assign({name: [name] for name in names}, splits, source, known=True) or dict.fromkeys(names, "train")
+    chosen = {name: loaded[name] for name in names if split_of[name]}
     first = next(iter(chosen.values()))
     columns = choose(first.features.arrow_schema, first.features.to_dict(), choice, source)
+    for name, part in chosen.items():
+        lacking = [column for column in columns.all if column not in part.column_names]
+        if lacking:
+            raise ValueError(f"split {name!r} of {source} has no column {lacking[0]!r}. Pack it apart with --splits {name}.")
+    notes: dict[str, Any] = {"splits_left_out": {name: len(loaded[name]) for name in names if name not in chosen}}
     if columns.label and not columns.class_names:
-        values = {value for part in chosen.values() for value in part.unique(columns.label)}
-        columns = replace(columns, class_names=names_of(values, f"column {columns.label!r}"))
+        values = [value for part in chosen.values() for value in _values(part, columns.label)]
+        columns = replace(columns, class_names=names_of(values, f"{source}, column {columns.label!r}"))
+        gaps = unused(values, numbers_of(columns.class_names, given=False))
+        notes |= {"classes_without_image": gaps} if gaps else {}
+    if not splits.given and SPLIT_COLUMN in columns.others:
+        for name, part in chosen.items():
+            check_rows(_values(part, SPLIT_COLUMN), str(split_of[name]), name)
     parts = [_plain(part, columns, datasets) for part in chosen.values()]
-    return _source(parts, list(chosen), columns, datasets)
+    return _source(parts, {name: str(split_of[name]) for name in chosen}, columns, _own_folders(source, parts, datasets), notes)
+
+
+def _refuse_special_files(folder: Path) -> None:
+    """Raise a ValueError where a folder holds what is no file, such as a FIFO, at which `datasets` would wait for ever."""
+    for at, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(at, name)
+            try:
+                require_regular(os.stat(path))
+            except OSError:
+                continue  # a link that leads to nothing
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}. Move it out of the data set.") from error
+
+
+def _values(part: Any, column: str) -> list[Any]:
+    """Return the values of a column, each once where Arrow can tell."""
+    kind = part.features.arrow_schema.field(column).type
+    return list(part.select_columns([column])[column] if pa.types.is_nested(kind) else part.unique(column))
+
+
+def _own_folders(source: str, parts: list[Any], datasets: Any) -> tuple[str, ...]:
+    """Return the folders that are a data set's own: the one that was given, or what `datasets` downloaded and made of it."""
+    from huggingface_hub import constants
+
+    here = Path(source)
+    own = [datasets.config.DOWNLOADED_DATASETS_PATH, datasets.config.EXTRACTED_DATASETS_PATH]
+    own += [Path(file["filename"]).parent for part in parts for file in part.cache_files]
+    if here.exists():
+        own.append(here if here.is_dir() else here.parent)
+    else:
+        own.append(Path(constants.HF_HUB_CACHE) / f"datasets--{source.replace('/', '--')}")
+    return tuple(sorted({os.path.realpath(folder) for folder in own}))
 
 
 def _plain(part: Any, columns: Columns, datasets: Any) -> Any:
-    """The columns that are kept, images as files."""
+    """Return the columns that are kept, images as files."""
     part = part.select_columns(columns.all)
     if isinstance(part.features[columns.image], datasets.Image):
         part = part.cast_column(columns.image, datasets.Image(decode=False))
     return part
 
 
-def _source(parts: list[Any], names: list[str], columns: Columns, datasets: Any) -> Source:
-    """One source of all splits; a group is a row, since memory-mapped rows are read in any order."""
-    lengths = [len(part) for part in parts]
+def _source(parts: list[Any], split_of: dict[str, str], columns: Columns, folders: tuple[str, ...], notes: dict[str, Any]) -> Source:
+    """Return one source of all splits; a group is a row, since memory-mapped rows are read in any order."""
+    import datasets
+
+    lengths, names = [len(part) for part in parts], list(split_of)
     starts = np.concatenate([[0], np.cumsum(lengths)])
-    splits = [SPLIT_WORDS.get(name.lower(), "train") for name in names]
-    known = sorted(set(splits), key=lambda split: (split != "train", split))
+    known = ordered_splits(split_of.values())
     whole = datasets.concatenate_datasets(parts)
     versions = sorted({Path(file["filename"]).parent.name for file in whole.cache_files})
 
@@ -88,22 +166,24 @@ def _source(parts: list[Any], names: list[str], columns: Columns, datasets: Any)
         which = int(np.searchsorted(starts, number, side="right")) - 1
         return f"{names[which]}/{number - int(starts[which])}"
 
+    facts = list(zip(split_of.items(), lengths, strict=True))
     return Source(
-        part=lambda numbers: HubPart(whole.select(numbers), [name(number) for number in numbers.tolist()], columns),
+        part=lambda numbers: HubPart(whole.select(numbers), [name(number) for number in numbers.tolist()], columns, folders),
         name=name,
         rows=np.ones(int(starts[-1]), np.int64),
-        bytes=np.concatenate([_sizes(part, columns.image) for part in parts]),
-        identity=digest("hub", list(zip(names, lengths, strict=True)), versions, whole.data.nbytes, str(whole.features), columns),
+        bytes=np.concatenate([_sizes(part, columns.image, folders) for part in parts]),
+        identity=digest("hub", facts, versions, whole.data.nbytes, str(whole.features), columns),
         splits=tuple(known),
-        split_of=np.repeat([known.index(split) for split in splits], lengths).astype(np.int8),
+        split_of=np.repeat([known.index(split) for split in split_of.values()], lengths).astype(np.int8),
         class_names=columns.class_names,
+        notes=notes,
     )
 
 
-def _sizes(part: Any, image: str) -> np.ndarray:
-    """Bytes of each row's image: those of its file where the row names one, else the mean."""
+def _sizes(part: Any, image: str, folders: tuple[str, ...]) -> np.ndarray:
+    """Return the bytes of each row's image: those of its file where the first row names one, else the mean."""
     first = part[0][image] if len(part) else None
-    if isinstance(first, dict) and first.get("bytes") is None and first.get("path"):
-        paths = (row[image]["path"] for row in part.select_columns([image]))
-        return np.array([os.path.getsize(path) if path and os.path.isfile(path) else 0 for path in paths], np.int64)
+    if _file_named(first):
+        paths = (_file_named(row[image]) for row in part.select_columns([image]))
+        return np.array([os.path.getsize(path) if _inside(path, folders) and os.path.isfile(path) else 0 for path in paths], np.int64)
     return np.full(len(part), max(1, part.data.nbytes // max(1, len(part))), np.int64)

@@ -16,8 +16,10 @@ FORMATS = {
 program that Ghostscript runs."""
 OPENED = tuple(name for name in FORMATS if name != "MPO")
 """What Pillow is asked to try; an MPO file is opened as the JPEG file that it begins with."""
+JPEG_NAMES = ("jfif", "jpe", "jif", "pjpeg", "pjp")
+"""Other endings of JPEG files; they are stored as `.jpg`, which every reader knows."""
 IMAGE_EXTENSIONS = (
-    *("png", "jpg", "jpeg", "jfif", "jpe", "webp", "bmp", "gif", "tif", "tiff", "apng", "mpo", "avif", "jp2", "ico", "psd"),
+    *("png", "jpg", "jpeg", *JPEG_NAMES, "webp", "bmp", "gif", "tif", "tiff", "apng", "mpo", "avif", "jp2", "ico", "psd"),
     "npy",
 )
 """`npy` comes last: an array is a sample's image only where no other file of it is."""

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-SPLIT_WORDS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val", "test": "test"}
+from .printable import printable
+from .splits import kinds_of
 
 
 class Record(NamedTuple):
@@ -35,7 +36,7 @@ class Fault(NamedTuple):
     why: str
 
     def __str__(self) -> str:
-        return f"{self.name} ({self.why})"
+        return printable(f"{self.name} ({self.why})")
 
 
 class Part(Protocol):
@@ -91,17 +92,30 @@ def digest(*what: object) -> str:
 
 
 def split_named(name: str) -> str | None:
-    """The split that a file's name says as a word of its own: `data/train-00001.parquet` is `train`; None where it says none."""
-    words = re.split(r"[^a-z]+", Path(name).name.lower())
-    return next((SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS), None)
+    """Return the split that a file's name says: `data/train-00001.parquet` is `train`; None where it says none, or several."""
+    kinds = kinds_of(Path(name).name)
+    return kinds.pop() if len(kinds) == 1 else None
+
+
+def ordered_splits(splits: Iterable[str]) -> list[str]:
+    """Return the splits that occur, `train` first."""
+    return sorted(set(splits), key=lambda split: (split != "train", split))
+
+
+def storable(name: str) -> str:
+    r"""Return a file's name as text that can be stored: bytes of it that are no UTF-8 become `\xe9`."""
+    try:
+        return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # half a pair of surrogates, as JSON may hold
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line, without the addresses of objects that Pillow puts into some."""
-    text = re.sub(r" <[^<>]* object at 0x[0-9a-f]+>", "", " ".join(str(error).split()))
+    """Return an error in one line, without the addresses of objects that Pillow puts into some."""
+    text = printable(re.sub(r" <[^<>]* object at 0x[0-9a-f]+>", "", " ".join(str(error).split())))
     return text[:300] if text else type(error).__name__
 
 
 def some(items: list[str], limit: int = 5) -> str:
-    """The first few of a list, and how many more there are."""
-    return "; ".join(items[:limit]) + (f"; and {len(items) - limit:,} more" if len(items) > limit else "")
+    """Return the first few of a list, safe to print, and how many more there are."""
+    return "; ".join(map(printable, items[:limit])) + (f"; and {len(items) - limit:,} more" if len(items) > limit else "")

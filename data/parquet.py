@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
-from .columns import Choice, Columns, choose, features_of, names_of
-from .listing import Fault, Record, Source, digest, reason, split_named
+from .columns import Choice, Columns, choose, class_names_of, common_type, features_of
+from .labels import Class, names_of, numbers_of, unused
+from .listing import Fault, Record, Source, digest, ordered_splits, reason, storable
+from .regular_files import require_regular
+from .splits import ALL, SPLIT_COLUMN, SplitChoice, assign, check_rows, few, names_of_file
 
 READ_ERRORS = (OSError, ValueError, ImportError, pa.ArrowException)
 """What fsspec and pyarrow raise for files that are missing, out of reach or damaged; ImportError where a protocol's package is missing."""
 ROWS_AT_ONCE = 64
+Result = TypeVar("Result")
 
 
 class File(NamedTuple):
@@ -45,6 +52,7 @@ class ParquetPart:
     """Some rows: file, row group and row of each."""
 
     urls: list[str]
+    names: list[str]
     rows: np.ndarray
     """(N, 3), int64: place in `urls`, row group, row within it."""
     columns: Columns
@@ -56,7 +64,10 @@ class ParquetPart:
         with tempfile.TemporaryFile(dir=scratch) as spill:
             for file in np.unique(self.rows[:, 0]).tolist():
                 mine = order[self.rows[order, 0] == file]
-                self._spill(self.urls[file], mine, kept, spill)
+                try:
+                    self._spill(file, mine, kept, spill)
+                except READ_ERRORS as error:
+                    raise ValueError(f"{self.urls[file]} cannot be read as parquet: {reason(error).rstrip('.')}. Copy it again.") from error
             spill.flush()
             for place in range(len(self.rows)):
                 record, at, size = kept.pop(place)
@@ -65,22 +76,23 @@ class ParquetPart:
                     record = record._replace(image=spill.read(size))
                 yield record
 
-    def _spill(self, url: str, places: np.ndarray, kept: dict[int, Kept], spill: Any) -> None:
-        numbers = {name: i for i, name in enumerate(self.columns.class_names)}
-        with fsspec.open(url, "rb").open() as opened:
-            file = pq.ParquetFile(opened)
+    def _spill(self, file: int, places: np.ndarray, kept: dict[int, Kept], spill: Any) -> None:
+        numbers = numbers_of(self.columns.class_names, given=self.columns.class_names_given)
+        with fsspec.open(self.urls[file], "rb").open() as opened:
+            table = pq.ParquetFile(opened)
             for group in np.unique(self.rows[places, 1]).tolist():
                 wanted = {int(self.rows[p, 2]): int(p) for p in places if self.rows[p, 1] == group}
                 at = 0
-                for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=self.columns.all, use_threads=False):
+                there = [name for name in self.columns.all if name in table.schema_arrow.names]
+                for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=there, use_threads=False):
                     here = [row for row in range(at, at + len(batch)) if row in wanted]
                     for row in here:
                         values = batch.slice(row - at, 1).to_pylist()[0]
-                        kept[wanted[row]] = _kept(values, f"{Path(url).name}:{group}:{row}", self.columns, numbers, spill)
+                        kept[wanted[row]] = _kept(values, f"{self.names[file]}:{group}:{row}", self.columns, numbers, spill)
                     at += len(batch)
 
 
-def _kept(values: dict[str, Any], name: str, columns: Columns, numbers: dict[str, int], spill: Any) -> Kept:
+def _kept(values: dict[str, Any], name: str, columns: Columns, numbers: dict[Class, int], spill: Any) -> Kept:
     try:
         record = columns.record(values, name, numbers)
     except ValueError as error:
@@ -90,27 +102,26 @@ def _kept(values: dict[str, Any], name: str, columns: Columns, numbers: dict[str
     return Kept(record._replace(image=b""), at, len(record.image))
 
 
-def parquet(source: str, choice: Choice) -> Source:
-    """The rows of a parquet file, of those in a folder or that a pattern finds, by path or URL.
+def parquet(source: str, choice: Choice, splits: SplitChoice = ALL) -> Source:
+    """Return the rows of a parquet file, of those in a folder or that a pattern finds, by path or URL.
 
     Args:
         source: `photos.parquet`, `folder/`, `s3://bucket/data/*.parquet`, `hf://datasets/...`.
         choice: columns that the user named.
+        splits: which files are packed, and as what.
 
     Raises:
-        ValueError: nothing there, files that cannot be read or disagree, no image column.
+        ValueError: nothing there, files that cannot be read or disagree, no image column, splits that cannot be known.
     """
-    try:
-        urls = _addresses(source)
-        with ThreadPoolExecutor(16) as pool:
-            files = list(pool.map(_file, urls))
-    except READ_ERRORS as error:
-        raise ValueError(
-            f"source {source!r} cannot be read as parquet: {reason(error)}. Check the address and your rights to it."
-        ) from error
+    named = _reached(source, lambda: _addresses(source))
+    split_of, left_out = _splits(list(named.values()), splits, source)
+    urls = [url for url, name in named.items() if name in split_of]
+    names = [named[url] for url in urls]
+    with ThreadPoolExecutor(16) as pool:
+        files = _reached(source, lambda: list(pool.map(_file, urls)))
     if not any(file.rows for file in files):
         raise ValueError(f"source {source!r} holds no image: its {len(files)} parquet files have no rows.")
-    columns = _columns(files, choice)
+    columns, notes = _columns(files, names, choice)
     table = np.array([(f, g, rows) for f, file in enumerate(files) for g, rows in enumerate(file.rows)], np.int64)
     starts = np.concatenate([[0], np.cumsum(table[:, 2])])
 
@@ -120,39 +131,78 @@ def parquet(source: str, choice: Choice) -> Source:
 
     def name(number: int) -> str:
         file, group, row = places(np.array([number]))[0].tolist()
-        return f"{Path(urls[file]).name}:{group}:{row}"
+        return f"{names[file]}:{group}:{row}"
 
-    splits = [split_named(file.url) or "train" for file in files]
-    known = sorted(set(splits), key=lambda split: (split != "train", split))
+    if not splits.given and SPLIT_COLUMN in columns.others:
+        for file, named_so in zip(files, names, strict=True):
+            check_rows(_values([file], SPLIT_COLUMN), split_of[named_so], named_so)
+    known = ordered_splits(split_of.values())
+    where = [known.index(split_of[name]) for name in names]
+    facts = [(name, file.bytes, file.rows, split_of[name]) for name, file in zip(names, files, strict=True)]
     return Source(
-        part=lambda numbers: ParquetPart(urls, places(numbers), columns),
+        part=lambda numbers: ParquetPart(urls, names, places(numbers), columns),
         name=name,
         rows=table[:, 2],
         bytes=np.array([size for file in files for size in file.image_bytes], np.int64),
-        identity=digest("parquet", [(file.url.rpartition("/")[2], file.bytes, file.rows) for file in files], columns),
+        identity=digest("parquet", facts, columns),
         splits=tuple(known),
-        split_of=np.array([known.index(splits[f]) for f in table[:, 0]], np.int8),
+        split_of=np.array([where[f] for f in table[:, 0]], np.int8),
         class_names=columns.class_names,
-        notes={"columns": {"image": columns.image, "caption": columns.caption, "label": columns.label, "json": list(columns.others)}},
+        notes={
+            "columns": {"image": columns.image, "caption": columns.caption, "label": columns.label, "json": list(columns.others)},
+            "splits_left_out": left_out,
+            **notes,
+        },
     )
 
 
-def _addresses(source: str) -> list[str]:
-    """Full addresses of the parquet files, sorted."""
+def _reached(source: str, read: Callable[[], Result]) -> Result:
+    """Return what reading brings.
+
+    Raises:
+        ValueError: the files are missing, out of reach or damaged.
+    """
+    try:
+        return read()
+    except READ_ERRORS as error:
+        raise ValueError(
+            f"source {source!r} cannot be read as parquet: {reason(error).rstrip('.')}. Check the address and your rights to it."
+        ) from error
+
+
+def _addresses(source: str) -> dict[str, str]:
+    """Return the parquet files, sorted by address: each with its name below the folder that the source names."""
     system, path = fsspec.core.url_to_fs(source)
+    local = isinstance(system, LocalFileSystem)
+    root = path
     if any(mark in path for mark in "*?["):
         found = system.glob(path)
-    elif path.lower().endswith(".parquet") and not (system.protocol in ("file", ("file", "local")) and system.isdir(path)):
-        found = [path]
+        root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+    elif path.lower().endswith(".parquet") and not (local and system.isdir(path)):
+        found, root = [path], path.rpartition("/")[0]
     else:
         found = [name for name in system.find(path) if name.lower().endswith(".parquet")]
     if not found:
         raise ValueError("it names no .parquet file")
-    return sorted(system.unstrip_protocol(name) for name in found)
+    if local:
+        for name in found:
+            require_regular(os.stat(name))
+    root = root.rstrip("/") + "/"
+    return {system.unstrip_protocol(name): storable(name.removeprefix(root)) for name in sorted(found)}
+
+
+def _splits(names: list[str], choice: SplitChoice, source: str) -> tuple[dict[str, str], dict[str, None]]:
+    """Return the split of each file that is packed, by the word in its name or in the nearest folder; and the files that are not."""
+    named = {name: names_of_file(name) for name in names}
+    assigned = assign(named, choice, f"source {source!r}")
+    if assigned is None:
+        return dict.fromkeys(names, "train"), {}
+    left = [name for name, split in assigned.items() if split is None]
+    return {name: split for name, split in assigned.items() if split is not None}, dict.fromkeys(left)
 
 
 def _file(url: str) -> File:
-    """What a file's last bytes say of it."""
+    """Return what a file's last bytes say of it."""
     with fsspec.open(url, "rb").open() as opened:
         meta = pq.ParquetFile(opened)
         groups = [meta.metadata.row_group(g) for g in range(meta.metadata.num_row_groups)]
@@ -160,23 +210,59 @@ def _file(url: str) -> File:
         return File(url, int(opened.size or 0) if hasattr(opened, "size") else 0, [g.num_rows for g in groups], sizes, meta.schema_arrow)
 
 
-def _columns(files: list[File], choice: Choice) -> Columns:
-    """The columns, the same in all files, with the names of classes from the metadata or from the values.
+def _columns(files: list[File], names: list[str], choice: Choice) -> tuple[Columns, dict[str, Any]]:
+    """Return the columns, of one kind in all files, with the names of classes from the metadata or from the values; and notes.
 
     Raises:
-        ValueError: files that disagree.
+        ValueError: files that disagree, a label column whose values are no classes, rows of several splits in one file.
     """
-    first = files[0]
-    columns = choose(first.schema, features_of(first.schema), choice, first.url)
+    schema, lacking, odd = _one_schema(files)
+    features = features_of(files[0].schema)
+    columns = choose(schema, features, choice, names[0])
+    for name in columns.all:
+        file = odd.get(name) or (lacking.get(name) if name not in columns.others else None)
+        if file:
+            raise ValueError(f"{file.url}: column {name!r} is not as in other files. Pack files of one schema together.")
+    if not columns.label:
+        return columns, {}
     for file in files[1:]:
-        for name in columns.all:
-            if name not in file.schema.names or file.schema.field(name).type != first.schema.field(name).type:
-                raise ValueError(f"{file.url}: column {name!r} is not as in {first.url}. Pack files of one schema together.")
-    if not columns.label or columns.class_names:
-        return columns
-    values: set[Any] = set()
+        theirs = class_names_of(features_of(file.schema), columns.label)
+        if theirs is not None and theirs != (columns.class_names if columns.class_names_given else None):
+            raise ValueError(
+                f"{file.url}: the classes of column {columns.label!r} are not named as in {files[0].url}. Pack these files apart."
+            )
+    if columns.class_names:
+        return columns, {}
+    values = _values(files, columns.label)
+    columns = replace(columns, class_names=names_of(values, f"{few(names, 3)}, column {columns.label!r}"))
+    gaps = unused(values, numbers_of(columns.class_names, given=False))
+    return columns, {"classes_without_image": gaps} if gaps else {}
+
+
+def _one_schema(files: list[File]) -> tuple[pa.Schema, dict[str, File], dict[str, File]]:
+    """Return all columns with the types that all files have; and for those that some lack, or have of another type, one such file."""
+    kinds, lacking, odd = dict[str, pa.DataType](), dict[str, File](), dict[str, File]()
     for file in files:
+        for field in file.schema:
+            common = common_type(kinds.get(field.name, field.type), field.type)
+            if common is None:
+                odd.setdefault(field.name, file)
+            kinds[field.name] = kinds[field.name] if common is None else common
+    for file in files:
+        for name in kinds.keys() - set(file.schema.names):
+            lacking.setdefault(name, file)
+    doubled = [name for file in files for name in file.schema.names if file.schema.names.count(name) > 1]
+    return pa.schema([*kinds.items(), *((name, kinds[name]) for name in doubled)], files[0].schema.metadata), lacking, odd
+
+
+def _values(files: list[File], column: str) -> list[Any]:
+    """Return the values that a column has, each once where Arrow can tell."""
+    values: list[Any] = []
+    for file in files:
+        if column not in file.schema.names:
+            continue
         with fsspec.open(file.url, "rb").open() as opened:
-            for batch in pq.ParquetFile(opened).iter_batches(1 << 16, columns=[columns.label]):
-                values |= set(batch.column(0).unique().to_pylist())
-    return replace(columns, class_names=names_of(values, f"column {columns.label!r}"))
+            for batch in pq.ParquetFile(opened).iter_batches(1 << 16, columns=[column]):
+                part = batch.column(0)
+                values += (part if pa.types.is_nested(part.type) else part.unique()).to_pylist()
+    return values

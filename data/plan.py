@@ -67,6 +67,10 @@ def plan(source: Source, packing: Packing) -> list[Planned]:
     if packing.holdout:
         if "val" in splits:
             raise ValueError(f"--holdout {packing.holdout}: the source has a split `val` of its own. Leave --holdout out.")
+        if "train" not in splits:
+            raise ValueError(
+                f"--holdout {packing.holdout}: the source has no training data, only {', '.join(splits)}. Leave --holdout out."
+            )
         splits.append("val")
         split_of[_held_out(group_of, split_of == splits.index("train"), packing)] = len(splits) - 1
     shards = []

@@ -1,7 +1,7 @@
 """Make a folder of shards: `python -m data.prepare imagefolder IMAGES --output SHARDS`.
 
 Sources: `imagefolder` (class sub-folders; captions in `.txt`, CSV, JSON lines
-or `metadata.csv`), `parquet` (a file, folder, pattern or URL), `hub` (a data
+or `metadata.csv`; `train`, `val` and `test` as splits), `parquet` (a file, folder, pattern or URL), `hub` (a data
 set of the Hugging Face Hub), `webdataset` (existing tars) and `digits`
 (handwritten digits that scikit-learn carries). A command that was stopped,
 even killed, goes on when it is run again.
@@ -23,18 +23,24 @@ from .crew import quiet
 from .digits import digits
 from .folder import imagefolder
 from .hub import hub
-from .listing import Source
+from .labels import class_name
+from .listing import Source, reason, split_named, storable
 from .manifest import Manifest
 from .options import bytes_of
 from .pack import pack
 from .parquet import parquet
 from .plan import Packing
+from .printable import printable
+from .regular_files import read_regular
 from .sample_files import parse_image_extension
+from .splits import SplitChoice, assign, names_of_file, parse_splits
 from .summary import text
 from .tar_sources import find_tars
 
 SHOWN = 20
 """Images left out that are named on the screen."""
+MAX_NAMES_BYTES = 1 << 26
+"""Of a file of class names."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -42,24 +48,33 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = top.add_subparsers(dest="kind", required=True, metavar="{imagefolder,parquet,hub,webdataset,digits}")
     folder = kinds.add_parser("imagefolder", help="image files in a folder")
-    folder.add_argument("source", type=Path, help="a folder, or a .csv or .jsonl table of image files")
+    folder.add_argument("source", type=Path, help="a folder, or a .csv, .tsv, .jsonl or .parquet table of the image files to pack")
     table = kinds.add_parser("parquet", help="parquet files with a column of images")
     table.add_argument("source", help="a file, a folder, a pattern or a URL")
     remote = kinds.add_parser("hub", help="a data set of the Hugging Face Hub")
     remote.add_argument("source", help="its name, say user/photos, or a local folder that `datasets` loads")
     remote.add_argument("--subset", help="its configuration, where it has several")
-    remote.add_argument("--splits", default="", help="those to pack, with commas (default: all)")
-    for kind in (table, remote):
-        for column in ("image", "caption", "label"):
-            kind.add_argument(f"--{column}_column", default="", help="where it is not found by its type or name")
     tars = kinds.add_parser("webdataset", help="existing tars of samples, indexed in place or linked")
     tars.add_argument("source", help="a folder, a brace pattern or a glob of .tar, .tar.gz or .tgz")
-    tars.add_argument("--split", default="", help="of all tars (default: the word train, val or test in each name or folder, else train)")
+    tars.add_argument("--split", default="", help="of all tars (default: by the words in their names and folders, else train)")
     tars.add_argument(
         "--image_extension", default="", help="the image, where samples have several: png, or seg.png (default: the only one)"
     )
     tars.add_argument("--verify", action="store_true", help="decode every image")
     tars.add_argument("--class_names", type=Path, help="a file with one name a line, a JSON list, or a JSON map from numbers to names")
+    for kind in (folder, table, remote, tars):
+        kind.add_argument(
+            "--splits",
+            default="",
+            help="those to pack, by the names of folders, files or Hub splits, each NAME or NAME=SPLIT, with commas: "
+            "train,testA,extra=train; none: names say nothing, all is training data (default: all, by the words in their names)",
+        )
+    for kind, named in ((folder, "file"), (table, "image"), (remote, "image")):
+        kind.add_argument(f"--{named}_column", default="", help="column of images, where it is not found by its type or name")
+        kind.add_argument(
+            "--caption_column", default="", help="column of captions, where it is not found by its name; none for no captions"
+        )
+        kind.add_argument("--label_column", default="", help="column of classes, where it is not found by its name; none for no classes")
     scans = kinds.add_parser("digits", help="scikit-learn's handwritten digits")
     for kind in (folder, table, remote, scans):
         _packing(kind, holdout=0.2 if kind is scans else 0.0)
@@ -84,12 +99,27 @@ def source_of(args: argparse.Namespace) -> Source:
     """The source that the options name."""
     if args.kind == "digits":
         return digits()
+    choice = Choice(getattr(args, "file_column", ""), getattr(args, "image_column", ""), args.caption_column, args.label_column)
+    splits = parse_splits(args.splits)
     if args.kind == "imagefolder":
-        return imagefolder(args.source, skip=args.skip_corrupt)
-    choice = Choice(args.image_column, args.caption_column, args.label_column)
+        return imagefolder(args.source, choice, splits, skip=args.skip_corrupt)
     if args.kind == "parquet":
-        return parquet(args.source, choice)
-    return hub(args.source, args.subset, [name.strip() for name in args.splits.split(",") if name.strip()], choice)
+        return parquet(args.source, choice, splits)
+    return hub(args.source, args.subset, splits, choice)
+
+
+def refuse_output(args: argparse.Namespace) -> None:
+    """Raise a ValueError where shards would lie among what they are made from, or replace a picture that is no summary of ours."""
+    output, source = args.output.resolve(), Path(str(getattr(args, "source", ""))).absolute()
+    if args.kind == "imagefolder" and output == (source if source.is_dir() else source.parent).resolve():
+        raise ValueError(
+            f"--output {args.output} is the folder of the images. Name another for the shards, such as {args.output / 'shards'}."
+        )
+    if args.kind == "hub" and source.is_dir() and output.is_relative_to(source.resolve()):
+        raise ValueError(f"--output {args.output} lies inside the source, where `datasets` would find it. Name a folder outside of it.")
+    begun = (args.output / "manifest.json").exists() or (args.output / ".packing" / "request.json").exists()
+    if (args.output / "summary.png").exists() and not begun and not any(args.output.glob("*.tar")):
+        raise ValueError(f"{args.output} holds summary.png and no manifest: choose another --output, or move it away.")
 
 
 def class_names(path: Path | None) -> tuple[str, ...]:
@@ -101,25 +131,40 @@ def class_names(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
     try:
-        written = path.read_text(encoding="utf-8-sig")
-        raw: Any = (
-            json.loads(written) if written.lstrip()[:1] in ("[", "{") else [line.strip() for line in written.splitlines() if line.strip()]
-        )
+        written = read_regular(path, MAX_NAMES_BYTES).decode("utf-8-sig")
+        raw: Any = json.loads(written) if written.lstrip()[:1] in ("[", "{") else [line for line in written.splitlines() if line.strip()]
         if isinstance(raw, dict):
             numbered = {int(number): name for number, name in raw.items()}
             raw = [numbered[number] for number in range(len(numbered))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        what = f"number {error} has no name" if isinstance(error, KeyError) else error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        what = f"number {error} has no name" if isinstance(error, KeyError) else reason(error)
         raise ValueError(
             f"--class_names {path}: {what}. Write one name a line, a JSON list, or a JSON map of the numbers from 0 without gaps."
         ) from error
     if not raw or not all(isinstance(name, str) for name in raw):
         raise ValueError(f"--class_names {path}: {'no names' if not raw else 'names are texts'}. Write one name a line.")
-    return tuple(raw)
+    return tuple(map(class_name, raw))
+
+
+def splits_of_tars(tars: list[Path], choice: SplitChoice, source: str) -> tuple[dict[Path, str], list[str]]:
+    """Return the split of each tar that is packed, by the word in its name or in the nearest folder; and the tars that are left out.
+
+    Raises:
+        ValueError: some say a split and others none, or one says several.
+    """
+    top = Path(os.path.commonpath([tar.parent for tar in tars]))
+    named = {str(tar.relative_to(top)): names_of_file(str(tar.relative_to(top))) for tar in tars}
+    assigned = assign(named, choice, f"source {source!r}") or dict.fromkeys(named, "train")
+    split_of = {tar: split for tar, split in zip(tars, assigned.values(), strict=True) if split is not None}
+    return split_of, [storable(name) for name, split in assigned.items() if split is None]
 
 
 def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
     tars = find_tars(args.source)
+    split_of, left_out = (
+        (dict.fromkeys(tars, args.split), []) if args.split else splits_of_tars(tars, parse_splits(args.splits), args.source)
+    )
+    plain = all(split == (args.split or split_named(tar.name) or "train") for tar, split in split_of.items())
     folders = sorted({tar.parent for tar in tars})
     if args.output is None and len(folders) > 1:
         raise ValueError(
@@ -130,16 +175,18 @@ def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
         os.access(args.output, os.W_OK) and args.output.stat().st_mode & 0o222
     ):  # the mode counts for root too
         raise ValueError(f"{args.output} cannot be written, and indexes go beside the tars: give another folder as --output.")
-    return adopt(
-        tars,
+    manifest, report = adopt(
+        list(split_of),
         args.output,
         class_names=class_names(args.class_names),
         split=args.split,
+        split_of=None if plain else split_of,
         verify=args.verify,
         skip=args.skip_corrupt,
         workers=args.workers,
         image_extension=parse_image_extension(args.image_extension),
     )
+    return manifest, {**report, "splits_left_out": dict.fromkeys(left_out)}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -152,18 +199,19 @@ def main(argv: list[str] | None = None) -> int:
         if args.kind == "webdataset":
             manifest, report = _webdataset(args)
         else:
+            refuse_output(args)
             packing = Packing(bytes_of(args.shard_size, "--shard_size"), args.holdout, args.seed, args.max_side, args.drop_duplicates)
             manifest, report = pack(source_of(args), args.output, packing, skip=args.skip_corrupt, workers=args.workers)
         bad = report["unreadable"]
         for fault in bad["list"][:SHOWN]:
-            print(f"left out: {fault}")
+            print(printable(f"left out: {fault}"))
         if bad["count"] > SHOWN:
-            print(f"left out: {bad['count'] - SHOWN} more, in {args.output / 'report.json'}")
-        print(text(manifest, report, args.output))
-        print(f"  pictures: {args.output / 'summary.png'}")
+            print(printable(f"left out: {bad['count'] - SHOWN} more, in {args.output / 'report.json'}"))
+        print(printable(text(manifest, report, args.output), lines=True))
+        print(printable(f"  pictures: {args.output / 'summary.png'}"))
     except (ValueError, OSError) as error:
         full = ". Free some space and run the same command again: finished shards are kept." if _full(error) else ""
-        print(f"error: {error}{full}", file=sys.stderr)
+        print(printable(f"error: {' '.join(str(error).split())}{full}"), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: finished shards are kept; run the same command again to go on.", file=sys.stderr)

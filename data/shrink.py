@@ -12,10 +12,10 @@ from PIL import Image
 
 from .bands import resized
 from .decode import native
-from .image_formats import PNG_MAGIC
+from .image_formats import JPEG_NAMES, PNG_MAGIC
 
 SAVED_AS: dict[str, dict[str, Any]] = {"jpg": {"format": "JPEG", "quality": 95}, "webp": {"format": "WEBP", "quality": 95}}
-SAME_FORMAT = {"jpeg": "jpg", "jpe": "jpg", "jfif": "jpg", "mpo": "jpg"}
+SAME_FORMAT = {"jpeg": "jpg", "mpo": "jpg", **dict.fromkeys(JPEG_NAMES, "jpg")}
 COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 """Of PNG, for gray, gray with alpha, RGB and RGBA."""
 

@@ -53,11 +53,21 @@ def findings(report: dict[str, Any]) -> list[str]:
         lines.append(f"  not packed: {count:,} files {kind}")
     if report.get("joined_tars"):
         lines.append(f"  tars joined end to end, all of them read: {report['joined_tars']:,} behind the first of a file")
+    for name, count in report.get("splits_left_out", {}).items():
+        lines.append(f"  not packed, since --splits does not name it: {name}" + (f" ({count:,} images)" if count else ""))
+    for link, folder in report.get("repeated_folders", [])[:3]:
+        lines.append(f"  link not followed: {link} leads to {folder}, which is read already")
+    gaps = report.get("classes_without_image", [])
+    if gaps:
+        lines.append(f"  class numbers without an image: {len(gaps):,}, such as {gaps[0]}")
+    if report.get("renumbered_folders"):
+        lines.append("  folders named by numbers that are not from 0 without gaps: a class has its place among them, not its name")
     orphans = report.get("captions_without_image", [])
     if orphans:
         lines.append(f"  captions without image: {len(orphans):,}, such as {orphans[0]}")
     if report.get("images_not_in_table"):
-        lines.append(f"  images that no table names: {report['images_not_in_table']:,}")
+        kept = "not packed" if report.get("only_images_in_table") else "packed without caption or class"
+        lines.append(f"  images that no table names: {report['images_not_in_table']:,}, {kept}")
     if report.get("resized"):
         lines.append(f"  made smaller: {report['resized']:,}")
     return lines

@@ -1,4 +1,4 @@
-"""Which tars a source names, what they are called beside one another, and the split that their names and folders say."""
+"""Which tars a source names, and what they are called beside one another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from .listing import SPLIT_WORDS, some, split_named
+from .listing import some
+from .regular_files import kind_of
 
 COMPRESSED = (".tar.gz", ".tgz")
 
@@ -43,9 +44,9 @@ def _tars_below(folder: Path) -> list[Path]:
     """
     names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     found = [folder / name for name in names if name.endswith((".tar", *COMPRESSED)) and not (folder / name).is_dir()]
-    strange = [str(path) for path in found if not path.is_file()]
-    if strange:
-        raise ValueError(f"{some(strange, 3)}: no file, or a link to none. Name the tars by a pattern that leaves it out.")
+    special = [f"{path} ({_kind(path)})" for path in found if not path.is_file()]
+    if special:
+        raise ValueError(f"{some(special, 3)}: no files. Name the tars by a pattern that leaves them out.")
     below = [folder / name for name in names if (folder / name).is_dir() and not (folder / name).is_symlink()]
     return found or [tar for inner in below for tar in _tars_below(inner)]
 
@@ -71,20 +72,5 @@ def _plain_name(name: str) -> str:
     return f"{name.removesuffix('.gz').removesuffix('.tgz').removesuffix('.tar')}.tar"
 
 
-def splits_of(tars: list[Path]) -> list[str]:
-    """Return the split of each tar, by the word in its name or in those of its folders, up to the one that all lie in.
-
-    That one counts where it is called by a split's name and nothing else: `val/`, not `my-test-shards/`.
-
-    Raises:
-        ValueError: a name and a folder that say different ones.
-    """
-    splits: list[str] = []
-    root = Path(os.path.commonpath([tar.parent for tar in tars]))
-    whole = SPLIT_WORDS.get(root.resolve().name.lower())
-    for tar in tars:
-        said = {split for split in map(split_named, tar.relative_to(root).parts) if split} or ({whole} if whole else {"train"})
-        if len(said) > 1:
-            raise ValueError(f"{tar}: its name and its folders say different splits, {' and '.join(sorted(said))}. Say which with --split.")
-        splits += said
-    return splits
+def _kind(path: Path) -> str:
+    return kind_of(path.stat()) if path.exists() else "a link that leads to nothing"

@@ -1,0 +1,235 @@
+"""Which split the name of a folder, a file or a Hub split says; one rule for every source.
+
+A name is cut into words at whatever is no letter and where capitals begin:
+`testA`, `test_seen` and `TRAIN-2017` have the words test, test, train. What
+cannot be known is asked about, never taken for training data.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+WORDS = {
+    **dict.fromkeys(("train", "training", "trainset"), "train"),
+    **dict.fromkeys(("val", "valid", "validate", "validation", "valset", "dev", "devset", "eval", "evaluate", "evaluation"), "val"),
+    **dict.fromkeys(("test", "testing", "testset"), "test"),
+}
+SPLIT = re.compile(r"[a-z][a-z0-9_]*")
+SPLIT_COLUMN = "split"
+"""Of a table, with a split for each sample."""
+BESIDE = "."
+"""How `--splits` calls images that lie in no folder."""
+
+
+def words_of(name: str) -> list[str]:
+    """Return the words of a name, in lower case: `valHard_2` has val and hard."""
+    parts = re.findall(r"[^\W\d_]+", name)
+    return [word.lower() for part in parts for word in re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", part).split()]
+
+
+def kinds_of(name: str) -> set[str]:
+    """Return the splits that a name speaks of: none, one, or several, which leaves open what is meant."""
+    return {WORDS[word] for word in words_of(name) if word in WORDS}
+
+
+def names_of_file(path: str) -> list[str]:
+    """Return what may name a file in `--splits`: its name, with and without ending and numbers, and its folders, the nearest first."""
+    *folders, file = path.split("/")
+    base = file.partition(".")[0]
+    return [file, base, re.sub(r"([-_]?[0-9]+(-of-[0-9]+)?)*$", "", base), *reversed(folders)]
+
+
+def is_split_name(name: str) -> bool:
+    """Return whether a name says a split and nothing else but numbers: `Test`, `train2017`."""
+    words = words_of(name)
+    return len(words) == 1 and words[0] in WORDS
+
+
+@dataclass(frozen=True)
+class SplitChoice:
+    """What `--splits` says: names of what is to be packed, each with its split; or that names say nothing."""
+
+    names: tuple[tuple[str, str], ...] = ()
+    ignored: bool = False
+    """`--splits none`: names say nothing about splits, all samples are training data."""
+
+    @property
+    def given(self) -> bool:
+        return self.ignored or bool(self.names)
+
+    def find(self, names: Sequence[str]) -> tuple[str, str] | None:
+        """Return the first of some names that was listed, as it was listed, and its split."""
+        for name in names:
+            for pattern, split in self.names:
+                if name == pattern or fnmatchcase(name.lower(), pattern.lower()):
+                    return pattern, split
+        return None
+
+
+ALL = SplitChoice()
+"""What names say of themselves."""
+
+
+def parse_splits(text: str) -> SplitChoice:
+    """Return what the option `--splits` says.
+
+    Args:
+        text: `train,test`, `train,extra=train`, `none` or nothing.
+
+    Raises:
+        ValueError: a name that says no split and was given none, or a split that is no word.
+    """
+    if text.strip().lower() == "none":
+        return SplitChoice(ignored=True)
+    chosen = []
+    for entry in filter(None, (entry.strip() for entry in text.split(","))):
+        name, given, split = (part.strip() for part in entry.rpartition("=")) if "=" in entry else (entry, "", "")
+        if not given:
+            kinds = kinds_of(name)
+            if len(kinds) != 1:
+                raise ValueError(f"--splits {name}: which split is that? Write {name}=train, {name}=val or {name}=test.")
+            split = kinds.pop()
+        if not name or not SPLIT.fullmatch(split):
+            raise ValueError(f"--splits {entry}: a split is a word in small letters. Write NAME=train, NAME=val or NAME=test.")
+        chosen.append((name, split))
+    return SplitChoice(tuple(chosen))
+
+
+TRAINING = "packs all as training data"
+CLASSES = f"{TRAINING}, with the folders as classes"
+
+
+def assign(
+    named: Mapping[str, Sequence[str]], choice: SplitChoice, where: str, *, known: bool = False, otherwise: str = TRAINING
+) -> dict[str, str | None] | None:
+    """Return the split of each item of a source, None for those that `--splits` leaves out; None where no name says any.
+
+    Args:
+        named: what messages call each item, and the names that may say its
+            split, the one that decides first.
+        choice: what `--splits` says.
+        where: the source.
+        known: the items are splits of their own, so that each must say which.
+        otherwise: what `--splits none` does.
+
+    Raises:
+        ValueError: some say a split and others none, or one says several; or
+            `--splits` names what is not there.
+    """
+    if choice.ignored:
+        return None
+    if choice.names:
+        return _chosen(named, choice, where)
+    said = {item: next((kinds for kinds in map(kinds_of, names) if kinds), set()) for item, names in named.items()}
+    if not known and not any(said.values()):
+        return None
+    if any(len(kinds) != 1 for kinds in said.values()):
+        raise ValueError(question(where, said, otherwise))
+    return {item: next(iter(kinds)) for item, kinds in said.items()}
+
+
+def _chosen(named: Mapping[str, Sequence[str]], choice: SplitChoice, where: str) -> dict[str, str | None]:
+    found = {item: choice.find(names) for item, names in named.items()}
+    missing = [pattern for pattern, _ in choice.names if pattern not in {hit[0] for hit in found.values() if hit}]
+    for pattern in missing:
+        raise ValueError(f"--splits {pattern!r}: {where} has {few(list(named))}. Name what is there.")
+    return {item: hit[1] if hit else None for item, hit in found.items()}
+
+
+def question(where: str, said: Mapping[str, set[str]], otherwise: str) -> str:
+    """Return what to ask of names that do not say their splits alike, with the option that answers."""
+    clear = [item for item, kinds in said.items() if len(kinds) == 1]
+    unclear = [item for item, kinds in said.items() if len(kinds) != 1]
+    known = f"{few([f'{item} ({next(iter(said[item]))})' for item in clear])} can be known, but " if clear else ""
+    doubtful = few([f"{item} ({' and '.join(sorted(said[item]))})" if said[item] else item for item in unclear])
+    example = shlex.quote(",".join([*clear[:2], f"{unclear[0]}=train"]))
+    return (
+        f"{where}: which splits are these? {known}{doubtful} {'cannot' if clear else 'cannot be known'}. Say which to pack, and as what, "
+        f"with --splits, such as --splits {example} (those not named are left out); --splits none {otherwise}."
+    )
+
+
+def check_rows(values: Iterable[object], split: str, where: str) -> None:
+    """Raise a ValueError where the column `split` puts rows into another split than all rows of their file have."""
+    words = {str(value) for value in values}
+    others = sorted(word for word in words if kinds_of(word) - {split})
+    if others:
+        raise ValueError(
+            f"{where}: its column {SPLIT_COLUMN!r} says {few(others)} of some rows, and all would be packed as {split}. "
+            f"Write a file for each split, or pack all as training data with --splits none."
+        )
+
+
+def few(items: Sequence[str], limit: int = 5) -> str:
+    """Return the first few of a list, and how many more there are."""
+    return ", ".join(items[:limit]) + (f" and {len(items) - limit:,} more" if len(items) > limit else "")
+
+
+def split_folders(images: Sequence[str], choice: SplitChoice, where: str) -> tuple[list[str | None], list[str]]:
+    """Return the split of each image, None for those left out, and the name of its class folder, empty where it is in none.
+
+    Folders at the top, or below folders that hold all the images, are splits
+    where all of them are named so. With names in `--splits` folders of these
+    names are, at any depth.
+
+    Args:
+        images: their names below the source.
+        choice: what `--splits` says.
+        where: the source.
+
+    Raises:
+        ValueError: only some of the folders are named like splits, or folders inside of classes are.
+    """
+    paths = [tuple(name.split("/")[:-1]) for name in images]
+    if choice.names:
+        return _listed_folders(paths, choice, where)
+    depth = _depth(paths)
+    tops = [path[depth] if len(path) > depth else BESIDE for path in paths]
+    assigned = assign({top: [top] for top in dict.fromkeys(tops)}, choice, where, otherwise=CLASSES)
+    if assigned is not None:
+        return [assigned[top] for top in tops], [path[depth + 1] if len(path) > depth + 1 else "" for path in paths]
+    deep = dict.fromkeys("/".join(path[: i + 1]) for path in set(paths) for i, name in enumerate(path) if is_split_name(name))
+    if deep and not choice.ignored:
+        names = sorted({path.rpartition("/")[2] for path in deep})
+        raise ValueError(
+            f"{where}: folders inside of others are named like splits: {few(sorted(deep))}. Say --splits {','.join(names)} "
+            "to take them as splits, or --splits none to pack all as training data."
+        )
+    return ["train"] * len(images), [path[0] if path else "" for path in paths]
+
+
+def _depth(paths: Sequence[tuple[str, ...]]) -> int:
+    """Return how many folders deep splits are looked for: below those that hold all images, unless one of these is a split itself."""
+    common = _common(paths)
+    said = next((i for i, name in enumerate(common) if is_split_name(name)), None)
+    if said is not None:
+        return said
+    return len(common) if any(kinds_of(path[len(common)]) for path in set(paths) if len(path) > len(common)) else 0
+
+
+def _common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """Return the folders that hold all images, from the outermost."""
+    first, last = min(paths), max(paths)
+    return next((first[:i] for i, name in enumerate(first) if i >= len(last) or name != last[i]), first)
+
+
+def _listed_folders(paths: Sequence[tuple[str, ...]], choice: SplitChoice, where: str) -> tuple[list[str | None], list[str]]:
+    """Take the nearest folder that was listed as an image's split; its class is the next folder inside, or the first one outside."""
+    outer = len(_common(paths))
+    said: dict[tuple[str, ...], tuple[str | None, str]] = {}
+    hits = set[str]()
+    for path in dict.fromkeys(paths):
+        levels = [(i, choice.find([name])) for i, name in enumerate(path or (BESIDE,))]
+        level, hit = next(((i, hit) for i, hit in reversed(levels) if hit), (0, None))
+        hits |= {hit[0]} if hit else set()
+        rest = path[level + 1 :] or path[outer:level]
+        said[path] = (hit[1] if hit else None, rest[0] if hit and rest else "")
+    for pattern, _ in choice.names:
+        if pattern not in hits:
+            tops = sorted({path[0] if path else BESIDE for path in said})
+            raise ValueError(f"--splits {pattern!r}: {where} has no such folder of images; it has {few(tops)}.")
+    return [said[path][0] for path in paths], [said[path][1] for path in paths]
