@@ -33,7 +33,7 @@ from .plan import Packing
 from .printable import printable
 from .regular_files import read_regular
 from .sample_files import parse_image_extension
-from .splits import SplitChoice, assign, names_of_file, parse_splits
+from .splits import WORDS, SplitChoice, assign, is_split_name, names_of_file, parse_splits, words_of
 from .summary import text
 from .tar_sources import find_tars
 
@@ -154,7 +154,9 @@ def splits_of_tars(tars: list[Path], choice: SplitChoice, source: str) -> tuple[
     """
     top = Path(os.path.commonpath([tar.parent for tar in tars]))
     named = {str(tar.relative_to(top)): names_of_file(str(tar.relative_to(top))) for tar in tars}
-    assigned = assign(named, choice, f"source {source!r}") or dict.fromkeys(named, "train")
+    own = top.resolve().name  # counts where it is a split's name and nothing else: `val/`, not `my-test-shards/`
+    alone = WORDS[words_of(own)[0]] if is_split_name(own) else "train"
+    assigned = assign(named, choice, f"source {source!r}") or dict.fromkeys(named, "train" if choice.ignored else alone)
     split_of = {tar: split for tar, split in zip(tars, assigned.values(), strict=True) if split is not None}
     return split_of, [storable(name) for name, split in assigned.items() if split is None]
 

@@ -13,7 +13,7 @@ import pytest
 from test_labels import folder
 from test_prepare import contents, everything, picture, refused
 
-from data.adopt import find_tars
+from data.tar_sources import find_tars
 from data.prepare import main
 from data.regular_files import open_regular, read_regular
 from data.shards import Shards

@@ -165,7 +165,7 @@ def test_other_kinds_alone_are_counted(tmp_path, capsys):
 
 
 def test_tars_without_an_image_are_refused(tmp_path, capsys):
-    tar_of(tmp_path / "a.tar", *((f"{i}.npy", b"x") for i in range(4)), ("README", b"x"))
+    tar_of(tmp_path / "a.tar", *((f"{i}.pt", b"x") for i in range(4)), ("README", b"x"))
     assert "a.tar: no image. Looked for files of .png, " in refused(capsys, "webdataset", tmp_path)
     assert not (tmp_path / "manifest.json").exists()
 
@@ -243,7 +243,7 @@ def test_another_image_beside_may_be_named(tmp_path, capsys):
     assert [s.image for s in ours(tmp_path / "masks")] == [mask(i) for i in range(3)]
     said = refused(capsys, "webdataset", folder, "--output", tmp_path / "none", "--image_extension", "webp")
     assert "3 of 3 images" in said and "no .webp, which --image_extension names, only .jpg, .seg.png" in said
-    assert "no image that is read. Name one of png" in refused(capsys, "webdataset", folder, "--image_extension", "npy")
+    assert "no image that is read. Name one of png" in refused(capsys, "webdataset", folder, "--image_extension", "pt")
 
 
 def test_a_manifest_says_which_image_only_where_it_was_asked():
@@ -339,17 +339,18 @@ def test_folders_say_the_split(tmp_path, capsys):
     assert len(ours(tmp_path / "one", "val")) == 2
 
 
-def test_names_that_contradict_their_folders_are_asked_about(tmp_path, capsys):
-    for name in ("test/train-0.tar", "train/train-1.tar"):
+def test_the_nearest_word_says_the_split(tmp_path, capsys):
+    """The name of a tar before that of its folder, as in every other source."""
+    for name in ("test/train-0.tar", "train/val-1.tar", "val/2.tar"):
         (tmp_path / "in" / name).parent.mkdir(parents=True)
         tar_of(tmp_path / "in" / name, ("a.png", picture(1)))
-    said = refused(capsys, "webdataset", tmp_path / "in", "--output", tmp_path / "out")
-    assert "train-0.tar: its name and its folders say different splits, test and train. Say which with --split" in said
-    prepared(capsys, tmp_path / "in", "--output", tmp_path / "out", "--split", "val")
-    assert len(ours(tmp_path / "out", "val")) == 2
+    prepared(capsys, tmp_path / "in", "--output", tmp_path / "out")
+    assert [len(ours(tmp_path / "out", split)) for split in ("train", "val")] == [1, 2]
+    prepared(capsys, tmp_path / "in", "--output", tmp_path / "all", "--split", "val")
+    assert len(ours(tmp_path / "all", "val")) == 3
 
 
 def test_pipes_among_tars_are_refused(tmp_path, capsys):
     tar_of(tmp_path / "a.tar", ("a.png", picture(1)))
     os.mkfifo(tmp_path / "b.tar")
-    assert "b.tar: no file" in refused(capsys, "webdataset", tmp_path)
+    assert "b.tar (a FIFO): no files" in refused(capsys, "webdataset", tmp_path)
