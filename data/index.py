@@ -99,7 +99,7 @@ def index_shard(
 
 def _payload(span: Span, extensions: tuple[str, ...]) -> str:
     """The extension of a sample's image, or of its array."""
-    found = next((e for kind in extensions for e in span.files if e == kind or (kind == "npy" and e.endswith(".npy"))), None)
+    found = next((e for kind in extensions for e in span.files if e == kind or (extensions == ("npy",) and e.endswith(".npy"))), None)
     if found is None:
         raise ValueError(f"no image: one of {', '.join(extensions)} is needed beside {', '.join(span.files)}")
     for text in ("json", "txt", "cls"):
