@@ -13,11 +13,11 @@ import pytest
 from test_labels import folder
 from test_prepare import contents, everything, picture, refused
 
-from data.tar_sources import find_tars
 from data.prepare import main
 from data.regular_files import open_regular, read_regular
 from data.shards import Shards
 from data.tables import rows_of
+from data.tar_sources import find_tars
 from data.walk import walk
 
 NFC, NFD = "caf\u00e9", "cafe\u0301"
