@@ -1,4 +1,5 @@
 # make demo: the whole way on handwritten digits.  make test: the tests.  Both set up .venv where needed.  make bench: what we claim of speed.
+# make test-processors: the tests of numerics, as lesser processors than this one compute.
 # make faults: launches, signals, kills and hangs, each on several processes; half an hour.
 PYTHON ?= python3
 RUN ?= runs/digits
@@ -7,10 +8,17 @@ STEPS ?= 2000
 GOALS ?= --min_accuracy 0.97 --min_diversity 0.7 --min_nearest 0.7
 SAMPLE = --pipeline $(RUN)/export --class_labels 0 1 2 3 4 5 6 7 8 9 --num_images 10 --num_inference_steps 25 --guidance_scale 2 --seed 0
 
+# What depends on a processor's kernels, and lesser processors than this one: oneDNN's, ATen's and MKL's code for them, and other threads.
+NUMERIC = kernels plan half precision dit models modeling text_networks convert_dit solver sde schedulers scheduler_pipelines path \
+	parameterisation objective methods guidance inverse likelihood time random coupling conditions frechet evaluate initialise lora text \
+	utilisation langevin
+LESSER = DNNL_MAX_CPU_ISA=SSE41,ATEN_CPU_CAPABILITY=default,MKL_CBWR=COMPATIBLE,OMP_NUM_THREADS=1 \
+	DNNL_MAX_CPU_ISA=AVX2,ATEN_CPU_CAPABILITY=avx2,MKL_CBWR=AVX2,OMP_NUM_THREADS=2
+
 BIN = .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test faults lint bench wheel clean
+.PHONY: demo test test-processors faults lint bench wheel clean
 .DELETE_ON_ERROR:
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -30,6 +38,12 @@ demo: .venv/.ready
 
 test: .venv/.ready
 	OMP_NUM_THREADS=1 python -m pytest -m 'not gpu and not faults' -n 2 --dist loadfile
+
+test-processors: .venv/.ready
+	for lesser in $(LESSER); do \
+		echo "== $$(echo $$lesser | tr , ' '): $(words $(NUMERIC)) files"; \
+		env $$(echo $$lesser | tr , ' ') python -m pytest -m 'not gpu and not faults' -n 2 --dist loadfile $(NUMERIC:%=tests/test_%.py) || exit 1; \
+	done
 
 faults: .venv/.ready
 	OMP_NUM_THREADS=1 python -m pytest -m faults --durations 10

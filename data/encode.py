@@ -39,6 +39,7 @@ from tqdm import tqdm
 from .beside import check_captions
 from .caption_fields import parse_captions
 from .claim import Claim
+from .crew import processors
 from .encoded import EXTENSIONS, side_folder, text_name
 from .encoders import Autoencoder, read_autoencoder
 from .forms import Form, Item, Latents, Text
@@ -151,7 +152,7 @@ def _forms(args: argparse.Namespace, options: Options) -> dict[str, Form]:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     made: dict[str, Form] = {}
     if options.autoencoder:

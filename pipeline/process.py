@@ -56,6 +56,11 @@ def own_allocator() -> None:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
 
 
+def processors() -> int:
+    """Return how many processors this process may use: of its affinity, which taskset and SLURM set, where the system has such a thing."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def launched() -> bool:
     """Whether `accelerate launch` or torchrun started this process."""
     return "RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ

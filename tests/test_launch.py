@@ -16,9 +16,11 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT
 from torch.distributed import TCPStore
 
+from data import crew
 from pipeline import launch
 from pipeline.config import Config, DiTConfig, GuardConfig, TrainConfig
 from pipeline.launch import launcher, meeting
+from pipeline.process import processors
 
 ACCELERATE = ROOT / "configs" / "accelerate"
 MEMBER = str(ROOT / "tests" / "member.py")
@@ -194,6 +196,18 @@ def test_processes_of_a_machine_share_its_processors(monkeypatch):
     launch.join()
     launch.join(5)
     assert taken == [3, 2, 5]
+
+
+@pytest.mark.parametrize("ask", [processors, crew.processors], ids=["pipeline", "data"])
+def test_processors_are_those_that_may_be_used_or_where_no_affinity_exists_all(ask, monkeypatch):
+    """A Mac has no affinity, and Python there no function of the name; it may not know the number either."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert ask() == 2
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert ask() == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert ask() == 1
 
 
 def test_torch_waits_longer_than_the_watch():

@@ -265,7 +265,8 @@ def test_it_is_loaded_in_any_precision(tmp_path, name, dtype, low):
         assert value.dtype == dtype and value.device.type == "cpu" and torch.equal(value, exported.state_dict()[key].to(dtype)), key
     output, expected = loaded(**words).sample, exported(**words).sample
     assert output.dtype == torch.float32
-    close = {torch.float32: 0.0, torch.float16: 0.02, torch.bfloat16: 0.1}[dtype]
+    sums = 32 * torch.finfo(torch.float32).eps  # the same weights: products depend on how a file's lie in memory, by processor
+    close = {torch.float32: sums, torch.float16: 0.02, torch.bfloat16: 0.1}[dtype]
     assert (output - expected).abs().max() <= close * expected.abs().max()
     halves = {key: value.to(dtype) if value.is_floating_point() and key != "timestep" else value for key, value in words.items()}
     assert loaded(**halves).sample.dtype == dtype

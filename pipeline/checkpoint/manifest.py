@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from ..process import processors
 from .shares import deal
 
 T = TypeVar("T")
@@ -138,7 +139,7 @@ def _hash(folder: Path, files: Seals, together: bool) -> str | None:
     if together:
         whose = deal({name: _size(seal) for name, seal in files.items()}, world())
         mine = [name for name in files if whose[name] == rank()]
-    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as crew:
+    with ThreadPoolExecutor(min(8, processors())) as crew:
         faults = crew.map(lambda name: _fault(folder / name, files[name]), mine)
         return next((fault for fault in faults if fault), None)
 

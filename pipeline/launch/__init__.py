@@ -17,6 +17,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import AORecipeKwargs, DistributedDataParallelKwargs, KwargsHandler, gather_object, is_torchao_available
 
 from ..config import Config
+from ..process import processors
 from .launcher import check_recipe, sharding, take_over
 from .meeting import Meeting, meet
 from .precision import Precision, settle
@@ -178,7 +179,7 @@ def met() -> Meeting | None:
 
 def _share() -> int:
     """Processors for each process of this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def alone(what: str) -> None:
