@@ -15,16 +15,20 @@ from typing import Any
 from braceexpand import braceexpand
 from tqdm import tqdm
 
+from .changes import compare_files, void
 from .crew import Progress, crew, processors
 from .decode import DECODE_ERRORS, upright
 from .fill import journal_path
-from .index import describe, index_path
+from .index import describe, index_path, sha256
 from .listing import digest, reason, some, split_named
 from .manifest import Manifest, Tally, write_manifest
-from .pack import REPORTED, Corrupt, already, complaint, locked
+from .pack import REPORTED, Corrupt, already, complaint
+from .packed import Asked, Entry, write_packed
 from .shardlist import Shard, ShardList
+from .stamps import stamp_of
 from .summary import draw
 from .tar import members
+from .target import check_files_kept, check_same, forget, locked, remembered, renew, say_again
 from .write import commit, commit_json
 
 COMPRESSED = (".tar.gz", ".tgz")
@@ -45,6 +49,8 @@ class Indexing:
     folder: Path
     """Where its journal goes."""
     verify: bool
+    stamp: int
+    """Of the source, before it is read."""
 
 
 def find_tars(source: str) -> list[Path]:
@@ -104,16 +110,29 @@ def adopt(
     if packed and tars[0].parent.resolve() == output.resolve():
         raise ValueError(f"{some(packed, 3)} cannot be read from the middle: give another folder as --output, where they are decompressed.")
     request = digest("webdataset", [(p.name, p.stat().st_size) for p in tars], class_names, split, verify)
+    place = ", ".join(sorted({str(tar.parent.resolve()) for tar in tars}))
+    asked, before, known = Asked(request, digest("webdataset", class_names, split, verify), place), remembered(output), None
+    files = dict(zip(names, tars, strict=True))
     if (output / "manifest.json").exists():
-        return already(output, request, skip)
+        check_same(output, asked, before)
+        known = compare_files(files, output / ".packing", output, before)
+        if before and before.shards.keys() == known.kept.keys():
+            renew(output, asked, before, known)
+            return already(output, skip)
+    check_files_kept(output, asked, before, files, known.kept if known else {})
+    if known:
+        say_again(output, before, len(known.kept), len(tars))
     ours = [name for name, tar in zip(names, tars, strict=True) if tar.parent.resolve() != output.resolve()]
-    with locked(output, request, ours) as folder:
+    with locked(output, asked, ours, before) as folder:
+        (output / "manifest.json").unlink(missing_ok=True)
+        known = known or compare_files(files, folder, output, before)
         jobs = [
-            Indexing(tar.resolve(), name, split or split_named(tar.name) or "train", output, folder, verify)
+            Indexing(tar.resolve(), name, split or split_named(tar.name) or "train", output, folder, verify, stamp_of(tar.stat()))
             for tar, name in zip(tars, names, strict=True)
         ]
-        _index(jobs, skip, workers)
-        journals = [json.loads(journal_path(folder / job.name).read_text()) for job in jobs]
+        kept = {name: entry for name, entry in known.kept.items() if skip or not entry.journal["faults"]}  # they may have been mended
+        _index([job for job in jobs if job.name not in kept], len(jobs), workers)
+        journals = [kept[job.name].journal if job.name in kept else json.loads(journal_path(folder / job.name).read_text()) for job in jobs]
         _refuse_damaged(journals, folder)
         manifest, report = _assemble(journals, class_names, request)
         if report["unreadable"]["count"] and (not skip or not report["samples"]):
@@ -121,6 +140,8 @@ def adopt(
             raise Corrupt(complaint(report, output))
         commit_json(report, output / "report.json")
         draw(output, manifest, output / "summary.png")
+        forget(output, before, names)
+        write_packed(output, asked, {job.name: Entry(journal) for job, journal in zip(jobs, journals, strict=True)})
         write_manifest(output, manifest)
         shutil.rmtree(folder, ignore_errors=True)
     return manifest, report
@@ -131,15 +152,12 @@ def _plain_name(path: Path) -> str:
     return f"{path.name.removesuffix('.gz').removesuffix('.tgz').removesuffix('.tar')}.tar"
 
 
-def _index(jobs: list[Indexing], skip: bool, workers: int) -> None:
-    """Index the tars that are not; without `skip` also those with faults, which may have been mended."""
-    todo = []
-    for job in jobs:
-        journal = journal_path(job.folder / job.name)
-        if not journal.exists() or (not skip and json.loads(journal.read_text()).get("faults", True)):
-            todo.append(job)
+def _index(todo: list[Indexing], total: int, workers: int) -> None:
+    """Index tars; what was known of them before counts no more."""
+    for job in todo:
+        void(journal_path(job.folder / job.name))
     useful = min(len(todo), workers or min(processors(), sum(job.source.stat().st_size for job in todo) // 64_000_000 + 1))
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="indexing", unit="shard", mininterval=1) as bar:
+    with tqdm(total=total, initial=total - len(todo), desc="indexing", unit="shard", mininterval=1) as bar:
         for _ in crew(index, todo, useful, lambda samples: None):
             bar.update()
 
@@ -157,7 +175,9 @@ def index(job: Indexing, progress: Progress) -> str:
         return job.name
     with open(index_path(tar), "rb") as file:
         os.fsync(file.fileno())
-    commit_json({"shard": asdict(shard), "tally": asdict(tally), "faults": faults}, journal_path(job.folder / job.name))
+    content = shard.sha256 if job.source.name.endswith(".tar") else sha256(job.source)
+    found = {"shard": asdict(shard), "tally": asdict(tally), "faults": faults, "stamp": job.stamp, "content": content}
+    commit_json(found, journal_path(job.folder / job.name))
     return job.name
 
 

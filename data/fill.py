@@ -7,7 +7,6 @@ leaving them out later costs nothing.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
@@ -22,6 +21,7 @@ from .crew import Progress
 from .decode import DECODE_ERRORS, upright
 from .index import IMAGE_EXTENSIONS, MAX_TEXT_BYTES, NO_LABEL, describe, index_path
 from .listing import Fault, Part, Record, reason
+from .packed import content_of, inputs_path
 from .tar import samples
 from .write import TarWriter, commit, commit_json
 
@@ -30,8 +30,6 @@ FORMATS = {
     **{"AVIF": "avif", "JPEG2000": "jp2", "ICO": "ico", "PSD": "psd"},
 }
 SAVED_AS: dict[str, dict[str, Any]] = {"jpg": {"format": "JPEG", "quality": 95}, "webp": {"format": "WEBP", "quality": 95}}
-HASHED = np.dtype([("number", "<u8"), ("key", "<u8"), ("hash", "V16")])
-"""One packed sample: its number in the source, in its shard's key, and a hash of its image's bytes."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,8 @@ class Job:
     name: str
     split: str
     first_key: int
-    numbers: np.ndarray
+    inputs: np.ndarray
+    """Of each sample, with its name and stamp."""
     part: Part
     max_side: int
 
@@ -62,11 +61,6 @@ def journal_path(tar: Path) -> Path:
     return tar.with_suffix(".json")
 
 
-def hashes_path(tar: Path) -> Path:
-    """Where the hashes of a shard's images lie."""
-    return tar.with_suffix(".hashes")
-
-
 def fill(job: Job, progress: Progress) -> str:
     """Write one shard; returns its name.
 
@@ -74,27 +68,28 @@ def fill(job: Job, progress: Progress) -> str:
         OSError: the disk is full, or the source cannot be reached.
     """
     faults: list[Fault] = []
-    hashes = np.zeros(len(job.numbers), HASHED)
-    resized = packed = 0
+    inputs = job.inputs.copy()
+    resized = 0
     temporary = job.folder / f"tmp-{os.getpid()}-{job.name}"
     with open(temporary, "wb", buffering=1 << 20) as file:
         writer = TarWriter(file)
         for place, found in enumerate(job.part.read(job.folder)):
             ready = found if isinstance(found, Fault) else prepared(found, job.max_side)
+            inputs[["text", "image", "packed"]][place] = content_of(found)
             progress(1)
             if isinstance(ready, Fault):
                 faults.append(ready)
+                inputs[place]["packed"] = False
                 continue
             record, files = ready
             resized += "resized_from" in record.more
-            hashes[packed] = (job.numbers[place], job.first_key + place, hashlib.sha256(record.image).digest()[:16])
             writer.add(f"{job.first_key + place:09d}", files)
-            packed += 1
         writer.finish()
-    with open(hashes_path(temporary), "wb") as file:
-        np.lib.format.write_array(file, hashes[:packed], allow_pickle=False)
-    commit(hashes_path(temporary), hashes_path(job.folder / job.name))
-    commit_shard(temporary, job.folder / job.name, job.split, {"faults": faults, "resized": resized})
+    with open(inputs_path(temporary), "wb") as file:
+        np.lib.format.write_array(file, inputs, allow_pickle=False)
+    commit(inputs_path(temporary), inputs_path(job.folder / job.name))
+    more = {"faults": faults, "resized": resized, "first_key": job.first_key, "dropped": []}
+    commit_shard(temporary, job.folder / job.name, job.split, more)
     return job.name
 
 
@@ -107,7 +102,7 @@ def trim(job: Trim, progress: Progress) -> str:
             if span.key not in job.keys:
                 writer.add_span(os.pread(source.fileno(), span.end - span.start, span.start))
         writer.finish()
-    commit_shard(temporary, job.folder / f"trimmed-{job.name}", job.split, {})
+    commit_shard(temporary, job.folder / f"trimmed-{job.name}", job.split, {"dropped": sorted(job.keys)})
     progress(len(job.keys))
     return job.name
 

@@ -14,6 +14,7 @@ import numpy as np
 from .columns import label_of, names_of
 from .index import IMAGE_EXTENSIONS, MAX_TEXT_BYTES
 from .listing import SPLIT_WORDS, Fault, Record, Source, digest, reason, some
+from .stamps import stamp_of
 from .tables import Row, is_table, read_tables
 
 KNOWN = f".{', .'.join(IMAGE_EXTENSIONS)}"
@@ -27,6 +28,8 @@ class Found:
     sizes: list[int] = field(default_factory=list)
     texts: set[str] = field(default_factory=set)
     """Names of `.txt` files without their ending."""
+    stats: dict[str, os.stat_result] = field(default_factory=dict)
+    """Of images by name, and of `.txt` files by their name without ending."""
     tables: list[str] = field(default_factory=list)
     unknown: dict[str, list[str]] = field(default_factory=dict)
     """Other files by extension: the first few names, then the count."""
@@ -98,7 +101,7 @@ def imagefolder(path: Path, *, skip: bool = False) -> Source:
     notes["captions_without_image"] = [f"{name}.txt" for name in orphans[:1000]]
     classes = _classes(root, found.images, tops)
     row_of = {"": Row()} | {name: Row(label=number) for number, name in enumerate(classes)}
-    return _source(root, found.images, found.sizes, [row_of[top] for top in tops], captioned, classes, splits, notes)
+    return _source(root, found, [row_of[top] for top in tops], captioned, classes, splits, notes)
 
 
 def _walk(root: Path) -> Found:
@@ -119,9 +122,13 @@ def _walk(root: Path) -> Found:
                 below.append(f"{name}/")
             elif _extension(name) in IMAGE_EXTENSIONS:
                 found.images.append(name)
-                found.sizes.append(entry.stat().st_size if entry.is_file() else 0)  # a dangling link is a fault when it is read
+                if entry.is_file():
+                    found.stats[name] = entry.stat()
+                found.sizes.append(found.stats[name].st_size if entry.is_file() else 0)  # a dangling link is a fault when it is read
             elif _extension(name) == "txt":
                 found.texts.add(_stem(name))
+                if entry.is_file():
+                    found.stats[_stem(name)] = entry.stat()
             elif is_table(name):
                 found.tables.append(name)
             else:
@@ -173,7 +180,7 @@ def _with_tables(path: Path, root: Path, found: Found, tables: list[str], notes:
     numbers = {name: i for i, name in enumerate(names)}
     labelled = [row._replace(label=label_of(row.raw_label, numbers)) for name in found.images for row in [rows.get(name, Row())]]
     splits = _split_folders(root, found.images)[0]
-    return _source(root, found.images, found.sizes, labelled, [False] * len(labelled), list(names), splits, notes)
+    return _source(root, found, labelled, [False] * len(labelled), list(names), splits, notes)
 
 
 def _split_folders(root: Path, images: list[str]) -> tuple[list[str], list[str]]:
@@ -194,14 +201,15 @@ def _classes(root: Path, images: list[str], tops: list[str]) -> list[str]:
 
 def _source(
     root: Path,
-    images: list[str],
-    sizes: list[int],
+    found: Found,
     rows: list[Row],
     captioned: list[bool],
     classes: list[str],
     splits: list[str],
     notes: dict[str, Any],
 ) -> Source:
+    images, sizes = found.images, found.sizes
+
     def part(numbers: np.ndarray) -> FolderPart:
         chosen = numbers.tolist()
         return FolderPart(
@@ -214,6 +222,10 @@ def _source(
             more=[rows[i].more for i in chosen],
         )
 
+    def stamp(i: int) -> int:
+        text = found.stats.get(_stem(images[i])) if captioned[i] else None
+        return stamp_of(found.stats.get(images[i]), text, rows[i])
+
     names = sorted(set(splits), key=lambda split: (split != "train", split))
     return Source(
         part=part,
@@ -225,6 +237,8 @@ def _source(
         split_of=np.array([names.index(split) for split in splits], np.int8),
         class_names=tuple(classes),
         notes=notes,
+        stamps=np.array([stamp(i) for i in range(len(images))], np.uint64),
+        place=str(root.resolve()),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from .columns import Choice, Columns, choose, names_of
 from .listing import SPLIT_WORDS, Fault, Record, Source, digest, reason
+from .stamps import stamp_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,9 @@ def hub(source: str, subset: str | None, splits: list[str], choice: Choice) -> S
         values = {value for part in chosen.values() for value in part.unique(columns.label)}
         columns = replace(columns, class_names=names_of(values, f"column {columns.label!r}"))
     parts = [_plain(part, columns, datasets) for part in chosen.values()]
-    return _source(parts, list(chosen), columns, datasets)
+    made = _source(parts, list(chosen), columns, datasets)
+    place = os.path.abspath(source) if os.path.exists(source) else source
+    return replace(made, settings=str((subset, splits, choice)), place=place)
 
 
 def _plain(part: Any, columns: Columns, datasets: Any) -> Any:
@@ -84,6 +87,9 @@ def _source(parts: list[Any], names: list[str], columns: Columns, datasets: Any)
     whole = datasets.concatenate_datasets(parts)
     versions = sorted({Path(file["filename"]).parent.name for file in whole.cache_files})
 
+    facts = digest(versions, whole.data.nbytes, str(whole.features), columns)
+    stamps = [_stamp(facts, path) for part in parts for path in _paths(part, columns.image)]
+
     def name(number: int) -> str:
         which = int(np.searchsorted(starts, number, side="right")) - 1
         return f"{names[which]}/{number - int(starts[which])}"
@@ -97,13 +103,26 @@ def _source(parts: list[Any], names: list[str], columns: Columns, datasets: Any)
         splits=tuple(known),
         split_of=np.repeat([known.index(split) for split in splits], lengths).astype(np.int8),
         class_names=columns.class_names,
+        stamps=np.array(stamps, np.uint64),
     )
+
+
+def _paths(part: Any, image: str) -> list[str]:
+    """The file that each row names; empty where its image lies in the row."""
+    first = part[0][image] if len(part) else None
+    if isinstance(first, dict) and first.get("bytes") is None and first.get("path"):
+        return [row[image]["path"] or "" for row in part.select_columns([image])]
+    return [""] * len(part)
+
+
+def _stamp(facts: str, path: str) -> int:
+    """The stamp of a row: of the tables of the data set, which `datasets` keeps under a hash, and of the file that it names."""
+    return stamp_of(facts, os.stat(path) if path and os.path.isfile(path) else None)
 
 
 def _sizes(part: Any, image: str) -> np.ndarray:
     """Bytes of each row's image: those of its file where the row names one, else the mean."""
-    first = part[0][image] if len(part) else None
-    if isinstance(first, dict) and first.get("bytes") is None and first.get("path"):
-        paths = (row[image]["path"] for row in part.select_columns([image]))
+    paths = _paths(part, image)
+    if any(paths):
         return np.array([os.path.getsize(path) if path and os.path.isfile(path) else 0 for path in paths], np.int64)
     return np.full(len(part), max(1, part.data.nbytes // max(1, len(part))), np.int64)
