@@ -116,7 +116,7 @@ def adopt(
     if (output / "manifest.json").exists():
         check_same(output, asked, before)
         known = compare_files(files, output / ".packing", output, before)
-        if before and before.shards.keys() == known.kept.keys():
+        if before and before.shards.keys() == known.kept.keys() == files.keys():
             renew(output, asked, before, known)
             return already(output, skip)
     check_files_kept(output, asked, before, files, known.kept if known else {})

@@ -62,7 +62,7 @@ def pack(source: Source, output: Path, packing: Packing, *, skip: bool = False, 
     if (output / "manifest.json").exists():
         check_same(output, asked, packed)
         found = compare(source, shards, _whole(output / ".packing", output, shards, packed), output, workers)
-        if packed and packed.shards.keys() == found.kept.keys():
+        if packed and packed.shards.keys() == found.kept.keys() == {shard.name for shard in shards}:
             renew(output, asked, packed, found)
             return already(output, skip)
     check_kept(output, asked, packed, source)

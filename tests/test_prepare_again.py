@@ -323,7 +323,7 @@ def test_decompressed_tars_whose_sources_are_gone_are_kept(tmp_path, capsys):
 def test_digits_are_packed_already(digits, tmp_path, filled, read):
     shutil.copytree(digits, tmp_path / "copy")
     before = everything(tmp_path / "copy")
-    assert main(["digits", "--output", str(tmp_path / "copy")]) == 0
+    assert main(["digits", "--output", str(tmp_path / "copy"), "--shard_size", "400kB"]) == 0
     assert everything(tmp_path / "copy") == before and not read
 
 
