@@ -139,10 +139,18 @@ def _planned(source: Source, shard: Planned, entry: Entry) -> bool:
     return entry.inputs["name"].tolist() == [name_hash(source.name(number)) for number in shard.numbers.tolist()]
 
 
-def gone(source: Source, packed: Packed) -> int:
-    """Return how many samples a folder was made from that the source has no more."""
-    now = {name_hash(source.name(number)) for number in range(source.samples)}
-    return sum(name not in now for entry in packed.shards.values() for name in entry.inputs["name"].tolist())
+def gone(source: Source, packed: Packed, scratch: Path) -> int:
+    """Return how many images a folder was packed from that the source has no more, under any name; those with new names are read."""
+    now = {name_hash(source.name(number)): number for number in range(source.samples)}
+    rows = np.concatenate([np.zeros(0, INPUT), *(entry.inputs for entry in packed.shards.values())])
+    here = np.array([name in now for name in rows["name"].tolist()], bool)
+    missing = rows["image"][~here & rows["packed"]]
+    if not len(missing):
+        return 0
+    images = set(map(tuple, rows["image"][here].tolist()))
+    new = np.array(sorted(now[name] for name in now.keys() - set(rows["name"].tolist())), np.int64)
+    images |= {content_of(sample)[1] for sample in (source.part(new).read(scratch) if len(new) else ())}
+    return sum(tuple(image) not in images for image in missing.tolist())
 
 
 def compare_files(files: Mapping[str, Path], folder: Path, output: Path, packed: Packed | None) -> Compared:

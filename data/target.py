@@ -36,11 +36,11 @@ def check_kept(output: Path, asked: Asked, packed: Packed | None, source: Source
     """Raise ValueError where packing again would overwrite the last copy of an image, for all that is known here."""
     if packed and packed.asked.place != asked.place:
         raise ValueError(f"{output} was packed from {packed.asked.place}, and {asked.place} has other images: choose another --output.")
-    lost = gone(source, packed) if packed else 0
+    lost = gone(source, packed, output) if packed else 0
     if lost:
         raise ValueError(
-            f"{output} holds {lost} samples that are no longer in {asked.place}, maybe their last copies, so it is not packed again: "
-            "choose another --output, or put them back."
+            f"{lost} of the images in {output} are no longer in {asked.place}: maybe these are their last copies, so nothing is packed "
+            "again. Choose another --output, or put them back."
         )
 
 

@@ -176,7 +176,7 @@ def test_what_may_be_the_last_copy_is_not_overwritten(tmp_path, capsys):
     os.rename(root / "07.bmp", tmp_path / "07.bmp")
     os.rename(root / "07.txt", tmp_path / "07.txt")
     message = refused(capsys, *words)
-    assert "1 samples that are no longer in" in message and "choose another --output" in message and "delet" not in message
+    assert "1 of the images in" in message and "Choose another --output" in message and "delet" not in message
     os.rename(tmp_path / "07.bmp", root / "07.bmp")
     os.rename(tmp_path / "07.txt", root / "07.txt")
     other = captioned(tmp_path / "other")
@@ -206,7 +206,7 @@ def test_packing_again_goes_on_after_a_kill(tmp_path, monkeypatch, capsys, point
     with monkeypatch.context() as patch:
         patch.setattr(f"data.pack.{point}", stops)
         assert "stopped here" in refused(capsys, *words, out)
-    with pytest.raises(ValueError, match="no manifest.json, so packing never finished"):
+    with pytest.raises(ValueError, match=r"no manifest\.json, so packing never finished"):
         Shards(out)
     rename_over(root)
     (root / "04.bmp").write_bytes(bmp(4))  # as it was at first
@@ -349,3 +349,40 @@ def test_the_memory_of_a_folder_is_small(tmp_path):
     assert main(["imagefolder", str(root), "--output", str(out)]) == 0
     with np.load(out / FOLDER / "inputs.npz") as held:
         assert held["inputs"].nbytes == 41 * 200
+
+
+def test_files_that_rows_of_a_data_set_name(tmp_path, monkeypatch, read):
+    """`datasets` keeps a table of paths: an image edited in place changes no table."""
+    import datasets
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "set"
+    captioned(root / "data")
+    for path in (root / "data").glob("*.txt"):
+        path.unlink()
+    rows = [{"file_name": f"{i:02d}.bmp", "text": f"words {i}"} for i in range(12)]
+    (root / "data" / "metadata.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    words = ["hub", str(root), "--workers", "1", "--output"]
+    assert main([*words, str(tmp_path / "out")]) == 0
+    assert main([*words, str(tmp_path / "out")]) == 0 and not read
+    edit_image(root / "data")
+    assert main([*words, str(tmp_path / "out")]) == 0
+    assert main([*words, str(tmp_path / "clean")]) == 0
+    assert everything(tmp_path / "out") == everything(tmp_path / "clean")
+    assert bmp(200) in [files["bmp"] for files in contents(tmp_path / "out").values()]
+
+
+def test_what_is_renamed_or_was_never_packed_is_not_missed(tmp_path):
+    """An image that moves to another class, a copy that goes, a broken one that goes: all is still there."""
+    root, out = folder_of_images(tmp_path / "images", count=6), tmp_path / "out"
+    shutil.copy(root / "cat" / "image 3.png", root / "dog" / "zz.png")
+    (root / "dog" / "broken.png").write_bytes(b"no image")
+    words = ["imagefolder", str(root), "--shard_size", "12kB", "--skip_corrupt", "--workers", "1", "--output"]
+    assert main([*words, str(out)]) == 0
+    os.rename(root / "cat" / "image 1.png", root / "dog" / "moved.png")
+    (root / "dog" / "broken.png").unlink()
+    (root / "dog" / "zz.png").unlink()
+    assert main([*words, str(out)]) == 0 and main([*words, str(tmp_path / "clean")]) == 0
+    assert everything(out) == everything(tmp_path / "clean")
+    assert contents(out)["dog/moved.png"]["cls"] == b"1" and len(contents(out)) == 12
