@@ -386,3 +386,16 @@ def test_what_is_renamed_or_was_never_packed_is_not_missed(tmp_path):
     assert main([*words, str(out)]) == 0 and main([*words, str(tmp_path / "clean")]) == 0
     assert everything(out) == everything(tmp_path / "clean")
     assert contents(out)["dog/moved.png"]["cls"] == b"1" and len(contents(out)) == 12
+
+
+def test_a_journal_does_not_vouch_for_a_shard_that_was_written_after_it(tmp_path, monkeypatch, capsys):
+    """Killed when all was done, edited back, and killed between a shard and its journal."""
+    root, out = captioned(tmp_path / "images"), tmp_path / "out"
+    words = ["imagefolder", str(root), "--workers", "1", "--output"]
+    for point, change in (("data.pack.draw", edit_caption), ("data.fill.commit_json", edit_image)):
+        with monkeypatch.context() as patch:
+            patch.setattr(point, lambda *a: (_ for _ in ()).throw(OSError("stopped here")))
+            assert "stopped here" in refused(capsys, *words, out)
+        change(root) if point == "data.pack.draw" else None
+    assert main([*words, str(out)]) == 0 and main([*words, str(tmp_path / "clean")]) == 0
+    assert everything(out) == everything(tmp_path / "clean")
