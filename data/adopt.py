@@ -15,19 +15,23 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .changes import compare_files, void
 from .crew import Progress, crew, processors
 from .decode import DECODE_ERRORS, preview
 from .fill import journal_path
 from .image_formats import IMAGE_EXTENSIONS
-from .index import describe, index_path
+from .index import describe, index_path, sha256
 from .listing import digest, reason, some, split_named
 from .manifest import Manifest, Tally, write_manifest
-from .pack import REPORTED, Corrupt, already, complaint, locked
+from .pack import REPORTED, Corrupt, already, complaint
+from .packed import Asked, Entry, write_packed
 from .printable import printable
 from .shardlist import Shard, ShardList
+from .stamps import stamp_of
 from .summary import draw
 from .tar import Remarks, members
 from .tar_sources import COMPRESSED, output_names
+from .target import check_files_kept, check_same, forget, locked, remembered, renew, say_again
 from .write import commit, commit_json
 
 MOST_INFLATION = 200
@@ -49,6 +53,8 @@ class Indexing:
     folder: Path
     """Where its journal goes."""
     verify: bool
+    stamp: int
+    """Of the source, before it is read."""
     image_extension: str = ""
 
 
@@ -89,24 +95,31 @@ def adopt(
         raise ValueError(f"{some(packed, 3)} cannot be read from the middle: give another folder as --output, where they are decompressed.")
     more = [*([image_extension] if image_extension else []), *([sorted(split_of.values())] if split_of else [])]
     request = digest("webdataset", [(p.name, p.stat().st_size) for p in tars], class_names, split, verify, *more)
+    place = ", ".join(sorted({str(tar.parent.resolve()) for tar in tars}))
+    asked = Asked(request, digest("webdataset", class_names, split, verify, *more), place)
+    before, known = remembered(output), None
+    splits = [(split_of or {}).get(tar) or split or split_named(tar.name) or "train" for tar in tars]
+    files = dict(zip(names, tars, strict=True))
     if (output / "manifest.json").exists():
-        return already(output, request, skip)
+        check_same(output, asked, before)
+        known = compare_files(files, output / ".packing", output, before)
+        if before and before.shards.keys() == known.kept.keys() == files.keys():
+            renew(output, asked, before, known)
+            return already(output, skip)
+    check_files_kept(output, asked, before, files, known.kept if known else {})
+    if known:
+        say_again(output, before, len(known.kept), len(tars))
     ours = [name for name, tar in zip(names, tars, strict=True) if tar.parent.resolve() != output.resolve()]
-    with locked(output, request, ours) as folder:
+    with locked(output, asked, ours, before) as folder:
+        (output / "manifest.json").unlink(missing_ok=True)
+        known = known or compare_files(files, folder, output, before)
         jobs = [
-            Indexing(
-                tar.resolve(),
-                name,
-                (split_of or {}).get(tar) or split or split_named(tar.name) or "train",
-                output,
-                folder,
-                verify,
-                image_extension,
-            )
-            for tar, name in zip(tars, names, strict=True)
+            Indexing(tar.resolve(), name, where, output, folder, verify, stamp_of(tar.stat()), image_extension)
+            for tar, name, where in zip(tars, names, splits, strict=True)
         ]
-        _index(jobs, skip, workers)
-        journals = [json.loads(journal_path(folder / job.name).read_text()) for job in jobs]
+        kept = {name: entry for name, entry in known.kept.items() if skip or not entry.journal["faults"]}  # they may have been mended
+        _index([job for job in jobs if job.name not in kept], len(jobs), workers)
+        journals = [kept[job.name].journal if job.name in kept else json.loads(journal_path(folder / job.name).read_text()) for job in jobs]
         _refuse_damaged(journals, folder)
         manifest, report = _assemble(journals, class_names, request, image_extension)
         if report["unreadable"]["count"] and (not skip or not report["samples"]):
@@ -116,20 +129,19 @@ def adopt(
             raise ValueError(_nothing(tars, report))
         commit_json(report, output / "report.json")
         draw(output, manifest, output / "summary.png")
+        forget(output, before, names)
+        write_packed(output, asked, {job.name: Entry(journal) for job, journal in zip(jobs, journals, strict=True)})
         write_manifest(output, manifest)
         shutil.rmtree(folder, ignore_errors=True)
     return manifest, report
 
 
-def _index(jobs: list[Indexing], skip: bool, workers: int) -> None:
-    """Index the tars that are not; without `skip` also those with faults, which may have been mended."""
-    todo = []
-    for job in jobs:
-        journal = journal_path(job.folder / job.name)
-        if not journal.exists() or (not skip and json.loads(journal.read_text()).get("faults", True)):
-            todo.append(job)
+def _index(todo: list[Indexing], total: int, workers: int) -> None:
+    """Index tars; what was known of them before counts no more."""
+    for job in todo:
+        void(journal_path(job.folder / job.name))
     useful = min(len(todo), workers or min(processors(), sum(job.source.stat().st_size for job in todo) // 64_000_000 + 1))
-    with tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc="indexing", unit="shard", mininterval=1) as bar:
+    with tqdm(total=total, initial=total - len(todo), desc="indexing", unit="shard", mininterval=1) as bar:
         for _ in crew(index, todo, useful, lambda samples: None):
             bar.update()
 
@@ -149,7 +161,9 @@ def index(job: Indexing, progress: Progress) -> str:
         return job.name
     with open(index_path(tar), "rb") as file:
         os.fsync(file.fileno())
-    found = {"shard": asdict(shard), "tally": asdict(tally), "faults": faults, "unknown": dict(remarks.unknown), "joined": remarks.joined}
+    content = shard.sha256 if job.source.name.endswith(".tar") else sha256(job.source)
+    found = {"shard": asdict(shard), "tally": asdict(tally), "faults": faults, "stamp": job.stamp, "content": content}
+    found |= {"unknown": dict(remarks.unknown), "joined": remarks.joined}
     commit_json(found, journal_path(job.folder / job.name))
     return job.name
 

@@ -185,7 +185,7 @@ class Loader:
         if not self.buckets.whole:
             return start + first
         for chunk in np.split((first + np.arange(NEARBY)) % NEARBY + start, NEARBY // 64):
-            records = self.shards.gather(*self.order(chunk))
+            records = self.shards.gather(*self.order(chunk), lost=True)
             fits = [self.buckets.shapes[b] == plan.shape for b in self.buckets.nearest(records["width"], records["height"]).tolist()]
             if any(fits):
                 return int(chunk[fits.index(True)])
@@ -195,7 +195,7 @@ class Loader:
         """Read the sample of another position into row i of a plan."""
         (shard,), (number,) = self.order(np.array([position]))
         plan.samples[i] = shard, number
-        plan.records[i : i + 1] = self.shards.gather(np.array([shard]), np.array([number]))
+        plan.records[i : i + 1] = self.shards.gather(np.array([shard]), np.array([number]), lost=True)
         plan.labels[i : i + 1] = labels_of(plan.records[i : i + 1])
         plan.sizes[i : i + 1] = crops(plan.records[i : i + 1], plan.corners[i : i + 1], np.array([plan.shape]))
         payload = self.shards.payload(int(shard), *plan.records[i].item()[:3])

@@ -12,7 +12,7 @@ import numpy as np
 from .caption_fields import caption_of
 from .crew import Progress
 from .decode import DECODE_ERRORS, decode_into
-from .index import image_in, index_path, locate, sha256, unchanged
+from .index import image_in, index_path, locate, open_index, sha256, unchanged
 from .listing import reason
 from .printable import printable
 from .shardlist import Shard
@@ -32,26 +32,27 @@ class Check:
     shard: Shard
     numbers: np.ndarray
     """(N,), int64: which samples to decode."""
+    classes: int
+    """How many the manifest names."""
     verify: bool
-    """Hash the whole files too."""
+    """Hash the whole tar too."""
     caption: str = ""
-    """As `data.caption` has it: which texts must be readable."""
+    r"""As `data.caption` has it: which texts must be readable."""
     channels: int = 3
     bit_depth: int = 8
-    """As a recipe's section `data` has them."""
+    """As a recipe\x27s section \`data\` has them."""
 
 
 def check(job: Check, progress: Progress) -> list[str]:
     """What is wrong with a shard: one line a sample, with shard and key."""
     bad = []
-    if job.verify:
-        for path, wanted in ((job.tar, job.shard.sha256), (index_path(job.tar), job.shard.index_sha256)):
-            if sha256(path) != wanted:
-                bad.append(f"{path.name}: its sha256 is not what the manifest says")
+    if job.verify and sha256(job.tar) != job.shard.sha256:
+        bad.append(f"{printable(job.tar.name)}: its sha256 is not what the manifest says")
     pixels = np.empty((SIDE, SIDE, job.channels), f"uint{job.bit_depth}")
-    records = np.load(index_path(job.tar), mmap_mode="r", allow_pickle=False)
-    if len(records) != job.shard.samples:
-        return [*bad, f"{index_path(job.tar).name}: {len(records)} samples, the manifest says {job.shard.samples}"]
+    try:
+        records = open_index(index_path(job.tar), job.shard, job.classes)
+    except (ValueError, OSError) as error:
+        return [*bad, f"{printable(index_path(job.tar).name)}: {reason(error)}"]  # what it says of samples means nothing
     with open(job.tar, "rb", buffering=0) as file:
         for number in job.numbers.tolist():
             key, why = _sample(file.fileno(), records[number], job.caption, pixels)

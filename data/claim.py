@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from .flock import open_lock
+
 STALE_SECONDS = 600.0
 """A claim that was not touched for so long belongs to nobody, whatever machine its process was on."""
 
@@ -72,7 +74,7 @@ def take(path: Path, stale_seconds: float = STALE_SECONDS) -> Claim | None:
     claim = _create(path)
     if claim is not None or not _abandoned(path, stale_seconds):
         return claim
-    with open(path.with_name("takeover.lock"), "a") as lock:  # two that see the same dead claim must not both take it
+    with os.fdopen(open_lock(path.with_name("takeover.lock")), "r+") as lock:  # two that see the same dead claim must not both take it
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _abandoned(path, stale_seconds):
             path.unlink(missing_ok=True)

@@ -52,4 +52,5 @@ def digits() -> Source:
         bytes=np.full(len(bunch.images), 110, np.int64),
         identity=digest("digits", bunch.images, bunch.target),
         class_names=tuple(str(name) for name in bunch.target_names),
+        place="scikit-learn",
     )

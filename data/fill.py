@@ -7,7 +7,6 @@ leaving them out later costs nothing.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import asdict, dataclass, replace
@@ -21,14 +20,12 @@ from .decode import DECODE_ERRORS, preview, upright_size
 from .image_formats import IMAGE_EXTENSIONS, extension_of
 from .index import describe, index_path
 from .listing import Fault, Part, Record, reason
+from .packed import content_of, inputs_path
 from .sample_files import NO_LABEL
 from .shrink import smaller
 from .tar import samples
 from .text_files import MAX_TEXT_BYTES
 from .write import TarWriter, commit, commit_json
-
-HASHED = np.dtype([("number", "<u8"), ("key", "<u8"), ("hash", "V16")])
-"""One packed sample: its number in the source, in its shard's key, and a hash of its image's bytes."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,8 @@ class Job:
     name: str
     split: str
     first_key: int
-    numbers: np.ndarray
+    inputs: np.ndarray
+    """Of each sample, with its name and stamp."""
     part: Part
     max_side: int
 
@@ -59,11 +57,6 @@ def journal_path(tar: Path) -> Path:
     return tar.with_suffix(".json")
 
 
-def hashes_path(tar: Path) -> Path:
-    """Where the hashes of a shard's images lie."""
-    return tar.with_suffix(".hashes")
-
-
 def fill(job: Job, progress: Progress) -> str:
     """Write one shard; returns its name.
 
@@ -71,27 +64,28 @@ def fill(job: Job, progress: Progress) -> str:
         OSError: the disk is full, or the source cannot be reached.
     """
     faults: list[Fault] = []
-    hashes = np.zeros(len(job.numbers), HASHED)
-    resized = packed = 0
+    inputs = job.inputs.copy()
+    resized = 0
     temporary = job.folder / f"tmp-{os.getpid()}-{job.name}"
     with open(temporary, "wb", buffering=1 << 20) as file:
         writer = TarWriter(file)
         for place, found in enumerate(job.part.read(job.folder)):
             ready = found if isinstance(found, Fault) else prepared(found, job.max_side)
+            inputs[["text", "image", "packed"]][place] = content_of(found)
             progress(1)
             if isinstance(ready, Fault):
                 faults.append(ready)
+                inputs[place]["packed"] = False
                 continue
             record, files = ready
             resized += "resized_from" in record.more
-            hashes[packed] = (job.numbers[place], job.first_key + place, hashlib.sha256(record.image).digest()[:16])
             writer.add(f"{job.first_key + place:09d}", files)
-            packed += 1
         writer.finish()
-    with open(hashes_path(temporary), "wb") as file:
-        np.lib.format.write_array(file, hashes[:packed], allow_pickle=False)
-    commit(hashes_path(temporary), hashes_path(job.folder / job.name))
-    commit_shard(temporary, job.folder / job.name, job.split, {"faults": faults, "resized": resized})
+    with open(inputs_path(temporary), "wb") as file:
+        np.lib.format.write_array(file, inputs, allow_pickle=False)
+    commit(inputs_path(temporary), inputs_path(job.folder / job.name))
+    more = {"faults": faults, "resized": resized, "first_key": job.first_key, "dropped": []}
+    commit_shard(temporary, job.folder / job.name, job.split, more)
     return job.name
 
 
@@ -104,7 +98,7 @@ def trim(job: Trim, progress: Progress) -> str:
             if span.key not in job.keys:
                 writer.add_span(os.pread(source.fileno(), span.end - span.start, span.start))
         writer.finish()
-    commit_shard(temporary, job.folder / f"trimmed-{job.name}", job.split, {})
+    commit_shard(temporary, job.folder / f"trimmed-{job.name}", job.split, {"dropped": sorted(job.keys)})
     progress(len(job.keys))
     return job.name
 

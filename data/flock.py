@@ -7,9 +7,25 @@ function looks again when it has the lock.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
+
+
+def open_lock(path: Path) -> int:
+    """Open a lock file, made if need be, without writing to it or following a link that somebody put in its place.
+
+    Raises:
+        ValueError: there is a link.
+        OSError: it cannot be opened.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(f"{path} is a symbolic link, and a lock that leads elsewhere is not used: give another folder.") from error
+        raise
 
 
 def open_file(path: Path) -> int | None:

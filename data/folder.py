@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ from .labels import class_name, label_of, names_of, natural, numbers_of, unused
 from .listing import Fault, Record, Source, digest, ordered_splits, reason, some, storable
 from .regular_files import MAX_IMAGE_BYTES, open_regular, read_regular
 from .splits import ALL, BESIDE, SplitChoice, assign, kinds_of, split_folders
+from .stamps import stamp_of
 from .tables import Names, Row, is_meant, is_metadata, is_table, read_tables
 from .text_files import MAX_TEXT_BYTES, decode_text
 from .walk import Found, extension, stem, walk
@@ -127,7 +128,11 @@ def imagefolder(path: Path, choice: Choice | None = None, splits: SplitChoice = 
         "repeated_folders": found.repeated[:1000],
         **content.notes,
     }
-    return _source(root, samples, [split for split in content.split_of if split is not None], content.classes, notes)
+    stats, texts = dict(zip(found.images, found.stats, strict=True)), found.sidecar_stats
+    stamps = [stamp_of(stats[sample.name], texts.get(stem(sample.sidecar)), sample.row) for sample in samples]
+    made = _source(root, samples, [split for split in content.split_of if split is not None], content.classes, notes)
+    settings = str((path.name if selects else "", choice, splits))
+    return replace(made, stamps=np.array(stamps, np.uint64), settings=settings, place=str(root.resolve()))
 
 
 def _nothing(path: Path, found: Found) -> str:

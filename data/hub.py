@@ -21,6 +21,7 @@ from .labels import names_of, numbers_of, unused
 from .listing import Fault, Record, Source, digest, ordered_splits, reason
 from .regular_files import MAX_IMAGE_BYTES, read_regular, require_regular
 from .splits import SPLIT_COLUMN, SplitChoice, assign, check_rows
+from .stamps import stamp_of
 
 ARROW_ERRORS = (OSError, ValueError, pa.ArrowException)
 
@@ -108,7 +109,9 @@ def hub(source: str, subset: str | None, splits: SplitChoice, choice: Choice) ->
         for name, part in chosen.items():
             check_rows(_values(part, SPLIT_COLUMN), str(split_of[name]), name)
     parts = [_plain(part, columns, datasets) for part in chosen.values()]
-    return _source(parts, {name: str(split_of[name]) for name in chosen}, columns, _own_folders(source, parts, datasets), notes)
+    made = _source(parts, {name: str(split_of[name]) for name in chosen}, columns, _own_folders(source, parts, datasets), notes)
+    place = os.path.abspath(source) if os.path.exists(source) else source
+    return replace(made, settings=str((subset, splits, choice)), place=place)
 
 
 def _refuse_special_files(folder: Path) -> None:
@@ -162,6 +165,10 @@ def _source(parts: list[Any], split_of: dict[str, str], columns: Columns, folder
     whole = datasets.concatenate_datasets(parts)
     versions = sorted({Path(file["filename"]).parent.name for file in whole.cache_files})
 
+    tables = digest(versions, whole.data.nbytes, str(whole.features), columns)
+    paths = [_paths(part, columns.image) for part in parts]
+    stamps = [_stamp(tables, path, folders) for named in paths for path in named]
+
     def name(number: int) -> str:
         which = int(np.searchsorted(starts, number, side="right")) - 1
         return f"{names[which]}/{number - int(starts[which])}"
@@ -171,19 +178,30 @@ def _source(parts: list[Any], split_of: dict[str, str], columns: Columns, folder
         part=lambda numbers: HubPart(whole.select(numbers), [name(number) for number in numbers.tolist()], columns, folders),
         name=name,
         rows=np.ones(int(starts[-1]), np.int64),
-        bytes=np.concatenate([_sizes(part, columns.image, folders) for part in parts]),
+        bytes=np.concatenate([_sizes(part, named, folders) for part, named in zip(parts, paths, strict=True)]),
         identity=digest("hub", facts, versions, whole.data.nbytes, str(whole.features), columns),
         splits=tuple(known),
         split_of=np.repeat([known.index(split) for split in split_of.values()], lengths).astype(np.int8),
         class_names=columns.class_names,
         notes=notes,
+        stamps=np.array(stamps, np.uint64),
     )
 
 
-def _sizes(part: Any, image: str, folders: tuple[str, ...]) -> np.ndarray:
+def _paths(part: Any, image: str) -> list[str]:
+    """Return the file that each row names; empty where images lie in the rows."""
+    if not (len(part) and _file_named(part[0][image])):
+        return [""] * len(part)
+    return [_file_named(row[image]) for row in part.select_columns([image])]
+
+
+def _stamp(facts: str, path: str, folders: tuple[str, ...]) -> int:
+    """Return the stamp of a row: of the tables of the data set, which `datasets` keeps under a hash, and of the file that it names."""
+    return stamp_of(facts, os.stat(path) if path and _inside(path, folders) and os.path.isfile(path) else None)
+
+
+def _sizes(part: Any, paths: list[str], folders: tuple[str, ...]) -> np.ndarray:
     """Return the bytes of each row's image: those of its file where the first row names one, else the mean."""
-    first = part[0][image] if len(part) else None
-    if _file_named(first):
-        paths = (_file_named(row[image]) for row in part.select_columns([image]))
+    if any(paths):
         return np.array([os.path.getsize(path) if _inside(path, folders) and os.path.isfile(path) else 0 for path in paths], np.int64)
     return np.full(len(part), max(1, part.data.nbytes // max(1, len(part))), np.int64)

@@ -26,7 +26,7 @@ from .index import NO_LABEL
 from .manifest import Manifest
 from .opening import build, open_shards
 from .options import Options, read_options
-from .shards import Shards
+from .shards import LostShard, Shards
 from .stream import Share, Stream
 from .summary import contact_sheet, ratio_name, ratio_of
 
@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("shards", nargs="+", help="folders of shards")
     made.add_argument("--split", help="which split (default: the recipe's, else train)")
     made.add_argument("--samples", type=int, help="decode so many samples, evenly spaced, to find those that cannot be (default: all)")
-    made.add_argument("--verify", action="store_true", help="hash all shards and indexes and compare with the manifest")
+    made.add_argument("--verify", action="store_true", help="hash all shards too and compare with the manifest (indexes always are)")
     made.add_argument("--output", type=Path, default=Path("inspect.png"), help="the picture of the first batches (default: inspect.png)")
     made.add_argument("--workers", type=int, default=0, help="processes that check (default: one a processor)")
     made.add_argument("--config", type=Path, help="a recipe, to see the batches of its run")
@@ -77,11 +77,16 @@ def describe_split(shards: Shards, split: str) -> list[str]:
     """Counts, classes, sizes and aspect ratios of one split, from its indexes."""
     sizes, labels = Counter[tuple[int, int]](), Counter[int]()
     for shard in range(len(shards.counts)):
-        records = shards.records(shard)
+        try:
+            records = shards.records(shard)
+        except LostShard:
+            continue  # `find_bad` names it
         sizes.update(zip(records["width"].tolist(), records["height"].tolist(), strict=True))
         labels.update(records["label"].tolist())
-    total, unlabelled = sum(shards.counts), labels.pop(NO_LABEL, 0)
-    lines = [f"{split}: {total:,} images in {len(shards.counts):,} shards of {min(shards.counts):,} to {max(shards.counts):,}"]
+    total, unlabelled = sum(sizes.values()), labels.pop(NO_LABEL, 0)
+    lines = [f"{split}: {sum(shards.counts):,} images in {len(shards.counts):,} shards of {min(shards.counts):,} to {max(shards.counts):,}"]
+    if not total:
+        return lines
     sides = sorted((min(size), count) for size, count in sizes.items())
     median = next(side for (side, _), sum_ in zip(sides, accumulate(n for _, n in sides), strict=True) if 2 * sum_ >= total)
     common = ", ".join(f"{w}x{h} ({n:,})" for (w, h), n in sizes.most_common(5))
@@ -120,7 +125,9 @@ def find_bad(shards: Shards, options: Options, samples: int | None, verify: bool
     for number, (shard, folder) in enumerate(places):
         here = chosen[(chosen >= starts[number]) & (chosen < starts[number] + counts[number])] - starts[number]
         if len(here) or verify:
-            jobs.append(Check(folder.file(shard), shard, here, verify, options.caption, options.channels, options.bit_depth))
+            classes = len(folder.manifest.class_names)
+            job = Check(folder.file(shard), shard, here, classes, verify, options.caption, options.channels, options.bit_depth)
+            jobs.append(job)
     bad: list[str] = []
     useful = min(len(jobs), workers or min(processors(), len(chosen) // 5000 + 1))
     with tqdm(total=len(chosen), desc="checking", unit="image", mininterval=1) as bar:

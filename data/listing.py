@@ -13,6 +13,7 @@ import numpy as np
 
 from .printable import printable
 from .splits import kinds_of
+from .stamps import hash_of
 
 
 class Record(NamedTuple):
@@ -70,10 +71,23 @@ class Source:
     class_names: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     """What was found beside samples, for the report."""
+    stamps: np.ndarray | None = None
+    """(G,), uint64: of each group, `stamps.stamp_of` all that decides its samples, without reading them; 0 where nothing tells.
+    The identity stands for all of them where absent."""
+    settings: str = ""
+    """What of the identity the user chose, beside the source itself: columns, say."""
+    place: str = ""
+    """Where the source lies."""
 
     @property
     def samples(self) -> int:
         return int(self.rows.sum())
+
+    @property
+    def sample_stamps(self) -> np.ndarray:
+        """(N,), uint64: the stamp of each sample."""
+        each = np.full(len(self.rows), hash_of(self.identity.encode()), np.uint64) if self.stamps is None else self.stamps
+        return np.repeat(each, self.rows)
 
 
 def digest(*what: object) -> str:

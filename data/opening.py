@@ -128,6 +128,8 @@ def _open_side(options: Options, images: Shards, form: str, wanted: list[dict[st
             raise ValueError(
                 f"{place} lacks {len(missing)} shards of split {options.split!r}: run `data.encode` with --splits {options.split}."
             )
+        if isinstance(of := images.folders[number], LocalFolder):
+            of.check_rewritten(part)
         folders.append(side)
         chosen.append(found)
     encodings = [folder.manifest.encoding for folder in folders]

@@ -7,34 +7,32 @@ and the settings, not on workers or interruptions.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from .changes import BYTES_A_WORKER, compare, find, void
 from .crew import crew, processors
-from .fill import Job, Trim, fill, hashes_path, journal_path, trim
+from .fill import Job, Trim, fill, journal_path, trim
 from .image_formats import IMAGE_EXTENSIONS
 from .index import index_path
 from .listing import Source, digest, some
 from .manifest import Manifest, Tally, parse_manifest, write_manifest
+from .packed import Asked, Entry, Packed, blank, write_packed
 from .plan import Packing, Planned, plan
 from .shardlist import Shard, ShardList
 from .summary import draw
+from .target import check_kept, check_same, forget, locked, remembered, renew, say_again
 from .write import commit_json
 
 REPORTED = 1000
 """Names of each kind that the report holds."""
-BYTES_A_WORKER = 64_000_000
-"""Less than this is done before another process has started."""
 
 
 class Corrupt(ValueError):
@@ -60,35 +58,44 @@ def pack(source: Source, output: Path, packing: Packing, *, skip: bool = False, 
     """
     if not source.samples:
         raise ValueError(f"no image to pack: the source holds none of .{', '.join(IMAGE_EXTENSIONS)}.")
-    request = digest(source.identity, source.class_names, packing)
+    asked = Asked(digest(source.identity, source.class_names, packing), digest(source.settings, packing), source.place)
+    shards, packed, found = plan(source, packing), remembered(output), None
     if (output / "manifest.json").exists():
-        return already(output, request, skip)
-    shards = plan(source, packing)
-    with locked(output, request, [shard.name for shard in shards]) as folder:
-        _fill(source, shards, folder, output, packing, skip, workers)
-        journals = [_read(_where(folder, output, shard.name)) for shard in shards]
-        report = _report(source, journals)
-        drops = _duplicates(source, shards, folder, packing, report)
+        check_same(output, asked, packed)
+        found = compare(source, shards, _whole(output / ".packing", output, shards, packed), output, workers)
+        if packed and packed.shards.keys() == found.kept.keys() == {shard.name for shard in shards}:
+            renew(output, asked, packed, found)
+            return already(output, skip)
+    check_kept(output, asked, packed, source)
+    if found:
+        say_again(output, packed, len(found.kept), len(shards))
+    with locked(output, asked, [shard.name for shard in shards], packed) as folder:
+        (output / "manifest.json").unlink(missing_ok=True)  # what lies there is no longer what was asked for
+        kept = found or compare(source, shards, _whole(folder, output, shards, packed), folder, workers)
+        todo = [s for s in shards if s.name not in kept.kept or (not skip and kept.kept[s.name].journal["faults"])]  # may be mended
+        entries = kept.kept | _fill(source, todo, folder, packing, workers)
+        entries = {shard.name: entries[shard.name] for shard in shards}
+        report = _report(source, [entry.journal for entry in entries.values()])
+        drops = _duplicates(source, shards, entries, packing, report)
         bad = report["unreadable"]["count"]
         if bad and (not skip or bad == source.samples):
             commit_json(report, output / "report.json")
             raise Corrupt(complaint(report, output))
-        _trim(drops, shards, folder, workers)
-        manifest = _assemble(source, shards, folder, output, request)
+        entries |= _trim(source, drops, shards, entries, folder, packing, workers)
+        manifest = _assemble(source, entries, folder, output, asked, packed)
         report["samples"] = int(manifest.shards.samples.sum())
         report["missing_captions"] = report["samples"] - manifest.tally.captions if manifest.tally.captions else 0
         commit_json(report, output / "report.json")
         draw(output, manifest, output / "summary.png")
+        write_packed(output, asked, entries)
         write_manifest(output, manifest)
         shutil.rmtree(folder, ignore_errors=True)
     return manifest, report
 
 
-def already(output: Path, request: str, skip: bool) -> tuple[Manifest, dict[str, Any]]:
-    """What is in a finished folder, if it is what is asked for now."""
+def already(output: Path, skip: bool) -> tuple[Manifest, dict[str, Any]]:
+    """Return what is in a finished folder in which nothing is to be done."""
     manifest = parse_manifest((output / "manifest.json").read_bytes(), f"{output}/manifest.json")
-    if manifest.source != request:
-        raise ValueError(f"{output} holds shards of other images or settings: choose another --output, or delete that folder first.")
     shutil.rmtree(output / ".packing", ignore_errors=True)
     report = json.loads((output / "report.json").read_text())
     if report["unreadable"]["count"] and not skip:
@@ -96,62 +103,29 @@ def already(output: Path, request: str, skip: bool) -> tuple[Manifest, dict[str,
     return manifest, report
 
 
-@contextmanager
-def locked(output: Path, request: str, names: list[str]) -> Iterator[Path]:
-    """The folder in which shards grow, for this process alone.
-
-    Raises:
-        ValueError: another process packs there; another packing is half done
-            there; the output holds tars that this would overwrite.
-    """
-    folder = output / ".packing"
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{output}: another process is packing there. Let it finish, or choose another --output.") from error
-        begun = folder / "request.json"
-        if not begun.exists():
-            foreign = [name for name in names if (output / name).exists()]
-            if foreign:
-                raise ValueError(f"{output} holds {some(foreign, 3)} and no manifest: choose another --output, or move these away.")
-            commit_json(request, begun)
-        elif json.loads(begun.read_text()) != request:
-            raise ValueError(
-                f"{output} holds half-packed shards of other images or settings: finish that command, "
-                f"choose another --output, or delete {folder} to begin anew."
-            )
-        for stale in folder.glob("tmp-*"):
-            stale.unlink()
-        yield folder
+def _whole(folder: Path, output: Path, shards: list[Planned], packed: Packed | None) -> dict[str, Entry]:
+    """The shards that are whole, by name."""
+    found = {shard.name: find(folder, output, shard.name, packed) for shard in shards}
+    return {name: entry for name, entry in found.items() if entry}
 
 
-def _where(folder: Path, output: Path, name: str) -> Path | None:
-    """The journal of a finished shard, wherever its tar is by now."""
-    journal = journal_path(folder / name)
-    whole = journal.exists() and ((folder / name).exists() or (output / name).exists())
-    return journal if whole else None
+def _fill(source: Source, todo: list[Planned], folder: Path, packing: Packing, workers: int) -> dict[str, Entry]:
+    """Write shards; what was known of them before counts no more."""
+    for shard in todo:
+        for name in (shard.name, f"trimmed-{shard.name}"):
+            void(journal_path(folder / name))
+    stamps, size = source.sample_stamps, packing.max_side
 
+    def job(shard: Planned) -> Job:
+        inputs = blank(map(source.name, shard.numbers.tolist()), stamps[shard.numbers])
+        return Job(folder, shard.name, shard.split, shard.first_key, inputs, source.part(shard.numbers), size)
 
-def _read(journal: Path | None) -> dict[str, Any]:
-    assert journal is not None, "every shard has its journal when all are filled"
-    return dict(json.loads(journal.read_text()))
-
-
-def _fill(source: Source, shards: list[Planned], folder: Path, output: Path, packing: Packing, skip: bool, workers: int) -> None:
-    """Write the shards that are not there; without `skip` also those with faults, which may have been mended."""
-    todo = []
-    for shard in shards:
-        journal = _where(folder, output, shard.name)
-        if journal is None or (not skip and _read(journal)["faults"]):
-            todo.append(shard)
-    jobs = (Job(folder, s.name, s.split, s.first_key, s.numbers, source.part(s.numbers), packing.max_side) for s in todo)
     useful = min(len(todo), workers or min(processors(), int(source.bytes.sum()) // BYTES_A_WORKER + 1))
     done = source.samples - sum(len(shard.numbers) for shard in todo)
     with tqdm(total=source.samples, initial=done, desc="packing", unit="image", mininterval=1) as bar:
-        for _ in crew(fill, jobs, useful, lambda samples: bar.update(samples)):
+        for _ in crew(fill, map(job, todo), useful, lambda samples: bar.update(samples)):
             pass
+    return _whole(folder, folder, todo, None)
 
 
 def _report(source: Source, journals: list[dict[str, Any]]) -> dict[str, Any]:
@@ -167,30 +141,33 @@ def _report(source: Source, journals: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _duplicates(source: Source, shards: list[Planned], folder: Path, packing: Packing, report: dict[str, Any]) -> dict[str, set[str]]:
+def _duplicates(
+    source: Source, shards: list[Planned], entries: dict[str, Entry], packing: Packing, report: dict[str, Any]
+) -> dict[str, list[str]]:
     """Count images whose bytes are another's; gives the keys to leave out of each shard, all but the first of the source."""
-    parts = [np.load(hashes_path(folder / shard.name), allow_pickle=False) for shard in shards]
-    which = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
-    table = np.concatenate(parts)
-    if not len(table):
+    inside = [np.flatnonzero(entries[shard.name].inputs["packed"]) for shard in shards]
+    which = np.repeat(np.arange(len(shards)), [len(part) for part in inside])
+    if not len(which):
         return {}
-    halves = table["hash"].copy().view("<u8").reshape(-1, 2)
-    order = np.lexsort((table["number"], halves[:, 1], halves[:, 0]))
+    numbers = np.concatenate([shard.numbers[part] for shard, part in zip(shards, inside, strict=True)])
+    places = np.concatenate([shard.first_key + part for shard, part in zip(shards, inside, strict=True)])
+    halves = np.concatenate([entries[shard.name].inputs["image"][part] for shard, part in zip(shards, inside, strict=True)])
+    order = np.lexsort((numbers, halves[:, 1], halves[:, 0]))
     same = np.r_[False, (halves[order[1:]] == halves[order[:-1]]).all(1)]
     first = order[np.maximum.accumulate(np.where(same, 0, np.arange(len(order))))]
-    pairs = sorted(zip(table["number"][order[same]].tolist(), order[same].tolist(), first[same].tolist(), strict=True))
+    pairs = sorted(zip(numbers[order[same]].tolist(), order[same].tolist(), first[same].tolist(), strict=True))
     splits = np.array([shard.split for shard in shards])[which]
     report["duplicates"] = {
         "count": len(pairs),
         "left_out": len(pairs) if packing.drop_duplicates else 0,
         "across_splits": sum(bool(splits[copy] != splits[original]) for _, copy, original in pairs),
-        "list": [[source.name(int(table["number"][kept])), source.name(number)] for number, _, kept in pairs[:REPORTED]],
+        "list": [[source.name(int(numbers[kept])), source.name(number)] for number, _, kept in pairs[:REPORTED]],
     }
-    drops = defaultdict[str, set[str]](set)
+    drops = defaultdict[str, list[str]](list)
     if packing.drop_duplicates:
         for _, copy, _ in pairs:
-            drops[shards[which[copy]].name].add(f"{int(table['key'][copy]):09d}")
-    return drops
+            drops[shards[which[copy]].name].append(f"{int(places[copy]):09d}")
+    return {name: sorted(keys) for name, keys in drops.items()}
 
 
 def complaint(report: dict[str, Any], output: Path) -> str:
@@ -198,30 +175,50 @@ def complaint(report: dict[str, Any], output: Path) -> str:
     bad = report["unreadable"]
     return (
         f"{bad['count']} of {report['found']} images cannot be read: {some(bad['list'])}. All are in {output / 'report.json'}. Leave them "
-        "out with --skip_corrupt, which keeps what is done; or mend or remove them and pack into another --output."
+        "out with --skip_corrupt, or mend them and run the same command again; both keep what is done."
     )
 
 
-def _trim(drops: dict[str, set[str]], shards: list[Planned], folder: Path, workers: int) -> None:
-    """Write again the shards that lose samples, if they are not yet."""
-    todo = [s for s in shards if s.name in drops and not journal_path(folder / f"trimmed-{s.name}").exists()]
-    jobs = (Trim(folder, s.name, s.split, frozenset(drops[s.name])) for s in todo)
+def _trim(
+    source: Source,
+    drops: dict[str, list[str]],
+    shards: list[Planned],
+    entries: dict[str, Entry],
+    folder: Path,
+    packing: Packing,
+    workers: int,
+) -> dict[str, Entry]:
+    """Write again the shards that lose other samples than they did; gives them as they are now."""
+    left_out = {name: _trimmed(folder, name) or entry.journal for name, entry in entries.items()}
+    todo = [shard for shard in shards if left_out[shard.name]["dropped"] != drops.get(shard.name, [])]
+    moved = [s for s in todo if not ((folder / s.name).exists() and journal_path(folder / s.name).exists())]
+    made = _fill(source, moved, folder, packing, workers)
+    for shard in todo:
+        void(journal_path(folder / f"trimmed-{shard.name}"))
+    jobs = (Trim(folder, s.name, s.split, frozenset(drops[s.name])) for s in todo if drops.get(s.name))
     for _ in crew(trim, jobs, min(len(todo), workers or 1), lambda samples: None):
         pass
+    made = entries | made
+    return {name: entry._replace(journal=entry.journal | (_trimmed(folder, name) or {})) for name, entry in made.items()}
 
 
-def _assemble(source: Source, shards: list[Planned], folder: Path, output: Path, request: str) -> Manifest:
+def _trimmed(folder: Path, name: str) -> dict[str, Any] | None:
+    """The journal of a shard that was written again without some samples."""
+    journal = journal_path(folder / f"trimmed-{name}")
+    return (json.loads(journal.read_text()) or None) if journal.exists() else None
+
+
+def _assemble(source: Source, entries: dict[str, Entry], folder: Path, output: Path, asked: Asked, packed: Packed | None) -> Manifest:
     """Move the shards to their places and say what they are; a shard whose samples are all left out is none."""
     listed, tally = [], Tally()
-    for planned in shards:
-        trimmed = folder / f"trimmed-{planned.name}"
-        tar = trimmed if journal_path(trimmed).exists() else folder / planned.name
-        journal = _read(journal_path(tar))
-        if not journal["shard"]["samples"]:
+    for name, entry in entries.items():
+        if not entry.journal["shard"]["samples"]:
             continue
+        tar = folder / (f"trimmed-{name}" if _trimmed(folder, name) else name)
         for path in (index_path(tar), tar):
-            if path.exists():  # else it was moved before a kill
+            if path.exists():  # else it was moved before a kill, or stays where it was
                 os.replace(path, output / path.name.removeprefix("trimmed-"))
-        listed.append(Shard(**journal["shard"]))
-        tally += Tally(**journal["tally"])
-    return Manifest(shards=ShardList.of(listed), class_names=source.class_names, tally=tally, source=request)
+        listed.append(Shard(**entry.journal["shard"]))
+        tally += Tally(**entry.journal["tally"])
+    forget(output, packed, [shard.name for shard in listed])
+    return Manifest(shards=ShardList.of(listed), class_names=source.class_names, tally=tally, source=asked.request)

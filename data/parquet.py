@@ -18,10 +18,12 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from .columns import Choice, Columns, choose, class_names_of, common_type, features_of
+from .fetch import shown
 from .labels import Class, names_of, numbers_of, unused
 from .listing import Fault, Record, Source, digest, ordered_splits, reason, storable
 from .regular_files import require_regular
 from .splits import ALL, SPLIT_COLUMN, SplitChoice, assign, check_rows, few, names_of_file
+from .stamps import stamp_of
 
 READ_ERRORS = (OSError, ValueError, ImportError, pa.ArrowException)
 """What fsspec and pyarrow raise for files that are missing, out of reach or damaged; ImportError where a protocol's package is missing."""
@@ -37,6 +39,8 @@ class File(NamedTuple):
     rows: list[int]
     image_bytes: list[int]
     schema: pa.Schema
+    stamp: int
+    """Zero where nothing tells whether the file is as it was."""
 
 
 class Kept(NamedTuple):
@@ -148,6 +152,9 @@ def parquet(source: str, choice: Choice, splits: SplitChoice = ALL) -> Source:
         splits=tuple(known),
         split_of=np.array([where[f] for f in table[:, 0]], np.int8),
         class_names=columns.class_names,
+        stamps=np.array([files[f].stamp and stamp_of(files[f].stamp, columns) for f in table[:, 0]], np.uint64),
+        settings=str((choice, splits)),
+        place=os.path.abspath(source) if "://" not in source else shown(source),
         notes={
             "columns": {"image": columns.image, "caption": columns.caption, "label": columns.label, "json": list(columns.others)},
             "splits_left_out": left_out,
@@ -207,7 +214,22 @@ def _file(url: str) -> File:
         meta = pq.ParquetFile(opened)
         groups = [meta.metadata.row_group(g) for g in range(meta.metadata.num_row_groups)]
         sizes = [group.total_byte_size for group in groups]
-        return File(url, int(opened.size or 0) if hasattr(opened, "size") else 0, [g.num_rows for g in groups], sizes, meta.schema_arrow)
+        size, rows = int(opened.size or 0) if hasattr(opened, "size") else 0, [g.num_rows for g in groups]
+        return File(url, size, rows, sizes, meta.schema_arrow, _stamp(url))
+
+
+VERSIONS = ("ETag", "etag", "md5", "md5Hash", "crc32c", "checksum", "content_md5", "sha256", "blob_id", "oid", "version_id", "generation")
+TIMES = ("LastModified", "last_modified", "last_commit", "updated", "mtime", "modified")
+
+
+def _stamp(url: str) -> int:
+    """What tells a file from the one that lay there before, without reading it."""
+    system, path = fsspec.core.url_to_fs(url)
+    if isinstance(system, LocalFileSystem):
+        return stamp_of(os.stat(path))
+    facts = system.info(path)
+    said = {key: str(facts[key]) for key in (*VERSIONS, *TIMES) if facts.get(key)}
+    return stamp_of(facts.get("size"), said) if said else 0
 
 
 def _columns(files: list[File], names: list[str], choice: Choice) -> tuple[Columns, dict[str, Any]]:

@@ -17,7 +17,7 @@ import numpy as np
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, several times as fast
 
 from .decode import DECODE_ERRORS, decode_image
-from .index import NO_LABEL, RECORD, image_in, locate, unchanged
+from .index import NO_LABEL, RECORD, image_in, locate, open_index, unchanged
 from .manifest import DECODER, Manifest
 from .printable import printable
 from .shardlist import Shard, ShardList
@@ -31,6 +31,8 @@ OPEN_INDEXES = 1024
 RETRY_SECONDS = (0.1, 0.5, 2.0)
 """Waits before a failed read of an open file is tried again."""
 CHANGED = "its bytes changed since it was packed. Copy or pack the shard again"
+LOST = np.array([(0, 0, 1, 0, 0, 0, NO_LABEL, 1, 1)], RECORD)
+"""Stands for a sample of a lost shard until it is read: no bytes, which cannot have this crc32."""
 T = TypeVar("T")
 
 
@@ -164,40 +166,53 @@ class Shards:
             folder.prefetch(part.take([shard - first for shard in shards if first <= shard < end]))
 
     def records(self, shard: int) -> np.ndarray:
-        """The memory-mapped index of a shard: one RECORD a sample.
+        """The memory-mapped index of a shard, one RECORD a sample; hashed and compared with the manifest when it is opened.
 
         Raises:
-            ValueError: an index of another length than the manifest says.
+            LostShard: an index that is not there, or not what the manifest says.
         """
 
         found = self._indexes.get(shard)
         if found is None:
             folder, line = self._place(shard)
-            found = np.asarray(np.load(folder.index(line), mmap_mode="r", allow_pickle=False))
-            if len(found) != line.samples:
-                raise ValueError(
-                    f"{self.name(shard)}: its index has {len(found)} samples, the manifest says {line.samples}. Copy both again."
-                )
+            try:
+                found = open_index(folder.index(line), line, len(folder.manifest.class_names))
+            except (ValueError, OSError) as error:
+                raise LostShard(f"{self.name(shard)}: {error}") from error
             self._keep(self._indexes, shard, found, OPEN_INDEXES)
         return found
 
     def know_plain(self, shards: np.ndarray) -> np.ndarray:
-        """Whether the indexes of shards were made by today's rule of `decode.is_plain`, (N,), bool; older ones said it of too many."""
+        """Whether the indexes of shards were made by today\x27s rule of \`decode.is_plain\`, (N,), bool; older ones said it of too many."""
         return self._know_plain[np.searchsorted(self._ends, shards, side="right")]
 
-    def gather(self, shards: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-        """The records of many samples, (N,)."""
+    def gather(self, shards: np.ndarray, numbers: np.ndarray, lost: bool = False) -> np.ndarray:
+        r"""The records of many samples, (N,).
+
+        Args:
+            shards, numbers: of each sample, (N,).
+            lost: give LOST for the samples of a lost shard, whose `payload` then raises, instead of raising here.
+
+        Raises:
+            LostShard: as `records`.
+        """
         sort = np.argsort(shards, kind="stable")
         starts = np.flatnonzero(np.diff(shards[sort], prepend=-1)).tolist()
         sorted_numbers, found = numbers[sort], np.empty((len(shards), 3), np.uint64)  # a record as three words: numpy copies those faster
         for first, last, shard in zip(starts, [*starts[1:], len(sort)], shards[sort[starts]].tolist(), strict=True):
-            found[first:last] = self.records(shard).view(np.uint64).reshape(-1, 3)[sorted_numbers[first:last]]
+            try:
+                found[first:last] = self.records(shard).view(np.uint64).reshape(-1, 3)[sorted_numbers[first:last]]
+            except LostShard:
+                if not lost:
+                    raise
+                found[first:last] = LOST.view(np.uint64)
         out = np.empty_like(found)
         out[sort] = found
         return out.view(RECORD)[:, 0]
 
     def _open(self, shard: int) -> FileIO:
         folder, line = self._place(shard)
+        self.records(shard)  # a tar is of no use without its index, and a record of `gather` may be none
         try:
             return self._keep(self._files, shard, FileIO(folder.file(line)), OPEN_FILES)
         except (ValueError, OSError) as error:

@@ -71,7 +71,7 @@ class Side:
         if begun.get("flips") != facts.get("flips"):
             found.append(f"flips are {begun.get('flips')} there and {facts.get('flips')} here")
         if found:
-            raise ValueError(f"{folder} was encoded otherwise: {'; '.join(found)}. Give another --output, or delete that folder.")
+            raise ValueError(f"{folder} was encoded otherwise: {'; '.join(found)}. Give another --output, or the settings of then.")
 
     def done(self, shard: Shard) -> bool:
         """Whether a shard is encoded, and its files are still there."""

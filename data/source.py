@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
 from braceexpand import braceexpand
 
-from .index import index_path
+from .index import index_path, sha256
+from .listing import some
 from .manifest import Manifest, read_manifest
-from .shardlist import AT_ONCE, Shard
+from .shardlist import AT_ONCE, Shard, ShardList
 
 PREPARE = "python -m data.prepare imagefolder IMAGES --output"
+LARGE = 1_000_000_000
+"""Bytes to hash of which a user is told."""
 LOOKS = 16
 """Threads that look whether a folder's shards are there."""
 
@@ -62,22 +67,30 @@ class LocalFolder:
         try:
             with open(self.path / "manifest.json", "rb") as file:
                 self.manifest = read_manifest(file, f"{self.name}/manifest.json")
+                indexed = os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError as error:
             raise ValueError(
                 f"{self.name} has no manifest.json, so packing never finished: run `python -m data.prepare` again; "
                 f"tars from elsewhere get one from `python -m data.prepare webdataset {self.name}`."
             ) from error
-        for number in self._amiss():
+        self._newer: list[str] = []
+        """Tars that were written after the manifest."""
+        for number in self._amiss(indexed):
             self.file(self.manifest.shards[number])
 
-    def _amiss(self) -> Iterator[int]:
+    def _amiss(self, indexed: int) -> Iterator[int]:
         """Shards that `file` may refuse, by number: a quick look, many at a time since network disks answer slowly."""
         shards, folder = self.manifest.shards, os.open(self.path, os.O_RDONLY)
 
         def look(first: int) -> list[int]:
-            part = shards[first : first + AT_ONCE]
-            facts = zip(part.names, part.bytes.tolist(), strict=True)
-            return [number for number, (name, size) in enumerate(facts, first) if not _whole(folder, name, size)]
+            part, amiss = shards[first : first + AT_ONCE], list[int]()
+            for number, (name, size) in enumerate(zip(part.names, part.bytes.tolist(), strict=True), first):
+                written = _written(folder, name, size)
+                if written < 0:
+                    amiss.append(number)
+                elif written > indexed:
+                    self._newer.append(name)
+            return amiss
 
         try:
             with ThreadPoolExecutor(LOOKS) as pool:
@@ -106,13 +119,46 @@ class LocalFolder:
     def prefetch(self, shards: Sequence[Shard]) -> None:
         """Nothing to do: the files are here."""
 
+    def check_rewritten(self, shards: ShardList) -> None:
+        """Hash those tars that were written after the manifest, for whoever trains on what was made of them and never reads them.
 
-def _whole(folder: int, name: str, size: int) -> bool:
-    """Whether a tar is in an open folder, so large, with its index."""
+        A gigabyte takes about half a second of a processor. Where all are what the manifest says, it is given the time
+        of this look, so that the next one is free.
+
+        Args:
+            shards: those that matter.
+
+        Raises:
+            ValueError: tars that are not what the manifest says.
+        """
+        began = time.time_ns()
+        newer, missing = shards.pick(self._newer)
+        if not newer:
+            return
+        if newer.bytes.sum() > LARGE:
+            print(f"{self.name}: {len(newer)} tars are newer than their manifest; comparing {newer.bytes.sum():,} bytes", flush=True)
+        with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
+            same = pool.map(lambda shard: sha256(self.path / shard.name) == shard.sha256, newer)
+            changed = [shard.name for shard, right in zip(newer, same, strict=True) if not right]
+        if changed:
+            raise ValueError(
+                f"{self.name}: {some(changed, 3)} changed after they were indexed, and what was encoded from them is of what they "
+                "were. Run the `python -m data.prepare` of this folder again, then `data.encode`."
+            )
+        self._newer = missing
+        if not missing:
+            with suppress(OSError):  # a folder of somebody else's: it is looked at again
+                os.utime(self.path / "manifest.json", ns=(began, began))
+
+
+def _written(folder: int, name: str, size: int) -> int:
+    """When a tar of an open folder was last written, in nanoseconds; -1 where it is not there, not so large, or without its index."""
     try:
-        return os.stat(name, dir_fd=folder).st_size == size and os.access(name.removesuffix(".tar") + ".npy", os.F_OK, dir_fd=folder)
+        status = os.stat(name, dir_fd=folder)
+        whole = status.st_size == size and os.access(name.removesuffix(".tar") + ".npy", os.F_OK, dir_fd=folder)
+        return status.st_mtime_ns if whole else -1
     except (OSError, ValueError):
-        return False
+        return -1
 
 
 def expand(pattern: str) -> list[str]:

@@ -103,7 +103,7 @@ class Planner:
         positions = np.stack([p for p, _ in chosen])
         self.shards.prefetch(self.order.ahead(int(positions.min())))
         shards, numbers = self.order(positions.ravel())
-        records = self.shards.gather(shards, numbers)
+        records = self.shards.gather(shards, numbers, lost=True)  # who reads them says what becomes of a lost shard
         corners, shapes = self.look.corners(positions.ravel()), [self.buckets.shapes[bucket] for _, bucket in chosen]
         wanted = np.repeat(shapes, places.shape[1], axis=0)
         plain = (records["rest"] >= PLAIN) & (records["height"] == wanted[:, 0]) & (records["width"] == wanted[:, 1])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from .decode import DECODE_ERRORS, preview
 from .index import image_in, index_path
 from .manifest import Manifest, Tally
+from .printable import printable
 from .tar import files_of
 from .tar_headers import BLOCK
 
 SIDE, LINE, MARGIN = 128, 16, 8
 SHEET = 64
+LONGEST = 512
+"""Characters of a caption that are looked at for a line of SIDE pixels: the narrowest letters have three."""
 INK, PAPER, BAR = "#222222", "white", "#4878a8"
 ASPECTS = (1 / 4, 1 / 3, 1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2, 3, 4)
 SIDES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
@@ -145,12 +149,23 @@ def contact_sheet(tiles: Sequence[tuple[Image.Image, str]], columns: int) -> Ima
             image.convert(mode), (SIDE, SIDE), Image.Resampling.LANCZOS if max(image.size) > SIDE else Image.Resampling.NEAREST
         )
         picture.paste(small, (x + (SIDE - small.width) // 2, y + (SIDE - small.height) // 2))
-        line = " ".join(name.split())
-        while line and pen.textlength(line, font) > SIDE:
-            line = f"{line[:-4]}..." if line.endswith("...") else f"{line[:-3]}..."
-            line = "" if line == "..." else line
-        pen.text((x, y + SIDE + 1), line, INK, font)
+        pen.text((x, y + SIDE + 1), shortened(name, SIDE, lambda line: pen.textlength(line, font)), INK, font)
     return picture
+
+
+def shortened(name: str, width: float, measure: Callable[[str], float]) -> str:
+    """Return as much of a text as fits on one line, with "..." where something is missing; however long it is, a few lines are measured.
+
+    Args:
+        name: any text, a caption of a megabyte too.
+        width: of the line, in the unit of `measure`.
+        measure: gives the width of a line.
+    """
+    line = printable(" ".join(name[:LONGEST].split()))[:LONGEST]
+    if len(name) <= LONGEST and measure(line) <= width:
+        return line
+    fits = bisect_right(range(1, len(line) + 1), width, key=lambda count: measure(f"{line[:count]}..."))
+    return f"{line[:fits].rstrip()}..." if fits else ""
 
 
 def _sample(folder: Path, manifest: Manifest) -> list[tuple[Image.Image, str]]:

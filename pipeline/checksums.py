@@ -73,7 +73,7 @@ def check_folder(folder: Path, *, every: bool = False) -> dict[str, str]:
     if faults:
         raise ValueError(
             f"{folder} is not as it was exported: {'; '.join(faults)}. Export it again; if you changed it on purpose, "
-            f"`sha256sum` the files anew into {NAME}, or delete that file (then it cannot be published)."
+            f"`sha256sum` the files anew into {NAME}."
         )
     return listed
 

@@ -187,7 +187,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     try:
         there = dict(json.loads(path.read_text())["settings"])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): give another --output, or delete that folder.") from error
+        raise ValueError(f"{path} cannot be read ({error}): give another --output.") from error
     here = json.loads(json.dumps(settings))
     keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if keys:

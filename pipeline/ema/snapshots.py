@@ -165,7 +165,7 @@ def _sum(used: list[tuple[float, Kept]]) -> dict[str, Tensor]:
     for coefficient, one in used:
         tensors = averages(one.folder, Power(one.width).label)
         if not tensors or total.keys() - tensors.keys():
-            raise ValueError(f"{one.folder} holds no average of width {one.width:g}, as its state says: remove it.")
+            raise ValueError(f"{one.folder} holds no average of width {one.width:g}, as its state says: move it elsewhere.")
         for name, value in tensors.items():
             if name not in total:
                 total[name] = torch.zeros_like(value, dtype=torch.float64)

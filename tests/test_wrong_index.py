@@ -1,0 +1,109 @@
+"""An index that is not the one that the manifest means is a lost shard, for whoever opens it; one that is right is hashed once."""
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import pytest
+from shardmaker import make, samples
+
+from data import build
+from data import index as indexing
+from data.inspect import main as inspect
+from data.manifest import parse_manifest
+from data.options import Options
+from data.shards import LostShard, Shards
+from data.stream import Share
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return make(tmp_path / "shards", samples([30, 50, 20]))
+
+
+def reverse_labels(folder, shard=1):
+    path = folder / f"train-{shard:06d}.npy"
+    records = np.load(path)
+    records["label"] = records["label"][::-1].copy()
+    np.save(path, records)
+
+
+def stream(folder, **more):
+    options = Options(**{"shards": (str(folder),), "resolution": 4, "channels": 1, "workers": 0, **more})
+    return build(options, seed=1, share=Share(batch_size=10))
+
+
+def test_reversed_labels_stop_training_and_are_named(folder):
+    assert len(next(stream(folder)).labels) == 10
+    reverse_labels(folder)
+    with pytest.raises(LostShard, match=r"train-000001\.tar: its index is not the one that the manifest means.*pack again.*skip"):
+        for _ in range(10):
+            next(stream(folder))
+
+
+def test_a_wrong_index_may_be_skipped_as_a_lost_tar_is(folder):
+    right = {tuple(sample) for sample in (next(stream(folder))).samples.tolist()}
+    reverse_labels(folder)
+    skipping = stream(folder, lost_shards="skip")
+    batches = [next(skipping) for _ in range(10)]
+    assert right and all(1 not in batch.samples[:, 0].tolist() for batch in batches)
+    assert len({fault.position for fault in skipping.take_faults()}) == 50, "each sample of the shard once in an epoch"
+    labels = np.concatenate([batch.labels for batch in batches])
+    numbers = np.concatenate([batch.samples[:, 1] + 80 * (batch.samples[:, 0] == 2) for batch in batches])
+    assert np.array_equal(labels, numbers % 3), "substitutes bring their own class"
+
+
+def test_with_several_shapes_a_wrong_index_stops_even_when_skipping(tmp_path):
+    """Batches are planned from all indexes: ranks that see other ones would plan others."""
+    folder = make(tmp_path / "s", samples([40, 40], lambda n: (4 + 4 * (n % 2), 4)))
+    reverse_labels(folder)
+    with pytest.raises(LostShard, match=r"train-000001\.tar"):
+        next(stream(folder, lost_shards="skip", aspect_ratios=(1.0, 2.0), bucket_step=2))
+
+
+def test_inspect_names_it_and_goes_on(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("data.inspect.SECONDS", 0.05)
+    words = [str(folder), "--resolution", "4", "--channels", "1", "--output", str(tmp_path / "x.png")]
+    assert inspect(words) == 0
+    capsys.readouterr()
+    reverse_labels(folder)
+    assert inspect(words) != 0
+    shown = capsys.readouterr()
+    assert "train-000001.npy: its index is not the one that the manifest means" in shown.out and ", 1 bad" in shown.out
+    assert "train-000001.tar" in shown.err and "Traceback" not in shown.err
+
+
+def test_side_shards_are_checked_alike(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "side")
+    reverse_labels(tmp_path / "side", 2)
+    shards = Shards(tmp_path / "side")
+    assert len(shards.records(0)) == 30
+    with pytest.raises(LostShard, match=r"side/train-000002\.tar"):
+        shards.records(2)
+
+
+@pytest.mark.parametrize("label", [3, 700])
+def test_a_class_that_the_manifest_does_not_name(folder, label):
+    """Hashes that are right do not make it a class: never an IndexError in a loop."""
+    path = folder / "train-000001.npy"
+    records = np.load(path)
+    records["label"][7] = label
+    np.save(path, records)
+    raw = json.loads((folder / "manifest.json").read_text())
+    raw["shards"][1]["index_sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(raw))
+    assert parse_manifest((folder / "manifest.json").read_bytes(), "m").class_names == ("a", "b", "c")
+    with pytest.raises(LostShard, match=rf"train-000001\.tar: its index has class {label}, the manifest names 3 classes"):
+        Shards(folder).records(1)
+
+
+def test_an_index_is_hashed_once_as_long_as_it_is_the_same_file(folder, monkeypatch):
+    hashed, real = [], hashlib.file_digest
+    monkeypatch.setattr(indexing.hashlib, "file_digest", lambda file, name: hashed.append(file.name) or real(file, name))
+    for _ in range(3):
+        Shards(folder).records(0)
+    assert len(hashed) == 1
+    np.save(folder / "train-000000.npy", np.load(folder / "train-000000.npy"))
+    Shards(folder).records(0)
+    assert len(hashed) == 2, "written again, with the same bytes"
