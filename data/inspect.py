@@ -22,9 +22,12 @@ from tqdm import tqdm
 from .check import Check, check
 from .crew import crew, processors, quiet
 from .index import NO_LABEL
+from .locators import guard_output
 from .manifest import Manifest
 from .opening import build, open_shards
 from .options import Options, read_options
+from .printable import printable
+from .retry import one_line
 from .shards import Shards
 from .stream import Share, Stream
 from .summary import contact_sheet, ratio_name, ratio_of
@@ -155,12 +158,12 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options, seed, batch = options_of(args)
         shards = open_shards(options)
-        print("\n".join(describe_split(shards, options.split)))
+        print("\n".join(map(printable, describe_split(shards, options.split))))
         print(describe_captions([folder.manifest for folder in shards.folders]))
         checked, bad = find_bad(shards, args.samples, args.verify, args.workers)
         print(f"checked: {checked:,} of {sum(shards.counts):,} images{' and all hashes' if args.verify else ''}, {len(bad):,} bad")
         for line in bad[:SHOWN]:
-            print(f"  {line}")
+            print(f"  {printable(line)}")
         if len(bad) > SHOWN:
             print(f"  and {len(bad) - SHOWN:,} more")
         share = Share(batch_size=batch)
@@ -171,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
         rate = throughput(build(options, seed=seed, share=share, images=shards))
         print(f"stream: {rate:,.0f} images/s at {options.resolution} px with {options.workers} threads on this machine")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
@@ -180,4 +183,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

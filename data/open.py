@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 
 from .cache import Cache
+from .locators import expanded, redact_url
 from .options import Options
 from .remote import RemoteFolder
 from .source import Folder, LocalFolder, expand
@@ -42,7 +44,8 @@ def open_folder(source: str, options: Options) -> Opened:
     """
     parsed = _parse(source)
     if len(parsed) != 1:
-        raise ValueError(f"data.shards={source!r} names {len(parsed)} folders where one is wanted: {', '.join(f for f, _ in parsed[:5])}.")
+        folders = ", ".join(redact_url(folder) for folder, _ in parsed[:5])
+        raise ValueError(f"data.shards={redact_url(source)!r} names {len(parsed)} folders where one is wanted: {folders}.")
     return _open(*parsed[0], options)
 
 
@@ -54,8 +57,8 @@ def cache_folder(options: Options) -> Path:
 def _parse(source: str) -> list[tuple[str, tuple[str, ...] | None]]:
     """Folders, each with the tars chosen from it, in the order they are written."""
     folders: dict[str, list[str]] = {}
-    for place in expand(source):
-        path, question, query = place.partition("?") if "://" in place else (place, "", "")
+    for place in map(expanded, expand(source)):
+        path, question, query = place.partition("?") if place.startswith(("http://", "https://")) else (place, "", "")
         folder, _, name = path.rpartition("/")
         is_tar = name.endswith(".tar")
         folders.setdefault((folder or "." if is_tar else path.rstrip("/") or "/") + question + query, []).append(name if is_tar else "")
@@ -63,7 +66,8 @@ def _parse(source: str) -> list[tuple[str, tuple[str, ...] | None]]:
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
             raise ValueError(
-                f"data.shards={source!r} names {twice or folder} twice. A weight (data.weights) says how often a source comes."
+                f"data.shards={redact_url(source)!r} names {twice or redact_url(folder)} twice. "
+                f"A weight (data.weights) says how often a source comes."
             )
     return [(folder, None if names == [""] else tuple(names)) for folder, names in folders.items()]
 
@@ -74,6 +78,9 @@ def _open(place: str, names: tuple[str, ...] | None, options: Options) -> Opened
     )
     there = folder.manifest.shards
     missing = there.pick(names)[1] if names else []
+    if names and missing and "://" in place:  # a name in a URL may be written as URLs have it
+        names = tuple(unquote(name) if name in missing else name for name in names)
+        missing = there.pick(names)[1]
     if missing:
         shown = f"{there[0].name} to {there[-1].name}, {len(there)} shards" if there else "none"
         raise ValueError(

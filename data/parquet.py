@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from .columns import Choice, Columns, choose, features_of, names_of
 from .listing import Fault, Record, Source, digest, reason, split_named
+from .locators import last_name, redact, redact_url
 
 READ_ERRORS = (OSError, ValueError, ImportError, pa.ArrowException)
 """What fsspec and pyarrow raise for files that are missing, out of reach or damaged; ImportError where a protocol's package is missing."""
@@ -76,7 +77,7 @@ class ParquetPart:
                     here = [row for row in range(at, at + len(batch)) if row in wanted]
                     for row in here:
                         values = batch.slice(row - at, 1).to_pylist()[0]
-                        kept[wanted[row]] = _kept(values, f"{Path(url).name}:{group}:{row}", self.columns, numbers, spill)
+                        kept[wanted[row]] = _kept(values, f"{last_name(url)}:{group}:{row}", self.columns, numbers, spill)
                     at += len(batch)
 
 
@@ -106,10 +107,10 @@ def parquet(source: str, choice: Choice) -> Source:
             files = list(pool.map(_file, urls))
     except READ_ERRORS as error:
         raise ValueError(
-            f"source {source!r} cannot be read as parquet: {reason(error)}. Check the address and your rights to it."
+            f"source {redact_url(source)!r} cannot be read as parquet: {redact(reason(error))}. Check the address and your rights to it."
         ) from error
     if not any(file.rows for file in files):
-        raise ValueError(f"source {source!r} holds no image: its {len(files)} parquet files have no rows.")
+        raise ValueError(f"source {redact_url(source)!r} holds no image: its {len(files)} parquet files have no rows.")
     columns = _columns(files, choice)
     table = np.array([(f, g, rows) for f, file in enumerate(files) for g, rows in enumerate(file.rows)], np.int64)
     starts = np.concatenate([[0], np.cumsum(table[:, 2])])
@@ -120,16 +121,16 @@ def parquet(source: str, choice: Choice) -> Source:
 
     def name(number: int) -> str:
         file, group, row = places(np.array([number]))[0].tolist()
-        return f"{Path(urls[file]).name}:{group}:{row}"
+        return f"{last_name(urls[file])}:{group}:{row}"
 
-    splits = [split_named(file.url) or "train" for file in files]
+    splits = [split_named(last_name(file.url)) or "train" for file in files]
     known = sorted(set(splits), key=lambda split: (split != "train", split))
     return Source(
         part=lambda numbers: ParquetPart(urls, places(numbers), columns),
         name=name,
         rows=table[:, 2],
         bytes=np.array([size for file in files for size in file.image_bytes], np.int64),
-        identity=digest("parquet", [(file.url.rpartition("/")[2], file.bytes, file.rows) for file in files], columns),
+        identity=digest("parquet", [(last_name(file.url), file.bytes, file.rows) for file in files], columns),
         splits=tuple(known),
         split_of=np.array([known.index(splits[f]) for f in table[:, 0]], np.int8),
         class_names=columns.class_names,
@@ -140,9 +141,9 @@ def parquet(source: str, choice: Choice) -> Source:
 def _addresses(source: str) -> list[str]:
     """Full addresses of the parquet files, sorted."""
     system, path = fsspec.core.url_to_fs(source)
-    if any(mark in path for mark in "*?["):
+    if any(mark in (path.partition("?")[0] if path.startswith("http") else path) for mark in "*?["):
         found = system.glob(path)
-    elif path.lower().endswith(".parquet") and not (system.protocol in ("file", ("file", "local")) and system.isdir(path)):
+    elif last_name(path).lower().endswith(".parquet") and not (system.protocol in ("file", ("file", "local")) and system.isdir(path)):
         found = [path]
     else:
         found = [name for name in system.find(path) if name.lower().endswith(".parquet")]
@@ -167,11 +168,13 @@ def _columns(files: list[File], choice: Choice) -> Columns:
         ValueError: files that disagree.
     """
     first = files[0]
-    columns = choose(first.schema, features_of(first.schema), choice, first.url)
+    columns = choose(first.schema, features_of(first.schema), choice, redact_url(first.url))
     for file in files[1:]:
         for name in columns.all:
             if name not in file.schema.names or file.schema.field(name).type != first.schema.field(name).type:
-                raise ValueError(f"{file.url}: column {name!r} is not as in {first.url}. Pack files of one schema together.")
+                raise ValueError(
+                    f"{redact_url(file.url)}: column {name!r} is not as in {redact_url(first.url)}. Pack files of one schema together."
+                )
     if not columns.label or columns.class_names:
         return columns
     values: set[Any] = set()

@@ -11,6 +11,7 @@ from typing import Protocol
 from braceexpand import braceexpand
 
 from .index import index_path
+from .locators import redact, redact_url
 from .manifest import Manifest, read_manifest
 from .shardlist import AT_ONCE, Shard
 
@@ -124,8 +125,12 @@ def expand(pattern: str) -> list[str]:
     if not pattern.strip():
         raise ValueError("data.shards holds an empty name: name a folder that `python -m data.prepare` made, or a URL of one.")
     if "*" in pattern:
-        raise ValueError(f"data.shards={pattern!r}: wildcards are not expanded. Write the numbers, as in train-{{000000..000009}}.tar.")
+        raise ValueError(
+            f"data.shards={redact_url(pattern)!r}: wildcards are not expanded. Write the numbers, as in train-{{000000..000009}}.tar."
+        )
     try:
         return list(braceexpand(pattern, escape=False))
     except ValueError as error:
-        raise ValueError(f"data.shards={pattern!r}: {error}. Write a range as {{000000..000009}}, a choice as {{a,b}}.") from error
+        raise ValueError(
+            f"data.shards={redact_url(pattern)!r}: {redact(str(error))}. Write a range as {{000000..000009}}, a choice as {{a,b}}."
+        ) from error

@@ -71,19 +71,20 @@ class Server:
                 handler.send_header("Content-Length", "0")
                 handler.end_headers()
             else:
-                self._body(handler, name, start, bool(span) and self.ranges, fault)
+                end = int(span[2]) if span and self.ranges and span[2] else len(self.files[name]) - 1
+                self._body(handler, name, start, end, bool(span) and self.ranges, fault)
         finally:
             with self._lock:
                 self._at_once -= 1
 
-    def _body(self, handler, name, start, partial, fault):
+    def _body(self, handler, name, start, end, partial, fault):
         whole = self.files[name]
         if fault.flip >= 0:
             whole = whole[: fault.flip] + bytes([whole[fault.flip] ^ 1]) + whole[fault.flip + 1 :]
-        body = whole[start:]
+        body = whole[start : end + 1]
         handler.send_response(206 if partial else 200)
         if partial:
-            handler.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
+            handler.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(whole)}")
         if not fault.unsized:
             handler.send_header("Content-Length", str(len(body) + fault.length))
         handler.send_header("Connection", "close")

@@ -12,8 +12,7 @@ FLOORS = {
         [
             *(
                 "networks",
-                "recipe",
-                "process",
+                "printable",
                 "scheduling_flow_v1",
                 "sheet",
                 "frechet",
@@ -22,9 +21,10 @@ FLOORS = {
                 "standing",
                 "checksums",
             ),
-            *("leaks", "curve", "measured", "captions_v1", "guidance_v1", "checkpoint.shares", "ema.posthoc", "launch.meeting"),
-            *("launch.parallel", "launch.precision", "tracking.jsonl", "tracking.utilisation", "training.pulse", "training.status"),
+            *("own_files", "curve", "measured", "captions_v1", "guidance_v1", "checkpoint.shares", "ema.posthoc", "launch.meeting"),
+            *("launch.parallel", "launch.precision", "tracking.utilisation", "training.pulse"),
         ],
+        ["recipe", "process", "leaks", "tracking.jsonl", "training.status"],
         ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1", "checkpoint.rankfile", "checkpoint.manifest", "tracking.trackers"],
         [
             *("identity", "method", "stock", "space", "pipeline_condot_v1", "checkpoint.stored", "ema", "launch.launcher", "tracking"),
@@ -51,9 +51,9 @@ FLOORS = {
         ["published"],
     ],
     "data": [
-        ["printable", "text_files", "image_formats", "regular_files"],
+        ["printable", "text_files", "image_formats", "regular_files", "flock"],
         ["orientation", "color", "bands", "splits", "locators"],
-        ["tar", "order", "decode", "options", "retry", "flock", "claim", "fingerprint", "listing", "crew", "join", "shardlist"],
+        ["tar", "order", "decode", "options", "retry", "claim", "fingerprint", "listing", "crew", "join", "shardlist"],
         ["manifest", "buckets", "fetch", "cache", "encoders", "text_encoders", "write", "columns", "plan"],
         ["index"],
         ["hollow", "source", "encoded", "summary", "check", "fill", "tables", "digits"],
