@@ -58,7 +58,7 @@ def _parse(source: str) -> list[tuple[str, tuple[str, ...] | None]]:
     """Folders, each with the tars chosen from it, in the order they are written."""
     folders: dict[str, list[str]] = {}
     for place in map(expanded, expand(source)):
-        path, question, query = place.partition("?") if place.startswith(("http://", "https://")) else (place, "", "")
+        path, question, query = place.partition("?") if _is_web(place) else (place, "", "")
         folder, _, name = path.rpartition("/")
         is_tar = name.endswith(".tar")
         folders.setdefault((folder or "." if is_tar else path.rstrip("/") or "/") + question + query, []).append(name if is_tar else "")
@@ -72,15 +72,20 @@ def _parse(source: str) -> list[tuple[str, tuple[str, ...] | None]]:
     return [(folder, None if names == [""] else tuple(names)) for folder, names in folders.items()]
 
 
+def _is_web(place: str) -> bool:
+    return place.startswith(("http://", "https://"))
+
+
 def _open(place: str, names: tuple[str, ...] | None, options: Options) -> Opened:
     folder: Folder = (
         RemoteFolder(place, cache=_cache(options), retry_seconds=options.retry_seconds) if "://" in place else LocalFolder(place)
     )
     there = folder.manifest.shards
+    if names and "://" in place:  # a name in a URL may be written as URLs have it, on the web first of all
+        ways = (unquote, str) if _is_web(place) else (str, unquote)
+        known = {shard.name for shard in there.pick([way(name) for way in ways for name in names])[0]}
+        names = tuple(next((way(name) for way in ways if way(name) in known), name) for name in names)
     missing = there.pick(names)[1] if names else []
-    if names and missing and "://" in place:  # a name in a URL may be written as URLs have it
-        names = tuple(unquote(name) if name in missing else name for name in names)
-        missing = there.pick(names)[1]
     if missing:
         shown = f"{there[0].name} to {there[-1].name}, {len(there)} shards" if there else "none"
         raise ValueError(

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
 from ..own_files import write_whole
-from ..printable import one_line
+from ..printable import one_line, redact
 
 WAITING = 1000
 """Calls that may wait for a tracker; further ones are left out and counted."""
@@ -224,6 +224,8 @@ def attach(accelerator: Accelerator, names: Sequence[str], project: str, folder:
         "wandb": partial(_wandb, project, folder, start, said),
         "trackio": partial(TrackioTracker, project, name=folder.name, config=said, resume="allow" if start else "never"),
     }
+    if {"wandb", "trackio"} & set(names):  # they keep the command line, where a signed URL may stand
+        sys.argv[1:] = map(redact, sys.argv[1:])
     wanted = [name for name in dict.fromkeys(names) if name != "none"] if accelerator.is_main_process else []
     accelerator.log_with = [Tracker(name, makers[name]) for name in wanted]
     accelerator.init_trackers(project)
