@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ LISTED = ' "shards": [\n'
 """The line of the file after which each line is a shard."""
 READ_BYTES = 1 << 20
 """Of the file, at once."""
-FAULTS = (ValueError, KeyError, TypeError, AttributeError)
+FAULTS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading text that is no manifest ends in."""
 
 
@@ -116,7 +117,8 @@ def read_manifest(file: BinaryIO, where: str) -> Manifest:
     try:
         return _manifest(json.loads(file.read()), Columns())
     except FAULTS as error:
-        raise ValueError(f"{where} cannot be read ({error}): run `python -m data.prepare` again.") from error
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"{where} cannot be read ({why}): run `python -m data.prepare` again.") from error
 
 
 def _by_lines(file: BinaryIO) -> Manifest:
@@ -143,8 +145,26 @@ def _manifest(raw: dict[str, Any], columns: Columns) -> Manifest:
     """From a manifest's JSON; its shards come after those that the columns hold already."""
     if raw["version"] != VERSION:
         raise ValueError(f"version {raw['version']}, this release reads {VERSION}")
+    _check_types(raw)
     shards = raw.pop("shards")
     for first in range(0, len(shards), AT_ONCE):
         columns.extend(shards[first : first + AT_ONCE])
     names, tally = tuple(raw.pop("class_names")), Tally(**raw.pop("tally"))
     return Manifest(**raw, shards=ShardList(columns), class_names=names, tally=tally)
+
+
+SIZE = re.compile(r"\d{1,9}x\d{1,9}|other")
+CLASS = re.compile(r"\d{1,9}")
+
+
+def _check_types(raw: dict[str, Any]) -> None:
+    """Raises ValueError for fields that no manifest of ours has: a stranger's text may say anything."""
+    tally, names = raw["tally"], raw["class_names"]
+    for key, rule in (("sizes", SIZE), ("labels", CLASS)):
+        counts = tally.get(key, {})
+        if not all(rule.fullmatch(name) and type(count) is int and 0 <= count < 2**63 for name, count in counts.items()):
+            raise ValueError(f"its tally of {key} is no list of counts")
+    if not (isinstance(names, list) and set(map(type, names)) <= {str} and type(tally.get("captions", 0)) is int):
+        raise ValueError("its class names are no list of texts, or its captions no number")
+    if not (isinstance(raw.get("source", ""), str) and isinstance(raw.get("encoding", {}), dict)):
+        raise ValueError("its source is no text, or its encoding no mapping")

@@ -42,6 +42,7 @@ class Server:
         self.requests: list[tuple[str, int]] = []
         """(name, first byte asked for) of every GET."""
         self.queries: set[str] = set()
+        self.authorisations: set[str | None] = set()
         self.sent: Counter[str] = Counter()
         """Bytes of bodies."""
         self.most_at_once = 0
@@ -58,6 +59,7 @@ class Server:
         start = int(span[1]) if span and self.ranges else 0
         with self._lock:
             self.queries.add(query)
+            self.authorisations.add(handler.headers.get("Authorization"))
             self.requests.append((name, int(span[1]) if span else 0))
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
