@@ -21,6 +21,13 @@ SIZES_KEPT = 10_000
 VERSION = 2
 LISTED = ' "shards": [\n'
 """The line of the file after which each line is a shard."""
+INSIDE = re.compile(r"(?:(?!\.{0,2}\0)[^/\0]+\0)*")
+"""Names, each with a NUL behind it, of files of one folder: others would lead out of it, and what encodes them writes there."""
+PLAIN = re.compile(r"(?:[^\0-\x1f/\\\x7f-\x9f]*\.tar\0)*")
+"""Those that also can stand in a URL, and in a folder of whatever system."""
+NAME_BYTES = 255
+"""A file system knows no longer name."""
+SIZE, CLASS = re.compile(r"\d{1,9}x\d{1,9}|other"), re.compile(r"\d{1,9}")
 READ_BYTES = 1 << 20
 """Of the file, at once."""
 FAULTS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
@@ -117,7 +124,7 @@ def read_manifest(file: BinaryIO, where: str) -> Manifest:
     try:
         return _manifest(json.loads(file.read()), Columns())
     except FAULTS as error:
-        why = " ".join(str(error).split())[:300]
+        why = " ".join(str(error).split())[:1000]
         raise ValueError(f"{where} cannot be read ({why}): run `python -m data.prepare` again.") from error
 
 
@@ -145,26 +152,45 @@ def _manifest(raw: dict[str, Any], columns: Columns) -> Manifest:
     """From a manifest's JSON; its shards come after those that the columns hold already."""
     if raw["version"] != VERSION:
         raise ValueError(f"version {raw['version']}, this release reads {VERSION}")
-    _check_types(raw)
     shards = raw.pop("shards")
     for first in range(0, len(shards), AT_ONCE):
         columns.extend(shards[first : first + AT_ONCE])
-    names, tally = tuple(raw.pop("class_names")), Tally(**raw.pop("tally"))
+    listed = raw.pop("class_names")
+    if isinstance(listed, str):
+        raise ValueError("class_names is a text, a list of them is needed")
+    names, tally = tuple(listed), Tally(**raw.pop("tally"))
     return Manifest(**raw, shards=ShardList(columns), class_names=names, tally=tally)
 
 
-SIZE = re.compile(r"\d{1,9}x\d{1,9}|other")
-CLASS = re.compile(r"\d{1,9}")
+def check_foreign(manifest: Manifest, where: str, *, remote: bool) -> None:
+    """Refuse what a stranger's manifest may hold and none of ours does; of a few thousand shards at a time.
+
+    Raises:
+        ValueError: a name that is no file's of the folder itself, or of a remote one no tar's; counts that are none.
+    """
+    names = list(manifest.shards.names)
+    for first in range(0, len(names), AT_ONCE):
+        part = names[first : first + AT_ONCE]
+        if not _are_names(part, remote):
+            wrong = next(name for name in part if not _are_names([name], remote))
+            raise ValueError(
+                f"{where}/manifest.json: {wrong!r} is no shard: a plain name that ends in .tar is needed. "
+                f"Index the folder again with `python -m data.prepare webdataset`."
+            )
+    tally = manifest.tally
+    texts = (manifest.source, *manifest.class_names)
+    if not (_are_counts(tally.sizes, SIZE) and _are_counts(tally.labels, CLASS) and type(tally.captions) is int):
+        raise ValueError(f"{where}/manifest.json: its tally is no list of counts. Index the folder again.")
+    if set(map(type, texts)) != {str} or not isinstance(manifest.encoding, dict):
+        raise ValueError(f"{where}/manifest.json: its class names are no texts, or its encoding is no mapping. Index the folder again.")
 
 
-def _check_types(raw: dict[str, Any]) -> None:
-    """Raises ValueError for fields that no manifest of ours has: a stranger's text may say anything."""
-    tally, names = raw["tally"], raw["class_names"]
-    for key, rule in (("sizes", SIZE), ("labels", CLASS)):
-        counts = tally.get(key, {})
-        if not all(rule.fullmatch(name) and type(count) is int and 0 <= count < 2**63 for name, count in counts.items()):
-            raise ValueError(f"its tally of {key} is no list of counts")
-    if not (isinstance(names, list) and set(map(type, names)) <= {str} and type(tally.get("captions", 0)) is int):
-        raise ValueError("its class names are no list of texts, or its captions no number")
-    if not (isinstance(raw.get("source", ""), str) and isinstance(raw.get("encoding", {}), dict)):
-        raise ValueError("its source is no text, or its encoding no mapping")
+def _are_names(names: list[str], remote: bool) -> bool:
+    rule, longest = PLAIN if remote else INSIDE, max(len(name.encode("utf-8", "surrogatepass")) for name in names)
+    return (
+        longest <= NAME_BYTES and all("\0" not in name for name in names) and rule.fullmatch("".join(f"{n}\0" for n in names)) is not None
+    )
+
+
+def _are_counts(counts: Any, rule: re.Pattern[str]) -> bool:
+    return isinstance(counts, dict) and all(rule.fullmatch(name) and type(n) is int and 0 <= n < 2**63 for name, n in counts.items())

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from .cache import Cache, Item
 from .fetch import Expected, Origin
 from .index import RECORD, index_path
-from .manifest import parse_manifest
+from .manifest import check_foreign, parse_manifest
 from .shardlist import Shard
 
 MANIFEST_BYTES = 1 << 30
@@ -53,6 +53,7 @@ class RemoteFolder:
                 f"Make one with `python -m data.prepare`, and upload the manifest last."
             ) from error
         self.manifest = parse_manifest(text, f"{self.name}/manifest.json")
+        check_foreign(self.manifest, self.name, remote=True)
         self._lock = threading.Lock()
         self._pending: list[Shard] = []
         self._threads = 0

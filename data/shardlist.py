@@ -31,10 +31,6 @@ class Shard:
 
 KEYS = {field.name for field in fields(Shard)}
 HASH = re.compile("[0-9a-f]*")
-NAMES = re.compile(r"(?:[^\0-\x1f/\\\x7f-\x9f]*\.tar\0)*")
-"""Names, each with a NUL behind it, of files in the folder itself: a stranger's manifest must not lead out of it."""
-NAME_BYTES = 255
-"""A file system knows no longer name."""
 AT_ONCE = 4096
 """Shards that are made objects together."""
 
@@ -102,8 +98,6 @@ def _sound(column: dict[str, list[Any]]) -> bool:
         and all(0 <= extreme < 2**63 for extreme in (min(counts, default=0), max(counts, default=0)))
         and set(map(len, hashes)) <= {64}
         and HASH.fullmatch("".join(hashes)) is not None
-        and NAMES.fullmatch("".join(f"{name}\0" for name in column["name"])) is not None
-        and max((len(name.encode("utf-8", "surrogatepass")) for name in column["name"]), default=0) <= NAME_BYTES
     )
 
 

@@ -12,7 +12,7 @@ from braceexpand import braceexpand
 
 from .index import index_path
 from .locators import redact, redact_url
-from .manifest import Manifest, read_manifest
+from .manifest import Manifest, check_foreign, read_manifest
 from .shardlist import AT_ONCE, Shard
 
 PREPARE = "python -m data.prepare imagefolder IMAGES --output"
@@ -68,6 +68,7 @@ class LocalFolder:
                 f"{self.name} has no manifest.json, so packing never finished: run `python -m data.prepare` again; "
                 f"tars from elsewhere get one from `python -m data.prepare webdataset {self.name}`."
             ) from error
+        check_foreign(self.manifest, self.name, remote=False)
         for number in self._amiss():
             self.file(self.manifest.shards[number])
 
