@@ -21,8 +21,8 @@ SIZES_KEPT = 10_000
 VERSION = 2
 LISTED = ' "shards": [\n'
 """The line of the file after which each line is a shard."""
-INSIDE = re.compile(r"(?:(?!\.{0,2}\0)[^/\0]+\0)*")
-"""Names, each with a NUL behind it, of files of one folder: others would lead out of it, and what encodes them writes there."""
+INSIDE = re.compile(r"(?:(?!/|(?:[^\0]*/)?\.\.[/\0])[^\0]+\0)*")
+"""Names, each with a NUL behind it, of files below one folder: others would lead out of it, and what encodes them writes there."""
 PLAIN = re.compile(r"(?:[^\0-\x1f/\\\x7f-\x9f]*\.tar\0)*")
 """Those that also can stand in a URL, and in a folder of whatever system."""
 NAME_BYTES = 255
@@ -186,10 +186,9 @@ def check_foreign(manifest: Manifest, where: str, *, remote: bool) -> None:
 
 
 def _are_names(names: list[str], remote: bool) -> bool:
-    rule, longest = PLAIN if remote else INSIDE, max(len(name.encode("utf-8", "surrogatepass")) for name in names)
-    return (
-        longest <= NAME_BYTES and all("\0" not in name for name in names) and rule.fullmatch("".join(f"{n}\0" for n in names)) is not None
-    )
+    rule, longest = (PLAIN, NAME_BYTES) if remote else (INSIDE, 4096)
+    fits = all("\0" not in name and len(name.encode("utf-8", "surrogatepass")) <= longest for name in names)
+    return fits and rule.fullmatch("".join(f"{name}\0" for name in names)) is not None
 
 
 def _are_counts(counts: Any, rule: re.Pattern[str]) -> bool:
