@@ -47,6 +47,7 @@ from pipeline.folder import open_folder
 from pipeline.generate import generate
 from pipeline.networks import model_options
 from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve, Sampling
+from pipeline.printable import say
 from pipeline.publish import check_repository, publish
 from pipeline.recipe import build, parse
 from pipeline.restore import restore_file
@@ -205,7 +206,7 @@ def compare(options: Evaluate) -> int:
     labels = torch.arange(options.num_images) % source.num_classes
     made = generate(source, labels, options.sampler(), seed=options.seed, batch_size=options.batch_size).images
     report = evaluate(made.clamp(-1, 1), labels, train, held_out, features)
-    print(report)
+    say(report)
     output = Path(options.output or Path(options.pipeline or options.run) / "evaluation.json")
     output.write_text(json.dumps({**report.as_dict(), **options.told(model.ema)}, indent=1) + "\n")
     print(f"figures in {output}")
@@ -239,7 +240,7 @@ def retrieve_captions(options: Retrieve) -> int:
     output = Path(options.output or Path(options.pipeline or options.run) / "retrieval.png")
     save_image(side_by_side(real, made, scale=max(1, 64 // real.shape[-1])), output)
     output.with_suffix(".json").write_text(json.dumps({**found.as_dict(), **drawn, "captions": captions}, indent=1) + "\n")
-    print(found)
+    say(found)
     print(f"{output}: rows of real images, then their samples; figures in {output.with_suffix('.json')}")
     return 0
 

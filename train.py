@@ -46,6 +46,7 @@ from pipeline.networks import model_options
 from pipeline.options import Export
 from pipeline.plan.case import Rooms
 from pipeline.plan.dry_run import dry_run
+from pipeline.printable import printable
 from pipeline.recipe import as_mapping, asked, facts_of, parse
 from pipeline.space import Space
 from pipeline.stock import form_of
@@ -210,7 +211,7 @@ def networks(
     network = models.build(seed=config.seed, device="meta" if sharding != "none" and not given else "cpu", **options)
     if fresh:
         for note in first_weights(config, network):
-            accelerator.print(note)
+            accelerator.print(printable(note))
     if train.lora_rank:
         add_lora(network, train.lora_rank, train.lora_alpha, seed=config.seed)
     if sharding == "none":

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
+import stat
 import threading
 import time
 from collections import OrderedDict
@@ -21,13 +23,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from .flock import claim, is_named, open_file, remove_unused
+from .flock import claim, is_named, open_file, open_lock, remove_unused
 
 MOST_HELD = 256
 """Files that one process holds; each costs an open file."""
 HELD_SHARE = 0.5
 """Part of the limit that one process may hold: ranks of one machine read much the same shards, but not at the same moment."""
 POLL_SECONDS = 0.02
+PART = re.compile(r"\..*\.(\d{1,20})\.part")
+"""The name of a download under way, with the bytes that it takes."""
 
 
 class Item(NamedTuple):
@@ -236,9 +240,9 @@ class Cache:
                 status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
-            if entry.name.endswith(".part"):
-                yield status.st_mtime, int(entry.name.split(".")[-2]) if status.st_size else 0, entry.name
-            elif not entry.name.startswith("."):
+            if part := PART.fullmatch(entry.name):
+                yield status.st_mtime, int(part[1]) if status.st_size else 0, entry.name
+            elif not entry.name.startswith(".") and stat.S_ISREG(status.st_mode):
                 yield status.st_mtime, status.st_size, entry.name
 
     def _sweep(self) -> None:
@@ -249,9 +253,12 @@ class Cache:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """One process at a time looks for room."""
-        with open(self.folder / ".lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        fd = open_lock(self.folder / ".lock")
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
             yield
+        finally:
+            os.close(fd)
 
 
 def _written(part: Path) -> float:

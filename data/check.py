@@ -40,7 +40,7 @@ class Check:
     r"""As `data.caption` has it: which texts must be readable."""
     channels: int = 3
     bit_depth: int = 8
-    """As a recipe\x27s section \`data\` has them."""
+    r"""As a recipe's section \`data\` has them."""
 
 
 def check(job: Check, progress: Progress) -> list[str]:

@@ -17,8 +17,10 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from .flock import open_lock
+from .flock import open_lock, open_regular
 
+LONGEST = 10_000
+"""Characters of a claim that are read."""
 STALE_SECONDS = 600.0
 """A claim that was not touched for so long belongs to nobody, whatever machine its process was on."""
 
@@ -50,8 +52,8 @@ class Claim:
     def held(self) -> bool:
         """Whether it is still ours: a worker that slept for long may have lost it."""
         try:
-            return self._path.read_text() == self._text
-        except OSError:
+            return _read(self._path) == self._text
+        except (OSError, ValueError):
             return False
 
     def touch(self, every: float = 5.0) -> None:
@@ -74,11 +76,20 @@ def take(path: Path, stale_seconds: float = STALE_SECONDS) -> Claim | None:
     claim = _create(path)
     if claim is not None or not _abandoned(path, stale_seconds):
         return claim
-    with os.fdopen(open_lock(path.with_name("takeover.lock")), "r+") as lock:  # two that see the same dead claim must not both take it
+    lock = open_lock(path.with_name("takeover.lock"))  # two that see the same dead claim must not both take it
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if _abandoned(path, stale_seconds):
             path.unlink(missing_ok=True)
+    finally:
+        os.close(lock)
     return _create(path)
+
+
+def _read(path: Path) -> str:
+    """Raises ValueError where something else than a file stands there, OSError as `open`."""
+    with os.fdopen(open_regular(path, os.O_RDONLY)) as file:
+        return file.read(LONGEST)
 
 
 def _create(path: Path) -> Claim | None:
@@ -98,8 +109,13 @@ def _create(path: Path) -> Claim | None:
 def _abandoned(path: Path, stale_seconds: float) -> bool:
     """Whether the process that holds a claim is dead, or has not touched it for long."""
     try:
-        facts, touched = json.loads(path.read_text()), path.stat().st_mtime
-    except (FileNotFoundError, ValueError):
+        text, touched = _read(path), path.stat().st_mtime
+    except FileNotFoundError:
         return True
-    here = facts["host"] == _pid_space() and _started(os.getpid()) != ""
-    return time.time() - touched > stale_seconds or (here and _started(facts["pid"]) != facts["started"])
+    try:
+        facts = json.loads(text)
+        here = facts["host"] == _pid_space() and _started(os.getpid()) != ""
+        dead = here and _started(facts["pid"]) != facts["started"]
+    except (ValueError, KeyError, TypeError):
+        return True  # nobody's: claims are never seen half-written
+    return time.time() - touched > stale_seconds or dead

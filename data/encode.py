@@ -43,9 +43,11 @@ from .crew import processors
 from .encoded import EXTENSIONS, side_folder, text_name
 from .encoders import Autoencoder, read_autoencoder
 from .forms import Form, Item, Latents, Text
+from .locators import guard_output
 from .open import open_sources
 from .options import Options, read_options
 from .printable import printable
+from .retry import one_line
 from .shardlist import Shard, ShardList
 from .shards import Shards
 from .side import Side
@@ -68,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("CONDOT_DEBUG"):
             raise
         rank = os.environ.get("RANK", "0")
-        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {one_line(error)}", file=sys.stderr, flush=True)
         return 2
     finally:
         for number, handler in before.items():
@@ -282,4 +284,5 @@ def _item(images: Shards, number: int, record: Any) -> Item:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

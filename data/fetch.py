@@ -6,13 +6,17 @@ import errno
 import hashlib
 import re
 from collections.abc import Iterator
+from pathlib import Path
+from string import punctuation
 from typing import Any, BinaryIO, NamedTuple
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urlsplit, urlunsplit
 
 import aiohttp
 import fsspec
 from fsspec.asyn import sync
+from yarl import URL
 
+from .locators import redact_url, shown
 from .retry import HttpError, Mismatch, OurDisk, Patience, one_line
 
 PACKAGES = {
@@ -53,7 +57,7 @@ class Origin:
     """
 
     def __init__(self, url: str, retry_seconds: float) -> None:
-        parts = urlsplit(url)
+        parts = _split(url)
         if parts.scheme not in PACKAGES:
             raise ValueError(
                 f"data.shards={shown(url)!r}: {parts.scheme or url.partition(':')[0]}:// is not read. "
@@ -63,8 +67,10 @@ class Origin:
         self.retry_seconds = retry_seconds
         self.stall = min(STALL_SECONDS, retry_seconds / 3)
         self._web = parts.scheme in ("http", "https")
-        self._query = f"?{parts.query}" if self._web and parts.query else ""
+        self._query = f"?{quote(parts.query, safe=punctuation)}" if self._web and parts.query else ""
         base = urlunsplit(parts._replace(query="", fragment="")) if self._web else url
+        if parts.scheme == "file" and not Path(base.removeprefix("file://")).exists():
+            base = unquote(base)  # as a browser and Path.as_uri() write it
         try:
             more = {"client_kwargs": {"trust_env": True}} if self._web else {}  # $HTTPS_PROXY and ~/.netrc, as curl has it
             self._fs, path = fsspec.url_to_fs(base.rstrip("/"), **more)
@@ -73,7 +79,9 @@ class Origin:
             raise ValueError(f"{self.name}: {parts.scheme}:// needs a package that is not installed: `pip install {package}`.") from error
         except (ValueError, OSError) as error:
             raise ValueError(f"{self.name} is no URL that can be read: {one_line(error)}.") from error
-        self._path = str(path).rstrip("/")
+        self._path = (str(URL(str(path))) if self._web else str(path)).rstrip("/")
+        if parts.scheme == "hf" and "@" not in self._path:  # else the first @ of a file's name would begin a revision
+            self._path = re.sub(r"^((?:datasets/|spaces/)?[^/]+/[^/]+)", r"\1@main", self._path)
 
     def text(self, name: str, most: int) -> bytes:
         """A small file, whole.
@@ -139,7 +147,7 @@ class Origin:
         """A file's bytes, each piece with its place: from `start`, or from 0 where the source cannot skip, to `most` or its end."""
         path = f"{self._path}/{name}"
         if self._web:
-            yield from self._streamed(path + self._query, start, least, most)
+            yield from self._streamed(f"{self._path}/{quote(name, safe='')}{self._query}", start, least, most)
         elif self._fs.async_impl:  # s3, gs: a request can be aborted from outside
             while start < most:
                 end = min(start + PIECE, most)
@@ -180,7 +188,10 @@ async def _get(fs: Any, url: str, start: int, stall: float) -> aiohttp.ClientRes
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     # No total: aiohttp's default would cut every download of more than five minutes.
     limits = aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall)
-    response = await session.get(fs.encode_url(url), headers=headers, timeout=limits)
+    response = await session.get(URL(url, encoded=True), headers=headers, timeout=limits)
+    if response.url.scheme == "http" and url.startswith("https:"):
+        response.close()
+        raise ValueError(f"it is redirected from https to {redact_url(str(response.url))}, where anybody could change it")
     if response.status in (200, 206):
         span = response.headers.get("Content-Range", "")
         begin = re.match(r"bytes (\d+)-", span)
@@ -219,7 +230,12 @@ def _write(file: BinaryIO, body: bytes, at: int) -> None:
         raise OurDisk(error.errno, error.strerror) from error
 
 
-def shown(url: str) -> str:
-    """A URL as it may be printed: without password and signature."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="")) if parts.netloc else url
+def _split(url: str) -> SplitResult:
+    """Raises ValueError for what is no URL, without the part that the library quotes: it may be of a password."""
+    try:
+        parts = urlsplit(url)
+        assert parts.port is None or parts.port >= 0
+        return parts
+    except ValueError:
+        why = "its host or its port cannot be right. Write the signs []:/?#@ of a password as %5B and so on"
+        raise ValueError(f"data.shards={redact_url(url)!r} is no URL: {why}.") from None

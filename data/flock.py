@@ -2,7 +2,10 @@
 
 The lock is flock's, which belongs to an open file and ends with its process,
 however that ends. A name may change between opening and locking, so each
-function looks again when it has the lock.
+function looks again when it has the lock. Others may write the folder too:
+what stands under a name and is no file of its own (a link to somewhere else, a
+folder, a FIFO that never answers) is refused, and nothing is ever written through it.
+`pipeline/own_files.py` opens files by the same rule.
 """
 
 from __future__ import annotations
@@ -10,27 +13,74 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from pathlib import Path
+
+NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EMLINK)
+"""What opening a link, a folder, a socket ends in."""
+
+
+def open_regular(path: Path, flags: int, mode: int = 0o666) -> int:
+    """Open a file itself, never what a link leads to, and never wait for it.
+
+    Raises:
+        ValueError: a link, a folder, a FIFO or a device stands there.
+        OSError: as `os.open`.
+    """
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+    except OSError as error:
+        if error.errno in NO_FILE:
+            raise ValueError(_planted(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise ValueError(_planted(path))
+    return fd
+
+
+def _planted(path: Path) -> str:
+    return f"{path} is a link, a folder or a device, and condot keeps a file of its own under this name: move it elsewhere."
 
 
 def open_lock(path: Path) -> int:
-    """Open a lock file, made if need be, without writing to it or following a link that somebody put in its place.
+    """Open the file of a lock, made where it is missing; who may write its folder may lock it too.
+
+    A file that is there is opened without O_CREAT: Linux refuses that for
+    another user's file in a folder like /tmp.
 
     Raises:
-        ValueError: there is a link.
-        OSError: it cannot be opened.
+        ValueError, OSError: as `open_regular`.
     """
-    try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise ValueError(f"{path} is a symbolic link, and a lock that leads elsewhere is not used: give another folder.") from error
-        raise
+    while True:
+        try:
+            return open_regular(path, os.O_RDWR)
+        except PermissionError:
+            return open_regular(path, os.O_RDONLY)  # of another release or user: local disks lock it all the same
+        except FileNotFoundError:
+            try:
+                fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+            except FileExistsError:
+                continue
+            _share(fd, os.stat(path.parent).st_mode)
+            return fd
+
+
+def _share(fd: int, folder: int) -> None:
+    """Let those write a new file who may write its folder, whatever our umask is."""
+    writers = folder & (stat.S_IWGRP | stat.S_IWOTH)
+    if writers:
+        os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | writers | writers << 1)
 
 
 def open_file(path: Path) -> int | None:
+    """Open a file to read; None where there is none.
+
+    Raises:
+        ValueError, OSError: as `open_regular`.
+    """
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        return open_regular(path, os.O_RDONLY)
     except FileNotFoundError:
         return None
 
@@ -44,9 +94,18 @@ def is_named(fd: int, path: Path) -> bool:
 
 
 def claim(part: Path) -> int | None:
-    """A part, locked exclusively; None where another has it."""
+    """Open a part, locked exclusively; None where another has it.
+
+    Raises:
+        ValueError, OSError: as `open_regular`.
+    """
     while True:
-        fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+        try:
+            fd = _open_part(part)
+        except PermissionError:
+            if part.exists():
+                return None  # another user's
+            raise
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -58,18 +117,30 @@ def claim(part: Path) -> int | None:
         os.close(fd)  # renamed or deleted between the two calls
 
 
-def remove_unused(path: Path) -> bool:
-    """Delete a file that nobody holds."""
+def _open_part(part: Path) -> int:
+    """Open or make a part; in a folder that its group shares, the group's, unless each may delete only what is its own."""
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)  # some network disks lock exclusively only what can be written
-    except (FileNotFoundError, PermissionError):
+        return open_regular(part, os.O_RDWR)
+    except FileNotFoundError:
+        fd = open_regular(part, os.O_RDWR | os.O_CREAT, 0o644)
+        folder = os.stat(part.parent).st_mode
+        if not folder & stat.S_ISVTX and os.fstat(fd).st_uid == os.geteuid():
+            _share(fd, folder)
+        return fd
+
+
+def remove_unused(path: Path) -> bool:
+    """Delete a file that nobody holds; false for another user's that cannot be, and for what is no plain file."""
+    try:
+        fd = open_regular(path, os.O_RDWR)  # some network disks lock exclusively only what can be written
+    except (FileNotFoundError, PermissionError, ValueError):
         return False
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if is_named(fd, path):
             path.unlink()
             return True
-    except BlockingIOError:
+    except (BlockingIOError, PermissionError):
         pass
     finally:
         os.close(fd)

@@ -23,9 +23,12 @@ from .beside import sentences_note
 from .check import Check, check
 from .crew import crew, processors, quiet
 from .index import NO_LABEL
+from .locators import guard_output
 from .manifest import Manifest
 from .opening import build, open_shards
 from .options import Options, read_options
+from .printable import printable
+from .retry import one_line
 from .shards import LostShard, Shards
 from .stream import Share, Stream
 from .summary import contact_sheet, ratio_name, ratio_of
@@ -170,14 +173,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options, seed, batch = options_of(args)
         shards = open_shards(options)
-        print("\n".join(describe_split(shards, options.split)))
+        print("\n".join(map(printable, describe_split(shards, options.split))))
         print(describe_captions([folder.manifest for folder in shards.folders]))
         if note := sentences_note(shards, options.caption):
             print(note)
         checked, bad = find_bad(shards, options, args.samples, args.verify, args.workers)
         print(f"checked: {checked:,} of {sum(shards.counts):,} images{' and all hashes' if args.verify else ''}, {len(bad):,} bad")
         for line in bad[:SHOWN]:
-            print(f"  {line}")
+            print(f"  {printable(line)}")
         if len(bad) > SHOWN:
             print(f"  and {len(bad) - SHOWN:,} more")
         share = Share(batch_size=batch)
@@ -189,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         rate = throughput(build(options, seed=seed, share=share, images=shards))
         print(f"stream: {rate:,.0f} images/s at {options.resolution} px with {options.workers} threads on this machine")
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)
@@ -198,4 +201,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

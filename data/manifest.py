@@ -10,6 +10,7 @@ import io
 import json
 import operator
 import os
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,9 +24,16 @@ DECODER = 2
 """The rule of `decode.is_plain` now: since 2 it also knows colour profiles, XMP, and EXIF behind fill bytes."""
 LISTED = ' "shards": [\n'
 """The line of the file after which each line is a shard."""
+INSIDE = re.compile(r"(?:(?!/|(?:[^\0]*/)?\.\.[/\0])[^\0]+\0)*")
+"""Names, each with a NUL behind it, of files below one folder: others would lead out of it, and what encodes them writes there."""
+PLAIN = re.compile(r"(?:[^\0-\x1f/\\\x7f-\x9f]*\.tar\0)*")
+"""Those that also can stand in a URL, and in a folder of whatever system."""
+NAME_BYTES = 255
+"""A file system knows no longer name."""
+SIZE, CLASS = re.compile(r"\d{1,9}x\d{1,9}|other"), re.compile(r"\d{1,9}")
 READ_BYTES = 1 << 20
 """Of the file, at once."""
-FAULTS = (ValueError, KeyError, TypeError, AttributeError)
+FAULTS = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading text that is no manifest ends in."""
 
 
@@ -129,7 +137,8 @@ def read_manifest(file: BinaryIO, where: str) -> Manifest:
     try:
         return _manifest(json.loads(file.read()), Columns())
     except FAULTS as error:
-        raise ValueError(f"{where} cannot be read ({error}): run `python -m data.prepare` again.") from error
+        why = " ".join(str(error).split())[:1000]
+        raise ValueError(f"{where} cannot be read ({why}): run `python -m data.prepare` again.") from error
 
 
 def _by_lines(file: BinaryIO) -> Manifest:
@@ -159,6 +168,42 @@ def _manifest(raw: dict[str, Any], columns: Columns) -> Manifest:
     shards = raw.pop("shards")
     for first in range(0, len(shards), AT_ONCE):
         columns.extend(shards[first : first + AT_ONCE])
-    names, tally = tuple(raw.pop("class_names")), Tally(**raw.pop("tally"))
+    listed = raw.pop("class_names")
+    if isinstance(listed, str):
+        raise ValueError("class_names is a text, a list of them is needed")
+    names, tally = tuple(listed), Tally(**raw.pop("tally"))
     raw["decoder"] = operator.index(raw.get("decoder", 1))
     return Manifest(**raw, shards=ShardList(columns), class_names=names, tally=tally)
+
+
+def check_foreign(manifest: Manifest, where: str, *, remote: bool) -> None:
+    """Refuse what a stranger's manifest may hold and none of ours does; of a few thousand shards at a time.
+
+    Raises:
+        ValueError: a name that is no file's of the folder itself, or of a remote one no tar's; counts that are none.
+    """
+    names = list(manifest.shards.names)
+    for first in range(0, len(names), AT_ONCE):
+        part = names[first : first + AT_ONCE]
+        if not _are_names(part, remote):
+            wrong = next(name for name in part if not _are_names([name], remote))
+            raise ValueError(
+                f"{where}/manifest.json: {wrong!r} is no shard: a plain name that ends in .tar is needed. "
+                f"Index the folder again with `python -m data.prepare webdataset`."
+            )
+    tally = manifest.tally
+    texts = (manifest.source, *manifest.class_names)
+    if not (_are_counts(tally.sizes, SIZE) and _are_counts(tally.labels, CLASS) and type(tally.captions) is int):
+        raise ValueError(f"{where}/manifest.json: its tally is no list of counts. Index the folder again.")
+    if set(map(type, texts)) != {str} or not isinstance(manifest.encoding, dict):
+        raise ValueError(f"{where}/manifest.json: its class names are no texts, or its encoding is no mapping. Index the folder again.")
+
+
+def _are_names(names: list[str], remote: bool) -> bool:
+    rule, longest = (PLAIN, NAME_BYTES) if remote else (INSIDE, 4096)
+    fits = all("\0" not in name and len(name.encode("utf-8", "surrogatepass")) <= longest for name in names)
+    return fits and rule.fullmatch("".join(f"{name}\0" for name in names)) is not None
+
+
+def _are_counts(counts: Any, rule: re.Pattern[str]) -> bool:
+    return isinstance(counts, dict) and all(rule.fullmatch(name) and type(n) is int and 0 <= n < 2**63 for name, n in counts.items())

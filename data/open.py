@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 
 from .cache import Cache
+from .locators import expanded, redact_url
 from .options import Options
 from .remote import RemoteFolder
 from .source import Folder, LocalFolder, expand
@@ -42,7 +44,8 @@ def open_folder(source: str, options: Options) -> Opened:
     """
     parsed = _parse(source)
     if len(parsed) != 1:
-        raise ValueError(f"data.shards={source!r} names {len(parsed)} folders where one is wanted: {', '.join(f for f, _ in parsed[:5])}.")
+        folders = ", ".join(redact_url(folder) for folder, _ in parsed[:5])
+        raise ValueError(f"data.shards={redact_url(source)!r} names {len(parsed)} folders where one is wanted: {folders}.")
     return _open(*parsed[0], options)
 
 
@@ -54,8 +57,8 @@ def cache_folder(options: Options) -> Path:
 def _parse(source: str) -> list[tuple[str, tuple[str, ...] | None]]:
     """Folders, each with the tars chosen from it, in the order they are written."""
     folders: dict[str, list[str]] = {}
-    for place in expand(source):
-        path, question, query = place.partition("?") if "://" in place else (place, "", "")
+    for place in map(expanded, expand(source)):
+        path, question, query = place.partition("?") if _is_web(place) else (place, "", "")
         folder, _, name = path.rpartition("/")
         is_tar = name.endswith(".tar")
         folders.setdefault((folder or "." if is_tar else path.rstrip("/") or "/") + question + query, []).append(name if is_tar else "")
@@ -63,9 +66,14 @@ def _parse(source: str) -> list[tuple[str, tuple[str, ...] | None]]:
         if len(set(names)) != len(names):
             twice = next(n for n in names if names.count(n) > 1)
             raise ValueError(
-                f"data.shards={source!r} names {twice or folder} twice. A weight (data.weights) says how often a source comes."
+                f"data.shards={redact_url(source)!r} names {twice or redact_url(folder)} twice. "
+                f"A weight (data.weights) says how often a source comes."
             )
     return [(folder, None if names == [""] else tuple(names)) for folder, names in folders.items()]
+
+
+def _is_web(place: str) -> bool:
+    return place.startswith(("http://", "https://"))
 
 
 def _open(place: str, names: tuple[str, ...] | None, options: Options) -> Opened:
@@ -73,6 +81,10 @@ def _open(place: str, names: tuple[str, ...] | None, options: Options) -> Opened
         RemoteFolder(place, cache=_cache(options), retry_seconds=options.retry_seconds) if "://" in place else LocalFolder(place)
     )
     there = folder.manifest.shards
+    if names and "://" in place:  # a name in a URL may be written as URLs have it, on the web first of all
+        ways = (unquote, str) if _is_web(place) else (str, unquote)
+        known = {shard.name for shard in there.pick([way(name) for way in ways for name in names])[0]}
+        names = tuple(next((way(name) for way in ways if way(name) in known), name) for name in names)
     missing = there.pick(names)[1] if names else []
     if missing:
         shown = f"{there[0].name} to {there[-1].name}, {len(there)} shards" if there else "none"

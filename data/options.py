@@ -6,6 +6,7 @@ A test holds the two to the same names and defaults.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -168,7 +169,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
     "int": lambda word: int(str(word)),
     "float": lambda word: float(str(word)),
     "bool": lambda word: {"true": True, "false": False}[str(word).lower()],
-    "str": lambda word: "" if word is None else str(word),
+    "str": lambda word: "" if word is None else os.path.expanduser(str(word)) if str(word).startswith("~/") else str(word),
 }
 
 

@@ -18,9 +18,9 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from .columns import Choice, Columns, choose, class_names_of, common_type, features_of
-from .fetch import shown
 from .labels import Class, names_of, numbers_of, unused
 from .listing import Fault, Record, Source, digest, ordered_splits, reason, storable
+from .locators import last_name, redact, redact_url, shown
 from .regular_files import require_regular
 from .splits import ALL, SPLIT_COLUMN, SplitChoice, assign, check_rows, few, names_of_file
 from .stamps import stamp_of
@@ -71,7 +71,8 @@ class ParquetPart:
                 try:
                     self._spill(file, mine, kept, spill)
                 except READ_ERRORS as error:
-                    raise ValueError(f"{self.urls[file]} cannot be read as parquet: {reason(error).rstrip('.')}. Copy it again.") from error
+                    why = redact(reason(error)).rstrip(".")
+                    raise ValueError(f"{redact_url(self.urls[file])} cannot be read as parquet: {why}. Copy it again.") from error
             spill.flush()
             for place in range(len(self.rows)):
                 record, at, size = kept.pop(place)
@@ -124,7 +125,7 @@ def parquet(source: str, choice: Choice, splits: SplitChoice = ALL) -> Source:
     with ThreadPoolExecutor(16) as pool:
         files = _reached(source, lambda: list(pool.map(_file, urls)))
     if not any(file.rows for file in files):
-        raise ValueError(f"source {source!r} holds no image: its {len(files)} parquet files have no rows.")
+        raise ValueError(f"source {redact_url(source)!r} holds no image: its {len(files)} parquet files have no rows.")
     columns, notes = _columns(files, names, choice)
     table = np.array([(f, g, rows) for f, file in enumerate(files) for g, rows in enumerate(file.rows)], np.int64)
     starts = np.concatenate([[0], np.cumsum(table[:, 2])])
@@ -172,8 +173,9 @@ def _reached(source: str, read: Callable[[], Result]) -> Result:
     try:
         return read()
     except READ_ERRORS as error:
+        why = redact(reason(error)).rstrip(".")
         raise ValueError(
-            f"source {source!r} cannot be read as parquet: {reason(error).rstrip('.')}. Check the address and your rights to it."
+            f"source {redact_url(source)!r} cannot be read as parquet: {why}. Check the address and your rights to it."
         ) from error
 
 
@@ -182,11 +184,11 @@ def _addresses(source: str) -> dict[str, str]:
     system, path = fsspec.core.url_to_fs(source)
     local = isinstance(system, LocalFileSystem)
     root = path
-    if any(mark in path for mark in "*?["):
+    if any(mark in _plain_name(path) for mark in "*?["):
         found = system.glob(path)
         root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
-    elif path.lower().endswith(".parquet") and not (local and system.isdir(path)):
-        found, root = [path], path.rpartition("/")[0]
+    elif last_name(path).lower().endswith(".parquet") and not (local and system.isdir(path)):
+        found, root = [path], _plain_name(path).rpartition("/")[0]
     else:
         found = [name for name in system.find(path) if name.lower().endswith(".parquet")]
     if not found:
@@ -195,13 +197,18 @@ def _addresses(source: str) -> dict[str, str]:
         for name in found:
             require_regular(os.stat(name))
     root = root.rstrip("/") + "/"
-    return {system.unstrip_protocol(name): storable(name.removeprefix(root)) for name in sorted(found)}
+    return {system.unstrip_protocol(name): storable(_plain_name(name).removeprefix(root)) for name in sorted(found)}
+
+
+def _plain_name(path: str) -> str:
+    """Return a file's path without the query of a URL, which may be a signature."""
+    return path.partition("?")[0] if path.startswith("http") else path
 
 
 def _splits(names: list[str], choice: SplitChoice, source: str) -> tuple[dict[str, str], dict[str, None]]:
     """Return the split of each file that is packed, by the word in its name or in the nearest folder; and the files that are not."""
     named = {name: names_of_file(name) for name in names}
-    assigned = assign(named, choice, f"source {source!r}")
+    assigned = assign(named, choice, f"source {redact_url(source)!r}")
     if assigned is None:
         return dict.fromkeys(names, "train"), {}
     left = [name for name, split in assigned.items() if split is None]
@@ -244,14 +251,15 @@ def _columns(files: list[File], names: list[str], choice: Choice) -> tuple[Colum
     for name in columns.all:
         file = odd.get(name) or (lacking.get(name) if name not in columns.others else None)
         if file:
-            raise ValueError(f"{file.url}: column {name!r} is not as in other files. Pack files of one schema together.")
+            raise ValueError(f"{redact_url(file.url)}: column {name!r} is not as in other files. Pack files of one schema together.")
     if not columns.label:
         return columns, {}
     for file in files[1:]:
         theirs = class_names_of(features_of(file.schema), columns.label)
         if theirs is not None and theirs != (columns.class_names if columns.class_names_given else None):
             raise ValueError(
-                f"{file.url}: the classes of column {columns.label!r} are not named as in {files[0].url}. Pack these files apart."
+                f"{redact_url(file.url)}: the classes of column {columns.label!r} are not named as in {redact_url(files[0].url)}. "
+                "Pack these files apart."
             )
     if columns.class_names:
         return columns, {}

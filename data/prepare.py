@@ -25,6 +25,7 @@ from .folder import imagefolder
 from .hub import hub
 from .labels import class_name
 from .listing import Source, reason, split_named, storable
+from .locators import expanded, guard_output
 from .manifest import Manifest
 from .options import bytes_of
 from .pack import pack
@@ -32,6 +33,7 @@ from .parquet import parquet
 from .plan import Packing
 from .printable import printable
 from .regular_files import read_regular
+from .retry import one_line
 from .sample_files import parse_image_extension
 from .splits import WORDS, SplitChoice, assign, is_split_name, names_of_file, parse_splits, words_of
 from .summary import text
@@ -196,6 +198,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     quiet()
     try:
+        for name in ("source", "output"):
+            place = getattr(args, name, None)
+            if place is not None:
+                setattr(args, name, type(place)(expanded(str(place))))  # `~/`, and `${NAME}` of the environment
         if args.workers < 0:
             raise ValueError(f"--workers {args.workers}: 0 or more processes. Leave it out for one a processor.")
         if args.kind == "webdataset":
@@ -213,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
         print(printable(f"  pictures: {args.output / 'summary.png'}"))
     except (ValueError, OSError) as error:
         full = ". Free some space and run the same command again: finished shards are kept." if _full(error) else ""
-        print(printable(f"error: {' '.join(str(error).split())}{full}"), file=sys.stderr)
+        print(f"error: {one_line(error)}{full}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: finished shards are kept; run the same command again to go on.", file=sys.stderr)
@@ -226,4 +232,5 @@ def _full(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
+    guard_output()
     sys.exit(main())

@@ -13,7 +13,7 @@ from typing import BinaryIO
 from .cache import Cache, Item
 from .fetch import Expected, Origin
 from .index import RECORD, index_path
-from .manifest import Manifest, parse_manifest
+from .manifest import check_foreign, parse_manifest
 from .shardlist import Shard
 
 MANIFEST_BYTES = 1 << 30
@@ -22,6 +22,9 @@ HEADER_BYTES = 4096
 """What an index may have beyond its records."""
 THREADS = 4
 """Downloads at one time that were asked for ahead."""
+PLAIN = re.compile(r"\w[\w.+=@ -]*")
+STEM_BYTES = 150
+"""Of a tar's name in the name of its copy, whose hashes and size take a hundred more of the 255 that a file system knows."""
 MOST_AHEAD = 64
 """Shards that are kept in mind of those asked for ahead."""
 
@@ -50,7 +53,7 @@ class RemoteFolder:
                 f"Make one with `python -m data.prepare`, and upload the manifest last."
             ) from error
         self.manifest = parse_manifest(text, f"{self.name}/manifest.json")
-        _check(self.manifest, self.name)
+        check_foreign(self.manifest, self.name, remote=True)
         self._lock = threading.Lock()
         self._pending: list[Shard] = []
         self._threads = 0
@@ -131,21 +134,16 @@ class RemoteFolder:
 
 
 def _cached(shard: Shard) -> str:
-    """The name of a tar in the cache: another content has another name, and so has another index of the same content."""
-    return f"{shard.name.removesuffix('.tar')}.{shard.sha256[:32]}.{shard.index_sha256[:16]}.tar"
+    """The name of a tar in the cache: another content has another name, and so has another index of the same content.
+
+    The tar's own name stands before the hashes for people alone, and only where it is short and plain.
+    """
+    stem = shard.name.removesuffix(".tar")
+    if not PLAIN.fullmatch(stem) or len(stem.encode()) > STEM_BYTES:
+        stem = "shard"
+    return f"{stem}.{shard.sha256[:32]}.{shard.index_sha256[:16]}.tar"
 
 
 def _index_item(shard: Shard) -> Item:
     records = shard.samples * RECORD.itemsize
     return Item(index_path(Path(_cached(shard))).name, records, records + HEADER_BYTES)
-
-
-def _check(manifest: Manifest, where: str) -> None:
-    """Refuse what would lead out of the cache."""
-    plain = re.compile(r"\w[\w.+=@ -]{0,150}\.tar")
-    for name in manifest.shards.names:
-        if not plain.fullmatch(name):
-            raise ValueError(
-                f"{where}/manifest.json: {name!r} is no shard: a plain name that ends in .tar is needed. "
-                f"Index the folder again with `python -m data.prepare webdataset`."
-            )

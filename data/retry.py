@@ -15,6 +15,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from .locators import redact
+from .printable import printable
+
 MISMATCHES = 3
 """Whole downloads of the wrong content before that is believed."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -22,6 +25,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 PASSING = (408, 425, 429)
 """HTTP answers below 500 that may be another one next time."""
 LINES_A_SECOND = 1.0
+LONGEST = 1000
+"""Characters of an error that are told: a server may answer with kilobytes."""
 
 
 class Mismatch(Exception):
@@ -32,7 +37,7 @@ class HttpError(Exception):
     """An answer that is no success."""
 
     def __init__(self, status: int, reason: str, retry_after: str) -> None:
-        super().__init__(f"HTTP {status} {reason}".strip())
+        super().__init__(printable(f"HTTP {status} {reason[:LONGEST]}".strip()))
         self.status = status
         self.retry_after = float(retry_after) if re.fullmatch(r"\d{1,6}", retry_after) else 0.0
 
@@ -88,7 +93,7 @@ class Patience:
             self.mismatches += 1
             if self.mismatches == MISMATCHES:
                 raise ValueError(
-                    f"{self.what}: {error}, {MISMATCHES} downloads in a row. It was changed or damaged: upload it again, "
+                    f"{self.what}: {one_line(error)}, {MISMATCHES} downloads in a row. It was changed or damaged: upload it again, "
                     f"or index the folder again."
                 ) from error
         elif not may_pass(error):
@@ -136,8 +141,9 @@ def status_of(error: BaseException) -> int:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """Return what an error says, whatever library raised it, on one line that may be printed: see `redact` and `printable`."""
+    text = printable(redact(" ".join(str(error).split()))) or type(error).__name__
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 _lock = threading.Lock()
@@ -153,4 +159,4 @@ def say(text: str) -> None:
             return
         more = f" ({_unsaid} more like it)" if _unsaid else ""
         _said_at, _unsaid = time.monotonic(), 0
-    print(f"{text}{more}", file=sys.stderr, flush=True)
+    print(f"{printable(redact(text))}{more}", file=sys.stderr, flush=True)

@@ -183,7 +183,7 @@ class Shards:
         return found
 
     def know_plain(self, shards: np.ndarray) -> np.ndarray:
-        """Whether the indexes of shards were made by today\x27s rule of \`decode.is_plain\`, (N,), bool; older ones said it of too many."""
+        r"""Whether the indexes of shards were made by today's rule of \`decode.is_plain\`, (N,), bool; older ones said it of too many."""
         return self._know_plain[np.searchsorted(self._ends, shards, side="right")]
 
     def gather(self, shards: np.ndarray, numbers: np.ndarray, lost: bool = False) -> np.ndarray:

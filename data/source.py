@@ -14,7 +14,8 @@ from braceexpand import braceexpand
 
 from .index import index_path, sha256
 from .listing import some
-from .manifest import Manifest, read_manifest
+from .locators import redact, redact_url
+from .manifest import Manifest, check_foreign, read_manifest
 from .shardlist import AT_ONCE, Shard, ShardList
 
 PREPARE = "python -m data.prepare imagefolder IMAGES --output"
@@ -73,6 +74,7 @@ class LocalFolder:
                 f"{self.name} has no manifest.json, so packing never finished: run `python -m data.prepare` again; "
                 f"tars from elsewhere get one from `python -m data.prepare webdataset {self.name}`."
             ) from error
+        check_foreign(self.manifest, self.name, remote=False)
         self._newer: list[str] = []
         """Tars that were written after the manifest."""
         for number in self._amiss(indexed):
@@ -170,8 +172,12 @@ def expand(pattern: str) -> list[str]:
     if not pattern.strip():
         raise ValueError("data.shards holds an empty name: name a folder that `python -m data.prepare` made, or a URL of one.")
     if "*" in pattern:
-        raise ValueError(f"data.shards={pattern!r}: wildcards are not expanded. Write the numbers, as in train-{{000000..000009}}.tar.")
+        raise ValueError(
+            f"data.shards={redact_url(pattern)!r}: wildcards are not expanded. Write the numbers, as in train-{{000000..000009}}.tar."
+        )
     try:
         return list(braceexpand(pattern, escape=False))
     except ValueError as error:
-        raise ValueError(f"data.shards={pattern!r}: {error}. Write a range as {{000000..000009}}, a choice as {{a,b}}.") from error
+        raise ValueError(
+            f"data.shards={redact_url(pattern)!r}: {redact(str(error))}. Write a range as {{000000..000009}}, a choice as {{a,b}}."
+        ) from error

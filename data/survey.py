@@ -16,6 +16,7 @@ from .buckets import Buckets
 from .encoders import AutoencoderFacts, read_autoencoder
 from .hollow import hollow_autoencoder, hollow_text_encoder
 from .join import layout
+from .locators import expanded
 from .manifest import Tally
 from .opening import Encoded, check_shapes, open_latents, open_shards, open_text
 from .options import Options
@@ -133,7 +134,7 @@ def _images(seen: Survey, options: Options) -> Shards | None:
     for place in [place for source in options.shards for place in seen.tried(expand, source) or []]:
         if place.endswith(".tar") or "://" in place:
             seen.tried(open_shards, replace(options, shards=(place,), weights=()))
-        elif folder := seen.tried(Listed, place):
+        elif folder := seen.tried(lambda place: Listed(expanded(place)), place):
             seen.mistakes += folder.said()
             found.append(folder)
     if not seen.mistakes:

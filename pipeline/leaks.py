@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .printable import redact_url
+
 SECRETS = {
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{16,}|\bapi_org_[A-Za-z0-9]{16,}",
     "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b|(?i:aws_secret_access_key)\W{1,4}[A-Za-z0-9/+]{40}",
@@ -67,7 +69,7 @@ def on_hub(name: str) -> bool:
 
 def last_name(place: str) -> str:
     """A path or URL without where it lies: its last name, without a query."""
-    return re.split(r"[\\/]", place.partition("?")[0].rstrip("\\/"))[-1]
+    return re.split(r"[\\/]", redact_url(place).partition("?")[0].rstrip("\\/"))[-1]
 
 
 def scrubbed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +81,7 @@ def scrubbed(settings: dict[str, Any]) -> dict[str, Any]:
         settings: as `recipe.as_mapping` gives them; they are not changed.
     """
     data, checkpoint = settings["data"], settings["checkpoint"]
-    shards = [place if place.startswith("hf://") else last_name(place) for place in data["shards"]]
+    shards = [redact_url(place) if place.startswith("hf://") else last_name(place) for place in data["shards"]]
     return {
         **settings,
         "output_dir": last_name(settings["output_dir"]),

@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from .printable import guard_output, one_line
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Each asks for an end: Ctrl-C, a scheduler, SLURM's warning before the time is up, a terminal that went away."""
 ORPHANED: int = getattr(signal, "SIGRTMIN", signal.SIGTERM)
@@ -162,12 +164,13 @@ def reported(act: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
     def main(argv: list[str]) -> int:
         from safetensors import SafetensorError
 
+        guard_output()
         try:
             return act(argv)
         except (ValueError, OSError, SafetensorError) as error:
             if os.environ.get("CONDOT_DEBUG"):
                 raise
-            text = " ".join(str(error).split())
+            text = one_line(error)
             full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text
             remedy = " Free some space and run the same command again." if full else ""
             rank = os.environ.get("RANK", "0")

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import io
 import math
+import os
 import re
 import types
 import typing
@@ -20,6 +21,8 @@ from typing import Any, TypeVar
 
 import tyro
 import yaml
+
+from .printable import redacted
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -150,8 +153,8 @@ def build(cls: type[T], mapping: dict[str, Any]) -> T:
 
 
 def as_mapping(config: Any) -> dict[str, Any]:
-    """A dataclass as plain values that YAML and JSON keep."""
-    return yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config))))
+    """Return a dataclass as plain values that YAML and JSON keep, and anyone may read: the secrets of its URLs are cut."""
+    return redacted(yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config)))))
 
 
 SEEN = (
@@ -222,7 +225,7 @@ def _command_line(argv: list[str], aliases: dict[str, str]) -> Words:
 
 def _word(value: Any) -> str:
     """A YAML or command-line value as tyro spells it."""
-    text = "None" if value is None else str(value)
+    text = "None" if value is None else os.path.expanduser(str(value)) if str(value).startswith("~/") else str(value)
     return {"true": "True", "false": "False", "null": "None"}.get(text, text)
 
 

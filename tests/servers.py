@@ -42,6 +42,7 @@ class Server:
         self.requests: list[tuple[str, int]] = []
         """(name, first byte asked for) of every GET."""
         self.queries: set[str] = set()
+        self.authorisations: set[str | None] = set()
         self.sent: Counter[str] = Counter()
         """Bytes of bodies."""
         self.most_at_once = 0
@@ -58,6 +59,7 @@ class Server:
         start = int(span[1]) if span and self.ranges else 0
         with self._lock:
             self.queries.add(query)
+            self.authorisations.add(handler.headers.get("Authorization"))
             self.requests.append((name, int(span[1]) if span else 0))
             self._at_once += 1
             self.most_at_once = max(self.most_at_once, self._at_once)
@@ -71,19 +73,20 @@ class Server:
                 handler.send_header("Content-Length", "0")
                 handler.end_headers()
             else:
-                self._body(handler, name, start, bool(span) and self.ranges, fault)
+                end = int(span[2]) if span and self.ranges and span[2] else len(self.files[name]) - 1
+                self._body(handler, name, start, end, bool(span) and self.ranges, fault)
         finally:
             with self._lock:
                 self._at_once -= 1
 
-    def _body(self, handler, name, start, partial, fault):
+    def _body(self, handler, name, start, end, partial, fault):
         whole = self.files[name]
         if fault.flip >= 0:
             whole = whole[: fault.flip] + bytes([whole[fault.flip] ^ 1]) + whole[fault.flip + 1 :]
-        body = whole[start:]
+        body = whole[start : end + 1]
         handler.send_response(206 if partial else 200)
         if partial:
-            handler.send_header("Content-Range", f"bytes {start}-{len(whole) - 1}/{len(whole)}")
+            handler.send_header("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(whole)}")
         if not fault.unsized:
             handler.send_header("Content-Length", str(len(body) + fault.length))
         handler.send_header("Connection", "close")

@@ -12,8 +12,7 @@ FLOORS = {
         [
             *(
                 "networks",
-                "recipe",
-                "process",
+                "printable",
                 "scheduling_flow_v1",
                 "image_files",
                 "frechet",
@@ -22,18 +21,11 @@ FLOORS = {
                 "standing",
                 "checksums",
             ),
-            *("leaks", "curve", "measured", "captions_v1", "guidance_v1", "checkpoint.shares", "ema.posthoc", "launch.meeting"),
-            *("launch.parallel", "launch.precision", "tracking.jsonl", "tracking.utilisation", "training.pulse", "training.status"),
+            *("own_files", "curve", "measured", "captions_v1", "guidance_v1", "checkpoint.shares", "ema.posthoc", "launch.meeting"),
+            *("launch.parallel", "launch.precision", "tracking.utilisation", "training.pulse"),
         ],
-        [
-            "sheet",
-            "config",
-            "scheduling_flow_ode_v1",
-            "scheduling_flow_sde_v1",
-            "checkpoint.rankfile",
-            "checkpoint.manifest",
-            "tracking.trackers",
-        ],
+        ["sheet", "recipe", "process", "leaks", "tracking.jsonl", "training.status"],
+        ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1", "checkpoint.rankfile", "checkpoint.manifest", "tracking.trackers"],
         [
             *("identity", "method", "stock", "space", "pipeline_condot_v1", "checkpoint.stored", "ema", "launch.launcher", "tracking"),
             *("training.guard", "training.optim", "training.told"),

@@ -320,7 +320,7 @@ def test_sources_that_cannot_be_opened(server, cache, tmp_path, packed):
         {"name": "/evil.tar"},
         {"sha256": "../x"},
         {"bytes": "5"},
-        {"name": ".evil.tar"},
+        *({"name": name} for name in ("evil", "..", "a\\b.tar", "a/b.tar", "a\0.tar", "\x1b[2J.tar", "\x85.tar", "é" * 126 + ".tar")),
         {"samples": -1},
     ):
         shards = [manifest["shards"][0] | change]

@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..printable import say
 from .manifest import NAME, Seals, broadcast, check_present, gather, rank, sync, verify, world, write_text
 from .rankfile import DTYPES, Host, Place, not_finite, write_file
 from .shares import to_write
@@ -204,7 +205,7 @@ class Store:
                 broom.start()
                 self._brooms.append(broom)
         except (OSError, RuntimeError) as problem:
-            print(f"an old checkpoint could not be removed: {problem}", flush=True)
+            say(f"an old checkpoint could not be removed: {problem}")
 
     def settle(self) -> None:
         """Wait until what was pruned is gone."""
@@ -228,7 +229,7 @@ class Store:
             if fault is None:
                 return folder
             if rank() == 0:
-                print(f"checkpoint {folder} is damaged and passed over: {fault}", flush=True)
+                say(f"checkpoint {folder} is damaged and passed over: {fault}")
         return None
 
 

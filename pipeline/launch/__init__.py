@@ -17,6 +17,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import AORecipeKwargs, DistributedDataParallelKwargs, KwargsHandler, gather_object, is_torchao_available
 
 from ..config import Config
+from ..own_files import open_lock
 from ..process import processors
 from .launcher import check_recipe, sharding, take_over
 from .meeting import Meeting, meet
@@ -245,7 +246,7 @@ def lock(folder: Path, name: str = "output_dir") -> IO[str]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
+        file = os.fdopen(open_lock(folder / ".lock"), "r+")
     except OSError as error:
         raise ValueError(f"{name}={str(folder)!r} cannot be written ({error.strerror}): give a folder of yours.") from error
     try:

@@ -9,6 +9,7 @@ from typing import Any
 from .. import plan
 from ..card import kind_of
 from ..config import ALIASES, Config
+from ..printable import say
 from ..recipe import parse_all
 from . import amount, count, size
 from .case import Case, Rooms
@@ -38,7 +39,7 @@ def dry_run(argv: list[str], rooms: Rooms) -> int:
     config, found = parse_all(Config, argv, ALIASES)
     case = Case(config, rooms, Mistakes(found))
     for line in told(case):
-        print(line, flush=True)
+        say(line)
     return 2 if case.mistakes else 0
 
 

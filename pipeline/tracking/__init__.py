@@ -17,6 +17,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from ..printable import printable, redact
 from .jsonl import Line, Lines, read_lines
 from .trackers import finish
 from .utilisation import Utilisation
@@ -198,7 +199,7 @@ class Log:
     def say(self, text: str) -> None:
         """Print a line above the bar, if there is one to print."""
         if self.main and text:
-            self.bar.write(text)
+            self.bar.write(printable(redact(text), lines=True))
 
     def close(self) -> None:
         """Finish the bar and the trackers, which get some seconds for what they did not send yet."""
@@ -244,7 +245,11 @@ class BadSamples:
             ValueError: more than the share of the images seen, or of a
                 thousand while fewer were seen, with the list.
         """
-        new = sorted(gather_object([fault._asdict() for fault in found]), key=lambda line: line["position"]) if any_rank else []
+        new = (
+            sorted(gather_object([{**fault._asdict(), "error": redact(fault.error)} for fault in found]), key=lambda line: line["position"])
+            if any_rank
+            else []
+        )
         self.lines += new
         if self.main:
             self.file.append(new)

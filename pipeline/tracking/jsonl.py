@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ..own_files import open_regular, write_whole
+
 Line = dict[str, Any]
 HELD = 10_000
 """Lines that wait in memory for a disk; older ones are given up."""
@@ -56,9 +58,7 @@ class Lines:
         if text.startswith(wanted):
             os.truncate(self.path, len(wanted))
         else:
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_bytes(wanted)
-            temporary.replace(self.path)
+            write_whole(self.path, wanted.decode())
 
     def append(self, lines: Iterable[Line]) -> str:
         """Write lines behind those that are there, or hold them until the next call.
@@ -88,7 +88,7 @@ class Lines:
 
     def _write(self, text: bytes) -> None:
         """All of it, or nothing: of a line that a disk took in part the rest would follow another."""
-        with open(self.path, "ab", buffering=0) as file:
+        with open(self.path, "ab", buffering=0, opener=open_regular) as file:
             size = file.seek(0, os.SEEK_END)
             try:
                 while text:

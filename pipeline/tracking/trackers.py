@@ -17,6 +17,9 @@ from typing import Any, NoReturn
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
+from ..own_files import write_whole
+from ..printable import one_line, redact
+
 WAITING = 1000
 """Calls that may wait for a tracker; further ones are left out and counted."""
 SLOW = 60.0
@@ -201,7 +204,7 @@ class Tracker(GeneralTracker):  # type: ignore[misc]
 
 
 def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
 def attach(accelerator: Accelerator, names: Sequence[str], project: str, folder: Path, settings: Mapping[str, Any], start: int) -> None:
@@ -221,6 +224,8 @@ def attach(accelerator: Accelerator, names: Sequence[str], project: str, folder:
         "wandb": partial(_wandb, project, folder, start, said),
         "trackio": partial(TrackioTracker, project, name=folder.name, config=said, resume="allow" if start else "never"),
     }
+    if {"wandb", "trackio"} & set(names):  # they keep the command line, where a signed URL may stand
+        sys.argv[1:] = map(redact, sys.argv[1:])
     wanted = [name for name in dict.fromkeys(names) if name != "none"] if accelerator.is_main_process else []
     accelerator.log_with = [Tracker(name, makers[name]) for name in wanted]
     accelerator.init_trackers(project)
@@ -243,7 +248,7 @@ def _identity(folder: Path, start: int) -> str:
     """What wandb knows the run by, so that a resumed one goes on in the same place."""
     path = folder / "wandb.id"
     if start == 0 or not path.exists():
-        path.write_text(secrets.token_hex(8))
+        write_whole(path, secrets.token_hex(8))
     return path.read_text()
 
 

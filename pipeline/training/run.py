@@ -21,6 +21,8 @@ from ..ema.snapshots import forget
 from ..flow import Condition
 from ..leaks import scrubbed
 from ..method import Method
+from ..own_files import write_whole
+from ..printable import say
 from ..process import Stopper
 from ..recipe import as_mapping
 from ..space import Space
@@ -219,10 +221,10 @@ def begin(run: Run, checkpoint: Path | None, space: Space) -> None:
     run.bad = BadSamples(folder, share=config.data.max_bad_share, main=main, start=run.cursor)
     if main:
         run.store.sweep()
-        (folder / "config.yaml").write_text(yaml.safe_dump(as_mapping(config), sort_keys=False))
+        write_whole(folder / "config.yaml", yaml.safe_dump(as_mapping(config), sort_keys=False))
         origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
         where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device}"
-        print(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
+        say(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
         forget(run.snapshots, run.step)
     run.stream = run.open(run.cursor)
     attach(run.accelerator, config.log.report_to, config.log.project, folder, scrubbed(as_mapping(config)), run.step)

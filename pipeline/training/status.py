@@ -8,12 +8,14 @@ not, and `running` without a process means that the process was killed.
 from __future__ import annotations
 
 import json
-import os
 import signal as signals
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
+
+from ..own_files import open_regular, write_whole
+from ..printable import one_line
 
 State = Literal["running", "stopped", "finished", "diverged", "failed", "hung"]
 NAME = "status.json"
@@ -68,7 +70,7 @@ class Status:
             "state": state,
             **self._progress,
             "signal": signals.Signals(signal).name if signal else None,
-            "reason": reason,
+            "reason": one_line(reason) if reason else "",
             "exit_status": exit_status,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
@@ -80,19 +82,14 @@ class Status:
             self._silent = True
 
     def _replace(self, text: str, lasting: bool) -> None:
-        temporary = self.path.with_name(f".{NAME}-{os.environ.get('RANK', '0')}")
-        with open(temporary, "w") as file:
-            file.write(text)
-            if lasting:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        write_whole(self.path, text, lasting=lasting)
 
 
 def read(folder: Path) -> dict[str, Any] | None:
     """What status.json of a run's folder says; None where there is none, or nothing that can be read."""
     try:
-        said = json.loads((folder / NAME).read_text())
+        with open(folder / NAME, opener=open_regular) as file:
+            said = json.load(file)
     except (OSError, ValueError):
         return None
     return said if isinstance(said, dict) else None
