@@ -262,6 +262,8 @@ def open_index(path: Path, shard: Shard, classes: int) -> np.ndarray:
             raise ValueError(f"its index has {len(found)} samples, the manifest says {shard.samples}. Copy both again.")
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.index_sha256:
             raise ValueError("its index is not the one that the manifest means (another sha256). Copy both or pack again.")
+    if found.dtype != RECORD:
+        raise ValueError(f"its index has rows of {found.dtype}, which are no samples. Index the folder again.")
     labels = found["label"][found["label"] != NO_LABEL]
     if len(labels) and labels.max() >= classes:
         raise ValueError(f"its index has class {labels.max()}, the manifest names {classes} classes. Pack or index the folder again.")

@@ -12,6 +12,7 @@ import pytest
 
 from data import manifest as reading
 from data import shardlist, source
+from data.index import NO_LABEL, RECORD, sha256
 from data.manifest import VERSION, Manifest, Tally, parse_manifest, write_manifest
 from data.order import Order, permutation
 from data.shardlist import Shard, ShardList
@@ -225,8 +226,9 @@ def folder_of(path, names, split="train"):
         tar = path / name
         tar.parent.mkdir(exist_ok=True)
         tar.write_bytes(bytes(number))
-        np.save(tar.with_suffix(".npy"), np.zeros(number))
-        shards.append(replace(lines_of(1)[0], name=name, split=split, samples=number, bytes=number))
+        index = tar.with_suffix(".npy")
+        np.save(index, np.full(number, np.array((0, 0, 0, 0, 0, 0, NO_LABEL, 1, 1), RECORD)))
+        shards.append(replace(lines_of(1)[0], name=name, split=split, samples=number, bytes=number, index_sha256=sha256(index)))
     write_manifest(path, Manifest(shards=shards))
     return path
 
