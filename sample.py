@@ -62,8 +62,7 @@ class Opened(NamedTuple):
     """A model read back."""
 
     source: Source
-    files: tuple[Path, ...]
-    """Folders, exported or checkpoints, of itself and of its guide, if it has one."""
+    files: tuple[Path, ...]  # folders, exported or checkpoints, of itself and of its guide, if it has one
     class_names: tuple[str, ...]
     ema: str = ""
     """Which weights of a run; "" is its first average."""

@@ -94,9 +94,7 @@ def adopt(
     if packed and tars[0].parent.resolve() == output.resolve():
         raise ValueError(f"{some(packed, 3)} cannot be read from the middle: give another folder as --output, where they are decompressed.")
     more = [*([image_extension] if image_extension else []), *([sorted(split_of.values())] if split_of else [])]
-    request = digest("webdataset", [(p.name, p.stat().st_size) for p in tars], class_names, split, verify, *more)
-    place = ", ".join(sorted({str(tar.parent.resolve()) for tar in tars}))
-    asked = Asked(request, digest("webdataset", class_names, split, verify, *more), place)
+    asked = _asked(tars, class_names, split, verify, *more)
     before, known = remembered(output), None
     splits = [(split_of or {}).get(tar) or split or split_named(tar.name) or "train" for tar in tars]
     files = dict(zip(names, tars, strict=True))
@@ -121,7 +119,7 @@ def adopt(
         _index([job for job in jobs if job.name not in kept], len(jobs), workers)
         journals = [kept[job.name].journal if job.name in kept else json.loads(journal_path(folder / job.name).read_text()) for job in jobs]
         _refuse_damaged(journals, folder)
-        manifest, report = _assemble(journals, class_names, request, image_extension)
+        manifest, report = _assemble(journals, class_names, asked.request, image_extension)
         if report["unreadable"]["count"] and (not skip or not report["samples"]):
             commit_json(report, output / "report.json")
             raise Corrupt(complaint(report, output))
@@ -134,6 +132,13 @@ def adopt(
         write_manifest(output, manifest)
         shutil.rmtree(folder, ignore_errors=True)
     return manifest, report
+
+
+def _asked(tars: list[Path], *settings: object) -> Asked:
+    """Return what is asked for: these tars, with these settings."""
+    request = digest("webdataset", [(tar.name, tar.stat().st_size) for tar in tars], *settings)
+    place = ", ".join(sorted({str(tar.parent.resolve()) for tar in tars}))
+    return Asked(request, digest("webdataset", *settings), place)
 
 
 def _index(todo: list[Indexing], total: int, workers: int) -> None:

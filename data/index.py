@@ -34,6 +34,7 @@ from .sample_files import (
     why_no_image,
 )
 from .shardlist import Shard
+from .stamps import hash_of
 from .tar import Remarks, Span, samples
 from .tar_headers import BLOCK
 
@@ -286,7 +287,7 @@ def describe(
     """Index a tar, write the index beside it, and give its line of the manifest and what it holds; arguments as `index_shard`."""
     records, captions = index_shard(tar, like=like, faults=faults, verify=verify, image_extension=image_extension, remarks=remarks)
     path = index_path(tar)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    temporary = path.with_name(f".{os.getpid()}-{hash_of(path.name.encode('utf-8', 'surrogateescape')):016x}.npy")  # names may be long
     with open(temporary, "wb") as file:
         np.lib.format.write_array(file, records, allow_pickle=False)
     os.replace(temporary, path)  # never in place: a process that has the index before mapped would die of a shorter one

@@ -33,7 +33,7 @@ def needs_bands(image: TiffImagePlugin.TiffImageFile, channels: int | None, deep
         channels: wanted; None for all that it has.
         deep: whether more than 8 bits are wanted, where there are some.
     """
-    tags = image.tag_v2
+    tags = _tags_of(image)
     if tags.get(PHOTOMETRIC, 1) not in (0, 1, 2):
         return False
     samples = (_numbers(tags.get(SAMPLES, 1)) or (1,))[0]
@@ -42,6 +42,12 @@ def needs_bands(image: TiffImagePlugin.TiffImageFile, channels: int | None, deep
     if max(_numbers(tags.get(BITS, 1)), default=1) > 8 or max(_numbers(tags.get(FORMAT, 1)), default=1) > 1:
         return deep or image.mode not in ("RGB", "RGBA") or tags.get(PLANES) == 2
     return samples > 4 and tags.get(PLANES) == 2
+
+
+def _tags_of(image: TiffImagePlugin.TiffImageFile) -> dict[int, Any]:
+    """Return the tags of a page as Pillow reads them, which it does when they are asked for."""
+    with parsing():
+        return dict(image.tag_v2)
 
 
 def read_tiff(data: bytes, channels: int | None, image: Image.Image | None = None) -> Bands:
@@ -55,9 +61,9 @@ def read_tiff(data: bytes, channels: int | None, image: Image.Image | None = Non
     Raises:
         ValueError: it is damaged, of a kind that is not read, or tifffile is not installed.
     """
-    if isinstance(image, TiffImagePlugin.TiffImageFile) and image.mode in ("I;16", "I;16B", "F") and image.tag_v2.get(SAMPLES, 1) == 1:
+    tags = _tags_of(image) if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    if image is not None and tags and image.mode in ("I;16", "I;16B", "F") and tags.get(SAMPLES, 1) == 1:
         check_size(*image.size)
-        tags = dict(image.tag_v2)
         profile = image.info.get("icc_profile")
         orientation = load_pixels(image)
         return _grays(np.asarray(image)[..., None], tags, orientation)._replace(profile=profile)

@@ -311,7 +311,7 @@ def test_tables_and_tars_that_are_no_files_are_refused(tmp_path, capsys, kind):
     assert "it is a" in refused(capsys, "parquet", tmp_path / "p", "--output", tmp_path / "no")
     (tmp_path / "t").mkdir()
     special(kind, tmp_path / "t/a.tar")
-    with pytest.raises(ValueError, match=r"1 of 1 tars are no files: .*a\.tar \(a "):
+    with pytest.raises(ValueError, match=r"a\.tar \(a .*\): no files"):
         find_tars(str(tmp_path / "t"))
 
 

@@ -1,5 +1,6 @@
 """Tars as strangers make them: on a Mac, with masks, with texts of any encoding, in folders by split: right, or refused with a remedy."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -80,7 +81,10 @@ def test_an_index_of_before_still_gives_its_samples(tmp_path):
         for name, value in zip(("payload", "bytes", "crc32", "before", "after", "rest"), old, strict=True):
             record[name] = value
     assert records["before"].tolist() == [1, 1, 1]
+    before = hashlib.sha256(index_path(tar).read_bytes()).hexdigest()
     np.save(index_path(tar), records)
+    manifest = (tmp_path / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(manifest.replace(before, hashlib.sha256(index_path(tar).read_bytes()).hexdigest()))
     shards = Shards(tmp_path)
     assert [(shards.read(0, i).image, shards.read(0, i).label) for i in range(3)] == [(picture(i), i) for i in range(3)]
     assert shards.key(0, 0) and read(tar, records[1])[2] == picture(1)
@@ -128,7 +132,7 @@ def test_a_mac_leaves_no_trace(tmp_path, capsys):
     assert "not packed: 11 files that are hidden" in said
     shards = Shards(tmp_path)
     line = shards.manifest.shards[0]
-    assert check(Check(tar, line, np.arange(3), True), lambda n: None) == []
+    assert check(Check(tar, line, np.arange(3), 0, True), lambda n: None) == []
     assert [read(tar, r)[:2] for r in shards.records(0)] == kept
 
 
@@ -227,7 +231,7 @@ def test_of_two_images_the_one_that_is_named_is_trained_on(tmp_path, capsys, ord
             record = shards.records(0)[i]
             assert sample.image == made(i) == read(out / "a.tar", record)[2] == shards.payload(0, *record.item()[:3])
             assert np.array_equal(shards.pixels(0, i, 3, 7)[0], decode_image(made(i), 3, 7))
-        assert check(Check(out / "a.tar", shards.manifest.shards[0], np.arange(3), True), lambda n: None) == []
+        assert check(Check(out / "a.tar", shards.manifest.shards[0], np.arange(3), 0, True), lambda n: None) == []
         assert shards.manifest.image_extension == parse_image_extension(wanted)
         prints.append(shards.fingerprint)
         parts = Shards([LocalFolder(out), LocalFolder(out)])

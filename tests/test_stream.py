@@ -168,7 +168,7 @@ def test_a_class_map_that_disagrees_is_refused(tmp_path):
         ({"encoding": "cached"}, "data.encoding=cached without data.encoded"),
         ({"lost_shards": "ignore"}, "choose `stop` or `skip`"),
         ({"max_bad_share": 1.0}, "a share below 1"),
-        ({"caption": "text"}, "choose `txt` or `json.KEY`"),
+        ({"caption": "text"}, "choose `txt`, `json.KEY`"),
     ],
 )
 def test_options_that_cannot_be(wrong, message):
