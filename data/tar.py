@@ -9,6 +9,7 @@ tars and single samples in memory.
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -34,6 +35,13 @@ WITHOUT_DATA = {b"1": LINKS, b"2": LINKS, b"3": DEVICES, b"4": DEVICES, b"6": DE
 """Types that have no bytes, whatever size they state."""
 HIDDEN, META, BARE = "that are hidden (._*, .DS_Store, __MACOSX)", "named __*__", "without extension"
 """Files that are no part of a sample; webdataset leaves them out as well."""
+
+
+PLAIN_HEADER = re.compile(
+    rb"([0-9A-Za-z][0-9A-Za-z-]*)\.([0-9a-z][0-9a-z.]*)\0+[0-9]{7}\0(?:[0-9]{7}\0){2}([0-7]{11})\0[0-9]{11}\0.{8}0\0{100}ustar\x0000.{80}\0{155}",
+    re.DOTALL,
+)
+"""A file with a short plain name and nothing else to say: name, mode, owners, size, time, checksum, type, ustar, no prefix."""
 
 
 class Member(NamedTuple):
@@ -239,6 +247,9 @@ def files_of(span: bytes) -> tuple[str, dict[str, bytes]]:
         span: from its first header to the end of its last file's block, as
             `samples` walked it or as its crc32 vouches for it; or a beginning.
     """
+    found = _plain_files(span)
+    if found is not None:
+        return found
     key, files, strays = "", dict[str, bytes](), list[Member]()
     for member in _walk(lambda at, length: span[at : at + length], len(span)):
         name, extension = key_and_extension(member.name)
@@ -251,6 +262,20 @@ def files_of(span: bytes) -> tuple[str, dict[str, bytes]]:
         key, extension = key_and_extension(member.name)
         files[extension] = span[member.offset : member.offset + member.size]
     return key, files
+
+
+def _plain_files(span: bytes) -> tuple[str, dict[str, bytes]] | None:
+    """Return what `files_of` returns for headers as our shards have them, in a third of its time; None where one says more than that."""
+    at, key, files = 0, b"", dict[str, bytes]()
+    while at + BLOCK <= len(span):
+        header = PLAIN_HEADER.match(span, at)
+        if header is None or (key and header[1] != key):
+            return None
+        key, body = header[1], at + BLOCK
+        size = int(header[3], 8)
+        files[header[2].decode()] = span[body : body + size]
+        at = body + -(-size // BLOCK) * BLOCK
+    return key.decode(), files
 
 
 def key_and_extension(name: str) -> tuple[str, str]:

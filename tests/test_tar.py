@@ -12,8 +12,9 @@ import webdataset
 from PIL import Image
 
 from data.shards import Shards
-from data.tar import REMEDIES, Remarks, files_of, members, samples
+from data.tar import REMEDIES, Remarks, _plain_files, files_of, members, samples
 from data.tar_headers import BLOCK, pax_records
+from data.write import TarWriter
 
 NAMES = [
     "a.jpg",
@@ -350,3 +351,27 @@ def test_sparse_files_are_faults_of_their_sample(tmp_path, form):
     assert [(span.key, bool(span.fault)) for span in found] == [("./a", False), ("./b", True), ("./c", False)]
     assert REMEDIES["stored sparse"] in found[1].fault
     assert [m.end for m in members(tmp_path / "a.tar")][:2] == [found[1].start, found[2].start]
+
+
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("key", ["000000012", "a/b", "caf\u00e9", "x_y", ".hidden", f"{'n' * 60}/{'n' * 80}"])
+def test_plain_headers_are_read_as_all_headers_are(tmp_path, monkeypatch, form, key):
+    """The short cut through our own shards' headers gives what the walk gives, or steps aside."""
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=form) as tar:
+        for extension, body in {"jpg": b"\xff\xd8" * 700, "txt": b"", "seg.png": b"mask", "JSON": b"{}"}.items():
+            info = tarfile.TarInfo(f"{key}.{extension}")
+            info.size, info.mtime, info.uname = len(body), 1_700_000_000, "somebody"
+            tar.addfile(info, io.BytesIO(body))
+    span = path.read_bytes()[: -2 * BLOCK]
+    for length in (len(span), 3 * BLOCK, 5):
+        taken = files_of(span[:length])
+        monkeypatch.setattr("data.tar._plain_files", lambda span: None)
+        assert files_of(span[:length]) == taken
+        monkeypatch.undo()
+
+
+def test_the_short_cut_is_taken_for_our_own_shards():
+    buffer = io.BytesIO()
+    TarWriter(buffer).add("000000012", {"jpg": b"x" * 900, "cls": b"3", "txt": b"a caption"})
+    assert _plain_files(buffer.getvalue()) == ("000000012", {"jpg": b"x" * 900, "cls": b"3", "txt": b"a caption"})
