@@ -41,6 +41,10 @@ from .tar_sources import find_tars
 
 SHOWN = 20
 """Images left out that are named on the screen."""
+FILE_HELP = {
+    "file": "column of file names in a table, where it is not found by its name; none to look at no table",
+    "image": "column of images, where it is not found by its type or name",
+}
 MAX_NAMES_BYTES = 1 << 26
 """Of a file of class names."""
 
@@ -72,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
             "train,testA,extra=train; none: names say nothing, all is training data (default: all, by the words in their names)",
         )
     for kind, named in ((folder, "file"), (table, "image"), (remote, "image")):
-        kind.add_argument(f"--{named}_column", default="", help="column of images, where it is not found by its type or name")
+        kind.add_argument(f"--{named}_column", default="", help=FILE_HELP[named])
         kind.add_argument(
             "--caption_column", default="", help="column of captions, where it is not found by its name; none for no captions"
         )
