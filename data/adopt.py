@@ -27,7 +27,7 @@ from .pack import REPORTED, Corrupt, already, complaint
 from .packed import Asked, Entry, write_packed
 from .printable import printable
 from .shardlist import Shard, ShardList
-from .stamps import stamp_of
+from .stamps import facts_of, stamp_of
 from .summary import draw
 from .tar import Remarks, members
 from .tar_sources import COMPRESSED, output_names
@@ -112,7 +112,7 @@ def adopt(
         (output / "manifest.json").unlink(missing_ok=True)
         known = known or compare_files(files, folder, output, before)
         jobs = [
-            Indexing(tar.resolve(), name, where, output, folder, verify, stamp_of(tar.stat()), image_extension)
+            Indexing(tar.resolve(), name, where, output, folder, verify, stamp_of(facts_of(tar.stat())), image_extension)
             for tar, name, where in zip(tars, names, splits, strict=True)
         ]
         kept = {name: entry for name, entry in known.kept.items() if skip or not entry.journal["faults"]}  # they may have been mended

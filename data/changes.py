@@ -20,7 +20,7 @@ from .index import index_path, sha256
 from .listing import Part, Source
 from .packed import INPUT, Entry, Packed, content_of, inputs_path
 from .plan import Planned
-from .stamps import name_hash, stamp_of
+from .stamps import facts_of, name_hash, stamp_of
 from .write import commit_json
 
 BYTES_A_WORKER = 64_000_000
@@ -162,7 +162,7 @@ def compare_files(files: Mapping[str, Path], folder: Path, output: Path, packed:
     """
 
     def look(name: str) -> tuple[Entry | None, bool]:
-        entry, stamp = find(folder, output, name, packed), stamp_of(files[name].stat())
+        entry, stamp = find(folder, output, name, packed), stamp_of(facts_of(files[name].stat()))
         if entry is None or entry.journal["stamp"] == stamp:
             return entry, False
         if sha256(files[name]) != entry.journal["content"]:

@@ -12,7 +12,7 @@ import numpy as np
 from .caption_fields import caption_of
 from .crew import Progress
 from .decode import DECODE_ERRORS, decode_into
-from .index import image_in, index_path, locate, open_index, sha256, unchanged
+from .index import image_in, index_path, locate, open_index, sha256, span_of, unchanged
 from .listing import reason
 from .printable import printable
 from .shardlist import Shard
@@ -37,10 +37,10 @@ class Check:
     verify: bool
     """Hash the whole tar too."""
     caption: str = ""
-    r"""As `data.caption` has it: which texts must be readable."""
+    """As `data.caption` has it: which texts must be readable."""
     channels: int = 3
     bit_depth: int = 8
-    r"""As a recipe's section \`data\` has them."""
+    """As a recipe's section `data` has them."""
 
 
 def check(job: Check, progress: Progress) -> list[str]:
@@ -65,14 +65,15 @@ def check(job: Check, progress: Progress) -> list[str]:
 def _sample(file: int, record: np.void, caption: str, pixels: np.ndarray) -> tuple[str, str]:
     """Return the key of a sample and what is wrong with it, or nothing; its image is decoded into `pixels`."""
     fields: tuple[Any, ...] = tuple(record.item())
-    payload, size, _, before, after = fields[:5]
-    start = (payload - before) * BLOCK
-    body = os.pread(file, (before + after) * BLOCK + -(-size // BLOCK) * BLOCK, start)
+    payload, size, _, before = fields[:4]
+    start, length = span_of(fields)
+    body = os.pread(file, length, start)
     if not unchanged(locate(body, payload * BLOCK, size, start), fields):
         try:
             return files_of(body[: (before + 1) * BLOCK])[0], CHANGED
         except ValueError:
             return "", CHANGED
+    key = ""
     try:
         key, files = files_of(body)
         decode_into(pixels, image_in(body, before, size))

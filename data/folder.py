@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -56,13 +55,16 @@ class FolderPart:
             yield Record(storable(sample.name), data, known, sample.row.label, caption, sample.row.more or {})
 
     def _image(self, sample: Sample) -> bytes:
-        path = Path(self.root, sample.name)
-        if path.is_symlink() and not path.exists():
-            raise ValueError("it is a link that leads to nothing")
+        path = os.path.join(self.root, sample.name)
         if sample.bytes > MAX_IMAGE_BYTES:
             raise ValueError(f"it has {sample.bytes} bytes, at most {MAX_IMAGE_BYTES} are read")
-        with open_regular(path) as file:
-            data = file.read(sample.bytes + 1)
+        try:
+            with open_regular(path) as file:
+                data = file.read(sample.bytes + 1)
+        except OSError:
+            if os.path.islink(path) and not os.path.exists(path):
+                raise ValueError("it is a link that leads to nothing") from None
+            raise
         if len(data) != sample.bytes:
             raise ValueError(
                 f"it had {sample.bytes} bytes when it was listed and has {'more' if len(data) > sample.bytes else len(data)} now"
@@ -71,9 +73,13 @@ class FolderPart:
 
     def _caption(self, name: str) -> str | None:
         try:
-            return decode_text(read_regular(Path(self.root, name), MAX_TEXT_BYTES)) or None
+            return decode_text(read_regular(os.path.join(self.root, name), MAX_TEXT_BYTES)) or None
         except (OSError, ValueError) as error:
             raise ValueError(f"its caption {name.rpartition('/')[2]}: {reason(error)}") from error
+
+
+UNKNOWN = Row()
+"""Of an image of which nothing is known."""
 
 
 class Content(NamedTuple):
@@ -114,23 +120,22 @@ def imagefolder(path: Path, choice: Choice | None = None, splits: SplitChoice = 
         raise ValueError(_nothing(path, found))
     tables = [path.name] if selects else _tables_of(path, found, choice)
     content = _described(path, root, found, tables, choice, splits, skip) if tables else _plain(path, found, choice, splits, skip)
-    sizes = {name: status.st_size if status else 0 for name, status in zip(found.images, found.stats, strict=True)}
-    both = list(zip(content.images, content.split_of, strict=True))
-    samples = [
-        Sample(name, sizes[name], content.rows.get(name, Row()), content.sidecars.get(name, ""))
-        for name, split in both
-        if split is not None
-    ]
-    left = Counter(storable(name.partition("/")[0]) if "/" in name else BESIDE for name, split in both if split is None)
+    samples, splits_of, stamps, left = list[Sample](), list[str](), list[int](), Counter[str]()
+    for name, split in zip(content.images, content.split_of, strict=True):
+        if split is None:
+            left[storable(name.partition("/")[0]) if "/" in name else BESIDE] += 1
+            continue
+        facts, row, sidecar = found.images[name], content.rows.get(name, UNKNOWN), content.sidecars.get(name, "")
+        samples.append(Sample(name, facts.bytes if facts else 0, row, sidecar))
+        splits_of.append(split)
+        stamps.append(stamp_of(facts, found.sidecar_facts.get(stem(sidecar)), row))
     notes = {
         "unknown_files": {kind: found.count[kind] for kind in sorted(found.count)},
         "splits_left_out": dict(left),
         "repeated_folders": found.repeated[:1000],
         **content.notes,
     }
-    stats, texts = dict(zip(found.images, found.stats, strict=True)), found.sidecar_stats
-    stamps = [stamp_of(stats[sample.name], texts.get(stem(sample.sidecar)), sample.row) for sample in samples]
-    made = _source(root, samples, [split for split in content.split_of if split is not None], content.classes, notes)
+    made = _source(root, samples, splits_of, content.classes, notes)
     settings = str((path.name if selects else "", choice, splits))
     return replace(made, stamps=np.array(stamps, np.uint64), settings=settings, place=str(root.resolve()))
 
@@ -168,7 +173,7 @@ def _tables_of(path: Path, found: Found, choice: Choice) -> list[str]:
 def _described(path: Path, root: Path, found: Found, tables: list[str], choice: Choice, splits: SplitChoice, skip: bool) -> Content:
     """Take captions, classes and the rest from tables; sub-folders are no classes then, as in `datasets`."""
     selects = root != path
-    there = [name for name in found.images if name not in found.dead or extension(name) in IMAGE_EXTENSIONS]
+    there = [name for name, facts in found.images.items() if facts or extension(name) in IMAGE_EXTENSIONS]
     rows, absent = read_tables(root, tables, there, choice)
     listed = some([storable(name) for name in tables], 3)
     if not rows and not absent:
@@ -184,7 +189,7 @@ def _described(path: Path, root: Path, found: Found, tables: list[str], choice: 
     names = names_of(values, f"{listed}, column of labels")
     numbers = numbers_of(names, given=False)
     rows = {name: row._replace(label=label_of(row.raw_label, numbers)) for name, row in rows.items()}
-    images = [name for name in found.images if name in rows] if selects else found.images
+    images = [name for name in found.images if name in rows or not selects]
     notes = {
         "captions_without_image": absent[:1000],
         "images_not_in_table": len(found.images) - len(rows),
@@ -213,7 +218,7 @@ def _plain(path: Path, found: Found, choice: Choice, splits: SplitChoice, skip: 
             f"{len(orphans)} captions have no image: {some(orphans)}. "
             "Add the images, move these files away, or leave them out with --skip_corrupt."
         )
-    alive = [name for name in found.images if name not in found.dead]
+    alive = [name for name, facts in found.images.items() if facts]
     split_of, tops = split_folders(alive, splits, str(path)) if alive else ([], [])
     known = dict(zip(alive, zip(split_of, tops, strict=True), strict=True))
     packed = {name: top for name, (split, top) in known.items() if split is not None and choice.label.lower() != NONE}
@@ -221,7 +226,7 @@ def _plain(path: Path, found: Found, choice: Choice, splits: SplitChoice, skip: 
     numbers = {name: number for number, name in enumerate(classes)}
     of_top = {top: Row(label=numbers[class_name(storable(top))]) for top in set(packed.values()) if top}
     return Content(
-        found.images,
+        list(found.images),
         [known[name][0] if name in known else "train" for name in found.images],
         {name: of_top[top] for name, top in packed.items() if top},
         {} if choice.caption.lower() == NONE else sidecars,
@@ -231,12 +236,6 @@ def _plain(path: Path, found: Found, choice: Choice, splits: SplitChoice, skip: 
             "renumbered_folders": [n for n, name in enumerate(classes) if name.isdecimal() and int(name) != n],
         },
     )
-
-
-def _renumbered(classes: Sequence[str]) -> list[str]:
-    """Return the folders that are called by numbers which are not their classes'."""
-    numbers = enumerate(classes)
-    return [name for number, name in numbers if re.fullmatch("[0-9]+", name) and int(name) != number]
 
 
 def _sidecars(found: Found, root: Path) -> tuple[dict[str, str], list[str], list[str]]:

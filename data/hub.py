@@ -8,8 +8,10 @@ this machine: only those of the data set itself are read.
 from __future__ import annotations
 
 import os
+from bisect import bisect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from .labels import names_of, numbers_of, unused
 from .listing import Fault, Record, Source, digest, ordered_splits, reason
 from .regular_files import MAX_IMAGE_BYTES, read_regular, require_regular
 from .splits import SPLIT_COLUMN, SplitChoice, assign, check_rows
-from .stamps import stamp_of
+from .stamps import Facts, facts_of, stamp_of
 
 ARROW_ERRORS = (OSError, ValueError, pa.ArrowException)
 
@@ -160,48 +162,45 @@ def _source(parts: list[Any], split_of: dict[str, str], columns: Columns, folder
     import datasets
 
     lengths, names = [len(part) for part in parts], list(split_of)
-    starts = np.concatenate([[0], np.cumsum(lengths)])
+    starts = [0, *accumulate(lengths)]
     known = ordered_splits(split_of.values())
     whole = datasets.concatenate_datasets(parts)
     versions = sorted({Path(file["filename"]).parent.name for file in whole.cache_files})
-
-    tables = digest(versions, whole.data.nbytes, str(whole.features), columns)
-    paths = [_paths(part, columns.image) for part in parts]
-    stamps = [_stamp(tables, path, folders) for named in paths for path in named]
+    tables = digest(versions, whole.data.nbytes, str(whole.features), columns)  # `datasets` keeps them under a hash
+    files = [_files(part, columns.image, folders) for part in parts]
 
     def name(number: int) -> str:
-        which = int(np.searchsorted(starts, number, side="right")) - 1
-        return f"{names[which]}/{number - int(starts[which])}"
+        which = bisect(starts, number) - 1
+        return f"{names[which]}/{number - starts[which]}"
 
     facts = list(zip(split_of.items(), lengths, strict=True))
     return Source(
         part=lambda numbers: HubPart(whole.select(numbers), [name(number) for number in numbers.tolist()], columns, folders),
         name=name,
-        rows=np.ones(int(starts[-1]), np.int64),
-        bytes=np.concatenate([_sizes(part, named, folders) for part, named in zip(parts, paths, strict=True)]),
+        rows=np.ones(starts[-1], np.int64),
+        bytes=np.concatenate([_sizes(part, found) for part, found in zip(parts, files, strict=True)]),
         identity=digest("hub", facts, versions, whole.data.nbytes, str(whole.features), columns),
         splits=tuple(known),
         split_of=np.repeat([known.index(split) for split in split_of.values()], lengths).astype(np.int8),
         class_names=columns.class_names,
         notes=notes,
-        stamps=np.array(stamps, np.uint64),
+        stamps=np.array([stamp_of(tables, facts) for found in files for facts in found], np.uint64),
     )
 
 
-def _paths(part: Any, image: str) -> list[str]:
-    """Return the file that each row names; empty where images lie in the rows."""
+def _files(part: Any, image: str, folders: tuple[str, ...]) -> list[Facts | None]:
+    """Return what is known of the file that each row names; None where the image lies in the row, or is none of the data set's."""
     if not (len(part) and _file_named(part[0][image])):
-        return [""] * len(part)
-    return [_file_named(row[image]) for row in part.select_columns([image])]
+        return [None] * len(part)
+    return [_facts(_file_named(row[image]), folders) for row in part.select_columns([image])]
 
 
-def _stamp(facts: str, path: str, folders: tuple[str, ...]) -> int:
-    """Return the stamp of a row: of the tables of the data set, which `datasets` keeps under a hash, and of the file that it names."""
-    return stamp_of(facts, os.stat(path) if path and _inside(path, folders) and os.path.isfile(path) else None)
+def _facts(path: str, folders: tuple[str, ...]) -> Facts | None:
+    return facts_of(os.stat(path)) if path and _inside(path, folders) and os.path.isfile(path) else None
 
 
-def _sizes(part: Any, paths: list[str], folders: tuple[str, ...]) -> np.ndarray:
-    """Return the bytes of each row's image: those of its file where the first row names one, else the mean."""
-    if any(paths):
-        return np.array([os.path.getsize(path) if _inside(path, folders) and os.path.isfile(path) else 0 for path in paths], np.int64)
+def _sizes(part: Any, files: list[Facts | None]) -> np.ndarray:
+    """Return the bytes of each row's image: those of its file where some row names one, else the mean."""
+    if any(files):
+        return np.array([facts.bytes if facts else 0 for facts in files], np.int64)
     return np.full(len(part), max(1, part.data.nbytes // max(1, len(part))), np.int64)

@@ -207,6 +207,12 @@ def locate(body: bytes, offset: int, size: int, start: int) -> tuple[int, int, i
     return offset // BLOCK, size, crc32_of(payload), first // BLOCK, after, rest
 
 
+def span_of(record: tuple[Any, ...]) -> tuple[int, int]:
+    """Return where a sample begins in its tar, and how many bytes it spans."""
+    block, size, _, before, after = record[:5]
+    return (block - before) * BLOCK, (before + after + -(-size // BLOCK)) * BLOCK
+
+
 def image_in(body: bytes, before: int, size: int) -> bytes:
     """Return the image (or array) of a sample, the one that the index points at.
 

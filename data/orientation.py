@@ -44,15 +44,16 @@ def orientation_of(image: Image.Image) -> int:
     A TIFF file's own tag counts as 1: Pillow gives such a file's size, and later its pixels, turned already. Of a PNG file,
     which may state it behind its pixels, they are decoded for it.
     """
-    xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
-        return 1 if TAG in image.tag_v2 else _in_xmp(xmp)
-    try:
-        with parsing():
-            stated = image.getexif().get(TAG)
-    except UNREADABLE:
-        return 1
-    return _in_xmp(image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b"") if stated is None else _known(stated)
+        stated = 1 if TAG in image.tag_v2 else None
+    else:
+        try:
+            with parsing():
+                stated = image.getexif().get(TAG)
+        except UNREADABLE:
+            return 1
+    xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""  # of a PNG file there since its EXIF was asked for
+    return _in_xmp(xmp) if stated is None else _known(stated)
 
 
 def load_pixels(image: Image.Image) -> int:

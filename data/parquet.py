@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from bisect import bisect
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from .listing import Fault, Record, Source, digest, ordered_splits, reason, stor
 from .locators import last_name, redact, redact_url, shown
 from .regular_files import require_regular
 from .splits import ALL, SPLIT_COLUMN, SplitChoice, assign, check_rows, few, names_of_file
-from .stamps import stamp_of
+from .stamps import facts_of, stamp_of
 
 READ_ERRORS = (OSError, ValueError, ImportError, pa.ArrowException)
 """What fsspec and pyarrow raise for files that are missing, out of reach or damaged; ImportError where a protocol's package is missing."""
@@ -86,7 +87,8 @@ class ParquetPart:
         with fsspec.open(self.urls[file], "rb").open() as opened:
             table = pq.ParquetFile(opened)
             for group in np.unique(self.rows[places, 1]).tolist():
-                wanted = {int(self.rows[p, 2]): int(p) for p in places if self.rows[p, 1] == group}
+                mine = places[self.rows[places, 1] == group]
+                wanted = dict(zip(self.rows[mine, 2].tolist(), mine.tolist(), strict=True))
                 at = 0
                 there = [name for name in self.columns.all if name in table.schema_arrow.names]
                 for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=there, use_threads=False):
@@ -134,15 +136,19 @@ def parquet(source: str, choice: Choice, splits: SplitChoice = ALL) -> Source:
         group = np.searchsorted(starts, numbers, side="right") - 1
         return np.stack([table[group, 0], table[group, 1], numbers - starts[group]], 1)
 
+    begins, groups = starts.tolist(), table[:, :2].tolist()
+
     def name(number: int) -> str:
-        file, group, row = places(np.array([number]))[0].tolist()
-        return f"{names[file]}:{group}:{row}"
+        at = bisect(begins, number) - 1
+        file, group = groups[at]
+        return f"{names[file]}:{group}:{number - begins[at]}"
 
     if not splits.given and SPLIT_COLUMN in columns.others:
         for file, named_so in zip(files, names, strict=True):
             check_rows(_values([file], SPLIT_COLUMN), split_of[named_so], named_so)
     known = ordered_splits(split_of.values())
     where = [known.index(split_of[name]) for name in names]
+    stamps = np.array([file.stamp and stamp_of(file.stamp, columns) for file in files], np.uint64)
     facts = [(name, file.bytes, file.rows, split_of[name]) for name, file in zip(names, files, strict=True)]
     return Source(
         part=lambda numbers: ParquetPart(urls, names, places(numbers), columns),
@@ -151,9 +157,9 @@ def parquet(source: str, choice: Choice, splits: SplitChoice = ALL) -> Source:
         bytes=np.array([size for file in files for size in file.image_bytes], np.int64),
         identity=digest("parquet", facts, columns),
         splits=tuple(known),
-        split_of=np.array([where[f] for f in table[:, 0]], np.int8),
+        split_of=np.array(where, np.int8)[table[:, 0]],
         class_names=columns.class_names,
-        stamps=np.array([files[f].stamp and stamp_of(files[f].stamp, columns) for f in table[:, 0]], np.uint64),
+        stamps=stamps[table[:, 0]],
         settings=str((choice, splits)),
         place=os.path.abspath(source) if "://" not in source else shown(source),
         notes={
@@ -233,7 +239,7 @@ def _stamp(url: str) -> int:
     """What tells a file from the one that lay there before, without reading it."""
     system, path = fsspec.core.url_to_fs(url)
     if isinstance(system, LocalFileSystem):
-        return stamp_of(os.stat(path))
+        return stamp_of(facts_of(os.stat(path)))
     facts = system.info(path)
     said = {key: str(facts[key]) for key in (*VERSIONS, *TIMES) if facts.get(key)}
     return stamp_of(facts.get("size"), said) if said else 0

@@ -17,7 +17,7 @@ import numpy as np
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, several times as fast
 
 from .decode import DECODE_ERRORS, decode_image
-from .index import NO_LABEL, RECORD, image_in, locate, open_index, unchanged
+from .index import NO_LABEL, RECORD, image_in, locate, open_index, span_of, unchanged
 from .manifest import DECODER, Manifest
 from .printable import printable
 from .shardlist import Shard, ShardList
@@ -171,7 +171,6 @@ class Shards:
         Raises:
             LostShard: an index that is not there, or not what the manifest says.
         """
-
         found = self._indexes.get(shard)
         if found is None:
             folder, line = self._place(shard)
@@ -183,11 +182,11 @@ class Shards:
         return found
 
     def know_plain(self, shards: np.ndarray) -> np.ndarray:
-        r"""Whether the indexes of shards were made by today's rule of \`decode.is_plain\`, (N,), bool; older ones said it of too many."""
+        """Return whether indexes were made by the present rule of `decode.is_plain`, (N,), bool; older ones said it of too many."""
         return self._know_plain[np.searchsorted(self._ends, shards, side="right")]
 
     def gather(self, shards: np.ndarray, numbers: np.ndarray, lost: bool = False) -> np.ndarray:
-        r"""The records of many samples, (N,).
+        """Return the records of many samples, (N,).
 
         Args:
             shards, numbers: of each sample, (N,).
@@ -242,8 +241,8 @@ class Shards:
             LostShard: the shard cannot be read.
         """
         record = self.records(shard)[number].item()
-        block, size, _, before, after, _, label, _, _ = record
-        start, length = (block - before) * BLOCK, (before + after) * BLOCK + -(-size // BLOCK) * BLOCK
+        block, size, _, before, _, _, label, _, _ = record
+        start, length = span_of(record)
         file = self._files.get(shard) or self._open(shard)
         try:
             body = os.pread(file.fileno(), length, start)

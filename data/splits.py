@@ -134,9 +134,10 @@ def assign(
 
 def _chosen(named: Mapping[str, Sequence[str]], choice: SplitChoice, where: str) -> dict[str, str | None]:
     found = {item: choice.find(names) for item, names in named.items()}
-    missing = [pattern for pattern, _ in choice.names if pattern not in {hit[0] for hit in found.values() if hit}]
-    for pattern in missing:
-        raise ValueError(f"--splits {pattern!r}: {where} has {few(list(named))}. Name what is there.")
+    hits = {hit[0] for hit in found.values() if hit}
+    for pattern, _ in choice.names:
+        if pattern not in hits:
+            raise ValueError(f"--splits {pattern!r}: {where} has {few(list(named))}. Name what is there.")
     return {item: hit[1] if hit else None for item, hit in found.items()}
 
 

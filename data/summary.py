@@ -6,6 +6,7 @@ import math
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .decode import DECODE_ERRORS, preview
-from .index import image_in, index_path
+from .index import image_in, index_path, span_of
 from .manifest import Manifest, Tally
 from .printable import printable
 from .tar import files_of
-from .tar_headers import BLOCK
+from .text_files import decode_text
 
 SIDE, LINE, MARGIN = 128, 16, 8
 SHEET = 64
@@ -182,19 +183,22 @@ def _sample(folder: Path, manifest: Manifest) -> list[tuple[Image.Image, str]]:
             image = preview(data)
         except DECODE_ERRORS:
             image = Image.new("RGB", (SIDE, SIDE), "#cc3333")  # red: it cannot be decoded
-        tiles.append((image, caption_of(files, int(record["label"]), manifest.class_names)))
+        tiles.append((image, _below(files, int(record["label"]), manifest.class_names)))
     return tiles
 
 
 def read(tar: Path, record: np.void) -> tuple[str, dict[str, bytes], bytes]:
     """Return key, files and image of one sample, by its line of the index."""
-    payload, size, _, before, after = record.item()[:5]
-    length = (before + after) * BLOCK + -(-size // BLOCK) * BLOCK
+    fields: tuple[Any, ...] = tuple(record.item())
+    start, length = span_of(fields)
     with open(tar, "rb", buffering=0) as file:
-        body = os.pread(file.fileno(), length, (payload - before) * BLOCK)
-    return *files_of(body), image_in(body, before, size)
+        body = os.pread(file.fileno(), length, start)
+    return *files_of(body), image_in(body, fields[3], fields[1])
 
 
-def caption_of(files: dict[str, bytes], label: int, names: Sequence[str]) -> str:
-    """What to write below a sample: its caption, else its class."""
-    return files["txt"].decode(errors="replace") if "txt" in files else names[label] if 0 <= label < len(names) else ""
+def _below(files: dict[str, bytes], label: int, names: Sequence[str]) -> str:
+    """Return what to write below a sample: its caption, else its class."""
+    with suppress(ValueError):  # what cannot be read is told elsewhere
+        if caption := decode_text(files.get("txt", b"")):
+            return caption
+    return names[label] if 0 <= label < len(names) else ""

@@ -62,7 +62,7 @@ class Names:
 
 def is_table(name: str) -> bool:
     """Return whether a file may describe images: any CSV or JSON lines, and `metadata.parquet`."""
-    return name.lower().endswith(EXTENSIONS) or PurePosixPath(name).name.lower() == "metadata.parquet"
+    return name.lower().endswith(EXTENSIONS) or name.lower().rpartition("/")[2] == "metadata.parquet"
 
 
 def is_metadata(name: str) -> bool:

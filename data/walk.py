@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .image_formats import IMAGE_EXTENSIONS
 from .listing import storable
+from .stamps import Facts, facts_of
 from .tables import is_table
 
 WRITTEN = ("manifest.json", "report.json", "summary.png")
@@ -20,17 +21,14 @@ WRITTEN = ("manifest.json", "report.json", "summary.png")
 class Found:
     """What a walk through a folder finds; names are relative to it."""
 
-    images: list[str] = field(default_factory=list)
-    stats: list[os.stat_result | None] = field(default_factory=list)
-    """Of each image, of what a link leads to; None where that is nothing."""
+    images: dict[str, Facts | None] = field(default_factory=dict)
+    """Of a link, the facts of what it leads to; None where that is nothing, which may have been a folder."""
     sidecars: dict[str, str] = field(default_factory=dict)
     """Names of `.txt` files by their name without it."""
-    sidecar_stats: dict[str, os.stat_result | None] = field(default_factory=dict)
+    sidecar_facts: dict[str, Facts | None] = field(default_factory=dict)
     rivals: list[tuple[str, str]] = field(default_factory=list)
     """Sidecars of one image: `a.txt` and `a.TXT`."""
     tables: list[str] = field(default_factory=list)
-    dead: set[str] = field(default_factory=set)
-    """Links that lead to nothing, among the images; what they led to may have been a folder."""
     repeated: list[tuple[str, str]] = field(default_factory=list)
     """Links to folders that are read already, each with that folder."""
     unknown: dict[str, list[str]] = field(default_factory=dict)
@@ -40,18 +38,16 @@ class Found:
 
     def add(self, name: str, status: os.stat_result | None) -> None:
         """Put a file where it belongs."""
-        kind = extension(name)
+        kind, facts = extension(name), facts_of(status) if status else None
         if kind == "txt":
-            if stem(name) in self.sidecars:
-                self.rivals.append((self.sidecars[stem(name)], name))
-            self.sidecars[stem(name)], self.sidecar_stats[stem(name)] = name, status
+            base = stem(name)
+            if base in self.sidecars:
+                self.rivals.append((self.sidecars[base], name))
+            self.sidecars[base], self.sidecar_facts[base] = name, facts
         elif is_table(name):
             self.tables.append(name)
         elif kind in IMAGE_EXTENSIONS or status is None:
-            self.images.append(name)
-            self.stats.append(status)
-            if status is None:
-                self.dead.add(name)
+            self.images[name] = facts
         else:
             self.leave(name, "" if stat.S_ISREG(status.st_mode) else "that are FIFOs, sockets or devices")
 
@@ -68,14 +64,11 @@ class Found:
 
         Arrays are images where nothing else is: beside pictures an `.npy` is a mask, a feature or an index.
         """
-        if any(extension(name) != "npy" for name in self.images):
-            for name in [name for name in self.images if extension(name) == "npy"]:
-                self.leave(name)
-                del self.stats[self.images.index(name)]
-                self.images.remove(name)
-        order = sorted(range(len(self.images)), key=lambda i: _place(self.images[i]))
-        self.images = [self.images[i] for i in order]
-        self.stats = [self.stats[i] for i in order]
+        arrays = [name for name in self.images if extension(name) == "npy"]
+        for name in arrays if len(arrays) < len(self.images) else ():
+            self.leave(name)
+            del self.images[name]
+        self.images = {name: self.images[name] for name in sorted(self.images, key=_place)}
         self.tables.sort(key=_place)
 
 

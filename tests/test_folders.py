@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import unicodedata
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from data.regular_files import open_regular, read_regular
 from data.shards import Shards
 from data.tables import rows_of
 from data.tar_sources import find_tars
-from data.walk import walk
+from data.walk import Found, walk
 
 NFC, NFD = "caf\u00e9", "cafe\u0301"
 
@@ -233,10 +234,21 @@ def test_a_folder_is_read_once_and_a_second_link_is_told(tmp_path, capsys):
 
 def test_images_keep_the_order_of_names_folder_by_folder(tmp_path):
     names = ["b.png", "z.png", "a/1.png", "a/9.png", "a/0/x.png", "c-d/1.png", "c/1.png"]
-    order = walk(folder(tmp_path / "in", *names)).images
-    assert order == ["b.png", "z.png", "a/1.png", "a/9.png", "a/0/x.png", "c/1.png", "c-d/1.png"]
-    found = walk(tmp_path / "in")
-    assert [status.st_size for status in found.stats] == [os.path.getsize(tmp_path / "in" / name) for name in order]
+    found = walk(folder(tmp_path / "in", *names)).images
+    assert list(found) == ["b.png", "z.png", "a/1.png", "a/9.png", "a/0/x.png", "c/1.png", "c-d/1.png"]
+    assert {name: facts.bytes for name, facts in found.items()} == {name: os.path.getsize(tmp_path / "in" / name) for name in names}
+
+
+def test_arrays_beside_as_many_images_are_left_out_in_linear_time():
+    """A mask, or features, beside each of very many images: quadratic code takes minutes here, and hours for a million."""
+    found, status = Found(), os.stat(__file__)
+    for number in range(60_000):
+        found.add(f"{number:06d}.png", status)
+        found.add(f"{number:06d}.npy", status)
+    began = time.process_time()
+    found.sort()
+    assert time.process_time() - began < 10
+    assert list(found.images) == [f"{number:06d}.png" for number in range(60_000)] and found.count[".npy"] == 60_000
 
 
 @pytest.mark.parametrize("link", ["dead.png", "bird", "loop"])

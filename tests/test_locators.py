@@ -81,6 +81,8 @@ def test_what_the_environment_holds(monkeypatch, tmp_path):
     assert expanded("a$b{c}~/d") == "a$b{c}~/d"
     with pytest.raises(ValueError, match=r"the environment has no LACKING. Set it: `export LACKING="):
         expanded("http://h/x?sig=${LACKING}")
+    with pytest.raises(ValueError, match=r"^output='\${LACKING}/x': the environment has no LACKING"):
+        expanded("${LACKING}/x", "output")
     with pytest.raises(ValueError, match=r"give the URL again, as --data.shards="):
         expanded("http://h/x?…")
 

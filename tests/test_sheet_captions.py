@@ -1,9 +1,11 @@
 """Captions below pictures: cut to their line with bounded work, whatever strangers wrote."""
 
+import codecs
+
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from data.summary import LONGEST, SIDE, contact_sheet, shortened
+from data.summary import LONGEST, SIDE, _below, contact_sheet, shortened
 
 TILE = Image.new("RGB", (8, 8))
 
@@ -48,3 +50,17 @@ def test_any_text_is_drawn():
         sheet = contact_sheet([(TILE, text)], 1)
         below = sheet.crop((0, 8 + SIDE + 1, sheet.width, sheet.height)).convert("L").getextrema()
         assert (below[0] < 128) == bool(text.split()) or text.startswith("\u200b"), ascii(text[:9])
+
+
+@pytest.mark.parametrize(
+    ("body", "line"),
+    [
+        (codecs.BOM_UTF8 + "añ".encode(), "añ"),
+        (" añ ".encode("utf-16"), "añ"),
+        (b"  ", "cat"),
+        ("añ".encode("latin-1"), "cat"),
+        (None, "cat"),
+    ],
+)
+def test_below_a_picture_stands_the_caption_as_training_reads_it_else_the_class(body, line):
+    assert _below({} if body is None else {"txt": body}, 1, ("dog", "cat")) == line

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from shardmaker import make, samples
 
 from data import build
 from data import index as indexing
+from data.check import _sample
 from data.inspect import main as inspect
 from data.manifest import parse_manifest
 from data.options import Options
@@ -107,3 +109,15 @@ def test_an_index_is_hashed_once_as_long_as_it_is_the_same_file(folder, monkeypa
     np.save(folder / "train-000000.npy", np.load(folder / "train-000000.npy"))
     Shards(folder).records(0)
     assert len(hashed) == 2, "written again, with the same bytes"
+
+
+def test_a_sample_whose_headers_no_longer_can_be_read_is_a_bad_one_without_a_name(tmp_path):
+    """As a release with other rules for headers may have indexed it: its bytes are unchanged, and no walk takes them."""
+    info = tarfile.TarInfo("name")
+    info.type, info.size = tarfile.GNUTYPE_LONGNAME, 1
+    body = info.tobuf(tarfile.GNU_FORMAT) + bytes(512)
+    (tmp_path / "shard.tar").write_bytes(body)
+    record = np.array([(*indexing.locate(body, 512, 1, 0), 0, 1, 1)], indexing.RECORD)[0]
+    with open(tmp_path / "shard.tar", "rb") as file:
+        key, why = _sample(file.fileno(), record, "", np.empty((4, 4, 3), np.uint8))
+    assert key == "" and "a long name of no length" in why
