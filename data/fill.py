@@ -17,6 +17,7 @@ import numpy as np
 
 from .crew import Progress
 from .decode import DECODE_ERRORS, preview, upright_size
+from .flock import open_new
 from .image_formats import IMAGE_EXTENSIONS, extension_of
 from .index import describe, index_path
 from .listing import Fault, Part, Record, reason
@@ -67,7 +68,7 @@ def fill(job: Job, progress: Progress) -> str:
     inputs = job.inputs.copy()
     resized = 0
     temporary = job.folder / f"tmp-{os.getpid()}-{job.name}"
-    with open(temporary, "wb", buffering=1 << 20) as file:
+    with open_new(temporary) as file:
         writer = TarWriter(file)
         for place, found in enumerate(job.part.read(job.folder)):
             ready = found if isinstance(found, Fault) else prepared(found, job.max_side)
@@ -81,7 +82,7 @@ def fill(job: Job, progress: Progress) -> str:
             resized += "resized_from" in record.more
             writer.add(f"{job.first_key + place:09d}", files)
         writer.finish()
-    with open(inputs_path(temporary), "wb") as file:
+    with open_new(inputs_path(temporary)) as file:
         np.lib.format.write_array(file, inputs, allow_pickle=False)
     commit(inputs_path(temporary), inputs_path(job.folder / job.name))
     more = {"faults": faults, "resized": resized, "first_key": job.first_key, "dropped": []}
@@ -92,7 +93,7 @@ def fill(job: Job, progress: Progress) -> str:
 def trim(job: Trim, progress: Progress) -> str:
     """Write a shard again without some samples, beside it as `trimmed-NAME`; returns its name."""
     temporary = job.folder / f"tmp-{os.getpid()}-trimmed-{job.name}"
-    with open(job.folder / job.name, "rb") as source, open(temporary, "wb", buffering=1 << 20) as file:
+    with open(job.folder / job.name, "rb") as source, open_new(temporary) as file:
         writer = TarWriter(file)
         for span in samples(job.folder / job.name):
             if span.key not in job.keys:

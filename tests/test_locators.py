@@ -81,8 +81,10 @@ def test_what_the_environment_holds(monkeypatch, tmp_path):
     assert expanded("a$b{c}~/d") == "a$b{c}~/d"
     with pytest.raises(ValueError, match=r"the environment has no LACKING. Set it: `export LACKING="):
         expanded("http://h/x?sig=${LACKING}")
-    with pytest.raises(ValueError, match=r"give the URL again, as --data.shards="):
+    with pytest.raises(ValueError, match=r"^data.shards='http://h/x\?…' comes .* give the URL again"):
         expanded("http://h/x?…")
+    with pytest.raises(ValueError, match=r"^--output='\$\{LACKING\}/x': the environment"):
+        expanded("${LACKING}/x", "--output")
 
 
 def test_a_recipe_keeps_the_name_and_not_the_value(monkeypatch):
