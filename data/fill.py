@@ -25,7 +25,7 @@ from .packed import content_of, inputs_path
 from .sample_files import NO_LABEL
 from .shrink import smaller
 from .tar import samples
-from .text_files import MAX_TEXT_BYTES
+from .text_files import MAX_TEXT_BYTES, decode_text
 from .write import TarWriter, commit, commit_json
 
 
@@ -145,4 +145,5 @@ def _files(record: Record, extension: str, stored: bytes) -> dict[str, bytes]:
     for name in ("txt", "json"):
         if len(files.get(name, b"")) > MAX_TEXT_BYTES:
             raise ValueError(f"its .{name} would have {len(files[name])} bytes, at most {MAX_TEXT_BYTES} are read")
+    decode_text(files.get("txt", b""))  # what a table may hold and a shard may not
     return files
