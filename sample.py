@@ -47,6 +47,7 @@ from pipeline.folder import open_folder
 from pipeline.generate import generate
 from pipeline.networks import model_options
 from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve, Sampling
+from pipeline.own_files import write_whole
 from pipeline.printable import say
 from pipeline.publish import check_repository, publish
 from pipeline.recipe import build, parse
@@ -207,8 +208,8 @@ def compare(options: Evaluate) -> int:
     report = evaluate(made.clamp(-1, 1), labels, train, held_out, features)
     say(report)
     output = Path(options.output or Path(options.pipeline or options.run) / "evaluation.json")
-    output.write_text(json.dumps({**report.as_dict(), **options.told(model.ema)}, indent=1) + "\n")
-    print(f"figures in {output}")
+    write_whole(output, json.dumps({**report.as_dict(), **options.told(model.ema)}, indent=1) + "\n")
+    say(f"figures in {output}")
     return 0 if report.reaches(options.min_accuracy, options.min_diversity, options.min_nearest) else 1
 
 
@@ -238,9 +239,8 @@ def retrieve_captions(options: Retrieve) -> int:
     found = retrieve(made, real, torch.arange(len(real)))
     output = Path(options.output or Path(options.pipeline or options.run) / "retrieval.png")
     save_image(side_by_side(real, made, scale=max(1, 64 // real.shape[-1])), output)
-    output.with_suffix(".json").write_text(json.dumps({**found.as_dict(), **drawn, "captions": captions}, indent=1) + "\n")
-    say(found)
-    print(f"{output}: rows of real images, then their samples; figures in {output.with_suffix('.json')}")
+    write_whole(output.with_suffix(".json"), json.dumps({**found.as_dict(), **drawn, "captions": captions}, indent=1) + "\n")
+    say(f"{found}\n{output}: rows of real images, then their samples; figures in {output.with_suffix('.json')}")
     return 0
 
 
@@ -290,7 +290,7 @@ def restored(options: Restore) -> int:
 
     difference = restore_file(source, options, read)
     far = f"they differ from it by {difference:.4f} (root mean square, -1..1)"
-    print(f"{options.output}: the input as measured, then {options.num_images} samples; {far}")
+    say(f"{options.output}: the input as measured, then {options.num_images} samples; {far}")
     return 0
 
 

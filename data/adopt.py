@@ -19,6 +19,7 @@ from .changes import compare_files, void
 from .crew import Progress, crew, processors
 from .decode import DECODE_ERRORS, preview
 from .fill import journal_path
+from .flock import open_new
 from .image_formats import IMAGE_EXTENSIONS
 from .index import describe, index_path, sha256
 from .listing import digest, reason, some, split_named
@@ -188,12 +189,13 @@ def _bring(source: Path, tar: Path) -> None:
     """
     temporary = tar.parent / ".packing" / f"tmp-{os.getpid()}-{tar.name}"
     if not source.name.endswith(COMPRESSED):
+        temporary.unlink(missing_ok=True)
         temporary.symlink_to(source)
         os.replace(temporary, tar)
         return
     limit, size = MOST_INFLATION * source.stat().st_size, 0
     try:
-        with gzip.open(source) as packed, open(temporary, "wb") as file:
+        with gzip.open(source) as packed, open_new(temporary) as file:
             while piece := packed.read(CHUNK):
                 size += len(piece)
                 if size > limit:

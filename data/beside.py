@@ -185,7 +185,7 @@ def _holds_sentences(files: dict[str, bytes], field: str) -> bool:
 def _object(body: bytes) -> Mapping[str, object]:
     """Return the mapping that a `.json` holds; an empty one where it holds none."""
     try:
-        found = parse_json(body) if body else {}
+        found = parse_json(body)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}

@@ -17,6 +17,7 @@ import numpy as np
 
 from .crew import Progress
 from .decode import DECODE_ERRORS, preview, upright_size
+from .flock import open_new
 from .image_formats import IMAGE_EXTENSIONS, extension_of
 from .index import describe, index_path
 from .listing import Fault, Part, Record, reason
@@ -24,7 +25,7 @@ from .packed import content_of, inputs_path
 from .sample_files import NO_LABEL
 from .shrink import smaller
 from .tar import samples
-from .text_files import MAX_TEXT_BYTES
+from .text_files import MAX_TEXT_BYTES, decode_text
 from .write import TarWriter, commit, commit_json
 
 
@@ -67,7 +68,7 @@ def fill(job: Job, progress: Progress) -> str:
     inputs = job.inputs.copy()
     resized = 0
     temporary = job.folder / f"tmp-{os.getpid()}-{job.name}"
-    with open(temporary, "wb", buffering=1 << 20) as file:
+    with open_new(temporary) as file:
         writer = TarWriter(file)
         for place, found in enumerate(job.part.read(job.folder)):
             ready = found if isinstance(found, Fault) else prepared(found, job.max_side)
@@ -81,7 +82,7 @@ def fill(job: Job, progress: Progress) -> str:
             resized += "resized_from" in record.more
             writer.add(f"{job.first_key + place:09d}", files)
         writer.finish()
-    with open(inputs_path(temporary), "wb") as file:
+    with open_new(inputs_path(temporary)) as file:
         np.lib.format.write_array(file, inputs, allow_pickle=False)
     commit(inputs_path(temporary), inputs_path(job.folder / job.name))
     more = {"faults": faults, "resized": resized, "first_key": job.first_key, "dropped": []}
@@ -92,7 +93,7 @@ def fill(job: Job, progress: Progress) -> str:
 def trim(job: Trim, progress: Progress) -> str:
     """Write a shard again without some samples, beside it as `trimmed-NAME`; returns its name."""
     temporary = job.folder / f"tmp-{os.getpid()}-trimmed-{job.name}"
-    with open(job.folder / job.name, "rb") as source, open(temporary, "wb", buffering=1 << 20) as file:
+    with open(job.folder / job.name, "rb") as source, open_new(temporary) as file:
         writer = TarWriter(file)
         for span in samples(job.folder / job.name):
             if span.key not in job.keys:
@@ -144,4 +145,5 @@ def _files(record: Record, extension: str, stored: bytes) -> dict[str, bytes]:
     for name in ("txt", "json"):
         if len(files.get(name, b"")) > MAX_TEXT_BYTES:
             raise ValueError(f"its .{name} would have {len(files[name])} bytes, at most {MAX_TEXT_BYTES} are read")
+    decode_text(files.get("txt", b""))  # what a table may hold and a shard may not
     return files

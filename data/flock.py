@@ -15,6 +15,7 @@ import fcntl
 import os
 import stat
 from pathlib import Path
+from typing import BinaryIO
 
 NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EMLINK)
 """What opening a link, a folder, a socket ends in."""
@@ -71,6 +72,28 @@ def _share(fd: int, folder: int) -> None:
     writers = folder & (stat.S_IWGRP | stat.S_IWOTH)
     if writers:
         os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) | writers | writers << 1)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder of ours where it is missing; a link in its place would lead what is written there to somebody else's.
+
+    Raises:
+        ValueError: a link stands there.
+        OSError: something else that is no folder does.
+    """
+    if path.is_symlink():
+        raise ValueError(_planted(path))
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def open_new(path: Path) -> BinaryIO:
+    """Open a temporary file of ours to write: what stands there, a leftover or a link that somebody planted, is replaced, never followed.
+
+    Raises:
+        OSError: a folder stands there, or another user's file that cannot be removed.
+    """
+    path.unlink(missing_ok=True)
+    return open(path, "xb", buffering=1 << 20)
 
 
 def open_file(path: Path) -> int | None:

@@ -18,6 +18,7 @@ import numpy as np
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, three times as fast
 
 from .decode import DECODE_ERRORS, is_plain, upright_size
+from .flock import open_new
 from .listing import reason
 from .manifest import Tally
 from .printable import printable
@@ -294,7 +295,7 @@ def describe(
     records, captions = index_shard(tar, like=like, faults=faults, verify=verify, image_extension=image_extension, remarks=remarks)
     path = index_path(tar)
     temporary = path.with_name(f".{os.getpid()}-{hash_of(path.name.encode('utf-8', 'surrogateescape')):016x}.npy")  # names may be long
-    with open(temporary, "wb") as file:
+    with open_new(temporary) as file:
         np.lib.format.write_array(file, records, allow_pickle=False)
     os.replace(temporary, path)  # never in place: a process that has the index before mapped would die of a shorter one
     sizes = Counter(f"{w}x{h}" for w, h in zip(records["width"].tolist(), records["height"].tolist(), strict=True))

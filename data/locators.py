@@ -17,8 +17,8 @@ import warnings
 
 from .printable import printable
 
-CUT, BLANK = "…", "␣"
-"""What stands where a secret stood; and for a blank while a URL is looked at."""
+CUT = "…"
+"""What stands where a secret stood."""
 SECRET = re.compile(
     r"""(?P<scheme>[A-Za-z][\w+.-]+:/+)(?P<rest>(?:[^\s/?\#<>]*@)?(?:[^\s'"<>`]|['"](?=[^\s,;:.)\]}'"]))*)"""  # a URL
     r"""|\?(?P<query>(?=[\w.~%-]+=)[^\s'"<>`]*)"""  # of a URL that its library printed without its host
@@ -27,6 +27,10 @@ SECRET = re.compile(
 )
 HOST = re.compile(r"[^:\[]*(:\d*)?|\[[^\]]*\](:\d*)?")
 """A name or address with or without a port; anything else in its place holds a password."""
+WHOLE = re.compile(r"([A-Za-z][\w+.-]+:/+)(.*)", re.DOTALL)
+"""A text that is one URL; a single slash is left where a `Path` was made of it."""
+PARAMETER = re.compile(r"[;&](?=[\w.~%-]+=)|%3[fF]")
+"""Behind it in a path stands a value, as behind the question mark of a query."""
 REFERENCE = re.compile(r"(?:[^\s:=&]*[:=])?\$\{\w+\}")
 """A value that the environment holds: no secret by itself."""
 
@@ -47,7 +51,11 @@ def _cut(match: re.Match[str]) -> str:
         return _cut_query(f"?{match['query']}")
     end = re.search(r"[:;,.)]*$", match["rest"])  # of the sentence, not of the URL
     assert end is not None
-    rest, behind = match["rest"][: end.start()], end[0]
+    return match["scheme"] + _cut_rest(match["rest"][: end.start()]) + end[0]
+
+
+def _cut_rest(rest: str) -> str:
+    """What follows the scheme of one URL, without its secrets."""
     host = re.split(r"[/?#]", rest, maxsplit=1)[0]
     odd = not HOST.fullmatch(host) or (":" in host and rest[len(host) : len(host) + 1] in ("?", "#"))
     user, at, _ = (rest if odd and "@" not in host else host).rpartition("@")  # a password may hold a slash, ? or #
@@ -55,13 +63,15 @@ def _cut(match: re.Match[str]) -> str:
         rest = rest[len(user) + 1 :]
     elif not at and not HOST.fullmatch(host):
         rest = host.partition(":")[0] + f":{CUT}"
-    return match["scheme"] + _cut_query(rest) + behind
+    return _cut_query(rest)
 
 
 def _cut_query(rest: str) -> str:
     """What follows the scheme, without query; without fragment where that is a value."""
     rest, sharp, fragment = rest.partition("#")
     path, question, query = rest.partition("?")
+    if (value := PARAMETER.search(path)) and not REFERENCE.fullmatch(path[value.end() :]):
+        path = path[: value.end()] + CUT
     if query and not all(REFERENCE.fullmatch(part) for part in query.split("&")):
         return f"{path}?{CUT}"
     return path + question + query + (sharp + (CUT if "=" in fragment or "?" in fragment else fragment))
@@ -69,7 +79,8 @@ def _cut_query(rest: str) -> str:
 
 def redact_url(url: str) -> str:
     """Return a URL that is the whole of a text, blanks and all, without its secrets; a local path stays as it is."""
-    return redact(url.replace(" ", BLANK)).replace(BLANK, " ") if "://" in url else url
+    whole = WHOLE.fullmatch(url)
+    return whole[1] + _cut_rest(whole[2]) if whole else redact(url) if "://" in url else url
 
 
 def shown(url: str) -> str:
@@ -86,8 +97,8 @@ def expanded(place: str, option: str = "data.shards") -> str:
     """Return a place with `~/` and each `${NAME}` replaced by what the environment holds.
 
     Args:
-        place: a path or a URL.
-        option: what messages call it.
+        place: as it was written.
+        option: where, for errors.
 
     Raises:
         ValueError: no such variable; a URL whose secrets were cut.
@@ -95,7 +106,7 @@ def expanded(place: str, option: str = "data.shards") -> str:
     if "://" in place and CUT in place:
         raise ValueError(
             f"{option}={place!r} comes from a run's files, where signatures and passwords are not kept: "
-            f"give the URL again, as --data.shards='https://...', or write ${{NAME}} in it for a value of the environment."
+            f"give the URL again, whole, or write ${{NAME}} in it for a value of the environment."
         )
 
     def value(match: re.Match[str]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .fill import commit_shard, journal_path
+from .flock import make_folder, open_new
 from .index import index_path
 from .manifest import Manifest, Tally, write_manifest
 from .shardlist import Shard, ShardList
@@ -35,7 +36,7 @@ class MadeShards:
     def __init__(self, folder: Path, size: int, class_names: tuple[str, ...] = ()) -> None:
         self._folder, self._size, self._making = folder, size, folder / ".making"
         self._class_names = class_names
-        self._making.mkdir(parents=True, exist_ok=True)
+        make_folder(self._making)
         self._file: BinaryIO | None = None
         self._writer: TarWriter | None = None
         self.there = sum(shard.samples for shard, _ in self._whole())
@@ -48,7 +49,7 @@ class MadeShards:
     def put(self, number: int, files: Mapping[str, bytes]) -> None:
         """The next sample of a shard: its files by extension, the image first."""
         if self._writer is None:
-            self._file = open(self._temporary(number), "wb", buffering=1 << 20)
+            self._file = open_new(self._temporary(number))
             self._writer = TarWriter(self._file)
         self._writer.add(f"{number:09d}", dict(files))
 

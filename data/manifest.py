@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .flock import open_new
 from .shardlist import AT_ONCE, Columns, ShardList
 
 SIZES_KEPT = 10_000
@@ -109,7 +110,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     if not manifest.image_extension:  # a file that releases of before the field can read
         del raw["image_extension"]
     temporary = folder / f".manifest.json.{os.getpid()}"
-    with open(temporary, "w") as file:
+    with io.TextIOWrapper(open_new(temporary), encoding="utf-8") as file:
         file.write(json.dumps(raw, indent=1)[:-2] + ",\n" + LISTED)
         for number, shard in enumerate(manifest.shards):
             file.write((",\n  " if number else "  ") + json.dumps(vars(shard)))

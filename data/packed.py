@@ -19,6 +19,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from .flock import make_folder, open_new
 from .listing import Fault, Record
 from .stamps import hash_of, name_hash
 from .write import commit
@@ -83,12 +84,12 @@ def inputs_path(tar: Path) -> Path:
 def write_packed(output: Path, asked: Asked, shards: dict[str, Entry]) -> None:
     """Remember what a folder was made from; before its manifest is written."""
     folder = output / FOLDER
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     journals = {name: {**entry.journal, "inputs": len(entry.inputs)} for name, entry in shards.items()}
     text = np.frombuffer(json.dumps({"version": 1, "asked": asked, "shards": journals}).encode(), np.uint8)
     rows = np.concatenate([np.zeros(0, INPUT), *(entry.inputs for entry in shards.values())])
     temporary = folder / f"tmp-{os.getpid()}.npz"
-    with open(temporary, "wb") as file:
+    with open_new(temporary) as file:
         np.savez_compressed(file, inputs=rows, journals=text)
     commit(temporary, folder / "inputs.npz")
 

@@ -202,10 +202,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     quiet()
     try:
-        for name in ("source", "output"):
+        for name, option in (("source", "source"), ("output", "--output")):
             place = getattr(args, name, None)
             if place is not None:
-                setattr(args, name, type(place)(expanded(str(place), name)))  # `~/`, and `${NAME}` of the environment
+                setattr(args, name, type(place)(expanded(str(place), option)))  # `~/`, and `${NAME}` of the environment
         if args.workers < 0:
             raise ValueError(f"--workers {args.workers}: 0 or more processes. Leave it out for one a processor.")
         if args.kind == "webdataset":

@@ -129,7 +129,7 @@ def read_texts(texts: Mapping[str, bytes]) -> tuple[int, bool]:
                 label = parse_label(body)
             elif extension == "txt":
                 captioned = bool(decode_text(body))
-            elif body.strip():
+            else:
                 parse_json(body)
         except ValueError as error:
             raise ValueError(f"its .{extension}: {error}") from error

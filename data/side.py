@@ -21,6 +21,7 @@ import numpy as np
 
 from .claim import Claim, take
 from .encoded import disagreements
+from .flock import make_folder
 from .index import describe, index_path
 from .manifest import Manifest, Tally, parse_manifest, write_manifest
 from .shardlist import Shard, ShardList
@@ -64,7 +65,7 @@ class Side:
         self.folder, self.facts, self.images, self.work = folder, facts, images, folder / ".work"
         if folder.is_dir() and any(folder.glob("*.tar")) and not (self.work / "request.json").exists():
             raise ValueError(f"{folder} holds tars that were not encoded here: give another --output.")
-        self.work.mkdir(parents=True, exist_ok=True)
+        make_folder(self.work)
         once(self.work / "request.json", json.dumps(facts).encode())
         begun = json.loads((self.work / "request.json").read_text())
         found = disagreements(begun, {key: value for key, value in facts.items() if key != "flips"})

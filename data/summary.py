@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from .decode import DECODE_ERRORS, preview
+from .flock import open_new
 from .index import image_in, index_path, span_of
 from .manifest import Manifest, Tally
 from .printable import printable
@@ -89,7 +90,8 @@ def draw(folder: Path, manifest: Manifest, path: Path) -> None:
     picture.paste(histogram("side in pixels, sqrt(width x height)", sides, half, 200), (2 * MARGIN + half, 0))
     picture.paste(sheet, (0, 200))
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    picture.save(temporary, "PNG")
+    with open_new(temporary) as file:
+        picture.save(file, "PNG")
     os.replace(temporary, path)
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .changes import Compared, gone
-from .flock import open_lock
+from .flock import make_folder, open_lock
 from .index import index_path
 from .listing import Source, some
 from .manifest import parse_manifest
@@ -97,7 +97,7 @@ def locked(output: Path, asked: Asked, names: list[str], packed: Packed | None) 
             there; the output holds tars that this would overwrite.
     """
     folder = output / ".packing"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with os.fdopen(open_lock(folder / "lock"), "r+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -25,21 +25,25 @@ def decode_text(body: bytes) -> str:
     if len(body) > MAX_TEXT_BYTES:
         raise ValueError(f"the text has {len(body)} bytes, at most {MAX_TEXT_BYTES} are read")
     try:  # utf-8-sig is written in Python, and this is read with every sample
-        text = body.decode("utf-16") if body.startswith(UTF16) else body.removeprefix(codecs.BOM_UTF8).decode()
+        text = body.decode("utf-16") if body.startswith(UTF16) else body.decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"the text is no UTF-8 (byte {error.start}): save it as UTF-8") from error
     if "\0" in text:
         raise ValueError("the text has NUL characters, as UTF-16 without its byte-order mark has: save it as UTF-8")
+    if text[:1] == "\ufeff":  # also behind the mark, where two tools wrote one each
+        text = text.lstrip("\ufeff")
     return text.strip()
 
 
 def parse_json(body: bytes) -> Any:
-    """Return what a `.json` file holds.
+    """Return what a `.json` file holds; None where it is blank.
 
     Raises:
         ValueError: no text by the rules of `decode_text`, or no JSON; nested too deeply counts as none.
     """
     text = decode_text(body)
+    if not text:
+        return None
     try:
         return json.loads(text)
     except RecursionError as error:

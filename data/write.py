@@ -8,6 +8,7 @@ import secrets
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .flock import open_new
 from .tar_headers import BLOCK
 
 
@@ -71,7 +72,8 @@ def commit(temporary: Path, final: Path) -> None:
 def commit_json(raw: Any, final: Path) -> None:
     """Write a value as JSON under a temporary name and give it its own."""
     temporary = final.with_name(f"tmp-{os.getpid()}-{final.name}")
-    temporary.write_text(json.dumps(raw, indent=1) + "\n")
+    with open_new(temporary) as file:
+        file.write((json.dumps(raw, indent=1) + "\n").encode())
     commit(temporary, final)
 
 

@@ -15,6 +15,7 @@ from .image_files import encode_image, file_extension
 from .launch import join
 from .many import Files, Keeper, Made, collect, fingerprint
 from .options import Images
+from .printable import say
 from .process import Stopper, leave_group
 from .sheet import grid, save_image
 
@@ -34,7 +35,7 @@ def draw_picture(options: Images, source: Source, wanted: Asked) -> int:
         save_animation(film.frames(made), output, columns, scale)
     else:
         save_image(grid(made, columns, scale), output)
-    print(f"{output}: {count} images by {options.solver}, {evaluations} evaluations each{unseen(source)}")
+    say(f"{output}: {count} images by {options.solver}, {evaluations} evaluations each{unseen(source)}")
     return 0
 
 
@@ -87,9 +88,9 @@ def draw_folder(options: Images, source: Source, wanted: Asked, files: Sequence[
     keeper, left = collect(folder, count, settings, unit, options.batch_size, keep, make, stopper)
     if join().is_main_process:
         if left:
-            print(f"{folder}: {left} of {count} images are still to be made; the same command goes on from there.")
+            say(f"{folder}: {left} of {count} images are still to be made; the same command goes on from there.")
         else:
             keeper.finish()
-            print(f"{folder}: {count} images by {options.solver}, {min(keeper.there, count)} of them were there")
+            say(f"{folder}: {count} images by {options.solver}, {min(keeper.there, count)} of them were there")
     leave_group(stopper.exit_status)
     return stopper.exit_status

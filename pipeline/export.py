@@ -80,6 +80,7 @@ def write_folder(
     choice = choose(network, why, config.flow, space, class_names, vae, spoken)
     temporary = output.parent / f".{output.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)  # new: where somebody planted a link, an error
     try:
         save(choice.pipeline, temporary, variant)
         _mend_index(temporary, choice.pipeline, class_names)

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .image_files import on_white, quantise, to_picture
+from .own_files import open_regular
 
 OPAQUE = (".jpg", ".jpeg", ".gif")
 """Files that cannot hold a picture's alpha, or of a GIF a bit of it."""
@@ -55,6 +56,8 @@ def whole(path: Path) -> Iterator[Path]:
     """A temporary name of the same suffix, which becomes `path` at the end, or nothing after an error; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
+    temporary.unlink(missing_ok=True)  # never written through a link that somebody planted
+    os.close(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
     try:
         yield temporary
         os.replace(temporary, path)

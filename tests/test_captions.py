@@ -7,6 +7,8 @@ from dataclasses import replace
 
 import frozen
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from shardmaker import make, png
@@ -18,6 +20,7 @@ from data.encoded import several_rows, text_of
 from data.inspect import main as inspect
 from data.options import Options, read_options
 from data.order import share_at
+from data.prepare import main as prepare
 from data.reading import read_captions
 from data.shards import BadSample, Shards
 from data.source import LocalFolder
@@ -429,3 +432,36 @@ def test_lists_of_sentences_are_not_joined_by_accident(tmp_path, capsys):
     recipe = frozen.recipe(tmp_path / "r.json", caption="json.captions", resolution=16, workers=0)
     assert inspect([str(folder), "--config", str(recipe), "--output", str(tmp_path / "x.png"), "--workers", "1", "--batch_size", "3"]) == 0
     assert said in capsys.readouterr().out
+
+
+def test_a_blank_json_is_no_caption_and_no_fault(tmp_path):
+    """As a blank .txt: what the index lets pass is trained on."""
+    for number, body in enumerate((b"", b" \n", b"\xef\xbb\xbf")):
+        make(
+            tmp_path / str(number),
+            [[{"__key__": "a", "png": png(1), "json": body, "txt": ""}, {"__key__": "b", "png": png(2), "json": {"c": "dog"}}]],
+        )
+        shards = Shards(str(tmp_path / str(number)), "train")
+        assert read_captions(shards, "json.c") == read_captions(shards, "json.c,txt") == read_captions(shards, "json.c[*]") == ["", "dog"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("text", ["a\0b", "\ud83d"])
+def test_text_of_a_table_that_no_shard_may_hold_is_that_samples_fault(tmp_path, capsys, kind, text):
+    """It ended the packing, naming a temporary tar, --skip_corrupt or not."""
+    (tmp_path / "in").mkdir()
+    if kind == "jsonl":
+        for number in range(2):
+            (tmp_path / f"in/{number}.png").write_bytes(png(number))
+        rows = [{"file_name": "0.png", "text": text}, {"file_name": "1.png", "text": "dog"}]
+        (tmp_path / "in/metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    elif text.isascii():
+        images = [{"bytes": png(number), "path": None} for number in range(2)]
+        pq.write_table(pa.table({"image": images, "text": [text, "dog"]}), tmp_path / "in/train.parquet")
+    else:
+        pytest.skip("Arrow holds no half of a pair")
+    words = [{"jsonl": "imagefolder"}.get(kind, kind), str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--workers", "0"]
+    assert prepare(words) == 2
+    assert "tmp-" not in (told := capsys.readouterr().err) and "--skip_corrupt" in told
+    assert prepare([*words, "--skip_corrupt"]) == 0
+    assert read_captions(Shards(str(tmp_path / "out"), "train"), "txt") == ["dog"]

@@ -9,13 +9,19 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
+from shardmaker import make, png, samples
 
-from data import claim
+from data import claim, prepare
 from data.cache import Cache, Item
 from data.flock import open_lock, remove_unused
+from data.made import MadeShards
+from data.shards import Shards
+from data.stamps import hash_of
 from pipeline.launch import lock
 from pipeline.own_files import open_regular, write_whole
+from pipeline.sheet import save_image
 from pipeline.tracking.jsonl import Lines
 from pipeline.training.status import Status, read
 
@@ -237,3 +243,93 @@ def test_both_rooms_open_files_by_one_rule(tmp_path):
     assert os.read(open_regular(tmp_path / "a", os.O_RDONLY), 9) == b"{}"
     with pytest.raises(OSError, match="move it"):
         open_regular(tmp_path, os.O_RDONLY)
+
+
+def sources(folder):
+    """A folder of two images."""
+    (folder / "a").mkdir(parents=True)
+    for number in range(2):
+        (folder / f"a/{number}.png").write_bytes(png(number))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["link", "dangling"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        ".packing/tmp-{pid}-request.json",
+        ".packing/tmp-{pid}-train-000000.tar",
+        ".packing/tmp-{pid}-train-000000.inputs",
+        ".packing/tmp-{pid}-train-000000.json",
+        ".packing/.{pid}-{hash}.npy",
+        ".packed/tmp-{pid}.npz",
+        "tmp-{pid}-report.json",
+        ".{pid}-summary.png",
+        ".manifest.json.{pid}",
+    ],
+)
+def test_packing_writes_through_no_link(tmp_path, kind, name):
+    """Names of temporary files can be foreseen: a link planted there is replaced."""
+    index = hash_of(f"tmp-{os.getpid()}-train-000000.npy".encode())
+    planted = tmp_path / "shards" / name.format(pid=os.getpid(), hash=f"{index:016x}")
+    planted.parent.mkdir(parents=True)
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    planted.symlink_to(victim if kind == "link" else tmp_path / "new")
+    words = ["imagefolder", str(sources(tmp_path / "photos")), "--output", str(tmp_path / "shards"), "--workers", "0"]
+    assert prepare.main(words) == 0
+    assert victim.read_text() == "precious" and not (tmp_path / "new").exists() and not os.path.lexists(planted)
+    assert sum(Shards(str(tmp_path / "shards"), "train").counts) == 2
+
+
+@pytest.mark.parametrize("name", [".packing", ".packed"])
+def test_packing_writes_into_no_linked_folder(tmp_path, capfd, name):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "tmp-1").write_text("precious")
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / name).symlink_to(elsewhere)
+    assert prepare.main(["imagefolder", str(sources(tmp_path / "photos")), "--output", str(tmp_path / "shards"), "--workers", "0"]) == 2
+    assert "move it" in capfd.readouterr().err and [path.name for path in elsewhere.iterdir()] == ["tmp-1"]
+
+
+def test_indexing_writes_through_no_link(tmp_path):
+    make(tmp_path / "made", samples([2]))
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    os.replace(tmp_path / "made/train-000000.tar", tars / "a.tar")
+    (tmp_path / "victim").write_text("precious")
+    (tars / f".{os.getpid()}-{hash_of(b'a.npy'):016x}.npy").symlink_to(tmp_path / "victim")
+    assert prepare.main(["webdataset", str(tars), "--workers", "0"]) == 0
+    assert (tmp_path / "victim").read_text() == "precious" and sum(Shards(str(tars), "train").counts) == 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_is_written_through_no_link(tmp_path, kind):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    victim = plant(folder / ".tmp-grid.png", kind)
+    error = soon(lambda: save_image(torch.zeros(3, 4, 4), folder / "grid.png"))
+    if kind == "folder":
+        assert isinstance(error, OSError)
+        untouched(victim, folder / ".tmp-grid.png", kind)
+    else:
+        assert error is None and (folder / "grid.png").is_file() and not list(folder.glob(".*"))
+        assert victim.read_text() == "precious" and not victim.with_name("new").exists()
+
+
+def test_made_shards_are_written_through_no_link(tmp_path):
+    making = tmp_path / "out/.making"
+    making.mkdir(parents=True)
+    (tmp_path / "victim").write_text("precious")
+    (making / ".tmp-train-000000.tar").symlink_to(tmp_path / "victim")
+    keeper = MadeShards(tmp_path / "out", 2)
+    for number in range(2):
+        keeper.put(number, {"png": png(number)})
+    keeper.close(range(2))
+    keeper.finish()
+    assert (tmp_path / "victim").read_text() == "precious"
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked/.making").symlink_to(tmp_path)
+    with pytest.raises(ValueError, match="move it"):
+        MadeShards(tmp_path / "linked", 2)

@@ -17,6 +17,11 @@ def test_big_endian_text_is_read_by_its_mark():
     assert decode_text(b"\xfe\xff" + CAPTION.encode("utf-16-be")) == CAPTION
 
 
+def test_each_mark_goes_where_several_tools_wrote_one():
+    assert decode_text(b"\xef\xbb\xbf" * 2 + b"cat") == decode_text("\ufeff\ufeffcat".encode("utf-16")) == "cat"
+    assert decode_text("a\ufeffb".encode()) == "a\ufeffb"
+
+
 @pytest.mark.parametrize("body", ["café".encode("latin-1"), "caf".encode("utf-16-le"), b"a\0b", b"x" * (1 << 20) + b"y"])
 def test_what_could_only_be_guessed_is_refused(body):
     with pytest.raises(ValueError, match="text"):
@@ -25,7 +30,8 @@ def test_what_could_only_be_guessed_is_refused(body):
 
 def test_json_is_read_behind_a_mark_and_refused_when_too_deep():
     assert parse_json(b'\xef\xbb\xbf{"a": 1}') == {"a": 1}
-    for body in (b"[" * 200_000, b"{", b"", b"9" * 5000):
+    assert parse_json(b"") is parse_json(b" \n") is parse_json(b"\xef\xbb\xbf") is None
+    for body in (b"[" * 200_000, b"{", b"9" * 5000):
         with pytest.raises(ValueError):
             parse_json(body)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..checkpoint import PREFIX, Store, averages, verify
 from ..config import EmaConfig
+from ..printable import say
 from . import Averages, Power
 from .posthoc import BOUND, Combination, combine
 
@@ -105,7 +106,7 @@ def kept_of(checkpoint: Path, images: int, widths: tuple[float, ...]) -> list[Ke
             state = json.loads((folder / "state.json").read_text())
             places = [(float(state["images"]), float(width)) for width in state["widths"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"snapshot {folder} is damaged and passed over: {type(error).__name__}: {error}", flush=True)
+            say(f"snapshot {folder} is damaged and passed over: {type(error).__name__}: {error}")
             continue
         for place in places:
             if 0 < place[0] <= images:
@@ -137,7 +138,7 @@ def rebuild(kept: list[Kept], width: float, images: float) -> tuple[dict[str, Te
         for folder in dict.fromkeys(one.folder for _, one in used):
             fault = None if folder in sound else verify(folder)
             if fault:
-                print(f"snapshot {folder} is damaged and passed over: {fault}", flush=True)
+                say(f"snapshot {folder} is damaged and passed over: {fault}")
                 kept = [one for one in kept if one.folder != folder]
                 break
             sound.add(folder)

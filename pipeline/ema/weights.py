@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..checkpoint import averages, raw_weights
 from ..config import EmaConfig
+from ..printable import say
 from . import RAW, HalfLife, Power, laws
 from .posthoc import NARROWEST, WIDEST
 from .snapshots import kept_of, rebuild
@@ -121,10 +122,9 @@ def read_weights(checkpoint: Path, state: Mapping[str, Any], wanted: Wanted, con
         raise ValueError(f"--ema {wanted.name}: {checkpoint} has seen {seen} images. Give at most so many.")
     found, how = rebuild(kept_of(checkpoint, seen, config.power), wanted.width, images)
     used = sum(1 for c in how.coefficients if c)
-    print(
+    say(
         f"width {wanted.width:g} at {images:.0f} images: rebuilt from {used} of the averages kept, coefficients of {how.size:.3g} in "
-        f"all, its law missed by {100 * how.error:.1g} %",
-        flush=True,
+        f"all, its law missed by {100 * how.error:.1g} %"
     )
     return first | found, f"a power average of the trained ones of relative width {wanted.width:g}, rebuilt from others"
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import json
 import signal as signals
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from ..own_files import open_regular, write_whole
-from ..printable import one_line
+from ..printable import one_line, say
 
 State = Literal["running", "stopped", "finished", "diverged", "failed", "hung"]
 NAME = "status.json"
@@ -78,7 +77,7 @@ class Status:
             self._replace(json.dumps(said) + "\n", lasting=state != "running")
         except OSError as error:
             if not self._silent:
-                print(f"{self.path} could not be written ({error.strerror}); the run goes on.", file=sys.stderr, flush=True)
+                say(f"{self.path} could not be written ({error.strerror}); the run goes on.", error=True)
             self._silent = True
 
     def _replace(self, text: str, lasting: bool) -> None:

@@ -15,7 +15,6 @@ import faulthandler
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from typing import Any, TypeVar
 from torch.distributed import Store
 
 from ..launch import met
+from ..printable import say
 from ..process import HUNG
 from .status import Status
 
@@ -161,7 +161,7 @@ class Watch:
 
     def _show(self, here: Place, answer: Answer) -> None:
         lines = answer.lines if answer.first else [f"{here}; another rank reports on all"]
-        print("\n  ".join([f"\nno progress for {self.seconds:g} s (guard.hang_seconds):", *lines]), file=sys.stderr, flush=True)
+        say("\n  ".join([f"\nno progress for {self.seconds:g} s (guard.hang_seconds):", *lines]), error=True)
         if self._rank in answer.shown or answer.first:
             faulthandler.dump_traceback(2)
         if self._status is not None and (answer.first or self._status.main):
