@@ -196,7 +196,7 @@ def test_resizing_bands_is_pillows_lanczos_and_alpha_weighs_colours():
         assert np.abs(found[..., c] - np.asarray(band)).max() <= 0.5
     edges = np.where(x[..., None] % 20 < 10, 0, 65535).astype(np.uint16)
     assert resized(edges, (37, 23), (0, 0, 60, 40), False).max() == 65535, "what Lanczos overshoots is cut, and does not wrap"
-    rgba = np.concatenate([np.where(x[..., None] < 30, 60000, 0) * np.ones(3, int), np.where(x[..., None] < 30, 65535, 0)], axis=2)
+    rgba = np.concatenate([np.where(x[..., None] < 30, 60000, 20000) * np.ones(3, int), np.where(x[..., None] < 30, 65535, 0)], axis=2)
     small = into(imagecodecs.png_encode(rgba.astype(np.uint16)), 4, size=(6, 4))
     assert np.abs(small[small[..., 3] > 3000][:, :3].astype(int) - 60000).max() < 200, "what is clear has no colour to bleed"
 
