@@ -32,6 +32,8 @@ class Bands(NamedTuple):
     premultiplied: bool = False
     orientation: int = 1
     profile: bytes | None = None
+    form: tuple[int, ...] = ()
+    """Of bands that may be read as colours too: the photometric interpretation and ExtraSamples of their TIFF file."""
 
 
 def limits_of(dtype: np.dtype, bits: int) -> tuple[float, float]:
@@ -87,15 +89,19 @@ def as_channels(found: Bands, channels: int, dtype: type[np.unsignedinteger]) ->
         raise BadImage(
             f"it has {samples} band{'s' * (samples != 1)}, {channels} are wanted: set data.channels to {samples}, or save others"
         )
-    values = scaled(found, dtype)
-    if found.colors == 0:
+    exact = np.uint16 if found.profile and found.values.dtype.itemsize > 1 else dtype  # dark colours of a wide profile grow twelvefold
+    values = scaled(found, dtype if channels > 4 else exact)
+    if found.colors == 0 or channels > 4:
         return turned(values, found.orientation)
     top = int(np.iinfo(dtype).max)
     color, opacity = values[..., : found.colors], values[..., found.colors : found.colors + 1] if found.alpha else None
     if found.premultiplied and opacity is not None:
-        color = np.minimum(color.astype(np.float64) * top / np.maximum(opacity, 1), top).round().astype(dtype)
+        most = np.iinfo(exact).max
+        color = np.minimum(color.astype(np.float64) * most / np.maximum(opacity, 1), most).round().astype(exact)
     if found.profile:
-        color = srgb_values(color, found.profile)
+        color = srgb_values(color, found.profile, dtype)
+    if opacity is not None and exact != dtype:
+        opacity = np.round(opacity / 257).astype(dtype)
     if opacity is not None and channels in (1, 3):
         whole = color.astype(np.uint32) * opacity + np.uint32(top) * (top - opacity.astype(np.uint32))
         color = ((whole + top // 2) // top).astype(dtype)

@@ -228,12 +228,16 @@ class Pixels:
 
     def __init__(self, channels: int, bit_depth: int = 8) -> None:
         self.channels, self.dtype = channels, np.dtype(f"uint{bit_depth}")
+        self.fill = decode_into if (channels, bit_depth) == (3, 8) else _decode_any
 
     def empty(self, count: int, shape: tuple[int, int]) -> np.ndarray:
         return np.empty((count, *shape, self.channels), self.dtype)
 
-    fill = staticmethod(decode_into)
-
     def tensor(self, array: np.ndarray) -> Tensor:
         """(B, C, H, W) over the memory of (B, H, W, C)."""
         return torch.from_numpy(array).permute(0, 3, 1, 2)
+
+
+def _decode_any(out: np.ndarray, data: bytes, mirror: bool, corner: np.ndarray | tuple[float, float], plain: bool, /) -> None:
+    """Decode as `decode_into`, into what no file is plainly: other channels than three, or other bits than eight."""
+    decode_into(out, data, mirror, corner)

@@ -81,24 +81,27 @@ def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image
         return transform.apply(image)
 
 
-def srgb_values(values: np.ndarray, profile: bytes) -> np.ndarray:
+def srgb_values(values: np.ndarray, profile: bytes, dtype: type[np.unsignedinteger]) -> np.ndarray:
     """Return colours as sRGB says them.
 
     Args:
         values: (H, W, 1) gray or (H, W, 3) RGB, uint8 or uint16.
         profile: an ICC profile.
+        dtype: wanted: that of the values, or uint8 of uint16.
 
     Raises:
-        BadImage: the profile makes a difference to 16 bits, and imagecodecs, which converts those, is not installed.
+        BadImage: the profile makes a difference to 16 bits that are kept, and imagecodecs, which converts those, is not installed.
     """
     mode, flat = ("L", values.squeeze(2)) if values.shape[2] == 1 else ("RGB", values)
     if transform_of(profile, mode) is None:
-        return values
+        return values if values.dtype == dtype else np.round(values / 257).astype(dtype)
     if values.dtype == np.uint8:
         return np.asarray(to_srgb(Image.fromarray(np.ascontiguousarray(flat)), profile)).reshape(values.shape)
     try:
         import imagecodecs
     except ImportError as error:
+        if dtype == np.uint8:  # dark colours are off by up to six levels then
+            return srgb_values(np.round(values / 257).astype(dtype), profile, dtype)
         raise BadImage(
             "its ICC profile says that its 16-bit colours are not sRGB, and converting those needs imagecodecs: "
             "`pip install imagecodecs`, or convert the files to sRGB."
@@ -113,4 +116,5 @@ def srgb_values(values: np.ndarray, profile: bytes) -> np.ndarray:
             outdtype="u2",
             flags=imagecodecs.CMS.FLAGS.NOOPTIMIZE,  # littlecms's shortcuts are off by up to 6,000 of 65,535
         )
-    return found[..., :1] if mode == "L" else found
+    found = found[..., :1] if mode == "L" else found
+    return found if dtype == np.uint16 else np.round(found / 257).astype(dtype)

@@ -44,12 +44,12 @@ def decode_into(
         data: the file.
         mirror: left to right, after cropping.
         at: where to crop what the wanted size leaves over: 0 at the top (left), 1 at the bottom (right).
-        plain: known to be what `is_plain` says, and of the size of `out`.
+        plain: known to be what `is_plain` says, and of the size of `out`, which has 3 channels of uint8.
 
     Raises:
         One of DECODE_ERRORS.
     """
-    if out.strides[1] == 3 and (plain or is_plain(data)):  # three bytes a pixel
+    if plain or (out.strides[1] == 3 and is_plain(data)):  # three bytes a pixel
         try:  # straight into `out`, which reads the header only once
             found = simplejpeg.decode_jpeg(data, buffer=out)
             if plain or found.shape == out.shape:
@@ -120,6 +120,7 @@ class Native(NamedTuple):
     """(H, W, C), uint8 or uint16; empty where there is an `image`."""
     is_color: bool = True
     alpha: bool = False
+    form: tuple[int, ...] = ()
 
 
 def native(data: bytes) -> Native:
@@ -133,7 +134,7 @@ def native(data: bytes) -> Native:
         return Native(_eight_bits(data, None, opened), np.empty((0, 0, 0), np.uint8))
     channels = bands.colors + bands.alpha if bands.colors else bands.values.shape[2]
     values = as_channels(bands, channels, np.uint8 if bands.values.dtype.itemsize == 1 else np.uint16)
-    return Native(None, values, bands.colors > 0, bands.alpha)
+    return Native(None, values, bands.colors > 0, bands.alpha, bands.form)
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
@@ -184,8 +185,10 @@ def _bands(data: bytes, channels: int | None, deep: bool) -> tuple[Bands | None,
     if isinstance(image, TiffImagePlugin.TiffImageFile):
         if needs_bands(image, channels, deep):
             return read_tiff(data, channels, image), None
-    elif image.format == "PNG" and data[24] == 16 and (deep or data[25] == 0 or "transparency" in image.info):
-        return read_png(data, image), None
+    elif image.format == "PNG" and data[24] == 16:
+        wide = not is_srgb(image.info.get("icc_profile", b""), "L" if data[25] == 4 else "RGB")  # Pillow cuts what is then stretched
+        if deep or data[25] == 0 or wide or "transparency" in image.info:
+            return read_png(data, image), None
     if channels is not None and channels > 4:
         bands = len(image.getbands())
         raise BadImage(f"it has {bands} channel{'s' * (bands != 1)}, {channels} are wanted: bands are read from TIFF and .npy files")

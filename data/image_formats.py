@@ -6,7 +6,7 @@ import io
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 FORMATS = {
     **{"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"},
@@ -37,6 +37,9 @@ MAX_VALUES = 4 * MAX_PIXELS
 """Of all bands of an image together."""
 MAX_RATIO = 32
 """An image whose long side is longer than so many short ones is refused: nothing is left of it in a crop."""
+PngImagePlugin.MAX_TEXT_CHUNK = 2_000_000
+"""Bytes that a text or a profile of a PNG file may inflate to: pictures of generators carry workflows, and scanners profiles, of more
+than Pillow's megabyte; what inflates to more is taken for a bomb, as before."""
 
 
 class BadImage(ValueError):

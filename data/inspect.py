@@ -37,6 +37,7 @@ SECONDS = 3.0
 """Throughput is measured for so long, after the first batch."""
 SHOWN = 20
 PICTURED = 64
+ALPHA_SUFFIXES = (".png", ".webp", ".avif", ".tif", ".tiff")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -166,6 +167,16 @@ def shown(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
+def save(image: Image.Image, path: Path) -> None:
+    """Write a picture; where the file's format has no alpha, on white."""
+    if image.mode == "RGBA" and path.suffix.lower() not in ALPHA_SUFFIXES:
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        image = white
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status: 1 where something is wrong with the shards."""
     args = parser().parse_args(argv)
@@ -185,7 +196,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  and {len(bad) - SHOWN:,} more")
         share = Share(batch_size=batch)
         first = build(options, seed=seed, share=share, captions=True, images=shards)
-        picture(first, shards.manifest.class_names).save(args.output)
+        save(picture(first, shards.manifest.class_names), args.output)
         first.close()
         bands = f", the first three of {options.channels} bands" if options.channels > 4 else ""
         print(f"the first {PICTURED} images of training, seed {seed}{bands}: {args.output}")

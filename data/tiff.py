@@ -6,12 +6,14 @@ import io
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
 from .bands import Bands, limits_of
+from .color import is_srgb
 from .image_formats import BadImage, check_size, parsing
 from .orientation import load_pixels
 
@@ -40,8 +42,17 @@ def needs_bands(image: TiffImagePlugin.TiffImageFile, channels: int | None, deep
     if (channels or 0) > 4 or _are_bare(samples, channels, tags):
         return True
     if max(_numbers(tags.get(BITS, 1)), default=1) > 8 or max(_numbers(tags.get(FORMAT, 1)), default=1) > 1:
-        return deep or image.mode not in ("RGB", "RGBA") or tags.get(PLANES) == 2
+        return deep or image.mode not in ("RGB", "RGBA") or tags.get(PLANES) == 2 or (_is_wide(image) and _has_packages())
     return samples > 4 and tags.get(PLANES) == 2
+
+
+def _is_wide(image: Image.Image) -> bool:
+    """Return whether a profile stretches values, so that more than eight bits of them are needed for eight."""
+    return not is_srgb(image.info.get("icc_profile", b""), "RGB")
+
+
+def _has_packages() -> bool:
+    return all(find_spec(name) for name in ("tifffile", "imagecodecs"))
 
 
 def _tags_of(image: TiffImagePlugin.TiffImageFile) -> dict[int, Any]:
@@ -149,20 +160,27 @@ def _roles(found: Bands, tags: dict[int, Any], channels: int | None) -> Bands:
     """Return the bands of a TIFF file with what each is: colours, alpha, or nothing but bands."""
     samples, extra = found.values.shape[2], _numbers(tags.get(EXTRA, ()))
     colors = 3 if tags.get(PHOTOMETRIC, 1) == 2 else 1
-    alpha = _says_alpha(extra) and samples > colors
-    if not alpha and (_are_bare(samples, channels, tags) or samples < colors or (colors == 1 and samples > 2)):
-        return found._replace(colors=0)
+    bare, alpha = _are_bare(samples, channels, tags), _says_alpha(extra) and samples > colors
+    if bare or (not alpha and (samples < colors or (colors == 1 and samples > 2))):
+        form = (tags.get(PHOTOMETRIC, 1) or 1, *extra) if samples > colors > (samples > 2) else ()
+        return found._replace(colors=0, form=form)
     alpha = alpha or (colors == 3 and samples == 4 and not extra)  # as old writers of RGBA have it, and Pillow reads it
+    if alpha and found.low > found.high:  # white is zero, and clear is not
+        values = found.values.copy()
+        values[..., colors:] = found.low + found.high - values[..., colors:]
+        found = found._replace(values=values)
     profile = tags.get(PROFILE)
     profile = bytes(profile) if isinstance(profile, (bytes, bytearray)) else None
     return found._replace(colors=colors, alpha=alpha, premultiplied=extra[:1] == (1,), profile=profile)
 
 
 def _are_bare(samples: int, channels: int | None, tags: Any) -> bool:
-    """Return whether the bands of a gray or RGB file are taken as they are: as many as wanted, one of them for no declared purpose."""
+    """Return whether the bands of a gray or RGB file are taken as they are: as many as wanted, and more than colours and alpha."""
     extra = _numbers(tags.get(EXTRA, ()))
-    if samples in (1, 3) or _says_alpha(extra):
+    if samples in (1, 3):
         return False
+    if _says_alpha(extra):
+        return samples > 4 and channels in (None, samples)
     if channels is None:
         return not (tags.get(PHOTOMETRIC, 1) == 2 and samples == 4 and not extra)
     return samples == channels

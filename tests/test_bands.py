@@ -8,7 +8,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from data.bands import resized
 from data.decode import DECODE_ERRORS, decode_into, preview, upright, upright_size
@@ -196,7 +196,7 @@ def test_resizing_bands_is_pillows_lanczos_and_alpha_weighs_colours():
         assert np.abs(found[..., c] - np.asarray(band)).max() <= 0.5
     edges = np.where(x[..., None] % 20 < 10, 0, 65535).astype(np.uint16)
     assert resized(edges, (37, 23), (0, 0, 60, 40), False).max() == 65535, "what Lanczos overshoots is cut, and does not wrap"
-    rgba = np.concatenate([np.where(x[..., None] < 30, 60000, 0) * np.ones(3, int), np.where(x[..., None] < 30, 65535, 0)], axis=2)
+    rgba = np.concatenate([np.where(x[..., None] < 30, 60000, 20000) * np.ones(3, int), np.where(x[..., None] < 30, 65535, 0)], axis=2)
     small = into(imagecodecs.png_encode(rgba.astype(np.uint16)), 4, size=(6, 4))
     assert np.abs(small[small[..., 3] > 3000][:, :3].astype(int) - 60000).max() < 200, "what is clear has no colour to bleed"
 
@@ -208,10 +208,31 @@ def test_wide_colours_of_sixteen_bits_become_those_of_srgb(name):
     icc = matrix_profile(WIDE[name], GAMMA[name])
     for data in (with_profile(imagecodecs.png_encode(pixels), icc), tif(pixels, photometric="rgb", iccprofile=icc)):
         assert np.abs(into(data, 3) - expected).max() < 2 * 257
-        assert np.abs(into(data, 3, np.uint8) - expected / 257).max() < 7  # Pillow cuts 16 bits of RGB to 8, and dark colours grow
+        assert np.abs(into(data, 3, np.uint8) - expected / 257).max() < 2, "not of values that were cut to 8 bits"
     gray = pixels[..., 0].copy()
     linear = srgb_of(pixels[..., :1].repeat(3, 2) / 65535, BRADFORD_SRGB, 1.0)[..., 0]
     assert np.abs(into(with_profile(imagecodecs.png_encode(gray), gray_profile(1.0)), 1)[..., 0] - linear * 65535).max() < 20
+
+
+def test_eight_bits_of_a_deep_png_are_pillows_unless_its_profile_stretches_them():
+    """With a profile of sRGB they are those of ever; alpha beside a wide one is rounded."""
+    pixels = DRAW[..., :4].copy()
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for found in (pixels, pixels[..., :3].copy()):
+        data, count = imagecodecs.png_encode(found), found.shape[2]
+        assert np.array_equal(into(with_profile(data, srgb), count, np.uint8), np.asarray(Image.open(io.BytesIO(data))))
+    icc = matrix_profile(WIDE["ProPhoto"], 1.8)
+    expected = srgb_of(pixels[..., :3] / 65535, WIDE["ProPhoto"], 1.8) * 255
+    found, alpha = into(with_profile(imagecodecs.png_encode(pixels), icc), 4, np.uint8), pixels[..., 3] / 257
+    assert np.abs(found[..., :3] - expected).max() < 2 and np.abs(found[..., 3] - alpha).max() < 0.51
+    laid = expected * alpha[..., None] / 255 + 255 - alpha[..., None]
+    assert np.abs(into(with_profile(imagecodecs.png_encode(pixels), icc), 3, np.uint8) - laid).max() < 3
+
+
+def test_white_is_zero_and_clear_is_clear():
+    for pixels, top in ((DRAW[..., :2], 65535), ((DRAW[..., :2] >> 8).astype(np.uint8), 255)):
+        data = tif(pixels, photometric="miniswhite", extrasamples=["unassalpha"], planarconfig="contig")
+        assert np.array_equal(into(data, 2, pixels.dtype), np.stack([top - pixels[..., 0], pixels[..., 1]], axis=-1))
 
 
 @pytest.mark.parametrize("missing", ["tifffile", "imagecodecs"])
@@ -220,6 +241,7 @@ def test_what_is_not_installed_is_named(missing, monkeypatch):
     wide = with_profile(imagecodecs.png_encode(DRAW[..., :3].copy()), matrix_profile(WIDE["ProPhoto"], 1.8))
     with pytest.raises(ValueError, match=f"pip install .*{missing}"):
         into(bands(DRAW[..., :6]), 6) if missing == "tifffile" else into(wide, 3)
+    assert np.abs(into(wide, 3, np.uint8) - srgb_of(DRAW[..., :3] / 65535, WIDE["ProPhoto"], 1.8) * 255).max() < 7, "8 bits need neither"
     assert np.array_equal(into(imagecodecs.png_encode(DRAW[..., :3].copy()), 3), DRAW[..., :3])
     assert np.array_equal(into(tif(DRAW[..., 0]), 1)[..., 0], DRAW[..., 0])
 
@@ -262,6 +284,41 @@ def test_max_side_keeps_alpha_depth_and_bands():
         record, files = prepared(Record("x", data, extension), 4)
         assert next(iter(files)) in ("png", "npy")
     assert isinstance(prepared(Record("x", npy(waves.astype(np.int32)), "npy"), 0), Fault)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize(
+    ("count", "options"),
+    [
+        (2, {"photometric": "minisblack", "planarconfig": "contig"}),
+        (4, {"photometric": "rgb", "extrasamples": ["unspecified"]}),
+        (5, {"photometric": "rgb", "extrasamples": ["unspecified", "unspecified"]}),
+        (5, {"photometric": "rgb", "extrasamples": ["unassalpha", "unspecified"]}),
+    ],
+)
+def test_colours_with_further_bands_are_both_before_and_after_max_side(count, options, dtype):
+    """Whoever wants all bands gets them, and whoever wants colours gets those, in each number of channels as without --max_side."""
+    smooth = np.stack(
+        [np.asarray(Image.fromarray(DRAW[..., c].astype(np.float32)).resize((60, 40), Image.Resampling.BILINEAR)) for c in range(count)],
+        axis=-1,
+    )
+    smooth[..., 3:4] = 65535  # what is opaque: bands as they are do not weigh one another
+    pixels = smooth.astype(np.uint16) if dtype == np.uint16 else (smooth / 257).astype(np.uint8)
+    data = tif(pixels, **options)
+    assert np.array_equal(into(data, count, dtype), pixels)
+    files = prepared(Record("x", data, "tif"), 30)[1]
+    assert "tif" in files and upright_size(files["tif"]) == (30, 20)
+    served = []
+    for channels in range(1, 7):
+        try:
+            expected = into(data, channels, dtype, (30, 20)).astype(int)
+        except ValueError as error:
+            with pytest.raises(type(error)):
+                into(files["tif"], channels, dtype)
+            continue
+        served.append(channels)
+        assert np.abs(expected - into(files["tif"], channels, dtype)).max() <= (1 if dtype == np.uint8 else 2), channels
+    assert count in served and (1 in served or 3 in served)
 
 
 def test_every_conversion_of_channels_agrees_with_eight_bits():

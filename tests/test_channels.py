@@ -14,6 +14,7 @@ import torch
 from conftest import UNET, fit
 from diffusers import DiffusionPipeline
 from PIL import Image
+from shardmaker import jpeg
 from stocks import shake
 from test_export import ours_on_stock_schedule
 
@@ -21,9 +22,11 @@ import models
 import sample
 from data import build
 from data.batch import Pixels
+from data.decode import decode_into, preview
 from data.encoded import disagreements, wanted_latents
 from data.encoders import check_images
 from data.inspect import main as inspect
+from data.inspect import shown
 from data.manifest import Manifest
 from data.options import Options
 from data.prepare import main as prepare
@@ -140,6 +143,15 @@ def test_units_of_8_bits_are_those_of_ever_and_of_the_same_in_16():
 def test_units_on_a_gpu_are_those_of_the_cpu():
     deep = torch.from_numpy(np.arange(65536, dtype=np.uint16)).reshape(1, 256, 256, 1).permute(0, 3, 1, 2)
     torch.testing.assert_close(to_unit(deep.pin_memory().to("cuda", non_blocking=True)).cpu(), to_unit(deep), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize(("channels", "depth"), [(1, 8), (3, 8), (4, 8), (3, 16)])
+def test_what_the_index_calls_plain_is_so_only_for_three_bytes_a_pixel(channels, depth):
+    data = jpeg(1, (16, 8))
+    found, expected = Pixels(channels, depth).empty(1, (8, 16))[0], Pixels(channels, depth).empty(1, (8, 16))[0]
+    Pixels(channels, depth).fill(found, data, True, (0.5, 0.5), True)
+    decode_into(expected, data, mirror=True)
+    assert np.array_equal(found, expected)
 
 
 def test_a_batch_has_the_bytes_of_its_depth():
@@ -369,8 +381,21 @@ def test_inspect_shows_what_training_sees(packed, tmp_path, capsys, monkeypatch)
         said = capsys.readouterr().out
         assert "24 of 24 images, 0 bad" in said and ("first three of 5 bands" in said) == (channels == 5)
         assert Image.open(tmp_path / "x.png").mode == mode
+    assert inspect([str(packed["RGBA"]), "--channels=4", f"--resolution={SIDE}", "--output", str(tmp_path / "new/x.jpg")]) == 0
+    assert Image.open(tmp_path / "new/x.jpg").mode == "RGB" and np.asarray(Image.open(tmp_path / "new/x.jpg"))[:6, :6].mean() > 250
     assert inspect([str(packed["16-bit bands"]), "--channels", "6", "--output", str(tmp_path / "y.png")]) != 0
     assert "24 bad" in capsys.readouterr().out, "as training would find them"
+
+
+def test_what_is_shown_of_deep_pixels_and_of_bands():
+    """The nearest of 8 bits, and the first three bands, here and in the packing's summary."""
+    deep = np.array([0, 25828, 65535], np.uint16).reshape(3, 1, 1)
+    assert np.asarray(shown(deep)).ravel().tolist() == [0, 100, 255]
+    bands = np.array([10, 20, 30, 40, 50, 60], np.uint8)
+    assert np.asarray(shown(bands.reshape(6, 1, 1))).ravel().tolist() == [10, 20, 30]
+    buffer = BytesIO()
+    np.save(buffer, bands.reshape(1, 1, 6))
+    assert np.asarray(preview(buffer.getvalue())).ravel().tolist() == [10, 20, 30]
 
 
 def test_bits_of_a_finer_lattice(runs):

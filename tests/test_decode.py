@@ -248,6 +248,20 @@ def test_profiles_of_srgb_of_other_spaces_and_damaged_ones_change_nothing():
     assert not is_plain(saved(image, "JPEG", icc_profile=wide))
 
 
+def test_png_files_with_long_texts_and_profiles_are_read_and_bombs_are_not():
+    """Of 1.9 megabytes, as workflows and scanners' profiles have them; what inflates to 40 MB is that sample's fault."""
+    image, icc = Image.open(io.BytesIO(jpeg(1, (24, 16)))), matrix_profile(WIDE["ProPhoto"], 1.8) + bytes(1_900_000)
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * 1_900_000, zip=True)
+    data = saved(image, pnginfo=text)
+    assert upright_size(data) == (24, 16) and np.array_equal(into(data, 16, 24), np.asarray(image))
+    expected = srgb_of(np.asarray(image) / 255, WIDE["ProPhoto"], 1.8) * 255
+    assert np.abs(into(saved(image, icc_profile=len(icc).to_bytes(4, "big") + icc[4:]), 16, 24) - expected).max() < 1.6
+    text.add_text("bomb", "x" * (40 << 20), zip=True)
+    with pytest.raises(DECODE_ERRORS):
+        into(saved(image, pnginfo=text), 16, 24)
+
+
 def test_profiles_of_gray_and_of_ink():
     grays = np.arange(256, dtype=np.uint8).reshape(16, 16)
     expected = srgb_of(np.repeat(grays[..., None] / 255, 3, 2), BRADFORD_SRGB, 1.0)[..., :1] * 255
