@@ -82,21 +82,25 @@ def last_name(url: str) -> str:
     return (url.partition("?")[0] if "://" in url else url).rstrip("/").rpartition("/")[2]
 
 
-def expanded(place: str) -> str:
+def expanded(place: str, field: str = "data.shards") -> str:
     """Return a place with `~/` and each `${NAME}` replaced by what the environment holds.
+
+    Args:
+        place: as it is written.
+        field: where it is written, for messages.
 
     Raises:
         ValueError: no such variable; a URL whose secrets were cut.
     """
     if "://" in place and CUT in place:
         raise ValueError(
-            f"data.shards={place!r} comes from a run's files, where signatures and passwords are not kept: "
+            f"{field}={place!r} comes from a run's files, where signatures and passwords are not kept: "
             f"give the URL again, as --data.shards='https://...', or write ${{NAME}} in it for a value of the environment."
         )
 
     def value(match: re.Match[str]) -> str:
         if match[1] not in os.environ:
-            raise ValueError(f"data.shards={redact_url(place)!r}: the environment has no {match[1]}. Set it: `export {match[1]}=...`.")
+            raise ValueError(f"{field}={redact_url(place)!r}: the environment has no {match[1]}. Set it: `export {match[1]}=...`.")
         return os.environ[match[1]]
 
     return re.sub(r"\$\{(\w+)\}", value, os.path.expanduser(place) if place.startswith("~/") else place)

@@ -201,7 +201,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in ("source", "output"):
             place = getattr(args, name, None)
             if place is not None:
-                setattr(args, name, type(place)(expanded(str(place))))  # `~/`, and `${NAME}` of the environment
+                setattr(args, name, type(place)(expanded(str(place), name)))  # `~/`, and `${NAME}` of the environment
         if args.workers < 0:
             raise ValueError(f"--workers {args.workers}: 0 or more processes. Leave it out for one a processor.")
         if args.kind == "webdataset":
