@@ -83,9 +83,25 @@ def first_text(value: Any) -> str | None:
         if isinstance(text, list | dict | tuple):
             raise ValueError(f"its caption is a {type(text).__name__}, not a text")
         caption = decode_text(text) if isinstance(text, bytes) else caption_text(text)
-        if caption:
+        if caption and caption not in ("nan", "NaN"):  # pandas writes a gap so
             return caption
     return None
+
+
+def refuse_partitions(files: Sequence[str], columns: Columns, choice: Choice, where: str) -> None:
+    """Raise a ValueError where captions or classes stand in names of folders, as `label=cat/0.parquet`, and are not in the files."""
+    parts = [part.partition("=") for file in files for part in file.split("/")[:-1]]
+    keys = list(dict.fromkeys(key for key, equals, _ in parts if equals))
+    for flag, given, found, known in (
+        ("caption", choice.caption, columns.caption, CAPTION_COLUMNS),
+        ("label", choice.label, columns.label, LABEL_COLUMNS),
+    ):
+        key = "" if found or given else known_column(known, keys)
+        if key:
+            raise ValueError(
+                f"{where}: {key!r} is in the names of folders ({key}=...), which are not read as columns. Write it into the files "
+                f"(`pyarrow.dataset` reads both), or leave it out with --{flag}_column none."
+            )
 
 
 def features_of(schema: pa.Schema) -> dict[str, Any]:
@@ -146,7 +162,13 @@ def column_of(flag: str, name: str, names: Sequence[str], where: str, known: Seq
         return ""
     if name:
         raise ValueError(f"--{flag}_column {name!r}: {where} has no such column, it has {', '.join(names)}.")
-    return next((candidate for candidate in known if candidate in (names if among is None else among)), "")
+    return known_column(known, names if among is None else among)
+
+
+def known_column(known: Sequence[str], names: Sequence[str]) -> str:
+    """Return the column that has the first of some known names, in letters of either case where none has it exactly; else empty."""
+    lower = {name.strip().lower(): name for name in reversed(names)}
+    return next((c for c in known if c in names), "") or next((lower[c.lower()] for c in known if c.lower() in lower), "")
 
 
 def class_names_of(features: Mapping[str, Any], column: str) -> tuple[str, ...] | None:
@@ -190,6 +212,11 @@ def _holds_text(kind: pa.DataType) -> bool:
     if pa.types.is_list(kind):
         kind = kind.value_type
     return not (pa.types.is_nested(kind))
+
+
+def is_text_or_number(kind: pa.DataType) -> bool:
+    """Return whether values are texts or numbers, whose captions and classes are read alike: 3, "3" and 3.0."""
+    return plain_type(kind) in (pa.string(), pa.float64())
 
 
 def _says_something(kind: pa.DataType) -> bool:

@@ -141,9 +141,8 @@ def _files(record: Record, extension: str, stored: bytes) -> dict[str, bytes]:
         files["cls"] = str(record.label).encode()
     if record.caption:
         files["txt"] = record.caption.encode()
+        decode_text(files["txt"])  # as the index reads it
     files["json"] = json.dumps({"source": record.name, **record.more}, default=str, ensure_ascii=False).encode()
-    for name in ("txt", "json"):
-        if len(files.get(name, b"")) > MAX_TEXT_BYTES:
-            raise ValueError(f"its .{name} would have {len(files[name])} bytes, at most {MAX_TEXT_BYTES} are read")
-    decode_text(files.get("txt", b""))  # what a table may hold and a shard may not
+    if len(files["json"]) > MAX_TEXT_BYTES:
+        raise ValueError(f"its .json would have {len(files['json'])} bytes, at most {MAX_TEXT_BYTES} are read")
     return files

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -212,7 +214,7 @@ def _plain(path: Path, found: Found, choice: Choice, splits: SplitChoice, skip: 
             raise ValueError(f"--{flag}_column {name!r}: {path} has no table of images. Put a metadata.csv there, or leave it out.")
     sidecars, orphans, rivals = _sidecars(found, path)
     if rivals:
-        raise ValueError(f"{len(rivals)} images have two captions: {some(rivals)}. Keep one `.txt` an image.")
+        raise ValueError(f"{len(rivals)} images have two captions: {some(rivals)}. Move one of the two away.")
     if orphans and sidecars and not skip:
         raise ValueError(
             f"{len(orphans)} captions have no image: {some(orphans)}. "
@@ -233,6 +235,10 @@ def _plain(path: Path, found: Found, choice: Choice, splits: SplitChoice, skip: 
         classes,
         {
             "captions_without_image": orphans[:1000],
+            "similar_classes": [
+                f"{one} and {other}" for one, other in pairwise(sorted(classes, key=str.lower)) if one.lower() == other.lower()
+            ],
+            "counted_folders": [name for name in classes if re.fullmatch(r"[0-9]+_\S.*", name)],
             "renumbered_folders": [n for n, name in enumerate(classes) if name.isdecimal() and int(name) != n],
         },
     )
@@ -281,8 +287,8 @@ def _classes(root: Path, tops: dict[str, str]) -> list[str]:
     loose = next((name for name, top in tops.items() if not top), None)
     if classes and loose is not None:
         raise ValueError(
-            f"{root / loose} lies beside the class folders {', '.join(classes[:3])}: put every image into a class, or none, "
-            "or pack without classes by --label_column none."
+            f"{root / loose} lies beside the class folders {some(classes, 3)}: put every image into a class, or none, "
+            "leave its split out with --splits, or pack without classes by --label_column none."
         )
     return classes
 

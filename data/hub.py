@@ -22,9 +22,11 @@ from .columns import Choice, Columns, choose
 from .labels import names_of, numbers_of, unused
 from .listing import Fault, Record, Source, digest, ordered_splits, reason
 from .regular_files import MAX_IMAGE_BYTES, read_regular, require_regular
-from .splits import SPLIT_COLUMN, SplitChoice, assign, check_rows
+from .splits import SplitChoice, assign, check_rows, split_columns
 from .stamps import Facts, facts_of, stamp_of
 
+SAVED = ("dataset_dict.json", "state.json")
+"""What `save_to_disk` writes into the folder of a data set with splits, and into that of one split."""
 ARROW_ERRORS = (OSError, ValueError, pa.ArrowException)
 
 
@@ -84,11 +86,12 @@ def hub(source: str, subset: str | None, splits: SplitChoice, choice: Choice) ->
     """
     import datasets
 
+    saved = os.path.isdir(source) and any(os.path.isfile(f"{source}/{name}") for name in SAVED)
     if os.path.isdir(source):
         _refuse_special_files(Path(source))
     errors = (*ARROW_ERRORS, RuntimeError, TypeError, KeyError, AttributeError, ImportError, datasets.exceptions.DatasetsError)
     try:
-        loaded = datasets.load_dataset(source, subset)
+        loaded = _saved(source, datasets) if saved else datasets.load_dataset(source, subset)
     except errors as error:
         why = reason(error).rstrip(".") + (f" ({reason(error.__cause__)})" if error.__cause__ else "")
         raise ValueError(f"source {source!r} cannot be loaded by `datasets`: {why}. Check its name, --subset and the network.") from error
@@ -107,13 +110,19 @@ def hub(source: str, subset: str | None, splits: SplitChoice, choice: Choice) ->
         columns = replace(columns, class_names=names_of(values, f"{source}, column {columns.label!r}"))
         gaps = unused(values, numbers_of(columns.class_names, given=False))
         notes |= {"classes_without_image": gaps} if gaps else {}
-    if not splits.given and SPLIT_COLUMN in columns.others:
+    for column in [] if splits.given else split_columns(columns.others):
         for name, part in chosen.items():
-            check_rows(_values(part, SPLIT_COLUMN), str(split_of[name]), name)
+            check_rows(_values(part, column), str(split_of[name]), name, column)
     parts = [_plain(part, columns, datasets) for part in chosen.values()]
     made = _source(parts, {name: str(split_of[name]) for name in chosen}, columns, _own_folders(source, parts, datasets), notes)
     place = os.path.abspath(source) if os.path.exists(source) else source
     return replace(made, settings=str((subset, splits, choice)), place=place)
+
+
+def _saved(source: str, datasets: Any) -> Any:
+    """Return the splits of a folder that `save_to_disk` wrote; `load_dataset` would find only those that have usual names."""
+    loaded = datasets.load_from_disk(source)
+    return loaded if isinstance(loaded, dict) else {str(loaded.split or "train"): loaded}
 
 
 def _refuse_special_files(folder: Path) -> None:
@@ -166,7 +175,9 @@ def _source(parts: list[Any], split_of: dict[str, str], columns: Columns, folder
     known = ordered_splits(split_of.values())
     whole = datasets.concatenate_datasets(parts)
     versions = sorted({Path(file["filename"]).parent.name for file in whole.cache_files})
-    tables = digest(versions, whole.data.nbytes, str(whole.features), columns)  # `datasets` keeps them under a hash
+    cached = (os.path.realpath(datasets.config.HF_DATASETS_CACHE),)  # where `datasets` keeps tables under a hash of theirs
+    here = [facts_of(os.stat(file["filename"])) for file in whole.cache_files if not _inside(file["filename"], cached)]
+    tables = digest(versions, whole.data.nbytes, str(whole.features), columns, here)
     files = [_files(part, columns.image, folders) for part in parts]
 
     def name(number: int) -> str:

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from .columns import Choice, Columns, choose, class_names_of, common_type, features_of
+from .columns import Choice, Columns, choose, class_names_of, common_type, features_of, is_text_or_number, refuse_partitions
 from .labels import Class, names_of, numbers_of, unused
 from .listing import Fault, Record, Source, digest, ordered_splits, reason, storable
 from .locators import last_name, redact, redact_url, shown
 from .regular_files import require_regular
-from .splits import ALL, SPLIT_COLUMN, SplitChoice, assign, check_rows, few, names_of_file
+from .splits import ALL, SplitChoice, assign, check_rows, few, names_of_file, split_columns
 from .stamps import facts_of, stamp_of
 
 READ_ERRORS = (OSError, ValueError, ImportError, pa.ArrowException)
@@ -129,6 +129,7 @@ def parquet(source: str, choice: Choice, splits: SplitChoice = ALL) -> Source:
     if not any(file.rows for file in files):
         raise ValueError(f"source {redact_url(source)!r} holds no image: its {len(files)} parquet files have no rows.")
     columns, notes = _columns(files, names, choice)
+    refuse_partitions(names, columns, choice, f"source {redact_url(source)!r}")
     table = np.array([(f, g, rows) for f, file in enumerate(files) for g, rows in enumerate(file.rows)], np.int64)
     starts = np.concatenate([[0], np.cumsum(table[:, 2])])
 
@@ -143,9 +144,9 @@ def parquet(source: str, choice: Choice, splits: SplitChoice = ALL) -> Source:
         file, group = groups[at]
         return f"{names[file]}:{group}:{number - begins[at]}"
 
-    if not splits.given and SPLIT_COLUMN in columns.others:
+    for column in [] if splits.given else split_columns(columns.others):
         for file, named_so in zip(files, names, strict=True):
-            check_rows(_values([file], SPLIT_COLUMN), split_of[named_so], named_so)
+            check_rows(_values([file], column), split_of[named_so], named_so, column)
     known = ordered_splits(split_of.values())
     where = [known.index(split_of[name]) for name in names]
     stamps = np.array([file.stamp and stamp_of(file.stamp, columns) for file in files], np.uint64)
@@ -196,7 +197,7 @@ def _addresses(source: str) -> dict[str, str]:
     elif last_name(path).lower().endswith(".parquet") and not (local and system.isdir(path)):
         found, root = [path], _plain_name(path).rpartition("/")[0]
     else:
-        found = [name for name in system.find(path) if name.lower().endswith(".parquet")]
+        found = [name for name in system.find(path) if name.lower().endswith(".parquet") and not _hidden(name.removeprefix(path))]
     if not found:
         raise ValueError("it names no .parquet file")
     if local:
@@ -204,6 +205,11 @@ def _addresses(source: str) -> dict[str, str]:
             require_regular(os.stat(name))
     root = root.rstrip("/") + "/"
     return {system.unstrip_protocol(name): storable(_plain_name(name).removeprefix(root)) for name in sorted(found)}
+
+
+def _hidden(name: str) -> bool:
+    """Return whether a file, or a folder that it lies in, is hidden or a Mac's own; `datasets` passes over these too."""
+    return any(part.startswith((".", "__")) for part in name.split("/"))
 
 
 def _plain_name(path: str) -> str:
@@ -224,7 +230,10 @@ def _splits(names: list[str], choice: SplitChoice, source: str) -> tuple[dict[st
 def _file(url: str) -> File:
     """Return what a file's last bytes say of it."""
     with fsspec.open(url, "rb").open() as opened:
-        meta = pq.ParquetFile(opened)
+        try:
+            meta = pq.ParquetFile(opened)
+        except pa.ArrowException as error:
+            raise ValueError(f"{redact_url(url)}: {reason(error)}") from error
         groups = [meta.metadata.row_group(g) for g in range(meta.metadata.num_row_groups)]
         sizes = [group.total_byte_size for group in groups]
         size, rows = int(opened.size or 0) if hasattr(opened, "size") else 0, [g.num_rows for g in groups]
@@ -281,7 +290,7 @@ def _one_schema(files: list[File]) -> tuple[pa.Schema, dict[str, File], dict[str
     for file in files:
         for field in file.schema:
             common = common_type(kinds.get(field.name, field.type), field.type)
-            if common is None:
+            if common is None and not (is_text_or_number(kinds[field.name]) and is_text_or_number(field.type)):
                 odd.setdefault(field.name, file)
             kinds[field.name] = kinds[field.name] if common is None else common
     for file in files:

@@ -19,8 +19,8 @@ WORDS = {
     **dict.fromkeys(("test", "testing", "testset"), "test"),
 }
 SPLIT = re.compile(r"[a-z][a-z0-9_]*")
-SPLIT_COLUMN = "split"
-"""Of a table, with a split for each sample."""
+SPLIT_COLUMNS = ("split", "splits", "set", "subset", "partition", "phase", "data set", "data_set", "dataset_split", "data_split")
+"""Of a table, with a split for each sample, where its values say any; in letters of either case."""
 BESIDE = "."
 """How `--splits` calls images that lie in no folder."""
 
@@ -154,13 +154,19 @@ def question(where: str, said: Mapping[str, set[str]], otherwise: str) -> str:
     )
 
 
-def check_rows(values: Iterable[object], split: str, where: str) -> None:
-    """Raise a ValueError where the column `split` puts rows into another split than all rows of their file have."""
+def split_columns(names: Iterable[str]) -> list[str]:
+    """Return the columns that may say a split of each sample, `split` first."""
+    found = [name for name in names if name.strip().lower() in SPLIT_COLUMNS]
+    return sorted(found, key=lambda name: SPLIT_COLUMNS.index(name.strip().lower()))
+
+
+def check_rows(values: Iterable[object], split: str, where: str, column: str) -> None:
+    """Raise a ValueError where a column of splits puts rows into another split than all rows of their file have."""
     words = {str(value) for value in values}
     others = sorted(word for word in words if kinds_of(word) - {split})
     if others:
         raise ValueError(
-            f"{where}: its column {SPLIT_COLUMN!r} says {few(others)} of some rows, and all would be packed as {split}. "
+            f"{where}: its column {column!r} says {few(others)} of some rows, and all would be packed as {split}. "
             f"Write a file for each split, or pack all as training data with --splits none."
         )
 
@@ -192,7 +198,8 @@ def split_folders(images: Sequence[str], choice: SplitChoice, where: str) -> tup
     tops = [path[depth] if len(path) > depth else BESIDE for path in paths]
     assigned = assign({top: [top] for top in dict.fromkeys(tops)}, choice, where, otherwise=CLASSES)
     if assigned is not None:
-        return [assigned[top] for top in tops], [path[depth + 1] if len(path) > depth + 1 else "" for path in paths]
+        _refuse_classes(assigned, paths, depth, where)
+        return [assigned[top] for top in tops], _class_folders([path[depth + 1 :] for path in paths])
     deep = dict.fromkeys("/".join(path[: i + 1]) for path in set(paths) for i, name in enumerate(path) if is_split_name(name))
     if deep and not choice.ignored:
         names = sorted({path.rpartition("/")[2] for path in deep})
@@ -200,7 +207,25 @@ def split_folders(images: Sequence[str], choice: SplitChoice, where: str) -> tup
             f"{where}: folders inside of others are named like splits: {few(sorted(deep))}. Say --splits {','.join(names)} "
             "to take them as splits, or --splits none to pack all as training data."
         )
-    return ["train"] * len(images), [path[0] if path else "" for path in paths]
+    return ["train"] * len(images), _class_folders(paths)
+
+
+def _class_folders(paths: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the class folder of each image: the outermost, but for those that hold all images and these in folders of their own."""
+    outer = len(_common(paths))
+    level = outer if all(len(path) > outer for path in paths) else 0
+    return [path[level] if len(path) > level else "" for path in paths]
+
+
+def _refuse_classes(assigned: Mapping[str, str | None], paths: Sequence[tuple[str, ...]], depth: int, where: str) -> None:
+    """Raise a ValueError where names that say splits may say classes as well: `train_cat` and `train_dog`, with only images inside."""
+    names = list(assigned)
+    several = len(set(assigned.values())) < len(names) and not any(map(is_split_name, names))
+    if several and all(len(path) == depth + 1 for path in paths):
+        raise ValueError(
+            f"{where}: are {few(names)} splits, or classes? Take them as splits with --splits {shlex.quote(','.join(names))}, "
+            "or as classes of training data with --splits none."
+        )
 
 
 def _depth(paths: Sequence[tuple[str, ...]]) -> int:
@@ -221,16 +246,23 @@ def _common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 def _listed_folders(paths: Sequence[tuple[str, ...]], choice: SplitChoice, where: str) -> tuple[list[str | None], list[str]]:
     """Take the nearest folder that was listed as an image's split; its class is the next folder inside, or the first one outside."""
     outer = len(_common(paths))
-    said: dict[tuple[str, ...], tuple[str | None, str]] = {}
+    said: dict[tuple[str, ...], tuple[str | None, tuple[str, ...]]] = {}
     hits = set[str]()
     for path in dict.fromkeys(paths):
         levels = [(i, choice.find([name])) for i, name in enumerate(path or (BESIDE,))]
         level, hit = next(((i, hit) for i, hit in reversed(levels) if hit), (0, None))
+        outside = next((other for _, other in levels if other and hit and other[1] != hit[1] == "train"), None)
+        if outside:
+            raise ValueError(
+                f"--splits: {where} has {'/'.join(path)}, {outside[1]} by {outside[0]!r} and training data by {hit[0] if hit else ''!r}. "
+                "Leave --splits out where the outer folders are the splits, or rename one of the two."
+            )
         hits |= {hit[0]} if hit else set()
-        rest = path[level + 1 :] or path[outer:level]
-        said[path] = (hit[1] if hit else None, rest[0] if hit and rest else "")
+        said[path] = (hit[1], path[level + 1 :] or path[outer:level]) if hit else (None, ())
     for pattern, _ in choice.names:
         if pattern not in hits:
             tops = sorted({path[0] if path else BESIDE for path in said})
             raise ValueError(f"--splits {pattern!r}: {where} has no such folder of images; it has {few(tops)}.")
-    return [said[path][0] for path in paths], [said[path][1] for path in paths]
+    inside = [rest for split, rest in said.values() if split]
+    class_of = dict(zip(inside, _class_folders(inside), strict=True))
+    return [said[path][0] for path in paths], [class_of.get(said[path][1], "") for path in paths]

@@ -68,6 +68,10 @@ def findings(report: dict[str, Any]) -> list[str]:
         lines.append(f"  class numbers without an image: {len(gaps):,}, such as {gaps[0]}")
     if report.get("renumbered_folders"):
         lines.append("  folders named by numbers that are not from 0 without gaps: a class has its place among them, not its name")
+    if report.get("similar_classes"):
+        lines.append(f"  classes that differ in capitals alone: {report['similar_classes'][0]}")
+    if report.get("counted_folders"):
+        lines.append(f"  no image is repeated for a number in its folder's name, such as {report['counted_folders'][0]}")
     orphans = report.get("captions_without_image", [])
     if orphans:
         lines.append(f"  captions without image: {len(orphans):,}, such as {orphans[0]}")

@@ -14,12 +14,12 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .columns import CAPTION_COLUMNS, FILE_COLUMNS, LABEL_COLUMNS, Choice, column_of, first_text
+from .columns import CAPTION_COLUMNS, FILE_COLUMNS, LABEL_COLUMNS, Choice, column_of, first_text, known_column
 from .labels import class_of
 from .listing import reason, some, storable
 from .printable import printable
 from .regular_files import open_regular
-from .splits import SPLIT_COLUMN
+from .splits import kinds_of, split_columns
 from .text_files import MAX_TEXT_BYTES, parse_json
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl")
@@ -120,7 +120,7 @@ def read_tables(root: Path, tables: list[str], images: Sequence[str], choice: Ch
             if not isinstance(value, str) or not value.strip():
                 empty.append(where)
                 continue
-            name = names.find(_inside(folder, value.strip(), where), where)
+            name = names.find(_inside(root, folder, value.strip(), where), where)
             if name is None:
                 absent.append(storable(value))
             elif name in rows:
@@ -131,9 +131,13 @@ def read_tables(root: Path, tables: list[str], images: Sequence[str], choice: Ch
         if rows or absent:
             column_of(flag, name, list(seen), some(tables, 3))
     if empty:
-        raise ValueError(f"{len(empty)} rows name no image: {some(empty)}. Fill in the file names or take these rows out.")
+        raise ValueError(
+            f"{len(empty)} rows name no image: {some(empty)}. Fill in the file names, or name another column with --file_column."
+        )
     if twice:
-        raise ValueError(f"{len(twice)} images are listed twice: {some(twice)}. Keep one row an image; copy the file for a second caption.")
+        raise ValueError(
+            f"{len(twice)} images are listed twice: {some(twice)}. Give each image one row; several captions are a list in a .jsonl."
+        )
     return rows, absent
 
 
@@ -160,7 +164,7 @@ def _columns_of(header: tuple[str, ...], choice: Choice, where: str) -> tuple[st
 def _named_or_known(name: str, known: Sequence[str], header: Sequence[str]) -> str:
     if name:
         return name if name in header else ""
-    return next((candidate for candidate in known if candidate in header), "")
+    return known_column(known, header)
 
 
 def _row(raw: dict[str, Any], file: str, caption: str, label: str, where: str) -> Row:
@@ -180,13 +184,16 @@ def _row(raw: dict[str, Any], file: str, caption: str, label: str, where: str) -
     more = {key: value for key, value in raw.items() if key not in (file, caption, label) and value not in (None, "")}
     if isinstance(words, list):  # several captions of one image: the first is the caption, all are kept
         more[caption] = words
-    split = raw.get(SPLIT_COLUMN)
-    return Row(raw[label] if label else None, None, text, more or None, split.strip() if isinstance(split, str) else "")
+    said = [str(raw[name]).strip() for name in split_columns(more)]
+    return Row(raw[label] if label else None, None, text, more or None, next(filter(kinds_of, said), said[0] if said else ""))
 
 
-def _inside(folder: PurePosixPath, name: str, where: str) -> str:
+def _inside(root: Path, folder: PurePosixPath, name: str, where: str) -> str:
     """Return a name relative to the folder of the images, if it stays there."""
     path = PurePosixPath(name.replace("\\", "/"))
+    for own in (root.absolute(), root.resolve()) if path.is_absolute() else ():
+        if path.is_relative_to(own):
+            path, folder = path.relative_to(own), PurePosixPath()
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{where}: {name!r} leads out of its folder. Name images relative to the table.")
     return str(folder / path)

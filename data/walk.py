@@ -1,4 +1,4 @@
-"""What lies below a folder of images: images, their `.txt` sidecars, tables, and what is none of these, all of it counted."""
+"""What lies below a folder of images: images, their text sidecars, tables, and what is none of these, all of it counted."""
 
 from __future__ import annotations
 
@@ -15,6 +15,10 @@ from .tables import is_table
 
 WRITTEN = ("manifest.json", "report.json", "summary.png")
 """What `data.prepare` writes beside its shards."""
+TEXT_EXTENSIONS = ("txt", "caption")
+"""Of sidecars: `.caption` is what kohya's scripts call them."""
+MADE_BY_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+"""Folders of an operating system or a storage device: their images are previews, or were thrown away."""
 
 
 @dataclass
@@ -24,7 +28,7 @@ class Found:
     images: dict[str, Facts | None] = field(default_factory=dict)
     """Of a link, the facts of what it leads to; None where that is nothing, which may have been a folder."""
     sidecars: dict[str, str] = field(default_factory=dict)
-    """Names of `.txt` files by their name without it."""
+    """Names of `.txt` and `.caption` files by their name without it."""
     sidecar_facts: dict[str, Facts | None] = field(default_factory=dict)
     rivals: list[tuple[str, str]] = field(default_factory=list)
     """Sidecars of one image: `a.txt` and `a.TXT`."""
@@ -39,7 +43,7 @@ class Found:
     def add(self, name: str, status: os.stat_result | None) -> None:
         """Put a file where it belongs."""
         kind, facts = extension(name), facts_of(status) if status else None
-        if kind == "txt":
+        if kind in TEXT_EXTENSIONS:
             base = stem(name)
             if base in self.sidecars:
                 self.rivals.append((self.sidecars[base], name))
@@ -89,9 +93,9 @@ def walk(root: Path) -> Found:
         seen[real] = at.rstrip("/") or str(root)
         ours = _holds_shards(real)
         for entry in sorted(os.scandir(root / at), key=lambda entry: entry.name):
-            if entry.name.startswith("."):
-                if extension(entry.name) in IMAGE_EXTENSIONS and not entry.name.startswith("._") and not entry.is_dir():
-                    found.leave(f"{at}{entry.name}", "that are hidden")
+            if entry.name.startswith(".") or entry.name in MADE_BY_SYSTEMS:
+                if not ours:
+                    _count_hidden(entry, f"{at}{entry.name}", found)
                 continue
             if ours and (entry.name in WRITTEN or entry.name.endswith((".tar", ".npy"))):
                 continue
@@ -101,6 +105,16 @@ def walk(root: Path) -> Found:
                 found.add(f"{at}{entry.name}", _status(entry))
     found.sort()
     return found
+
+
+def _count_hidden(entry: os.DirEntry[str], name: str, found: Found) -> None:
+    """Count a hidden image, or the images in a hidden folder; links to folders are not followed."""
+    below = [name]
+    if _is_folder(entry):
+        below = [f"{name}/{file}" for _, _, files in os.walk(entry.path) for file in files if not entry.is_symlink()]
+    for one in below:
+        if extension(one) in IMAGE_EXTENSIONS and not one.rpartition("/")[2].startswith("._"):
+            found.leave(one, "that are hidden" if entry.name.startswith(".") else f"in {entry.name}")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
