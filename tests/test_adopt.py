@@ -10,7 +10,6 @@ import tarfile
 import numpy as np
 import pytest
 import webdataset
-from data.tar_sources import find_tars
 from PIL import Image
 from test_prepare import contents, everything, picture, refused
 
@@ -18,6 +17,7 @@ from data.index import index_path
 from data.prepare import class_names, main
 from data.shards import Shards
 from data.tar import members
+from data.tar_sources import find_tars
 
 
 def shards_of(folder, names=("train-0.tar", "val-0.tar"), count=6, **more):

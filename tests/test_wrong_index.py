@@ -107,3 +107,11 @@ def test_an_index_is_hashed_once_as_long_as_it_is_the_same_file(folder, monkeypa
     np.save(folder / "train-000000.npy", np.load(folder / "train-000000.npy"))
     Shards(folder).records(0)
     assert len(hashed) == 2, "written again, with the same bytes"
+
+
+@pytest.mark.parametrize("body", [b"", b"x" * 100, b"\x93NUMPY\1\0\x76\0{'descr': [", None])
+def test_an_index_that_is_cut_or_none_is_a_lost_shard(folder, body):
+    path = folder / "train-000001.npy"
+    path.write_bytes(path.read_bytes()[:-24] if body is None else body)
+    with pytest.raises(LostShard, match=r"train-000001\.tar: its index is cut or no index \(\d+ bytes\)\. Copy both or pack again\."):
+        Shards(folder).records(1)
