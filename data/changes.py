@@ -51,10 +51,13 @@ def read_entry(folder: Path, name: str) -> Entry | None:
 
 
 def lies(output: Path, entry: Entry) -> bool:
-    """Whether the files of a shard are in the output; one without samples has none."""
+    """Whether the files of a shard are in the output, its index as it was written; one without samples has none."""
     line = entry.journal["shard"]
     tar = output / line["name"]
-    return not line["samples"] or (tar.is_file() and tar.stat().st_size == line["bytes"] and index_path(tar).is_file())
+    if not line["samples"]:
+        return True
+    there = tar.is_file() and tar.stat().st_size == line["bytes"] and index_path(tar).is_file()
+    return there and sha256(index_path(tar)) == line["index_sha256"]
 
 
 def void(journal: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from .labels import Class, label_of
-from .listing import Record
+from .listing import Printed, Record
 from .text_files import caption_text, decode_text
 
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
@@ -44,6 +44,12 @@ class Columns:
     """By the source itself, so that its numbers are places among them."""
     others: tuple[str, ...] = ()
     """Kept in the sample's `.json`."""
+
+    @property
+    def earlier(self) -> Printed:
+        """As the release 85bd0c6 printed them."""
+        names = ("image", "caption", "label", "class_names", "others")
+        return Printed(f"Columns({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})")
 
     @property
     def all(self) -> list[str]:

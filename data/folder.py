@@ -16,7 +16,7 @@ import numpy as np
 from .columns import NONE, Choice
 from .image_formats import IMAGE_EXTENSIONS, JPEG_NAMES
 from .labels import class_name, label_of, names_of, natural, numbers_of, unused
-from .listing import Fault, Record, Source, digest, ordered_splits, reason, some, storable
+from .listing import Fault, Printed, Record, Source, digest, ordered_splits, reason, some, storable
 from .regular_files import MAX_IMAGE_BYTES, open_regular, read_regular
 from .splits import ALL, BESIDE, SplitChoice, assign, kinds_of, split_folders
 from .stamps import stamp_of
@@ -301,8 +301,16 @@ def _source(root: Path, samples: list[Sample], splits: list[str], classes: Seque
         rows=np.ones(len(samples), np.int64),
         bytes=np.array([sample.bytes for sample in samples], np.int64),
         identity=digest("folder", samples, splits),
+        earlier=lambda: _earlier(samples, splits),
         splits=tuple(names),
         split_of=np.array([names.index(split) for split in splits], np.int8),
         class_names=tuple(classes),
         notes=notes,
     )
+
+
+def _earlier(samples: list[Sample], splits: list[str]) -> str:
+    """Return the identity that the release 85bd0c6 gave a folder."""
+    rows = [Printed(f"Row({', '.join(f'{name}={getattr(sample.row, name)!r}' for name in Row._fields[:4])})") for sample in samples]
+    captioned = [bool(sample.sidecar) for sample in samples]
+    return digest("folder", [sample.name for sample in samples], [sample.bytes for sample in samples], rows, captioned, splits)

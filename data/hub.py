@@ -191,6 +191,9 @@ def _source(parts: list[Any], split_of: dict[str, str], columns: Columns, folder
         rows=np.ones(starts[-1], np.int64),
         bytes=np.concatenate([_sizes(part, found) for part, found in zip(parts, files, strict=True)]),
         identity=digest("hub", facts, versions, whole.data.nbytes, str(whole.features), columns),
+        earlier=lambda: digest(
+            "hub", list(zip(split_of, lengths, strict=True)), versions, whole.data.nbytes, str(whole.features), columns.earlier
+        ),
         splits=tuple(known),
         split_of=np.repeat([known.index(split) for split in split_of.values()], lengths).astype(np.int8),
         class_names=columns.class_names,

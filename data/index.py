@@ -263,7 +263,10 @@ def open_index(path: Path, shard: Shard, classes: int) -> np.ndarray:
     with open(path, "rb") as file:
         status = os.fstat(file.fileno())
         known = hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, shard.index_sha256, classes))
-        found = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        try:
+            found = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+        except (ValueError, EOFError, SyntaxError, TypeError, OverflowError) as error:  # numpy has no one error for what is no array
+            raise ValueError(f"its index is cut or no index ({status.st_size} bytes). Copy both or pack again.") from error
         if known in _verified:
             return found
         if len(found) != shard.samples:

@@ -78,6 +78,8 @@ class Source:
     """What of the identity the user chose, beside the source itself: columns, say."""
     place: str = ""
     """Where the source lies."""
+    earlier: Callable[[], str] | None = None
+    """The identity as the release 85bd0c6 computed it; as today's where absent."""
 
     @property
     def samples(self) -> int:
@@ -88,6 +90,15 @@ class Source:
         """(N,), uint64: the stamp of each sample."""
         each = np.full(len(self.rows), hash_of(self.identity.encode()), np.uint64) if self.stamps is None else self.stamps
         return np.repeat(each, self.rows)
+
+
+class Printed(str):
+    """What prints as itself, without quotes."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
 
 
 def digest(*what: object) -> str:

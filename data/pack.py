@@ -60,6 +60,8 @@ def pack(source: Source, output: Path, packing: Packing, *, skip: bool = False, 
         raise ValueError(f"no image to pack: the source holds none of .{', '.join(IMAGE_EXTENSIONS)}.")
     asked = Asked(digest(source.identity, source.class_names, packing), digest(source.settings, packing), source.place)
     shards, packed, found = plan(source, packing), remembered(output), None
+    if not packed and source.earlier:
+        asked = asked._replace(earlier=digest(source.earlier(), source.class_names, packing))
     if (output / "manifest.json").exists():
         check_same(output, asked, packed)
         found = compare(source, shards, _whole(output / ".packing", output, shards, packed), output, workers)

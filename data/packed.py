@@ -38,10 +38,13 @@ class Asked(NamedTuple):
     """A hash of the settings alone."""
     place: str
     """Where the source lies."""
+    earlier: str = ""
+    """The request as the release 85bd0c6 hashed it, which remembered nothing else; only for folders without a memory, never stored."""
 
     def goes_on(self, there: Asked) -> bool:
         """Whether a folder that was begun for `there` is to be brought to what is asked for now."""
-        return self.request == there.request or (self.settings, self.place) == (there.settings, there.place)
+        same = there.request in {self.request, self.earlier} - {""}
+        return same or (self.settings, self.place) == (there.settings, there.place)
 
 
 class Entry(NamedTuple):
@@ -86,7 +89,7 @@ def write_packed(output: Path, asked: Asked, shards: dict[str, Entry]) -> None:
     folder = output / FOLDER
     make_folder(folder)
     journals = {name: {**entry.journal, "inputs": len(entry.inputs)} for name, entry in shards.items()}
-    text = np.frombuffer(json.dumps({"version": 1, "asked": asked, "shards": journals}).encode(), np.uint8)
+    text = np.frombuffer(json.dumps({"version": 1, "asked": asked[:3], "shards": journals}).encode(), np.uint8)
     rows = np.concatenate([np.zeros(0, INPUT), *(entry.inputs for entry in shards.values())])
     temporary = folder / f"tmp-{os.getpid()}.npz"
     with open_new(temporary) as file:

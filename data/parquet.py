@@ -157,6 +157,7 @@ def parquet(source: str, choice: Choice, splits: SplitChoice = ALL) -> Source:
         rows=table[:, 2],
         bytes=np.array([size for file in files for size in file.image_bytes], np.int64),
         identity=digest("parquet", facts, columns),
+        earlier=lambda: digest("parquet", [(f.url.rpartition("/")[2], f.bytes, f.rows) for f in files], columns.earlier),
         splits=tuple(known),
         split_of=np.array(where, np.int8)[table[:, 0]],
         class_names=columns.class_names,

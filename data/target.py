@@ -18,6 +18,9 @@ from .manifest import parse_manifest
 from .packed import Asked, Entry, Packed, read_packed, write_packed
 from .write import commit_json
 
+HALF_AN_INDEX = f".[0-9]*-{'[0-9a-f]' * 16}.npy"
+"""What `index.describe` was writing when it was killed."""
+
 
 def remembered(output: Path) -> Packed | None:
     """Return what an output was made from, if it is finished or is being made again; tars without a manifest may be anybody's."""
@@ -29,7 +32,8 @@ def check_same(output: Path, asked: Asked, packed: Packed | None) -> None:
     """Raise ValueError where a finished folder was packed from another source, or in another way."""
     manifest = None if packed else parse_manifest((output / "manifest.json").read_bytes(), f"{output}/manifest.json")
     if not asked.goes_on(packed.asked if packed else Asked(manifest.source if manifest else "", "", "")):
-        raise ValueError(f"{output} holds shards of other images or settings: choose another --output.")
+        or_else = "" if packed else ", or of an earlier release that numbered classes or told splits otherwise"
+        raise ValueError(f"{output} holds shards of other images or settings{or_else}: choose another --output.")
 
 
 def check_kept(output: Path, asked: Asked, packed: Packed | None, source: Source) -> None:
@@ -78,7 +82,7 @@ def renew(output: Path, asked: Asked, packed: Packed, found: Compared) -> None:
 
 def say_again(output: Path, packed: Packed | None, kept: int, shards: int) -> None:
     """Print that a finished folder is not as its source is now."""
-    why = "its source has changed since" if packed else "what it was made from is not remembered there"
+    why = "its source has changed since, or its shards" if packed else "what it was made from is not remembered there"
     print(f"{output}: {why}, so {shards - kept} of its {shards} shards are made again", file=sys.stderr)
 
 
@@ -113,8 +117,8 @@ def locked(output: Path, asked: Asked, names: list[str], packed: Packed | None) 
             raise ValueError(
                 f"{output} holds half-packed shards of other images or settings: finish that command, or choose another --output."
             )
-        commit_json(asked, begun)
-        for stale in folder.glob("tmp-*"):
+        commit_json(asked[:3], begun)
+        for stale in (*folder.glob("tmp-*"), *output.glob(HALF_AN_INDEX)):
             stale.unlink()
         yield folder
 

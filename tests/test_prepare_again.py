@@ -1,6 +1,7 @@
 """The same command again: what a source holds now is what the shards hold, and only what changed is packed again."""
 
 import gzip
+import hashlib
 import io
 import json
 import os
@@ -167,6 +168,110 @@ def test_what_an_earlier_release_packed_is_packed_again_to_the_same_bits(tmp_pat
     assert main(words) == 0 and len(filled) == 2
 
 
+def of_85bd0c6(out, request):
+    """Leave what that release left: a manifest with the request as it hashed it, and no memory."""
+    shutil.rmtree(out / FOLDER, ignore_errors=True)
+    facts = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(facts | {"source": request}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "request_of_then"),
+    [
+        ("captions", "d64aad0cd175efec4a43893369870d6830ca0f21d941e008a549a48e64bbbe73"),
+        ("classes", "10d9f44141eb595ea245a8ca5d720c4a2a2f12c93d7505a11cabc83c5f574383"),
+        ("table", "6661b7202067c6afe5a35c9654268ce03a0d34a055410ddedf6bbd3a5b386f5e"),
+    ],
+)
+def test_a_folder_that_85bd0c6_packed_or_half_packed_is_known(tmp_path, filled, capsys, kind, request_of_then):
+    """The hashes are those of its own code, for these very files."""
+    root, out = captioned(tmp_path / "images"), tmp_path / "out"
+    if kind != "captions":
+        for path in root.glob("*.txt"):
+            path.unlink()
+    if kind == "classes":
+        for i, path in enumerate(sorted(root.glob("*.bmp"))):
+            (root / "ab"[i // 6]).mkdir(exist_ok=True)
+            path.rename(root / "ab"[i // 6] / f"{i % 6}.bmp")
+    if kind == "table":
+        rows = "".join(f"{i:02d}.bmp,caption {i},{'ab'[i % 2]},{i}\n" for i in range(12))
+        (root / "metadata.csv").write_text("file_name,text,label,year\n" + rows)
+    words = ["imagefolder", str(root), "--workers", "1", "--output", str(out)]
+    assert main(words) == 0
+    before = everything(out)
+    of_85bd0c6(out, request_of_then)
+    assert main(words) == 0 and everything(out) == before and len(filled) == 2
+    of_85bd0c6(out, request_of_then)
+    (out / "manifest.json").unlink()
+    (out / ".packing").mkdir()
+    (out / ".packing" / "request.json").write_text(json.dumps(request_of_then))  # it kept a plain string
+    journal = {"shard": {"name": "train-000000.tar"}, "faults": [], "hashes": []}
+    (out / ".packing" / "train-000000.json").write_text(json.dumps(journal))
+    (out / ".packing" / "train-000000.tar").write_bytes(b"")
+    assert main(words) == 0 and everything(out) == before and len(filled) == 3
+    assert not (out / ".packing").exists() and main(words) == 0 and len(filled) == 3
+    for other in ("0" * 64, ""):
+        of_85bd0c6(out, other)
+        assert "other images or settings, or of an earlier release that" in refused(capsys, *words)
+
+
+def test_parquets_that_85bd0c6_packed_are_known(tmp_path, filled):
+    """Its hash is written out here, as its code took it."""
+    out, path = tmp_path / "out", tmp_path / "p.parquet"
+    pq.write_table(pa.table({"image": [bmp(i) for i in range(4)], "label": [0, 1, 0, 1], "year": [1, 2, 3, 4]}), path)
+    words = ["parquet", str(path), "--workers", "1", "--output", str(out)]
+    assert main(words) == 0
+    columns = "Columns(image='image', caption='', label='label', class_names=('0', '1'), others=('year',))"
+    packing = "Packing(shard_bytes=256000000, holdout=0.0, seed=0, max_side=0, drop_duplicates=False)"
+    identity = hashed("'parquet'", repr(("p.parquet", path.stat().st_size, [4])), columns)
+    before = everything(out)
+    of_85bd0c6(out, hashed(repr(identity), "('0', '1')", packing))
+    assert main(words) == 0 and everything(out) == before and len(filled) == 2
+
+
+def hashed(*printed):
+    return hashlib.sha256("".join(f"{text}\0" for text in printed).encode()).hexdigest()
+
+
+def test_an_index_that_a_kill_left_half_is_swept(tmp_path, monkeypatch):
+    tars = shards_of(tmp_path / "tars")
+    words = ["webdataset", str(tars), "--workers", "1"]
+    real = os.replace
+
+    def stops(source, target):
+        if str(target).endswith(".npy"):
+            raise KeyboardInterrupt
+        real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
+        patch.setattr("data.index.os.replace", stops)
+        raise SystemExit(main(words))
+    mine = tars / ".notes-1.npy"
+    mine.write_bytes(b"mine")
+    assert list(tars.glob(".[0-9]*.npy"))
+    assert main(words) == 0 and list(tars.glob(".*.npy")) == [mine]
+
+
+@pytest.mark.parametrize("kind", ["imagefolder", "webdataset", "linked"])
+def test_an_index_that_is_wrong_is_made_again(tmp_path, kind):
+    """As the message about it advises."""
+    out = tmp_path / "out"
+    if kind == "imagefolder":
+        words = ["imagefolder", str(folder_of_images(tmp_path / "images")), "--workers", "1", "--output", str(out)]
+    else:
+        tars = shards_of(tmp_path / "tars")
+        words = ["webdataset", str(tars), "--workers", "1", *(["--output", str(out)] if kind == "linked" else [])]
+        out = out if kind == "linked" else tars
+    assert main(words) == 0
+    before, index = everything(out), sorted(out.glob("*.npy"))[0]
+    records = np.load(index)
+    records["label"] = records["label"][::-1].copy()
+    np.save(index, records)
+    assert main(words) == 0 and everything(out) == before
+    index.write_bytes(b"")
+    assert main(words) == 0 and everything(out) == before
+
+
 def test_what_may_be_the_last_copy_is_not_overwritten(tmp_path, capsys):
     """Images that are gone from the source; another folder with the same names; tars that nobody here wrote."""
     root, out = captioned(tmp_path / "images"), tmp_path / "out"
@@ -303,7 +408,8 @@ def test_tars_rewritten_with_other_classes_of_the_same_size(tmp_path, place, mon
     os.utime(folder / f"a{ending}")
     real = changes.sha256
     monkeypatch.setattr("data.changes.sha256", lambda path: hashed.append(path.name) or real(path))
-    assert main(words) == 0 and main(words) == 0 and everything(out) == before and hashed == [f"a{ending}"]
+    assert main(words) == 0 and main(words) == 0 and everything(out) == before
+    assert [name for name in hashed if not name.endswith(".npy")] == [f"a{ending}"], "indexes are 24 bytes a sample"
     write("c.tar", 2)
     assert main(words) == 0 and sum(Shards(out).counts) == 18, "a tar more is indexed"
 

@@ -121,3 +121,11 @@ def test_a_sample_whose_headers_no_longer_can_be_read_is_a_bad_one_without_a_nam
     with open(tmp_path / "shard.tar", "rb") as file:
         key, why = _sample(file.fileno(), record, "", np.empty((4, 4, 3), np.uint8))
     assert key == "" and "a long name of no length" in why
+
+
+@pytest.mark.parametrize("body", [b"", b"x" * 100, b"\x93NUMPY\1\0\x76\0{'descr': [", None])
+def test_an_index_that_is_cut_or_none_is_a_lost_shard(folder, body):
+    path = folder / "train-000001.npy"
+    path.write_bytes(path.read_bytes()[:-24] if body is None else body)
+    with pytest.raises(LostShard, match=r"train-000001\.tar: its index is cut or no index \(\d+ bytes\)\. Copy both or pack again\."):
+        Shards(folder).records(1)
