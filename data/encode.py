@@ -43,7 +43,7 @@ from .crew import processors
 from .encoded import EXTENSIONS, side_folder, text_name
 from .encoders import Autoencoder, read_autoencoder
 from .forms import Form, Item, Latents, Text
-from .locators import guard_output
+from .locators import Parser, guard_output
 from .open import open_sources
 from .options import Options, read_options
 from .printable import printable
@@ -83,7 +83,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 def _words(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The command's own options, and the fields of the recipe's section `data` that `--data.key=value` replaces."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.encode",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -23,7 +23,7 @@ from .beside import sentences_note
 from .check import Check, check
 from .crew import crew, processors, quiet
 from .index import NO_LABEL
-from .locators import guard_output
+from .locators import Parser, guard_output
 from .manifest import Manifest
 from .opening import build, open_shards
 from .options import Options, read_options
@@ -42,7 +42,7 @@ ALPHA_SUFFIXES = (".png", ".webp", ".avif", ".tif", ".tiff")
 
 def parser() -> argparse.ArgumentParser:
     """The command's options; those of the stream replace the recipe's."""
-    made = argparse.ArgumentParser(prog="python -m data.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(prog="python -m data.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("shards", nargs="+", help="folders of shards")
     made.add_argument("--split", help="which split (default: the recipe's, else train)")
     made.add_argument("--samples", type=int, help="decode so many samples, evenly spaced, to find those that cannot be (default: all)")

@@ -7,6 +7,7 @@ place that all rooms may import, as soon as there is one.
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import re
@@ -14,6 +15,7 @@ import sys
 import threading
 import traceback
 import warnings
+from typing import NoReturn
 
 from .printable import printable
 
@@ -115,6 +117,14 @@ def expanded(place: str, option: str = "data.shards") -> str:
         return os.environ[match[1]]
 
     return re.sub(r"\$\{(\w+)\}", value, os.path.expanduser(place) if place.startswith("~/") else place)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of words whose errors, which repeat what was typed, may be printed."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message without secrets and control characters, on one line, and end with status 2."""
+        super().error(printable(redact(" ".join(message.split()))))
 
 
 def guard_output() -> None:

@@ -25,7 +25,7 @@ from .folder import imagefolder
 from .hub import hub
 from .labels import class_name
 from .listing import Source, reason, split_named, storable
-from .locators import expanded, guard_output
+from .locators import Parser, expanded, guard_output
 from .manifest import Manifest
 from .options import bytes_of
 from .pack import pack
@@ -51,7 +51,7 @@ MAX_NAMES_BYTES = 1 << 26
 
 def parser() -> argparse.ArgumentParser:
     """The command's options, each kind of source with its own."""
-    top = argparse.ArgumentParser(prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = Parser(prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = top.add_subparsers(dest="kind", required=True, metavar="{imagefolder,parquet,hub,webdataset,digits}")
     folder = kinds.add_parser("imagefolder", help="image files in a folder")
     folder.add_argument("source", type=Path, help="a folder, or a .csv, .tsv, .jsonl or .parquet table of the image files to pack")
@@ -219,7 +219,7 @@ def main(argv: list[str] | None = None) -> int:
             print(printable(f"left out: {fault}"))
         if bad["count"] > SHOWN:
             print(printable(f"left out: {bad['count'] - SHOWN} more, in {args.output / 'report.json'}"))
-        print(printable(text(manifest, report, args.output), lines=True))
+        print(text(manifest, report, args.output))
         print(printable(f"  pictures: {args.output / 'summary.png'}"))
     except (ValueError, OSError) as error:
         full = ". Free some space and run the same command again: finished shards are kept." if _full(error) else ""

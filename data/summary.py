@@ -31,7 +31,7 @@ SIDES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 
 
 def text(manifest: Manifest, report: dict[str, Any], output: Path) -> str:
-    """What was packed, in a few lines."""
+    """Return what was packed, in a few lines that may be printed."""
     tally = manifest.tally
     total = int(manifest.shards.samples.sum())
     lines = [f"{output}: {total:,} images in {len(manifest.shards)} shards, {manifest.shards.bytes.sum():,} bytes"]
@@ -43,7 +43,7 @@ def text(manifest: Manifest, report: dict[str, Any], output: Path) -> str:
     names = ", ".join(manifest.class_names[:10]) + (", ..." if len(manifest.class_names) > 10 else "")
     lines.append(f"  classes: {len(manifest.class_names)}{f' ({names})' if names else ', so models of it are unconditional'}")
     lines.append(f"  captions: {tally.captions:,}" + (f", missing from {total - tally.captions:,}" if 0 < tally.captions < total else ""))
-    return "\n".join(lines + findings(report))
+    return "\n".join(map(printable, lines + findings(report)))
 
 
 def findings(report: dict[str, Any]) -> list[str]:

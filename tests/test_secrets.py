@@ -159,3 +159,23 @@ def test_errors_name_the_source_and_no_secret(digits, tmp_path, server, capfd, m
     assert all(len(line) < 1000 for line in shown.err.splitlines())
     kept = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(b"5ECRET" in path.read_bytes() or "5ECRET" in str(path) for path in kept)
+
+
+@pytest.mark.parametrize("command", [data.prepare.main, data.inspect.main])
+def test_what_was_mistyped_is_repeated_without_secrets(command, capsys):
+    """argparse repeats words that it does not know."""
+    with pytest.raises(SystemExit):
+        command(["digits", "--config=x", "--output=x", "--nosuch", "http://ann:5ECRET@h/x?sig=5ECRET", "\x1b[2J", "a\nb"])
+    told = capsys.readouterr().err
+    assert clean(told) and "\x1b" not in told and "http://h/x?…" in told.splitlines()[-1]
+
+
+def test_no_name_begins_a_line_of_its_own(tmp_path, capsys):
+    """What is packed is told in lines, and a name holds none."""
+    for name in ("a\nFORGED", "b\rFORGED"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "in" / name / f"{name}.png")
+        (tmp_path / "in" / name / f"{name}.odd\nFORGED").touch()
+    assert data.prepare.main(["imagefolder", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--workers", "0"]) == 0
+    told = capsys.readouterr().out
+    assert r"a\x0aFORGED" in told and not any(line.startswith("FORGED") for line in told.splitlines())
