@@ -58,6 +58,7 @@ def test_what_systems_make_is_no_class_and_counted(tmp_path, capsys):
 
 def test_arrays_beside_pictures_are_counted_and_alone_are_images(tmp_path):
     root = folder(tmp_path / "in", "b.npy", "a.png", "a.npy", "c.png")
+    (root / "a.npy").write_bytes(b"an array")
     found = walk(root)
     assert found.images == ["a.png", "c.png"] and found.count == {".npy": 2}
     assert [status.st_size for status in found.stats] == [os.path.getsize(root / name) for name in found.images]
