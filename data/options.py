@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from .caption_fields import parse_captions, spell_captions
+from .locators import redact_url
 
 MOST_CHANNELS = 1024
 """Hyperspectral cameras have some hundred bands; more is a slip."""
@@ -73,6 +74,9 @@ class Options:
         _require(0 <= self.max_bad_share < 1, "max_bad_share", self.max_bad_share, "a share below 1. Use 0.001; 0 stops at the first.")
         _require(self.lost_shards in ("stop", "skip"), "lost_shards", self.lost_shards, "choose `stop` or `skip`.")
         parse_captions(self.caption)
+        for name, place in (("encoded", self.encoded), ("cache_dir", self.cache_dir)):
+            if "://" in place:
+                raise ValueError(f"data.{name}={redact_url(place)!r}: it is written to, so give a folder of this machine.")
         _require(self.retry_seconds > 0, "retry_seconds", self.retry_seconds, "a positive number of seconds.")
         bytes_of(self.cache_size, "data.cache_size")
         self._check_buckets()

@@ -18,7 +18,7 @@ REVERSED = {
     **{5: (False, False, True), 6: (True, False, True), 7: (True, True, True), 8: (False, True, True)},
 }
 """Of each orientation: whether rows and columns of the file run backwards, and then are swapped."""
-UNREADABLE = (OSError, SyntaxError, ValueError)
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError)
 
 
 def stated_orientation(exif: bytes, xmp: bytes) -> int:

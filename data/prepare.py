@@ -123,9 +123,15 @@ def refuse_output(args: argparse.Namespace) -> None:
         )
     if args.kind == "hub" and source.is_dir() and output.is_relative_to(source.resolve()):
         raise ValueError(f"--output {args.output} lies inside the source, where `datasets` would find it. Name a folder outside of it.")
-    begun = (args.output / "manifest.json").exists() or (args.output / ".packing" / "request.json").exists()
-    if (args.output / "summary.png").exists() and not begun and not any(args.output.glob("*.tar")):
-        raise ValueError(f"{args.output} holds summary.png and no manifest: choose another --output, or move it away.")
+    refuse_foreign(args.output, [] if any(args.output.glob("*.tar")) else ["summary.png"])
+
+
+def refuse_foreign(output: Path, names: list[str]) -> None:
+    """Raise a ValueError where a folder that `data.prepare` never wrote to has files of names that it would write."""
+    ours = any((output / name).exists() for name in ("manifest.json", ".packing/request.json", ".packed"))
+    there = [name for name in names if not ours and os.path.lexists(output / name)]
+    if there:
+        raise ValueError(f"{output} holds {there[0]} and no manifest: choose another --output, or move it away.")
 
 
 def class_names(path: Path | None) -> tuple[str, ...]:
@@ -168,6 +174,8 @@ def splits_of_tars(tars: list[Path], choice: SplitChoice, source: str) -> tuple[
 
 
 def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
+    if args.split and args.splits:
+        raise ValueError(f"--split {args.split} and --splits {args.splits}: one is of all tars, the other of each. Give one of them.")
     tars = find_tars(args.source)
     split_of, left_out = (
         (dict.fromkeys(tars, args.split), []) if args.split else splits_of_tars(tars, parse_splits(args.splits), args.source)
@@ -183,6 +191,7 @@ def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
         os.access(args.output, os.W_OK) and args.output.stat().st_mode & 0o222
     ):  # the mode counts for root too
         raise ValueError(f"{args.output} cannot be written, and indexes go beside the tars: give another folder as --output.")
+    refuse_foreign(args.output, ["report.json", "summary.png"])
     manifest, report = adopt(
         list(split_of),
         args.output,

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from .networks import DiTConfig, ModelConfig
+from .printable import redact
 
 
 def _require(rule: bool, name: str, value: object, text: str) -> None:
@@ -234,6 +235,12 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)
     dry_run: bool = False  # check the recipe, say what it takes, and stop before any work
+
+    def __post_init__(self) -> None:
+        if "://" in self.output_dir:  # it would become a folder of that name, signature and all
+            raise ValueError(
+                f"output_dir={redact(self.output_dir)!r}: a run's folder is on this machine. Give a path, and upload it afterwards."
+            )
 
 
 ALIASES = {
