@@ -60,9 +60,9 @@ def test_arrays_beside_pictures_are_counted_and_alone_are_images(tmp_path):
     root = folder(tmp_path / "in", "b.npy", "a.png", "a.npy", "c.png")
     (root / "a.npy").write_bytes(b"an array")
     found = walk(root)
-    assert found.images == ["a.png", "c.png"] and found.count == {".npy": 2}
-    assert [status.st_size for status in found.stats] == [os.path.getsize(root / name) for name in found.images]
-    assert walk(folder(tmp_path / "arrays", "b.npy", "a.npy")).images == ["a.npy", "b.npy"]
+    assert list(found.images) == ["a.png", "c.png"] and found.count == {".npy": 2}
+    assert [facts.bytes for facts in found.images.values()] == [os.path.getsize(root / name) for name in found.images]
+    assert list(walk(folder(tmp_path / "arrays", "b.npy", "a.npy")).images) == ["a.npy", "b.npy"]
 
 
 @pytest.mark.parametrize("above", ["data/", "set/images/", "train/images/"])
