@@ -25,7 +25,7 @@ from .index import describe, index_path, sha256
 from .listing import digest, reason, some, split_named
 from .manifest import Manifest, Tally, write_manifest
 from .pack import REPORTED, Corrupt, already, complaint
-from .packed import Asked, Entry, write_packed
+from .packed import Entry, PackRequest, write_packed
 from .printable import printable
 from .shardlist import Shard, ShardList
 from .stamps import facts_of, stamp_of
@@ -135,11 +135,11 @@ def adopt(
     return manifest, report
 
 
-def _asked(tars: list[Path], *settings: object) -> Asked:
+def _asked(tars: list[Path], *settings: object) -> PackRequest:
     """Return what is asked for: these tars, with these settings."""
     request = digest("webdataset", [(tar.name, tar.stat().st_size) for tar in tars], *settings)
     place = ", ".join(sorted({str(tar.parent.resolve()) for tar in tars}))
-    return Asked(request, digest("webdataset", *settings), place)
+    return PackRequest(request, digest("webdataset", *settings), place)
 
 
 def _index(todo: list[Indexing], total: int, workers: int) -> None:

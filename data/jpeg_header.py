@@ -13,7 +13,7 @@ EXIF, XMP, ICC = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0", b"ICC_PROFILE\0
 
 
 class JpegHeader(NamedTuple):
-    """Of the segments of a JPEG file up to its first scan."""
+    """What the segments of a JPEG file say, up to its first scan."""
 
     frame: int
     """The marker of its frame, 0xC0 for baseline and 0xC2 for progressive; 0 where there is none."""

@@ -24,7 +24,7 @@ from .image_formats import IMAGE_EXTENSIONS
 from .index import index_path
 from .listing import Source, digest, some
 from .manifest import Manifest, Tally, parse_manifest, write_manifest
-from .packed import Asked, Entry, Packed, blank, write_packed
+from .packed import Entry, Packed, PackRequest, blank, write_packed
 from .plan import Packing, Planned, plan
 from .shardlist import Shard, ShardList
 from .summary import draw
@@ -58,7 +58,7 @@ def pack(source: Source, output: Path, packing: Packing, *, skip: bool = False, 
     """
     if not source.samples:
         raise ValueError(f"no image to pack: the source holds none of .{', '.join(IMAGE_EXTENSIONS)}.")
-    asked = Asked(digest(source.identity, source.class_names, packing), digest(source.settings, packing), source.place)
+    asked = PackRequest(digest(source.identity, source.class_names, packing), digest(source.settings, packing), source.place)
     shards, packed, found = plan(source, packing), remembered(output), None
     if not packed and source.earlier:
         asked = asked._replace(earlier=digest(source.earlier(), source.class_names, packing))
@@ -210,7 +210,7 @@ def _trimmed(folder: Path, name: str) -> dict[str, Any] | None:
     return (json.loads(journal.read_text()) or None) if journal.exists() else None
 
 
-def _assemble(source: Source, entries: dict[str, Entry], folder: Path, output: Path, asked: Asked, packed: Packed | None) -> Manifest:
+def _assemble(source: Source, entries: dict[str, Entry], folder: Path, output: Path, asked: PackRequest, packed: Packed | None) -> Manifest:
     """Move the shards to their places and say what they are; a shard whose samples are all left out is none."""
     listed, tally = [], Tally()
     for name, entry in entries.items():

@@ -29,7 +29,7 @@ INPUT = np.dtype([("name", "<u8"), ("stamp", "<u8"), ("text", "<u8"), ("image", 
 FOLDER = ".packed"
 
 
-class Asked(NamedTuple):
+class PackRequest(NamedTuple):
     """What a command asks for."""
 
     request: str
@@ -41,7 +41,7 @@ class Asked(NamedTuple):
     earlier: str = ""
     """The request as the release 85bd0c6 hashed it, which remembered nothing else; only for folders without a memory, never stored."""
 
-    def goes_on(self, there: Asked) -> bool:
+    def goes_on(self, there: PackRequest) -> bool:
         """Whether a folder that was begun for `there` is to be brought to what is asked for now."""
         same = there.request in {self.request, self.earlier} - {""}
         return same or (self.settings, self.place) == (there.settings, there.place)
@@ -59,7 +59,7 @@ class Entry(NamedTuple):
 class Packed:
     """What a finished folder was made from."""
 
-    asked: Asked
+    asked: PackRequest
     shards: dict[str, Entry] = field(default_factory=dict)
 
 
@@ -84,7 +84,7 @@ def inputs_path(tar: Path) -> Path:
     return tar.with_suffix(".inputs")
 
 
-def write_packed(output: Path, asked: Asked, shards: dict[str, Entry]) -> None:
+def write_packed(output: Path, asked: PackRequest, shards: dict[str, Entry]) -> None:
     """Remember what a folder was made from; before its manifest is written."""
     folder = output / FOLDER
     make_folder(folder)
@@ -104,7 +104,7 @@ def read_packed(output: Path) -> Packed | None:
             rows, raw = held["inputs"], json.loads(held["journals"].tobytes())
         if raw["version"] != 1 or rows.dtype != INPUT:
             return None
-        packed, at = Packed(Asked(*raw["asked"])), 0
+        packed, at = Packed(PackRequest(*raw["asked"])), 0
         for name, journal in raw["shards"].items():
             count = journal.pop("inputs")
             packed.shards[name] = Entry(journal, rows[at : at + count])

@@ -15,7 +15,7 @@ from .flock import make_folder, open_lock
 from .index import index_path
 from .listing import Source, some
 from .manifest import parse_manifest
-from .packed import Asked, Entry, Packed, read_packed, write_packed
+from .packed import Entry, Packed, PackRequest, read_packed, write_packed
 from .write import commit_json
 
 HALF_AN_INDEX = f".[0-9]*-{'[0-9a-f]' * 16}.npy"
@@ -28,15 +28,15 @@ def remembered(output: Path) -> Packed | None:
     return read_packed(output) if ours else None
 
 
-def check_same(output: Path, asked: Asked, packed: Packed | None) -> None:
+def check_same(output: Path, asked: PackRequest, packed: Packed | None) -> None:
     """Raise ValueError where a finished folder was packed from another source, or in another way."""
     manifest = None if packed else parse_manifest((output / "manifest.json").read_bytes(), f"{output}/manifest.json")
-    if not asked.goes_on(packed.asked if packed else Asked(manifest.source if manifest else "", "", "")):
+    if not asked.goes_on(packed.asked if packed else PackRequest(manifest.source if manifest else "", "", "")):
         or_else = "" if packed else ", or of an earlier release that numbered classes or told splits otherwise"
         raise ValueError(f"{output} holds shards of other images or settings{or_else}: choose another --output.")
 
 
-def check_kept(output: Path, asked: Asked, packed: Packed | None, source: Source) -> None:
+def check_kept(output: Path, asked: PackRequest, packed: Packed | None, source: Source) -> None:
     """Raise ValueError where packing again would overwrite the last copy of an image, for all that is known here."""
     if packed and packed.asked.place != asked.place:
         raise ValueError(f"{output} was packed from {packed.asked.place}, and {asked.place} has other images: choose another --output.")
@@ -48,7 +48,7 @@ def check_kept(output: Path, asked: Asked, packed: Packed | None, source: Source
         )
 
 
-def check_files_kept(output: Path, asked: Asked, packed: Packed | None, files: Mapping[str, Path], kept: Mapping[str, Entry]) -> None:
+def check_files_kept(output: Path, asked: PackRequest, packed: Packed | None, files: Mapping[str, Path], kept: Mapping[str, Entry]) -> None:
     """Raise ValueError where a tar that was decompressed would be overwritten or left out, and its source may be there no more.
 
     Args:
@@ -73,7 +73,7 @@ def forget(output: Path, packed: Packed | None, listed: Iterable[str]) -> None:
             path.unlink(missing_ok=True)
 
 
-def renew(output: Path, asked: Asked, packed: Packed, found: Compared) -> None:
+def renew(output: Path, asked: PackRequest, packed: Packed, found: Compared) -> None:
     """Remember the stamps of files that were read and found to be as they were."""
     if found.renewed or packed.asked != asked:
         with suppress(OSError):  # it cannot be written: the next time reads the same again
@@ -87,7 +87,7 @@ def say_again(output: Path, packed: Packed | None, kept: int, shards: int) -> No
 
 
 @contextmanager
-def locked(output: Path, asked: Asked, names: list[str], packed: Packed | None) -> Iterator[Path]:
+def locked(output: Path, asked: PackRequest, names: list[str], packed: Packed | None) -> Iterator[Path]:
     """The folder in which shards grow, for this process alone.
 
     Args:
@@ -123,10 +123,10 @@ def locked(output: Path, asked: Asked, names: list[str], packed: Packed | None) 
         yield folder
 
 
-def _begun(path: Path) -> Asked:
+def _begun(path: Path) -> PackRequest:
     """What a half-done packing was asked for; earlier releases kept the request alone."""
     raw = json.loads(path.read_text())
-    return Asked(raw, "", "") if isinstance(raw, str) else Asked(*raw)
+    return PackRequest(raw, "", "") if isinstance(raw, str) else PackRequest(*raw)
 
 
 def _listed(output: Path) -> set[str]:
