@@ -375,3 +375,11 @@ def test_the_short_cut_is_taken_for_our_own_shards():
     buffer = io.BytesIO()
     TarWriter(buffer).add("000000012", {"jpg": b"x" * 900, "cls": b"3", "txt": b"a caption"})
     assert _plain_files(buffer.getvalue()) == ("000000012", {"jpg": b"x" * 900, "cls": b"3", "txt": b"a caption"})
+
+
+def test_the_short_cut_steps_aside_where_a_span_has_two_keys():
+    buffer = io.BytesIO()
+    writer = TarWriter(buffer)
+    writer.add("000000012", {"jpg": b"one"})
+    writer.add("000000013", {"txt": b"another's"})
+    assert _plain_files(buffer.getvalue()) is None
