@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import sys
 
-from pipeline.process import Stopper, reported
+from pipeline.process import Stopper, is_program, reported
 
-STOPPER = Stopper("no file was left half-written", listen=__name__ == "__main__")  # before the slow imports
+STOPPER = Stopper("no file was left half-written", listen=is_program(__name__))  # before the slow imports
 
 import json
 from collections.abc import Callable

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import sys
 
-from pipeline.process import Stopper, leave_group, own_allocator, reported
+from pipeline.process import Stopper, is_program, leave_group, own_allocator, reported
 
 STOPPER = Stopper("the same command goes on from the last checkpoint")  # before the slow imports
-if __name__ == "__main__":
+if is_program(__name__):
     own_allocator()
 
 from collections.abc import Callable
@@ -255,10 +255,18 @@ def check_exportable(config: Config, space: Space, num_classes: int, encoders: i
 
 
 def export(folder: Path) -> None:
-    """Write the averaged weights of the run's last checkpoint as a folder that diffusers loads."""
+    """Write the averaged weights of the run's last checkpoint as a folder that diffusers loads.
+
+    Raises:
+        ValueError: it failed; training did not.
+    """
     import sample
 
-    sample.export(Export(run=str(folder), output=str(folder / "export")))
+    try:
+        sample.export(Export(run=str(folder), output=str(folder / "export")))
+    except Exception as error:
+        remedy = f"`python sample.py export --run {folder} --output {folder / 'export'}` tries it again"
+        raise ValueError(f"training is finished and saved; its export failed ({type(error).__name__}: {error}): {remedy}.") from error
 
 
 ROOMS = Rooms(

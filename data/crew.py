@@ -13,6 +13,8 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any, TypeVar
 
+from .standard_streams import guard_streams
+
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Progress = Callable[[int], object]
@@ -76,6 +78,7 @@ def _begin(counter: Any) -> None:
     global _counter
     _counter = counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    guard_streams()
     quiet()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -12,6 +12,8 @@ import signal
 import sys
 from types import FrameType
 
+from .standard_streams import guard_streams
+
 
 class Interrupted(BaseException):
     """A signal came."""
@@ -23,6 +25,7 @@ def _early(number: int, frame: FrameType | None) -> None:
 
 
 if __name__ == "__main__":  # before the slow imports
+    guard_streams()
     signal.signal(signal.SIGINT, _early)
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: threads that spin for each other starve the readers of a busy machine
 

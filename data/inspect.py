@@ -30,6 +30,7 @@ from .options import Options, read_options
 from .printable import printable
 from .retry import one_line
 from .shards import LostShard, Shards
+from .standard_streams import guard_streams
 from .stream import Share, Stream
 from .summary import contact_sheet, ratio_name, ratio_of
 
@@ -212,5 +213,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    guard_streams()
     guard_output()
     sys.exit(main())

@@ -78,7 +78,9 @@ def _is_web(place: str) -> bool:
 
 def _open(place: str, names: tuple[str, ...] | None, options: Options) -> Opened:
     folder: Folder = (
-        RemoteFolder(place, cache=_cache(options), retry_seconds=options.retry_seconds) if "://" in place else LocalFolder(place)
+        RemoteFolder(place, cache=_cache(options), retry_seconds=options.retry_seconds)
+        if "://" in place
+        else LocalFolder(place, options.retry_seconds)
     )
     there = folder.manifest.shards
     if names and "://" in place:  # a name in a URL may be written as URLs have it, on the web first of all

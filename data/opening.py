@@ -119,7 +119,7 @@ def _open_side(options: Options, images: Shards, form: str, wanted: list[dict[st
             raise ValueError(
                 f"data.encoded={options.encoded!r}: {place} holds no finished {form}. Run `accelerate launch -m data.encode --config ...`."
             )
-        side = LocalFolder(place)
+        side = LocalFolder(place, options.retry_seconds)
         check_encoding(side.manifest, facts, side.name)
         found, missing = side.manifest.shards.split(options.split), list[str]()
         if not found.alike(part):

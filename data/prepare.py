@@ -36,6 +36,7 @@ from .regular_files import read_regular
 from .retry import one_line
 from .sample_files import parse_image_extension
 from .splits import WORDS, SplitChoice, assign, is_split_name, names_of_file, parse_splits, words_of
+from .standard_streams import guard_streams
 from .summary import text
 from .tar_sources import find_tars
 
@@ -245,5 +246,6 @@ def _full(error: Exception) -> bool:
 
 
 if __name__ == "__main__":
+    guard_streams()
     guard_output()
     sys.exit(main())

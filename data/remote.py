@@ -42,7 +42,7 @@ class RemoteFolder:
     """
 
     def __init__(self, url: str, *, cache: Cache, retry_seconds: float) -> None:
-        self.cache = cache
+        self.cache, self.retry_seconds = cache, retry_seconds
         self._origin = Origin(url, retry_seconds)
         self.name = self._origin.name
         try:

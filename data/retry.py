@@ -7,6 +7,8 @@ byte each time is one.
 
 from __future__ import annotations
 
+import errno
+import math
 import random
 import re
 import sys
@@ -14,10 +16,18 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from .locators import redact
 from .printable import printable
 
+T = TypeVar("T")
+NAMES = """EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ENOLCK ENOTCONN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET
+    ECONNABORTED ECONNREFUSED ECONNRESET EREMOTEIO ECOMM ESHUTDOWN ENODEV EPROTO"""
+STALLS = frozenset(getattr(errno, name) for name in NAMES.split() if hasattr(errno, name))
+"""What reading a file of a network disk that stalls, or of a mount that is gone for a while, ends in."""
+REMEMBERED = 10
+"""Times its patience after which a disk that was given up is waited for once more."""
 MISMATCHES = 3
 """Whole downloads of the wrong content before that is believed."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
@@ -53,10 +63,14 @@ class Patience:
     Args:
         what: how messages call it.
         seconds: it is given up when it brought nothing new for so long.
+        since: when that time began (`time.monotonic`); by default with the first attempt.
+        check: what a user is told to look at.
     """
 
     what: str
     seconds: float
+    since: float | None = None
+    check: str = "the network and the server"
     best: int = 0
     failures: int = 0
     tries: int = 0
@@ -75,7 +89,7 @@ class Patience:
             OurDisk: it cannot be written here.
             ValueError: it cannot be had.
         """
-        self.since = time.monotonic()
+        self.since = time.monotonic() if self.since is None else self.since
         while True:
             self.tries += 1
             try:
@@ -98,17 +112,64 @@ class Patience:
                 ) from error
         elif not may_pass(error):
             raise ValueError(f"{self.what} cannot be read: {one_line(error)}. Check the URL and your rights.") from error
+        assert self.since is not None, "an attempt was made"
         left = self.since + self.seconds - time.monotonic()
         if left <= 0:
             raise ValueError(
                 f"{self.what} cannot be read: nothing new in {self.seconds:g} s, {self.tries} attempts, "
-                f"the last: {one_line(error)}. Check the network and the server, or raise data.retry_seconds."
+                f"the last: {one_line(error)}. Check {self.check}, or raise data.retry_seconds."
             ) from error
         pause = min(LONGEST_PAUSE, min(FIRST_PAUSE, self.seconds / 60) * 2**self.failures) * random.uniform(0.5, 1)
         pause = min(left, max(pause, getattr(error, "retry_after", 0.0)))
         self.failures += 1
         say(f"{self.what}: {one_line(error)}; trying again in {pause:.1f} s, giving up in {left:.0f} s")
         time.sleep(pause)
+
+
+class Disks:
+    """Waits for disks that stall, each known by a number: what fails on them is tried again, as a remote source is."""
+
+    def __init__(self) -> None:
+        self._since: dict[int, float] = {}
+        """When each failed first that was not read again since."""
+
+    def read(self, attempt: Callable[[], T], disk: int, what: str, seconds: float) -> T:
+        """Return what an attempt gives, tried again while it ends in one of STALLS.
+
+        Args:
+            attempt: at a file.
+            disk: that it lies on. It is waited for so many seconds since it failed first; what is asked of it behind that fails at once.
+            what: how messages call the file.
+            seconds: of patience.
+
+        Raises:
+            ValueError: it stalled for too long.
+            ValueError, OSError: as the attempt, for whatever is no stall.
+        """
+        try:
+            return attempt()
+        except OSError as error:
+            if error.errno not in STALLS:
+                raise
+        now = time.monotonic()
+        since = self._since.get(disk, -math.inf)
+        if now > since + REMEMBERED * seconds:
+            since = self._since[disk] = now
+        found, ended = list[T](), list[Exception]()
+
+        def again() -> None:
+            try:
+                found.append(attempt())
+            except (ValueError, OSError) as error:
+                if getattr(error, "errno", None) in STALLS:
+                    raise
+                ended.append(error)
+
+        Patience(what, seconds, since, "its disk or mount")(again, lambda: None)
+        if ended:
+            raise ended[0]
+        self._since.pop(disk, None)
+        return found[0]
 
 
 def may_pass(error: BaseException) -> bool:

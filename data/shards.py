@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from bisect import bisect
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from io import FileIO
 from itertools import accumulate
 from pathlib import Path
@@ -20,6 +19,7 @@ from .decode import DECODE_ERRORS, decode_image
 from .index import NO_LABEL, RECORD, image_in, locate, open_index, span_of, unchanged
 from .manifest import DECODER, Manifest
 from .printable import printable
+from .retry import Disks
 from .shardlist import Shard, ShardList
 from .source import Folder, LocalFolder
 from .tar import files_of
@@ -28,8 +28,6 @@ from .tar_headers import BLOCK
 OPEN_FILES = 64
 OPEN_INDEXES = 1024
 """So many are kept open; opening one costs about 0.1 ms."""
-RETRY_SECONDS = (0.1, 0.5, 2.0)
-"""Waits before a failed read of an open file is tried again."""
 CHANGED = "its bytes changed since it was packed. Copy or pack the shard again"
 LOST = np.array([(0, 0, 1, 0, 0, 0, NO_LABEL, 1, 1)], RECORD)
 """Stands for a sample of a lost shard until it is read: no bytes, which cannot have this crc32."""
@@ -101,6 +99,7 @@ class Shards:
         self._know_plain = np.array([folder.manifest.decoder >= DECODER for folder in self.folders])
         self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()
         self._files: OrderedDict[int, FileIO] = OrderedDict()
+        self._disks = Disks()
         self._lock = threading.Lock()
         self._check_classes()
 
@@ -174,10 +173,8 @@ class Shards:
         found = self._indexes.get(shard)
         if found is None:
             folder, line = self._place(shard)
-            try:
-                found = open_index(folder.index(line), line, len(folder.manifest.class_names))
-            except (ValueError, OSError) as error:
-                raise LostShard(f"{self.name(shard)}: {error}") from error
+            classes = len(folder.manifest.class_names)
+            found = self._patiently(shard, lambda: open_index(folder.index(line), line, classes), f"{self.name(shard)}: ")
             self._keep(self._indexes, shard, found, OPEN_INDEXES)
         return found
 
@@ -212,10 +209,7 @@ class Shards:
     def _open(self, shard: int) -> FileIO:
         folder, line = self._place(shard)
         self.records(shard)  # a tar is of no use without its index, and a record of `gather` may be none
-        try:
-            return self._keep(self._files, shard, FileIO(folder.file(line)), OPEN_FILES)
-        except (ValueError, OSError) as error:
-            raise LostShard(str(error)) from error
+        return self._keep(self._files, shard, self._patiently(shard, lambda: FileIO(folder.file(line))), OPEN_FILES)
 
     def payload(self, shard: int, block: int, size: int, crc32: int) -> bytes:
         """The image (or array) of a sample, from the first three fields of its record.
@@ -264,16 +258,23 @@ class Shards:
             return f"sample {number}"
 
     def _again(self, shard: int, start: int, length: int) -> bytes:
-        """Bytes of a file whose reading failed: opened and read again, a few times, since network disks come back."""
-        for wait in RETRY_SECONDS:
-            time.sleep(wait)
+        """Bytes of a file whose reading failed: opened and read again, for as long as its disk is waited for."""
+        folder, line = self._place(shard)
+
+        def attempt() -> bytes:
             self._files.pop(shard, None)
-            try:
-                file = self._open(shard)
-                return os.pread(file.fileno(), length, start)
-            except OSError as error:
-                problem = error
-        raise LostShard(f"{self.name(shard)} cannot be read at byte {start}: {problem.strerror or problem}.") from problem
+            file = self._keep(self._files, shard, FileIO(folder.file(line)), OPEN_FILES)
+            return os.pread(file.fileno(), length, start)
+
+        return self._patiently(shard, attempt, f"{self.name(shard)} cannot be read at byte {start}: ")
+
+    def _patiently(self, shard: int, attempt: Callable[[], T], where: str = "") -> T:
+        """What an attempt at a file gives, tried again while its disk stalls; LostShard where it cannot be had."""
+        folder = bisect(self._ends, shard)
+        try:
+            return self._disks.read(attempt, folder, self.name(shard), self.folders[folder].retry_seconds)
+        except (ValueError, OSError) as error:
+            raise LostShard(f"{where}{error}") from error
 
     def pixels(
         self, shard: int, number: int, channels: int, resolution: int, mirror: bool = False, bit_depth: int = 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from .index import index_path, sha256
 from .listing import some
 from .locators import redact, redact_url
 from .manifest import Manifest, check_foreign, read_manifest
+from .retry import STALLS
 from .shardlist import AT_ONCE, Shard, ShardList
 
 PREPARE = "python -m data.prepare imagefolder IMAGES --output"
@@ -36,11 +38,17 @@ class Folder(Protocol):
     @property
     def manifest(self) -> Manifest: ...
 
+    @property
+    def retry_seconds(self) -> float:
+        """How long a disk that stalls is waited for."""
+        ...
+
     def file(self, shard: Shard) -> Path:
         """The tar as a file of this machine; its index lies beside it.
 
         Raises:
             ValueError: it is not there, or not what the manifest says.
+            OSError: the disk stalls.
         """
         ...
 
@@ -56,12 +64,16 @@ class Folder(Protocol):
 class LocalFolder:
     """A folder on a file system.
 
+    Args:
+        path: of the folder.
+        retry_seconds: how long a disk that stalls is waited for.
+
     Raises:
         ValueError: no such folder, no manifest, a shard missing or of another length.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Path, retry_seconds: float = 300.0) -> None:
+        self.path, self.retry_seconds = Path(path), retry_seconds
         self.name = str(path)
         if not self.path.is_dir():
             raise ValueError(f"data.shards={self.name!r} is no folder: make it with `{PREPARE} {self.name}`.")
@@ -103,20 +115,34 @@ class LocalFolder:
 
     def file(self, shard: Shard) -> Path:
         tar = self.path / shard.name
-        try:
-            found = tar.stat().st_size
-        except OSError:
-            found = None
+        found = self._size(tar)
         if found != shard.bytes:
             raise ValueError(
                 f"{tar}: {'missing' if found is None else f'{found} bytes'}, the manifest says {shard.bytes}. Copy or pack it again."
             )
-        if not index_path(tar).exists():
+        if self._size(index_path(tar)) is None:
             raise ValueError(f"{index_path(tar)} is missing: copy it beside its tar, or pack the folder again.")
         return tar
 
+    def _size(self, path: Path) -> int | None:
+        """The bytes of a file, None where it is not there.
+
+        Raises:
+            OSError: the disk stalls, or the whole folder is not there, as when a mount is gone for a while.
+        """
+        try:
+            return path.stat().st_size
+        except OSError as error:
+            if error.errno in STALLS:
+                raise
+        if not os.access(self.path / "manifest.json", os.F_OK):
+            raise OSError(errno.ENOTCONN, "the folder is not there, nor its manifest", self.name)
+        return None
+
     def index(self, shard: Shard) -> Path:
-        return index_path(self.path / shard.name)
+        path = index_path(self.path / shard.name)
+        self._size(path)
+        return path
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
         """Nothing to do: the files are here."""

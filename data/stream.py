@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -142,7 +143,7 @@ class Stream:
         """What was replaced in the batches given out so far; `take_faults` empties it."""
         self._pool = ThreadPoolExecutor(workers, "stream") if workers else None
         self._ahead: deque[Future[Batch]] = deque()
-        self._depth = 2 * workers
+        self._depth = max(1, 2 * workers)
 
     def __iter__(self) -> Stream:
         return self
@@ -153,14 +154,33 @@ class Stream:
         Raises:
             ValueError: a lost shard, or too many bad samples in a row.
         """
-        if self._pool is None:
-            batch = self.loader.load(self.planner.next())
-        else:
-            while len(self._ahead) < self._depth:
-                self._ahead.append(self._pool.submit(self.loader.load, self.planner.next()))
-            batch = self._ahead.popleft().result()
+        self._read_ahead(self._depth)
+        batch = self._ahead.popleft().result()
         self.faults += batch.faults
         return batch
+
+    def ready(self, count: int) -> BaseException | None:
+        """Wait until the next `count` micro-batches are read, which `__next__` gives later; why the first that cannot be had cannot."""
+        self._read_ahead(count)
+        errors = (future.exception() for future in islice(self._ahead, count))
+        return next((error for error in errors if error), None)
+
+    def _read_ahead(self, count: int) -> None:
+        """Begin to read until so many are under way."""
+        while len(self._ahead) < count:
+            self._ahead.append(self._begin())
+
+    def _begin(self) -> Future[Batch]:
+        """The next micro-batch, on its way; where it cannot even be planned, or there are no threads, at its end."""
+        done = Future[Batch]()
+        try:
+            plan = self.planner.next()
+            if self._pool is not None:
+                return self._pool.submit(self.loader.load, plan)
+            done.set_result(self.loader.load(plan))
+        except Exception as error:
+            done.set_exception(error)
+        return done
 
     def take_faults(self) -> list[Fault]:
         """The samples replaced since this was last asked."""

@@ -8,6 +8,7 @@ outlives it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
@@ -21,12 +22,13 @@ from collections.abc import Callable
 from types import FrameType
 
 from .printable import guard_output, one_line
+from .standard_streams import guard_streams
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 """Each asks for an end: Ctrl-C, a scheduler, SLURM's warning before the time is up, a terminal that went away."""
 ORPHANED: int = getattr(signal, "SIGRTMIN", signal.SIGTERM)
 """What Linux sends when the launcher ends: none of SIGNALS, which mean what they say even where the sender lives."""
-DONE, MISTAKE, DIVERGED, HUNG = 0, 2, 3, 4
+DONE, MISTAKE, DIVERGED, HUNG, NO_DATA = 0, 2, 3, 4, 5
 """Exit statuses; 128 + n is the signal n."""
 
 # Read by the threads of torch when it is imported. By default they spin for each other for milliseconds, which on a machine that others
@@ -45,6 +47,16 @@ DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
 """Of GPUs: memory of the host matters less there."""
 
 
+def is_program(name: str) -> bool:
+    """Whether the module of this name is the program that runs; its standard streams are then guarded: see `guard_streams`.
+
+    To be asked before anything slow is imported.
+    """
+    if name == "__main__":
+        guard_streams()
+    return name == "__main__"
+
+
 def own_allocator() -> None:
     """Start this same command again with ALLOCATOR set, in the same process; to be called before anything slow, by a main program only.
 
@@ -56,6 +68,10 @@ def own_allocator() -> None:
     wanted = os.environ.get("CONDOT_ALLOCATOR") != "system" and not any(map(os.path.exists, DRIVERS))
     if glibc and wanted and sys.executable and not ALLOCATOR.keys() & os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
+
+
+class DataError(ValueError):
+    """What a run learns from cannot be read. Raised between two steps, on all ranks alike, so that the state can be saved."""
 
 
 def processors() -> int:
@@ -114,8 +130,6 @@ class Stopper:
         self._deferred = True
 
     def _handle(self, number: int, frame: FrameType | None, why: str = "") -> None:
-        if number == signal.SIGHUP:
-            _forget_readers()
         again = self.requested and number == signal.SIGINT and time.monotonic() - self._since > 1
         if not self._deferred or again:
             _say(f"\ninterrupted{why}: {self._consolation}.\n")
@@ -127,7 +141,6 @@ class Stopper:
     def _orphaned(self, number: int, frame: FrameType | None) -> None:
         """Linux sends this when the *thread* that started us ends; the launcher may live on."""
         if os.getppid() != self._launcher:
-            _forget_readers()
             self._handle(signal.SIGTERM, frame, " (the launcher ended)")
 
 
@@ -137,25 +150,16 @@ def _ask_for_orphaned() -> None:
 
 
 def _say(text: str) -> None:
-    """To stderr, from a signal handler: Python's own stream may be in the middle of a line, and its reader gone."""
-    try:
-        os.write(2, text.encode())
-    except OSError:
-        return
-
-
-def _forget_readers() -> None:
-    """Where whoever read our output is gone, write to nowhere: an error there would end the run before it is saved."""
-    time.sleep(0.2)  # `| tee` may end a moment after the launcher
-    for number in (1, 2):
-        poll = select.poll()
-        poll.register(number, 0)  # errors and hang-ups are always told
+    """To stderr, from a signal handler: Python's own stream may be in the middle of a line, its reader gone, or asleep."""
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    with contextlib.suppress(OSError):
         if poll.poll(0):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            os.write(2, text.encode())
 
 
 def reported(act: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
-    """Make a command of a function of words to an exit status: what a user can cause becomes one line and status 2.
+    """Make a command of a function of words to an exit status: what a user can cause becomes one line and status 2, or 5 for data.
 
     CONDOT_DEBUG=1 shows the traceback instead.
     """
@@ -176,8 +180,9 @@ def reported(act: Callable[[list[str]], int]) -> Callable[[list[str]], int]:
             rank = os.environ.get("RANK", "0")
             where = f" (rank {rank})" if rank != "0" else ""
             print(f"error{where}: {text}{remedy}", file=sys.stderr, flush=True)
-            leave_group(MISTAKE)
-            return MISTAKE
+            status = NO_DATA if isinstance(error, DataError) else MISTAKE
+            leave_group(status)
+            return status
 
     return main
 

@@ -271,13 +271,14 @@ def test_the_pulse_tells_a_bad_step_on_the_device():
 
 
 def test_the_pulse_of_three_ranks(monkeypatch):
-    """Means of losses and norms; bad, told to stop, still writing: if any rank is."""
+    """Means of losses and norms; bad, told to stop, still writing, without data: if any rank is."""
     one = torch.tensor(1.0)
     for others, said in (
-        ([5.0, 2.0, 0, 0, 0], (2.0, 1.0, False, False, False)),
-        ([5.0, 2.0, 1, 0, 0], (2.0, 1.0, True, False, False)),
-        ([5.0, 2.0, 0, 1, 0], (2.0, 1.0, False, True, False)),
-        ([5.0, 2.0, 0, 0, 1], (2.0, 1.0, False, False, True)),
+        ([5.0, 2.0, 0, 0, 0, 0], (2.0, 1.0, False, False, False, False)),
+        ([5.0, 2.0, 1, 0, 0, 0], (2.0, 1.0, True, False, False, False)),
+        ([5.0, 2.0, 0, 1, 0, 0], (2.0, 1.0, False, True, False, False)),
+        ([5.0, 2.0, 0, 0, 1, 0], (2.0, 1.0, False, False, True, False)),
+        ([5.0, 2.0, 0, 0, 0, 1], (2.0, 1.0, False, False, False, True)),
     ):
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda facts, others=others: facts.add_(torch.tensor(others)))
         pulse = Pulse(torch.device("cpu"), 3)

@@ -13,6 +13,7 @@ FLOORS = {
             *(
                 "networks",
                 "printable",
+                "standard_streams",
                 "scheduling_flow_v1",
                 "image_files",
                 "frechet",
@@ -24,7 +25,7 @@ FLOORS = {
             *("own_files", "curve", "measured", "captions_v1", "guidance_v1", "checkpoint.shares", "ema.posthoc", "launch.meeting"),
             *("launch.parallel", "launch.precision", "tracking.utilisation", "training.pulse"),
         ],
-        ["sheet", "recipe", "process", "leaks", "tracking.jsonl", "training.status"],
+        ["sheet", "recipe", "process", "leaks", "tracking.jsonl", "training.status", "training.side"],
         ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1", "checkpoint.rankfile", "checkpoint.manifest", "tracking.trackers"],
         [
             *("identity", "method", "stock", "space", "pipeline_condot_v1", "checkpoint.stored", "ema", "launch.launcher", "tracking"),
@@ -35,6 +36,7 @@ FLOORS = {
         ["ema.weights", "plan"],
         ["source", "fold", "card", "choice", "training.watch"],
         ["training.run"],
+        ["training.batches"],
         ["generate", "many", "plan.mistakes", "training.loop"],
         ["folder", "options", "animate", "plan.case"],
         ["export", "evaluate", "density", "restore", "asked", "publish", "plan.dry_run", "training.preview"],
@@ -51,7 +53,7 @@ FLOORS = {
         ["published"],
     ],
     "data": [
-        ["printable", "text_files", "image_formats", "regular_files", "jpeg_header", "flock", "stamps"],
+        ["printable", "standard_streams", "text_files", "image_formats", "regular_files", "jpeg_header", "flock", "stamps"],
         ["orientation", "color", "splits", "labels", "locators", "tar_headers", "sample_files", "caption_fields"],
         ["bands"],
         ["tiff"],

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from ..printable import printable, redact
+from ..printable import one_line, printable, redact, say
+from ..process import DataError
 from .jsonl import Line, Lines, read_lines
 from .trackers import finish
 from .utilisation import Utilisation
@@ -144,8 +146,30 @@ def memory_gb(device: torch.device) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def harmless(method: Method) -> Method:
+    """Make a method of a Log raise nothing: what it shows is no part of the run. Each kind of error is said once."""
+
+    @functools.wraps(method)
+    def tried(log: Log, *given: Any, **named: Any) -> Any:
+        try:
+            return method(log, *given, **named)
+        except Exception as error:
+            kind = f"{method.__name__}: {type(error).__name__}"
+            if kind not in log.faults:
+                log.faults.add(kind)
+                say(f"the log failed to {method.__name__} ({type(error).__name__}: {one_line(error)}); the run goes on.", error=True)
+            return None
+
+    return tried  # type: ignore[return-value]
+
+
 class Log:
     """metrics.jsonl, the progress bar and the trackers of one run, on the main process; silent on the others.
+
+    Nothing of it raises: a run is not ended by what it tells.
 
     Args:
         folder: the run's.
@@ -157,25 +181,27 @@ class Log:
 
     def __init__(self, folder: Path, *, main: bool, start: int, stop: int, accelerator: Accelerator) -> None:
         self.lines, self.main, self.accelerator = Lines(folder / "metrics.jsonl"), main, accelerator
+        self.faults: set[str] = set()
+        """Kinds of errors that were said."""
         seen = sys.stderr.isatty()  # a file, as batch systems keep, would grow by megabytes a day
         often: dict[str, Any] = {"mininterval": 0.5 if seen else 30.0, "maxinterval": 10.0 if seen else 60.0}
         self.bar = tqdm(total=stop, initial=start, disable=not main, unit="step", smoothing=0.02, dynamic_ncols=True, **often)
         if main:
-            self.lines.keep(lambda line: line["step"] <= start)
+            self.say(self.lines.keep(lambda line: line["step"] <= start))
 
+    @harmless
     def advance(self) -> None:
         """One optimiser step is done."""
         self.bar.update()
 
     def back(self, step: int) -> list[Line]:
         """Go back to a step: the lines after it are dropped, here and by trackers that can, since they come again; they are returned."""
-        if not self.main:
-            return []
+        return (self._back(step) if self.main else None) or []
+
+    @harmless
+    def _back(self, step: int) -> list[Line]:
         gone = read_lines(self.lines.path, lambda line: line["step"] > step)
-        try:
-            self.lines.keep(lambda line: line["step"] <= step)
-        except OSError as error:
-            self.say(f"{self.lines.path} cannot be written ({error.strerror}): it keeps lines after step {step} that are done again.")
+        self.say(self.lines.keep(lambda line: line["step"] <= step))
         self.bar.n = step
         self.bar.refresh()
         for tracker in self.accelerator.trackers:
@@ -183,6 +209,7 @@ class Log:
                 tracker.rewind(step)
         return gone
 
+    @harmless
     def write(self, step: int, images: int, values: dict[str, Any]) -> None:
         """Append a line: step, images seen, and the values, null where there is none; the bar shows the loss and the rate."""
         if not self.main:
@@ -190,17 +217,19 @@ class Log:
         self.say(self.lines.append([{"step": step, "images": images, **values}]))
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         shown = {"loss": "loss {:.4f}", "images_per_second": "{:.0f} images/s", "mfu": "MFU {:.2f}"}
-        self.bar.set_postfix_str(", ".join(text.format(known[name]) for name, text in shown.items() if name in known))
+        self.bar.set_postfix_str(", ".join(text.format(known[name]) for name, text in shown.items() if name in known), refresh=False)
         self.accelerator.log({"images": images, **known}, step=step)
         for tracker in self.accelerator.trackers:
             for text in tracker.news() if hasattr(tracker, "news") else ():
                 self.say(text)
 
+    @harmless
     def say(self, text: str) -> None:
         """Print a line above the bar, if there is one to print."""
         if self.main and text:
             self.bar.write(printable(redact(text), lines=True))
 
+    @harmless
     def close(self) -> None:
         """Finish the bar and the trackers, which get some seconds for what they did not send yet."""
         self.bar.close()
@@ -227,8 +256,8 @@ class BadSamples:
         self.path, self.share, self.main = folder / "bad_samples.jsonl", share, main
         self.file = Lines(self.path)
         self.lines = read_lines(self.path, lambda line: line["position"] < start)
-        if main:
-            self.file.keep(lambda line: line["position"] < start)
+        if main and (said := self.file.keep(lambda line: line["position"] < start)):
+            say(said, error=True)
 
     def report(self, found: Iterable[Any], images: int, *, any_rank: bool = True) -> int:
         """Take note of what all ranks replaced; all ranks together.
@@ -240,10 +269,6 @@ class BadSamples:
 
         Returns:
             How many there were in this run.
-
-        Raises:
-            ValueError: more than the share of the images seen, or of a
-                thousand while fewer were seen, with the list.
         """
         new = (
             sorted(gather_object([{**fault._asdict(), "error": redact(fault.error)} for fault in found]), key=lambda line: line["position"])
@@ -253,13 +278,16 @@ class BadSamples:
         self.lines += new
         if self.main:
             self.file.append(new)
+        return len(self.lines)
+
+    def check(self, images: int) -> None:
+        """Raises DataError where more than the share of the images seen was bad, or of a thousand while fewer were seen, with the list."""
         if len(self.lines) > self.share * max(images, 1000):
             listed = "; ".join(f"{line['shard']}: {line['key']} ({line['error']})" for line in self.lines[-10:])
-            raise ValueError(
+            raise DataError(
                 f"{len(self.lines)} bad samples among {images} images are more than data.max_bad_share={self.share:g} allows. The last: "
                 f"{listed}. All are in {self.path}: mend or leave them out (`python -m data.inspect` finds them), or raise the share."
             )
-        return len(self.lines)
 
 
 def loss_curve(folder: Path) -> list[tuple[float, float]]:

@@ -42,15 +42,22 @@ class Lines:
         self.given_up = 0
         self._failing = False
 
-    def keep(self, rule: Callable[[Line], Any]) -> None:
+    def keep(self, rule: Callable[[Line], Any]) -> str:
         """Drop the lines that `rule` does not keep, of those that wait too; those at the end without any room on the disk.
 
-        Raises:
-            OSError: the file cannot be written.
+        Returns:
+            What is to be said: "" unless the file cannot be written, and keeps them.
         """
         waiting = [text for text in self.held if rule(json.loads(text))]
         self.held.clear()
         self.held.extend(waiting)
+        try:
+            self._keep(rule)
+        except OSError as error:
+            return f"{self.path} cannot be written ({error.strerror}): it keeps lines of steps that are done again."
+        return ""
+
+    def _keep(self, rule: Callable[[Line], Any]) -> None:
         if not self.path.exists():
             return
         text, kept = self.path.read_bytes(), read_lines(self.path, rule)

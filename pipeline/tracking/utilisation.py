@@ -183,7 +183,11 @@ class Utilisation:
             asked: `log.peak_tflops`.
         """
         accelerator.wait_for_everyone()
-        rate, source = peak(asked, accelerator.mixed_precision, accelerator.device)
+        try:
+            rate, source = peak(asked, accelerator.mixed_precision, accelerator.device)
+        except Exception as error:  # as in `count`; other ranks compute here at the same time
+            rate, source = None, ""
+            accelerator.print(f"a device's peak is not known: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
         if rate:
             accelerator.print(f"a device's peak is {rate / 1e12:.4g} TFLOP/s ({source}).")
         sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]

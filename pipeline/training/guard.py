@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import GuardConfig
+from ..printable import say
 from ..tracking.jsonl import Line, Lines, read_lines
 from .pulse import Beat
 
@@ -113,7 +114,9 @@ class Evidence:
     def drop_after(self, step: int) -> None:
         """Forget bad steps that come again."""
         if self.main:
-            self.bad.keep(lambda line: line["step"] < step)
+            said = self.bad.keep(lambda line: line["step"] < step)
+            if said:
+                say(said, error=True)
 
     def skipped(self, beat: Beat, keys: Iterable[str]) -> None:
         """Write down a step that was not applied, and which samples it had."""

@@ -19,7 +19,8 @@ from torch import Tensor
 from ..ema.snapshots import due as snapshot_due
 from ..ema.snapshots import forget, snapshot
 from ..launch.parallel import whole
-from ..process import DIVERGED, MISTAKE
+from ..process import DIVERGED, MISTAKE, NO_DATA, DataError
+from .batches import agree_on_data, lacks_data, read
 from .guard import Diverged
 from .optim import learning_rate, step_unless
 from .pulse import Beat
@@ -36,13 +37,17 @@ def story(run: Run) -> int:
     Raises:
         ValueError, OSError: as `fit`; told in status.json too.
     """
-    stop, said = run.config.train.max_steps, dict[str, Any](state="finished", exit_status=0)
+    stop, said = run.config.train.max_steps, dict[str, Any](state="failed", reason="it was ended from within", exit_status=MISTAKE)
     try:
         run.status.write("running", step=run.step, of=stop, images=run.images)
         fit(run, stop)
+        said = {"state": "finished", "exit_status": 0}
         if run.stopper.requested:
             said = {"state": "stopped", "signal": run.stopper.received, "exit_status": run.stopper.exit_status}
             run.log.say(f"stopped at step {run.step}; the same command goes on from there.")
+    except DataError as error:
+        said = {"state": "failed", "reason": str(error), "exit_status": NO_DATA}
+        raise
     except Diverged as error:
         said = {"state": "diverged", "reason": str(error), "exit_status": DIVERGED}
         run.log.say(f"error: {error}")
@@ -52,6 +57,8 @@ def story(run: Run) -> int:
     finally:
         run.watch.close()
         run.status.write(**said, step=run.step, images=run.images)
+        for what, times in run.side.failures.items():
+            run.log.say(f"{times} times: {what}" if times > 1 else "")
         run.log.close()
         run.stream.close()
     return said["exit_status"]
@@ -62,25 +69,15 @@ def fit(run: Run, stop: int) -> None:
 
     Raises:
         Diverged: bad steps that rollbacks did not cure.
-        ValueError: too many bad samples, or a last state that could not be saved.
+        DataError: data that cannot be read, or too many bad samples; the last whole step is saved.
+        ValueError: a last state that could not be saved.
     """
-    begin(run)
     recent: Recent = deque(maxlen=2)
-    stopping = False
-    while run.step < stop and not stopping:
-        recent.append((run.step, advance(run)))
-        reason = ""
-        for beat in run.pulse.read(all=run.step == stop or due(run)):
-            stopping |= beat.stop
-            reason = reason or judge(run, beat, recent)
-            if run.store.pending is not None and beat.step >= run.store.pending and not beat.writing:
-                run.settle()  # every rank has written its part
-        if reason:
-            roll_back(run, reason)
-            recent.clear()  # its steps are done again, with other samples
-        else:
-            notify(run, stop)
-        stopping |= run.accelerator.num_processes == 1 and run.stopper.requested  # several ask one another, in the next step
+    try:
+        begin(run)
+        stopping = go_on(run, stop, recent)
+    except DataError as error:
+        raise DataError(f"{error} {keep(run, recent)}") from error
     if stopping and not run.stopper.requested:
         run.stopper.received = 15
     run.save(wait=True)
@@ -91,6 +88,39 @@ def fit(run: Run, stop: int) -> None:
         )
 
 
+def go_on(run: Run, stop: int, recent: Recent) -> bool:
+    """Do one step after the other; returns whether a signal ended it. Errors as `fit`."""
+    stopping = lost = False
+    while run.step < stop and not stopping:
+        recent.append((run.step, advance(run)))
+        reason = ""
+        for beat in run.pulse.read(all=run.step == stop or due(run)):
+            stopping |= beat.stop
+            lost |= beat.lost
+            reason = reason or judge(run, beat, recent)
+            if run.store.pending is not None and beat.step >= run.store.pending and not beat.writing:
+                run.settle()  # every rank has written its part
+        if reason:
+            roll_back(run, reason)
+            recent.clear()  # its steps are done again, with other samples
+        else:
+            notify(run, stop)
+        if lost and run.step < stop:
+            agree_on_data(run)
+        stopping |= run.accelerator.num_processes == 1 and run.stopper.requested  # several ask one another, in the next step
+    return stopping
+
+
+def keep(run: Run, recent: Recent) -> str:
+    """Save the last whole step before the run ends for want of data, all ranks together; what is to be said of it."""
+    reasons = [judge(run, beat, recent) for beat in run.pulse.read(all=True)]
+    if not any(reasons):
+        run.save(wait=True)
+    if run.saved == run.step:
+        return f"The state of step {run.step} is saved: mend that, and the same command goes on from there."
+    return f"The state of step {run.step} could not be saved: mend that, and the same command goes on from step {run.saved}."
+
+
 def begin(run: Run) -> None:
     """Make the first step of this launch like any other, and see that there is something to come back to."""
     with run.meter.paused():
@@ -98,8 +128,10 @@ def begin(run: Run) -> None:
 
 
 def _begin(run: Run) -> None:
+    agree_on_data(run)
     if run.accelerator.num_processes > 2 and not run.sharded:
         settle_sums(run)
+        agree_on_data(run)
     if run.saved < 0:
         run.save()
     else:
@@ -126,9 +158,7 @@ def advance(run: Run) -> list[MicroBatch]:
         group["lr"] = learning_rate(run.step, train)
     loss = torch.zeros((), device=run.accelerator.device)
     for _ in range(train.gradient_accumulation_steps):
-        run.watch.beat(run.step, "reading data")
-        with run.meter.waiting():
-            batch = next(run.stream)
+        batch = read(run)
         seen.append(batch)
         run.log.say(run.meter.count(partial(told, run, batch)))
         run.watch.beat(run.step, "computing")
@@ -149,9 +179,9 @@ def advance(run: Run) -> list[MicroBatch]:
 
 def apply(run: Run, loss: Tensor) -> None:
     """Move the weights by the gradients, unless this step is bad on any rank."""
-    norm = clip(run)
+    norm, lost = clip(run), lacks_data(run)
     run.watch.beat(run.step, "reducing")
-    bad = run.pulse.beat(run.step, loss, norm, stop=run.stopper.requested, writing=run.store.busy())
+    bad = run.pulse.beat(run.step, loss, norm, stop=run.stopper.requested, writing=run.store.busy(), lost=lost)
     step_unless(run.optimizer, bad)
     run.meter.add_step(loss, norm, bad)
 
@@ -238,6 +268,7 @@ def notify(run: Run, stop: int) -> None:
         more = {"skipped_steps": run.guard.skipped, "lr": learning_rate(run.step - 1, config.train)}
         run.log.write(run.step, run.images, {**values, **more})
         run.status.write("running", step=run.step, images=run.images)
+        run.bad.check(run.images)
     with run.meter.paused():
         if snapshot_due(run.images, config.train.batch_size, config.ema, config.train.max_steps * config.train.batch_size):
             snap(run)  # before the checkpoint, so that none is missing after a kill between the two
@@ -258,11 +289,16 @@ def snap(run: Run) -> None:
 
 
 def sample(run: Run) -> None:
-    """Write a grid of samples; given up when a signal comes, or where the disk is full."""
+    """Write a grid of samples; given up when a signal comes, and whatever else it raises ends nothing.
+
+    The save under way is committed before: what kills the process while it draws costs no checkpoint.
+    """
+    with run.watch.at("saving"):
+        run.settle()
     with run.watch.at("sampling"):
         try:
             if run.sharded or run.accelerator.is_main_process:
-                run.sample(run)
-        except (Told, OSError) as problem:
-            run.log.say(f"no samples of step {run.step}: {problem or 'a signal came'}.")
+                run.side("the preview", lambda: run.sample(run), passed=(Told,))
+        except Told:
+            run.log.say(f"no samples of step {run.step}: a signal came.")
         run.accelerator.wait_for_everyone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,19 +11,33 @@ from torch import Tensor
 
 from ..flow import Condition, count
 from ..generate import Sampler, generate
+from ..printable import one_line
 from ..sheet import grid, save_image
 from ..source import network_source
 from ..space import Space
-from .run import Run
+from .run import Run, Told
+from .side import SideFailure, free_memory, is_out_of_memory
 
 ROWS = 4
 """Samples of each class."""
+LACK, FAILED = 1, 2
+"""What may befall a rank that draws: too little memory, which fewer images at once may cure; anything else."""
+ELSEWHERE = "on another rank"
+
+
+class Elsewhere(Exception):
+    """Another rank cannot go on with what all draw together."""
+
+    def __init__(self, trouble: int) -> None:
+        super().__init__(ELSEWHERE)
+        self.trouble = trouble
 
 
 def preview(run: Run, text: tuple[Condition, Condition] | None = None) -> None:
     """Write `samples/step-<step>.png` into the run's folder: a column for each of the first ten classes, or one image a caption.
 
-    Where the network is shared out, all ranks compute the samples together, and the first writes them.
+    Where the network is shared out, all ranks compute the samples together, and the first writes them. As many are drawn at
+    once as a rank trains on at once, and half as many after each lack of memory.
 
     Args:
         run: the run.
@@ -30,6 +45,7 @@ def preview(run: Run, text: tuple[Condition, Condition] | None = None) -> None:
 
     Raises:
         Told: a signal came meanwhile.
+        SideFailure: it could not be drawn; where all ranks draw, all raise.
     """
     config, classes = run.config, 0 if text else len(run.about["class_names"])
     null = text[1] if text else None
@@ -41,14 +57,50 @@ def preview(run: Run, text: tuple[Condition, Condition] | None = None) -> None:
         columns = min(classes, 10) or 8
         condition = torch.arange(ROWS * columns) % columns if classes else torch.full((ROWS * columns,), source.null)
     guided = text is not None or classes > 0
+    plain = source.field
     sampler = Sampler("heun", config.log.sample_steps, config.log.guidance_scale if guided else 1.0)
 
     def field(x: Tensor, t: Tensor, *condition: Condition) -> Tensor:
-        run.told()
+        if trouble := run.told():
+            raise Elsewhere(trouble)
         run.watch.beat(run.step, "sampling")
-        return source.field(x, t, *condition)
+        return plain(x, t, *condition)
 
-    images = generate(replace(source, field=field), condition, sampler, seed=config.seed).images
+    source = replace(source, field=field)
+    images = draw(run, lambda most: generate(source, condition, sampler, seed=config.seed, batch_size=most).images)
     if run.accelerator.is_main_process:
         path = Path(config.output_dir) / "samples" / f"step-{run.step:07d}.png"
         save_image(grid(images, min(columns, count(condition)), scale=max(1, 48 // images.shape[-1])), path)
+
+
+def draw(run: Run, make: Callable[[int], Tensor]) -> Tensor:
+    """Return what `make(n)` gives, with n images at once: at first a micro-batch, and half as many after each lack of memory.
+
+    Raises:
+        Told: a signal came meanwhile.
+        SideFailure: what `make` raised; where all ranks draw, all of them raise, and none waits for another.
+    """
+    train = run.config.train
+    most = max(1, train.batch_size // train.gradient_accumulation_steps // run.accelerator.num_processes)
+    while True:
+        made, trouble, cause = _attempt(run, make, most)
+        if made is not None and not trouble:
+            return made
+        free_memory()
+        if trouble != LACK or most == 1:
+            raise SideFailure(cause)
+        most //= 2
+
+
+def _attempt(run: Run, make: Callable[[int], Tensor], most: int) -> tuple[Tensor | None, int, str]:
+    """Draw once: the images, the worst trouble of any rank, and its cause as this rank knows it; no exception, which would hold memory."""
+    try:
+        made = make(most)
+        return made, run.told(), ELSEWHERE
+    except Told:
+        raise
+    except Elsewhere as problem:
+        return None, problem.trouble, ELSEWHERE
+    except Exception as problem:
+        cause, trouble = f"{type(problem).__name__}: {one_line(problem)}", LACK if is_out_of_memory(problem) else FAILED
+    return None, run.told(trouble), cause

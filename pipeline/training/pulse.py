@@ -30,6 +30,8 @@ class Beat(NamedTuple):
     """A rank was told to stop."""
     writing: bool
     """A rank still writes a checkpoint."""
+    lost: bool = False
+    """A rank cannot have the data of a step that is to come."""
 
 
 class Pulse:
@@ -46,7 +48,7 @@ class Pulse:
         self.device, self.ranks, self.scaled = device, ranks, scaled
         self._sent: deque[tuple[int, Tensor, Any]] = deque()
 
-    def beat(self, step: int, loss: Tensor, norm: Tensor, *, stop: bool, writing: bool) -> Tensor:
+    def beat(self, step: int, loss: Tensor, norm: Tensor, *, stop: bool, writing: bool, lost: bool = False) -> Tensor:
         """Reduce one step's figures; all ranks together.
 
         Args:
@@ -55,12 +57,13 @@ class Pulse:
             norm: of the gradient, the same on all ranks.
             stop: this rank was told to stop.
             writing: this rank still writes a checkpoint.
+            lost: this rank cannot have the data of a step that is to come.
 
         Returns:
             1 if the step is bad on any rank, else 0: a scalar on the device, float32.
         """
         bad = ~torch.isfinite(loss) if self.scaled else ~(torch.isfinite(loss) & torch.isfinite(norm))
-        told = torch.tensor([stop, writing], dtype=torch.float64).to(self.device, non_blocking=True)
+        told = torch.tensor([stop, writing, lost], dtype=torch.float64).to(self.device, non_blocking=True)
         facts = torch.cat([torch.stack([loss.detach().double(), norm.double(), bad.double()]), told])
         if self.ranks > 1:
             dist.all_reduce(facts)
@@ -81,8 +84,8 @@ class Pulse:
             step, facts, event = self._sent.popleft()
             if event is not None:
                 event.synchronize()
-            loss, norm, bad, stop, writing = facts.tolist()
-            found.append(Beat(step, loss / self.ranks, norm / self.ranks, bad > 0, stop > 0, writing > 0))
+            loss, norm, bad, stop, writing, lost = facts.tolist()
+            found.append(Beat(step, loss / self.ranks, norm / self.ranks, bad > 0, stop > 0, writing > 0, lost > 0))
         return found
 
     def forget(self) -> None:

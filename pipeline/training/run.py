@@ -30,6 +30,7 @@ from ..tracking import BadSamples, Log, Meter
 from ..tracking.trackers import attach
 from .guard import Evidence, Guard
 from .pulse import Pulse
+from .side import SideWork
 from .status import Status
 from .told import MicroBatch
 from .watch import Watch
@@ -39,6 +40,7 @@ class Stream(Protocol):
     """What gives micro-batches, and remembers the samples it replaced: see data.stream.Stream."""
 
     def __next__(self) -> MicroBatch: ...
+    def ready(self, count: int) -> BaseException | None: ...
     def take_faults(self) -> list[Any]: ...
     def keys(self, batch: Any) -> list[str]: ...
     def close(self) -> None: ...
@@ -97,6 +99,8 @@ class Run:
     """The step of the newest checkpoint; -1 for none."""
     again: int | None = None
     """The step at which a save that failed is tried again."""
+    side: SideWork = field(init=False)
+    """Does what may fail without harm."""
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state, by name, as they lie on the ranks."""
@@ -192,15 +196,26 @@ class Run:
             raise ValueError(f"checkpoint.start_from={found}: {error} Give it the same section `model` and classes.") from error
         self.ema.begin(self.ema.labels[1:])
 
-    def told(self) -> None:
-        """Raises Told where a signal came; for work beside training. Where all ranks share it, all together."""
+    def told(self, trouble: int = 0) -> int:
+        """Hear, in work beside training, whether it is to be given up. Where all ranks share it, all together.
+
+        Args:
+            trouble: of this rank, 0 for none.
+
+        Returns:
+            The worst trouble of any rank that shares the work.
+
+        Raises:
+            Told: a signal came.
+        """
         come = self.stopper.requested
         if self.sharded:
-            flag = torch.tensor([float(come)], device=self.accelerator.device)
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-            come = flag.item() > 0
+            flags = torch.tensor([float(come), float(trouble)], device=self.accelerator.device)
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+            come, trouble = flags[0].item() > 0, int(flags[1].item())
         if come:
             raise Told
+        return trouble
 
 
 def begin(run: Run, checkpoint: Path | None, space: Space) -> None:
@@ -227,8 +242,10 @@ def begin(run: Run, checkpoint: Path | None, space: Space) -> None:
         say(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
         forget(run.snapshots, run.step)
     run.stream = run.open(run.cursor)
-    attach(run.accelerator, config.log.report_to, config.log.project, folder, scrubbed(as_mapping(config)), run.step)
+    told = scrubbed(as_mapping(config))
     run.log = Log(folder, main=main, start=run.step, stop=config.train.max_steps, accelerator=run.accelerator)
+    run.side = SideWork(run.log.say)
+    run.side("log.report_to", lambda: attach(run.accelerator, config.log.report_to, config.log.project, folder, told, run.step))
 
 
 BEFORE = {"data.bit_depth": 8}

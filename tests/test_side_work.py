@@ -1,0 +1,200 @@
+"""Telling and looking end no run: piped into `head`, its log on a full disk, its preview failing, it is the run that nothing befell."""
+
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, arguments, fit
+from test_tracking import Alone
+from test_training import digest
+
+from pipeline.tracking import Log
+from pipeline.training import preview
+from pipeline.training.run import Run, Told
+from pipeline.training.side import SideFailure, SideWork, is_out_of_memory
+from pipeline.training.status import read
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PREVIEWS = ("--log.sample_every=4", "--log.sample_steps=2")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(digits, tmp_path_factory):
+    """A run of 12 steps that draws, and that nothing befell."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert fit(digits, folder, *PREVIEWS) == 0
+    return folder
+
+
+def same(run, undisturbed):
+    """It came to its end: saved, with the same weights, averages and moments, and the same losses."""
+    assert read(run)["state"] == "finished" and read(run)["step"] == 12
+    assert digest(run / "checkpoint-12") == digest(undisturbed / "checkpoint-12")
+    curves = [[json.loads(line)["loss"] for line in (one / "metrics.jsonl").read_text().splitlines()] for one in (run, undisturbed)]
+    assert curves[0] == curves[1]
+    return True
+
+
+# --- what is told
+
+
+@pytest.mark.parametrize("shell", ["2>&1 | head -c 2500 >/dev/null", ">/dev/full 2>&1"], ids=["head", "full"])
+def test_a_run_that_nobody_hears_is_the_run(digits, undisturbed, tmp_path, shell):
+    """What it prints is far more than the 2,500 bytes, and it talks at every step."""
+    words = arguments(digits, tmp_path / "run", *PREVIEWS)
+    command = ["bash", "-c", f'"$0" "$@" {shell}; exit ${{PIPESTATUS[0]}}', sys.executable, "train.py", *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "always", "PYTHONVERBOSE": "1" if "head" in shell else ""}
+    assert subprocess.run(command, cwd=ROOT, env=env, timeout=240).returncode == 0
+    assert same(tmp_path / "run", undisturbed)
+
+
+def test_nothing_of_a_log_raises(tmp_path, monkeypatch, capsys):
+    """Whatever a bar, a tracker or the writer of lines raises, once for each of its kinds."""
+    log = Log(tmp_path, main=True, start=0, stop=9, accelerator=Alone())
+
+    def broken(*given, **more):
+        raise RuntimeError("broken")
+
+    for holder, name in ((log.bar, "update"), (log.bar, "write"), (log.bar, "close"), (log.lines, "append"), (log.lines, "keep")):
+        monkeypatch.setattr(holder, name, broken)
+    for step in range(3):
+        log.advance()
+        log.write(step, 16, {"loss": 1.0})
+        log.say("a line")
+        assert log.back(step) == []
+    log.close()
+    assert capsys.readouterr().err.count("RuntimeError: broken") == 5, "advance, write, say, back, close"
+
+
+# --- what is looked at
+
+
+def short_of_memory(most):
+    """A generator that lacks memory for more than so many images at once; and what it was asked for."""
+    plain, asked = preview.generate, []
+
+    def generate(*given, batch_size, **more):
+        asked.append(batch_size)
+        if batch_size > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB")
+        return plain(*given, batch_size=batch_size, **more)
+
+    return generate, asked
+
+
+def test_a_run_whose_preview_always_fails_is_the_run(digits, undisturbed, tmp_path, monkeypatch, capsys):
+    """At the default, where a step that is saved is drawn too: each is committed before, and the failure is told once."""
+    saved, generate = [], preview.generate
+    monkeypatch.setattr(preview, "generate", short_of_memory(0)[0])
+    settle = Run.settle
+    monkeypatch.setattr(Run, "settle", lambda run: (settle(run), saved.append(run.saved))[0])
+    assert fit(digits, tmp_path / "run", *PREVIEWS) == 0 and generate is not preview.generate
+    out = "".join(capsys.readouterr())
+    assert out.count("the preview failed, and training goes on (OutOfMemoryError: CUDA out") == 1 and "3 times: the preview" in out
+    assert {4, 8, 12} <= set(saved) and not (tmp_path / "run/samples").exists() and same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(28, "No space left on device"), ImportError("no module"), KeyError("x")])
+def test_whatever_a_preview_raises_ends_nothing(digits, undisturbed, tmp_path, monkeypatch, error):
+    """Where a step is committed before its preview, a process that is killed there goes on from it."""
+    seen = []
+
+    def look(run, text=None):
+        seen.append((run.step, run.saved))
+        raise error
+
+    monkeypatch.setattr("train.preview", look)
+    assert fit(digits, tmp_path / "run", *PREVIEWS) == 0 and same(tmp_path / "run", undisturbed)
+    assert seen == [(4, 4), (8, 8), (12, 12)]
+
+
+def test_a_preview_that_lacks_memory_is_drawn_few_at_a_time(digits, undisturbed, tmp_path, monkeypatch):
+    """A micro-batch at once at first, then half as many until they fit; the picture is the same."""
+    generate, asked = short_of_memory(3)
+    monkeypatch.setattr(preview, "generate", generate)
+    assert fit(digits, tmp_path / "run", *PREVIEWS) == 0 and same(tmp_path / "run", undisturbed)
+    assert asked == [16, 8, 4, 2] * 3
+    pictures = [[path.read_bytes() for path in sorted((one / "samples").iterdir())] for one in (tmp_path / "run", undisturbed)]
+    assert len(pictures[0]) == 3 and pictures[0] == pictures[1]
+
+
+def drawing(*answers, told=lambda trouble: trouble):
+    """What `preview.draw` makes of a function that gives or raises these, one after the other."""
+    train = SimpleNamespace(batch_size=16, gradient_accumulation_steps=2)
+    run = SimpleNamespace(
+        config=SimpleNamespace(train=train), accelerator=SimpleNamespace(num_processes=2), told=lambda trouble=0: told(trouble)
+    )
+    left, asked = list(answers), []
+
+    def make(most):
+        asked.append(most)
+        answer = left.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    return lambda: preview.draw(run, make), asked
+
+
+MEMORY, PICTURE = MemoryError("no memory"), torch.zeros(3)
+
+
+def test_ranks_that_draw_together_give_up_or_halve_together():
+    """The rank that did well hears of the others' trouble, and does what they do."""
+    draw, asked = drawing(MEMORY, PICTURE)
+    assert draw() is PICTURE and asked == [4, 2]
+    heard = iter([preview.LACK, 0])
+    draw, asked = drawing(PICTURE, PICTURE, told=lambda trouble: next(heard))
+    assert draw() is PICTURE and asked == [4, 2]
+    draw, asked = drawing(preview.Elsewhere(preview.LACK), PICTURE)
+    assert draw() is PICTURE and asked == [4, 2]
+    for trouble in (RuntimeError("a bug"), preview.Elsewhere(preview.FAILED)):
+        draw, asked = drawing(trouble, PICTURE)
+        with pytest.raises(SideFailure, match=r"RuntimeError: a bug|on another rank"):
+            draw()
+        assert asked == [4]
+    draw, asked = drawing(MEMORY, MEMORY, MEMORY)
+    with pytest.raises(SideFailure, match="MemoryError: no memory"):
+        draw()
+    assert asked == [4, 2, 1]
+    draw, asked = drawing(Told(), PICTURE)
+    with pytest.raises(Told):
+        draw()
+
+
+def test_lack_of_memory_is_known_by_what_torch_and_python_raise():
+    lacks = [
+        MemoryError(),
+        torch.OutOfMemoryError("x"),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+        ),
+        RuntimeError("CUDA error: out of memory"),
+    ]
+    assert all(map(is_out_of_memory, lacks))
+    assert not any(
+        map(is_out_of_memory, [RuntimeError("shape mismatch"), OSError(12, "Cannot allocate memory"), ValueError("out of memory")])
+    )
+    with pytest.raises(RuntimeError) as found:
+        torch.empty(1 << 60)
+    assert is_out_of_memory(found.value)
+
+
+def test_side_work_tells_each_cause_once():
+    said = []
+    side = SideWork(said.append)
+    assert side("a", lambda: 3) == 3
+    for error in (ValueError("x"), ValueError("x"), ValueError("y"), SideFailure("in words")):
+
+        def act(error=error):
+            raise error
+
+        assert side("a", act) is None
+    assert len(said) == 3 and "(ValueError: x)" in said[0] and "(in words)" in said[2]
+    with pytest.raises(Told):
+        side("a", lambda: (_ for _ in ()).throw(Told()), passed=(Told,))
+    assert sum(side.failures.values()) == 4
