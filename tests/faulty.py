@@ -90,4 +90,5 @@ if where == "sampling":
     preview.generate = drawing
 
 if __name__ == "__main__":
+    train.is_program(__name__)
     train.leave(train.main(WORDS))

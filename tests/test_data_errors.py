@@ -47,23 +47,23 @@ def same(run, undisturbed):
 # --- an error in the data path
 
 
-def failing(monkeypatch, error, position):
+def failing(monkeypatch, position, kind, *given):
     """From that position on no micro-batch can be read."""
     load = Loader.load
 
     def loading(self, plan):
         if int(plan.positions.min()) >= position:
-            raise error
+            raise kind(*given)  # a new one: an error that is kept keeps the run that it ended
         return load(self, plan)
 
     monkeypatch.setattr(Loader, "load", loading)
 
 
 ERRORS = {
-    "a shard": (LostShard("train-000003.tar: missing. Copy it again."), "train-000003.tar: missing. Copy it again."),
-    "memory": (MemoryError("no memory for a batch"), "(MemoryError: no memory for a batch). CONDOT_DEBUG=1 shows where."),
-    "a bug": (TypeError("flip() takes 2 positional arguments"), "(TypeError: flip() takes 2 positional arguments)"),
-    "an end": (SystemExit(3), "(SystemExit: 3)"),
+    "a shard": (LostShard, "train-000003.tar: missing. Copy it again.", "train-000003.tar: missing. Copy it again."),
+    "memory": (MemoryError, "no memory for a batch", "(MemoryError: no memory for a batch). CONDOT_DEBUG=1 shows where."),
+    "a bug": (TypeError, "flip() takes 2 positional arguments", "(TypeError: flip() takes 2 positional arguments)"),
+    "an end": (SystemExit, 3, "(SystemExit: 3)"),
 }
 
 
@@ -73,11 +73,11 @@ def test_an_error_of_the_data_saves_the_last_whole_step_and_says_how_to_mend_it(
     digits, undisturbed, tmp_path, monkeypatch, capsys, kind, workers
 ):
     """In the second half of step 7, of which nothing is left; the same command goes on."""
-    error, says = ERRORS[kind]
+    error, given, says = ERRORS[kind]
     words = (*EACH, f"--data.workers={workers}", "--train.gradient_accumulation_steps=2")
     whole, run = tmp_path / "whole", tmp_path / "run"
     with monkeypatch.context() as patch:
-        failing(patch, error, 6 * 16 + 8)
+        failing(patch, 6 * 16 + 8, error, given)
         assert fit(digits, run, *words) == NO_DATA == 5
     said, err = read(run), capsys.readouterr().err
     assert says in err and "The state of step 6 is saved: mend that, and the same command goes on from there." in err
@@ -105,10 +105,10 @@ def test_a_state_that_cannot_be_saved_either_is_said(digits, tmp_path, monkeypat
     def full(*given):
         raise OSError(28, "No space left on device")
 
-    failing(monkeypatch, MemoryError("x"), 16 * 6)
+    failing(monkeypatch, 16 * 6, MemoryError, "x")
     monkeypatch.setattr("pipeline.checkpoint.write_file", full)
     assert fit(digits, tmp_path / "run", *EACH) == NO_DATA
-    assert "The state of step 6 could not be saved: mend that, and the same command goes on from step -1." not in capsys.readouterr().err
+    assert "The state of step 6 could not be saved: mend that, and the same command goes on from the beginning." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -148,7 +148,7 @@ def test_a_stream_knows_beforehand_what_it_cannot_give(folder, monkeypatch, work
     plain = stream(folder)
     flip(folder / "train-000001.tar", payload_of(folder, 1, 7)[0] + 30)
     wanted, faults = [next(plain).samples.tolist() for _ in range(9)], plain.take_faults()
-    failing(monkeypatch, MemoryError("none"), 72)
+    failing(monkeypatch, 72, MemoryError, "none")
     asked = stream(folder, workers)
     seen = []
     for step in range(9):
@@ -226,7 +226,7 @@ def test_a_disk_that_stalls_for_ever_ends_the_stream_and_its_readers_at_once(fol
     next(asked)
     stall.begin()
     began = time.monotonic()
-    with pytest.raises(LostShard, match="nothing new in 1 s, .* Check its disk or mount, or raise data.retry_seconds"):
+    with pytest.raises(LostShard, match=r"nothing new in 1 s, .* Check its disk or mount, or raise data.retry_seconds"):
         for _ in range(20):
             next(asked)
     asked.close()

@@ -7,8 +7,10 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import sharded_preview
 import torch
 from conftest import ROOT, arguments, fit
+from ranks import together
 from test_tracking import Alone
 from test_training import digest
 
@@ -44,12 +46,42 @@ def same(run, undisturbed):
 
 @pytest.mark.parametrize("shell", ["2>&1 | head -c 2500 >/dev/null", ">/dev/full 2>&1"], ids=["head", "full"])
 def test_a_run_that_nobody_hears_is_the_run(digits, undisturbed, tmp_path, shell):
-    """What it prints is far more than the 2,500 bytes, and it talks at every step."""
+    """Python tells of every import, so that the 2,500 bytes are full before the run says its first word."""
     words = arguments(digits, tmp_path / "run", *PREVIEWS)
     command = ["bash", "-c", f'"$0" "$@" {shell}; exit ${{PIPESTATUS[0]}}', sys.executable, "train.py", *words]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "always", "PYTHONVERBOSE": "1" if "head" in shell else ""}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPROFILEIMPORTTIME": "1"}
     assert subprocess.run(command, cwd=ROOT, env=env, timeout=240).returncode == 0
     assert same(tmp_path / "run", undisturbed)
+
+
+def test_what_packs_and_what_draws_folders_does_its_work_unheard(undisturbed, tmp_path):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPROFILEIMPORTTIME": "1"}
+    pack = ["-m", "data.prepare", "digits", "--output", str(tmp_path / "shards")]
+    draw = ["sample.py", "--run", str(undisturbed), "--num_images=3", "--num_inference_steps=1", "--output", f"{tmp_path}/images/"]
+    for words, shell in ((pack, "2>&1 | head -c 100 >/dev/null"), (draw, ">/dev/full 2>&1")):
+        command = ["bash", "-c", f'"$0" "$@" {shell}; exit ${{PIPESTATUS[0]}}', sys.executable, *words]
+        assert subprocess.run(command, cwd=ROOT, env=env, timeout=240).returncode == 0
+    assert (tmp_path / "shards/manifest.json").is_file() and len(list((tmp_path / "images").glob("*.png"))) == 3
+
+
+def test_a_mistake_that_nobody_hears_keeps_its_status(tmp_path):
+    command = ["bash", "-c", '"$0" "$@" >/dev/full 2>&1', sys.executable, "train.py", "--no_such_option=1"]
+    assert subprocess.run(command, cwd=ROOT, timeout=240).returncode == 2
+
+
+def test_tensorboard_on_a_full_disk_ends_nothing(digits, undisturbed, tmp_path, monkeypatch, capsys):
+    """Its own thread dies of it, and whoever calls it waits for ever: not the run."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    from pipeline.tracking import trackers
+
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    monkeypatch.setattr("pipeline.tracking.finish", lambda given: trackers.finish(given, 0.5))
+    monkeypatch.setattr(trackers, "STUCK", [])
+    assert fit(digits, tmp_path / "run", *PREVIEWS, "--log.report_to=tensorboard") == 0 and same(tmp_path / "run", undisturbed)
 
 
 def test_nothing_of_a_log_raises(tmp_path, monkeypatch, capsys):
@@ -125,9 +157,8 @@ def test_a_preview_that_lacks_memory_is_drawn_few_at_a_time(digits, undisturbed,
 def drawing(*answers, told=lambda trouble: trouble):
     """What `preview.draw` makes of a function that gives or raises these, one after the other."""
     train = SimpleNamespace(batch_size=16, gradient_accumulation_steps=2)
-    run = SimpleNamespace(
-        config=SimpleNamespace(train=train), accelerator=SimpleNamespace(num_processes=2), told=lambda trouble=0: told(trouble)
-    )
+    two, ema = SimpleNamespace(num_processes=2), SimpleNamespace(model=torch.nn.Identity())
+    run = SimpleNamespace(config=SimpleNamespace(train=train), accelerator=two, ema=ema, told=lambda trouble=0: told(trouble))
     left, asked = list(answers), []
 
     def make(most):
@@ -164,6 +195,10 @@ def test_ranks_that_draw_together_give_up_or_halve_together():
     draw, asked = drawing(Told(), PICTURE)
     with pytest.raises(Told):
         draw()
+
+
+def test_a_rank_that_breaks_off_in_the_middle_of_a_pass_leaves_no_other_waiting():
+    together(2, sharded_preview.breaks_off)
 
 
 def test_lack_of_memory_is_known_by_what_torch_and_python_raise():

@@ -30,7 +30,8 @@ ALONE = (
 PROGRAM = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-from pipeline.process import Stopper
+from pipeline.process import Stopper, is_program
+is_program("__main__")
 stopper = Stopper("nothing is lost")
 if sys.argv[2] == "late":
     stopper.defer()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 Sharding = Literal["none", "full", "hybrid"]
@@ -73,6 +74,35 @@ def local(tensor: Tensor) -> Tensor:
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, on every rank; all ranks together where it is shared out."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def in_step(network: nn.Module) -> Iterator[None]:
+    """Around a forward pass of a network that is shared out: where it breaks off on this rank, gather what the others still gather.
+
+    They would wait for this rank's shares for ever. What was raised is raised
+    behind it; before the next pass all ranks call `reset`.
+    """
+    parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
+    gathered = set[nn.Module]()
+    hooks = [part.register_forward_pre_hook(lambda module, _: gathered.add(module)) for part in parts]  # behind FSDP2's own
+    try:
+        yield
+    except Exception:
+        reset(network)
+        for part in parts:
+            if part not in gathered:
+                part.unshard()
+        raise
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def reset(network: nn.Module) -> None:
+    """Forget a forward pass that broke off, and have every part of the network in shares; on all ranks, which say nothing for it."""
+    if isinstance(network, FSDPModule):
+        network.reset_iter_state()
 
 
 @torch.no_grad()

@@ -118,7 +118,8 @@ def keep(run: Run, recent: Recent) -> str:
         run.save(wait=True)
     if run.saved == run.step:
         return f"The state of step {run.step} is saved: mend that, and the same command goes on from there."
-    return f"The state of step {run.step} could not be saved: mend that, and the same command goes on from step {run.saved}."
+    where = f"from step {run.saved}" if run.saved >= 0 else "from the beginning"
+    return f"The state of step {run.step} could not be saved: mend that, and the same command goes on {where}."
 
 
 def begin(run: Run) -> None:
@@ -244,7 +245,7 @@ def roll_back(run: Run, reason: str) -> None:
     run.evidence.rolled_back(line | {"metrics": run.log.back(run.step)[-20:], "bad_steps": run.evidence.after(run.step)})
     run.evidence.drop_after(run.step)
     if run.accelerator.is_main_process:
-        forget(run.snapshots, run.step)
+        run.side("forgetting the snapshots of steps that are done again", lambda: forget(run.snapshots, run.step))
     run.cursor = cursor  # where the stream is already
     run.log.say(f"back from step {left} to {folder}, past the data of positions {line['positions']}: {reason}.")
 
@@ -283,7 +284,12 @@ def notify(run: Run, stop: int) -> None:
 def snap(run: Run) -> None:
     """Keep the power averages as they are now; a disk that is full costs this snapshot alone."""
     with run.watch.at("saving a snapshot"):
-        errors = snapshot(run)
+        if run.accelerator.num_processes > 1:
+            errors: list[str] | None = snapshot(run)  # what befalls one of several ranks they say to one another
+        else:
+            errors = run.side("the snapshot", lambda: snapshot(run))
+            if errors is None:
+                errors = run.snapshots.finish()  # of what was begun
     if errors:
         run.log.say(f"snapshot of step {run.step} failed: {'; '.join(errors)}. Free some space.")
 

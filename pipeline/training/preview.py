@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..flow import Condition, count
 from ..generate import Sampler, generate
+from ..launch.parallel import in_step, reset
 from ..printable import one_line
 from ..sheet import grid, save_image
 from ..source import network_source
@@ -64,7 +65,8 @@ def preview(run: Run, text: tuple[Condition, Condition] | None = None) -> None:
         if trouble := run.told():
             raise Elsewhere(trouble)
         run.watch.beat(run.step, "sampling")
-        return plain(x, t, *condition)
+        with in_step(run.ema.model):
+            return plain(x, t, *condition)
 
     source = replace(source, field=field)
     images = draw(run, lambda most: generate(source, condition, sampler, seed=config.seed, batch_size=most).images)
@@ -86,6 +88,7 @@ def draw(run: Run, make: Callable[[int], Tensor]) -> Tensor:
         made, trouble, cause = _attempt(run, make, most)
         if made is not None and not trouble:
             return made
+        reset(run.ema.model)
         free_memory()
         if trouble != LACK or most == 1:
             raise SideFailure(cause)
