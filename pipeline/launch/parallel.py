@@ -85,10 +85,11 @@ def in_step(network: nn.Module) -> Iterator[None]:
     """
     parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
     gathered = set[nn.Module]()
-    hooks = [part.register_forward_pre_hook(lambda module, _: gathered.add(module)) for part in parts]  # behind FSDP2's own
+    hooks = [part.register_forward_hook(lambda module, *_: gathered.add(module)) for part in parts]
     try:
         yield
     except Exception:
+        gathered |= {part for part in parts if _is_gathered(part)}  # those in the middle of their pass
         reset(network)
         for part in parts:
             if part not in gathered:
@@ -97,6 +98,12 @@ def in_step(network: nn.Module) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _is_gathered(part: nn.Module) -> bool:
+    """Whether a part's own weights, without those of parts in it, lie here whole."""
+    inner = {weight for other in part.modules() if other is not part and isinstance(other, FSDPModule) for weight in other.parameters()}
+    return any(not isinstance(weight, DTensor) for weight in part.parameters() if weight not in inner)
 
 
 def reset(network: nn.Module) -> None:
