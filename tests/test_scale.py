@@ -144,7 +144,7 @@ def test_bad_samples_are_counted_listed_and_too_many_stop_training(tmp_path, cap
     assert all(line["shard"].endswith("train-000000.tar") and line["error"] for line in listed)
     assert lines(tmp_path / "well")[-1]["bad_samples"] == len(listed)
     capsys.readouterr()
-    assert fit(folder, tmp_path / "ill", "--data.max_bad_share=0.005") == 2
+    assert fit(folder, tmp_path / "ill", "--data.max_bad_share=0.005") == 5
     error = capsys.readouterr().err
     assert "are more than data.max_bad_share=0.005 allows" in error and "000041" in error and "train-000000.tar" in error
     assert fit(folder, tmp_path / "whole", "--data.max_bad_share=0.05", "--train.max_steps=12") == 0

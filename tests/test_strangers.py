@@ -148,7 +148,7 @@ def test_names_of_classes_reach_no_screen_raw(tmp_path, capfd):
     assert fit(folder, tmp_path / "run", "--data.channels=3", "--data.max_bad_share=0", "--data.split=\x1b[2J") == 2
     shown = capfd.readouterr()
     assert safe(shown.out) and safe(shown.err) and "\\x1b[2J" in shown.err
-    assert fit(folder, tmp_path / "run", "--data.channels=3", "--data.max_bad_share=0") == 2
+    assert fit(folder, tmp_path / "run", "--data.channels=3", "--data.max_bad_share=0") == 5
     shown = capfd.readouterr()
     assert safe(shown.out) and safe(shown.err) and "bad sample" in shown.err
 
