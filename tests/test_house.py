@@ -24,8 +24,8 @@ FLOORS = {
             *("own_files", "curve", "measured", "captions_v1", "guidance_v1", "checkpoint.shares", "ema.posthoc", "launch.meeting"),
             *("launch.parallel", "launch.precision", "tracking.utilisation", "training.pulse"),
         ],
-        ["sheet", "recipe", "process", "leaks", "tracking.jsonl", "training.status"],
-        ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1", "checkpoint.rankfile", "checkpoint.manifest", "tracking.trackers"],
+        ["sheet", "recipe", "process", "leaks", "tracking.jsonl", "training.status", "checkpoint.rankfile"],
+        ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1", "checkpoint.manifest", "tracking.trackers"],
         [
             *("identity", "method", "stock", "space", "pipeline_condot_v1", "checkpoint.stored", "ema", "launch.launcher", "tracking"),
             *("training.guard", "training.optim", "training.told"),

@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from ..printable import say
-from .manifest import NAME, Seals, broadcast, check_present, gather, rank, sync, verify, world, write_text
+from .manifest import Seals, broadcast, check_present, gather, rank, sync, verify, world, write, write_text
 from .rankfile import DTYPES, Host, Place, not_finite, write_file
 from .shares import to_write
 from .stored import averages, load_into, load_state, load_tensors, raw_weights
@@ -177,8 +177,7 @@ class Store:
         try:
             _check_alike(saving.listed, told)
             check_present(saving.folder, files)
-            manifest = {"version": 2, "step": step, "world": world(), "files": files, "tensors": saving.listed}
-            write_text(saving.folder / NAME, json.dumps(manifest, indent=1))
+            write(saving.folder, step, files, saving.listed)
             sync(saving.folder)
             if final.exists():  # a damaged one: a good one is not written again
                 os.rename(final, self.root / f".tmp-old-{uuid.uuid4().hex[:8]}")
