@@ -85,7 +85,10 @@ def train(config: Config) -> int:
     launch.agree("data.shards", sources.images.fingerprint)
     owned = launch.lock(folder) if accelerator.is_main_process else None
     status = Status(folder, accelerator.is_main_process)
+    status.lock = owned
     run = assemble(config, sources, space, accelerator, store, status, fresh=checkpoint is None)
+    if owned:
+        run.store.lost = run.snapshots.lost = owned.lost
     data.check_sides(sources.options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
     begin(run, checkpoint, space)
     run.log.say(sources.note)

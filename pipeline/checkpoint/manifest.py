@@ -80,15 +80,6 @@ def write_text(path: Path, text: str) -> dict[str, Any]:
     return {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
 
 
-def sync(folder: Path) -> None:
-    """Force a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def check_present(folder: Path, files: Seals) -> None:
     """See, on the first rank, the files that all ranks say they wrote.
 
@@ -102,6 +93,14 @@ def check_present(folder: Path, files: Seals) -> None:
         raise OSError(
             f"{', '.join(lacking[:3])}: written by other ranks and not seen by the first; output_dir must be a folder that all share"
         )
+
+
+def check_alike(listed: dict[str, Any], told: list[dict[str, Any]]) -> None:
+    """Raises ValueError where ranks were given other tensors, or do not together hold all of them."""
+    other = [number for number, one in enumerate(told) if one["listed"] != told[0]["listed"]]
+    written, asked = sum(one["numel"] for one in told), sum(math.prod(shape) for _, shape in listed.values())
+    if other or written != asked:
+        raise ValueError(f"{written} of {asked} numbers were written, and ranks {other[:3]} named other tensors than the first")
 
 
 def write(folder: Path, step: int, files: Seals, tensors: dict[str, Any]) -> None:
@@ -121,7 +120,7 @@ def read(folder: Path) -> dict[str, Any]:
     """Return the manifest of a folder.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: there is none that can be read, or it does not match its seal.
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: there is none that can be read, or its seal is broken.
     """
     body = read_bytes(folder / NAME)
     seal, manifest = SEALED.search(body), json.loads(body)

@@ -230,7 +230,8 @@ def pieces(file: Any) -> dict[str, Piece]:
         said = parts.get(name, {"whole": shape, "offset": (0,) * len(shape)})
         piece = Piece(one.get_dtype(), tuple(said["whole"]), Box(tuple(said["offset"]), shape))
         ends = zip(piece.whole, *piece.box, strict=True)
-        if not all(type(n) is int for n in (*piece.whole, *piece.box.offset)) or not all(offset >= 0 and offset + length <= end for end, offset, length in ends):
+        numbers = all(type(n) is int for n in (*piece.whole, *piece.box.offset))
+        if not numbers or not all(offset >= 0 and offset + length <= end for end, offset, length in ends):
             raise ValueError(f"{name}: a part of {shape} at {piece.box.offset} does not lie in {piece.whole}")
         found[name] = piece
     return found

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..printable import one_line
 from .manifest import WRONG, rank, read, read_bytes, tensor_files, verify
@@ -26,6 +27,10 @@ KINDS: dict[str, type | tuple[type, ...]] = {
     **{"precision": (str, type(None)), "text": (dict, list, type(None))},
 }
 """What the parts of a state are, by name."""
+
+
+SPARE = 1 << 26
+"""Numbers that a network may hold beyond its checkpoint: tables of positions that are computed."""
 
 
 class State(dict[str, Any]):
@@ -93,6 +98,39 @@ def listing(folder: Path) -> Listing:
     """
     said = read(folder).get("tensors")
     return listed(tensor_files(folder)) if said is None else {name: (dtype, tuple(shape)) for name, (dtype, shape) in said.items()}
+
+
+@contextlib.contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """Have what a state that no run of ours wrote ends in, whatever it is, be said as a ValueError of one line that names the folder."""
+    try:
+        yield
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{folder} holds no run that can be read ({one_line(error)[:300]}): take another checkpoint.") from error
+
+
+def check_network(folder: Path, sizes: Mapping[str, Any], build: Callable[[], nn.Module]) -> None:
+    """Refuse, before it takes memory, a network far larger than a checkpoint's tensors.
+
+    Args:
+        folder: the checkpoint's, verified.
+        sizes: what the network is built of, by name.
+        build: gives it without values, on the meta device.
+
+    Raises:
+        ValueError: more layers than there are tensors, or more numbers.
+    """
+    there = [shape for name, (_, shape) in listing(folder).items() if name.startswith("model.")]
+    counts = {name: size for name, size in sizes.items() if any(word in name for word in ("depth", "layers", "blocks"))}
+    many = [f"model.{name}={size}" for name, size in counts.items() if isinstance(size, int) and size > len(there)]
+    network = None if many else build()
+    needed = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers())) if network else 0
+    held = sum(map(math.prod, there))
+    if many or needed > 2 * held + SPARE:
+        said = ", ".join(many) or f"a network of {needed:,} numbers"
+        raise ValueError(
+            f"{folder}: its state.json tells of {said}, and it holds {held:,} in {len(there)} tensors: take another checkpoint."
+        )
 
 
 def load_tensors(folder: Path, device: torch.device | str = "cpu", prefix: str = "") -> dict[str, Tensor]:

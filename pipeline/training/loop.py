@@ -100,10 +100,17 @@ def begin(run: Run) -> None:
 def _begin(run: Run) -> None:
     if run.accelerator.num_processes > 2 and not run.sharded:
         settle_sums(run)
+    left = run.config.train.max_steps - run.step
+    run.store.check_room(run.tensors(), -(-left // run.config.checkpoint.every) + (run.saved < 0))
     if run.saved < 0:
-        run.save()
+        run.save(wait=True)
     else:
         run.store.reserve(run.tensors())
+    if run.saved != run.step:
+        raise ValueError(
+            f"output_dir={str(run.store.root)!r}: the first checkpoint could not be written, as said above, and nothing was trained. Free "
+            f"some space, or give another --output_dir."
+        )
 
 
 def settle_sums(run: Run) -> None:

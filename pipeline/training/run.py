@@ -172,10 +172,13 @@ class Run:
         self.again = None
         self.images = state["images"]
         self.cursor = state.get("cursor", self.images)
-        self.meter.restore(state["meter"])
-        self.guard.restore(state.get("guard", {}))
-        if self.accelerator.scaler and state.get("scaler"):
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        try:
+            self.meter.restore(state["meter"])
+            self.guard.restore(state.get("guard", {}))
+            if self.accelerator.scaler and state.get("scaler"):
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (TypeError, LookupError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{folder}/state.json holds figures that no run wrote ({error}): take another checkpoint.") from error
 
     def start_from(self, folder: Path) -> None:
         """Take the weights and the average of another run's checkpoint, and nothing else: a next stage begins.
