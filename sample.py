@@ -119,24 +119,22 @@ class Trained:
     def __init__(self, run: Path, checkpoint: Path | None = None, ema: str = "", option: str = "--ema") -> None:
         found = checkpoint or (run if (run / "state.json").is_file() else Store(run, keep=1).latest())
         if found is None:
-            raise ValueError(
-                f"run={str(run)!r} holds no whole checkpoint: train first, `accelerate launch train.py --config ... --output_dir {run}`."
-            )
+            raise ValueError(f"run={str(run)!r} holds no whole checkpoint: train first, `accelerate launch train.py --output_dir {run}`.")
         self.run, self.found, self.state = run, found, load_state(found)
         with understood(found):
             self.config = build(Config, self.state["config"])
             wanted = read_wanted(ema, self.config.ema, self.config.train.batch_size, option)
             self.ema, self.class_names = wanted.name, tuple(self.state["class_names"])
             self.space, self.text = Space.of(self.state["space"]), self.state["text"]
-            widths = tuple(self.text["widths"]) if self.text else None
-            sizes = model_options(self.config.model, self.space.shape, len(self.class_names), widths)
+            words = tuple(self.text["widths"]) if self.text else None
+            sizes = model_options(self.config.model, self.space.shape, len(self.class_names), words)
             check_network(found, sizes, partial(models.build, **sizes, device="meta"))
             self.network = models.build(**sizes).eval()
             if self.config.train.lora_rank:
                 add_lora(self.network, self.config.train.lora_rank, self.config.train.lora_alpha)
             weights, self.weights = read_weights(found, self.state, wanted, self.config.ema)
             self.network.load_state_dict(weights)
-        self.network = merge_lora(self.network)
+            self.network = merge_lora(self.network)
 
     def source(self, device: torch.device | str) -> Source:
         """The averaged network as a field."""
