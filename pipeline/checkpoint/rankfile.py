@@ -212,7 +212,7 @@ def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             yield file
-    except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise ValueError(f"{path} cannot be read ({one_line(error)}): take another checkpoint.") from error
 
 

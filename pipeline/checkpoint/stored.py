@@ -105,6 +105,11 @@ def understood(folder: Path) -> Iterator[None]:
     """Have what a state that no run of ours wrote ends in, whatever it is, be said as a ValueError of one line that names the folder."""
     try:
         yield
+    except ValueError as error:
+        said = str(error)
+        if str(folder) in said or said.startswith("--"):  # of the command line
+            raise
+        raise ValueError(f"{folder}: {said}") from error
     except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise ValueError(f"{folder} holds no run that can be read ({one_line(error)[:300]}): take another checkpoint.") from error
 

@@ -238,6 +238,8 @@ def _save_due(run: Run) -> bool:
 def notify(run: Run, stop: int) -> None:
     """Whatever is due after a step: a log line, a checkpoint, a snapshot of the averages, a sample grid."""
     config = run.config
+    if due(run) or run.step == stop:
+        run.store.check_owned()
     if run.step % config.log.every == 0 or run.step == stop:
         faults = run.stream.take_faults()
         values = run.meter.read(config.train.batch_size, len(faults))
