@@ -1,6 +1,6 @@
 """One fault at every file operation of a save, a packing or an export: `LD_PRELOAD=fault.so python tests/injected.py WHAT FOLDER STRIDE`.
 
-The imports are made once; every trial is a fork. After each fault the same
+WHAT is save, prepare, prepare_again or export; every STRIDE-th operation is tried. The imports are made once; every trial is a fork. After each fault the same
 command goes on undisturbed, and what is there must be what it is without one.
 Prints a line of JSON: operations, trials, findings.
 """
@@ -23,17 +23,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-import data.prepare
-from models.convert import to_exported
-from models.dit import DiT
-from pipeline.card import Card
 from pipeline.checkpoint import Store, load_tensors
-from pipeline.config import Config
-from pipeline.export import write_folder
-from pipeline.folder import open_folder
 from pipeline.launch import lock
-from pipeline.recipe import build
-from pipeline.space import Space
 from pipeline.training.status import Status, read
 
 KILL_BEFORE, KILL_AFTER, TORN, ONCE, FROM_THEN_ON = range(1, 6)
@@ -81,7 +72,9 @@ class Prepare:
     """A folder of images, packed where nothing is."""
 
     def __init__(self, work):
-        self.source = work / "images"
+        from data.prepare import main
+
+        self.prepare, self.source = main, work / "images"
         noise = np.random.default_rng(0)
         for i in range(16):
             (self.source / f"class{i % 2}").mkdir(parents=True, exist_ok=True)
@@ -92,7 +85,7 @@ class Prepare:
 
     def act(self, root):
         words = ["imagefolder", str(self.source), "--output", str(root / "out"), "--workers", "0", "--shard_size", "10kB"]
-        if data.prepare.main(words):
+        if self.prepare(words):
             raise OSError("not packed")
 
     def check(self, root):
@@ -121,14 +114,25 @@ class Export:
     """An export in the place of an older one."""
 
     def __init__(self, work):
+        from models.convert import to_exported
+        from models.dit import DiT
+        from pipeline.card import Card
+        from pipeline.config import Config
+        from pipeline.export import write_folder
+        from pipeline.folder import open_folder
+        from pipeline.recipe import build
+        from pipeline.space import Space
+
+        self.write_folder, self.open_folder = write_folder, open_folder
+        self.config = build(Config, {"data": {"resolution": 4, "channels": 1}, "output_dir": "x"})
         torch.manual_seed(0)
         own = DiT(channels=1, resolution=4, patch_size=2, width=16, depth=1, heads=2, num_classes=2)
         self.network, self.space = to_exported(own.eval(), -1.0), Space.of_pixels(1, 4)
         self.card = {title: Card.of(work, 100, 10, own, title=title) for title in ("old", "new")}
 
     def write(self, root, title):
-        config = build(Config, {"data": {"resolution": 4, "channels": 1}, "output_dir": "x"})
-        write_folder(root / "export", self.network, config, ("a", "b"), self.card[title], self.space, progress=lambda text: None)
+        about = (self.network, self.config, ("a", "b"), self.card[title], self.space)
+        self.write_folder(root / "export", *about, progress=lambda text: None)
 
     def before(self, root):
         self.write(root, "old")
@@ -137,7 +141,7 @@ class Export:
         self.write(root, "new")
 
     def check(self, root):
-        open_folder(root / "export")
+        self.open_folder(root / "export")
         assert not {"# old", "# new"}.isdisjoint((root / "export/README.md").read_text().splitlines()), "no card"
 
     def same(self, root):

@@ -11,7 +11,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, SHARED, arguments, launch
+from conftest import ROOT, arguments, launch
+from test_injected import injected
 
 from pipeline.checkpoint import load_tensors
 
@@ -19,23 +20,6 @@ pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("one_thread")]
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 RUN = ("--train.max_steps=40", "--checkpoint.every=3", "--log.every=1", "--ema.power", "0.1")
 STEPS = 40
-
-
-C_FILE = SHARED / "prototypes" / "fault_injection" / "fault.c"
-"""Counts every write, fsync, rename, unlink and open below a folder, and kills, tears or fails the n-th."""
-
-
-def injected(tmp_path, what, stride):
-    """What injected.py found: operations, trials, findings."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler is None or not C_FILE.is_file():
-        pytest.skip(f"a C compiler and {C_FILE} are needed, which lies beside the checkout on the project's own machines")
-    library, work = tmp_path / "fault.so", tmp_path / "work"
-    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-w", "-o", library, C_FILE, "-ldl"], check=True)
-    work.mkdir()
-    done = launch("tests/injected.py", what, str(work), str(stride), timeout=3000, LD_PRELOAD=str(library))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize(("what", "least"), [("save", 20), ("prepare", 200), ("prepare_again", 100), ("export", 60)])

@@ -1,5 +1,6 @@
 """Folders that mean harm: each is one line that names the file, and nothing of it is run, opened elsewhere, waited for or given room."""
 
+import contextlib
 import inspect
 import json
 import os
@@ -23,6 +24,7 @@ from data.encoders import Autoencoder
 from data.text_encoders import TextEncoder, read_text_encoder
 from models.find import find
 from pipeline.checkpoint import load_into, load_state, load_tensors, manifest
+from pipeline.checksums import check_folder
 from pipeline.config import Config
 from pipeline.recipe import build
 
@@ -157,6 +159,24 @@ EXPORTED = {
     "list of hashes no text": lambda f: (f / "SHA256SUMS").write_bytes(b"\xff\xff"),
     "list of hashes elsewhere": lambda f: (f / "SHA256SUMS").write_text(f"{'0' * 64}  ../{SECRET}\n"),
 }
+
+
+def test_a_list_of_hashes_that_was_cut_or_of_which_a_bit_flips_is_told(trained, tmp_path):
+    """Any bit, and any line that is lost of what is read first."""
+    folder = shutil.copytree(trained / "export", tmp_path / "export")
+    path, told = folder / "SHA256SUMS", 0
+    body = path.read_bytes()
+    check_folder(folder)
+    for at in range(0, len(body), 7):
+        path.write_bytes(body[:at] + bytes([body[at] ^ 1 << at % 8]) + body[at + 1 :])
+        with contextlib.suppress(ValueError):
+            check_folder(folder)
+            told -= 1
+        told += 1
+    assert told == len(range(0, len(body), 7))
+    path.write_bytes(body[: body.index(b"\n") + 1])
+    with pytest.raises(ValueError, match=r"model_index\.json.* not in SHA256SUMS"):
+        check_folder(folder)
 
 
 def one_line(capsys, folder):
