@@ -1,6 +1,7 @@
 """One fault at every file operation of a save, a packing or an export: `LD_PRELOAD=fault.so python tests/injected.py WHAT FOLDER STRIDE`.
 
-WHAT is save, prepare, prepare_again or export; every STRIDE-th operation is tried. The imports are made once; every trial is a fork. After each fault the same
+WHAT is save, prepare, prepare_again or export; every STRIDE-th operation is tried.
+The imports are made once; every trial is a fork. After each fault the same
 command goes on undisturbed, and what is there must be what it is without one.
 Prints a line of JSON: operations, trials, findings.
 """
