@@ -402,6 +402,17 @@ def test_a_damaged_later_one_does_not_push_the_new_one_out(tmp_path):
     assert [p.name for p in store.folders()] == ["checkpoint-8", "checkpoint-6"] and store.latest().name == "checkpoint-6"
 
 
+def test_who_was_killed_before_old_ones_went_is_cleared_up_after(tmp_path):
+    """By the save of the same step, which finds it there, and by the start from it."""
+    for clear in (lambda store: store.save(2, tensors(2), {"step": 2}), lambda store: store.sweep(tmp_path / "checkpoint-2")):
+        for step in (1, 2):
+            Store(tmp_path, keep=2).save(step, tensors(step), {"step": step})
+        store = Store(tmp_path, keep=1)
+        clear(store)
+        store.settle()
+        assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
 def test_an_old_one_that_cannot_be_removed_is_said_and_no_failure(tmp_path, monkeypatch, capsys):
     store, rename = Store(tmp_path, keep=1), os.rename
     store.save(1, tensors(1), {"step": 1})

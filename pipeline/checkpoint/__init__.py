@@ -178,6 +178,8 @@ class Store:
         saving, step = self._saving, self.pending
         self._saving = self.pending = None
         if saving is None or step is None:
+            if step is not None and rank() == 0:
+                self._prune(step)  # it was there: who wrote it may have been killed before the older ones went
             return []
         if saving.thread:
             saving.thread.join()
@@ -246,8 +248,10 @@ class Store:
         while self._brooms:
             self._brooms.pop().join()
 
-    def sweep(self) -> None:
-        """Remove what an interrupted save or removal left behind, on one rank alone."""
+    def sweep(self, good: Path | None = None) -> None:
+        """Remove what an interrupted save or removal left behind, on one rank alone; and what is older than is kept beside a good one."""
+        if good and good.parent == self.root:
+            self._prune(_step(good))
         for folder in self.root.glob(".tmp-*"):
             if self._saving is None or folder != self._saving.folder:
                 shutil.rmtree(folder, ignore_errors=True)

@@ -223,7 +223,7 @@ def begin(run: Run, checkpoint: Path | None, space: Space) -> None:
     run.cursor = max(run.cursor, run.evidence.cursor(run.step))
     run.bad = BadSamples(folder, share=config.data.max_bad_share, main=main, start=run.cursor)
     if main:
-        run.store.sweep()
+        run.store.sweep(checkpoint)
         write_whole(folder / "config.yaml", yaml.safe_dump(as_mapping(config), sort_keys=False))
         origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
         where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device}"
