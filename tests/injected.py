@@ -1,6 +1,6 @@
-"""One fault at every file operation of a save, a packing or an export: `LD_PRELOAD=fault.so python tests/injected.py WHAT FOLDER STRIDE`.
+"""One fault at every file operation of a save, a packing or an export: `LD_PRELOAD=fault.so injected.py WHAT FOLDER STRIDE [START]`.
 
-WHAT is save, prepare, prepare_again or export; every STRIDE-th operation is tried.
+WHAT is save, prepare, prepare_again or export; every STRIDE-th operation from the START-th on is tried.
 The imports are made once; every trial is a fork. After each fault the same
 command goes on undisturbed, and what is there must be what it is without one.
 Prints a line of JSON: operations, trials, findings.
@@ -188,7 +188,7 @@ def armed(job, root, number, mode, error):
         fault.fault_off()
 
 
-def main(what, work, stride):
+def main(what, work, stride, start=1):
     work = Path(work)
     job = {"save": Save, "prepare": Prepare, "prepare_again": PrepareAgain, "export": Export}[what](work)
     base, whole, root = work / "base", work / "whole", work / "root"
@@ -205,7 +205,7 @@ def main(what, work, stride):
     operations, findings, trials = int((work / "count").read_text()), [], 0
     os.rename(root, whole)
     wanted = job.same(whole)
-    for number in range(1, operations + 1, stride):
+    for number in range(start, operations + 1, stride):
         for mode, error in TRIALS:
             shutil.rmtree(root, ignore_errors=True)
             shutil.copytree(base, root, symlinks=True)
@@ -226,4 +226,4 @@ def main(what, work, stride):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], *map(int, sys.argv[3:]))
