@@ -265,7 +265,7 @@ class FolderLock:
     def _locks(self, folder: Path) -> bool:
         try:
             return os.path.samestat(os.fstat(self.file.fileno()), os.lstat(folder / ".lock"))
-        except OSError:
+        except (OSError, ValueError):  # gone, or given back already
             return False
 
     def close(self) -> None:
