@@ -36,14 +36,14 @@ from models.lora import add_lora, merge_lora
 from pipeline import launch
 from pipeline.asked import asked
 from pipeline.card import Card
-from pipeline.checkpoint import Store, load_state
+from pipeline.checkpoint import Store, check_network, load_state, understood
 from pipeline.config import Config
 from pipeline.density import affordable, bits
 from pipeline.draw import draw_folder, draw_picture
 from pipeline.ema.weights import read_wanted, read_weights
 from pipeline.evaluate import check_features, evaluate, load_features
 from pipeline.export import write_folder
-from pipeline.folder import open_folder
+from pipeline.folder import open_folder, read_index
 from pipeline.generate import generate
 from pipeline.networks import model_options
 from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve, Sampling
@@ -80,7 +80,7 @@ def open_one(pipeline: str, run: str, ema: str, device: torch.device, prefix: st
     if pipeline and ema:
         raise ValueError(f"--{prefix}ema {ema} of --{prefix}pipeline {pipeline}, which holds one set of weights: give --{prefix}run.")
     if pipeline:
-        source, index = open_folder(pipeline, device, OWN), json.loads((Path(pipeline) / "model_index.json").read_text())
+        source, index = open_folder(pipeline, device, OWN), read_index(Path(pipeline))
         names = index.get("id2label") or dict.fromkeys(map(str, range(source.num_classes)))
         return Opened(source, (Path(pipeline),), tuple(names[key] or key for key in sorted(names, key=int)))
     trained = Trained(Path(run), None, ema, f"--{prefix}ema")
@@ -119,23 +119,22 @@ class Trained:
     def __init__(self, run: Path, checkpoint: Path | None = None, ema: str = "", option: str = "--ema") -> None:
         found = checkpoint or (run if (run / "state.json").is_file() else Store(run, keep=1).latest())
         if found is None:
-            raise ValueError(
-                f"run={str(run)!r} holds no whole checkpoint: train first, `accelerate launch train.py --config ... --output_dir {run}`."
-            )
+            raise ValueError(f"run={str(run)!r} holds no whole checkpoint: train first, `accelerate launch train.py --output_dir {run}`.")
         self.run, self.found, self.state = run, found, load_state(found)
-        self.config = build(Config, self.state["config"])
-        wanted = read_wanted(ema, self.config.ema, self.config.train.batch_size, option)
-        self.ema = wanted.name
-        self.class_names = tuple(self.state["class_names"])
-        self.space = Space.of(self.state["space"])
-        self.text = self.state["text"]
-        widths = tuple(self.text["widths"]) if self.text else None
-        self.network = models.build(**model_options(self.config.model, self.space.shape, len(self.class_names), widths)).eval()
-        if self.config.train.lora_rank:
-            add_lora(self.network, self.config.train.lora_rank, self.config.train.lora_alpha)
-        weights, self.weights = read_weights(found, self.state, wanted, self.config.ema)
-        self.network.load_state_dict(weights)
-        self.network = merge_lora(self.network)
+        with understood(found):
+            self.config = build(Config, self.state["config"])
+            wanted = read_wanted(ema, self.config.ema, self.config.train.batch_size, option)
+            self.ema, self.class_names = wanted.name, tuple(self.state["class_names"])
+            self.space, self.text = Space.of(self.state["space"]), self.state["text"]
+            words = tuple(self.text["widths"]) if self.text else None
+            sizes = model_options(self.config.model, self.space.shape, len(self.class_names), words)
+            check_network(found, sizes, partial(models.build, **sizes, device="meta"))
+            self.network = models.build(**sizes).eval()
+            if self.config.train.lora_rank:
+                add_lora(self.network, self.config.train.lora_rank, self.config.train.lora_alpha)
+            weights, self.weights = read_weights(found, self.state, wanted, self.config.ema)
+            self.network.load_state_dict(weights)
+            self.network = merge_lora(self.network)
 
     def source(self, device: torch.device | str) -> Source:
         """The averaged network as a field."""

@@ -12,6 +12,7 @@ if is_program(__name__):
     own_allocator()
 
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,21 +85,23 @@ def train(config: Config) -> int:
     accelerator = launch.start(config, group, saved, partial(measure, config, sources, space))
     launch.agree("data.shards", sources.images.fingerprint)
     owned = launch.lock(folder) if accelerator.is_main_process else None
-    status = Status(folder, accelerator.is_main_process)
-    run = assemble(config, sources, space, accelerator, store, status, fresh=checkpoint is None)
-    data.check_sides(sources.options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
-    begin(run, checkpoint, space)
-    run.log.say(sources.note)
-    STOPPER.defer()
-    code = story(run)
-    if sources.cut:
-        run.log.say(sources.cut)
-    accelerator.end_training()
-    if code == 0 and config.export and accelerator.is_main_process:
-        export(folder)
-    leave_group(code)
-    if owned:
-        owned.close()
+    with closing(owned) if owned else nullcontext():
+        status = Status(folder, accelerator.is_main_process)
+        status.lock = owned
+        run = assemble(config, sources, space, accelerator, store, status, fresh=checkpoint is None)
+        if owned:
+            run.store.lost = run.snapshots.lost = owned.lost
+        data.check_sides(sources.options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
+        begin(run, checkpoint, space)
+        run.log.say(sources.note)
+        STOPPER.defer()
+        code = story(run)
+        if sources.cut:
+            run.log.say(sources.cut)
+        accelerator.end_training()
+        if code == 0 and config.export and accelerator.is_main_process:
+            export(folder)
+        leave_group(code)
     return code
 
 

@@ -7,6 +7,7 @@ cache of its output is known.
 from __future__ import annotations
 
 import inspect
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .fingerprint import config_hash, differences, locate, read_config, weight_files, weight_names, weights_hash
+from .model_folders import check_counts, check_model_folder, check_size, read_shapes
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 
@@ -44,12 +46,21 @@ def read_autoencoder(name: str) -> AutoencoderFacts:
     kind, config = _kind(folder)
     files = weight_files(folder)
     named = f"{kind} with pools" if kind == "AutoencoderTiny" and any(".pool." in name for name in weight_names(files)) else kind
+    fingerprint = {"class": named, "config": config_hash(config), "weights": weights_hash(files)}
+    try:
+        return _facts(name, kind, config, fingerprint)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"{folder}/config.json makes no autoencoder ({error}): copy the autoencoder again.") from error
+
+
+def _facts(name: str, kind: str, config: dict[str, Any], fingerprint: dict[str, Any]) -> AutoencoderFacts:
+    """What a configuration says of an autoencoder."""
     scale, mean, std = float(config.get("scaling_factor") or 1.0), config.get("latents_mean"), config.get("latents_std")
     return AutoencoderFacts(
         name=name,
-        fingerprint={"class": named, "config": config_hash(config), "weights": weights_hash(files)},
-        channels=config["latent_channels"],
-        image_channels=config["in_channels"],
+        fingerprint=fingerprint,
+        channels=operator.index(config["latent_channels"]),
+        image_channels=operator.index(config["in_channels"]),
         factor=2 ** (len(config["block_out_channels" if kind == "AutoencoderKL" else "encoder_block_out_channels"]) - 1),
         deterministic=kind != "AutoencoderKL",
         scale=tuple(scale / float(s) for s in std) if std else (scale,),
@@ -61,6 +72,7 @@ def _kind(folder: Path) -> tuple[str, dict[str, Any]]:
     """An autoencoder's class, and its configuration with the class's defaults where its file says nothing."""
     import diffusers
 
+    check_model_folder(folder)
     config = read_config(folder)
     kind = str(config.get("_class_name"))
     if kind not in AUTOENCODERS:
@@ -154,11 +166,15 @@ def _load(folder: Path, kind: str, dtype: torch.dtype) -> nn.Module:
     from safetensors.torch import load_file
 
     files = weight_files(folder)
+    path, config, shapes = folder / "config.json", read_config(folder), read_shapes(files)
+    check_counts(path, config, len(shapes))
     try:
+        with torch.device("meta"):
+            check_size(path, getattr(diffusers, kind).from_config(config), shapes)
         if kind == "AutoencoderTiny":
             state = {name: value for file in files for name, value in load_file(file).items()}
             known = inspect.signature(diffusers.AutoencoderTiny.__init__).parameters
-            vae = diffusers.AutoencoderTiny(**{key: value for key, value in read_config(folder).items() if key in known})
+            vae = diffusers.AutoencoderTiny(**{key: value for key, value in config.items() if key in known})
             _add_pools(vae, state)
             vae.load_state_dict(state)
             return nn.Module.to(vae, dtype=dtype)
@@ -166,7 +182,7 @@ def _load(folder: Path, kind: str, dtype: torch.dtype) -> nn.Module:
             folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False
         )
         return loaded
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # diffusers raises many kinds for what a stranger may write there
         raise ValueError(f"{folder}: the weights do not fit ({' '.join(str(error).split())[:300]}): copy the autoencoder again.") from error
 
 

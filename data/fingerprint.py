@@ -72,7 +72,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The encoder's `config.json`; a ValueError where it is damaged."""
     try:
         return dict(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{folder}/config.json cannot be read ({error}): copy the encoder again.") from error
 
 
@@ -89,7 +89,7 @@ def weight_files(folder: Path) -> list[Path]:
         ValueError: there is none, or one that its index names is missing.
     """
     for index in sorted(folder.glob("*.safetensors.index.json")):
-        files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        files = [folder / file for file in sorted(_listed(index))]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
             raise ValueError(f"{folder} lacks {', '.join(missing)}, which {index.name} names: copy the encoder again.")
@@ -100,6 +100,17 @@ def weight_files(folder: Path) -> list[Path]:
     raise ValueError(
         f"{folder} holds no .safetensors: pickled weights are not read here. Save it again with `save_pretrained(safe_serialization=True)`."
     )
+
+
+def _listed(index: Path) -> set[str]:
+    """The files that an index of weights names; a ValueError where they are none of its own folder."""
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} cannot be read ({error}): copy the encoder again.") from error
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise ValueError(f"{index} names what are no files of its folder: copy the encoder again.")
+    return names
 
 
 def weights_hash(files: list[Path]) -> str:

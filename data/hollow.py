@@ -9,7 +9,7 @@ from torch import nn
 
 from .encoders import AutoencoderFacts
 from .fingerprint import locate, read_config
-from .text_encoders import TextFacts
+from .text_encoders import TextFacts, read_text_config
 
 
 def hollow_autoencoder(facts: AutoencoderFacts) -> nn.Module:
@@ -26,7 +26,7 @@ def hollow_autoencoder(facts: AutoencoderFacts) -> nn.Module:
     try:
         with torch.device("meta"):
             network: nn.Module = kind(**{key: value for key, value in read_config(folder).items() if key in known})
-    except (TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever a stranger may have written there
         raise ValueError(f"{folder}/config.json makes no autoencoder ({error}): copy it again.") from error
     return network.eval().requires_grad_(False)
 
@@ -40,7 +40,7 @@ def hollow_text_encoder(facts: TextFacts) -> nn.Module:
     import transformers
 
     folder = locate(facts.name, "data.text_encoder", "text_encoder")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = read_text_config(folder)
     kinds = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
     try:
         with torch.device("meta"):
@@ -50,6 +50,6 @@ def hollow_text_encoder(facts: TextFacts) -> nn.Module:
                 network = getattr(transformers, kinds[config.model_type])(config)
             else:
                 network = transformers.AutoModel.from_config(config)
-    except (TypeError, RuntimeError) as error:
+    except Exception as error:  # whatever a stranger may have written there
         raise ValueError(f"{folder}/config.json makes no text encoder ({error}): copy it again.") from error
     return network.eval().requires_grad_(False)

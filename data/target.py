@@ -20,6 +20,8 @@ from .write import commit_json
 
 HALF_AN_INDEX = f".[0-9]*-{'[0-9a-f]' * 16}.npy"
 """What `index.describe` was writing when it was killed."""
+HALF_WRITTEN = (HALF_AN_INDEX, ".[0-9]*-summary.png", "tmp-[0-9]*-report.json", ".manifest.json.[0-9]*", ".packed/tmp-[0-9]*.npz")
+"""What any writer of a finished folder's files was writing then; all of them write only while they have it locked."""
 
 
 def remembered(output: Path) -> Packed | None:
@@ -118,7 +120,7 @@ def locked(output: Path, asked: PackRequest, names: list[str], packed: Packed | 
                 f"{output} holds half-packed shards of other images or settings: finish that command, or choose another --output."
             )
         commit_json(asked[:3], begun)
-        for stale in (*folder.glob("tmp-*"), *output.glob(HALF_AN_INDEX)):
+        for stale in (*folder.glob("tmp-*"), *(path for left in HALF_WRITTEN for path in output.glob(left))):
             stale.unlink()
         yield folder
 

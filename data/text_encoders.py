@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .fingerprint import config_hash, locate, read_config, weight_files, weights_hash
 from .join import TextFacts, TextStates, length_of, padded
+from .model_folders import TEXT_MODELS, check_counts, check_model_folder, check_size, read_json, read_shapes
 from .options import Options
 
 CLIP = ("clip", "clip_text_model")
@@ -43,7 +44,7 @@ def read_text_encoder(name: str, max_tokens: int, padding: str = "mask") -> Text
     pooled_width = int(config.projection_dim) if projected else width
     fingerprint = {
         "class": f"{config.model_type}{' with projection' if projected else ''}",
-        "config": config_hash({key: value for key, value in _whole_config(folder).to_dict().items() if key != "architectures"}),
+        "config": config_hash({key: value for key, value in read_text_config(folder).to_dict().items() if key != "architectures"}),
         "weights": weights_hash(weight_files(folder)),
         "tokenizer": _tokenizer_hash(tokenizer),
         "max_tokens": max_tokens,
@@ -156,15 +157,31 @@ def encode_captions(encoders: Sequence[TextEncoder], captions: Sequence[str]) ->
     return tuple(padded(part, length_of(part.mask.shape[1], encoder.max_tokens)) for encoder, part in zip(encoders, parts, strict=True))
 
 
-def _whole_config(folder: Path) -> Any:
+def read_text_config(folder: Path) -> Any:
+    """Return the configuration of a text encoder whose folder holds nothing that would be run, or opened elsewhere.
+
+    Raises:
+        ValueError: a folder that does, a type that is not read here, or a configuration that makes none.
+    """
     import transformers
 
-    return transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+    check_model_folder(folder)
+    said = read_json(folder / "config.json")
+    if said.get("model_type") not in TEXT_MODELS:
+        raise ValueError(
+            f"data.text_encoder={str(folder)!r} is of the type {str(said.get('model_type'))[:60]!r}, which is not read here: choose one of "
+            f"{', '.join(TEXT_MODELS)}."
+        )
+    try:
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds for what a stranger may write there
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder}/config.json makes no text encoder ({reason}): copy the text encoder again.") from error
 
 
 def _config(folder: Path) -> Any:
     """The text part of an encoder's configuration; a whole CLIP's with the projection that its two halves share."""
-    whole = _whole_config(folder)
+    whole = read_text_config(folder)
     text = whole.get_text_config()
     if text is not whole and whole.model_type == "clip":
         text.projection_dim = whole.projection_dim
@@ -189,11 +206,17 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     else:
         name = encoders.get(config.model_type, "AutoModel")
     transformers.logging.disable_progress_bar()
-    weight_files(folder)
-    with _silent():
-        model, said = getattr(transformers, name).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, dtype=dtype, output_loading_info=True, **more
-        )
+    check_counts(folder / "config.json", read_json(folder / "config.json"), len(shapes := read_shapes(weight_files(folder))))
+    told = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
+    try:
+        with _silent():
+            with torch.device("meta"):
+                kind = getattr(transformers, name)
+                check_size(folder / "config.json", kind.from_config(config) if name == "AutoModel" else kind(config), shapes)
+            model, said = kind.from_pretrained(folder, dtype=dtype, **told, **more)
+    except Exception as error:  # as above
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder}: the weights do not fit ({reason}): copy the text encoder again.") from error
     missing = sorted(key for key in said["missing_keys"] if not key.startswith("pooler."))  # BERT's, which nobody asks here
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} of the weights, such as {missing[0]}: copy the text encoder again.")
@@ -228,8 +251,9 @@ def _tokenizer(folder: Path) -> Any:
     try:
         if not any(file for kind in VOCABULARIES for file in place.glob(kind)):  # transformers may make one that knows no word
             raise ValueError(f"none of {', '.join(VOCABULARIES)} is there")
-        return transformers.AutoTokenizer.from_pretrained(place, local_files_only=True)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        check_model_folder(place)
+        return transformers.AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # its library in Rust raises plain ones
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"data.text_encoder={str(folder)!r} has no tokenizer ({reason}): save it into the same folder.") from error
 

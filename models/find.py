@@ -62,17 +62,31 @@ def find(name: str) -> Found:
         config = dict(json.loads((folder / "config.json").read_text()))
         schedule = folder.parent / "scheduler" / "scheduler_config.json"
         scheduler = dict(json.loads(schedule.read_text())) if folder.name in PARTS and schedule.is_file() else {}
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"init_from={name!r}: the configuration cannot be read ({error}). Copy the weights again.") from error
     kind = str(config.get("_class_name", "none"))
     kind = LEGACY.get(str(config.get("norm_type")), kind) if kind == "Transformer2DModel" else kind
     if kind not in CLASSES:
         raise ValueError(f"init_from={name!r} holds a {kind}: ours can hold {', '.join(CLASSES)}, and files of the original DiT and SiT.")
     state = _floats(_weights(folder))
-    with torch.device("meta"):
-        stock = stock_of(kind, config)
+    _check_layers(name, config, len(state))
+    try:
+        with torch.device("meta"):
+            stock = stock_of(kind, config)
+    except Exception as error:  # diffusers raises many kinds for what a stranger may write there
+        raise ValueError(
+            f"init_from={name!r}: its configuration makes no {kind} ({' '.join(str(error).split())[:200]}). {AGAIN}"
+        ) from error
     check(name, f"its own {kind}", state, {key: value.shape for key, value in stock.state_dict().items()}, AGAIN)
     return Found(name, kind, dict(stock.config), state, scheduler)  # type: ignore[arg-type]
+
+
+def _check_layers(name: str, config: Mapping[str, Any], tensors: int) -> None:
+    """Raises ValueError for more layers than there are tensors: they would be built before anything shows that they do not fit."""
+    for key in ("num_layers", "layers_per_block", "num_single_layers", "transformer_layers_per_block"):
+        value = config.get(key)
+        if any(isinstance(count, int) and count > tensors for count in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"init_from={name!r}: {key}={str(value)[:60]} for {tensors} tensors. {AGAIN}")
 
 
 def stock_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
@@ -147,8 +161,11 @@ def _weights(folder: Path) -> dict[str, Tensor]:
         index = folder / f"{stem}.{ending}.index.json"
         if index.is_file():
             try:
-                files = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-            except (OSError, ValueError, KeyError, AttributeError) as error:
+                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+                if not all(Path(file).name == file for file in names):
+                    raise ValueError("it names files of elsewhere")
+                files = [folder / file for file in names]
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise ValueError(f"init_from: {index} cannot be read ({error}). Copy the weights again.") from error
         elif not files[0].is_file():
             continue

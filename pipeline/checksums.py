@@ -42,7 +42,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(f"{folder} has no {NAME}, so nobody can tell whether it is whole: export it again, `sample.py export --run RUN`.")
     listed = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="backslashreplace").splitlines():
         found = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
         if not found or PurePosixPath(found[2]).is_absolute() or ".." in PurePosixPath(found[2]).parts:
             raise ValueError(f"{path}: {line[:80]!r} is no line of a list of hashes: export the folder again.")
@@ -69,7 +69,14 @@ def check_folder(folder: Path, *, every: bool = False) -> dict[str, str]:
     listed = read_checksums(folder)
     missing = [name for name in listed if not (folder / name).is_file()]
     changed = [name for name, wanted in listed.items() if name not in missing and _differs(folder / name, wanted, every)]
-    faults = [f"{', '.join(names)} {what}" for names, what in ((missing, "missing"), (changed, "changed")) if names]
+    told = [
+        path.relative_to(folder).as_posix()
+        for path in (folder / "model_index.json", *sorted(folder.glob("*/*config.json")))
+        if path.is_file()
+    ]
+    unlisted = [name for name in told if name not in listed]  # a list that was cut between two lines is none
+    kinds = ((missing, "missing"), (changed, "changed"), (unlisted, f"not in {NAME}"))
+    faults = [f"{', '.join(names)} {what}" for names, what in kinds if names]
     if faults:
         raise ValueError(
             f"{folder} is not as it was exported: {'; '.join(faults)}. Export it again; if you changed it on purpose, "

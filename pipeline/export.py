@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -27,6 +25,7 @@ from .fold import stock_autoencoder
 from .folder import open_folder
 from .generate import Sampler, generate
 from .leaks import scrubbed, without_origin
+from .own_files import folder_for, put_in_place
 from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
 from .recipe import as_mapping
 from .sheet import grid, save_image
@@ -78,10 +77,7 @@ def write_folder(
         raise ValueError(f"{output} is not empty and no export: give another folder.")
     vae = stock_autoencoder(vae, space) if vae is not None else None
     choice = choose(network, why, config.flow, space, class_names, vae, spoken)
-    temporary = output.parent / f".{output.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)  # new: where somebody planted a link, an error
-    try:
+    with folder_for(output) as temporary:
         save(choice.pipeline, temporary, variant)
         _mend_index(temporary, choice.pipeline, class_names)
         _clean(temporary)
@@ -95,9 +91,7 @@ def write_folder(
         calls = choice.calls(class_names, captions, guidance, bands=space.image_channels > 4)
         (temporary / "README.md").write_text(readme(temporary, config, class_names, card, guidance, calls, choice.why))
         write_checksums(temporary)
-        _replace(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        put_in_place(temporary, output)
     told = f"; {shown}" if (shown := beyond_pil(space.image_channels, config.data.bit_depth)) else ""
     progress(f"exported to {output}: a {type(network).__name__} in {type(choice.pipeline).__name__}, {choice.reason}{told}")
     return output
@@ -128,16 +122,6 @@ def draw_samples(folder: Path, network: ModelMixin, class_names: tuple[str, ...]
         condition = source.read([captions[i % len(captions)] for i in range(16)])
     images = generate(source, condition, Sampler("heun", 25, guidance), seed=0).images
     save_image(grid(images, count or 8, scale=max(1, 48 // images.shape[-1])), folder / "samples.png")
-
-
-def _replace(temporary: Path, output: Path) -> None:
-    """Put a finished folder in the place of an older one."""
-    old = output.parent / f".{output.name}.old"
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.rename(output, old)
-    os.rename(temporary, output)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _mend_index(folder: Path, pipeline: DiffusionPipeline, class_names: tuple[str, ...]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,9 @@ from .checksums import check_folder
 from .config import Config, FlowConfig
 from .flow import Condition, velocity_field
 from .method import scaled
+from .model_folders import MOST_COUNT, TEXT_MODELS, check_counts, check_model_folder, check_size, read_json, read_shapes
 from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
+from .printable import one_line
 from .recipe import build
 from .scheduling_flow_ode_v1 import FlowODEScheduler
 from .scheduling_flow_sde_v1 import FlowSDEScheduler
@@ -27,8 +28,25 @@ from .stock import read_scheduler
 
 NETWORKS = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "UNet2DModel", "UNet2DConditionModel")
 """Stock networks that are known here."""
+TEXT_CLASSES = ("CLIPTextModelWithProjection", "T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel")
+"""Beside the classes of `TEXT_MODELS`."""
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 SCHEDULERS = {kind.__name__: kind for kind in (FlowODEScheduler, FlowSDEScheduler)}
+STOCK_SCHEDULERS = (
+    *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"),
+    *("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler", "DEISMultistepScheduler", "IPNDMScheduler"),
+    *(
+        "UniPCMultistepScheduler",
+        "SASolverScheduler",
+        "LCMScheduler",
+        "TCDScheduler",
+        "EDMEulerScheduler",
+        "EDMDPMSolverMultistepScheduler",
+    ),
+    *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"),
+)
+"""Those of diffusers, so that a folder has none of its other functions and classes called."""
 TEXT = tuple(f"{part}{end}" for end in ("", "_2", "_3") for part in ("tokenizer", "text_encoder"))
 
 
@@ -51,15 +69,37 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu", own: Map
         )
     check_folder(folder)
     try:
-        pipeline = _pipeline(folder, json.loads((folder / "model_index.json").read_text()), own or {})
+        check_model_folder(folder)
+        pipeline = _pipeline(folder, read_index(folder), own or {})
         recipe = folder / "config.yaml"
         config = build(Config, yaml.safe_load(recipe.read_text())) if recipe.exists() else None
     except Exception as error:  # diffusers raises many kinds for a damaged folder; each is the user's folder
         raise ValueError(
-            f"pipeline={str(folder)!r} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}): export it again."
+            f"pipeline={str(folder)!r} cannot be loaded ({type(error).__name__}: {one_line(error)[:600]}): export it again."
         ) from error
-    source = pipeline_source(pipeline.to(device), config.flow if config else None)
+    try:
+        source = pipeline_source(pipeline.to(device), config.flow if config else None)
+    except (AttributeError, TypeError, LookupError, ArithmeticError) as error:
+        raise ValueError(f"pipeline={str(folder)!r}: its parts do not fit ({one_line(error)[:300]}): export it again.") from error
     return replace(source, bit_depth=config.data.bit_depth) if config else source
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """Return a pipeline's model_index.json.
+
+    Raises:
+        ValueError: it cannot be read, or its parts or class names are none.
+    """
+    index = read_json(folder / "model_index.json")
+    for name, made in index.items():
+        pair = isinstance(made, list) and len(made) == 2 and all(part is None or isinstance(part, str) for part in made)
+        if name != "id2label" and isinstance(made, list) and not pair:
+            raise ValueError(f"{folder / 'model_index.json'}: its {name} names no class: export it again.")
+    names = index.get("id2label")
+    fits = isinstance(names, dict) and all(key.isdecimal() and len(key) < 7 and isinstance(value, str) for key, value in names.items())
+    if names is not None and not fits:
+        raise ValueError(f"{folder / 'model_index.json'}: its id2label is no list of names by number: export it again.")
+    return index
 
 
 def _pipeline(folder: Path, index: dict[str, Any], own: Mapping[str, type]) -> CondotPipeline:
@@ -73,16 +113,46 @@ def _pipeline(folder: Path, index: dict[str, Any], own: Mapping[str, type]) -> C
         elif name == "vae":
             parts[name] = _part(folder / name, made[1], AUTOENCODERS, {})
         elif name == "scheduler":
-            kind: Any = SCHEDULERS.get(made[1]) or getattr(diffusers, made[1])
-            parts[name] = kind.from_pretrained(folder / name, local_files_only=True)
+            parts[name] = _scheduler(folder / name, made[1])
         elif name in TEXT:
-            import transformers
-
-            safe = {"use_safetensors": True, "dtype": torch.float32} if name.startswith("text") else {}
-            parts[name] = getattr(transformers, made[1]).from_pretrained(folder / name, local_files_only=True, **safe)
+            parts[name] = _text_part(folder / name, made[1])
         else:
             raise ValueError(f"it has a {name}, a {made[1]}, which is not known here: sample it with diffusers")
     return CondotPipeline(**parts, id2label=index.get("id2label"), padding=index.get("padding", ""))
+
+
+def _scheduler(folder: Path, kind: str) -> Any:
+    """A scheduler, of a class of ours or of one that is known; of no more than its numbers make of it."""
+    if kind not in (*SCHEDULERS, *STOCK_SCHEDULERS):
+        raise ValueError(f"its scheduler is a {kind}, known are {', '.join((*SCHEDULERS, *STOCK_SCHEDULERS))}")
+    path = folder / "scheduler_config.json"
+    check_counts(path, read_json(path), MOST_COUNT)
+    found: Any = SCHEDULERS.get(kind) or getattr(diffusers, kind)
+    return found.from_pretrained(folder, local_files_only=True)
+
+
+def _text_part(folder: Path, kind: str) -> Any:
+    """A text encoder or a tokenizer of transformers, of the kinds that build themselves of their own files alone."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+
+    found: Any = getattr(transformers, kind, None)
+    told: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if folder.name.startswith("tokenizer"):
+        base = transformers.PreTrainedTokenizerBase
+        if not (isinstance(found, type) and issubclass(found, base) and "Tokenizer" in kind):
+            raise ValueError(f"its {folder.name} is a {kind}, which is no tokenizer of transformers")
+        return found.from_pretrained(folder, **told)
+    known = {MODEL_MAPPING_NAMES.get(name) for name in TEXT_MODELS} | set(TEXT_CLASSES)
+    if kind not in known or found is None:
+        raise ValueError(f"its {folder.name} is a {kind}, which is no text encoder that is known here")
+    config, shapes = read_json(folder / "config.json"), read_shapes(sorted(folder.glob("*.safetensors")))
+    if config.get("model_type") not in TEXT_MODELS:
+        raise ValueError(f"its {folder.name} is of the type {config.get('model_type')!r}, known are {', '.join(TEXT_MODELS)}")
+    check_counts(folder / "config.json", config, len(shapes))
+    with torch.device("meta"):
+        check_size(folder / "config.json", found(found.config_class.from_pretrained(folder, **told)), shapes)
+    return found.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **told)
 
 
 def _part(folder: Path, kind: str, classes: tuple[str, ...], own: Mapping[str, type]) -> Any:
@@ -90,6 +160,10 @@ def _part(folder: Path, kind: str, classes: tuple[str, ...], own: Mapping[str, t
     if kind not in (*classes, *own):
         raise ValueError(f"its {folder.name} is a {kind}, known are {', '.join((*classes, *own))}")
     found: Any = own.get(kind) or getattr(diffusers, kind)
+    config, shapes = read_json(folder / "config.json"), read_shapes(sorted(folder.glob("*.safetensors")))
+    check_counts(folder / "config.json", config, len(shapes))
+    with torch.device("meta"):
+        check_size(folder / "config.json", found.from_config(config), shapes)
     return found.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
 
 

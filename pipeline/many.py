@@ -257,11 +257,18 @@ def collect(
             owned = lock(folder, "--output")
             bind(folder, settings, count)
         keeper = open_keeper()
+
+    def ours(numbers: range) -> Sequence[Made]:
+        made = make(numbers)
+        if owned and (lost := owned.lost()):
+            raise ValueError(lost)
+        return made
+
     stopper.defer()
     mine = units(count, unit, group.process_index, group.num_processes)
     title = f"process 1 of {group.num_processes}" if group.num_processes > 1 else "sampling"
     with tqdm(total=sum(map(len, mine)), desc=title, unit="image", mininterval=1, disable=not group.is_main_process) as bar:
-        fill(keeper, mine, make, most, lambda: stopper.requested, bar)
+        fill(keeper, mine, ours, most, lambda: stopper.requested, bar)
     group.wait_for_everyone()
     left = sum(map(len, map(open_keeper().missing, units(count, unit)))) if group.is_main_process else 0
     if owned:

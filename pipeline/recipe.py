@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import tyro
 import yaml
 
-from .printable import redacted
+from .printable import one_line, redacted
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -147,8 +147,19 @@ def asked(argv: list[str], switch: str) -> bool:
 
 
 def build(cls: type[T], mapping: dict[str, Any]) -> T:
-    """Fill a dataclass from a mapping, such as a saved configuration; errors as in `parse`."""
-    given = {key: values for key, values in _flatten(mapping).items() if values}  # an empty list is every list's default
+    """Fill a dataclass from a mapping, such as a saved configuration, which may be a stranger's: it names no file to be read.
+
+    Raises:
+        ValueError: as `parse`; or what no saved configuration holds.
+    """
+    try:
+        given = {key: values for key, values in _flatten(mapping).items() if values}  # an empty list is every list's default
+    except (AttributeError, RecursionError) as error:
+        raise ValueError("a saved configuration is a mapping of sections (data, model, flow, train, ...), and this is none.") from error
+    for key, values in given.items():
+        word = next((value for value in values if value.startswith("--") or value == "-h"), None)
+        if key in ("config", "help") or not re.fullmatch(r"\w+(\.\w+)*", key) or word is not None:
+            raise ValueError(f"{one_line(key)[:60]}={one_line(word)[:60] if word else '...'} is nothing that a saved configuration holds.")
     return parse(cls, [word for key, values in given.items() for word in (f"--{key}", *values)])
 
 

@@ -92,8 +92,19 @@ class Space:
 
     @classmethod
     def of(cls, saved: dict[str, Any]) -> Space:
-        """As a checkpoint keeps it."""
-        return cls(**{**saved, "scale": tuple(saved["scale"]), "shift": tuple(saved["shift"])})
+        """Return the space that a checkpoint keeps.
+
+        Raises:
+            ValueError: it keeps none.
+        """
+        try:
+            space = cls(**{**saved, "scale": tuple(map(float, saved["scale"])), "shift": tuple(map(float, saved["shift"]))})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"a checkpoint's `space` is none ({error}): take another checkpoint.") from error
+        sizes = (space.channels, space.height, space.width, space.factor, space.image_channels)
+        if not all(type(size) is int and 0 < size < 2**20 for size in sizes) or not isinstance(space.autoencoder, str):
+            raise ValueError(f"a checkpoint's `space` has the sizes {sizes}: take another checkpoint.")
+        return space
 
     @property
     def latent(self) -> bool:

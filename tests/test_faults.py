@@ -12,6 +12,7 @@ import time
 
 import pytest
 from conftest import ROOT, arguments, launch
+from test_injected import injected
 
 from pipeline.checkpoint import load_tensors
 
@@ -19,6 +20,13 @@ pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("one_thread")]
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
 RUN = ("--train.max_steps=40", "--checkpoint.every=3", "--log.every=1", "--ema.power", "0.1")
 STEPS = 40
+
+
+@pytest.mark.parametrize(("what", "least"), [("save", 20), ("prepare", 200), ("prepare_again", 100), ("export", 60)])
+def test_a_fault_at_any_operation_leaves_a_whole_result_and_the_same_command_ends_as_if_nothing_was(tmp_path, what, least):
+    """Killed before and after, torn, ENOSPC and EIO once, ENOSPC from then on: at each of the operations of one save, packing, export."""
+    found = injected(tmp_path, what, 1)
+    assert found["findings"] == [] and found["operations"] >= least and found["trials"] == 6 * found["operations"], found
 
 
 def digest(folder):

@@ -512,3 +512,19 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch, capsys):
     assert "--splits 'dev'" in refused(capsys, "hub", tmp_path / "set", "--splits", "dev", "--output", tmp_path / "c")
     assert "cannot be loaded by `datasets`" in refused(capsys, "hub", tmp_path / "absent", "--output", tmp_path / "c")
     assert not {"torchvision", "torchaudio"} & set(sys.modules)
+
+
+def test_what_a_killed_packing_left_is_swept(tmp_path):
+    """Temporary names of each file of a finished folder; what is called otherwise is somebody's."""
+    folder = tmp_path / "in"
+    for kind in "ab":
+        (folder / kind).mkdir(parents=True)
+        Image.new("RGB", (8, 8), (9, ord(kind), 9)).save(folder / kind / "1.png")
+    left = [".123-summary.png", "tmp-5-report.json", ".manifest.json.77", ".packed/tmp-9.npz", f".8-{'0a' * 8}.npy"]
+    kept = [".mine-summary.png", "notes.txt", ".packed/notes"]
+    (tmp_path / "out" / ".packed").mkdir(parents=True)
+    for name in (*left, *kept):
+        (tmp_path / "out" / name).write_text("x")
+    assert main(["imagefolder", str(folder), "--output", str(tmp_path / "out"), "--workers", "0"]) == 0
+    there = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")}
+    assert there.isdisjoint(left) and there.issuperset(kept)

@@ -15,24 +15,27 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shutil
 import uuid
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
 from torch import Tensor
 
+from ..own_files import sync
 from ..printable import say
-from .manifest import NAME, Seals, broadcast, check_present, gather, rank, sync, verify, world, write_text
+from . import room
+from .manifest import Seals, broadcast, check_alike, check_present, gather, rank, verify, world, write, write_text
 from .rankfile import DTYPES, Host, Place, not_finite, write_file
 from .shares import to_write
-from .stored import averages, load_into, load_state, load_tensors, raw_weights
+from .stored import averages, check_network, load_into, load_state, load_tensors, raw_weights, understood
 
-__all__ = ["Store", "averages", "choose", "find", "load_into", "load_state", "load_tensors", "raw_weights", "verify"]
+__all__ = ["Store", "averages", "check_network", "choose", "find", "load_into", "load_state", "load_tensors", "raw_weights"]
+__all__ += ["understood", "verify"]
 
 PREFIX = "checkpoint-"
 NOT_FINITE = "holds numbers that are not finite"
@@ -101,6 +104,8 @@ class Store:
 
     def __init__(self, root: Path, keep: int) -> None:
         self.root, self.keep = root, keep
+        self.lost: Callable[[], str] = str
+        """Why `root` is not the folder that the run has locked, or ""; asked on the first rank before each commit."""
         self.pending: int | None = None
         """The step whose save was begun and not finished."""
         self._saving: Saving | None = None
@@ -110,6 +115,24 @@ class Store:
     def reserve(self, tensors: dict[str, Tensor]) -> None:
         """Take the memory for copies of such a state, in a thread: the first `begin` is then as quick as others; each rank for itself."""
         self._host.reserve(to_write(tensors, rank(), world()))
+
+    def check_room(self, tensors: dict[str, Tensor], saves: int) -> None:
+        """See that the disk can hold what is to be kept of such a state, and one more while it is written; called by all ranks together.
+
+        Args:
+            tensors: as in `begin`.
+            saves: that are still to come.
+
+        Raises:
+            ValueError: it cannot, or a limit on files or a quota forbids it.
+        """
+        there = len(self.folders()) if rank() == 0 else 0
+        room.check(self.root, tensors, min(saves, self.keep + 1 - min(self.keep, there)))
+
+    def check_owned(self) -> None:
+        """Raise ValueError where the run's folder is not its own any more, on all ranks, which ask together."""
+        if lost := broadcast(self.lost() if rank() == 0 else ""):
+            raise ValueError(lost)
 
     def begin(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Copy the state and start to write it; called by all ranks together, after the save before was finished.
@@ -121,10 +144,14 @@ class Store:
             step: optimiser steps done; names the folder.
             tensors: by name, the same names on every rank; shards as DTensors, plain tensors the same on every rank.
             state: anything JSON keeps.
+
+        Raises:
+            ValueError: the run's folder is not its own any more.
         """
         assert self.pending is None, f"the save of step {self.pending} is not finished"
         text = json.dumps({**state, "world": world()}, indent=1)
         listed = {name: [DTYPES.get(t.dtype, str(t.dtype)), list(t.shape)] for name, t in tensors.items()}
+        self.check_owned()
         there = rank() == 0 and os.path.exists(self._path(step)) and verify(self._path(step)) is None
         there, name = broadcast((there, f".tmp-{step}-{uuid.uuid4().hex[:8]}"))
         self.pending = step
@@ -144,15 +171,25 @@ class Store:
             What went wrong on any rank, the same list on all; empty if all
             went well, or nothing was begun. After an error nothing of it is
             left, and older checkpoints are as they were.
+
+        Raises:
+            ValueError: the run's folder is not its own any more.
         """
         saving, step = self._saving, self.pending
         self._saving = self.pending = None
         if saving is None or step is None:
+            if step is not None and rank() == 0:
+                self._prune(step)  # it was there: who wrote it may have been killed before the older ones went
             return []
         if saving.thread:
             saving.thread.join()
         gathered = gather((saving.seals, saving.told, saving.error))
         errors = [error for *_, error in gathered if error]
+        try:
+            self.check_owned()
+        except ValueError:
+            saving.discard()
+            raise
         if rank() == 0 and not errors:
             files = {name: seal for part, *_ in gathered for name, seal in part.items()}
             errors = self._commit(step, saving, files, [told for _, told, _ in gathered])
@@ -175,10 +212,9 @@ class Store:
         """Complete, rename and prune, on the first rank alone."""
         final = self._path(step)
         try:
-            _check_alike(saving.listed, told)
+            check_alike(saving.listed, told)
             check_present(saving.folder, files)
-            manifest = {"version": 2, "step": step, "world": world(), "files": files, "tensors": saving.listed}
-            write_text(saving.folder / NAME, json.dumps(manifest, indent=1))
+            write(saving.folder, step, files, saving.listed)
             sync(saving.folder)
             if final.exists():  # a damaged one: a good one is not written again
                 os.rename(final, self.root / f".tmp-old-{uuid.uuid4().hex[:8]}")
@@ -212,8 +248,10 @@ class Store:
         while self._brooms:
             self._brooms.pop().join()
 
-    def sweep(self) -> None:
-        """Remove what an interrupted save or removal left behind, on one rank alone."""
+    def sweep(self, good: Path | None = None) -> None:
+        """Remove what an interrupted save or removal left behind, on one rank alone; and what is older than is kept beside a good one."""
+        if good and good.parent == self.root:
+            self._prune(_step(good))
         for folder in self.root.glob(".tmp-*"):
             if self._saving is None or folder != self._saving.folder:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -231,14 +269,6 @@ class Store:
             if rank() == 0:
                 say(f"checkpoint {folder} is damaged and passed over: {fault}")
         return None
-
-
-def _check_alike(listed: dict[str, Any], told: list[dict[str, Any]]) -> None:
-    """Raises ValueError where ranks were given other tensors, or do not together hold all of them."""
-    other = [number for number, one in enumerate(told) if one["listed"] != told[0]["listed"]]
-    written, asked = sum(one["numel"] for one in told), sum(math.prod(shape) for _, shape in listed.values())
-    if other or written != asked:
-        raise ValueError(f"{written} of {asked} numbers were written, and ranks {other[:3]} named other tensors than the first")
 
 
 def _step(folder: Path) -> int:

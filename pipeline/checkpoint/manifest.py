@@ -1,15 +1,16 @@
 """What makes a checkpoint whole: a manifest with the size and sha256 of every file, checked by all ranks together.
 
-The manifest is the last file written; a folder without one, or with files that
-do not match it, is no checkpoint. What was found good is not hashed again
-while its files stay as they are.
+The manifest is the last file written, and its own last line holds the sha256 of all before it. A folder without a manifest, or
+with files that do not match it, is no checkpoint. What was found good is not hashed again while its files stay as they are.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +18,24 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
+from ..own_files import open_regular
+from ..printable import one_line
 from ..process import processors
+from .rankfile import listed
 from .shares import deal
 
 T = TypeVar("T")
 Seals = dict[str, dict[str, Any]]
 """Size in `bytes` and `sha256` of files, by name."""
 NAME = "manifest.json"
+VERSION = 3
+"""Since 3 a manifest is sealed; 2 lists tensors, 1 does not."""
+SEALED = re.compile(rb',\n "sha256": "([0-9a-f]{64})"\n\}\Z')
+"""How a sealed manifest ends: with the sha256 of what it would be without this line."""
+PACKED = 2
+"""Numbers in a byte at most, of any type: so that nobody makes room for more than a file can hold."""
+MOST_BYTES = 1 << 28
+"""Of a manifest, or of state.json; more is no text of ours, and is not read."""
 WRONG = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
 """What reading a damaged file raises."""
 
@@ -68,15 +80,6 @@ def write_text(path: Path, text: str) -> dict[str, Any]:
     return {"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}
 
 
-def sync(folder: Path) -> None:
-    """Force a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def check_present(folder: Path, files: Seals) -> None:
     """See, on the first rank, the files that all ranks say they wrote.
 
@@ -92,17 +95,71 @@ def check_present(folder: Path, files: Seals) -> None:
         )
 
 
+def check_alike(listed: dict[str, Any], told: list[dict[str, Any]]) -> None:
+    """Raises ValueError where ranks were given other tensors, or do not together hold all of them."""
+    other = [number for number, one in enumerate(told) if one["listed"] != told[0]["listed"]]
+    written, asked = sum(one["numel"] for one in told), sum(math.prod(shape) for _, shape in listed.values())
+    if other or written != asked:
+        raise ValueError(f"{written} of {asked} numbers were written, and ranks {other[:3]} named other tensors than the first")
+
+
+def write(folder: Path, step: int, files: Seals, tensors: dict[str, Any]) -> None:
+    """Write the manifest of a folder, sealed, and force it to the disk.
+
+    Args:
+        folder: the checkpoint's.
+        step: optimiser steps done.
+        files: the seals of all its other files.
+        tensors: type and shape of every whole tensor, by name.
+    """
+    text = json.dumps({"version": VERSION, "step": step, "world": world(), "files": files, "tensors": tensors}, indent=1)
+    write_text(folder / NAME, f'{text[:-2]},\n "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}')
+
+
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a folder.
+    """Return the manifest of a folder.
 
     Raises:
-        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: there is none that can be read.
+        OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError: there is none that can be read, or its seal is broken.
     """
-    manifest = json.loads((folder / NAME).read_text())
-    files = manifest["files"]
-    if not isinstance(files, dict) or "state.json" not in files or any(os.path.basename(name) != name for name in files):
+    body = read_bytes(folder / NAME)
+    seal, manifest = SEALED.search(body), json.loads(body)
+    if seal and hashlib.sha256(body[: seal.start()] + b"\n}").hexdigest() != seal[1].decode():
+        raise ValueError(f"{NAME} does not match its own sha256")
+    if not seal and manifest["version"] not in (1, 2):
+        raise ValueError(f"{NAME} has lost its seal")
+    files, tensors = manifest["files"], manifest.get("tensors", {})
+    if not isinstance(files, dict) or "state.json" not in files or not all(_is_seal(name, seal) for name, seal in files.items()):
         raise ValueError(f"{NAME} is none of a checkpoint")
+    if not isinstance(tensors, dict) or not all(map(_is_tensor, tensors.values())):
+        raise ValueError(f"{NAME} lists what are no tensors")
+    held = sum(seal["bytes"] for name, seal in files.items() if name.endswith(".safetensors"))
+    if sum(math.prod(shape) for _, shape in tensors.values()) > held * PACKED:
+        raise ValueError(f"{NAME} lists more numbers than its files can hold")
     return manifest
+
+
+def _is_seal(name: str, seal: Any) -> bool:
+    """Whether a manifest names a file of its own folder, and says what is to be said of it."""
+    size, sha = (seal.get("bytes"), seal.get("sha256")) if isinstance(seal, dict) else (None, None)
+    plain = name not in ("", ".", "..", NAME) and "/" not in name and "\0" not in name
+    return plain and type(size) is int and 0 <= size < 2**63 and isinstance(sha, str) and len(sha) == 64
+
+
+def _is_tensor(said: Any) -> bool:
+    """Whether a manifest's entry is a type and a shape."""
+    if not (isinstance(said, list) and len(said) == 2 and isinstance(said[0], str) and isinstance(said[1], list)):
+        return False
+    return len(said[1]) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in said[1])
+
+
+def read_bytes(path: Path) -> bytes:
+    """Return a small file of a checkpoint; what is no plain file, or too large for one of ours, is an OSError."""
+    with open(path, "rb", opener=open_regular) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MOST_BYTES:
+            raise OSError(f"{path.name} has {size} bytes, more than any of ours")
+        return file.read()
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -120,12 +177,15 @@ def verify(folder: Path, *, together: bool = False) -> str | None:
     try:
         answer: tuple[str | None, Seals] = (None, read(folder)["files"]) if rank() == 0 or not together else (None, {})
     except WRONG as error:
-        answer = (f"{type(error).__name__}: {error}", {})
+        answer = (f"{type(error).__name__}: {one_line(error)}", {})
     fault, files = broadcast(answer) if together else answer
     if fault:
         return fault
     marks = _marks(folder, files)
-    fault = None if marks is not None and _good.get(folder) == marks else _hash(folder, files, together)
+    known = marks is not None and _good.get(folder) == marks
+    fault = None if known else _hash(folder, files, together)
+    if fault is None and not known and (rank() == 0 or not together):
+        fault = _listing_fault(folder)
     if together:
         fault = next((text for text in gather(fault) if text), None)
     if fault is None and marks is not None:
@@ -144,6 +204,20 @@ def _hash(folder: Path, files: Seals, together: bool) -> str | None:
         return next((fault for fault in faults if fault), None)
 
 
+def _listing_fault(folder: Path) -> str | None:
+    """What is wrong with the list of tensors, which only the headers of the files can tell where the manifest has no seal."""
+    try:
+        manifest = read(folder)
+        said = manifest.get("tensors")
+        if "sha256" not in manifest and said is not None:
+            found = listed(tensor_files(folder))
+            if {name: (dtype, tuple(shape)) for name, (dtype, shape) in said.items()} != found:
+                return f"{NAME} lists other tensors than its files hold"
+    except WRONG as error:
+        return f"{type(error).__name__}: {one_line(error)}"
+    return None
+
+
 def _size(seal: Any) -> int:
     size = seal.get("bytes") if isinstance(seal, dict) else None
     return size if isinstance(size, int) else 0
@@ -151,10 +225,10 @@ def _size(seal: Any) -> int:
 
 def _fault(path: Path, seal: dict[str, Any]) -> str | None:
     try:
-        size = path.stat().st_size
-        if size != seal["bytes"]:
-            return f"{path.name} has {size} bytes, the manifest says {seal['bytes']}"
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != seal["bytes"]:
+                return f"{path.name} has {size} bytes, the manifest says {seal['bytes']}"
             if hashlib.file_digest(file, "sha256").hexdigest() != seal["sha256"]:
                 return f"{path.name} does not match its sha256"
     except WRONG as error:

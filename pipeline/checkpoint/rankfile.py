@@ -15,15 +15,17 @@ import json
 import math
 import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..printable import one_line
 from .shares import Box, Part, overlap, within
 
 DTYPES = {
@@ -42,6 +44,8 @@ STRETCH = 2**20
 WRITE = 2**23
 """Bytes hashed and written at a time."""
 KEY = "condot"
+Listing = dict[str, tuple[str, tuple[int, ...]]]
+"""Type, in the format's words, and shape of whole tensors, by name."""
 
 
 class Place(NamedTuple):
@@ -197,6 +201,21 @@ class Piece(NamedTuple):
     box: Box
 
 
+@contextlib.contextmanager
+def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
+    """Open a file to read its tensors.
+
+    Raises:
+        ValueError: it is none, or what it says of itself is not so.
+        OSError: there is none.
+    """
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            yield file
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise ValueError(f"{path} cannot be read ({one_line(error)}): take another checkpoint.") from error
+
+
 def pieces(file: Any) -> dict[str, Piece]:
     """What an open file (safetensors.safe_open) holds, by name; without our metadata every tensor is a whole one.
 
@@ -211,9 +230,19 @@ def pieces(file: Any) -> dict[str, Piece]:
         said = parts.get(name, {"whole": shape, "offset": (0,) * len(shape)})
         piece = Piece(one.get_dtype(), tuple(said["whole"]), Box(tuple(said["offset"]), shape))
         ends = zip(piece.whole, *piece.box, strict=True)
-        if not all(offset >= 0 and offset + length <= end for end, offset, length in ends):
+        numbers = all(type(n) is int for n in (*piece.whole, *piece.box.offset))
+        if not numbers or not all(offset >= 0 and offset + length <= end for end, offset, length in ends):
             raise ValueError(f"{name}: a part of {shape} at {piece.box.offset} does not lie in {piece.whole}")
         found[name] = piece
+    return found
+
+
+def listed(files: list[Path]) -> Listing:
+    """Return what the headers of some files say that they hold together; errors as `opened`."""
+    found: Listing = {}
+    for path in files:
+        with opened(path) as file:
+            found |= {name: (piece.dtype, piece.whole) for name, piece in pieces(file).items()}
     return found
 
 
@@ -228,10 +257,10 @@ def read_into(path: Path, wanted: dict[str, Part]) -> dict[str, int]:
         Elements filled, by name.
 
     Raises:
-        ValueError, SafetensorError, OSError: a file that cannot be read.
+        ValueError, OSError: a file that cannot be read.
     """
     filled = {}
-    with safe_open(path, framework="pt") as file, torch.no_grad():
+    with opened(path) as file, torch.no_grad():
         for name, piece in pieces(file).items():
             common = overlap(piece.box, wanted[name].box) if name in wanted and piece.whole == wanted[name].whole else None
             if common:
@@ -241,12 +270,25 @@ def read_into(path: Path, wanted: dict[str, Part]) -> dict[str, int]:
     return filled
 
 
-def read_whole(path: Path, device: torch.device | str, prefix: str, whole: dict[str, Tensor]) -> dict[str, int]:
-    """Put what a file holds of the tensors whose names begin with `prefix` into `whole`, which grows; elements read, by name."""
+def read_whole(path: Path, device: torch.device | str, shapes: dict[str, tuple[int, ...]], whole: dict[str, Tensor]) -> dict[str, int]:
+    """Put what a file holds of some tensors into `whole`, which grows.
+
+    Args:
+        path: of the file.
+        device: where they are put.
+        shapes: of the whole tensors wanted, by name.
+        whole: the tensors so far, by name.
+
+    Returns:
+        Elements read, by name.
+
+    Raises:
+        ValueError, OSError: a file that cannot be read.
+    """
     read = {}
-    with safe_open(path, framework="pt", device=str(device)) as file:
+    with opened(path, device) as file:
         for name, piece in pieces(file).items():
-            if name.startswith(prefix):
+            if shapes.get(name) == piece.whole:
                 tensor = file.get_tensor(name)
                 if piece.box.shape == piece.whole:
                     whole[name] = tensor

@@ -2,29 +2,70 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from .manifest import rank, read, tensor_files, verify
-from .rankfile import DTYPES, pieces, read_into, read_whole
+from ..printable import one_line
+from .manifest import WRONG, rank, read, read_bytes, tensor_files, verify
+from .rankfile import DTYPES, Listing, listed, read_into, read_whole
 from .shares import held
 
 SHOWN = 3
 """Names that an error lists of each kind."""
-Listing = dict[str, tuple[str, tuple[int, ...]]]
-"""Type, in the format's words, and shape of whole tensors, by name."""
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("step", "images", "cursor", "world"), int),
+    **dict.fromkeys(("meter", "guard", "scaler", "config", "facts", "space"), dict),
+    **dict.fromkeys(("averages", "class_names", "widths"), list),
+    **{"precision": (str, type(None)), "text": (dict, list, type(None))},
+}
+"""What the parts of a state are, by name."""
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """What is no tensor of a checkpoint.
+SPARE = 1 << 26
+"""Numbers that a network may hold beyond its checkpoint: tables of positions that are computed."""
+
+
+class State(dict[str, Any]):
+    """What is no tensor of a checkpoint; a part that is not there is a ValueError, which names the file.
+
+    Raises:
+        ValueError: a part is of another kind than a run writes.
+    """
+
+    def __init__(self, said: Any, path: Path) -> None:
+        if not isinstance(said, dict):
+            raise ValueError(f"{path} is no mapping: take another checkpoint.")
+        super().__init__(said)
+        self.path = path
+        for name, kind in KINDS.items():
+            value = said.get(name)
+            if name in said and not (isinstance(value, kind) and (kind is not int or (type(value) is int and 0 <= value < 2**63))):
+                raise ValueError(f"{path}: {name} is {str(value)[:40]!r}, which no run writes: take another checkpoint.")
+        texts = [*said.get("averages", ()), *said.get("class_names", ())]
+        if not all(isinstance(text, str) for text in texts) or not all(_are_numbers(said.get(name, {})) for name in ("meter", "guard")):
+            raise ValueError(f"{path}: its names are no texts, or its figures no numbers: take another checkpoint.")
+
+    def __missing__(self, name: str) -> Any:
+        raise ValueError(f"{self.path} says nothing of {name}, as that of a run does: take another checkpoint.")
+
+
+def _are_numbers(value: Any) -> bool:
+    """Whether all that is nested in lists and mappings is a number, or nothing."""
+    if isinstance(value, dict | list):
+        return all(map(_are_numbers, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, int | float)
+
+
+def load_state(folder: Path) -> State:
+    """Return what is no tensor of a checkpoint.
 
     Raises:
         ValueError: a folder that is no good checkpoint.
@@ -32,23 +73,69 @@ def load_state(folder: Path) -> dict[str, Any]:
     fault = verify(folder)
     if fault:
         raise ValueError(f"{folder} is no whole checkpoint ({fault}): give a folder checkpoint-<step>, or `latest`.")
-    return json.loads((folder / "state.json").read_text())
+    return read_state(folder)
+
+
+def read_state(folder: Path) -> State:
+    """Return the same of a folder that may be damaged.
+
+    Raises:
+        ValueError: a state.json that cannot be read.
+    """
+    try:
+        said = json.loads(read_bytes(folder / "state.json"))
+    except WRONG as error:
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise ValueError(f"{folder}/state.json cannot be read ({reason}): take another checkpoint.") from error
+    return State(said, folder / "state.json")
 
 
 def listing(folder: Path) -> Listing:
-    """What a verified checkpoint holds.
+    """Return what a verified checkpoint holds.
 
     Raises:
         ValueError: it cannot be read.
     """
     said = read(folder).get("tensors")
-    if said is not None:
-        return {name: (dtype, tuple(shape)) for name, (dtype, shape) in said.items()}
-    found: Listing = {}
-    for path in tensor_files(folder):  # of a version whose manifest did not list them
-        with safe_open(path, framework="pt") as file:
-            found |= {name: (piece.dtype, piece.whole) for name, piece in pieces(file).items()}
-    return found
+    return listed(tensor_files(folder)) if said is None else {name: (dtype, tuple(shape)) for name, (dtype, shape) in said.items()}
+
+
+@contextlib.contextmanager
+def understood(folder: Path) -> Iterator[None]:
+    """Have what a state that no run of ours wrote ends in, whatever it is, be said as a ValueError of one line that names the folder."""
+    try:
+        yield
+    except ValueError as error:
+        said = str(error)
+        if str(folder) in said or said.startswith("--"):  # of the command line
+            raise
+        raise ValueError(f"{folder}: {said}") from error
+    except (TypeError, LookupError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"{folder} holds no run that can be read ({one_line(error)[:300]}): take another checkpoint.") from error
+
+
+def check_network(folder: Path, sizes: Mapping[str, Any], build: Callable[[], nn.Module]) -> None:
+    """Refuse, before it takes memory, a network far larger than a checkpoint's tensors.
+
+    Args:
+        folder: the checkpoint's, verified.
+        sizes: what the network is built of, by name.
+        build: gives it without values, on the meta device.
+
+    Raises:
+        ValueError: more layers than there are tensors, or more numbers.
+    """
+    there = [shape for name, (_, shape) in listing(folder).items() if name.startswith("model.")]
+    counts = {name: size for name, size in sizes.items() if any(word in name for word in ("depth", "layers", "blocks"))}
+    many = [f"model.{name}={size}" for name, size in counts.items() if isinstance(size, int) and size > len(there)]
+    network = None if many else build()
+    needed = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers())) if network else 0
+    held = sum(map(math.prod, there))
+    if many or needed > 2 * held + SPARE:
+        said = ", ".join(many) or f"a network of {needed:,} numbers"
+        raise ValueError(
+            f"{folder}: its state.json tells of {said}, and it holds {held:,} in {len(there)} tensors: take another checkpoint."
+        )
 
 
 def load_tensors(folder: Path, device: torch.device | str = "cpu", prefix: str = "") -> dict[str, Tensor]:
@@ -63,12 +150,12 @@ def load_tensors(folder: Path, device: torch.device | str = "cpu", prefix: str =
         ValueError: parts of them are not there.
     """
     whole: dict[str, Tensor] = {}
-    left = {name: math.prod(shape) for name, (_, shape) in listing(folder).items() if name.startswith(prefix)}
-    expected = set(left)
+    shapes = {name: shape for name, (_, shape) in listing(folder).items() if name.startswith(prefix)}
+    left = {name: math.prod(shape) for name, shape in shapes.items()}
     for path in tensor_files(folder):
-        for name, count in read_whole(path, device, prefix, whole).items():
-            left[name] = left.get(name, 0) - count
-    _check_complete(folder, [name for name, count in left.items() if count] + sorted(expected - whole.keys()))
+        for name, count in read_whole(path, device, shapes, whole).items():
+            left[name] -= count
+    _check_complete(folder, [name for name, count in left.items() if count] + sorted(shapes.keys() - whole.keys()))
     return whole
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 from .. import plan
 from ..card import kind_of
+from ..checkpoint import Store
+from ..checkpoint.room import lacking
 from ..config import ALIASES, Config
 from ..printable import say
 from ..recipe import parse_all
@@ -197,6 +200,11 @@ def disk(case: Case) -> Iterator[str]:
     yield f"a checkpoint: {size(one)} in {count(case.world.ranks, 'file')}; a rank's {size(share(case))} pass through the host's memory"
     yield f"{kept} kept: {size(kept * one)}, and {size((kept + 1) * one)} while one is written"
     many, each = plan.snapshots(case.sizes, config)
+    folder = Path(config.output_dir)
+    there = min(kept, len(Store(folder, 1).folders()))
+    fault = lacking(folder, one, share(case), kept + 1 - there)
+    if fault:
+        case.mistakes.add(f"output_dir={config.output_dir!r} cannot hold the checkpoints of this run: {fault}.")
     if many:
         yield f"{count(many, 'snapshot')} of the power averages, {size(each)} each: {size(many * each)}"
 

@@ -133,10 +133,17 @@ def _begin(run: Run) -> None:
     if run.accelerator.num_processes > 2 and not run.sharded:
         settle_sums(run)
         agree_on_data(run)
+    left = run.config.train.max_steps - run.step
+    run.store.check_room(run.tensors(), -(-left // run.config.checkpoint.every) + (run.saved < 0))
     if run.saved < 0:
-        run.save()
+        run.save(wait=True)
     else:
         run.store.reserve(run.tensors())
+    if run.saved != run.step:
+        raise ValueError(
+            f"output_dir={str(run.store.root)!r}: the first checkpoint could not be written, as said above, and nothing was trained. Free "
+            f"some space, or give another --output_dir."
+        )
 
 
 def settle_sums(run: Run) -> None:
@@ -262,6 +269,8 @@ def _save_due(run: Run) -> bool:
 def notify(run: Run, stop: int) -> None:
     """Whatever is due after a step: a log line, a checkpoint, a snapshot of the averages, a sample grid."""
     config = run.config
+    if due(run) or run.step == stop:
+        run.store.check_owned()
     if run.step % config.log.every == 0 or run.step == stop:
         faults = run.stream.take_faults()
         values = run.meter.read(config.train.batch_size, len(faults))

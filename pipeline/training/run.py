@@ -176,10 +176,13 @@ class Run:
         self.again = None
         self.images = state["images"]
         self.cursor = state.get("cursor", self.images)
-        self.meter.restore(state["meter"])
-        self.guard.restore(state.get("guard", {}))
-        if self.accelerator.scaler and state.get("scaler"):
-            self.accelerator.scaler.load_state_dict(state["scaler"])
+        try:
+            self.meter.restore(state["meter"])
+            self.guard.restore(state.get("guard", {}))
+            if self.accelerator.scaler and state.get("scaler"):
+                self.accelerator.scaler.load_state_dict(state["scaler"])
+        except (TypeError, LookupError, AttributeError, RuntimeError) as error:
+            raise ValueError(f"{folder}/state.json holds figures that no run wrote ({error}): take another checkpoint.") from error
 
     def start_from(self, folder: Path) -> None:
         """Take the weights and the average of another run's checkpoint, and nothing else: a next stage begins.
@@ -235,7 +238,7 @@ def begin(run: Run, checkpoint: Path | None, space: Space) -> None:
     run.cursor = max(run.cursor, run.evidence.cursor(run.step))
     run.bad = BadSamples(folder, share=config.data.max_bad_share, main=main, start=run.cursor)
     if main:
-        run.store.sweep()
+        run.store.sweep(checkpoint)
         write_whole(folder / "config.yaml", yaml.safe_dump(as_mapping(config), sort_keys=False))
         origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
         where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device}"

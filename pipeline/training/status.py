@@ -11,13 +11,20 @@ import json
 import signal as signals
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..own_files import open_regular, write_whole
 from ..printable import one_line, say
 
 State = Literal["running", "stopped", "finished", "diverged", "failed", "hung"]
 NAME = "status.json"
+
+
+class Owned(Protocol):
+    """What is needed of a folder's lock: see pipeline.launch.FolderLock."""
+
+    def lost(self) -> str: ...
+    def place(self) -> Path | None: ...
 
 
 class Status:
@@ -33,6 +40,8 @@ class Status:
     def __init__(self, folder: Path, main: bool = True) -> None:
         self.path = folder / NAME
         self.main = main
+        self.lock: Owned | None = None
+        """Of the folder: where it was moved, it is written there, and never into what stands in its old place."""
         self._progress: dict[str, int | None] = {"step": None, "of": None, "images": None}
         self._silent = False
 
@@ -73,6 +82,11 @@ class Status:
             "exit_status": exit_status,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        if self.lock and self.lock.lost():
+            place = self.lock.place()
+            if place is None:
+                return
+            self.path = place / NAME
         try:
             self._replace(json.dumps(said) + "\n", lasting=state != "running")
         except OSError as error:
