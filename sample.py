@@ -164,7 +164,8 @@ class Trained:
         space, form = self.space, form_of(self.config.flow)
         spoken = self.words("cpu").networks if self.text else ()
         masked = bool(spoken) and self.config.data.text_padding == "mask"
-        network, why = to_exported(self.network, form.factor, masked), unheld(self.network, masked)
+        how = (masked, bool(self.config.data.aspect_ratios))
+        network, why = to_exported(self.network, form.factor, *how), unheld(self.network, *how)
         vae = Autoencoder(space.autoencoder, expected=space.fingerprint).model if space.latent else None
         shown = self.text.get("captions", ())
         about: dict[str, Any] = {"why": why, "spoken": spoken, "captions": shown, "variant": options.variant}

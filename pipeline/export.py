@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 import yaml
-from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
+from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import logging
 from torch import nn
 
@@ -27,7 +27,8 @@ from .fold import stock_autoencoder
 from .folder import open_folder
 from .generate import Sampler, generate
 from .leaks import scrubbed, without_origin
-from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
+from .pipeline_condot_v1 import NO_CLASS
+from .pipeline_condot_v2 import CondotPipeline
 from .recipe import as_mapping
 from .sheet import grid, save_image
 from .space import Space
@@ -77,7 +78,8 @@ def write_folder(
     if output.exists() and any(output.iterdir()) and not (output / "model_index.json").exists():
         raise ValueError(f"{output} is not empty and no export: give another folder.")
     vae = stock_autoencoder(vae, space) if vae is not None else None
-    choice = choose(network, why, config.flow, space, class_names, vae, spoken)
+    bucket_step = config.data.bucket_step if config.data.aspect_ratios else 0
+    choice = choose(network, why, config.flow, space, class_names, vae, spoken, bucket_step)
     temporary = output.parent / f".{output.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)  # new: where somebody planted a link, an error
@@ -147,7 +149,7 @@ def _mend_index(folder: Path, pipeline: DiffusionPipeline, class_names: tuple[st
     if class_names or isinstance(pipeline, DiTPipeline):  # without the names it would be taken for ImageNet's
         content["id2label"] = {str(i): name for i, name in enumerate(class_names)}
     for name, part in pipeline.components.items():
-        if part is not None and type(part).__module__.split(".")[0] not in STOCK:
+        if isinstance(part, (nn.Module, SchedulerMixin)) and type(part).__module__.split(".")[0] not in STOCK:
             file = Path(inspect.getfile(type(part)))
             content[name] = [file.stem, type(part).__name__]
             (folder / name / file.name).write_text(standing_alone(file))

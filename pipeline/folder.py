@@ -18,7 +18,8 @@ from .checksums import check_folder
 from .config import Config, FlowConfig
 from .flow import Condition, velocity_field
 from .method import scaled
-from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
+from .pipeline_condot_v1 import NO_CLASS
+from .pipeline_condot_v2 import CondotPipeline
 from .recipe import build
 from .scheduling_flow_ode_v1 import FlowODEScheduler
 from .scheduling_flow_sde_v1 import FlowSDEScheduler
@@ -106,10 +107,10 @@ def pipeline_source(pipeline: CondotPipeline, flow: FlowConfig | None = None) ->
     path, kind = read_scheduler(pipeline.scheduler, flow)
     network, sign = pipeline.network, -1.0 if pipeline.trained[0] == "flow_prediction" else 1.0
     side, factor, text = network.config.sample_size, pipeline.factor, bool(pipeline.encoders)
-    pixels = torch.tensor([[factor * side, factor * side, 0, 0, factor * side, factor * side]], dtype=torch.float32, device=network.device)
 
     def predict(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        told = Captions(*condition) if text else condition
+        told, size = Captions(*condition) if text else condition, [factor * length for length in x.shape[2:]]
+        pixels = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=network.device)
         return sign * pipeline.predict(x.to(network.dtype), 1000 * (1 - t), told, pixels.expand(len(x), 6)).to(x.dtype)
 
     names = pipeline.config.id2label

@@ -12,7 +12,7 @@ from pipeline.choice import choose
 from pipeline.config import FlowConfig
 from pipeline.fold import stock_autoencoder
 from pipeline.folder import pipeline_source
-from pipeline.pipeline_condot_v1 import CondotPipeline
+from pipeline.pipeline_condot_v2 import CondotPipeline
 from pipeline.space import Space
 
 CLIPS = ("clip_projected", "clip_projected")

@@ -13,8 +13,9 @@ from pipeline.captions_v1 import Captions, joined
 from pipeline.choice import _text_parts
 from pipeline.flow import ODE_SOLVERS, guide
 from pipeline.folder import _pipeline, pipeline_source
-from pipeline.guidance_v1 import Guidance
-from pipeline.pipeline_condot_v1 import NO_CLASS, CondotPipeline
+from pipeline.guidance_v2 import Guidance
+from pipeline.pipeline_condot_v1 import NO_CLASS
+from pipeline.pipeline_condot_v2 import CondotPipeline
 from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
 from pipeline.scheduling_flow_sde_v1 import FlowSDEScheduler
 
@@ -59,7 +60,7 @@ def test_an_interval_holds_at_its_ends(steps):
     scheduler = FlowODEScheduler("euler")
     scheduler.set_timesteps(steps)
     for (first, last), (k, timestep) in product(combinations(range(11), 2), enumerate(scheduler.timesteps)):
-        held = Guidance(3.0, first / 10, last / 10, 0.0).holds(1 - float(timestep) / 1000)
+        held = Guidance(3.0, (first / 10, last / 10)).holds(1 - float(timestep) / 1000)
         assert held == (first * steps <= 10 * k <= last * steps), (first, last, k)
 
 
