@@ -31,7 +31,7 @@ from data.shards import Shards
 from data.stream import to_unit
 from data.text_encoders import read_text_encoders
 from data.words import Words
-from models.convert import OWN, to_exported, unheld
+from models.convert import OWN, one_size, to_exported, unheld
 from models.lora import add_lora, merge_lora
 from pipeline import launch
 from pipeline.asked import asked
@@ -143,8 +143,8 @@ class Trained:
         decode = space.decoder(partial(Autoencoder, space.autoencoder, device, expected=space.fingerprint))
         read = self.words(device).read if self.text else None
         classes = 0 if self.text else len(self.class_names)
-        network, depth = self.network.to(device), self.config.data.bit_depth
-        return network_source(network, self.config.flow, space.shape, classes, decode, space.pixels, read, bit_depth=depth)
+        more = {"bit_depth": self.config.data.bit_depth, "one_size": one_size(self.network, bool(self.config.data.aspect_ratios))}
+        return network_source(self.network.to(device), self.config.flow, space.shape, classes, decode, space.pixels, read, **more)
 
     def words(self, device: torch.device | str) -> Words:
         """The text encoders it was trained with.
@@ -163,8 +163,7 @@ class Trained:
         card = Card.of(self.run, self.state["images"], self.state["step"], self.network, repository=options.push_to_hub, **told)
         space, form = self.space, form_of(self.config.flow)
         spoken = self.words("cpu").networks if self.text else ()
-        masked = bool(spoken) and self.config.data.text_padding == "mask"
-        how = (masked, bool(self.config.data.aspect_ratios))
+        how = (bool(spoken) and self.config.data.text_padding == "mask", bool(self.config.data.aspect_ratios))
         network, why = to_exported(self.network, form.factor, *how), unheld(self.network, *how)
         vae = Autoencoder(space.autoencoder, expected=space.fingerprint).model if space.latent else None
         shown = self.text.get("captions", ())

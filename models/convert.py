@@ -22,7 +22,18 @@ from .layout import STOCK_NULL
 from .mmdit import MMDiT
 from .unet import UNet
 
-__all__ = ["OWN", "STOCK_NULL", "check_classes", "code_of", "dit_from_stock", "from_exported", "from_stock", "to_exported", "to_stock"]
+__all__ = [
+    "OWN",
+    "STOCK_NULL",
+    "check_classes",
+    "code_of",
+    "dit_from_stock",
+    "from_exported",
+    "from_stock",
+    "one_size",
+    "to_exported",
+    "to_stock",
+]
 
 
 def unheld(model: nn.Module, masked: bool = False, bucketed: bool = False) -> str:
@@ -41,6 +52,16 @@ def unheld(model: nn.Module, masked: bool = False, bucketed: bool = False) -> st
     if isinstance(model, CrossDiT):
         return cross_dit_unheld(model)
     return "" if isinstance(model, UNet) else f"{type(model).__name__} has no stock class: DiT, MMDiT, CrossDiT and UNet have"
+
+
+def one_size(model: nn.Module, bucketed: bool) -> bool:
+    """Return whether a model draws images of the size it was trained on alone: a DiT whose stock class would stretch its positions.
+
+    Args:
+        model: any.
+        bucketed: as in `unheld`.
+    """
+    return isinstance(model, DiT) and not unheld(model, bucketed=bucketed)
 
 
 def to_exported(model: nn.Module, factor: float, masked: bool = False, bucketed: bool = False) -> nn.Module:

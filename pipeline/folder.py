@@ -17,6 +17,7 @@ from .captions_v1 import Captions
 from .checksums import check_folder
 from .config import Config, FlowConfig
 from .flow import Condition, velocity_field
+from .inputs_v2 import ONE_SIZE, largest_of, unit_of
 from .method import scaled
 from .pipeline_condot_v1 import NO_CLASS
 from .pipeline_condot_v2 import CondotPipeline
@@ -126,4 +127,7 @@ def pipeline_source(pipeline: CondotPipeline, flow: FlowConfig | None = None) ->
         predict=kind,
         pixels=() if factor == 1 else (image_channels, factor * side, factor * side),
         read=pipeline.encode_prompt if text else None,
+        unit=unit_of(network, factor),
+        one_size=type(network).__name__ in ONE_SIZE,
+        largest=largest_of(network, factor),
     )

@@ -15,6 +15,8 @@ import torch
 
 ROUNDING = 1e-6
 """Times come from timesteps in float32: what is so near an end is the end."""
+NOTHING = 1e-5
+"""A guided prediction whose spread is so small a share of the good one's is the rounding of zero."""
 GUIDANCE = ("cfg", "apg", "cfg_zero_star")
 VELOCITIES = ("velocity", "flow_prediction")
 """Predictions that CFG-Zero* is made for."""
@@ -101,13 +103,14 @@ class Guide:
 def rescale_noise_cfg(guided: torch.Tensor, good: torch.Tensor, share: float) -> torch.Tensor:
     """Return the guided prediction, (B, ...), a share of it brought back to the standard deviation of the good one, sample by sample.
 
-    A guided prediction without any spread stays as it is.
+    A guided prediction without any spread, but for rounding, stays as it is.
     """
     if not share:
         return guided
     wide = (-1, *[1] * (good.ndim - 1))
-    ratio = good.flatten(1).std(1) / guided.flatten(1).std(1)
-    return guided * (1 + share * (torch.where(torch.isfinite(ratio), ratio, 1.0) - 1)).reshape(wide)
+    wanted, found = good.flatten(1).std(1), guided.flatten(1).std(1)
+    ratio = torch.where(found > NOTHING * wanted, wanted / found, 1.0)  # also 1 where either is not a number
+    return guided * (1 + share * (ratio - 1)).reshape(wide)
 
 
 def normalized_guidance(

@@ -10,6 +10,8 @@ import torch
 
 from .pipeline_condot_v1 import NO_CLASS
 
+ONE_SIZE = ("DiTTransformer2DModel",)
+"""Networks that know the positions of the usual image alone: of another, diffusers stretches them, and no training of ours did."""
 OUTPUTS = ("pil", "np", "pt", "latent")
 
 
@@ -116,6 +118,17 @@ def prompts_of(prompt: Any, negative_prompt: Any) -> Any:
     return prompts, away
 
 
+def unit_of(network: Any, factor: int) -> int:
+    """Return of how many pixels an image's sides are multiples, each value of a sample being `factor` a side."""
+    config = network.config
+    return factor * int(config.get("patch_size") or 2 ** (len(config.get("block_out_channels", (0,))) - 1))
+
+
+def largest_of(network: Any, factor: int) -> int:
+    """Return up to how many pixels a side a network knows positions; 0 for any."""
+    return factor * int(network.config.get("patch_size") or 1) * int(network.config.get("pos_embed_max_size") or 0)
+
+
 def size_of(network: Any, factor: int, height: Any, width: Any) -> Any:
     """Return height and width of a sample, of which a pixel's side is `factor` times as fine.
 
@@ -127,9 +140,8 @@ def size_of(network: Any, factor: int, height: Any, width: Any) -> Any:
     Raises:
         ValueError: what the network does not divide, or where its positions were not trained.
     """
-    config, usual = network.config, network.config.sample_size
+    usual, unit, largest = network.config.sample_size, unit_of(network, factor), largest_of(network, factor)
     usual = [usual, usual] if isinstance(usual, int) else list(usual)
-    unit = factor * int(config.get("patch_size") or 2 ** (len(config.get("block_out_channels", (0,))) - 1))
     sides = [
         factor * side if given is None else whole(name, given, 1)
         for name, given, side in zip(("height", "width"), (height, width), usual, strict=True)
@@ -138,14 +150,13 @@ def size_of(network: Any, factor: int, height: Any, width: Any) -> Any:
     if any(side % unit for side in sides):
         raise ValueError(f"{said}: give multiples of {unit} pixels; the usual image is {factor * usual[0]} x {factor * usual[1]}.")
     found = [side // factor for side in sides]
-    if found != usual and type(network).__name__ == "DiTTransformer2DModel":
+    if found != usual and type(network).__name__ in ONE_SIZE:
         raise ValueError(
             f"{said}: this network's positions are of {factor * usual[0]} x {factor * usual[1]} alone. Leave the sizes out, "
             f"or take a model that was trained with data.aspect_ratios."
         )
-    grid = config.get("pos_embed_max_size") or 0
-    if grid and max(found) > grid * config.patch_size:
-        raise ValueError(f"{said}: the network's positions go up to {grid * config.patch_size * factor} pixels a side.")
+    if largest and max(sides) > largest:
+        raise ValueError(f"{said}: the network's positions go up to {largest} pixels a side.")
     return found
 
 

@@ -182,6 +182,10 @@ class CondotPipeline(DiffusionPipeline):
         told = torch.tensor(labels_of(class_labels, self.names), device=device).repeat_interleave(count)
         return len(told), lambda: torch.cat([told, torch.full_like(told, NO_CLASS)]) if guided else told
 
+    def _shape(self, height: Any, width: Any) -> Any:
+        """Return (C, h, w) of a sample; errors as of `size_of`."""
+        return self.network.config.in_channels, *size_of(self.network, self.factor, height, width)
+
     @torch.no_grad()
     def __call__(
         self,
@@ -244,8 +248,7 @@ class CondotPipeline(DiffusionPipeline):
         how = Guidance(guidance_scale, guidance_interval, guidance_rescale, guidance, *apg, still)
         how.check(self.trained[0], whole("num_inference_steps", num_inference_steps, 1))
         names = check_outputs(output_type, callback_on_step_end, callback_on_step_end_tensor_inputs)
-        shape = (self.network.config.in_channels, *size_of(self.network, self.factor, height, width))
-        each = whole("num_images_per_prompt", num_images_per_prompt, 1)
+        each, shape = whole("num_images_per_prompt", num_images_per_prompt, 1), self._shape(height, width)
         count, read = self._conditions(class_labels, prompt, negative_prompt, each, guidance_scale != 1)
         generator, device = generators(generator, count), self._execution_device
         check_latents(latents, (count, *shape))

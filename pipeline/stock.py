@@ -77,27 +77,36 @@ def scheduler_of(flow: FlowConfig, pixels: bool = True) -> DPMSolverMultistepSch
     if clip:  # DDIM clips too, but keeps the noise that no longer fits: a Frechet distance of 5.2 where this has 0.6 (failed-ideas.md)
         solver |= {"thresholding": True, "sample_max_value": 1.0}
     if flow.path == "condot":
-        return DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=1.0, **solver)
+        return _said(DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=1.0, **solver), clip)
     k = torch.arange(STEPS, dtype=torch.float64)
     log_alpha = torch.log(PATHS[flow.path]()(1 - k / STEPS).a)
     log_alpha[0] = log_alpha[0].clamp(max=-CLEAN)
     variances = -torch.expm1(2 * torch.diff(log_alpha, prepend=log_alpha.new_zeros(1)))
-    return DPMSolverMultistepScheduler(trained_betas=variances.tolist(), timestep_spacing="trailing", **solver)
+    return _said(DPMSolverMultistepScheduler(trained_betas=variances.tolist(), timestep_spacing="trailing", **solver), clip)
+
+
+def _said(scheduler: DPMSolverMultistepScheduler, clip: bool) -> DPMSolverMultistepScheduler:
+    """The scheduler, its configuration saying what DDIM and others that are made from it would otherwise do: keep data within -1..1."""
+    scheduler.register_to_config(clip_sample=clip)
+    return scheduler
 
 
 def _own(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
-    """Our own scheduler, with the recipe's path by its name, or else as a table; Euler's steps, which are DDIM's."""
+    """Our own scheduler, with the recipe's path by its name, or else as a table; by Adams and Bashforth's two-step method.
+
+    It evaluates once a step, as Euler's (DDIM on every path), and is nearer from 10 steps on.
+    """
     path = PATHS[flow.path]()
     kind = NAMES.get(flow.predict, flow.predict) if flow.predict != "velocity" else "velocity"
     more: dict[str, Any] = {"clip_sample": clip}
     if flow.precondition or flow.path == "edm":
         more["sigma_data"] = flow.sigma_data
     if isinstance(path, DDPM):
-        return FlowODEScheduler("euler", kind, "ddpm", trained_betas=step_variances(path.variances).tolist(), **more)
+        return FlowODEScheduler("multistep", kind, "ddpm", trained_betas=step_variances(path.variances).tolist(), **more)
     if flow.path in ("condot", "cosine", "vp"):
-        return FlowODEScheduler("euler", kind, flow.path, **more)
+        return FlowODEScheduler("multistep", kind, flow.path, **more)
     t = 1 - torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
-    return FlowODEScheduler("euler", kind, "table", table=[part.tolist() for part in path(t)], **more)
+    return FlowODEScheduler("multistep", kind, "table", table=[part.tolist() for part in path(t)], **more)
 
 
 def read_scheduler(scheduler: Any, flow: FlowConfig | None) -> tuple[Path, Prediction]:

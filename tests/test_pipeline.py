@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, FlowMatchEuler
 
 from data.text_encoders import read_text_encoder
 from data.words import Words
+from pipeline import inputs_v2
 from pipeline.captions_v1 import Captions, joined
 from pipeline.choice import _text_parts
 from pipeline.flow import ODE_SOLVERS, guide
@@ -193,5 +194,8 @@ def test_sizes_are_told_in_pixels_of_whole_images(tmp_path, pipe, monkeypatch):
     monkeypatch.setattr(CondotPipeline, "predict", lambda self, x, t, condition, sizes=None: (told.append(sizes), x)[1])
     pipe([1], num_inference_steps=1, output_type="latent")
     pipeline_source(pipe).field(noise(), torch.full((3,), 0.5), torch.tensor([1, 2, 3]))
+    monkeypatch.setattr(inputs_v2, "ONE_SIZE", ())
     pipe([1], num_inference_steps=1, output_type="latent", height=48, original_size=(100, 90), crop=(1, 2))
-    assert [sizes.tolist() for sizes in told] == [[[32, 32, 0, 0, 32, 32]], [[32, 32, 0, 0, 32, 32]] * 3, [[100, 90, 1, 2, 48, 32]]]
+    pipeline_source(pipe).field(torch.zeros(1, 1, 8, 4), torch.full((1,), 0.5), torch.tensor([1]))
+    assert [sizes.tolist() for sizes in told[:2]] == [[[32, 32, 0, 0, 32, 32]], [[32, 32, 0, 0, 32, 32]] * 3]
+    assert [sizes.tolist() for sizes in told[2:]] == [[[100, 90, 1, 2, 48, 32]], [[32, 16, 0, 0, 32, 16]]]
