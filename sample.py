@@ -143,7 +143,10 @@ class Trained:
         decode = space.decoder(partial(Autoencoder, space.autoencoder, device, expected=space.fingerprint))
         read = self.words(device).read if self.text else None
         classes = 0 if self.text else len(self.class_names)
-        more = {"bit_depth": self.config.data.bit_depth, "one_size": one_size(self.network, bool(self.config.data.aspect_ratios))}
+        more: dict[str, Any] = {
+            "bit_depth": self.config.data.bit_depth,
+            "one_size": one_size(self.network, bool(self.config.data.aspect_ratios)),
+        }
         return network_source(self.network.to(device), self.config.flow, space.shape, classes, decode, space.pixels, read, **more)
 
     def words(self, device: torch.device | str) -> Words:
