@@ -143,11 +143,9 @@ class Trained:
         decode = space.decoder(partial(Autoencoder, space.autoencoder, device, expected=space.fingerprint))
         read = self.words(device).read if self.text else None
         classes = 0 if self.text else len(self.class_names)
-        more: dict[str, Any] = {
-            "bit_depth": self.config.data.bit_depth,
-            "one_size": one_size(self.network, bool(self.config.data.aspect_ratios)),
-        }
-        return network_source(self.network.to(device), self.config.flow, space.shape, classes, decode, space.pixels, read, **more)
+        network, data = self.network.to(device), self.config.data
+        facts = (read, None, data.bit_depth, one_size(network, bool(data.aspect_ratios)))
+        return network_source(network, self.config.flow, space.shape, classes, decode, space.pixels, *facts)
 
     def words(self, device: torch.device | str) -> Words:
         """The text encoders it was trained with.
@@ -169,8 +167,7 @@ class Trained:
         how = (bool(spoken) and self.config.data.text_padding == "mask", bool(self.config.data.aspect_ratios))
         network, why = to_exported(self.network, form.factor, *how), unheld(self.network, *how)
         vae = Autoencoder(space.autoencoder, expected=space.fingerprint).model if space.latent else None
-        shown = self.text.get("captions", ())
-        about: dict[str, Any] = {"why": why, "spoken": spoken, "captions": shown, "variant": options.variant}
+        about: dict[str, Any] = {"why": why, "spoken": spoken, "captions": self.text.get("captions", ()), "variant": options.variant}
         return write_folder(output, network, self.config, () if self.text else self.class_names, card, space, vae, **about)
 
 

@@ -6,6 +6,7 @@ import oracles
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
 
 class ExactNetwork(ModelMixin, ConfigMixin):
@@ -25,11 +26,12 @@ class ExactNetwork(ModelMixin, ConfigMixin):
         self, path="condot", predict="flow_prediction", means=(0.2,), std=0.5, outputs=1, in_channels=1, sample_size=4, patch_size=1
     ):
         super().__init__()
+        self.register_to_config(out_channels=outputs * in_channels)
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def forward(self, hidden_states, timestep, class_labels=None, return_dict=True):
         c, x = self.config, hidden_states.double()
-        a, b, da, db = getattr(oracles, c.path)(min(max(1 - float(timestep[0]) / 1000, 1e-9), 1 - 1e-9))
+        a, b, da, db = getattr(oracles, c.path)(min(max(1 - float(torch.as_tensor(timestep).reshape(-1)[0]) / 1000, 1e-9), 1 - 1e-9))
         labels = torch.full((len(x),), len(c.means) - 1) if class_labels is None else class_labels.clamp(max=len(c.means) - 1)
         mean = torch.tensor(c.means, dtype=torch.float64)[labels].reshape(-1, 1, 1, 1)
         spread = (a * c.std) ** 2 + b**2
@@ -38,7 +40,8 @@ class ExactNetwork(ModelMixin, ConfigMixin):
         given = {"flow_prediction": noise - data, "velocity": da * data + db * noise, "epsilon": noise, "sample": data}
         given["karras"] = (data - a * c.std**2 / spread * x) * spread**0.5 / (b * c.std)
         out = (a * noise - b * data if c.predict == "v_prediction" else given[c.predict]).to(hidden_states.dtype)
-        return (torch.cat([out, 100 + out], dim=1) if c.outputs == 2 else out,)
+        sample = torch.cat([out, 100 + out], dim=1) if c.outputs == 2 else out
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
 
 def quantiles(count, *shape):
