@@ -69,6 +69,23 @@ class Choice(NamedTuple):
         """What was chosen, in words."""
         return f"with code of its own (trust_remote_code=True): {self.why}" if self.trust else "which stock diffusers holds exactly"
 
+    @property
+    def schedulers(self) -> str:
+        """Say which schedulers may take the place of the exported one, for the card."""
+        ours = "is tried on a normal law that is known in closed form, before any image, and refused where it cannot be right"
+        if isinstance(self.pipeline, CondotPipeline):
+            return f"Any scheduler may take this one's place, by `from_config(pipe.scheduler.config)`: it {ours}."
+        kind, config = type(self.pipeline).__name__, self.pipeline.scheduler.config
+        right = ["DPMSolverMultistep", "DPMSolverSinglestep"]
+        if not isinstance(self.pipeline, DDPMPipeline):  # which hands a generator to schedulers that take none
+            right += ["DEISMultistep"] if config.get("use_flow_sigmas") else ["DEISMultistep", "UniPCMultistep"]
+        right = ["the scheduler in this repository"] if "path" in config else right if config.use_flow_sigmas else [*right, "DDIM", "DDPM"]
+        scaling = " Euler, Heun, LMS, KDPM2 and EDM schedulers scale what the network sees, and this pipeline steps on that: wrong images,"
+        wrong = f"{scaling} without an error." if isinstance(self.pipeline, (DiTPipeline, DDPMPipeline)) else ""
+        return (
+            f"`{kind}` is right with {', '.join(right)}, by `from_config(pipe.scheduler.config)`.{wrong} In `CondotPipeline` each {ours}."
+        )
+
     def calls(self, class_names: Sequence[str], captions: Sequence[str], guidance: float, bands: bool = False) -> tuple[str, str]:
         """Arguments that draw an image: of this pipeline, and of our own; `bands`: as numbers, since no PIL image holds it."""
         theirs, ours = self._calls(class_names, captions, guidance)

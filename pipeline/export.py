@@ -95,7 +95,8 @@ def write_folder(
             if figures:
                 (temporary / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
         calls = choice.calls(class_names, captions, guidance, bands=space.image_channels > 4)
-        (temporary / "README.md").write_text(readme(temporary, config, class_names, card, guidance, calls, choice.why))
+        text = readme(temporary, config, class_names, card, guidance, calls, choice.why)
+        (temporary / "README.md").write_text(f"{text}\n## Schedulers\n\n{choice.schedulers}\n")
         write_checksums(temporary)
         _replace(temporary, output)
     finally:
