@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-ROUNDING = 1e-6
+SLACK = 1e-6
 """Times come from timesteps in float32: what is so near an end is the end."""
 NOTHING = 1e-5
 """A guided prediction whose spread is so small a share of the good one's is the rounding of zero."""
@@ -63,7 +63,7 @@ class Guidance(NamedTuple):
 
     def holds(self, t: float) -> bool:
         """Return whether guidance acts at a time, ends included; on an accelerator asking costs one wait."""
-        return self.interval[0] - ROUNDING <= t <= self.interval[1] + ROUNDING
+        return self.interval[0] - SLACK <= t <= self.interval[1] + SLACK
 
 
 class Guide:
