@@ -31,7 +31,7 @@ from data.shards import Shards
 from data.stream import to_unit
 from data.text_encoders import read_text_encoders
 from data.words import Words
-from models.convert import OWN, to_exported, unheld
+from models.convert import OWN, one_size, to_exported, unheld
 from models.lora import add_lora, merge_lora
 from pipeline import launch
 from pipeline.asked import asked
@@ -142,8 +142,9 @@ class Trained:
         decode = space.decoder(partial(Autoencoder, space.autoencoder, device, expected=space.fingerprint))
         read = self.words(device).read if self.text else None
         classes = 0 if self.text else len(self.class_names)
-        network, depth = self.network.to(device), self.config.data.bit_depth
-        return network_source(network, self.config.flow, space.shape, classes, decode, space.pixels, read, bit_depth=depth)
+        network, data = self.network.to(device), self.config.data
+        facts = (read, None, data.bit_depth, one_size(network, bool(data.aspect_ratios)))
+        return network_source(network, self.config.flow, space.shape, classes, decode, space.pixels, *facts)
 
     def words(self, device: torch.device | str) -> Words:
         """The text encoders it was trained with.
@@ -162,11 +163,10 @@ class Trained:
         card = Card.of(self.run, self.state["images"], self.state["step"], self.network, repository=options.push_to_hub, **told)
         space, form = self.space, form_of(self.config.flow)
         spoken = self.words("cpu").networks if self.text else ()
-        masked = bool(spoken) and self.config.data.text_padding == "mask"
-        network, why = to_exported(self.network, form.factor, masked), unheld(self.network, masked)
+        how = (bool(spoken) and self.config.data.text_padding == "mask", bool(self.config.data.aspect_ratios))
+        network, why = to_exported(self.network, form.factor, *how), unheld(self.network, *how)
         vae = Autoencoder(space.autoencoder, expected=space.fingerprint).model if space.latent else None
-        shown = self.text.get("captions", ())
-        about: dict[str, Any] = {"why": why, "spoken": spoken, "captions": shown, "variant": options.variant}
+        about: dict[str, Any] = {"why": why, "spoken": spoken, "captions": self.text.get("captions", ()), "variant": options.variant}
         return write_folder(output, network, self.config, () if self.text else self.class_names, card, space, vae, **about)
 
 

@@ -25,7 +25,7 @@ from pipeline.config import FlowConfig
 from pipeline.folder import pipeline_source
 from pipeline.generate import Sampler, generate
 from pipeline.identity import identity_autoencoder
-from pipeline.pipeline_condot_v1 import CondotPipeline
+from pipeline.pipeline_condot_v2 import CondotPipeline
 from pipeline.stock import scheduler_of
 
 

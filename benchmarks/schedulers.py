@@ -15,6 +15,7 @@ order p into p + 1 (observed here from 50 to 400 steps: about 2 for p = 1, 2 to 
 for p = 2): `UniPC 2` has no counterpart among ours, and is nearer than our order 2 from n = 25 on.
 
     python benchmarks/schedulers.py [--samples 4000] [--draws 40000]
+    python benchmarks/schedulers.py --exported    # which one each recipe exports, and which may take its place: exported_schedulers.py
 
 Fails unless ours is at least as near as the stock scheduler above it, at every budget, to a thousandth.
 """
@@ -35,6 +36,7 @@ from diffusers import (
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import oracles
+from exported_schedulers import by_pipeline, by_recipe
 
 from pipeline.flow import dormand_prince, uniform_grid
 from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
@@ -123,8 +125,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Errors of our schedulers beside diffusers' own.")
     parser.add_argument("--samples", type=int, default=4000)
     parser.add_argument("--draws", type=int, default=40000)
+    parser.add_argument("--exported", action="store_true", help="print the tables of docs/export.md instead")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.exported:
+        by_recipe()
+        by_pipeline()
+        return 0
     law, generator = oracles.three(), torch.Generator().manual_seed(0)
     start = torch.randn(options.samples, 2, generator=generator, dtype=torch.float64)
     exact = {}

@@ -22,18 +22,31 @@ from .layout import STOCK_NULL
 from .mmdit import MMDiT
 from .unet import UNet
 
-__all__ = ["OWN", "STOCK_NULL", "check_classes", "code_of", "dit_from_stock", "from_exported", "from_stock", "to_exported", "to_stock"]
+__all__ = [
+    "OWN",
+    "STOCK_NULL",
+    "check_classes",
+    "code_of",
+    "dit_from_stock",
+    "from_exported",
+    "from_stock",
+    "one_size",
+    "to_exported",
+    "to_stock",
+]
 
 
-def unheld(model: nn.Module, masked: bool = False) -> str:
+def unheld(model: nn.Module, masked: bool = False, bucketed: bool = False) -> str:
     """Why no stock class can hold a model, as `model.rope: diffusers' DiTTransformer2DModel has no such option`; nothing where one can.
 
     Args:
         model: any.
         masked: whether it was trained on captions with padding that it does not look at.
+        bucketed: whether it was trained on images of several shapes.
     """
     if isinstance(model, DiT):
-        return dit_unheld(model)
+        stretched = "data.aspect_ratios: diffusers' DiTTransformer2DModel stretches its positions over another shape, and training did not"
+        return dit_unheld(model) or (stretched if bucketed else "")
     if isinstance(model, MMDiT):
         return mmdit_unheld(model, masked)
     if isinstance(model, CrossDiT):
@@ -41,18 +54,28 @@ def unheld(model: nn.Module, masked: bool = False) -> str:
     return "" if isinstance(model, UNet) else f"{type(model).__name__} has no stock class: DiT, MMDiT, CrossDiT and UNet have"
 
 
-def to_exported(model: nn.Module, factor: float, masked: bool = False) -> nn.Module:
+def one_size(model: nn.Module, bucketed: bool) -> bool:
+    """Return whether a model draws images of the size it was trained on alone: a DiT whose stock class would stretch its positions.
+
+    Args:
+        model: any.
+        bucketed: as in `unheld`.
+    """
+    return isinstance(model, DiT) and not unheld(model, bucketed=bucketed)
+
+
+def to_exported(model: nn.Module, factor: float, masked: bool = False, bucketed: bool = False) -> nn.Module:
     """The network to export, which gives `factor` times the same output: stock where one holds it, or else ours with code (`code_of`).
 
     Args:
         model: a DiT, MMDiT, CrossDiT or UNet; on meta for one without values.
         factor: on the output layer.
-        masked: as in `unheld`, which says why.
+        masked, bucketed: as in `unheld`, which says why.
 
     Raises:
         ValueError: another class, or for a stock class more classes than its pipeline can tell from none.
     """
-    return to_own(model, factor) if unheld(model, masked) else to_stock(model, factor, masked)
+    return to_own(model, factor) if unheld(model, masked, bucketed) else to_stock(model, factor, masked)
 
 
 def from_exported(exported: nn.Module, factor: float, *, num_classes: int | None = None, pooled_width: int = 1) -> nn.Module:

@@ -13,7 +13,6 @@ from diffusers import (
     AutoencoderKL,
     DDPMPipeline,
     DiTPipeline,
-    FlowMatchEulerDiscreteScheduler,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
@@ -23,7 +22,8 @@ from diffusers import (
 
 from .config import FlowConfig
 from .identity import MOST_CHANNELS, identity_autoencoder
-from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
+from .pipeline_condot_v1 import NO_CLASS
+from .pipeline_condot_v2 import CondotPipeline
 from .space import Space
 from .stock import form_of, scheduler_of
 
@@ -37,6 +37,10 @@ SD3_TOKENS = 512
 
 EXACT = f", and there is no exact one of pixels with more than {MOST_CHANNELS} channels"
 """Why a model of many bands takes our own pipeline, which needs none."""
+
+
+SQUARES = "data.aspect_ratios: stock pipelines on classes draw squares alone"
+"""Why a model of several shapes takes our own pipeline."""
 
 
 class Spoken(Protocol):
@@ -65,6 +69,23 @@ class Choice(NamedTuple):
         """What was chosen, in words."""
         return f"with code of its own (trust_remote_code=True): {self.why}" if self.trust else "which stock diffusers holds exactly"
 
+    @property
+    def schedulers(self) -> str:
+        """Say which schedulers may take the place of the exported one, for the card."""
+        ours = "is tried on a normal law that is known in closed form, before any image, and refused where it cannot be right"
+        if isinstance(self.pipeline, CondotPipeline):
+            return f"Any scheduler may take this one's place, by `from_config(pipe.scheduler.config)`: it {ours}."
+        kind, config = type(self.pipeline).__name__, self.pipeline.scheduler.config
+        right = ["DPMSolverMultistep", "DPMSolverSinglestep"]
+        if not isinstance(self.pipeline, DDPMPipeline):  # which hands a generator to schedulers that take none
+            right += ["DEISMultistep"] if config.get("use_flow_sigmas") else ["DEISMultistep", "UniPCMultistep"]
+        right = ["the scheduler in this repository"] if "path" in config else right if config.use_flow_sigmas else [*right, "DDIM", "DDPM"]
+        scaling = " Euler, Heun, LMS, KDPM2 and EDM schedulers scale what the network sees, and this pipeline steps on that: wrong images,"
+        wrong = f"{scaling} without an error." if isinstance(self.pipeline, (DiTPipeline, DDPMPipeline)) else ""
+        return (
+            f"`{kind}` is right with {', '.join(right)}, by `from_config(pipe.scheduler.config)`.{wrong} In `CondotPipeline` each {ours}."
+        )
+
     def calls(self, class_names: Sequence[str], captions: Sequence[str], guidance: float, bands: bool = False) -> tuple[str, str]:
         """Arguments that draw an image: of this pipeline, and of our own; `bands`: as numbers, since no PIL image holds it."""
         theirs, ours = self._calls(class_names, captions, guidance)
@@ -86,7 +107,14 @@ class Choice(NamedTuple):
 
 
 def choose(
-    network: Any, why: str, flow: FlowConfig, space: Space, class_names: Sequence[str], vae: Any, spoken: Sequence[Spoken]
+    network: Any,
+    why: str,
+    flow: FlowConfig,
+    space: Space,
+    class_names: Sequence[str],
+    vae: Any,
+    spoken: Sequence[Spoken],
+    bucket_step: int = 0,
 ) -> Choice:
     """Put a pipeline together.
 
@@ -98,6 +126,7 @@ def choose(
         class_names: of a network on classes.
         vae: as `fold.stock_autoencoder` gives it; None for pixels.
         spoken: the text encoders of a network on text.
+        bucket_step: pixels of which the sides of all images are multiples, of a network that was trained on several shapes; 0 of squares.
     """
     form, scheduler = form_of(flow), scheduler_of(flow, pixels=vae is None)
     own = bool(why) or not form.stock
@@ -108,23 +137,21 @@ def choose(
     shown = vae if vae is not None or wide else identity_autoencoder(space.channels, space.height)
     place = "unet" if hasattr(network, "conv_in") else "transformer"
     if spoken:
-        parts, reason = _text_parts(spoken), _not_stock_text(network, spoken, flow, space)
+        parts, reason = _text_parts(spoken), _not_stock_text(network, spoken, flow, space, bucket_step)
         if kl and not reason and isinstance(network, PixArtTransformer2DModel):
             return Choice(PixArtSigmaPipeline(transformer=network, vae=shown, scheduler=scheduler, **parts), why, own)
         if kl and not reason and isinstance(network, SD3Transformer2DModel):
             shown.register_to_config(shift_factor=shown.config.get("shift_factor") or 0.0)
-            euler = FlowMatchEulerDiscreteScheduler()
-            return Choice(StableDiffusion3Pipeline(transformer=network, vae=shown, scheduler=euler, **parts), why, own)
+            return Choice(StableDiffusion3Pipeline(transformer=network, vae=shown, scheduler=scheduler, **parts), why, own)
         padding = spoken[0].facts.padding
         pipeline = CondotPipeline(scheduler, vae=vae, padding=padding, **{place: network}, **parts)
         return Choice(pipeline, why or reason or f"stock text pipelines decode with an AutoencoderKL{EXACT if wide else ''}", True)
-    if getattr(network.config, "micro_conditions", False):
-        return Choice(CondotPipeline(scheduler, transformer=network, vae=vae, id2label=dict(enumerate(class_names)) or None), why, True)
+    names = dict(enumerate(class_names))
+    if bucket_step or wide or getattr(network.config, "micro_conditions", False):
+        reason = SQUARES if bucket_step else f"DiTPipeline decodes with an AutoencoderKL{EXACT}"
+        return Choice(CondotPipeline(scheduler, vae=vae, id2label=names, **{place: network}), why or reason, True)
     if isinstance(network, UNet2DModel) and network.class_embedding is None and vae is None and form.stock:
         return Choice(DDPMPipeline(unet=network, scheduler=scheduler), why, False)  # type: ignore[arg-type]
-    if wide:
-        pipeline = CondotPipeline(scheduler, id2label=dict(enumerate(class_names)) or None, **{place: network})
-        return Choice(pipeline, why or f"DiTPipeline decodes with an AutoencoderKL{EXACT}", True)
     return Choice(DiTPipeline(transformer=labelled(network), vae=shown, scheduler=scheduler), why, own)  # type: ignore[arg-type]
 
 
@@ -137,13 +164,13 @@ def _text_parts(spoken: Sequence[Spoken]) -> dict[str, Any]:
     return found
 
 
-def _not_stock_text(network: Any, spoken: Sequence[Spoken], flow: FlowConfig, space: Space) -> str:
+def _not_stock_text(network: Any, spoken: Sequence[Spoken], flow: FlowConfig, space: Space, bucket_step: int) -> str:
     """Why no stock pipeline shows a network the same text; "" if one does."""
     kinds = [str(one.facts.fingerprint["class"]) for one in spoken]
     if isinstance(network, PixArtTransformer2DModel):
         if len(spoken) > 1 or spoken[0].kind == "clip" or spoken[0].facts.padding != "mask":
             return "PixArtSigmaPipeline shows the last states of one encoder, padding masked"
-        if space.height * space.factor % PIXART_UNIT:
+        if space.height * space.factor % PIXART_UNIT or bucket_step % PIXART_UNIT:
             return f"PixArtSigmaPipeline draws multiples of {PIXART_UNIT} pixels"
         return ""
     if isinstance(network, SD3Transformer2DModel):

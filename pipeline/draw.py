@@ -25,12 +25,12 @@ UNASKED = 16
 
 def draw_picture(options: Images, source: Source, wanted: Asked) -> int:
     """Write a grid, or an animation of it, and print where; returns the exit status."""
-    count, sampler = options.num_images or len(wanted) or UNASKED, options.sampler()
+    count, sampler, source = options.num_images or len(wanted) or UNASKED, options.sampler(), source.sized(options.height, options.width)
     condition, away = wanted.conditions(source, range(count))
     film = Film(source, sampler, options.show or "state") if options.kind() == "animation" else None
     made, evaluations = generate(source, condition, sampler, seed=options.seed, batch_size=options.batch_size, null=away, watch=film)
     columns = min(count, len(wanted) if 1 < len(wanted) <= 16 else math.ceil(math.sqrt(count)))
-    output, scale = Path(options.output), max(1, 64 // made.shape[-1])
+    output, scale = Path(options.output), max(1, 64 // max(made.shape[2:]))
     if film:
         save_animation(film.frames(made), output, columns, scale)
     else:
@@ -71,7 +71,7 @@ def draw_folder(options: Images, source: Source, wanted: Asked, files: Sequence[
     Raises:
         ValueError: what `many.collect` and `generate` refuse.
     """
-    sampler, folder = options.sampler(), Path(options.output)
+    sampler, folder, source = options.sampler(), Path(options.output), source.sized(options.height, options.width)
     check_sampler(source, sampler)
     extension = file_extension(source.image_shape[0])
 
@@ -83,6 +83,8 @@ def draw_folder(options: Images, source: Source, wanted: Asked, files: Sequence[
 
     count, shards = options.num_images or len(wanted) or UNASKED, options.format == "shards"
     settings = options.settings([fingerprint(one) for one in files], wanted.digest) | described(source)
+    if options.height or options.width:
+        settings["size"] = list(source.image_shape[1:])
     unit = options.images_per_shard if shards else options.batch_size
     keep = tars if shards else partial(Files, folder, extension)
     keeper, left = collect(folder, count, settings, unit, options.batch_size, keep, make, stopper)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 import yaml
-from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin
+from diffusers import DiffusionPipeline, DiTPipeline, ModelMixin, SchedulerMixin
 from diffusers.utils import logging
 from torch import nn
 
@@ -26,7 +26,8 @@ from .folder import open_folder
 from .generate import Sampler, generate
 from .leaks import scrubbed, without_origin
 from .own_files import folder_for, put_in_place
-from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
+from .pipeline_condot_v1 import NO_CLASS
+from .pipeline_condot_v2 import CondotPipeline
 from .recipe import as_mapping
 from .sheet import grid, save_image
 from .space import Space
@@ -76,7 +77,8 @@ def write_folder(
     if output.exists() and any(output.iterdir()) and not (output / "model_index.json").exists():
         raise ValueError(f"{output} is not empty and no export: give another folder.")
     vae = stock_autoencoder(vae, space) if vae is not None else None
-    choice = choose(network, why, config.flow, space, class_names, vae, spoken)
+    bucket_step = config.data.bucket_step if config.data.aspect_ratios else 0
+    choice = choose(network, why, config.flow, space, class_names, vae, spoken, bucket_step)
     with folder_for(output) as temporary:
         save(choice.pipeline, temporary, variant)
         _mend_index(temporary, choice.pipeline, class_names)
@@ -89,7 +91,8 @@ def write_folder(
             if figures:
                 (temporary / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
         calls = choice.calls(class_names, captions, guidance, bands=space.image_channels > 4)
-        (temporary / "README.md").write_text(readme(temporary, config, class_names, card, guidance, calls, choice.why))
+        text = readme(temporary, config, class_names, card, guidance, calls, choice.why)
+        (temporary / "README.md").write_text(f"{text}\n## Schedulers\n\n{choice.schedulers}\n")
         write_checksums(temporary)
         put_in_place(temporary, output)
     told = f"; {shown}" if (shown := beyond_pil(space.image_channels, config.data.bit_depth)) else ""
@@ -131,7 +134,7 @@ def _mend_index(folder: Path, pipeline: DiffusionPipeline, class_names: tuple[st
     if class_names or isinstance(pipeline, DiTPipeline):  # without the names it would be taken for ImageNet's
         content["id2label"] = {str(i): name for i, name in enumerate(class_names)}
     for name, part in pipeline.components.items():
-        if part is not None and type(part).__module__.split(".")[0] not in STOCK:
+        if isinstance(part, (nn.Module, SchedulerMixin)) and type(part).__module__.split(".")[0] not in STOCK:
             file = Path(inspect.getfile(type(part)))
             content[name] = [file.stem, type(part).__name__]
             (folder / name / file.name).write_text(standing_alone(file))

@@ -16,9 +16,11 @@ from .captions_v1 import Captions
 from .checksums import check_folder
 from .config import Config, FlowConfig
 from .flow import Condition, velocity_field
+from .inputs_v2 import ONE_SIZE, largest_of, unit_of
 from .method import scaled
 from .model_folders import MOST_COUNT, TEXT_MODELS, check_counts, check_model_folder, check_size, read_json, read_shapes
-from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
+from .pipeline_condot_v1 import NO_CLASS
+from .pipeline_condot_v2 import CondotPipeline
 from .printable import one_line
 from .recipe import build
 from .scheduling_flow_ode_v1 import FlowODEScheduler
@@ -180,10 +182,10 @@ def pipeline_source(pipeline: CondotPipeline, flow: FlowConfig | None = None) ->
     path, kind = read_scheduler(pipeline.scheduler, flow)
     network, sign = pipeline.network, -1.0 if pipeline.trained[0] == "flow_prediction" else 1.0
     side, factor, text = network.config.sample_size, pipeline.factor, bool(pipeline.encoders)
-    pixels = torch.tensor([[factor * side, factor * side, 0, 0, factor * side, factor * side]], dtype=torch.float32, device=network.device)
 
     def predict(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        told = Captions(*condition) if text else condition
+        told, size = Captions(*condition) if text else condition, [factor * length for length in x.shape[2:]]
+        pixels = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=network.device)
         return sign * pipeline.predict(x.to(network.dtype), 1000 * (1 - t), told, pixels.expand(len(x), 6)).to(x.dtype)
 
     names = pipeline.config.id2label
@@ -199,4 +201,7 @@ def pipeline_source(pipeline: CondotPipeline, flow: FlowConfig | None = None) ->
         predict=kind,
         pixels=() if factor == 1 else (image_channels, factor * side, factor * side),
         read=pipeline.encode_prompt if text else None,
+        unit=unit_of(network, factor),
+        one_size=type(network).__name__ in ONE_SIZE,
+        largest=largest_of(network, factor),
     )

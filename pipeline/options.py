@@ -99,6 +99,8 @@ class Images(Sampling):
     prompts: str = ""  # a file in place of prompt: .txt, one a line; .jsonl, {"prompt": ..., "negative_prompt": ...} a line
     negative_prompt: str = ""  # what guidance leads away from; by default from no caption
     num_images: int = 0  # images in all; 0 for one of each label or prompt
+    height: int = 0  # pixels, of a model trained on several shapes; 0 for the usual one
+    width: int = 0  # pixels; 0 for the usual one
     # .png, .jpg, .webp: a grid; .gif: an animation; without a suffix: a folder, 000000.png and on (.npy of 5 bands or more)
     output: str = "samples.png"
     show: Literal["", "state", "prediction"] = (

@@ -46,11 +46,40 @@ class Source:
     """A worse field of the same data, by which this one is guided instead of by its own without a condition; see weak.py."""
     bit_depth: int = 8
     """Of the images that it was trained on, and so of those that are written of it, a file each."""
+    unit: int = 1
+    """Pixels of which an image's sides are multiples."""
+    one_size: bool = False
+    """Whether the model knows the positions of the usual image alone."""
+    largest: int = 0
+    """Pixels a side up to which it knows positions; 0 for any."""
 
     @property
     def image_shape(self) -> tuple[int, ...]:
         """Of an image, (C, H, W)."""
         return self.pixels or self.shape
+
+    def sized(self, height: int, width: int) -> Source:
+        """Return the source of images of another size, pixels; 0 for the usual height or width.
+
+        Raises:
+            ValueError: sides that the network does not divide, or whose positions it does not know.
+        """
+        _, *usual = self.image_shape
+        sides = [height or usual[0], width or usual[1]]
+        if sides == usual:
+            return self
+        said, factor = f"--height {sides[0]} --width {sides[1]}", usual[0] // self.shape[1]
+        if min(sides) < 1 or any(side % self.unit for side in sides):
+            raise ValueError(f"{said}: give positive multiples of {self.unit} pixels; the usual image is {usual[0]} x {usual[1]}.")
+        if self.one_size:
+            raise ValueError(
+                f"{said}: the model knows positions of {usual[0]} x {usual[1]} pixels alone. Leave the sizes out, or train with "
+                f"data.aspect_ratios."
+            )
+        if self.largest and max(sides) > self.largest:
+            raise ValueError(f"{said}: the model's positions go up to {self.largest} pixels a side.")
+        pixels = (self.pixels[0], *sides) if self.pixels else ()
+        return replace(self, shape=(self.shape[0], *(side // factor for side in sides)), pixels=pixels)
 
 
 def network_source(
@@ -63,18 +92,20 @@ def network_source(
     read: Callable[[Sequence[str]], Condition] | None = None,
     null: Condition | None = None,
     bit_depth: int = 8,
+    one_size: bool = False,
 ) -> Source:
     """A network of ours as a source; its null is the class `num_classes`, or the text "" where it reads, unless one is given.
 
-    A network that is told sizes is told those of whole images of the usual one.
+    A network that is told sizes is told those of whole images.
     """
     path = PATHS[flow.path]()
     field = velocity_field(scaled(network, flow), path, flow.predict)
-    height, width = (pixels or shape)[1:]
-    whole = torch.tensor([[height, width, 0, 0, height, width]], dtype=torch.float32)
+    factor = pixels[1] // shape[1] if pixels else 1
+    grid, unit = getattr(getattr(network, "positions", None), "grid", 0), factor * int(getattr(network, "multiple", 1))
 
     def told(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        return field(x, t, condition, whole.to(x.device).expand(len(x), -1))
+        size = [factor * side for side in x.shape[2:]]
+        return field(x, t, condition, torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=x.device).expand(len(x), -1))
 
     return Source(
         field=told if getattr(network, "micro_conditions", False) else field,
@@ -89,6 +120,9 @@ def network_source(
         prior=prior_of(flow),
         pixels=pixels,
         bit_depth=bit_depth,
+        unit=unit,
+        one_size=one_size,
+        largest=grid * unit,
     )
 
 
@@ -150,7 +184,14 @@ def led_by(source: Source, weak: Source) -> Source:
             condition = torch.where(condition == source.null, weak.null, condition)  # type: ignore[arg-type]
         return weak.field(x, t, condition)
 
-    return replace(source, weak=field)
+    largest = min(filter(None, (source.largest, weak.largest)), default=0)
+    return replace(
+        source,
+        weak=field,
+        unit=math.lcm(source.unit, weak.unit),
+        one_size=source.one_size or weak.one_size,
+        largest=largest,
+    )
 
 
 def _equal(a: Condition, b: Condition) -> bool:

@@ -14,7 +14,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler
 
 from .config import FlowConfig
 from .flow import DDPM, PATHS, CondOT, Path, Prediction, step_variances
@@ -27,7 +27,7 @@ STEPS = 1000
 NAMES: dict[Prediction, str] = {"velocity": "flow_prediction", "noise": "epsilon", "data": "sample", "v": "v_prediction"}
 """Ours and diffusers' words for what a network predicts."""
 CLEAN = 5e-7
-"""At least so much below 0 is log alpha at timestep 0: on a path that ends without noise DDIM would divide 0 by 0 there."""
+"""At least so much below 0 is log alpha at timestep 0: on a path that ends without noise a step variance would be 0 there."""
 UNIT_PATHS = ("cosine", "vp", "ddpm", "ddpm_scaled_linear", "ddpm_cosine")
 """Paths with alpha^2 + beta^2 = 1."""
 
@@ -63,41 +63,50 @@ def form_of(flow: FlowConfig) -> Form:
     return Form(flow.predict, 1.0, stock=False)
 
 
-def scheduler_of(flow: FlowConfig, pixels: bool = True) -> DPMSolverMultistepScheduler | DDIMScheduler | FlowODEScheduler:
-    """The scheduler of an exported folder: DPM-Solver++ on flow sigmas and for noise in pixels, else DDIM on step variances, or our own."""
+def scheduler_of(flow: FlowConfig, pixels: bool = True) -> DPMSolverMultistepScheduler | FlowODEScheduler:
+    """The scheduler of an exported folder: DPM-Solver++, on flow sigmas or step variances, or our own where no stock one serves.
+
+    It is the nearest to the exact end from 10 to 1,000 steps, whatever is predicted, of those that a stock pipeline steps rightly
+    with and that have a counterpart among ours (benchmarks/schedulers.py; the table is in docs/export.md). DDIM leaves noise where
+    the steps do not divide 1,000.
+    """
     form, clip = form_of(flow), pixels and flow.predict == "noise"
     if not form.stock:
         return _own(flow, clip)
-    kind: Any = NAMES[form.predict]
-    solver: dict[str, Any] = {"prediction_type": kind, "algorithm_type": "dpmsolver++"}
+    solver: dict[str, Any] = {"prediction_type": NAMES[form.predict], "algorithm_type": "dpmsolver++"}
     if clip:  # DDIM clips too, but keeps the noise that no longer fits: a Frechet distance of 5.2 where this has 0.6 (failed-ideas.md)
         solver |= {"thresholding": True, "sample_max_value": 1.0}
     if flow.path == "condot":
-        return DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=1.0, **solver)
+        return _said(DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=1.0, **solver), clip)
     k = torch.arange(STEPS, dtype=torch.float64)
     log_alpha = torch.log(PATHS[flow.path]()(1 - k / STEPS).a)
     log_alpha[0] = log_alpha[0].clamp(max=-CLEAN)
     variances = -torch.expm1(2 * torch.diff(log_alpha, prepend=log_alpha.new_zeros(1)))
-    if clip:
-        return DPMSolverMultistepScheduler(trained_betas=variances.tolist(), timestep_spacing="trailing", **solver)
-    return DDIMScheduler(
-        trained_betas=variances.tolist(), prediction_type=kind, clip_sample=False, timestep_spacing="trailing", set_alpha_to_one=True
-    )
+    return _said(DPMSolverMultistepScheduler(trained_betas=variances.tolist(), timestep_spacing="trailing", **solver), clip)
+
+
+def _said(scheduler: DPMSolverMultistepScheduler, clip: bool) -> DPMSolverMultistepScheduler:
+    """The scheduler, its configuration saying what DDIM and others that are made from it would otherwise do: keep data within -1..1."""
+    scheduler.register_to_config(clip_sample=clip)
+    return scheduler
 
 
 def _own(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
-    """Our own scheduler, with the recipe's path by its name, or else as a table; Euler's steps, which are DDIM's."""
+    """Our own scheduler, with the recipe's path by its name, or else as a table; by Adams and Bashforth's two-step method.
+
+    It evaluates once a step, as Euler's (DDIM on every path), and is nearer from 10 steps on.
+    """
     path = PATHS[flow.path]()
     kind = NAMES.get(flow.predict, flow.predict) if flow.predict != "velocity" else "velocity"
     more: dict[str, Any] = {"clip_sample": clip}
     if flow.precondition or flow.path == "edm":
         more["sigma_data"] = flow.sigma_data
     if isinstance(path, DDPM):
-        return FlowODEScheduler("euler", kind, "ddpm", trained_betas=step_variances(path.variances).tolist(), **more)
+        return FlowODEScheduler("multistep", kind, "ddpm", trained_betas=step_variances(path.variances).tolist(), **more)
     if flow.path in ("condot", "cosine", "vp"):
-        return FlowODEScheduler("euler", kind, flow.path, **more)
+        return FlowODEScheduler("multistep", kind, flow.path, **more)
     t = 1 - torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
-    return FlowODEScheduler("euler", kind, "table", table=[part.tolist() for part in path(t)], **more)
+    return FlowODEScheduler("multistep", kind, "table", table=[part.tolist() for part in path(t)], **more)
 
 
 def read_scheduler(scheduler: Any, flow: FlowConfig | None) -> tuple[Path, Prediction]:

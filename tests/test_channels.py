@@ -47,7 +47,7 @@ from pipeline.identity import MOST_CHANNELS, identity_autoencoder
 from pipeline.image_files import encode_image, file_extension, quantise
 from pipeline.many import Files
 from pipeline.networks import CrossDiTConfig, DiTConfig, MMDiTConfig, UNetConfig, model_options
-from pipeline.pipeline_condot_v1 import CondotPipeline
+from pipeline.pipeline_condot_v2 import CondotPipeline
 from pipeline.recipe import as_mapping, facts_of
 from pipeline.recipe import build as fill_config
 from pipeline.restore import measurement

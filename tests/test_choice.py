@@ -3,7 +3,15 @@
 import frozen
 import pytest
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, PixArtSigmaPipeline, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DModel,
+)
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma
 from stocks import PIXART, PLAIN, SD3, shake
 
@@ -12,7 +20,7 @@ from pipeline.choice import choose
 from pipeline.config import FlowConfig
 from pipeline.fold import stock_autoencoder
 from pipeline.folder import pipeline_source
-from pipeline.pipeline_condot_v1 import CondotPipeline
+from pipeline.pipeline_condot_v2 import CondotPipeline
 from pipeline.space import Space
 
 CLIPS = ("clip_projected", "clip_projected")
@@ -118,9 +126,10 @@ def test_a_stock_class_is_chosen_where_its_source_does_the_same(folders, case):
 
 @pytest.mark.parametrize(("vae", "predict", "clipped"), [("", "noise", True), ("kl", "noise", False), ("", "v", False)])
 def test_noise_in_pixels_alone_is_drawn_under_a_scheduler_that_clips(folders, vae, predict, clipped):
-    """Latents have no range."""
+    """Latents have no range; DDIM and its kin, which clip unless told not to, are told when they are made from it."""
     scheduler = chosen(folders, "unet", vae=vae, path="ddpm", predict=predict).pipeline.scheduler
-    assert bool(scheduler.config.get("thresholding")) == clipped and not scheduler.config.get("clip_sample")
+    assert bool(scheduler.config.get("thresholding")) == clipped
+    assert DDIMScheduler.from_config(scheduler.config).config.clip_sample == clipped
 
 
 DRAWN = {

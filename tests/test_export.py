@@ -45,7 +45,7 @@ def test_a_stranger_loads_it_with_stock_diffusers(trained, tmp_path):
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "DiTPipeline (8, 8) L []"
-    assert [p.name for p in (tmp_path / "moved").rglob("*.py")] == ["pipeline_condot_v1.py"], "which nothing loads unless asked to"
+    assert [p.name for p in (tmp_path / "moved").rglob("*.py")] == ["pipeline_condot_v2.py"], "which nothing loads unless asked to"
     assert not list((tmp_path / "moved").rglob("*.bin"))
 
 
@@ -252,7 +252,7 @@ def test_every_other_recipe_takes_a_scheduler_of_its_own_along(digits, tmp_path,
             end = None if after is None else source.path(widen(torch.full((3,), after), x))
             x = z if end is None else end.a * z + end.b * eps
     assert_equal_draws(x, theirs)
-    ours = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_condot_v1", trust_remote_code=True)
+    ours = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_condot_v2", trust_remote_code=True)
     pipe.scheduler = ours.FlowSDEScheduler.from_config(pipe.scheduler.config, sigma_t="zero")
     assert_equal_draws(
         drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=6, guidance_scale=2.0, generator=torch.manual_seed(2)), theirs

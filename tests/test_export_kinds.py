@@ -47,7 +47,7 @@ def test_every_class_model_draws_what_the_trainer_draws(digits, tmp_path, kind):
     if code:
         with pytest.raises(ValueError, match="trust_remote_code"):
             DiffusionPipeline.from_pretrained(folder)
-    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_condot_v1", trust_remote_code=True)
+    pipe = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_condot_v2", trust_remote_code=True)
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = FlowODEScheduler.from_config(pipe.scheduler.config, solver="euler", clip_sample=False)
     noise, labels = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1)), [0, 3, 9]
@@ -95,7 +95,7 @@ def test_an_unconditional_unet_is_a_ddpm_pipeline(unlabelled, tmp_path, capsys):
     assert type(pipe).__name__ == "DDPMPipeline" and pipe.scheduler.config.thresholding and "vae" not in pipe.components
     pipe.set_progress_bar_config(disable=True)
     assert pipe(batch_size=2, num_inference_steps=2, generator=torch.manual_seed(0)).images[0].size == (8, 8)
-    own = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_condot_v1", trust_remote_code=True)
+    own = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_condot_v2", trust_remote_code=True)
     own.set_progress_bar_config(disable=True)
     how = {"num_inference_steps": 3, "output_type": "np"}
     ours = own(num_images_per_prompt=2, generator=torch.manual_seed(0), **how).images
@@ -123,7 +123,7 @@ def test_a_variant_lies_beside_the_full_weights(trained, tmp_path):
             pipe = DiffusionPipeline.from_pretrained(folder, **more)
             pipe.set_progress_bar_config(disable=True)
             pipe.vae = DiffusionPipeline.from_pretrained(folder).vae.to(dtype=more.get("torch_dtype", torch.float32))
-            loaded = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_condot_v1", trust_remote_code=True, **more)
+            loaded = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_condot_v2", trust_remote_code=True, **more)
             loaded.set_progress_bar_config(disable=True)
             noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(1))
             drawn.append(loaded([1, 2], num_inference_steps=3, latents=noise, output_type="pt").images)

@@ -73,7 +73,7 @@ def test_every_text_model_draws_what_the_trainer_draws(tmp_path, shards, case):
     run = run_of(tmp_path, shards, case)
     index = json.loads((run / "export/model_index.json").read_text())
     code = CASES[case][3] == "CondotPipeline"
-    assert index["_class_name"] == (["pipeline_condot_v1", "CondotPipeline"] if code else CASES[case][3])
+    assert index["_class_name"] == (["pipeline_condot_v2", "CondotPipeline"] if code else CASES[case][3])
     if code:
         with pytest.raises(ValueError, match="trust_remote_code"):
             DiffusionPipeline.from_pretrained(run / "export")
@@ -100,7 +100,7 @@ def test_every_text_model_draws_what_the_trainer_draws(tmp_path, shards, case):
 STRANGER = """
 import sys, torch
 from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline="pipeline_condot_v1", trust_remote_code=True)
+pipe = DiffusionPipeline.from_pretrained(sys.argv[1], custom_pipeline="pipeline_condot_v2", trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
 made = pipe(prompt=["a red square"] * 2, solver="exponential", num_inference_steps=3, generator=torch.manual_seed(0), guidance_scale=2.0)
 again = pipe(prompt="a red square", solver="exponential", num_inference_steps=3, generator=torch.manual_seed(0), num_images_per_prompt=2,

@@ -9,12 +9,14 @@ from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, FlowMatchEuler
 
 from data.text_encoders import read_text_encoder
 from data.words import Words
+from pipeline import inputs_v2
 from pipeline.captions_v1 import Captions, joined
 from pipeline.choice import _text_parts
 from pipeline.flow import ODE_SOLVERS, guide
 from pipeline.folder import _pipeline, pipeline_source
-from pipeline.guidance_v1 import Guidance
-from pipeline.pipeline_condot_v1 import NO_CLASS, CondotPipeline
+from pipeline.guidance_v2 import Guidance
+from pipeline.pipeline_condot_v1 import NO_CLASS
+from pipeline.pipeline_condot_v2 import CondotPipeline
 from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
 from pipeline.scheduling_flow_sde_v1 import FlowSDEScheduler
 
@@ -59,7 +61,7 @@ def test_an_interval_holds_at_its_ends(steps):
     scheduler = FlowODEScheduler("euler")
     scheduler.set_timesteps(steps)
     for (first, last), (k, timestep) in product(combinations(range(11), 2), enumerate(scheduler.timesteps)):
-        held = Guidance(3.0, first / 10, last / 10, 0.0).holds(1 - float(timestep) / 1000)
+        held = Guidance(3.0, (first / 10, last / 10)).holds(1 - float(timestep) / 1000)
         assert held == (first * steps <= 10 * k <= last * steps), (first, last, k)
 
 
@@ -192,5 +194,8 @@ def test_sizes_are_told_in_pixels_of_whole_images(tmp_path, pipe, monkeypatch):
     monkeypatch.setattr(CondotPipeline, "predict", lambda self, x, t, condition, sizes=None: (told.append(sizes), x)[1])
     pipe([1], num_inference_steps=1, output_type="latent")
     pipeline_source(pipe).field(noise(), torch.full((3,), 0.5), torch.tensor([1, 2, 3]))
+    monkeypatch.setattr(inputs_v2, "ONE_SIZE", ())
     pipe([1], num_inference_steps=1, output_type="latent", height=48, original_size=(100, 90), crop=(1, 2))
-    assert [sizes.tolist() for sizes in told] == [[[32, 32, 0, 0, 32, 32]], [[32, 32, 0, 0, 32, 32]] * 3, [[100, 90, 1, 2, 48, 32]]]
+    pipeline_source(pipe).field(torch.zeros(1, 1, 8, 4), torch.full((1,), 0.5), torch.tensor([1]))
+    assert [sizes.tolist() for sizes in told[:2]] == [[[32, 32, 0, 0, 32, 32]], [[32, 32, 0, 0, 32, 32]] * 3]
+    assert [sizes.tolist() for sizes in told[2:]] == [[[100, 90, 1, 2, 48, 32]], [[32, 16, 0, 0, 32, 16]]]

@@ -110,7 +110,7 @@ def test_code_of_ours_is_published_and_pulled_with_trust(hub, digits, tmp_path):
     push(hub, tmp_path / "run/export")
     there = hub.repositories["ann/digits"].files
     code = sorted(name for name in there if name.endswith(".py"))
-    assert code == ["pipeline_condot_v1.py", "scheduler/scheduling_flow_ode_v1.py"]
+    assert code == ["pipeline_condot_v2.py", "scheduler/scheduling_flow_ode_v1.py"]
     assert all(f"| `{name}` | `{hashlib.sha256(there[name]).hexdigest()}` |" in there["README.md"].decode() for name in code)
     pull = lone(hub, tmp_path, "-I", "-c", PULL, "ann/digits", str(tmp_path / "run/export"), "trust")
     got = subprocess.run(**pull, cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -138,7 +138,7 @@ def test_a_text_model_is_pulled_with_its_pipeline_network_and_encoders(hub, tmp_
     push(hub, run / "export")
     there = hub.repositories["ann/digits"].files
     assert yaml.safe_load(there["README.md"].decode().split("---")[1])["pipeline_tag"] == "text-to-image"
-    assert sorted(name for name in there if name.endswith(".py")) == ["pipeline_condot_v1.py", "transformer/modeling_mmdit_v1.py"]
+    assert sorted(name for name in there if name.endswith(".py")) == ["pipeline_condot_v2.py", "transformer/modeling_mmdit_v1.py"]
     pull = lone(hub, tmp_path, "-I", "-c", PULL_TEXT, "ann/digits", str(run / "export"))
     got = subprocess.run(**pull, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert got.returncode == 0, got.stderr
