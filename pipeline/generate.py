@@ -180,7 +180,8 @@ def _rows(condition: Condition, rows: slice) -> Condition:
 
 def _solve(source: Source, condition: Condition, sampler: Sampler, seed: int, index: Tensor, watch: Watch | None) -> Solution:
     """The end of the path for one batch, and the evaluations it took."""
-    field, looked, times = *(bounded(source, guided(source, condition, sampler), sampler) for _ in range(2)), sampler.times(source)
+    times = sampler.times(source)
+    field, looked = (bounded(source, led(source, guided(source, condition, sampler), condition, sampler), sampler) for _ in range(2))
     x = start(source, seed, index, float(times[0]))
 
     def seen(x: Tensor, t: float) -> Tensor:
@@ -206,20 +207,23 @@ def guided(source: Source, condition: Condition, sampler: Sampler, times: Tensor
     }
     if source.weak is not None:
         good, weak = (partial(_told, field, condition) for field in (source.field, source.weak))
-        field = autoguide(good, weak, sampler.guidance_scale, **how)
+        return autoguide(good, weak, sampler.guidance_scale, **how)
+    if isinstance(condition, Tensor):
+        null: Condition = torch.full_like(condition, source.null)
     else:
-        if isinstance(condition, Tensor):
-            null: Condition = torch.full_like(condition, source.null)
-        else:
-            null = repeat(each(source.null, lambda part: part.to(source.device)), count(condition))
-        field = guide(source.field, condition, null, sampler.guidance_scale, **how)
-    if source.classifier is None:
-        return field
-    return classifier_guide(field, source.path, source.classifier.told(condition), sampler.classifier_guidance_scale)
+        null = repeat(each(source.null, lambda part: part.to(source.device)), count(condition))
+    return guide(source.field, condition, null, sampler.guidance_scale, **how)
 
 
 def _told(field: ConditionalField, condition: Condition, x: Tensor, t: Tensor) -> Any:
     return field(x, t, condition)
+
+
+def led(source: Source, field: Field, condition: Condition, sampler: Sampler) -> Field:
+    """The field, led to a condition, (B,), by the source's classifier if it has one; not to be differentiated any more."""
+    if source.classifier is None:
+        return field
+    return classifier_guide(field, source.path, source.classifier.told(condition), sampler.classifier_guidance_scale)
 
 
 def bounded(source: Source, field: Field, sampler: Sampler) -> Field:

@@ -34,7 +34,7 @@ class GuidanceOptions:
                 raise ValueError(f"{name}={getattr(self, name)} has no effect with guidance={self.guidance}: set guidance=apg.")
         if self.guidance == "apg":
             APG(eta=self.apg_eta, norm_threshold=self.apg_norm_threshold, momentum=self.apg_momentum)
-        elif self.zero_init_steps and self.guidance != "cfg_zero_star":
+        if self.zero_init_steps and self.guidance != "cfg_zero_star":
             raise ValueError(
                 f"zero_init_steps={self.zero_init_steps} has no effect with guidance={self.guidance}: set guidance=cfg_zero_star."
             )

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .flow import Colourisation, Condition, Inpainting, Measurement, Solution, SuperResolution, each, reconstruction, repeat, replacement
-from .generate import NEAR_NOISE, Sampler, Samples, Source, bounded, check_sampler, cleaned, follow, guided, start
+from .generate import NEAR_NOISE, Sampler, Samples, Source, bounded, check_sampler, cleaned, follow, guided, led, start
 from .options import Restore
 from .sheet import grid, save_image
 from .source import check_labels, need_pixels
@@ -138,10 +138,11 @@ def _restored(
     x, many = start(source, seed, index, float(times[0])), y[None].expand(len(index), *y.shape).to(source.device)
     if remedy.method == "reconstruction":
         how = {"noise_std": remedy.noise_std, "data_std": remedy.data_std}
-        field = bounded(source, reconstruction(field, source.path, measure, many, iterations=remedy.iterations, **how), sampler)
+        field = reconstruction(field, source.path, measure, many, iterations=remedy.iterations, **how)
+        field = bounded(source, led(source, field, condition, sampler), sampler)  # scores add up; the classifier's is not differentiated
         end = follow(source, field, x, times, sampler, seed, index, last_euler=True)
         return cleaned(source, field, end, float(times[-1]))
-    field, noise = bounded(source, field, sampler), x / float(source.path(times[0]).b)
+    field, noise = bounded(source, led(source, field, condition, sampler), sampler), x / float(source.path(times[0]).b)
     end = follow(source, field, x, times, sampler, seed, index, after=replacement(measure, many, source.path, noise))
     clean, evaluations = cleaned(source, field, end, float(times[-1]))
     return Solution(clean + measure.pseudo_inverse(many - measure(clean)), evaluations)  # denoised, it moved off the measurement

@@ -40,7 +40,8 @@ def classifier_guide(field: Field, path: Path, log_likelihood: LogLikelihood, sc
             Gaussian data; else log p(y | E[z | x]) stands for log E[p(y | z) | x].
 
     Returns:
-        A field of what the given one returns, for t > 0, since the term is
+        A field of what the given one returns, without derivatives (so beside
+        `reconstruction`, guide what that returns: scores add up), for t > 0, since the term is
         0 times infinity where alpha = 0: begin the grid at 1e-3.
 
     Raises:
