@@ -104,9 +104,8 @@ def opened(options: Model) -> Opened:
         model = model._replace(source=led_by(model.source, weak.source), files=model.files + weak.files)
     if not (reference := getattr(options, "classifier_reference", "")):
         return model
-    names = (shards := Shards(reference, "train")).manifest.class_names
-    source = led_by_classifier(model.source, partial(read_images, shards), len(names), reference, shards.fingerprint)
-    return model._replace(source=source, class_names=model.class_names or tuple(names))
+    source = led_by_classifier(model.source, shards := Shards(reference, "train"), read_images, reference)
+    return model._replace(source=source, class_names=model.class_names or tuple(shards.manifest.class_names))
 
 
 def source_of(options: Model) -> Source:

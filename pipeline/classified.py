@@ -8,14 +8,16 @@ Source: Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, sect
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .classifier import Classifier, fit_classifier
+from .classifier import SEEN, Classifier, fit_classifier
 from .flow import Condition, Path, interpolate, widen
 from .flow.field import ConditionalField
 from .printable import say
@@ -115,22 +117,35 @@ def classified(source: Source, classifier: NoiseClassifier, classes: int, digest
     return replace(judged, num_classes=classes, null=classes, field=_blind(source.field, null), weak=weak and _blind(weak, null))
 
 
-def led_by_classifier(source: Source, look: Callable[..., tuple[Tensor, Tensor]], classes: int, reference: str, digest: str) -> Source:
-    """Return the source, led by a classifier that learns labelled images now.
+class LabelledShards(Protocol):
+    """What is asked of a folder of labelled shards: see data.shards.Shards."""
+
+    @property
+    def counts(self) -> Sequence[int]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def manifest(self) -> Any: ...
+
+
+def led_by_classifier(source: Source, shards: LabelledShards, read: Callable[..., tuple[Tensor, Tensor]], reference: str) -> Source:
+    """Return the source, led by a classifier that learns labelled images now: all of them, or SEEN of many, evenly spaced.
 
     Args:
         source: the model.
-        look: reads images of so many channels and pixels a side, of a `bit_depth`, (N, C, H, W), -1..1, and their classes, (N,).
-        classes: how many there are.
-        reference, digest: where they come from, to say, and what they are.
+        shards: of the images.
+        read: of (shards, channels, pixels a side, numbers, bit_depth=...): images, (N, C, H, W), -1..1, and their classes, (N,).
+        reference: what the user calls them.
 
     Raises:
         ValueError: as `check_classified` and `train_noise_classifier`.
     """
+    classes, total = len(shards.manifest.class_names), sum(shards.counts)
     check_classified(source, classes)
-    images, labels = look(source.shape[0], source.shape[-1], bit_depth=source.bit_depth)
-    say(f"a classifier learns the {len(images):,} images of {reference} at every noise level")
-    return classified(source, train_noise_classifier(images, labels, source.path), classes, digest)
+    numbers = range(0, total, max(1, math.ceil(total / SEEN)))
+    images, labels = read(shards, source.shape[0], source.shape[-1], numbers, bit_depth=source.bit_depth)
+    say(f"a classifier learns {len(images):,} images of {reference} at every noise level")
+    return classified(source, train_noise_classifier(images, labels, source.path), classes, shards.fingerprint)
 
 
 def _blind(field: ConditionalField, null: int) -> ConditionalField:

@@ -169,8 +169,8 @@ def check_sampler(source: Source, sampler: Sampler) -> None:
         raise ValueError(
             f"guidance_scale={sampler.guidance_scale} on a model without classes: there is nothing to guide by, use 1, or a weaker model."
         )
-    sampler.check_guidance(source, sampler.guidance_scale, sampler.solver)
-    intervals(sampler.times(source))
+    intervals(times := sampler.times(source))
+    sampler.check_guidance(source, sampler.guidance_scale, sampler.solver, times[0])
     guided(source, torch.zeros(1) if isinstance(source.null, int) else source.null, sampler)
 
 

@@ -55,13 +55,14 @@ class GuidanceOptions:
             raise ValueError(f"zero_init_steps={self.zero_init_steps} of {len(times) - 1} steps: fewer than all. Use 1 of 25.")
         return CFGZeroStar(zero_until=float(times[self.zero_init_steps]) if self.zero_init_steps else 0.0)
 
-    def check_guidance(self, source: Source, scale: float, solver: str) -> None:
+    def check_guidance(self, source: Source, scale: float, solver: str, begin: Tensor) -> None:
         """Raise ValueError for a method that has no effect on a source, or that a solver cannot go with.
 
         Args:
             source: what is sampled.
             scale: of guidance, 1 for none.
             solver: by its name.
+            begin: the first time of the grid.
         """
         if self.guidance != "cfg" and scale == 1:
             raise ValueError(f"guidance={self.guidance} beside guidance_scale=1.0, which is none: give guidance_scale 3.")
@@ -77,3 +78,5 @@ class GuidanceOptions:
             raise ValueError(
                 f"classifier_guidance_scale={self.classifier_guidance_scale} without a classifier: give --classifier_reference too."
             )
+        if source.classifier is not None and float(source.path(begin).a) == 0:
+            raise ValueError(f"given_times begin at {float(begin):g}: a classifier knows nothing where no image is left. Begin at 0.001.")

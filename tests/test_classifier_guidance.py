@@ -186,6 +186,9 @@ def test_what_a_classifier_cannot_lead_is_refused(learned):
             classified(source, learned, 2)
     with pytest.raises(ValueError, match=r"classifier_guidance_scale=2\.0 without a classifier"):
         check_sampler(base, Sampler(classifier_guidance_scale=2.0))
+    source = classified(base, learned, 2)
+    with pytest.raises(ValueError, match=r"given_times begin at 0: a classifier knows nothing"):
+        check_sampler(source, Sampler(given_times=(0.0, 1.0)))
     with pytest.raises(ValueError, match="1 class in the reference"):
         train_noise_classifier(torch.zeros(20, 1, 8, 8), torch.zeros(20, dtype=torch.int64), CondOT())
 
@@ -196,7 +199,7 @@ def test_a_user_leads_a_run_by_labelled_shards(trained, digits, tmp_path, capsys
     words = ["--run", str(trained), "--class_labels", "3", "--num_images", "2", "--num_inference_steps", "2"]
     led = ["--classifier_reference", str(digits), "--classifier_guidance_scale", "2"]
     assert sample.main([*words, *led, "--output", str(tmp_path / "a.png")]) == 0
-    assert "a classifier learns the" in capsys.readouterr().out and (tmp_path / "a.png").is_file()
+    assert "a classifier learns 1," in capsys.readouterr().out and (tmp_path / "a.png").is_file()
     folder = ["--output", str(tmp_path / "many/")]
     assert sample.main([*words, *led, *folder]) == 0 and sample.main([*words, *led, *folder]) == 0
     assert sample.main([*words, *folder]) == 2
