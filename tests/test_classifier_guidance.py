@@ -120,7 +120,7 @@ def learned():
     labels = torch.arange(600) % 2
     images = (labels - 0.5)[:, None, None, None] + 0.2 * torch.randn(600, 1, 8, 8, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.classifier.MOST_EPOCHS", 12)
+        patch.setattr("pipeline.classifier.MOST_EPOCHS", 20)
         return train_noise_classifier(images, labels, CondOT())
 
 

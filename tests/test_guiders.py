@@ -88,6 +88,9 @@ def test_a_constant_field_is_rescaled_without_a_nan_and_has_gradients(dtype, lev
     for scale in (0.0, 3.0, -1.0):
         got = guide(field_of(still, still / 2), ON, OFF, scale, rescale=1.0)(X.to(dtype), T)
         torch.testing.assert_close(got, torch.lerp(still / 2, still, scale))
+    good = draw(1, torch.float32)
+    cancelled = guide(field_of(good, 1.5 * good), ON, OFF, 3.0, rescale=1.0)(X.float(), T)  # 1.5 + 3 (1 - 1.5) = 0
+    assert cancelled.abs().max() < 1e-5, "rounding is not blown up to the size of an image"
     point = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
     rescale_factor(point, point * 2, 0.5).sum().backward()
     assert bool(point.grad.isfinite().all())

@@ -25,6 +25,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+NOTHING = 1e-5
+"""A guided prediction whose deviation is so small a share of the conditional one's is zero, and rounding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class APG:
@@ -81,14 +84,15 @@ def rescale_factor(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
         share: of the way, 0 to 1.
 
     Returns:
-        1 where the guided one has no deviation, or is one value: nothing there can be scaled.
+        1 where the guided one has no deviation but for rounding, or is one value: nothing there can be scaled.
     """
     if guided[0].numel() < 2:
         return torch.ones(len(guided), *[1] * (guided.ndim - 1), device=guided.device, dtype=guided.dtype)
     variances = [part.flatten(1).var(1) for part in (guided, conditional)]
     # a square root has no gradient at 0, and where() passes the NaN of a branch that it does not take
     mine, its = (torch.where(v > 0, torch.where(v > 0, v, 1).sqrt(), 0) for v in variances)
-    ratio = torch.where(mine > 0, its / torch.where(mine > 0, mine, 1), 1)
+    known = mine > NOTHING * its
+    ratio = torch.where(known, its / torch.where(known, mine, 1), 1)
     return (1 + share * (ratio - 1)).reshape(-1, *[1] * (guided.ndim - 1))
 
 
