@@ -37,6 +37,7 @@ from pipeline import launch
 from pipeline.asked import asked
 from pipeline.card import Card
 from pipeline.checkpoint import Store, check_network, load_state, understood
+from pipeline.classified import led_by_classifier
 from pipeline.config import Config
 from pipeline.density import affordable, bits
 from pipeline.draw import draw_folder, draw_picture
@@ -51,7 +52,7 @@ from pipeline.own_files import write_whole
 from pipeline.printable import say
 from pipeline.publish import check_repository, publish
 from pipeline.recipe import build, parse
-from pipeline.restore import restore_file
+from pipeline.restore import check_options, restore_file
 from pipeline.retrieval import retrieve
 from pipeline.sheet import save_image, side_by_side
 from pipeline.source import Source, check_labels, led_by, need_pixels, network_source
@@ -91,17 +92,20 @@ def opened(options: Model) -> Opened:
     """The model to sample from, with its guide.
 
     Raises:
-        ValueError: as `open_one`; a guide that has no effect, or is of other data.
+        ValueError: as `open_one`; a guide that has no effect, or is of other data; a classifier that cannot lead the model.
     """
     guide = (options.guide_pipeline, options.guide_run, options.guide_ema) if isinstance(options, Sampling) else ("", "", "")
     if any(guide) and options.guidance_scale == 1:  # type: ignore[attr-defined]
         raise ValueError(f"--guide_run or --guide_pipeline {''.join(guide)!r} beside --guidance_scale 1, which is none: give 2.")
     device = launch.join(patience=launch.A_MONTH).device
     model = open_one(options.pipeline, options.run, options.ema, device)
-    if not any(guide):
+    if any(guide):
+        weak = open_one(*guide, device, "guide_")
+        model = model._replace(source=led_by(model.source, weak.source), files=model.files + weak.files)
+    if not (reference := getattr(options, "classifier_reference", "")):
         return model
-    weak = open_one(*guide, device, "guide_")
-    return model._replace(source=led_by(model.source, weak.source), files=model.files + weak.files)
+    source = led_by_classifier(model.source, shards := Shards(reference, "train"), read_images, reference)
+    return model._replace(source=source, class_names=model.class_names or tuple(shards.manifest.class_names))
 
 
 def source_of(options: Model) -> Source:
@@ -278,18 +282,13 @@ def likelihood(options: Likelihood) -> int:
 
 def restored(options: Restore) -> int:
     """Restore an image and write what was left of it, then the samples."""
-    for name in ("input", *(["mask"] if options.task == "inpaint" else [])):
-        if not Path(getattr(options, name)).is_file():
-            raise ValueError(f"--{name} {getattr(options, name)!r} is no file: give an image.")
+    check_options(options)
     source = source_of(options)
-    need_pixels(source, "restore measures pixels")
 
     def read(file: Path, channels: int, side: int) -> Tensor:
         return to_unit(torch.from_numpy(decode_image(file.read_bytes(), channels, side, bit_depth=source.bit_depth)))
 
-    difference = restore_file(source, options, read)
-    far = f"they differ from it by {difference:.4f} (root mean square, -1..1)"
-    say(f"{options.output}: the input as measured, then {options.num_images} samples; {far}")
+    say(restore_file(source, options, read))
     return 0
 
 

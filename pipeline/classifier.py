@@ -7,12 +7,14 @@ figures.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+Network = TypeVar("Network", bound=nn.Module)
 WIDTH = 64
 """Of the features."""
 SEEN = 120_000
@@ -76,19 +78,40 @@ def train_classifier(images: Tensor, labels: Tensor, *, seed: int = 0) -> Classi
     Raises:
         ValueError: fewer than two classes, or images that are too small.
     """
+
+    def loss(network: Classifier, rows: Tensor) -> Tensor:
+        return F.cross_entropy(network(images[rows])[1], labels[rows], label_smoothing=0.1)
+
+    return fit_classifier(lambda classes: Classifier(images.shape[1], classes), labels, loss, seed)
+
+
+def fit_classifier(build: Callable[[int], Network], labels: Tensor, loss: Callable[[Network, Tensor], Tensor], seed: int = 0) -> Network:
+    """Train a small network on labelled images, on the CPU.
+
+    Args:
+        build: gives the network for a number of classes.
+        labels: of all images, (N,), 0 and up.
+        loss: of the network and of the images of some rows, (B,), int64.
+        seed: of the weights, the order and whatever the loss draws.
+
+    Returns:
+        The network, ready to judge, without gradients of its weights.
+
+    Raises:
+        ValueError: fewer than two classes.
+    """
     classes = int(labels.max()) + 1 if len(labels) else 0
     if classes < 2:
         raise ValueError(f"{classes} class in the reference: a classifier needs two or more.")
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(seed)
-        network = Classifier(images.shape[1], classes)
+        network = build(classes)
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a third faster on a CPU
-        order = list(_batches(len(images)))
+        order = list(_batches(len(labels)))
         optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.05)
         ramp = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, total_steps=len(order))
         for rows in order:
-            loss = F.cross_entropy(network(images[rows])[1], labels[rows], label_smoothing=0.1)
-            loss.backward()
+            loss(network, rows).backward()
             optimizer.step()
             optimizer.zero_grad()
             ramp.step()

@@ -49,9 +49,10 @@ def unseen(source: Source) -> str:
 
 
 def described(source: Source) -> dict[str, Any]:
-    """Return how a source's images are written, where it is not as ever, gray or RGB of 8 bits; so older folders go on."""
+    """Return how a source's images are written and led, where it is not as ever, gray or RGB of 8 bits; so older folders go on."""
     channels = {} if source.image_shape[0] in (1, 3) else {"channels": source.image_shape[0]}
-    return channels | ({} if source.bit_depth == 8 else {"bit_depth": source.bit_depth})
+    judge = {} if source.classifier is None else {"classifier": source.classifier.digest}
+    return channels | ({} if source.bit_depth == 8 else {"bit_depth": source.bit_depth}) | judge
 
 
 def draw_folder(options: Images, source: Source, wanted: Asked, files: Sequence[Path], tars: Callable[[], Keeper], stopper: Stopper) -> int:

@@ -23,6 +23,7 @@ from .flow import (
     Solution,
     annealed_langevin,
     autoguide,
+    classifier_guide,
     clipped,
     coefficient,
     convert,
@@ -42,6 +43,7 @@ from .flow import grid as time_grid
 from .flow.field import ConditionalField, Field
 from .flow.grid import intervals
 from .flow.solver import After
+from .guidance_options import GuidanceOptions
 from .source import Source, check_labels
 
 Watch = Callable[[Tensor, float, Field], None]
@@ -58,7 +60,7 @@ NEAR_NOISE = 1e-3
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Sampler(GuidanceOptions):
     """How a field is followed; `options.Sampling` explains each field.
 
     Raises:
@@ -88,6 +90,7 @@ class Sampler:
             raise ValueError(f"solver={self.solver!r} is unknown: choose one of {', '.join(known)}.")
         coefficient(self.sigma_t, self.sigma_scale)
         time_grid(self.grid, self.steps, shift=self.grid_shift, rho=self.grid_rho)
+        super().__post_init__()
 
     def times(self, source: Source, off_noise: bool = False) -> Tensor:
         """The grid, (steps + 1,): the caller's, or from 0, or NEAR_NOISE where the field is singular at 0, to 1.
@@ -97,6 +100,7 @@ class Sampler:
         """
         if self.given_times:
             return torch.tensor(self.given_times, dtype=torch.float64)
+        off_noise = off_noise or source.classifier is not None  # as of every inverse problem
         begin = NEAR_NOISE if off_noise or singular(source.path, source.predict, 0.0) else 0.0
         if self.solver == "dormand_prince":
             inner = [1 - NEAR_NOISE] if singular(source.path, source.predict, 1.0) else []
@@ -159,13 +163,15 @@ def generate(
 
 def check_sampler(source: Source, sampler: Sampler) -> None:
     """Raises ValueError for guidance or a grid of times that the source cannot be sampled with."""
-    told = source.num_classes > 0 or not isinstance(source.null, int)
+    blind = source.classifier is not None and source.classifier.alone
+    told = (source.num_classes > 0 and not blind) or not isinstance(source.null, int)
     if not told and source.weak is None and sampler.guidance_scale != 1:
         raise ValueError(
             f"guidance_scale={sampler.guidance_scale} on a model without classes: there is nothing to guide by, use 1, or a weaker model."
         )
+    intervals(times := sampler.times(source))
+    sampler.check_guidance(source, sampler.guidance_scale, sampler.solver, times[0])
     guided(source, torch.zeros(1) if isinstance(source.null, int) else source.null, sampler)
-    intervals(sampler.times(source))
 
 
 def _rows(condition: Condition, rows: slice) -> Condition:
@@ -174,12 +180,13 @@ def _rows(condition: Condition, rows: slice) -> Condition:
 
 def _solve(source: Source, condition: Condition, sampler: Sampler, seed: int, index: Tensor, watch: Watch | None) -> Solution:
     """The end of the path for one batch, and the evaluations it took."""
-    field, times = bounded(source, guided(source, condition, sampler), sampler), sampler.times(source)
+    times = sampler.times(source)
+    field, looked = (bounded(source, led(source, guided(source, condition, sampler), condition, sampler), sampler) for _ in range(2))
     x = start(source, seed, index, float(times[0]))
 
     def seen(x: Tensor, t: float) -> Tensor:
         if watch is not None and t < float(times[-1]):
-            watch(x, t, field)
+            watch(x, t, looked)  # not the field itself: it may remember its evaluations
         return x
 
     seen(x, float(times[0]))
@@ -187,9 +194,17 @@ def _solve(source: Source, condition: Condition, sampler: Sampler, seed: int, in
     return cleaned(source, field, end, float(times[-1]))
 
 
-def guided(source: Source, condition: Condition, sampler: Sampler) -> Field:
-    """The source's field with its condition, (B, ...), bound and guided as the sampler says."""
+def guided(source: Source, condition: Condition, sampler: Sampler, times: Tensor | None = None) -> Field:
+    """The source's field with its condition, (B, ...), bound and guided as the sampler says, on a grid of times if not on its own.
+
+    It is of one solve where guidance has momentum.
+    """
     how: dict[str, Any] = {"interval": sampler.guidance_interval, "rescale": sampler.guidance_rescale}
+    how |= {
+        "method": sampler.guidance_method(sampler.times(source) if times is None else times),
+        "path": source.path,
+        "predict": source.predict,
+    }
     if source.weak is not None:
         good, weak = (partial(_told, field, condition) for field in (source.field, source.weak))
         return autoguide(good, weak, sampler.guidance_scale, **how)
@@ -202,6 +217,13 @@ def guided(source: Source, condition: Condition, sampler: Sampler) -> Field:
 
 def _told(field: ConditionalField, condition: Condition, x: Tensor, t: Tensor) -> Any:
     return field(x, t, condition)
+
+
+def led(source: Source, field: Field, condition: Condition, sampler: Sampler) -> Field:
+    """The field, led to a condition, (B,), by the source's classifier if it has one; not to be differentiated any more."""
+    if source.classifier is None:
+        return field
+    return classifier_guide(field, source.path, source.classifier.told(condition), sampler.classifier_guidance_scale)
 
 
 def bounded(source: Source, field: Field, sampler: Sampler) -> Field:

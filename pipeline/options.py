@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .generate import Sampler
+from .guidance_options import GuidanceOptions
 
 Solver = Literal[
     "euler", "midpoint", "heun", "rk4", "multistep", "dormand_prince",
@@ -43,7 +44,16 @@ class Sampling(Model):
     guide_run: str = ""  # or a run's folder, or an early checkpoint of the same run
     guide_ema: str = ""  # which weights of that run, as --ema
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance acts, 0 noise, 1 data
-    guidance_rescale: float = 0.0  # share of the guided field brought back to the spread of the unguided one, 0 to 1
+    guidance_rescale: float = 0.0  # share of the guided prediction brought back to the spread of the unguided one, 0 to 1
+    guidance: Literal["cfg", "apg", "cfg_zero_star"] = (
+        "cfg"  # plain; adaptive projected guidance, which saturates less; or CFG-Zero*, away from the best multiple of the lesser one
+    )
+    apg_eta: float = 0.0  # of apg: share kept of what guidance adds along the data prediction; 1 is plain guidance
+    apg_norm_threshold: float = 0.0  # of apg: longest difference of an image's two data predictions; 0 for no limit, the paper 2.5 to 15
+    apg_momentum: float = 0.0  # of apg: share of the differences of earlier evaluations that is added; the paper -0.75 to -0.5
+    zero_init_steps: int = 0  # of cfg_zero_star: first steps that stand still; the paper 4 in 100
+    classifier_reference: str = ""  # shards of labelled images: a small classifier learns them, noise and all, and leads to class_labels
+    classifier_guidance_scale: float = 1.0  # of that classifier; 1 is Bayes' rule, more is sharper
     solver: Solver = "heun"  # to dormand_prince the ODE, to stochastic_heun the SDE, then Langevin dynamics
     sigma_t: Literal["zero", "constant", "noise", "forward"] = "noise"  # diffusion coefficient of the SDE; noise: as the path's beta
     sigma_scale: float = 1.0  # factor on sigma_t
@@ -55,9 +65,7 @@ class Sampling(Model):
     corrections: int = 1  # Langevin steps at each time, of annealed_langevin and predictor_corrector
     langevin_step: float = 0.2  # of langevin and annealed_langevin, in units of the last level's variance
     snr: float = 0.16  # signal-to-noise ratio of a correction of predictor_corrector
-    clip: Literal["auto", "on", "off"] = (
-        "auto"  # keep data predictions within -1..1; auto: of a model that predicts noise in pixels; not in restore
-    )
+    clip: Literal["auto", "on", "off"] = "auto"  # keep data predictions within -1..1; auto: of a model that predicts noise in pixels
 
     def sampler(self) -> Sampler:
         """The options as the pipeline knows them."""
@@ -78,11 +86,19 @@ class Sampling(Model):
             langevin_step=self.langevin_step,
             snr=self.snr,
             clip=self.clip,
+            guidance=self.guidance,
+            apg_eta=self.apg_eta,
+            apg_norm_threshold=self.apg_norm_threshold,
+            apg_momentum=self.apg_momentum,
+            zero_init_steps=self.zero_init_steps,
+            classifier_guidance_scale=self.classifier_guidance_scale,
         )
 
     def told(self, ema: str) -> dict[str, Any]:
         """What figures are told beside: how samples were drawn, and by which weights."""
-        return {"guidance_scale": self.guidance_scale, "solver": self.solver, "steps": self.num_inference_steps, "ema": ema}
+        more: dict[str, Any] = {"guidance": self.guidance} if self.guidance != "cfg" else {}
+        more |= {"classifier_guidance_scale": self.classifier_guidance_scale} if self.classifier_reference else {}
+        return {"guidance_scale": self.guidance_scale, "solver": self.solver, "steps": self.num_inference_steps, "ema": ema, **more}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +153,9 @@ class Images(Sampling):
         which = dict(zip(("model", "guide"), models, strict=False))
         size = {"images_per_shard": self.images_per_shard} if self.format == "shards" else {}
         weights = {name: asked for name, asked in (("ema", self.ema), ("guide_ema", self.guide_ema)) if asked}
-        return {**which, **weights, "seed": self.seed, "conditions": conditions, **asdict(self.sampler()), "format": self.format, **size}
+        usual = asdict(GuidanceOptions())  # left out, so that a folder from before there were these options goes on
+        how = {name: value for name, value in asdict(self.sampler()).items() if name not in usual or value != usual[name]}
+        return {**which, **weights, "seed": self.seed, "conditions": conditions, **how, "format": self.format, **size}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,14 +222,18 @@ class Restore(Sampling):
 
     task: Literal["inpaint", "colourise", "super_resolution"] = "inpaint"  # what was lost
     method: Literal["reconstruction", "replacement"] = (
-        "reconstruction"  # reconstruction guides by the data prediction; costs a backward pass
+        "reconstruction"  # reconstruction guides by the data prediction, for a backward pass; replacement keeps what is seen exactly
     )
     input: str = ""  # the image; it is resized to the model's size (super_resolution: to that over the factor)
     mask: str = ""  # of inpaint: white is filled in, black is kept
     factor: int = 2  # of super_resolution: pixels a side that one pixel becomes
-    noise_std: float = 0.01  # standard deviation of the input's own noise, images in -1..1
+    noise_std: float = 0.01  # of reconstruction: standard deviation of the input's own noise, images in -1..1
+    data_std: float = 0.5  # of reconstruction: standard deviation of images, by which it guesses what a point does not tell
+    iterations: int = 0  # of reconstruction: conjugate gradients in place of that guess, a backward pass each; 4 is many
     class_label: int = -1  # class of the image; -1: not known
+    prompt: str = ""  # caption of the image, of a model that takes text; by default none
+    negative_prompt: str = ""  # what guidance leads away from; by default from no caption
     num_inference_steps: int = 100  # solver steps
-    solver: Solver = "euler"  # of an ODE or an SDE, with steps of its own: not langevin, annealed_langevin or dormand_prince
+    solver: Solver = "euler"  # of an ODE or an SDE, not langevin or annealed_langevin; dormand_prince with reconstruction alone
     num_images: int = 4  # samples
     output: str = "restored.png"  # the input as measured, then the samples

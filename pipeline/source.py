@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,17 @@ from .method import prior_of, scaled
 
 SAME_IMAGE = 0.05
 """Of one latent, two decoders of one autoencoder may give images so far apart, of -1..1: rounding, in half precision too."""
+
+
+class Judge(NamedTuple):
+    """A classifier that leads a source to labels; see classified.py."""
+
+    told: Callable[[Condition], Callable[[Tensor, Tensor], Tensor]]
+    """Of labels, (B,): log p(y | x_t) of (x, t), (B,)."""
+    alone: bool
+    """Whether the model itself takes no class."""
+    digest: str = ""
+    """Of what it has learned from."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Source:
     """Whether the model knows the positions of the usual image alone."""
     largest: int = 0
     """Pixels a side up to which it knows positions; 0 for any."""
+    classifier: Judge | None = None
+    """Leads it to its labels, beside whatever guides it."""
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -134,9 +147,9 @@ def check_labels(labels: Tensor, num_classes: int) -> None:
         raise ValueError(f"class label {int(bad[0])} is out of range: the model {known}.")
 
 
-def need_pixels(source: Source, why: str) -> None:
-    """Raises ValueError for a model of latents, or of text."""
-    if source.read:
+def need_pixels(source: Source, why: str, text: bool = False) -> None:
+    """Raises ValueError for a model of latents, or, unless `text`, of text."""
+    if source.read and not text:
         raise ValueError(f"the model takes text, and {why} of a class or of none: sample it with --prompt, or use retrieve.")
     if source.pixels:
         raise ValueError(

@@ -6,10 +6,11 @@ from dataclasses import replace
 import oracles
 import pytest
 import torch
+from diffusers.guiders.guider_utils import rescale_noise_cfg
 
-from pipeline.flow import autoguide, guide
+from pipeline.flow import CondOT, autoguide, convert, guide, widen
 from pipeline.flow.linear import UniformPrior
-from pipeline.generate import Sampler, generate
+from pipeline.generate import Sampler, check_sampler, generate, guided, start
 from pipeline.source import led_by
 
 MIXTURE = oracles.three()
@@ -155,6 +156,115 @@ def test_a_guide_of_other_data_is_refused():
             led_by(good, weak)
     for same in (source, replace(source, **text), latent, gaussian_source("condot", "noise")):
         assert led_by(same, same).weak is not None
+
+
+# --- from a sampler's options to the field
+
+
+def classes_of(predict="velocity"):
+    """Gaussian data whose mean is 0.3 for class 0 and -0.2 for none, exactly."""
+    from test_methods import gaussian_source
+
+    base = gaussian_source("condot", predict)
+
+    def field(x, t, labels):
+        shift = torch.where(labels == 0, 0.0, -0.5).double()[:, None, None, None]
+        return base.field(x - shift * t[:, None, None, None], t, labels) + shift
+
+    return replace(base, field=field, num_classes=1, null=1)
+
+
+ASKED = torch.zeros(6, dtype=torch.int64)
+
+
+def test_apg_reaches_the_samples_and_is_of_one_solve():
+    """eta = 1 is plain guidance; momentum does not depend on the batch, nor on an animation that looks on."""
+    source, plain = classes_of(), Sampler("euler", 10, 3.0)
+    made = lambda sampler, **more: generate(source, ASKED, sampler, seed=1, **more).images  # noqa: E731
+    torch.testing.assert_close(made(replace(plain, guidance="apg", apg_eta=1.0)), made(plain), atol=1e-5, rtol=1e-5)
+    moving = replace(plain, guidance="apg", apg_momentum=-0.6, apg_norm_threshold=2.0)
+    whole = made(moving)
+    assert (whole - made(replace(moving, apg_momentum=0.0))).abs().max() > 0.01
+    torch.testing.assert_close(made(moving, batch_size=2), whole)
+    looked = []
+    torch.testing.assert_close(made(moving, watch=lambda x, t, field: looked.append(field(x, torch.full((6,), t)))), whole)
+    assert len(looked) == 10
+
+
+def test_zero_init_steps_are_steps_of_the_samplers_grid():
+    """Two of eight steps stand still: the same as beginning with them left out, on any grid."""
+    source, sampler = classes_of(), Sampler("euler", 8, 3.0, grid="shifted", guidance="cfg_zero_star", zero_init_steps=2)
+    images = generate(source, ASKED, sampler, seed=1).images
+    later = replace(sampler, zero_init_steps=0, given_times=tuple(sampler.times(source)[2:].tolist()))
+    begun = start(source, 1, torch.arange(6), 0.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipeline.generate.start", lambda *given: begun)
+        torch.testing.assert_close(images, generate(source, ASKED, later, seed=1).images)
+
+
+@pytest.mark.parametrize(("predict", "share"), [("data", 0.7), ("noise", 1.0), ("v", 0.5)])
+def test_rescaling_in_samples_is_of_the_prediction(predict, share):
+    """The velocity of the prediction that `rescale_noise_cfg` gives; of the velocities themselves it is another."""
+    base, t = classes_of(predict), torch.full((6,), 0.25)
+    wide = torch.where(torch.arange(8) < 4, 1.0, 0.4).double()  # else both have one deviation, and so has what is guided
+    source = replace(base, field=lambda x, t, labels: base.field(x, t, labels) * torch.where((labels == 0)[:, None, None, None], 1, wide))
+    sampler = Sampler("euler", given_times=(0.25, 0.75), guidance_scale=5.0, guidance_rescale=share, clip="off")
+    x = start(source, 1, torch.arange(6), 0.25).double()
+    c = CondOT()(widen(t, x))
+    mine, its = (convert(source.field(x, t, ASKED + k), "velocity", predict, x, c) for k in (0, 1))
+    velocity = convert(rescale_noise_cfg(its + 5 * (mine - its), mine, share), predict, "velocity", x, c)
+    torch.testing.assert_close(guided(source, ASKED, sampler)(x, t), velocity, rtol=1e-5, atol=1e-5)
+    other = guided(replace(source, predict="velocity"), ASKED, sampler)(x, t)
+    assert (other - velocity).norm() / velocity.norm() > 0.02
+
+
+REFUSED = {
+    "apg at 1": (Sampler(guidance="apg"), "guidance=apg beside guidance_scale=1.0"),
+    "zero at 1": (Sampler(guidance="cfg_zero_star"), "guidance=cfg_zero_star beside guidance_scale=1.0"),
+    "momentum": (Sampler("dormand_prince", 9, 2.0, guidance="apg", apg_momentum=0.5), "apg_momentum remembers evaluations"),
+    "all steps": (Sampler("euler", 9, 2.0, guidance="cfg_zero_star", zero_init_steps=9), "zero_init_steps=9 of 9 steps"),
+    "no steps": (Sampler("dormand_prince", 9, 2.0, guidance="cfg_zero_star", zero_init_steps=1), "it counts the steps of an ODE"),
+    "an SDE": (Sampler("exponential", 9, 2.0, guidance="cfg_zero_star", zero_init_steps=1), "it counts the steps of an ODE"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_method_without_effect_is_refused_before_any_work(case):
+    sampler, message = REFUSED[case]
+    with pytest.raises(ValueError, match=message):
+        check_sampler(classes_of(), sampler)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"apg_eta": 0.5}, r"apg_eta=0\.5 has no effect with guidance=cfg"),
+        ({"apg_momentum": 0.5, "guidance": "cfg_zero_star"}, r"apg_momentum=0\.5 has no effect with guidance=cfg_zero_star"),
+        ({"zero_init_steps": 1, "guidance": "apg"}, "zero_init_steps=1 has no effect with guidance=apg"),
+        ({"zero_init_steps": -1, "guidance": "cfg_zero_star"}, "zero_init_steps=-1"),
+        ({"guidance": "none"}, "guidance='none' is unknown"),
+        ({"guidance": "apg", "apg_momentum": 1.0}, r"apg_momentum=1\.0"),
+    ],
+)
+def test_numbers_of_another_method_are_refused(more, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(**more)
+
+
+def test_zero_init_is_for_velocities():
+    with pytest.raises(ValueError, match="of a model that predicts noise: it is made for velocities"):
+        check_sampler(classes_of("noise"), Sampler("euler", 9, 2.0, guidance="cfg_zero_star", zero_init_steps=1))
+
+
+def test_a_null_condition_of_another_length_is_masked_behind_its_end():
+    """A caption of three tokens guided away from one of one token: zeros in the mask are no tokens."""
+    means = lambda states, mask: (states * mask[..., None]).sum((1, 2)) / mask.sum(1)  # noqa: E731
+    field = lambda x, t, c: means(*c)[:, None] * torch.ones_like(x)  # noqa: E731
+    long = (torch.tensor([[[1.0], [2.0], [6.0]]] * 2), torch.ones(2, 3))
+    short = (torch.full((2, 1, 1), 5.0), torch.ones(2, 1))
+    x, t = torch.zeros(2, 4), torch.full((2,), 0.5)
+    for mine, its in ((long, short), (short, long)):
+        torch.testing.assert_close(guide(field, mine, its, 3.0)(x, t), 3 * field(x, t, mine) - 2 * field(x, t, its))
 
 
 BAD = {

@@ -168,10 +168,15 @@ def test_a_run_is_sampled_by_prompt(parts, tmp_path, capsys):
         assert sample.main([*ask, *more]) == 2 and message in capsys.readouterr().err
     shards = ["--reference", str(parts["shards"]), "--split", "train"]
     picture = ["--input", str(tmp_path / "a.png"), "--task", "colourise"]
-    for verb, more in (("likelihood", shards), ("restore", picture)):
-        assert sample.main([verb, "--run", str(run), *more]) == 2
-        err = capsys.readouterr().err
-        assert "the model takes text, and" in err and "Traceback" not in err
+    assert sample.main(["likelihood", "--run", str(run), *shards]) == 2
+    err = capsys.readouterr().err
+    assert "the model takes text, and" in err and "Traceback" not in err
+    restore = ["restore", "--run", str(run), *picture, "--num_inference_steps", "3", "--num_images", "2"]
+    pictures = []
+    for more in ([], ["--prompt", "a red square"], ["--prompt", "a red square", "--guidance_scale", "3", "--negative_prompt", "big"]):
+        assert sample.main([*restore, "--output", str(tmp_path / "r.png"), *more]) == 0
+        pictures.append((tmp_path / "r.png").read_bytes())
+    assert len(set(pictures)) == 3, "the caption and what it is led away from act"
 
 
 def test_the_preview_shows_the_first_captions_of_the_order(parts, tmp_path, monkeypatch):

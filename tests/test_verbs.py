@@ -17,7 +17,7 @@ from pipeline.density import affordable, bits
 from pipeline.flow import count
 from pipeline.generate import Sampler, Samples
 from pipeline.options import Model, Sampling
-from pipeline.restore import measurement, restore
+from pipeline.restore import Remedy, measurement, restore
 
 STEP = 2 / 255
 
@@ -73,7 +73,8 @@ def test_what_is_measured_comes_back(task, method):
     assert task != "inpaint" or measure(torch.ones(1, 1, 8, 8))[0, 0].equal((~mask).float()), "white is filled in, black is kept"
     torch.manual_seed(0)
     y = measure(0.3 + 0.4 * torch.randn(1, 3, 8, 8))[0]
-    made = restore(source, measure, y, Sampler("euler", 150), label=None, count=200, seed=1, method=method, noise_std=0.01)
+    made, evaluations = restore(source, measure, y, Sampler("euler", 150), Remedy(method=method), count=200, seed=1)
+    assert evaluations == 150
     assert (measure(made) - y).square().mean().sqrt() < 0.05
     if task == "inpaint":
         assert abs(made[..., 4:].mean() - 0.3) < 0.05 and abs(made[..., 4:].std() - 0.4) < 0.08, (
@@ -89,8 +90,10 @@ def test_replacement_on_paths_of_other_scales(path, predict):
     mask[:, 4:] = True
     measure = measurement("inpaint", (1, 8, 8), mask, 2)
     y = measure(torch.full((1, 1, 8, 8), 0.6))[0]
-    made = restore(source, measure, y, Sampler("euler", 200), label=None, count=300, seed=1, method="replacement", noise_std=0.0)
-    assert (measure(made) - y).square().mean().sqrt() < 0.02
+    sampler = Sampler("euler", 200, clip="off")
+    made, evaluations = restore(source, measure, y, sampler, Remedy(method="replacement"), count=300, seed=1)
+    assert evaluations == 200 + (path != "vp"), "what is left of the noise is taken off in one more"
+    assert (measure(made) - y).abs().max() < 1e-6
     assert abs(made[..., 4:].mean() - 0.3) < 0.05 and abs(made[..., 4:].std() - 0.4) < 0.05
 
 
@@ -117,18 +120,23 @@ OTHER = {
     "num_inference_steps": 7, "guidance_scale": 2.0, "guidance_interval": (0.1, 0.9), "guidance_rescale": 0.5, "solver": "exponential",
     "sigma_t": "constant", "sigma_scale": 0.5, "grid": "rho", "grid_shift": 2.0, "grid_rho": 5.0, "given_times": (0.0, 0.5, 1.0),
     "tolerance": 1e-3, "corrections": 3, "langevin_step": 0.1, "snr": 0.2, "clip": "on",
+    "guidance": "apg", "apg_eta": 0.5, "apg_norm_threshold": 2.0, "apg_momentum": -0.5, "zero_init_steps": 2,
+    "classifier_guidance_scale": 2.0,
 }  # fmt: skip
 """A value for each option of sampling that is not its default."""
+NEEDS = {"apg_eta": "apg", "apg_norm_threshold": "apg", "apg_momentum": "apg", "zero_init_steps": "cfg_zero_star"}
+"""The method of guidance without which an option is refused."""
 
 
 def test_every_option_of_sampling_reaches_the_sampler():
     """Under its own name; steps are `num_inference_steps` to users. What else a model has is asked of other rooms."""
-    elsewhere = {f.name for f in fields(Model)} | {"guide_pipeline", "guide_run", "guide_ema"}
+    elsewhere = {f.name for f in fields(Model)} | {"guide_pipeline", "guide_run", "guide_ema", "classifier_reference"}
     assert OTHER.keys() == {f.name for f in fields(Sampling)} - elsewhere | {"num_inference_steps"}
     assert Sampling().sampler() == Sampler()
     for name, value in OTHER.items():
         field = "steps" if name == "num_inference_steps" else name
-        assert Sampling(**{name: value}).sampler() == replace(Sampler(), **{field: value}) != Sampler()
+        method = {"guidance": NEEDS[name]} if name in NEEDS else {}
+        assert Sampling(**{name: value} | method).sampler() == replace(Sampler(), **{field: value} | method) != Sampler(**method)
 
 
 @pytest.fixture
@@ -173,15 +181,19 @@ def test_likelihood_is_asked_of_the_images_that_the_command_names(trained, digit
 def test_restoring_is_asked_for_as_the_command_says(trained, tmp_path, capsys, monkeypatch, label, known):
     """Class 0 is a class; the input as measured is the image itself, without the pixels that white hides."""
     seen = []
-    monkeypatch.setattr("pipeline.restore.restore", lambda source, *given, **more: seen.append((*given, more)) or torch.zeros(2, 1, 8, 8))
+    gray = Samples(torch.zeros(2, 1, 8, 8), 9)
+    monkeypatch.setattr("pipeline.restore.restore", lambda source, *given, **more: seen.append((*given, more)) or gray)
     pixels, mask = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4, np.tri(8, dtype=np.uint8) * 255
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
     files = ["--input", str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png")]
     words = ["restore", "--run", str(trained), *files, "--output", str(tmp_path / "out.png"), "--class_label", label, "--num_images", "2"]
-    assert run(capsys, *words, "--seed", "4", "--method", "replacement", "--noise_std", "0.1", "--num_inference_steps", "9")[0] == 0
-    ((measure, y, sampler, more),) = seen
-    assert more == {"label": known, "count": 2, "seed": 4, "method": "replacement", "noise_std": 0.1} and sampler == Sampler("euler", 9)
+    how = ["--noise_std", "0.1", "--data_std", "0.4", "--iterations", "3", "--batch_size", "5"]
+    status, out, _ = run(capsys, *words, "--seed", "4", *how, "--num_inference_steps", "9")
+    assert status == 0 and "2 samples by euler, 9 evaluations each, with 5 backward passes in each" in out
+    ((measure, y, sampler, remedy, more),) = seen
+    assert more == {"label": known, "prompt": "", "negative_prompt": "", "count": 2, "seed": 4, "batch_size": 5}
+    assert remedy == Remedy(noise_std=0.1, data_std=0.4, iterations=3) and sampler == Sampler("euler", 9)
     image = torch.from_numpy(pixels).float()[None] / 127.5 - 1
     torch.testing.assert_close(y, image * torch.from_numpy(mask == 0))
     assert torch.equal(measure(image[None])[0], y)

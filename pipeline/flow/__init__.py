@@ -4,18 +4,21 @@
 `parameterisation` names what a network predicts and `field` makes a velocity
 of it; `time` says where it is trained, `objective` and `matching` for what,
 `weighting` how much it counts, `coupling` on which pairs; `precondition` scales
-it. `guidance` sharpens the field, `grid`, `solver`, `sde` and `langevin` follow
-it, `likelihood` and `inverse` ask it questions; `random` names every random number.
+it. `guidance` sharpens the field, by one of the methods of `guiders`, and
+`classifier_guidance` by a classifier; `grid`, `solver`, `sde` and `langevin`
+follow it, `likelihood` and `inverse` ask it questions; `random` names every random number.
 """
 
+from .classifier_guidance import classifier_guide
 from .condition import Condition, count, each, repeat, stack
 from .coupling import COUPLINGS, assign, couple
 from .ddpm import DDPM, VARIANCES, step_variances
 from .diffusion import EDM, PATHS, VE, VP, SubVP
 from .divergence import EXACT_LIMIT, divergence
-from .field import Field, clipped, denoise, singular, velocity_field
+from .field import Field, clipped, denoise, score_field, shift_data, shift_score, singular, velocity_field
 from .grid import GRIDS, grid, rho_grid, shifted_grid, uniform_grid
 from .guidance import autoguide, guide
+from .guiders import APG, CFGZeroStar, optimal_scale, projected, rescale_factor
 from .inverse import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction, replacement
 from .langevin import annealed_langevin, langevin, predictor_corrector
 from .likelihood import Density, Estimate, bits_per_dimension, dequantise, estimate, log_density
@@ -54,6 +57,7 @@ from .time import (
 from .weighting import WEIGHTINGS, weight
 
 __all__ = [
+    "APG",
     "COEFFICIENTS",
     "COUPLINGS",
     "DDPM",
@@ -69,6 +73,7 @@ __all__ = [
     "VE",
     "VP",
     "WEIGHTINGS",
+    "CFGZeroStar",
     "Coefficients",
     "Colourisation",
     "CondOT",
@@ -106,6 +111,7 @@ __all__ = [
     "autoguide",
     "bits_per_dimension",
     "change",
+    "classifier_guide",
     "clipped",
     "coefficient",
     "convert",
@@ -134,15 +140,21 @@ __all__ = [
     "multistep",
     "noising",
     "normal",
+    "optimal_scale",
     "precondition",
     "predictor_corrector",
+    "projected",
     "rademacher",
     "reconstruction",
     "repeat",
     "replacement",
+    "rescale_factor",
     "resolution_shift",
     "rho_grid",
     "rk4",
+    "score_field",
+    "shift_data",
+    "shift_score",
     "shifted_grid",
     "singular",
     "stack",

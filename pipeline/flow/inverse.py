@@ -19,13 +19,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .field import Field, velocity_and_score
-from .parameterisation import change, convert
+from .field import Field, shift_score, velocity_and_score
+from .parameterisation import convert
 from .path import Path, widen
 from .solver import After, at
 
@@ -159,7 +159,7 @@ def reconstruction(
     Gaussian data once there are as many as measured values).
 
     Args:
-        field: velocity of (x, t), differentiable in x.
+        field: velocity of (x, t), or (velocity, score), differentiable in x.
         path: its path.
         measure: A.
         y: the measurement of each sample, of the shape of A x.
@@ -168,8 +168,9 @@ def reconstruction(
         iterations: of conjugate gradients.
 
     Returns:
-        A velocity field for t in (0, 1): begin the grid at 1e-3, and do not
-        evaluate at t = 1 (`last_euler=True`, or a solver that does not).
+        A field for t in (0, 1), of what the given one returns, both parts
+        guided: begin the grid at 1e-3, and do not evaluate where beta = 0
+        (`last_euler=True`, or a solver that does not).
 
     Raises:
         ValueError: a standard deviation or number that is out of range.
@@ -179,17 +180,17 @@ def reconstruction(
             f"noise_std={noise_std}, data_std={data_std}, iterations={iterations}: not negative, data_std positive. Use 0.01, 0.5, 0."
         )
 
-    def guided(x: Tensor, t: Tensor) -> Tensor:
+    def guided(x: Tensor, t: Tensor) -> Any:
         c = path(widen(t, x))
         with torch.enable_grad():
             point = x.detach().requires_grad_()
-            velocity = velocity_and_score(field(point, t))[0]
-            data = convert(velocity, "velocity", "data", point, c)
+            out = field(point, t)
+            data = convert(velocity_and_score(out)[0], "velocity", "data", point, c)
 
-        def spread(q: Tensor) -> Tensor:
-            """C A^T q, by one backward pass."""
+        def pulled(q: Tensor) -> Tensor:
+            """The derivative of the data prediction, transposed, times A^T q: by one backward pass."""
             (product,) = torch.autograd.grad(data, point, measure.gain * measure.pseudo_inverse(q), retain_graph=True)
-            return c.b**2 / c.a * product
+            return product
 
         with torch.no_grad():
             seen = measure(data)
@@ -199,8 +200,10 @@ def reconstruction(
             size = measure.gain * variance + noise_std**2
             weights = left / size
             if iterations:
-                weights = _conjugate_gradients(lambda q: measure(spread(q)) + noise_std**2 * q, left, weights, iterations)
-            return velocity.detach() + change("data", "velocity", c)[1] * spread(weights)
+                apply = lambda q: measure(c.b**2 / c.a * pulled(q)) + noise_std**2 * q  # noqa: E731  C A^T q is b^2 / a of it
+                weights = _conjugate_gradients(apply, left, weights, iterations)
+            plain = tuple(part.detach() for part in out) if isinstance(out, tuple) else out.detach()
+            return shift_score(plain, pulled(weights), c)
 
     return guided
 
