@@ -26,6 +26,8 @@ FLOORS = {
         ],
         ["sheet", "recipe", "process", "leaks", "tracking.jsonl", "training.status"],
         ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1", "checkpoint.rankfile", "checkpoint.manifest", "tracking.trackers"],
+        ["scheduling_flow_v2"],
+        ["scheduling_flow_ode_v2", "scheduling_flow_sde_v2"],
         [
             *("identity", "method", "stock", "space", "pipeline_condot_v1", "checkpoint.stored", "ema", "launch.launcher", "tracking"),
             *("training.guard", "training.optim", "training.told"),
