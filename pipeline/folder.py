@@ -20,8 +20,8 @@ from .flow import Condition, velocity_field
 from .method import scaled
 from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
 from .recipe import build
-from .scheduling_flow_ode_v1 import FlowODEScheduler
-from .scheduling_flow_sde_v1 import FlowSDEScheduler
+from .scheduling_flow_ode_v2 import FlowODEScheduler
+from .scheduling_flow_sde_v2 import FlowSDEScheduler
 from .source import Source
 from .stock import read_scheduler
 
@@ -29,6 +29,7 @@ NETWORKS = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer
 """Stock networks that are known here."""
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 SCHEDULERS = {kind.__name__: kind for kind in (FlowODEScheduler, FlowSDEScheduler)}
+"""Of ours; the second version reads the first one's configurations."""
 TEXT = tuple(f"{part}{end}" for end in ("", "_2", "_3") for part in ("tokenizer", "text_encoder"))
 
 

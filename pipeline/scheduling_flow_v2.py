@@ -66,8 +66,9 @@ def check_numbers(c: Any) -> None:
     rates = c.rates
     if not isinstance(rates, list) or len(rates) != 2 or not all(within(r, -1e-300, math.inf) for r in rates) or not sum(rates):
         raise ValueError(f"rates={rates!r}: of the path vp at the data and at the noise, not negative. Use 0.1 and 20.")
-    for name, rows in (("table", c.table or []), ("trained_betas", [c.trained_betas or []])):
-        if not all(within(one, -math.inf, math.inf) for row in rows for one in row):
+    for name, rows in (("table", c.table), ("trained_betas", [c.trained_betas])):
+        lists = [row for row in (rows if isinstance(rows, list) else [rows]) if row is not None]
+        if not all(isinstance(row, list) and all(within(one, -math.inf, math.inf) for one in row) for row in lists):
             raise ValueError(f"{name}: it holds what is no finite number. Give finite numbers alone.")
     if c.table and len(c.table) > 1:
         rows = list(zip(*c.table[:2], strict=False))
@@ -194,8 +195,9 @@ class FlowSchedulerV2(FlowScheduler):
     def _look_ahead(self, levels: Any, kept: Any = None) -> list[float]:
         """By how much of its last change the data prediction of each step is moved on; the last step ends at sigma = 0 without noise.
 
-        A step from s to t keeps `(b_t / b_s) keep` of x and adds the integral of z dm, m = b_t keep(r, t) a_r / b_r, which is z (m_t - m_s)
-        if z stands still. By parts, the line adds its slope times `(tau_t - tau_s) a_t - integral of m dtau`; by Gauss's rule in log(a / b).
+        A step from s to t keeps `(b_t / b_s) keep` of x and adds the integral of z dm, m = b_t keep(r, t) a_r / b_r, which is
+        `z (m_t - m_s)` if z stands still. By parts, the line adds its slope times `(tau_t - tau_s) a_t - integral of m dtau`, here by
+        Gauss's rule in log(a / b).
         `kept`: of two points, the share of the noise that stays between them; None for the ODE.
         """
         found, (nodes, weights) = [0.0], ((*NODES, *(-node for node in NODES)), WEIGHTS * 2)
