@@ -19,10 +19,12 @@ from torch import Tensor
 from .field import Field, velocity_and_score
 from .parameterisation import change
 from .path import Path
-from .sde import Coefficient, Plan, exponential_plan
+from .sde import Coefficient, Plan, euler_plan, exponential_plan
 from .solver import at
 
 REDUCTIONS = ("sum", "mean")
+PLANS: dict[str, Callable[[Path, Tensor, Coefficient], Plan]] = {"exponential": exponential_plan, "euler_maruyama": euler_plan}
+"""Of the solvers whose steps are normal, each given the one before."""
 
 
 def step_log_prob(x_next: Tensor, mean: Tensor, std: float | Tensor, *, reduction: str = "sum") -> Tensor:
@@ -64,7 +66,7 @@ def step_law(plan: Plan, k: int, x: Tensor, velocity: Tensor, score: Tensor) -> 
     """Return mean, (B, *S), and standard deviation of planned step k, given the point x and what the network gives there.
 
     Args:
-        plan: by `exponential_plan` or `euler_plan`.
+        plan: by one of PLANS.
         k: the step's number, from 0; the deviation of the last is 0.
         x: where the step begins, (B, *S), data units.
         velocity: (B, *S), data units per unit time.
@@ -82,7 +84,7 @@ def trajectory_log_prob(
     path: Path,
     sigma: Coefficient,
     *,
-    plan: Callable[[Path, Tensor, Coefficient], Plan] = exponential_plan,
+    solver: str = "exponential",
     reduction: str = "sum",
 ) -> Tensor:
     """Return the logarithm of every step of recorded trajectories, under a field that may have changed since.
@@ -91,7 +93,7 @@ def trajectory_log_prob(
         field: velocity of (x, t), or (velocity, score); evaluated once a step, with gradients.
         points: n + 1 of them, each (B, *S): the start and what each step led to; taken as given.
         times: grid, (n + 1,), rising, in [0, 1].
-        path, sigma, plan: as the trajectories were drawn: `exponential_plan` for `exponential`, `euler_plan` for `euler_maruyama`.
+        path, sigma, solver: as the trajectories were drawn, by `exponential` or `euler_maruyama`.
         reduction: as in `step_log_prob`.
 
     Returns:
@@ -99,10 +101,13 @@ def trajectory_log_prob(
         is the logarithm of the trajectory's density given its start.
 
     Raises:
-        ValueError: points that are not one more than steps; a plan without any noise.
+        ValueError: a solver whose steps are not normal, or depend on more than the one before; points that are not one more than
+            steps; a plan without any noise.
     """
     times = times.detach().double().cpu()
-    numbers = plan(path, times, sigma)
+    if solver not in PLANS:
+        raise ValueError(f"solver={solver!r} has no log-probability: choose one of {', '.join(PLANS)}, whose steps are normal.")
+    numbers = PLANS[solver](path, times, sigma)
     if len(points) != len(times):
         raise ValueError(f"{len(points)} points on a grid of {len(times)} times: record the start and the end of every step.")
     if not bool((numbers.noise > 0).any()):
