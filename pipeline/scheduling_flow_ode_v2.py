@@ -17,9 +17,9 @@ from .scheduling_flow_v2 import LAST_LEVEL, FlowSchedulerV2
 class FlowODEScheduler(FlowSchedulerV2, FlowODESchedulerV1):
     """Deterministic sampling; evaluations of the network: n for Euler, multistep and dpmpp_2m, 2 n for midpoint and Heun, 4 n for RK4.
 
-    Sampling ends on the data. Where the slope is unknown there, of networks that predict data, the solver goes to sigma = 1e-3, and
-    one more evaluation leads to the data prediction; likewise, by every solver, from sigma = 0 on paths that keep noise there. `dpmpp_2m`
-    follows data predictions, so it needs no slope at the data. Euler's method is DDIM on every path.
+    Sampling ends on the data. Where the slope is unknown there, of networks that predict data, the solver goes on to a thousandth of
+    noise, and one more evaluation leads to the data prediction; likewise, by every solver, from sigma = 0 on paths that keep noise
+    there. `dpmpp_2m` and `euler` end on a data prediction by themselves. Euler's method is DDIM on every path.
 
     Args:
         solver: `dpmpp_2m` (DPM-Solver++ 2M's kin, order 2, the data prediction on a line through the last two), `multistep` (Adams and
@@ -60,9 +60,10 @@ class FlowODEScheduler(FlowSchedulerV2, FlowODESchedulerV1):
         """The levels where steps begin, and whether the last step leads to the data prediction: else its slope at the data is known."""
         if self._point(0.0).frame:
             return [*levels, 0.0], True
-        if self.config.solver == self.two_step or self._usable(0.0):
-            return levels, self.config.solver == self.two_step
-        return [*levels, LAST_LEVEL] if levels[-1] > LAST_LEVEL else levels, True
+        known = self._usable(0.0) and self.config.solver != self.two_step
+        last = min(LAST_LEVEL, self._level(LAST_LEVEL))
+        whole = known or self.config.solver in ("euler", self.two_step) or levels[-1] <= last
+        return levels if whole else [*levels, last], not known
 
     def _plan(self, levels: Any) -> Any:
         """The points where the network is evaluated and what follows each."""

@@ -15,7 +15,7 @@ from .scheduling_flow_sde_v1 import NODES, WEIGHTS
 from .scheduling_flow_v1 import FlowScheduler
 
 LAST_LEVEL = 1e-3
-"""From so little noise the last step goes to the data prediction, where the slope is not known at the data itself."""
+"""From this sigma, or this share of noise where that is later, the last step goes to the data prediction if the slope there is unknown."""
 ROUNDING = 1e-6
 """Of sigmas and timesteps that were counted in single precision."""
 
