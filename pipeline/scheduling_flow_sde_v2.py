@@ -23,6 +23,17 @@ NAMED = ("zero", "constant", "noise", "forward")
 """Diffusion coefficients with a name."""
 
 
+def normal_log_prob(x: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tensor:
+    """Return log N(x; mean, std^2 I) of each sample, (B,), summed in double precision: a ratio of policies needs its last digits."""
+    parts = -((x.detach().to(mean.dtype) - mean) / std).square() / 2
+    return parts.flatten(1).sum(1, dtype=finest(mean)) - parts[0].numel() * (math.log(std) + math.log(2 * math.pi) / 2)
+
+
+def finest(x: torch.Tensor) -> torch.dtype:
+    """Return the finest precision of a tensor's device."""
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 @dataclass
 class FlowSDESchedulerOutput(BaseOutput):
     """A step and the normal law that it was drawn from.
@@ -38,17 +49,6 @@ class FlowSDESchedulerOutput(BaseOutput):
     log_prob: torch.Tensor
     prev_sample_mean: torch.Tensor
     std: torch.Tensor
-
-
-def normal_log_prob(x: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Tensor:
-    """Return log N(x; mean, std^2 I) of each sample, (B,), summed in double precision: a ratio of policies needs its last digits."""
-    parts = -((x.detach().to(mean.dtype) - mean) / std).square() / 2
-    return parts.flatten(1).sum(1, dtype=finest(mean)) - parts[0].numel() * (math.log(std) + math.log(2 * math.pi) / 2)
-
-
-def finest(x: torch.Tensor) -> torch.dtype:
-    """Return the finest precision of a tensor's device."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
 
 
 class FlowSDEScheduler(FlowSchedulerV2, FlowSDESchedulerV1):
