@@ -3,12 +3,14 @@
 import copy
 import functools
 import math
+import types
 from itertools import pairwise
 
 import numpy as np
 import oracles
 import pytest
 import torch
+from conftest import ROOT
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from test_schedulers import BAD as BAD_FIRST
 from test_schedulers import BETAS, FIELD, MIXTURE, NAMED, START, WORDS, drawn, generator, predicted, table_of
@@ -291,6 +293,20 @@ def test_steps_may_be_asked_out_of_turn():
     two.set_begin_index(2)
     with pytest.raises(ValueError, match="looks back on the step before"):
         two.step(START, two.timesteps[2], START, prev_sample=START)
+
+
+def test_the_example_of_the_docs_runs_and_raises_the_reward():
+    """docs/export.md's loop on a network of one number: at first every ratio is 1, and the gradient leads to the reward."""
+    text = (ROOT / "docs/export.md").read_text().split("**Reinforcement learning**")[1].split("```python\n")[1].split("```")[0]
+    theta, ratios = torch.zeros((), requires_grad=True), []
+    names = {
+        "torch": torch, "shape": (1, 2, 2), "reward": lambda x: x.mean((1, 2, 3)), "network": lambda x, t: theta + 0.1 * x,
+        "pipe": types.SimpleNamespace(FlowSDEScheduler=FlowSDEScheduler, scheduler=FlowODEScheduler("heun")),
+    }  # fmt: skip
+    torch.manual_seed(0)
+    exec(text.replace("    loss.backward()", "    loss.backward()\n    ratios.append(ratio)"), {**names, "ratios": ratios})
+    assert len(ratios) == 9 and all(torch.equal(ratio, torch.ones_like(ratio)) for ratio in ratios)
+    assert theta.grad > 0, "noise - data is to fall"
 
 
 def test_what_has_no_logarithm_is_refused():
