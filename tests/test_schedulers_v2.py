@@ -55,6 +55,14 @@ def test_a_data_prediction_keeps_the_solvers_order(solver, path):
     assert abs(math.log2(coarse / fine) - ORDERS[solver]) < 0.35
 
 
+def test_the_last_step_begins_at_a_thousandth_of_noise():
+    """On VP, whose noise at sigma = 1e-3 is still a hundredth, later than there."""
+    for path, sigma in (("condot", 1e-3), ("vp", 1e-5)):
+        scheduler = FlowODEScheduler("heun", "sample", path)
+        scheduler.set_timesteps(5)
+        assert scheduler._points[-1].frame == pytest.approx(1e-3) and scheduler._points[-1].sigma == pytest.approx(sigma, rel=0.1)
+
+
 def test_rk4_ends_a_data_prediction_where_it_ends_a_velocity():
     """In 10 steps to 1e-5, where the first version is out by 1e-2; one evaluation more."""
     exact = drawn(FlowODEScheduler("rk4", "velocity"), START, 200)
@@ -256,6 +264,8 @@ def test_a_step_with_its_logarithm_is_the_same_step_and_torchs_normal_law(solver
         )
         if step.std:
             law = torch.distributions.Normal(step.prev_sample_mean.double(), step.std.double())
+            xi = torch.randn(START.shape, generator=generator(3), dtype=step.prev_sample_mean.dtype)
+            torch.testing.assert_close((step.prev_sample_mean + step.std * xi).to(dtype), step.prev_sample, rtol=1e-2, atol=1e-6)
             torch.testing.assert_close(step.log_prob, law.log_prob(step.prev_sample.double()).sum(1), rtol=1e-5, atol=1e-5)
         else:
             assert step.log_prob.tolist() == [0] * 5 and torch.equal(step.prev_sample_mean.to(dtype), step.prev_sample)
