@@ -10,7 +10,8 @@ the mixture itself). `n` evaluations are the most that each may use.
 Grids count as much as solvers do, so a stock scheduler that evaluates once a
 step is held against ours on its own sigmas; FlowMatchHeun, two evaluations a
 step, against our midpoint, and our Heun is shown beside it (1.576e-2 to its
-1.574e-2 at n = 25, with one evaluation less). UniPC's corrector makes its
+1.574e-2 at n = 25, with one evaluation less); sde-DPMSolver++ 2 against our
+two-step SDE, and stochastic Heun, two evaluations a step, is shown beside it. UniPC's corrector makes its
 order p into p + 1 (observed here from 50 to 400 steps: about 2 for p = 1, 2 to 3
 for p = 2): `UniPC 2` has no counterpart among ours, and is nearer than our order 2 from n = 25 on.
 
@@ -39,8 +40,8 @@ import oracles
 from exported_schedulers import by_pipeline, by_recipe
 
 from pipeline.flow import dormand_prince, uniform_grid
-from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
-from pipeline.scheduling_flow_sde_v1 import FlowSDEScheduler
+from pipeline.scheduling_flow_ode_v2 import FlowODEScheduler
+from pipeline.scheduling_flow_sde_v2 import FlowSDEScheduler
 
 BUDGETS = (10, 25, 50)
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -48,21 +49,49 @@ ODE = [  # order, stock's scheduler if any, ours, and whether ours takes stock's
     (1, None, "", {"solver": "euler"}, False),
     (1, FlowMatchEulerDiscreteScheduler, "FlowMatchEuler", {"solver": "euler"}, True),
     (1, lambda: DPMSolverMultistepScheduler(**FLOW, solver_order=1), "DPMSolver++ 1", {"solver": "euler"}, True),
+    (2, None, "", {"solver": "dpmpp_2m"}, False),
     (2, None, "", {"solver": "multistep"}, False),
     (2, None, "", {"solver": "heun"}, False),
     (2, FlowMatchHeunDiscreteScheduler, "FlowMatchHeun", {"solver": "midpoint"}, False),
     (2, lambda: DPMSolverMultistepScheduler(**FLOW, solver_order=2), "DPMSolver++ 2", {"solver": "multistep"}, True),
+    (2, lambda: DPMSolverMultistepScheduler(**FLOW, solver_order=2), "DPMSolver++ 2", {"solver": "dpmpp_2m"}, True),
     (2, lambda: UniPCMultistepScheduler(**FLOW, solver_order=1), "UniPC 1", {"solver": "multistep"}, True),
     (3, lambda: UniPCMultistepScheduler(**FLOW, solver_order=2), "UniPC 2", None, False),
     (4, None, "", {"solver": "rk4"}, False),
 ]
 SDE_DPM = {**FLOW, "algorithm_type": "sde-dpmsolver++"}
 SDE = [
-    (1, lambda: FlowMatchEulerDiscreteScheduler(stochastic_sampling=True), "FlowMatchEuler, stochastic", {"sigma_t": "noise"}, True),
-    (1, lambda: DPMSolverMultistepScheduler(**SDE_DPM, solver_order=1), "sde-DPMSolver++ 1", {"sigma_t": "forward"}, True),
-    (1, lambda: DPMSolverMultistepScheduler(**SDE_DPM, solver_order=1), "sde-DPMSolver++ 1", {"sigma_t": "noise"}, True),
+    (
+        1,
+        lambda: FlowMatchEulerDiscreteScheduler(stochastic_sampling=True),
+        "FlowMatchEuler, stochastic",
+        {"solver": "exponential", "sigma_t": "noise"},
+        True,
+    ),
+    (
+        1,
+        lambda: DPMSolverMultistepScheduler(**SDE_DPM, solver_order=1),
+        "sde-DPMSolver++ 1",
+        {"solver": "exponential", "sigma_t": "forward"},
+        True,
+    ),
+    (
+        1,
+        lambda: DPMSolverMultistepScheduler(**SDE_DPM, solver_order=1),
+        "sde-DPMSolver++ 1",
+        {"solver": "exponential", "sigma_t": "noise"},
+        True,
+    ),
     (1, None, "", {"solver": "euler_maruyama", "sigma_t": "noise"}, False),
-    (2, lambda: DPMSolverMultistepScheduler(**SDE_DPM, solver_order=2), "sde-DPMSolver++ 2", {"solver": "stochastic_heun"}, False),
+    (2, None, "", {"solver": "stochastic_heun"}, False),
+    (
+        2,
+        lambda: DPMSolverMultistepScheduler(**SDE_DPM, solver_order=2),
+        "sde-DPMSolver++ 2",
+        {"solver": "dpmpp_2m_sde", "sigma_t": "forward"},
+        True,
+    ),
+    (2, None, "", {"solver": "dpmpp_2m_sde", "sigma_t": "noise"}, False),
 ]
 
 

@@ -23,8 +23,8 @@ from .pipeline_condot_v1 import NO_CLASS
 from .pipeline_condot_v2 import CondotPipeline
 from .printable import one_line
 from .recipe import build
-from .scheduling_flow_ode_v1 import FlowODEScheduler
-from .scheduling_flow_sde_v1 import FlowSDEScheduler
+from .scheduling_flow_ode_v2 import FlowODEScheduler
+from .scheduling_flow_sde_v2 import FlowSDEScheduler
 from .source import Source
 from .stock import read_scheduler
 
@@ -34,6 +34,7 @@ TEXT_CLASSES = ("CLIPTextModelWithProjection", "T5EncoderModel", "MT5EncoderMode
 """Beside the classes of `TEXT_MODELS`."""
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 SCHEDULERS = {kind.__name__: kind for kind in (FlowODEScheduler, FlowSDEScheduler)}
+"""Of ours; the second version reads the first one's configurations."""
 STOCK_SCHEDULERS = (
     *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"),
     *("EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler"),

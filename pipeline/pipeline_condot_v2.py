@@ -18,8 +18,8 @@ from .guidance_v2 import Guidance, Guide
 from .inputs_v2 import check_latents, check_outputs, generators, labels_of, numbered_classes, prompts_of, size_of, sizes_of, whole
 from .pipeline_condot_v1 import NO_CLASS
 from .scheduler_check_v2 import check_scheduler, inside, language
-from .scheduling_flow_ode_v1 import FlowODEScheduler
-from .scheduling_flow_sde_v1 import FlowSDEScheduler
+from .scheduling_flow_ode_v2 import FlowODEScheduler
+from .scheduling_flow_sde_v2 import FlowSDEScheduler
 
 
 class CondotPipeline(DiffusionPipeline):

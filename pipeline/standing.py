@@ -1,7 +1,8 @@
 """Files that stand alone: a module and what it uses of its neighbours as the text of one, for diffusers loads a component from one file.
 
 Definitions are copied as they are written, comments and docstrings included; what nothing reaches stays behind. Names alone decide
-that, so that a local variable may keep a definition of the same name; none that is needed is left out.
+that, so that a local variable may keep a definition of the same name; none that is needed is left out. A function or class that a file
+imports under another name is written under that one everywhere, so a second version may be built on a first of the same name.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ class Source:
     definitions: list[Definition] = field(default_factory=list)
     siblings: dict[str, str] = field(default_factory=dict)
     """Names imported from files of the same folder, and which."""
+    aliases: dict[str, str] = field(default_factory=dict)
+    """Of those, names that the file gave itself, and what they are called where they are defined."""
     imports: dict[str, str] = field(default_factory=dict)
     """Names imported from elsewhere, and the statement that does."""
     future: bool = False
@@ -51,7 +54,8 @@ def standing_alone(path: Path) -> str:
     """The text of a module that gives what the file gives, and imports nothing of its folder.
 
     Args:
-        path: of a Python file; it imports from its own folder by `from .file import names`, at the outermost level.
+        path: of a Python file; it imports from its own folder by `from .file import names`, at the outermost level; functions and
+            classes also `as` something else.
 
     Returns:
         Licence, docstring, the imports still used, then of every file what is used of it, the lowest first. Whether annotations
@@ -64,6 +68,7 @@ def standing_alone(path: Path) -> str:
     sources: dict[str, Source] = {}
     order = list(_read(path, sources))
     kept = _reached(order[-1], sources)
+    _rename(kept, sources)
     _check_names(kept)
     imports = sorted({sources[d.file].imports[name] for d in kept for name in d.uses & sources[d.file].imports.keys()})
     for statement in imports:
@@ -115,8 +120,10 @@ def _take_import(node: ast.Import | ast.ImportFrom, source: Source) -> None:
             source.imports[bound] = f"import {alias.name}" + (f" as {alias.asname}" if alias.asname else "")
         elif not node.level:
             source.imports[bound] = f"from {node.module} import {alias.name}" + (f" as {alias.asname}" if alias.asname else "")
-        elif node.level == 1 and node.module and "." not in node.module and not alias.asname and alias.name != "*":
+        elif node.level == 1 and node.module and "." not in node.module and alias.name != "*":
             source.siblings[bound] = node.module
+            if bound != alias.name:
+                source.aliases[bound] = alias.name
         else:
             raise ValueError(f"{source.path}:{node.lineno}: `{ast.unparse(node)}` cannot be carried. Write `from .file import name`.")
 
@@ -152,11 +159,60 @@ def _found(name: str, source: Source, sources: dict[str, Source]) -> list[Defini
     own = [d for d in source.definitions if name in d.binds]
     if own or name not in source.siblings:
         return own
-    sibling = sources[source.siblings[name]]
-    found = _found(name, sibling, sources)
+    sibling, called = sources[source.siblings[name]], source.aliases.get(name, name)
+    found = _found(called, sibling, sources)
     if not found:
-        raise ValueError(f"{source.path}: {name} is not defined in {sibling.path.name}, from which it is imported.")
+        raise ValueError(f"{source.path}: {called} is not defined in {sibling.path.name}, from which it is imported.")
+    if called != name and not found[0].tall:
+        raise ValueError(f"{source.path}: `{called} as {name}` cannot be carried. Rename functions and classes only.")
     return found
+
+
+def _rename(kept: list[Definition], sources: dict[str, Source]) -> None:
+    """Write definitions that a file imports under another name under that one, there and wherever they are called by their own.
+
+    Raises:
+        ValueError: two such names for one definition, or a function that has a variable of its old name.
+    """
+    final: dict[Definition, str] = {}
+    for source in sources.values():
+        for name in source.aliases:
+            one = _found(name, source, sources)[0]
+            if final.setdefault(one, name) != name:
+                raise ValueError(f"{source.path}: {one.binds[0]} is called {name} here and {final[one]} elsewhere: call it one thing.")
+    for one in kept:
+        source, words = sources[one.file], {}
+        for local in one.uses | set(one.binds):
+            found = _found(local, source, sources)
+            if found and final.get(found[0], local) != local:
+                words[local] = final[found[0]]
+        if words:
+            one.text = _reworded(one.text, words, source)
+    for one, name in final.items():
+        one.binds = (name,)
+
+
+def _reworded(text: str, words: dict[str, str], source: Source) -> str:
+    """The text of a definition with names that it reads, and its own, changed; attributes, strings and comments are left."""
+    tree, lines = ast.parse(text), text.encode().splitlines(keepends=True)
+    places = []
+    for node in ast.walk(tree):
+        inside = [leaf for leaf in ast.walk(node) if leaf is not node] if isinstance(node, ast.FunctionDef | ast.Lambda) else []
+        for leaf in inside:
+            taken = (
+                leaf.arg if isinstance(leaf, ast.arg) else leaf.id if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Store) else ""
+            )
+            if taken in words:
+                raise ValueError(f"{source.path}: {taken} is a variable of a function too, so it cannot be carried. Rename it there.")
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id in words:
+            places.append((node.lineno, node.col_offset, node.id))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name in words:
+            places.append((node.lineno, 4 if isinstance(node, ast.FunctionDef) else 6, node.name))
+    for row, column, name in sorted(places, reverse=True):
+        line = lines[row - 1]
+        lines[row - 1] = line[:column] + words[name].encode() + line[column + len(name.encode()) :]
+    return b"".join(lines).decode()
 
 
 def _check_names(kept: list[Definition]) -> None:

@@ -18,7 +18,7 @@ from diffusers import DPMSolverMultistepScheduler
 
 from .config import FlowConfig
 from .flow import DDPM, PATHS, CondOT, Path, Prediction, step_variances
-from .scheduling_flow_ode_v1 import FlowODEScheduler
+from .scheduling_flow_ode_v2 import FlowODEScheduler
 
 OWN = ("FlowODEScheduler", "FlowSDEScheduler")
 """Schedulers of ours."""

@@ -39,6 +39,8 @@ FLOORS = {
         ],
         ["sheet", "recipe", "process", "leaks", "tracking.jsonl", "training.status", "training.side", "checkpoint.rankfile"],
         ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1", "checkpoint.manifest", "tracking.trackers"],
+        ["scheduling_flow_v2"],
+        ["scheduling_flow_ode_v2", "scheduling_flow_sde_v2"],
         [
             *(
                 "identity",

@@ -314,7 +314,8 @@ def test_gradient_checkpointing_is_switched_as_diffusers_does(monkeypatch, name)
 
 
 FILES = [*(ROOT / f"models/{file}.py" for file in ("modeling_dit_v1", "modeling_mmdit_v1", "modeling_cross_dit_v1")),
-         *(ROOT / f"pipeline/{file}.py" for file in ("scheduling_flow_ode_v1", "scheduling_flow_sde_v1"))]  # fmt: skip
+         *(ROOT / f"pipeline/{file}.py" for file in ("scheduling_flow_ode_v1", "scheduling_flow_sde_v1")),
+         *(ROOT / f"pipeline/{file}.py" for file in ("scheduling_flow_ode_v2", "scheduling_flow_sde_v2"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -325,12 +326,12 @@ def test_the_file_that_travels_imports_nothing_of_ours(path, tmp_path):
     found = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     heads = {name.split(".")[0] for n in found for name in ([n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names])}
     assert not [n for n in found if getattr(n, "level", 0)] and heads <= ALLOWED
-    assert heads <= {"torch", "diffusers", "__future__", "math", "typing", "itertools", "collections"}
+    assert heads <= {"torch", "diffusers", "__future__", "math", "typing", "itertools", "collections", "dataclasses", "operator"}
     assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n# Licence: Apache-2.0. Written by condot's export from ")
     assert ast.get_docstring(tree) == ast.get_docstring(ast.parse(path.read_text()))
     assert not [word for word in ("initialise", "autograd.Function", "DTensor", "peft") if word in text]
     names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
-    assert len(names) == len(set(names)) and len(text.splitlines()) < 700
+    assert len(names) == len(set(names)) and len(text.splitlines()) < 900
     own = [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.ClassDef)]
     assert names[-len(own) :] == own, "what the file is about comes last"
     (tmp_path / path.name).write_text(text)

@@ -1,6 +1,12 @@
 """Our schedulers inside stock pipelines, five of them with small random networks: each draws what our own solver draws."""
 
 import functools
+import importlib
+import inspect
+import json
+import sys
+import types
+from pathlib import Path
 
 import diffusers
 import pytest
@@ -22,9 +28,11 @@ from diffusers import (
 )
 
 from pipeline import scheduling_flow_sde_v1 as file
-from pipeline.flow import ODE_SOLVERS, CondOT, coefficient, exponential
-from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
-from pipeline.scheduling_flow_sde_v1 import FlowSDEScheduler
+from pipeline.flow import ODE_SOLVERS, SDE_SOLVERS, CondOT, coefficient
+from pipeline.folder import open_folder
+from pipeline.scheduling_flow_ode_v2 import FlowODEScheduler
+from pipeline.scheduling_flow_sde_v2 import FlowSDEScheduler
+from pipeline.standing import standing_alone
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
 DPM = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -127,7 +135,7 @@ class Recorded:
         return -(out[0] if isinstance(out, tuple) else out.sample)
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "multistep", "rk4"])
+@pytest.mark.parametrize("solver", [name for name in ("euler", "heun", "multistep", "rk4", "dpmpp_2m") if name in ODE_SOLVERS])
 @pytest.mark.parametrize("name", PIPELINES)
 @torch.no_grad()
 def test_a_stock_pipeline_draws_what_our_solver_draws(name, solver):
@@ -148,13 +156,14 @@ def test_a_stock_pipeline_draws_what_our_solver_draws(name, solver):
     assert (ours - recorded.points[0]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("solver", [name for name in ("exponential", "dpmpp_2m_sde") if name in SDE_SOLVERS])
 @pytest.mark.parametrize("name", PIPELINES)
 @torch.no_grad()
-def test_a_stock_pipeline_draws_our_sde(name, monkeypatch):
+def test_a_stock_pipeline_draws_our_sde(name, solver, monkeypatch):
     """The same noise through our solver; PixArt and Sana pass their generator on, the others leave it to the scheduler's."""
     torch.manual_seed(0)
     pipe, how = PIPELINES[name]()
-    pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, sigma_t="noise")
+    pipe.scheduler = FlowSDEScheduler.from_config(pipe.scheduler.config, sigma_t="noise", solver=solver)
     pipe.scheduler.generator = torch.Generator().manual_seed(9)
     recorded, noise, seeds = Recorded(pipe), [], []
     draw = file.randn_tensor
@@ -168,7 +177,8 @@ def test_a_stock_pipeline_draws_our_sde(name, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     pipe(**how, num_inference_steps=4, generator=generator)
     assert len(noise) == 3 and set(seeds) == {generator if name in ("PixArt", "Sana") else pipe.scheduler.generator}
-    ours = exponential(recorded.field, recorded.points[0], 1 - pipe.scheduler.sigmas, CondOT(), coefficient("noise"), lambda k: noise[k]).x
+    times, sigma = 1 - pipe.scheduler.sigmas, coefficient("noise")
+    ours = SDE_SOLVERS[solver](recorded.field, recorded.points[0], times, CondOT(), sigma, lambda k: noise[k]).x
     torch.testing.assert_close(recorded.end, ours, rtol=1e-4, atol=1e-4)
 
 
@@ -202,3 +212,57 @@ def test_guidance_in_one_batch_keeps_both_halves_alike():
         draw = torch.Generator().manual_seed(1)
         images.append(torch.tensor(pipe(**{**how, "guidance_scale": 2.0}, num_inference_steps=3, generator=draw).images))
     assert torch.equal(images[0], images[1]) and not torch.equal(images[0], images[2])
+
+
+def written(folder, kind, **config):
+    """A pipeline folder as the export writes it, with a scheduler of this module and its file."""
+    torch.manual_seed(0)
+    pipe, _ = dit()
+    pipe.scheduler = kind(prediction_type="sample", **config)
+    pipe.save_pretrained(folder)
+    code, index = Path(inspect.getfile(kind)), json.loads((folder / "model_index.json").read_text())
+    (folder / "scheduler" / code.name).write_text(standing_alone(code))
+    index["scheduler"] = [code.stem, kind.__name__]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "config.yaml").write_text("flow: {path: vp, predict: data}\n")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ode", "sde"])
+def test_folders_of_both_versions_load_beside_each_other(name, tmp_path):
+    """By diffusers, each with its own code in one process, and by `sample.py --pipeline`; each draws what its class here draws."""
+    first, second = (importlib.import_module(f"pipeline.scheduling_flow_{name}_v{k}") for k in (1, 2))
+    kinds = [getattr(module, f"Flow{name.upper()}Scheduler") for module in (first, second)]
+    pipes = []
+    for k, kind in enumerate(kinds):
+        folder = written(tmp_path / str(k), kind, path="vp", shift=2.0)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+        loaded = type(pipe.scheduler)
+        assert loaded.__name__ == kind.__name__ and loaded is not kind and loaded.solvers == kind.solvers
+        assert open_folder(folder).predict == "data"
+        here = DiTPipeline(pipe.transformer, pipe.vae, kind.from_config(pipe.scheduler.config))
+        images = []
+        for one in (pipe, here):
+            one.set_progress_bar_config(disable=True)
+            torch.manual_seed(5)
+            images.append(torch.tensor(one([1, 2], 1.0, num_inference_steps=3, output_type="np", generator=torch.manual_seed(4)).images))
+        assert torch.equal(*images)
+        pipes.append(loaded)
+    assert pipes[0] is not pipes[1] and pipes[0].solvers != pipes[1].solvers
+
+
+def test_both_second_versions_stand_in_one_file(tmp_path):
+    """As pipeline_condot's file holds them: with their first versions under other names, and each the class that it is here."""
+    (tmp_path / "root.py").write_text(
+        '"""R."""\n\nfrom .scheduling_flow_ode_v2 import FlowODEScheduler\nfrom .scheduling_flow_sde_v2 import FlowSDEScheduler\n\n'
+        "BOTH = FlowODEScheduler, FlowSDEScheduler\n"
+    )
+    for part in Path(inspect.getfile(FlowODEScheduler)).parent.glob("scheduling_flow*.py"):
+        (tmp_path / part.name).write_text(part.read_text())
+    text, names = standing_alone(tmp_path / "root.py"), {"__name__": "alone"}
+    sys.modules["alone"] = types.ModuleType("alone")
+    exec(compile(text, "alone", "exec"), names)
+    for kind, here in zip(names["BOTH"], (FlowODEScheduler, FlowSDEScheduler), strict=True):
+        assert kind.__name__ == here.__name__ and kind.__mro__[2].__name__ == f"{here.__name__}V1" and kind.solvers == here.solvers
+        assert kind.from_config(kind().config).config.solver == here.solvers[0]
+    assert text.count("class FlowODEScheduler(") == text.count("class FlowODESchedulerV1(") == text.count("class FlowSDESchedulerV1(") == 1

@@ -207,7 +207,13 @@ def test_circles_end(tmp_path):
     [
         ("from . import low\n\nX = low.TWO\n", r"`from \. import low` cannot be carried\. Write `from \.file import name`"),
         ("from .low import *\n\nX = TWO\n", r"import \*` cannot be carried"),
-        ("from .low import TWO as FEW\n\nX = FEW\n", "TWO as FEW` cannot be carried"),
+        ("from .low import TWO as FEW\n\nX = FEW\n", "TWO as FEW` cannot be carried. Rename functions and classes only"),
+        ("from .low import FOUR as X\n\nY = X\n", r"FOUR is not defined in low\.py, from which it is imported"),
+        (
+            "from .low import double as a\nfrom .other import b\n\nX = a, b\n",
+            r"double is called [ab] here and [ab] elsewhere: call it one thing",
+        ),
+        ("from .low import double as a\nfrom .other import shadow\n\nX = a, shadow\n", r"double is a variable of a function too"),
         ("from ..data import order\n\nX = order\n", r"`from \.\.data import order` cannot be carried"),
         ("from .flow.path import CondOT\n\nX = CondOT\n", r"`from \.flow\.path import CondOT` cannot be carried"),
         ("import numpy as np\n\nX = np.pi\n", r"`import numpy as np` cannot be carried: such a file imports torch, diffusers"),
@@ -219,8 +225,64 @@ def test_circles_end(tmp_path):
     ],
 )
 def test_what_cannot_be_carried_is_refused(tmp_path, root, says):
+    other = (
+        "from .low import double as b\n"
+        if "other import b" in root
+        else "from .low import double\n\n\ndef shadow():\n    double = 2\n    return double\n"
+    )
     with pytest.raises(ValueError, match=f"(?s){says}"):
-        standing_alone(room(tmp_path, root=root))
+        standing_alone(room(tmp_path, root=root, other=other))
+
+
+FIRST = '''"""F."""
+
+
+# é
+class Thing:
+    """A Thing."""
+
+    def copy(self):
+        return Thing()
+
+    def say(self):
+        return 1
+'''
+THIRD = '''"""T."""
+
+from .first import Thing
+
+
+class Keeper:
+    Thing = Thing
+
+    def make(self):
+        é = "é", Thing()
+        return é[1]
+'''
+SECOND = '''"""R."""
+
+from .first import Thing as FirstThing
+from .third import Keeper as K
+
+
+class Thing(FirstThing):
+    def say(self):
+        return 1 + super().say()
+
+
+class Keeper(K):
+    Thing = Thing
+'''
+
+
+def test_a_second_version_stands_on_a_first_of_the_same_name(tmp_path):
+    """It has the new name in the file that gave it, in its own and in a third that uses it; attributes keep theirs."""
+    text, names = standing_alone(room(tmp_path, root=SECOND, first=FIRST, third=THIRD)), {}
+    exec(compile(text, "alone", "exec"), names)
+    keeper, first = names["Keeper"](), names["FirstThing"]
+    assert names["Thing"]().say() == 2 and type(names["Thing"]().copy()) is first and issubclass(names["Thing"], first)
+    assert type(keeper.make()) is first and keeper.Thing is names["Thing"] and names["K"].Thing is first
+    assert "class FirstThing:" in text and '"""A Thing."""' in text and "--- third" in text
 
 
 def test_what_is_imported_and_not_used_is_not_asked_for(tmp_path):

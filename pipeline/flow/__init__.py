@@ -6,7 +6,7 @@ of it; `time` says where it is trained, `objective` and `matching` for what,
 `weighting` how much it counts, `coupling` on which pairs; `precondition` scales
 it. `guidance` sharpens the field, by one of the methods of `guiders`, and
 `classifier_guidance` by a classifier; `grid`, `solver`, `sde` and `langevin`
-follow it, `likelihood` and `inverse` ask it questions; `random` names every random number.
+follow it, `likelihood`, `log_prob` and `inverse` ask it questions; `random` names every random number.
 """
 
 from .classifier_guidance import classifier_guide
@@ -23,6 +23,7 @@ from .inverse import Colourisation, Inpainting, Measurement, SuperResolution, re
 from .langevin import annealed_langevin, langevin, predictor_corrector
 from .likelihood import Density, Estimate, bits_per_dimension, dequantise, estimate, log_density
 from .linear import LinearPath, NormalPrior, Prior, UniformPrior, finite_field
+from .log_prob import step_law, step_log_prob, trajectory_log_prob
 from .matching import ScoreMatching
 from .objective import JointObjective, Objective
 from .parameterisation import PREDICTIONS, Prediction, change, convert, target
@@ -158,9 +159,12 @@ __all__ = [
     "shifted_grid",
     "singular",
     "stack",
+    "step_law",
+    "step_log_prob",
     "step_variances",
     "stochastic_heun",
     "target",
+    "trajectory_log_prob",
     "uniform",
     "uniform_grid",
     "velocity_field",
