@@ -34,6 +34,7 @@ from .flow import (
     UniformPrior,
     couple,
     draw_times,
+    infinite_times,
     normal,
     precondition,
     rademacher,
@@ -85,6 +86,11 @@ class Method:
         if flow.coupling != "independent" and flow.coupling_group < 2:
             raise ValueError(f"flow.coupling_group={flow.coupling_group}: an assignment is among at least two images. Use 32.")
         self.objective.check(self.shape)
+        for t in infinite_times(self.objective, self.law):
+            raise ValueError(
+                f"flow.time={flow.time} trains at t={t:g}, where the loss of flow.predict={flow.predict} with flow.weighting="
+                f"{flow.weighting} on flow.path={flow.path} is infinite. Set flow.time=uniform, which stays inside, or {_remedy(flow)}."
+            )
 
     def check_text(self) -> None:
         """Raises ValueError for a recipe that goes with classes only."""
@@ -176,6 +182,13 @@ class Method:
             raise ValueError(f"flow.coupling_group={size} does not divide the micro-batch of {len(data)} images: use a divisor of it.")
         groups = zip(data.split(size), noise.split(size), labels.split(size), strict=True)
         return torch.cat([couple(z, eps, y) for z, eps, y in groups])
+
+
+def _remedy(flow: FlowConfig) -> str:
+    """Return which other field makes the loss finite at the ends of the path."""
+    return (
+        "flow.weighting=none" if flow.weighting != "none" and not (flow.path == "vp" and flow.predict == "velocity") else "flow.predict=v"
+    )
 
 
 def prior_of(flow: FlowConfig) -> Prior | None:

@@ -21,7 +21,7 @@ from .langevin import annealed_langevin, langevin, predictor_corrector
 from .likelihood import Density, Estimate, bits_per_dimension, dequantise, estimate, log_density
 from .linear import LinearPath, NormalPrior, Prior, UniformPrior, finite_field
 from .matching import ScoreMatching
-from .objective import JointObjective, Objective
+from .objective import JointObjective, Objective, infinite_times
 from .parameterisation import PREDICTIONS, Prediction, change, convert, target
 from .path import Coefficients, CondOT, Cosine, Path, initial, interpolate, widen
 from .precondition import precondition
@@ -50,6 +50,7 @@ from .time import (
     draw_times,
     importance,
     resolution_shift,
+    support,
 )
 from .weighting import WEIGHTINGS, weight
 
@@ -126,6 +127,7 @@ __all__ = [
     "guide",
     "heun",
     "importance",
+    "infinite_times",
     "initial",
     "interpolate",
     "langevin",
@@ -148,6 +150,7 @@ __all__ = [
     "stack",
     "step_variances",
     "stochastic_heun",
+    "support",
     "target",
     "uniform",
     "uniform_grid",
