@@ -273,7 +273,8 @@ def likelihood(options: Likelihood) -> int:
     else:
         check_labels(labels, source.num_classes)
     exact = affordable(source.shape) and not options.estimate
-    print(bits(source, real, labels, steps=options.num_inference_steps, seed=options.seed, exact=exact, batch_size=options.batch_size))
+    how = {"solver": options.solver, "tolerance": options.tolerance, "steps": options.num_inference_steps}
+    print(bits(source, real, labels, seed=options.seed, exact=exact, batch_size=options.batch_size, **how))
     return 0
 
 

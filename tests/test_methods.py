@@ -17,16 +17,12 @@ PREDICTIONS = ("velocity", "noise", "data", "score", "v")
 LAWS = ("uniform", "logit_normal", "mode", "cosmap", "log_normal_sigma", "discrete")
 
 
+CLEAN = {("data", "velocity"), ("data", "edm"), *((predict, "likelihood") for predict in PREDICTIONS)}
 INFINITE = {  # at t = 1 of paths that end clean: (prediction, weighting)
-    **dict.fromkeys(
-        ("condot", "cosine", "sub_vp"),
-        {("data", "velocity"), ("data", "edm"), *((predict, "likelihood") for predict in ("data", "noise", "velocity", "score", "v"))},
-    ),
-    "vp": {
-        *(("velocity", weighting) for weighting in WEIGHTINGS),
-        *((predict, weighting) for predict in ("data", "noise", "score", "v") for weighting in ("velocity", "likelihood")),
-        ("data", "edm"),
-    },
+    "condot": CLEAN,
+    "cosine": CLEAN,
+    "sub_vp": CLEAN,
+    "vp": CLEAN | {*itertools.product(PREDICTIONS, ["velocity"]), *itertools.product(["velocity"], WEIGHTINGS)},
 }
 
 

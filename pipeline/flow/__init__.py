@@ -18,7 +18,7 @@ from .grid import GRIDS, grid, rho_grid, shifted_grid, uniform_grid
 from .guidance import autoguide, guide
 from .inverse import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction, replacement
 from .langevin import annealed_langevin, langevin, predictor_corrector
-from .likelihood import Density, Estimate, bits_per_dimension, dequantise, estimate, log_density
+from .likelihood import Density, Estimate, bits_per_dimension, dequantise, estimate, last_time, log_density
 from .linear import LinearPath, NormalPrior, Prior, UniformPrior, finite_field
 from .matching import ScoreMatching
 from .objective import JointObjective, Objective, infinite_times
@@ -131,6 +131,7 @@ __all__ = [
     "initial",
     "interpolate",
     "langevin",
+    "last_time",
     "log_density",
     "midpoint",
     "multistep",
