@@ -130,7 +130,8 @@ class Trained:
         self.space = Space.of(self.state["space"])
         self.text = self.state["text"]
         widths = tuple(self.text["widths"]) if self.text else None
-        self.network = models.build(**model_options(self.config.model, self.space.shape, len(self.class_names), widths)).eval()
+        options = model_options(self.config.model, self.space.shape, len(self.class_names), widths, self.config.flow.objective)
+        self.network = models.build(**options).eval()
         if self.config.train.lora_rank:
             add_lora(self.network, self.config.train.lora_rank, self.config.train.lora_alpha)
         weights, self.weights = read_weights(found, self.state, wanted, self.config.ema)
@@ -273,8 +274,8 @@ def likelihood(options: Likelihood) -> int:
     else:
         check_labels(labels, source.num_classes)
     exact = affordable(source.shape) and not options.estimate
-    how = {"solver": options.solver, "tolerance": options.tolerance, "steps": options.num_inference_steps}
-    print(bits(source, real, labels, seed=options.seed, exact=exact, batch_size=options.batch_size, **how))
+    how = partial(bits, source, real, labels, seed=options.seed, exact=exact, batch_size=options.batch_size)
+    print(how(solver=options.solver, tolerance=options.tolerance, steps=options.num_inference_steps))
     return 0
 
 

@@ -85,6 +85,21 @@ class Choice(NamedTuple):
         return ours, ours
 
 
+def check_two_outputs(space: Space, takes: str, why: str) -> None:
+    """Raises ValueError for a network of velocity and score that no pipeline here draws with: those of classes leave the second half out.
+
+    Args:
+        space: what the network works on.
+        takes: class or text.
+        why: no stock class holds it; "" if one does.
+    """
+    if why or takes == "text" or (not space.latent and space.channels > MOST_CHANNELS):
+        raise ValueError(
+            f"flow.objective=joint is exported of networks on classes that a stock class holds and DiTPipeline draws with, and here: "
+            f"{why or 'text, or too many channels'}. Give --export=false and sample with `sample.py --run`."
+        )
+
+
 def choose(
     network: Any, why: str, flow: FlowConfig, space: Space, class_names: Sequence[str], vae: Any, spoken: Sequence[Spoken]
 ) -> Choice:
@@ -120,7 +135,7 @@ def choose(
         return Choice(pipeline, why or reason or f"stock text pipelines decode with an AutoencoderKL{EXACT if wide else ''}", True)
     if getattr(network.config, "micro_conditions", False):
         return Choice(CondotPipeline(scheduler, transformer=network, vae=vae, id2label=dict(enumerate(class_names)) or None), why, True)
-    if isinstance(network, UNet2DModel) and network.class_embedding is None and vae is None and form.stock:
+    if isinstance(network, UNet2DModel) and network.class_embedding is None and vae is None and form.stock and flow.objective != "joint":
         return Choice(DDPMPipeline(unet=network, scheduler=scheduler), why, False)  # type: ignore[arg-type]
     if wide:
         pipeline = CondotPipeline(scheduler, id2label=dict(enumerate(class_names)) or None, **{place: network})

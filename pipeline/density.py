@@ -51,7 +51,7 @@ class Bits:
     exact: bool
     evaluations: int
     noise: float
-    """beta where the density is taken, data units."""
+    """beta / alpha where the density is taken, data units."""
     bit_depth: int = 8
 
     def __str__(self) -> str:
@@ -115,7 +115,8 @@ def bits(
     other, _ = part(slice(0, min(COMPARED, batch_size)), "dormand_prince", tolerance / STRICTER)
     off = 2 * (found[: len(other)] - other).abs().mean().item()
     mean, error = estimate(found)
-    noise = float(source.path(torch.tensor(_ends(source)[1], dtype=torch.float64)).b)
+    end = source.path(torch.tensor(_ends(source)[1], dtype=torch.float64))
+    noise = (end.b / end.a).item()
     evaluations = max(count for _, count in parts)
     return Bits(mean.item(), error.item(), off, len(images), images[0].numel(), exact, evaluations, noise, source.bit_depth)
 
@@ -134,9 +135,10 @@ def _densities(
     shape = tuple(data.shape[1:])
     ends = torch.tensor(_ends(source), dtype=torch.float64)
     adaptive = partial(dormand_prince, rtol=tolerance, atol=tolerance)
-    return log_density(
+    signal = source.path(ends[1]).a.item()
+    result = log_density(
         lambda point, t: source.field(point, t, condition),
-        dequantise(data, uniform(seed, Purpose.NOISE, 0, index, shape), step_of(source.bit_depth)),
+        signal * dequantise(data, uniform(seed, Purpose.NOISE, 0, index, shape), step_of(source.bit_depth)),
         ends if solver == "dormand_prince" else uniform_grid(steps, *ends.tolist()),
         source.path,
         probe=None if exact else rademacher(seed, Purpose.PROBE, 0, index, shape),
@@ -144,6 +146,7 @@ def _densities(
         solver=adaptive if solver == "dormand_prince" else ODE_SOLVERS[solver],
         clock="log_snr" if bool(source.path.log_snr(ends).isfinite().all()) else "time",
     )
+    return result._replace(log_density=result.log_density + data[0].numel() * math.log(signal))  # of x / alpha
 
 
 def affordable(shape: tuple[int, ...]) -> bool:

@@ -16,14 +16,14 @@ from torch import Tensor
 from .captions_v1 import Captions
 from .checksums import check_folder
 from .config import Config, FlowConfig
-from .flow import Condition, velocity_field
+from .flow import PATHS, Condition, velocity_field
 from .method import scaled
 from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
 from .recipe import build
 from .scheduling_flow_ode_v1 import FlowODEScheduler
 from .scheduling_flow_sde_v1 import FlowSDEScheduler
 from .source import Source
-from .stock import read_scheduler
+from .stock import form_of, read_scheduler
 
 NETWORKS = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "UNet2DModel", "UNet2DConditionModel")
 """Stock networks that are known here."""
@@ -103,14 +103,19 @@ def pipeline_source(pipeline: CondotPipeline, flow: FlowConfig | None = None) ->
     Raises:
         ValueError: a scheduler of another kind of model.
     """
-    path, kind = read_scheduler(pipeline.scheduler, flow)
-    network, sign = pipeline.network, -1.0 if pipeline.trained[0] == "flow_prediction" else 1.0
+    network = pipeline.network
+    if flow is not None and flow.objective == "joint":  # both halves are its own, times the factor that the first was exported with
+        path, kind, sign, kept = PATHS[flow.path](), flow.predict, 1 / form_of(flow).factor, 2 * network.config.in_channels
+    else:
+        path, kind = read_scheduler(pipeline.scheduler, flow)
+        sign, kept = -1.0 if pipeline.trained[0] == "flow_prediction" else 1.0, network.config.in_channels
     side, factor, text = network.config.sample_size, pipeline.factor, bool(pipeline.encoders)
     pixels = torch.tensor([[factor * side, factor * side, 0, 0, factor * side, factor * side]], dtype=torch.float32, device=network.device)
 
     def predict(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         told = Captions(*condition) if text else condition
-        return sign * pipeline.predict(x.to(network.dtype), 1000 * (1 - t), told, pixels.expand(len(x), 6)).to(x.dtype)
+        out = pipeline.predict(x.to(network.dtype), 1000 * (1 - t), told, pixels.expand(len(x), 6))
+        return sign * out[:, :kept].to(x.dtype)  # published networks give variances behind
 
     names = pipeline.config.id2label
     image_channels = network.config.in_channels if pipeline.vae is None else pipeline.vae.config.in_channels
