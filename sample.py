@@ -273,9 +273,7 @@ def likelihood(options: Likelihood) -> int:
         labels = torch.full_like(labels, source.null)
     else:
         check_labels(labels, source.num_classes)
-    exact = affordable(source.shape) and not options.estimate
-    how = partial(bits, source, real, labels, seed=options.seed, exact=exact, batch_size=options.batch_size)
-    print(how(solver=options.solver, tolerance=options.tolerance, steps=options.num_inference_steps))
+    print(bits(source, real, labels, exact=affordable(source.shape) and not options.estimate, **options.how()))
     return 0
 
 

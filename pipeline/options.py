@@ -197,6 +197,11 @@ class Likelihood(Model):
     unconditional: bool = False  # ignore the classes of the images
     estimate: bool = False  # Hutchinson's estimate also where the exact divergence is affordable (64 dimensions)
 
+    def how(self) -> dict[str, Any]:
+        """Return the arguments of `density.bits` that are options."""
+        steps = self.num_inference_steps
+        return {"solver": self.solver, "tolerance": self.tolerance, "steps": steps, "seed": self.seed, "batch_size": self.batch_size}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Restore(Sampling):

@@ -205,7 +205,7 @@ def test_shapes_and_no_gradient_left():
 BAD = {
     "clock": (
         lambda: log_density(wave, torch.zeros(2, 3), uniform_grid(2), CondOT(), clock="log_snr"),
-        r"t=0 to t=1, where it is -inf and inf",
+        r"from t=0 to t=1, where it is -inf and inf",
     ),
     "size": (lambda: log_density(wave, torch.zeros(1, 3, 5, 5), uniform_grid(2), CondOT()), r"75 dimensions.*limit is 64.*Pass a probe"),
     "probe": (lambda: log_density(wave, torch.zeros(2, 3), uniform_grid(2), CondOT(), probe=torch.zeros(2, 1)), r"probe \(2, 1\)"),

@@ -1,6 +1,6 @@
 """The mathematics of flows and diffusions, in one convention: t = 0 is noise, t = 1 is data.
 
-`path`, `diffusion`, `ddpm` and `linear` mix signal and noise;
+`path`, `diffusion`, `ddpm` and `linear` mix signal and noise, `trajectory` along any curve;
 `parameterisation` names what a network predicts and `field` makes a velocity
 of it; `time` says where it is trained, `objective` and `matching` for what,
 `weighting` how much it counts, `coupling` on which pairs; `precondition` scales
@@ -52,6 +52,7 @@ from .time import (
     resolution_shift,
     support,
 )
+from .trajectory import Trajectory, TrajectoryMatching, marginal
 from .weighting import WEIGHTINGS, weight
 
 __all__ = [
@@ -100,6 +101,8 @@ __all__ = [
     "SubVP",
     "SuperResolution",
     "TimeLaw",
+    "Trajectory",
+    "TrajectoryMatching",
     "Uniform",
     "UniformPrior",
     "annealed_langevin",
@@ -133,6 +136,7 @@ __all__ = [
     "langevin",
     "last_time",
     "log_density",
+    "marginal",
     "midpoint",
     "multistep",
     "noising",
