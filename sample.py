@@ -131,7 +131,7 @@ class Trained:
             self.ema, self.class_names = wanted.name, tuple(self.state["class_names"])
             self.space, self.text = Space.of(self.state["space"]), self.state["text"]
             words = tuple(self.text["widths"]) if self.text else None
-            sizes = model_options(self.config.model, self.space.shape, len(self.class_names), words)
+            sizes = model_options(self.config.model, self.space.shape, len(self.class_names), words, self.config.flow.objective)
             check_network(found, sizes, partial(models.build, **sizes, device="meta"))
             self.network = models.build(**sizes).eval()
             if self.config.train.lora_rank:
@@ -275,8 +275,7 @@ def likelihood(options: Likelihood) -> int:
         labels = torch.full_like(labels, source.null)
     else:
         check_labels(labels, source.num_classes)
-    exact = affordable(source.shape) and not options.estimate
-    print(bits(source, real, labels, steps=options.num_inference_steps, seed=options.seed, exact=exact, batch_size=options.batch_size))
+    print(bits(source, real, labels, exact=affordable(source.shape) and not options.estimate, **options.how()))
     return 0
 
 

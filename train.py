@@ -30,12 +30,13 @@ from data.sources import Sources
 from data.stream import Share, to_unit
 from data.survey import survey
 from models import memory
-from models.convert import check_classes
+from models.convert import check_classes, unheld
 from models.cost import cost, example, stages
 from models.lora import add_lora
 from models.published import load_published
 from pipeline import launch
 from pipeline.checkpoint import Store, averages, choose, find, load_state
+from pipeline.choice import check_two_outputs
 from pipeline.config import ALIASES, Config
 from pipeline.ema import Averages
 from pipeline.ema.snapshots import store_of
@@ -143,7 +144,7 @@ def encoder(config: Config, space: Space, device: torch.device) -> Callable[[Mic
 def measure(config: Config, sources: Sources, space: Space, ranks: int, device: torch.device) -> Precision:
     """The precision in which a network of this recipe computes its micro-batches faster on that device."""
     widths = sources.widths or (0, 0)
-    options = model_options(config.model, space.shape, len(sources.images.manifest.class_names), sources.widths)
+    options = model_options(config.model, space.shape, len(sources.images.manifest.class_names), sources.widths, config.flow.objective)
     network = models.build(seed=0, **options).to(device)
     micro = max(1, config.train.batch_size // config.train.gradient_accumulation_steps // ranks)
     return precision.choose(network, example(network, space.shape, batch=micro, tokens=16, text_width=widths[0], pooled_width=widths[1]))
@@ -165,9 +166,10 @@ def assemble(config: Config, sources: Sources, space: Space, accelerator: Accele
     if words:
         method.check_text()
     sharding = launch.sharding(config)
-    options = model_options(config.model, space.shape, len(names), sources.widths)
+    options = model_options(config.model, space.shape, len(names), sources.widths, config.flow.objective)
     network, average = networks(config, options, accelerator, sharding, fresh=fresh)
-    plain = models.build(device="meta", **options).eval() if config.flow.objective == "regression" else None  # others differentiate twice
+    once = config.flow.objective in ("regression", "joint")  # the others differentiate twice
+    plain = models.build(device="meta", **options).eval() if once else None
     model, optimizer = parallel.prepare(accelerator, network, adamw(network, config.train), sharding)
     lora = [config.train.lora_rank, config.train.lora_alpha] if config.train.lora_rank else []
     said = {"lora": lora, "text": [one.fingerprint for one in sources.spoken], "space": space.facts if space.latent else {}}
@@ -252,6 +254,9 @@ def first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
 def check_exportable(config: Config, space: Space, num_classes: int, encoders: int) -> None:
     """Raises ValueError for what diffusers could not hold."""
     form_of(config.flow)
+    if config.flow.objective == "joint":
+        options = model_options(config.model, space.shape, num_classes, (8, 8), config.flow.objective)
+        check_two_outputs(space, config.model.takes, unheld(models.build(device="meta", **options)))
     if config.model.takes == "class":
         check_classes(num_classes)
     check_export(space, encoders)

@@ -81,7 +81,8 @@ def cross_dit_to_stock(model: CrossDiT, factor: float) -> PixArtTransformer2DMod
         raise ValueError(f"{refused}. Give --export=false and sample with `sample.py --run`.")
     width, heads = model.enter.out_features, int(model.blocks[0].cross.heads)  # type: ignore[union-attr, arg-type]
     stock = PixArtTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=width // heads, in_channels=model.channels, out_channels=model.channels,
+        num_attention_heads=heads, attention_head_dim=width // heads, in_channels=model.channels,
+        out_channels=model.outputs * model.channels,
         num_layers=len(model.blocks), cross_attention_dim=width, sample_size=model.resolution, patch_size=model.patch_size,
         interpolation_scale=model.interpolation_scale,  # type: ignore[arg-type]
         use_additional_conditions=False, caption_channels=model.text.enter.in_features,

@@ -34,7 +34,7 @@ def dit_to_stock(model: DiT, factor: float) -> DiTTransformer2DModel:
         num_attention_heads=width // model.head_width,
         attention_head_dim=model.head_width,
         in_channels=model.channels,
-        out_channels=model.channels,
+        out_channels=model.outputs * model.channels,
         num_layers=len(model.blocks),
         sample_size=model.resolution,
         patch_size=model.patch_size,

@@ -111,7 +111,8 @@ def mmdit_to_stock(model: MMDiT, factor: float, masked: bool = False) -> SD3Tran
     width, heads, qk_norm = model.enter.out_features, int(first.heads), first.k_norm is not None  # type: ignore[union-attr, arg-type]
     dual = sum(block.own is not None for block in model.blocks)
     stock = SD3Transformer2DModel(
-        sample_size=model.resolution, patch_size=model.patch_size, in_channels=model.channels, out_channels=model.channels,
+        sample_size=model.resolution, patch_size=model.patch_size, in_channels=model.channels,
+        out_channels=model.outputs * model.channels,
         num_layers=len(model.blocks), attention_head_dim=width // heads, num_attention_heads=heads,
         joint_attention_dim=model.text.in_features, caption_projection_dim=width, pooled_projection_dim=model.pooled.enter.in_features,
         pos_embed_max_size=model.positions.grid or None,  # type: ignore[arg-type]

@@ -33,8 +33,13 @@ def own_options(model: nn.Module) -> dict[str, Any]:
     """The configuration of the class that holds a network.
 
     Raises:
-        ValueError: a network of another class.
+        ValueError: a network of another class, or of two outputs.
     """
+    if getattr(model, "outputs", 1) != 1:
+        raise ValueError(
+            f"a {type(model).__name__} with {model.outputs} outputs has no class to travel in. "
+            f"Give --export=false and sample with `sample.py --run`."
+        )
     if isinstance(model, DiT):
         return _dit_options(model)
     if isinstance(model, MMDiT):

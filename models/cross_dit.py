@@ -82,6 +82,7 @@ class CrossDiT(nn.Module):
         interpolation_scale: positions are divided by it; None as PixArt has it, by one for each 64 of the resolution.
         micro_conditions: the original's size and crop join the time.
         gradient_checkpointing: blocks are computed again on the way back instead of kept.
+        outputs: as in DiT.
 
     Raises:
         ValueError: sizes that do not fit one another.
@@ -93,12 +94,13 @@ class CrossDiT(nn.Module):
     def __init__(
         self, *, channels: int, resolution: int, text_width: int, pooled_width: int, patch_size: int, width: int, depth: int, heads: int,
         qk_norm: bool = False, interpolation_scale: float | None = None, micro_conditions: bool = False,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool = False, outputs: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(resolution=resolution, patch_size=patch_size, width=width, depth=depth, heads=heads)
         check_text(text_width, pooled_width)
         self.channels, self.resolution, self.patch_size, self.qk_norm = channels, resolution, patch_size, qk_norm
+        self.outputs = outputs
         self.micro_conditions, self.gradient_checkpointing, self.pooled_width = micro_conditions, gradient_checkpointing, pooled_width
         self.interpolation_scale = interpolation_scale or max(resolution // 64, 1)
         self.time = Time(width, "original")
@@ -108,7 +110,7 @@ class CrossDiT(nn.Module):
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(Block(width, heads, qk_norm) for _ in range(depth))
         self.table = nn.Parameter(torch.zeros(2, width))
-        self.leave = nn.Linear(width, channels * patch_size**2)
+        self.leave = nn.Linear(width, outputs * channels * patch_size**2)
         self.positions = Positions(width, span=resolution // patch_size / self.interpolation_scale)
 
     @property

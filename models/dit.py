@@ -83,6 +83,7 @@ class DiT(nn.Module):
             drawn at random; the last layer goes by the first block's.
         micro_conditions: sizes of the original, the crop and the image are added to the condition.
         gradient_checkpointing: the inside of a block is computed again in the backward pass instead of kept.
+        outputs: predictions a channel, one after another: 2 for velocity and score, laid out as a stock DiT's learned variances.
 
     Raises:
         ValueError: sizes that do not divide one another, options that exclude one another.
@@ -111,11 +112,13 @@ class DiT(nn.Module):
         own_conditions: bool = False,
         micro_conditions: bool = False,
         gradient_checkpointing: bool = False,
+        outputs: int = 1,
     ) -> None:
         super().__init__()
         check_sizes(resolution=resolution, patch_size=patch_size, width=width, depth=depth, heads=heads, rope=rope)
         _check_options(registers, positions, rope, shared_modulation, own_conditions)
         self.channels, self.resolution, self.num_classes, self.patch_size = channels, resolution, num_classes, patch_size
+        self.outputs = outputs
         self.rope, self.rms_norm, self.clock, self.own_conditions, self.head_width = rope, rms_norm, clock, own_conditions, width // heads
         self.micro_conditions, self.gradient_checkpointing = micro_conditions, gradient_checkpointing
         if own_conditions:
@@ -132,7 +135,7 @@ class DiT(nn.Module):
         self.shared_modulation = nn.Linear(width, 6 * width) if shared_modulation else None
         self.blocks = nn.ModuleList(Block(width, heads, qk_norm, swiglu, rms_norm, shared_modulation) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
-        self.leave = nn.Linear(width, channels * patch_size**2)
+        self.leave = nn.Linear(width, outputs * channels * patch_size**2)
         self._made: dict[tuple[str, int, int, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     @property

@@ -105,6 +105,7 @@ class MMDiT(nn.Module):
             from 0 to the tokens a side of the usual image. Published SD3 weights are read with theirs.
         micro_conditions: the original's size and crop join the conditioning.
         gradient_checkpointing: blocks are computed again on the way back instead of kept.
+        outputs: as in DiT.
 
     Raises:
         ValueError: sizes that do not fit one another.
@@ -117,6 +118,7 @@ class MMDiT(nn.Module):
         self, *, channels: int, resolution: int, text_width: int, pooled_width: int, patch_size: int = 2, width: int = 384,
         depth: int = 12, heads: int = 6, qk_norm: bool = True, dual_attention_blocks: int = 0, position_grid: int = 0,
         position_line: tuple[float, float] | None = None, micro_conditions: bool = False, gradient_checkpointing: bool = False,
+        outputs: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(resolution=resolution, patch_size=patch_size, width=width, depth=depth, heads=heads)
@@ -126,7 +128,7 @@ class MMDiT(nn.Module):
             raise ValueError(f"model.dual_attention_blocks={dual_attention_blocks}: of {depth} blocks, so 0 to {depth}.")
         if position_grid and position_grid < tokens:
             raise ValueError(f"model.position_grid={position_grid}: an image has {tokens} tokens a side. Use at least that, or 0 for none.")
-        self.channels, self.resolution, self.patch_size = channels, resolution, patch_size
+        self.channels, self.resolution, self.patch_size, self.outputs = channels, resolution, patch_size, outputs
         self.micro_conditions, self.gradient_checkpointing = micro_conditions, gradient_checkpointing
         self.time = Time(width, "original")
         self.pooled = Embedder(pooled_width, width)
@@ -137,7 +139,7 @@ class MMDiT(nn.Module):
             Block(width, heads, qk_norm=qk_norm, ends=i == depth - 1, dual=i < dual_attention_blocks) for i in range(depth)
         )
         self.modulation = nn.Linear(width, 2 * width)
-        self.leave = nn.Linear(width, channels * patch_size**2)
+        self.leave = nn.Linear(width, outputs * channels * patch_size**2)
         line = position_line or (0.0, tokens / max(position_grid, 1))
         self.positions = Positions(width, span=tokens, grid=position_grid, line=line)
 

@@ -40,6 +40,7 @@ class UNet(nn.Module):
         layout: details of the published networks; see LAYOUTS.
         micro_conditions: the original's size and crop join the time, as in SDXL; with text only.
         gradient_checkpointing: blocks are computed again on the way back instead of kept.
+        outputs: as in DiT.
 
     Raises:
         ValueError: sizes that do not fit one another.
@@ -49,7 +50,7 @@ class UNet(nn.Module):
         self, *, channels: int, resolution: int, condition: Condition = "class", num_classes: int = 0, text_width: int = 0,
         pooled_width: int = 0, block_channels: tuple[int, ...] = (64, 128, 128), layers_per_block: int = 2, attention_levels: int = 1,
         attention_at: tuple[int, ...] | None = None, head_width: int = 32, layout: Layout = "plain", micro_conditions: bool = False,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: bool = False, outputs: int = 1,
     ) -> None:  # fmt: skip
         super().__init__()
         levels = len(block_channels)
@@ -58,10 +59,12 @@ class UNet(nn.Module):
         if condition not in ("class", "text"):
             raise ValueError(f"model.condition={condition!r} is unknown: choose class or text.")
         self.channels, self.resolution, self.num_classes, self.takes = channels, resolution, num_classes, condition
+        self.outputs = outputs
         self.micro_conditions, self.gradient_checkpointing = micro_conditions, gradient_checkpointing
         kind = "CrossAttn" if condition == "text" else "Attn"
         common: dict[str, Any] = {
-            "sample_size": resolution, "in_channels": channels, "out_channels": channels, "block_out_channels": tuple(block_channels),
+            "sample_size": resolution, "in_channels": channels, "out_channels": outputs * channels,
+            "block_out_channels": tuple(block_channels),
             "layers_per_block": layers_per_block,
             "down_block_types": tuple(f"{kind if i in where else ''}DownBlock2D" for i in range(levels)),
             "up_block_types": tuple(f"{kind if i in where else ''}UpBlock2D" for i in reversed(range(levels))),

@@ -106,6 +106,21 @@ class Choice(NamedTuple):
         return ours, ours
 
 
+def check_two_outputs(space: Space, takes: str, why: str) -> None:
+    """Raises ValueError for a network of velocity and score that no pipeline here draws with: those of classes leave the second half out.
+
+    Args:
+        space: what the network works on.
+        takes: class or text.
+        why: no stock class holds it; "" if one does.
+    """
+    if why or takes == "text" or (not space.latent and space.channels > MOST_CHANNELS):
+        raise ValueError(
+            f"flow.objective=joint is exported of networks on classes that a stock class holds and DiTPipeline draws with, and here: "
+            f"{why or 'text, or too many channels'}. Give --export=false and sample with `sample.py --run`."
+        )
+
+
 def choose(
     network: Any,
     why: str,
@@ -150,7 +165,7 @@ def choose(
     if bucket_step or wide or getattr(network.config, "micro_conditions", False):
         reason = SQUARES if bucket_step else f"DiTPipeline decodes with an AutoencoderKL{EXACT}"
         return Choice(CondotPipeline(scheduler, vae=vae, id2label=names, **{place: network}), why or reason, True)
-    if isinstance(network, UNet2DModel) and network.class_embedding is None and vae is None and form.stock:
+    if isinstance(network, UNet2DModel) and network.class_embedding is None and vae is None and form.stock and flow.objective != "joint":
         return Choice(DDPMPipeline(unet=network, scheduler=scheduler), why, False)  # type: ignore[arg-type]
     return Choice(DiTPipeline(transformer=labelled(network), vae=shown, scheduler=scheduler), why, own)  # type: ignore[arg-type]
 

@@ -63,7 +63,9 @@ class FlowConfig:
     path: Literal["condot", "cosine", "vp", "sub_vp", "ve", "edm", "ddpm", "ddpm_scaled_linear", "ddpm_cosine"] = "condot"
     prior: Literal["normal", "uniform"] = "normal"  # where the path starts; uniform, of unit variance, on condot only
     predict: Literal["velocity", "noise", "data", "score", "v"] = "velocity"  # what the network outputs
-    objective: Literal["regression", "explicit", "sliced"] = "regression"  # explicit and sliced score matching need predict=score
+    # regression to `predict`; joint: velocity and score, two outputs of one network; explicit and sliced score matching need predict=score
+    objective: Literal["regression", "joint", "explicit", "sliced"] = "regression"
+    joint_balance: float = 1.0  # of joint: factor on the score's loss, which is weighted by beta^2
     weighting: Literal["none", "velocity", "likelihood", "min_snr", "edm"] = "none"  # how errors count over time
     min_snr_gamma: float = 5.0  # signal-to-noise ratio at which min_snr caps
     precondition: bool = False  # scale the network the Karras way, with predict=data; always so on edm
@@ -80,6 +82,8 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         _require(self.time_std > 0, "flow.time_std", self.time_std, "a standard deviation is positive. Use 1.0.")
+        balance = self.joint_balance
+        _require(0 <= balance < float("inf"), "flow.joint_balance", balance, "finite and not negative. Use 1.")
         _require(self.time_shift > 0, "flow.time_shift", self.time_shift, "a shift is positive; 1 is none.")
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .captions_v1 import Captions
 from .checksums import check_folder
 from .config import Config, FlowConfig
-from .flow import Condition, velocity_field
+from .flow import PATHS, Condition, velocity_field
 from .inputs_v2 import ONE_SIZE, largest_of, unit_of
 from .method import scaled
 from .model_folders import MOST_COUNT, TEXT_MODELS, check_counts, check_model_folder, check_size, read_json, read_shapes
@@ -26,7 +26,7 @@ from .recipe import build
 from .scheduling_flow_ode_v2 import FlowODEScheduler
 from .scheduling_flow_sde_v2 import FlowSDEScheduler
 from .source import Source
-from .stock import read_scheduler
+from .stock import form_of, read_scheduler
 
 NETWORKS = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "UNet2DModel", "UNet2DConditionModel")
 """Stock networks that are known here."""
@@ -180,14 +180,19 @@ def pipeline_source(pipeline: CondotPipeline, flow: FlowConfig | None = None) ->
     Raises:
         ValueError: a scheduler of another kind of model.
     """
-    path, kind = read_scheduler(pipeline.scheduler, flow)
-    network, sign = pipeline.network, -1.0 if pipeline.trained[0] == "flow_prediction" else 1.0
+    network = pipeline.network
+    if flow is not None and flow.objective == "joint":  # both halves are its own, times the factor that the first was exported with
+        path, kind, sign, kept = PATHS[flow.path](), flow.predict, 1 / form_of(flow).factor, 2 * network.config.in_channels
+    else:
+        path, kind = read_scheduler(pipeline.scheduler, flow)
+        sign, kept = -1.0 if pipeline.trained[0] == "flow_prediction" else 1.0, network.config.in_channels
     side, factor, text = network.config.sample_size, pipeline.factor, bool(pipeline.encoders)
 
     def predict(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         told, size = Captions(*condition) if text else condition, [factor * length for length in x.shape[2:]]
         pixels = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=network.device)
-        return sign * pipeline.predict(x.to(network.dtype), 1000 * (1 - t), told, pixels.expand(len(x), 6)).to(x.dtype)
+        out = pipeline.outputs(x.to(network.dtype), 1000 * (1 - t), told, pixels.expand(len(x), 6))
+        return sign * out[:, :kept].to(x.dtype)  # published networks give variances behind
 
     names = pipeline.config.id2label
     image_channels = network.config.in_channels if pipeline.vae is None else pipeline.vae.config.in_channels

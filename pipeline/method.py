@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .flow import (
     Condition,
     CosMap,
     Discrete,
+    JointObjective,
     LinearPath,
     LogitNormal,
     LogNormalSigma,
@@ -34,6 +35,7 @@ from .flow import (
     UniformPrior,
     couple,
     draw_times,
+    infinite_times,
     normal,
     precondition,
     rademacher,
@@ -80,11 +82,21 @@ class Method:
             )
         if flow.prior != "normal" and (flow.path != "condot" or self.preconditioned):
             raise ValueError(f"flow.prior={flow.prior} goes with the straight line: set flow.path=condot and no precondition.")
-        if flow.objective != "regression" and flow.predict != "score":
+        if flow.objective in ("explicit", "sliced") and flow.predict != "score":
             raise ValueError(f"flow.objective={flow.objective} learns a score: set flow.predict=score.")
+        if flow.objective == "joint" and (flow.predict != "velocity" or flow.weighting != "none" or flow.prior != "normal"):
+            raise ValueError(
+                f"flow.objective=joint with flow.predict={flow.predict}, flow.weighting={flow.weighting}, flow.prior={flow.prior}: "
+                f"it learns a velocity and a score from normal noise. Set flow.predict=velocity, flow.weighting=none, flow.prior=normal."
+            )
         if flow.coupling != "independent" and flow.coupling_group < 2:
             raise ValueError(f"flow.coupling_group={flow.coupling_group}: an assignment is among at least two images. Use 32.")
         self.objective.check(self.shape)
+        for t in infinite_times(self.objective, self.law):
+            raise ValueError(
+                f"flow.time={flow.time} trains at t={t:g}, where the loss of flow.predict={flow.predict} with flow.weighting="
+                f"{flow.weighting} on flow.path={flow.path} is infinite. Set flow.time=uniform, which stays inside, or {_remedy(flow)}."
+            )
 
     def check_text(self) -> None:
         """Raises ValueError for a recipe that goes with classes only."""
@@ -93,7 +105,7 @@ class Method:
 
     def check_blocks(self, again: bool) -> None:
         """Raises ValueError where blocks are computed again in the backward pass of a loss that needs an attention of its own."""
-        if again and self.flow.objective != "regression":
+        if again and self.flow.objective in ("explicit", "sliced"):
             raise ValueError(
                 f"flow.objective={self.flow.objective} with model.gradient_checkpointing=true: the loss differentiates twice, through an "
                 f"attention that the second pass would not take. Set gradient_checkpointing=false and more accumulation."
@@ -130,15 +142,17 @@ class Method:
         return law if flow.time_shift == 1 else Shifted(flow.time_shift, law)
 
     @property
-    def objective(self) -> Objective | ScoreMatching:
+    def objective(self) -> Objective | JointObjective | ScoreMatching:
         """The loss."""
         flow = self.flow
+        if flow.objective == "joint":
+            return JointObjective(self.path, flow.joint_balance)
         path = self.path if self.prior is None else LinearPath(self.prior)
         regression = Objective(path, flow.predict, flow.weighting, flow.min_snr_gamma, flow.sigma_data)
         return regression if flow.objective == "regression" else ScoreMatching(self.path, sliced=flow.objective == "sliced")
 
-    def network(self, model: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """What the recipe makes of a bare network, `(x, t, labels)` -> the prediction."""
+    def network(self, model: Callable[..., Tensor]) -> Callable[..., Any]:
+        """Return what the recipe makes of a bare network, `(x, t, labels)` -> the prediction, or a pair of them."""
         return scaled(model, self.flow)
 
     def draw(self, seed: int, step: int, places: Tensor, shape: tuple[int, ...] | None = None) -> Draws:
@@ -162,7 +176,7 @@ class Method:
         """
         noise = self.paired(data, draws.noise, condition[0])
         network = self.network(model)
-        if isinstance(self.objective, Objective):
+        if not isinstance(self.objective, ScoreMatching):
             return self.objective(network, data, noise, draws.t, *condition)
         with sdpa_kernel(SDPBackend.MATH):  # the fast attentions have no second derivative
             return self.objective(network, data, noise, draws.t, *condition, probe=draws.probe)
@@ -178,12 +192,21 @@ class Method:
         return torch.cat([couple(z, eps, y) for z, eps, y in groups])
 
 
+def _remedy(flow: FlowConfig) -> str:
+    """Return which other field makes the loss finite at the ends of the path."""
+    return (
+        "flow.weighting=none" if flow.weighting != "none" and not (flow.path == "vp" and flow.predict == "velocity") else "flow.predict=v"
+    )
+
+
 def prior_of(flow: FlowConfig) -> Prior | None:
     """The prior of a recipe, if it is not normal: uniform, of unit variance."""
     return UniformPrior(-(3**0.5), 3**0.5) if flow.prior == "uniform" else None
 
 
-def scaled(model: Callable[..., Tensor], flow: FlowConfig) -> Callable[..., Tensor]:
-    """A bare network as a predictor: itself, or scaled the Karras way."""
+def scaled(model: Callable[..., Tensor], flow: FlowConfig) -> Callable[..., Any]:
+    """Return a bare network as a predictor: itself, scaled the Karras way, or its two halves as a pair (velocity, score)."""
+    if flow.objective == "joint":
+        return lambda x, t, *condition: tuple(model(x, t, *condition).chunk(2, dim=1))
     wanted = flow.precondition or flow.path == "edm"
     return precondition(model, PATHS[flow.path](), flow.sigma_data) if wanted else model

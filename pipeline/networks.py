@@ -95,7 +95,9 @@ class UNetConfig:
 ModelConfig = DiTConfig | CrossDiTConfig | MMDiTConfig | UNetConfig
 
 
-def model_options(model: ModelConfig, shape: tuple[int, int, int], num_classes: int, text: tuple[int, int] | None = None) -> dict[str, Any]:
+def model_options(
+    model: ModelConfig, shape: tuple[int, int, int], num_classes: int, text: tuple[int, int] | None = None, objective: str = "regression"
+) -> dict[str, Any]:
     """The arguments of `models.build`: a recipe's section `model`, and what the data say.
 
     Args:
@@ -103,11 +105,14 @@ def model_options(model: ModelConfig, shape: tuple[int, int, int], num_classes: 
         shape: of a sample, (C, H, W), here square.
         num_classes: of the data.
         text: width of a token's state and of the pooled vector, where there is text.
+        objective: flow.objective; a joint one asks for two outputs of each channel, velocity and score.
 
     Raises:
         ValueError: a network that takes text, and none.
     """
     options = {item.name: getattr(model, item.name) for item in fields(model)} | {"channels": shape[0], "resolution": shape[-1]}
+    if objective == "joint":
+        options["outputs"] = 2
     if model.takes == "class":
         return options | {"num_classes": num_classes}
     if text is None:

@@ -211,9 +211,16 @@ class Likelihood(Model):
     reference: str = ""  # folder of shards
     split: str = "val"  # of the shards
     num_images: int = 100  # the first so many
-    num_inference_steps: int = 50  # Heun steps, two evaluations with their divergence each
+    solver: Literal["dormand_prince", "rk4", "heun", "midpoint"] = "dormand_prince"  # adaptive; the others take a uniform grid
+    tolerance: float = 1e-5  # of dormand_prince, relative and absolute
+    num_inference_steps: int = 50  # of the other solvers
     unconditional: bool = False  # ignore the classes of the images
     estimate: bool = False  # Hutchinson's estimate also where the exact divergence is affordable (64 dimensions)
+
+    def how(self) -> dict[str, Any]:
+        """Return the arguments of `density.bits` that are options."""
+        steps = self.num_inference_steps
+        return {"solver": self.solver, "tolerance": self.tolerance, "steps": steps, "seed": self.seed, "batch_size": self.batch_size}
 
 
 @dataclass(frozen=True, kw_only=True)

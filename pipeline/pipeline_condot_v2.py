@@ -110,6 +110,13 @@ class CondotPipeline(DiffusionPipeline):
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, condition: Any, sizes: Any = None) -> torch.Tensor:
         """Return the network's prediction, (B, C, h, w): of two outputs, such as a variance beside the noise, the first.
 
+        Arguments as in `outputs`.
+        """
+        return self.outputs(x, timestep, condition, sizes)[:, : x.shape[1]]
+
+    def outputs(self, x: torch.Tensor, timestep: torch.Tensor, condition: Any, sizes: Any = None) -> torch.Tensor:
+        """Return all that the network gives, (B, C or 2 C, h, w).
+
         Args:
             x: (B, C, h, w).
             timestep: (B,), 1000 at the noise, 0 at the data.
@@ -125,7 +132,7 @@ class CondotPipeline(DiffusionPipeline):
             told["class_labels"] = condition
         known = inspect.signature(network.forward).parameters
         told = {name: value for name, value in told.items() if name in known}
-        return network(x, timestep=timestep, **told)[0][:, : x.shape[1]]
+        return network(x, timestep=timestep, **told)[0]
 
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Return images, -1..1, (B, C, H, W), of samples."""

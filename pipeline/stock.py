@@ -92,9 +92,10 @@ def _said(scheduler: DPMSolverMultistepScheduler, clip: bool) -> DPMSolverMultis
 
 
 def _own(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
-    """Our own scheduler, with the recipe's path by its name, or else as a table; by Adams and Bashforth's two-step method.
+    """Our own scheduler, with the recipe's path by its name, or else as a table; by the two-step method that is nearer on it.
 
-    It evaluates once a step, as Euler's (DDIM on every path), and is nearer from 10 steps on.
+    On VP and DDPM that is the exponential one, elsewhere Adams and Bashforth's: one evaluation a step as Euler's (DDIM on every
+    path), and nearer from 10 steps on.
     """
     path = PATHS[flow.path]()
     kind = NAMES.get(flow.predict, flow.predict) if flow.predict != "velocity" else "velocity"
@@ -102,9 +103,9 @@ def _own(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
     if flow.precondition or flow.path == "edm":
         more["sigma_data"] = flow.sigma_data
     if isinstance(path, DDPM):
-        return FlowODEScheduler("multistep", kind, "ddpm", trained_betas=step_variances(path.variances).tolist(), **more)
+        return FlowODEScheduler("dpmpp_2m", kind, "ddpm", trained_betas=step_variances(path.variances).tolist(), **more)
     if flow.path in ("condot", "cosine", "vp"):
-        return FlowODEScheduler("multistep", kind, flow.path, **more)
+        return FlowODEScheduler("dpmpp_2m" if flow.path == "vp" else "multistep", kind, flow.path, **more)
     t = 1 - torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
     return FlowODEScheduler("multistep", kind, "table", table=[part.tolist() for part in path(t)], **more)
 

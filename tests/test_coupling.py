@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment, linprog
+from scipy.sparse import csr_array
 
 from pipeline.flow import assign, couple
 
@@ -15,12 +16,24 @@ def draw(*shape, seed=0):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 64, 96])
 @pytest.mark.parametrize("kind", ["normal", "integer", "line"])
-def test_assignment_costs_what_scipys_does(n, kind):
+def test_no_assignment_is_cheaper_by_the_linear_program_it_is(n, kind):
+    """Duality: prices of rows and columns that no cost undercuts sum to the least cost. They come from a solver of linear programs."""
     cost = {"normal": draw(n, n), "integer": (draw(n, n) * 2).round(), "line": (draw(n, 1) - draw(1, n, seed=1)) ** 2}[kind]
     columns = assign(cost)
-    assert sorted(columns.tolist()) == list(range(n))
-    rows, best = linear_sum_assignment(cost.numpy())
-    assert abs(cost[torch.arange(n), columns].sum().item() - cost.numpy()[rows, best].sum()) < 1e-9
+    assert columns.dtype == torch.int64 and sorted(columns.tolist()) == list(range(n))
+    pairs = torch.cartesian_prod(torch.arange(n), torch.arange(n)).reshape(-1, 2)
+    members = torch.cat([torch.nn.functional.one_hot(pairs[:, 0], n), torch.nn.functional.one_hot(pairs[:, 1], n)], 1)
+    best = linprog(-torch.ones(2 * n).numpy(), csr_array(members.numpy()), cost.flatten().numpy(), bounds=(None, None))
+    assert best.success and abs(cost[torch.arange(n), columns].sum().item() + best.fun) < 1e-7
+
+
+@pytest.mark.parametrize("cost", [torch.zeros(9, 9), (draw(12, 12) > 0).double(), torch.ones(8, 8).half(), draw(7, 7).float().T])
+def test_ties_are_decided_alike_each_time(cost):
+    """Of assignments that cost the same the choice is a function of the cost; dtype, strides and gradients make no other."""
+    chosen = assign(cost)
+    assert sorted(chosen.tolist()) == list(range(len(cost)))
+    for same in (cost.clone(), cost.double().requires_grad_(), cost.T.contiguous().T):
+        assert torch.equal(assign(same), chosen)
 
 
 def test_assignment_is_the_best_of_all_permutations():

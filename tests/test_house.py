@@ -119,10 +119,12 @@ def test_rooms_are_sealed_and_relative_inside(path):
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if "flow" in p.parts], ids=lambda p: p.name)
-def test_mathematics_imports_torch_and_its_siblings_only(path):
+def test_mathematics_imports_torch_scipy_and_its_siblings_only(path):
     standard = {"__future__", "collections", "collections.abc", "dataclasses", "enum", "functools", "itertools", "math", "typing"}
     for level, name in imports(path):
-        assert level == 1 or (level == 0 and (name.split(".")[0] == "torch" or name in standard)), f"{path} imports {'.' * level}{name}"
+        assert level == 1 or (level == 0 and (name.split(".")[0] in ("torch", "numpy", "scipy") or name in standard)), (
+            f"{path} imports {'.' * level}{name}"
+        )
 
 
 def siblings(path: Path, room: Path) -> list[str]:

@@ -13,14 +13,18 @@ from pipeline.flow import (
     WEIGHTINGS,
     CondOT,
     Cosine,
+    Discrete,
     JointObjective,
     LinearPath,
     Objective,
     Purpose,
     ScoreMatching,
+    Shifted,
+    Uniform,
     UniformPrior,
     convert,
     divergence,
+    infinite_times,
     interpolate,
     rademacher,
     target,
@@ -94,6 +98,41 @@ def test_min_snr_weights_of_its_paper():
     torch.testing.assert_close(weight("min_snr", "data", c), snr.clamp(max=5))
     torch.testing.assert_close(weight("min_snr", "noise", c), snr.clamp(max=5) / snr)
     torch.testing.assert_close(weight("min_snr", "v", c), snr.clamp(max=5) / (snr + 1))
+
+
+# the ends of the path
+
+
+@pytest.mark.parametrize("kind", PREDICTIONS)
+@pytest.mark.parametrize("name", WEIGHTINGS)
+def test_a_weight_at_an_end_of_the_path_is_its_limit(name, kind):
+    """At t = 0 and 1 of CondOT, where alpha or beta is 0: what it tends to from inside, infinity included."""
+    for end, beside in ((0.0, 1e-9), (1.0, 1 - 1e-9)):
+        here, near = (weight(name, kind, CondOT()(torch.tensor([t], dtype=torch.float64))).item() for t in (end, beside))
+        if name == "likelihood" and kind in ("noise", "score") and end == 0:
+            continue  # 1 / (a b) at a = 0: no law but Discrete(0, ...) comes there, and that is refused
+        assert (here == math.inf and near > 1e8) or abs(here - near) < 1e-6 * max(1.0, near), (end, here, near)
+
+
+@pytest.mark.parametrize("path", [CondOT(), Cosine(), PATHS["vp"](), PATHS["sub_vp"]()])
+def test_a_score_is_weighed_as_noise_where_beta_vanishes(path):
+    """At t = 1 the loss of a score is |0 s + eps|^2, of pairs the velocity's besides, on a general path |0 s + x_init|^2."""
+    data, noise, t = draw(3, 2), draw(3, 2, seed=1), torch.ones(3, dtype=torch.float64)
+    for objective in (Objective(path, "score"), Objective(LinearPath(), "score")):
+        torch.testing.assert_close(objective(lambda x, t: 5 + x, data, noise, t), noise.square().mean(1))
+    if path == PATHS["vp"]():
+        assert infinite_times(JointObjective(path), Discrete()) == (1.0,)
+        return
+    c = path(t[:, None])
+    wanted = target("velocity", data, noise, c).square().mean(1) + 0.3 * noise.square().mean(1)
+    torch.testing.assert_close(JointObjective(path, 0.3)(lambda x, t: (0 * x, 5 + x), data, noise, t), wanted)
+
+
+def test_a_law_is_asked_whether_it_comes_where_a_loss_is_infinite():
+    likely = Objective(CondOT(), "noise", "likelihood")
+    assert infinite_times(likely, Discrete(0, 1, 5)) == (0.0, 1.0) and infinite_times(likely, Discrete(0.1, 0.9, 5)) == ()
+    assert infinite_times(likely, Shifted(3.0, Discrete())) == (1.0,) and infinite_times(likely, Shifted(3.0, Uniform())) == ()
+    assert infinite_times(ScoreMatching(CondOT()), Discrete(0, 1, 5)) == ()
 
 
 # the minimiser

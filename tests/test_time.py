@@ -9,6 +9,7 @@ from pipeline.flow import (
     EDM,
     TIME_LAWS,
     VE,
+    VP,
     CondOT,
     Cosine,
     CosMap,
@@ -127,6 +128,36 @@ def test_strata_lower_the_variance_of_a_mean():
     assert abs(strata.mean().item() - 0.5) < 6 * strata.std().item() / 20
     first = torch.cat([draw_times(Uniform(), 1, k, torch.arange(1), 64) for k in range(2000)])  # one position sees all times
     assert abs(first.mean().item() - 0.5) < 6 * (1 / 12 / 2000) ** 0.5 and first.min() < 0.01 and first.max() > 0.99
+
+
+STEEP = [*(law() for law in TIME_LAWS.values()), LogitNormal(20.0, 3.0), LogitNormal(-900.0, 1.0), Mode(-1), Shifted(1e-12), Shifted(1e12)]
+
+
+@pytest.mark.parametrize("law", [*STEEP, LogNormalSigma(-30.0, 9.0), LogNormalSigma(3.0, 2.0, VP())], ids=repr)
+def test_times_of_a_law_with_a_density_stay_inside_in_float32(law, monkeypatch):
+    """The largest uniform numbers round to 1.0, and steep laws push others there or to 0: 2^-60 and 1 - 2^-24 are the ends."""
+    shares = torch.tensor([2.0**-53, 1e-9, 0.5, 1 - 1e-9, 1 - 2.0**-53], dtype=torch.float64)
+    monkeypatch.setattr("pipeline.flow.time.uniform", lambda *named: shares)
+    t = draw_times(law, 0, 0, torch.arange(5))
+    plain = law.quantile(shares).float()
+    inside = (plain > 2.0**-60) & (plain < 1)
+    assert t.dtype == torch.float32 and torch.equal(t[inside], plain[inside])
+    if isinstance(law, Discrete):
+        assert t.tolist()[-1] == 1.0
+    else:
+        assert (t.min() >= 2.0**-60) and (t.max() <= 1 - 2.0**-24)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_densities_and_importance_weights_at_the_ends(dtype):
+    """A density has a limit there, a weight is a number or, where the law has no density and never draws, infinite."""
+    t = torch.tensor([0.0, 2.0**-60, 1 - 2.0**-24, 1.0], dtype=dtype)
+    laws = [*STEEP, LogNormalSigma(-3.0, 0.5, Cosine()), LogNormalSigma(path=VP()), LogNormalSigma(path=EDM())]
+    for law in laws:
+        assert bool((law.density(t) >= 0).all())
+        torch.testing.assert_close(importance(law, t, law), torch.ones(4, dtype=dtype))
+        assert not bool(importance(law, t).isnan().any()) and importance(law, t).dtype == dtype
+    assert importance(LogitNormal(), t)[[0, 3]].tolist() == [math.inf] * 2 and importance(CosMap(), t)[3] == math.pi / 2
 
 
 BAD = {

@@ -32,15 +32,15 @@ def run(capsys, *words):
 @pytest.mark.parametrize("exact", [True, False])
 def test_bits_of_gaussian_data(path, predict, exact):
     """For N(m, s^2) a dequantised value costs log2 of its density plus log2 of the step, on average over its bin."""
-    images = (torch.arange(4 * 64) % 97).reshape(4, 1, 8, 8) * STEP - 0.3
+    images = (torch.arange(16 * 16) % 97).reshape(16, 1, 4, 4) * STEP - 0.3
     mean, std = 0.3, 0.4
     nats = ((images - mean) ** 2 + STEP**2 / 12) / (2 * std**2) + math.log(std * math.sqrt(2 * math.pi))
     expected = nats.mean().item() / math.log(2) - math.log2(STEP)
-    found = bits(gaussian_source(path, predict), images.double(), torch.zeros(4, dtype=torch.int64), steps=60, seed=0, exact=exact)
-    assert found.mean == pytest.approx(expected, abs=0.03 if path == "vp" or predict == "data" else 0.005)
-    again = bits(gaussian_source(path, predict), images.double(), torch.zeros(4, dtype=torch.int64), steps=60, seed=1, exact=exact)
+    found = bits(gaussian_source(path, predict), images.double(), torch.zeros(16, dtype=torch.int64), seed=0, exact=exact)
+    assert found.mean == pytest.approx(expected, abs=0.005)
+    again = bits(gaussian_source(path, predict), images.double(), torch.zeros(16, dtype=torch.int64), seed=1, exact=exact)
     assert 0 < abs(found.mean - again.mean) < 0.1, "each seed spreads the images over their bins anew"
-    assert found.exact is exact and found.dimensions == 64 and affordable((1, 8, 8)) and not affordable((3, 8, 8))
+    assert found.exact is exact and found.dimensions == 16 and affordable((1, 8, 8)) and not affordable((3, 8, 8))
 
 
 def test_likelihood_of_held_out_digits(trained, digits, capsys):
@@ -52,11 +52,17 @@ def test_likelihood_of_held_out_digits(trained, digits, capsys):
         str(digits),
         "--num_images",
         "3",
-        "--num_inference_steps",
-        "3",
+        "--tolerance",
+        "1e-3",
     ]
     status, out, _ = run(capsys, *words)
-    assert status == 0 and "exact divergence" in out and "3 images of 64 values" in out and 2 < float(out.split()[0]) < 20
+    assert (
+        status == 0
+        and " (solver) bits" in out
+        and "exact divergence" in out
+        and "3 images of 64 values" in out
+        and 2 < float(out.split()[0]) < 20
+    )
     assert "Hutchinson" in run(capsys, *words, "--estimate", "true")[1]
     assert "--reference is missing" in run(capsys, *words[:3])[2]
 
@@ -169,12 +175,13 @@ def test_likelihood_is_asked_of_the_images_that_the_command_names(trained, digit
     monkeypatch.setattr(sample, "bits", lambda source, *given, **more: seen.append((*given, more)) or "bits")
     words = ["likelihood", "--run", str(trained), "--reference", str(digits), "--num_images", "7"]
     more = ["--split", "train", "--seed", "3", "--batch_size", "4", "--num_inference_steps", "5", "--estimate", "true"]
+    more += ["--solver", "rk4", "--tolerance", "1e-4"]
     assert run(capsys, *words)[0] == run(capsys, *words, *more, "--unconditional", "true")[0] == 0
     for (images, _, _), split in zip(seen, ("val", "train"), strict=True):
         assert torch.equal(images, read_images(Shards(str(digits), split), 1, 8, range(7))[0])
     assert torch.equal(seen[0][1], read_images(Shards(str(digits), "val"), 1, 8, range(7))[1]) and seen[1][1].tolist() == [10] * 7
-    assert seen[0][2] == {"steps": 50, "seed": 0, "exact": True, "batch_size": 256}
-    assert seen[1][2] == {"steps": 5, "seed": 3, "exact": False, "batch_size": 4}
+    assert seen[0][2] == {**{"solver": "dormand_prince", "tolerance": 1e-5, "steps": 50, "seed": 0, "exact": True, "batch_size": 256}}
+    assert seen[1][2] == {**{"solver": "rk4", "tolerance": 1e-4, "steps": 5, "seed": 3, "exact": False, "batch_size": 4}}
 
 
 @pytest.mark.parametrize(("label", "known"), [("7", 7), ("0", 0), ("-1", None)])

@@ -1,6 +1,6 @@
 """The mathematics of flows and diffusions, in one convention: t = 0 is noise, t = 1 is data.
 
-`path`, `diffusion`, `ddpm` and `linear` mix signal and noise;
+`path`, `diffusion`, `ddpm` and `linear` mix signal and noise, `trajectory` along any curve;
 `parameterisation` names what a network predicts and `field` makes a velocity
 of it; `time` says where it is trained, `objective` and `matching` for what,
 `weighting` how much it counts, `coupling` on which pairs; `precondition` scales
@@ -21,11 +21,11 @@ from .guidance import autoguide, guide
 from .guiders import APG, CFGZeroStar, optimal_scale, projected, rescale_factor
 from .inverse import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction, replacement
 from .langevin import annealed_langevin, langevin, predictor_corrector
-from .likelihood import Density, Estimate, bits_per_dimension, dequantise, estimate, log_density
+from .likelihood import Density, Estimate, bits_per_dimension, dequantise, estimate, last_time, log_density
 from .linear import LinearPath, NormalPrior, Prior, UniformPrior, finite_field
 from .log_prob import step_law, step_log_prob, trajectory_log_prob
 from .matching import ScoreMatching
-from .objective import JointObjective, Objective
+from .objective import JointObjective, Objective, infinite_times
 from .parameterisation import PREDICTIONS, Prediction, change, convert, target
 from .path import Coefficients, CondOT, Cosine, Path, initial, interpolate, widen
 from .precondition import precondition
@@ -54,7 +54,9 @@ from .time import (
     draw_times,
     importance,
     resolution_shift,
+    support,
 )
+from .trajectory import Trajectory, TrajectoryMatching, marginal
 from .weighting import WEIGHTINGS, weight
 
 __all__ = [
@@ -105,6 +107,8 @@ __all__ = [
     "SubVP",
     "SuperResolution",
     "TimeLaw",
+    "Trajectory",
+    "TrajectoryMatching",
     "Uniform",
     "UniformPrior",
     "annealed_langevin",
@@ -133,10 +137,13 @@ __all__ = [
     "guide",
     "heun",
     "importance",
+    "infinite_times",
     "initial",
     "interpolate",
     "langevin",
+    "last_time",
     "log_density",
+    "marginal",
     "midpoint",
     "multistep",
     "noising",
@@ -163,6 +170,7 @@ __all__ = [
     "step_log_prob",
     "step_variances",
     "stochastic_heun",
+    "support",
     "target",
     "trajectory_log_prob",
     "uniform",

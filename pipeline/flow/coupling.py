@@ -18,13 +18,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 COUPLINGS = ("independent", "optimal")
 
 
 def assign(cost: Tensor) -> Tensor:
-    """The cheapest one-to-one assignment of rows to columns, by shortest augmenting paths: O(n^3), on the CPU.
+    """Return the cheapest one-to-one assignment of rows to columns, by scipy's shortest augmenting paths: O(n^3), on the CPU.
+
+    A function of the cost alone, also where several assignments cost the same.
 
     Args:
         cost: (n, n), finite.
@@ -37,39 +40,12 @@ def assign(cost: Tensor) -> Tensor:
     """
     if cost.ndim != 2 or cost.shape[0] != cost.shape[1] or not bool(torch.isfinite(cost).all()):
         raise ValueError(f"cost has shape {tuple(cost.shape)}: a square matrix of finite numbers. Look for NaN in data or noise.")
-    cost = cost.detach().double().cpu()
-    n = len(cost)
-    price_row, price_column = torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
-    row_of, column_of = [-1] * n, [-1] * n
-    for start in range(n):
-        distance = torch.full((n,), torch.inf, dtype=torch.float64)
-        done = torch.zeros(n, dtype=torch.bool)
-        before = torch.full((n,), -1)
-        row, reached, rows = start, 0.0, [start]
-        while True:  # Dijkstra over columns; an edge back along the matching is free
-            through = reached + cost[row] - price_row[row] - price_column
-            closer = (through < distance) & ~done
-            distance, before = torch.where(closer, through, distance), torch.where(closer, row, before)
-            open_distance = torch.where(done, torch.inf, distance)
-            column = int(open_distance.argmin())
-            reached = float(open_distance[column])
-            done[column] = True
-            if row_of[column] < 0:
-                break
-            row = row_of[column]
-            rows.append(row)
-        price_row[start] += reached
-        for other in rows[1:]:
-            price_row[other] += reached - distance[column_of[other]]
-        price_column -= torch.where(done, reached - distance, 0.0)
-        while column >= 0:  # turn the path around
-            row = int(before[column])
-            row_of[column], column_of[row], column = row, column, column_of[row]
-    return torch.tensor(column_of)
+    _, columns = linear_sum_assignment(cost.detach().double().cpu().numpy())
+    return torch.from_numpy(columns).long()
 
 
 def couple(data: Tensor, noise: Tensor, labels: Tensor | None = None, assignment: Callable[[Tensor], Tensor] = assign) -> Tensor:
-    """The noise of each datum under mini-batch optimal transport.
+    """Return the noise of each datum under mini-batch optimal transport.
 
     Args:
         data: z, (B, *S).

@@ -4,6 +4,11 @@ Conditional flow matching is the case `predict="velocity"`: its minimiser is
 the marginal velocity, because the conditional and the marginal loss have the
 same gradient. The other predictions give denoising score matching (`score`;
 on VE, at its levels, NCSN) and the losses of DDPM (`noise`, `data`, `v`).
+
+A score's error is formed as `|beta s + eps|^2`, which has a limit at beta = 0,
+where the score itself has none. So every loss is finite at the ends of the
+path unless its limit is infinite; `infinite_times` says whether a law of t
+comes there.
 Source: mathematics.md section 3; Lipman et al., Theorem 2.
 """
 
@@ -17,8 +22,10 @@ import torch
 from torch import Tensor
 
 from .linear import LinearPath, require_gaussian
+from .matching import ScoreMatching
 from .parameterisation import Prediction, check_kind, target
 from .path import Path, interpolate
+from .time import TimeLaw, support
 from .weighting import Weighting, check_weighting, weight
 
 
@@ -78,18 +85,20 @@ class Objective:
                 are not finite (on the CPU).
         """
         with torch.autocast(data.device.type, enabled=False):
-            x, wanted, factor = self._regression(data, noise, t)
-        return factor * square_error(model(x, t.to(x), *condition), wanted)
+            x, wanted, scale, factor = self._regression(data, noise, t)
+        return factor * square_error(model(x, t.to(x), *condition), wanted, scale)
 
-    def _regression(self, data: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The input and the target, (B, *S), and the weight, (B,)."""
+    def _regression(self, data: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+        """Return the input and the scaled target, (B, *S); that scale, None for 1; and the weight, (B,), of the scaled error."""
+        kind = "noise" if self.predict == "score" else self.predict
         if isinstance(self.path, LinearPath):
-            x, wanted, s = self.path.bridge(data, noise, t, self.predict)
-            factor = s**2 if self.predict == "score" else torch.ones_like(s)
-            return x, wanted, factor.flatten()
-        x, c = interpolate(self.path, data, noise, t)
-        factor = weight(self.weighting, self.predict, c, self.gamma, self.sigma_data)
-        return x, target(self.predict, data, noise, c), factor.flatten()
+            x, wanted, s = self.path.bridge(data, noise, t, kind)
+            factor = torch.ones_like(s)
+        else:
+            x, c = interpolate(self.path, data, noise, t)
+            wanted, s = target(kind, data, noise, c), c.b
+            factor = weight(self.weighting, kind, c, self.gamma, self.sigma_data)
+        return (x, -wanted, s, factor.flatten()) if self.predict == "score" else (x, wanted, None, factor.flatten())
 
 
 @dataclass(frozen=True)
@@ -121,17 +130,37 @@ class JointObjective:
         """Loss of each sample, (B,). As `Objective`, but `model` returns a pair (velocity, score), each (B, *S)."""
         with torch.autocast(data.device.type, enabled=False):
             x, c = interpolate(self.path, data, noise, t)
-            velocity, score = target("velocity", data, noise, c), target("score", data, noise, c)
+            velocity = target("velocity", data, noise, c)
         out = model(x, t.to(x), *condition)
         if not isinstance(out, tuple) or len(out) != 2:
             raise ValueError(
                 f"a joint objective needs a pair (velocity, score) from the model, not {type(out).__name__}: give it two outputs."
             )
-        return square_error(out[0], velocity) + self.balance * c.b.flatten() ** 2 * square_error(out[1], score)
+        return square_error(out[0], velocity) + self.balance * square_error(out[1], -noise, c.b)
 
 
-def square_error(out: Tensor, wanted: Tensor) -> Tensor:
-    """Mean square error of each sample, (B,); a ValueError where the shapes differ."""
+def square_error(out: Tensor, wanted: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Return the mean square error of each sample, (B,), of the output times `scale`, (B, 1, ..., 1).
+
+    Raises:
+        ValueError: shapes that differ.
+    """
     if out.shape != wanted.shape:
         raise ValueError(f"the model gave shape {tuple(out.shape)} for x {tuple(wanted.shape)}: a prediction has the shape of its input.")
-    return (out.to(wanted.dtype) - wanted).square().flatten(1).mean(1)
+    out = out.to(wanted.dtype)
+    return ((out if scale is None else scale * out) - wanted).square().flatten(1).mean(1)
+
+
+def infinite_times(objective: Objective | JointObjective | ScoreMatching, law: TimeLaw) -> tuple[float, ...]:
+    """Return the ends of a law of t at which a loss is not finite, whatever the network gives; none as a rule.
+
+    A law with a density stays off the ends (`support` of time.py), a discrete
+    one may come there: t = 1 where beta = 0, t = 0 where alpha = 0.
+    """
+    one, ends = torch.ones(1, 1), support(law)
+
+    def network(x: Tensor, t: Tensor) -> Any:
+        return (0 * x, 0 * x) if isinstance(objective, JointObjective) else 0 * x
+
+    losses = [objective(network, one, -one, torch.tensor([t]), probe=one) for t in ends]
+    return tuple(t for t, loss in zip(ends, losses, strict=True) if not bool(loss.isfinite().all()))

@@ -52,7 +52,7 @@ def precondition(model: Callable[..., Tensor], path: Path, sigma_data: float = 0
             variance = (c.a * sigma_data) ** 2 + c.b**2
             skip, size = c.a * sigma_data**2 / variance, torch.rsqrt(variance)
             scaled = size * x
-        out = model(scaled, t, *condition)
+        out = model(scaled.to(torch.promote_types(x.dtype, torch.float32)), t, *condition)  # t may be wider than x
         return skip * x + c.b * sigma_data * size * out.to(scaled.dtype)
 
     return data_prediction

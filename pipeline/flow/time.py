@@ -65,7 +65,7 @@ class LogitNormal:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
     def density(self, t: Tensor) -> Tensor:
-        return _normal_density(torch.logit(t), self.mean, self.std) / (t * (1 - t))
+        return _thin(_normal_density(torch.logit(t), self.mean, self.std) / (t * (1 - t)))
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class LogNormalSigma:
         low, high = self._shares()
         c = self.path(t)
         slope = c.da / c.a - c.db / c.b
-        return _normal_density(-self.path.log_snr(t) / 2, self.mean, self.std) * slope / (high - low)
+        return _thin(_normal_density(-self.path.log_snr(t) / 2, self.mean, self.std) * slope / (high - low))
 
 
 @dataclass(frozen=True)
@@ -221,8 +221,37 @@ def resolution_shift(values: int, base: int = 4096) -> float:
 
 
 def importance(law: TimeLaw, t: Tensor, wanted: TimeLaw | None = None) -> Tensor:
-    """The weight that makes a mean under `law` a mean under `wanted` (uniform unless said): the ratio of densities."""
-    return (wanted or Uniform()).density(t) / law.density(t)
+    """Return the weight that makes a mean under `law` a mean under `wanted` (uniform unless said): the ratio of densities.
+
+    Of t's shape and dtype, computed in float64; never not a number, and infinite only where `law` has no density, at no time it draws.
+    """
+    wide = t.double()
+    above, below = (wanted or Uniform()).density(wide), law.density(wide)
+    return torch.where(above == below, 1.0, above / below).to(t.dtype)  # both may be 0 at an end, or both infinite
+
+
+NEAR_NOISE, NEAR_DATA = 2.0**-60, 1 - 2.0**-24
+"""Where a law with a density ends in float32: its square is still a normal number, and the largest number below 1."""
+
+
+def support(law: TimeLaw) -> tuple[float, float]:
+    """Return the smallest and the largest time that `draw_times` gives, float32.
+
+    A law with a density has its ends with probability zero, but a time rounds
+    to 1 with probability 2^-25; there a loss may have no limit. Its times are
+    kept off the ends. A discrete law's times are what they are.
+    """
+    if isinstance(law, Discrete):
+        first, last = torch.tensor([law.first, law.last]).tolist()
+        return first, last
+    if isinstance(law, Shifted) and _discrete(law.law):
+        first, last = shift_time(torch.tensor(support(law.law), dtype=torch.float64), law.shift).float().tolist()
+        return first, last
+    return NEAR_NOISE, NEAR_DATA
+
+
+def _discrete(law: TimeLaw) -> bool:
+    return isinstance(law, Discrete) or (isinstance(law, Shifted) and _discrete(law.law))
 
 
 def draw_times(law: TimeLaw, seed: int, step: int, index: Tensor, batch: int | None = None) -> Tensor:
@@ -237,8 +266,8 @@ def draw_times(law: TimeLaw, seed: int, step: int, index: Tensor, batch: int | N
             rotated by a random number in every step, so that no position is tied to a time.
 
     Returns:
-        (B,), float32, in [0, 1]. Computed in float64, so that the rounded
-        result does not depend on vector widths and batch sizes.
+        (B,), float32, within the law's `support`. Computed in float64, so that
+        the rounded result does not depend on vector widths and batch sizes.
 
     Raises:
         ValueError: an index outside the batch that is stratified over.
@@ -252,7 +281,7 @@ def draw_times(law: TimeLaw, seed: int, step: int, index: Tensor, batch: int | N
         rotation = uniform(seed, Purpose.TIME, step, torch.full_like(index[:1], -1))
         u = (((index * _stride(batch)) % batch + u) / batch + rotation) % 1
         u = u.clamp(2.0**-53, 1 - 2.0**-53)
-    return law.quantile(u).float()
+    return law.quantile(u).float().clamp(*support(law))
 
 
 def _stride(batch: int) -> int:
@@ -265,3 +294,8 @@ def _stride(batch: int) -> int:
 
 def _normal_density(x: Tensor, mean: float, std: float) -> Tensor:
     return torch.exp(-(((x - mean) / std) ** 2) / 2) / (std * math.sqrt(2 * math.pi))
+
+
+def _thin(density: Tensor) -> Tensor:
+    """Return a density with its limit 0 at the ends, where a normal law's tail meets an infinite slope: 0 times infinity."""
+    return torch.where(density.isnan(), 0.0, density)

@@ -11,8 +11,10 @@ every prediction. W b^2 is:
     edm          (b^2 + a^2 s^2) / s^2             one at every level for a Karras network, s = sigma_data
 
 `none` counts the prediction's own error, except a score's, which it weights by
-beta^2, since its target grows as 1 / beta. `likelihood` grows as 1 / b^3 on
-CondOT's data prediction: combine it with a law of t that stays off t = 1.
+beta^2, since its target grows as 1 / beta. At the ends, b = 0 or a = 0, each
+weight is its limit. Some limits are infinite: `likelihood` grows as 1 / b^3 on
+CondOT's data prediction, and goes with a law of t that stays off t = 1 only
+(`infinite_times` of objective.py says so for a loss).
 Source: mathematics.md section 3; Kingma et al., Variational Diffusion Models,
 eq. 17; Song et al., Maximum Likelihood Training of Score-Based Diffusion
 Models; Hang et al., Min-SNR Weighting, eq. 6; Karras et al., table 1.
@@ -33,7 +35,7 @@ WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
 def weight(name: Weighting, kind: Prediction, c: Coefficients, gamma: float = 5.0, sigma_data: float = 0.5) -> Tensor:
-    """The factor on the squared error of a prediction.
+    """Return the factor on the squared error of a prediction.
 
     Args:
         name: one of WEIGHTINGS.
@@ -43,7 +45,9 @@ def weight(name: Weighting, kind: Prediction, c: Coefficients, gamma: float = 5.
         sigma_data: standard deviation of the data, for `edm`; > 0.
 
     Returns:
-        Of the coefficients' shape, >= 0.
+        Of the coefficients' shape, >= 0; infinite where the limit is. Not a
+        number only where b = 0 and its derivative is infinite (VP at t = 1),
+        for a velocity or a score.
 
     Raises:
         ValueError: an unknown weighting.
@@ -51,18 +55,19 @@ def weight(name: Weighting, kind: Prediction, c: Coefficients, gamma: float = 5.
     check_weighting(name, gamma, sigma_data)
     if name == "none":
         return c.b**2 if kind == "score" else torch.ones_like(c.b)
+    of_velocity = c.a * c.db - c.b * c.da
+    if kind == "score":  # the noise times -1 / b: so formed, nothing is divided by b
+        return -c.b * of_velocity / c.a if name == "likelihood" else c.b**2 * weight(name, "noise", c, gamma, sigma_data)
     u, w = form(kind, c)
     of_kind = c.a * w - c.b * u
-    of_velocity = c.a * c.db - c.b * c.da
     if name == "velocity":
-        wanted = of_velocity**2
-    elif name == "likelihood":
-        wanted = -c.a * of_velocity / c.b
-    elif name == "min_snr":
-        wanted = torch.minimum(c.a**2, gamma * c.b**2)
-    else:
-        wanted = (c.b**2 + c.a**2 * sigma_data**2) / sigma_data**2
-    return wanted / of_kind**2
+        return torch.ones_like(c.b) if kind == "velocity" else of_velocity**2 / of_kind**2
+    if name == "likelihood":
+        return torch.where(c.b > 0, -c.a * of_velocity / c.b / of_kind**2, torch.inf)
+    if name == "edm":
+        return (c.b**2 + c.a**2 * sigma_data**2) / sigma_data**2 / of_kind**2
+    limit = gamma if kind == "data" else 1.0  # min(SNR, gamma) at b = 0, min(1, gamma / SNR) at a = 0
+    return torch.where(of_kind == 0, limit, torch.minimum(c.a**2, gamma * c.b**2) / of_kind**2)
 
 
 def check_weighting(name: str, gamma: float, sigma_data: float) -> None:

@@ -168,7 +168,7 @@ class Case:
     def model(self) -> dict[str, Any]:
         """The arguments of a network that can be built; empty where none can."""
         widths = (self.text["text_width"], self.text["pooled_width"]) if self.text else None
-        values = model_options(self.config.model, self.space.shape, len(self.seen.class_names), widths)
+        values = model_options(self.config.model, self.space.shape, len(self.seen.class_names), widths, self.config.flow.objective)
         build = partial(self.rooms.build, device="meta")
         network, values = self.mistakes.mended(build, values, "model", defaults_of(type(self.config.model)))
         return values if network is not None else {}
