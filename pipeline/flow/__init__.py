@@ -13,6 +13,7 @@ from .coupling import COUPLINGS, assign, couple
 from .ddpm import DDPM, VARIANCES, step_variances
 from .diffusion import EDM, PATHS, VE, VP, SubVP
 from .divergence import EXACT_LIMIT, divergence
+from .dpmpp import dpmpp_2m, dpmpp_2m_sde
 from .field import Field, clipped, denoise, singular, velocity_field
 from .grid import GRIDS, grid, rho_grid, shifted_grid, uniform_grid
 from .guidance import autoguide, guide
@@ -26,9 +27,9 @@ from .parameterisation import PREDICTIONS, Prediction, change, convert, target
 from .path import Coefficients, CondOT, Cosine, Path, initial, interpolate, widen
 from .precondition import precondition
 from .random import Purpose, normal, rademacher, uniform
+from .registry import ODE_SOLVERS, SDE_SOLVERS
 from .sde import (
     COEFFICIENTS,
-    SDE_SOLVERS,
     Diffusion,
     coefficient,
     euler_maruyama,
@@ -36,7 +37,7 @@ from .sde import (
     noising,
     stochastic_heun,
 )
-from .solver import ODE_SOLVERS, Solution, dormand_prince, euler, heun, midpoint, multistep, rk4
+from .solver import Solution, dormand_prince, euler, heun, midpoint, multistep, rk4
 from .time import (
     TIME_LAWS,
     CosMap,
@@ -115,6 +116,8 @@ __all__ = [
     "dequantise",
     "divergence",
     "dormand_prince",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
     "draw_times",
     "each",
     "estimate",

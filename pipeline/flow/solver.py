@@ -238,13 +238,3 @@ def _error(slopes: list[Tensor], h: float, x: Tensor, ahead: Tensor, rtol: float
     estimate = _move(torch.zeros_like(x), h, DORMAND_PRINCE.check, slopes)
     scale = atol + rtol * torch.maximum(x.abs(), ahead.abs())
     return (estimate / scale).square().flatten(1).mean(1).sqrt().max().item()
-
-
-ODE_SOLVERS: dict[str, Callable[..., Solution]] = {
-    "euler": euler,
-    "midpoint": midpoint,
-    "heun": heun,
-    "rk4": rk4,
-    "multistep": multistep,
-    "dormand_prince": dormand_prince,
-}
