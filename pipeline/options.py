@@ -10,8 +10,8 @@ from typing import Any, Literal
 from .generate import Sampler
 
 Solver = Literal[
-    "euler", "midpoint", "heun", "rk4", "multistep", "dormand_prince",
-    "exponential", "euler_maruyama", "stochastic_heun",
+    "euler", "midpoint", "heun", "rk4", "multistep", "dpmpp_2m", "dormand_prince",
+    "exponential", "dpmpp_2m_sde", "euler_maruyama", "stochastic_heun",
     "langevin", "annealed_langevin", "predictor_corrector",
 ]  # fmt: skip
 
@@ -46,15 +46,25 @@ class Sampling(Model):
     guidance_rescale: float = 0.0  # share of the guided field brought back to the spread of the unguided one, 0 to 1
     solver: Solver = "heun"  # to dormand_prince the ODE, to stochastic_heun the SDE, then Langevin dynamics
     sigma_t: Literal["zero", "constant", "noise", "forward"] = "noise"  # diffusion coefficient of the SDE; noise: as the path's beta
+    sigma_t_values: tuple[float, ...] = ()  # a coefficient of your own instead: values evenly from t = 0 (noise) to 1, linear between
     sigma_scale: float = 1.0  # factor on sigma_t
-    grid: Literal["uniform", "shifted", "rho"] = "uniform"  # where the steps lie; shifted: finer near the noise; rho: Karras's
+    drift: Literal["marginals", "plain"] = (
+        "marginals"  # plain: dX = u dt + sigma dW by euler_maruyama, for networks trained so; of a flow it leaves the marginals
+    )
+    grid: Literal["uniform", "shifted", "rho", "log_snr"] = (
+        "uniform"  # where the steps lie; shifted: finer near the noise; rho: Karras's; log_snr: even in the log signal-to-noise ratio
+    )
     grid_shift: float = 3.0  # of the shifted grid
     grid_rho: float = 7.0  # of the grid rho
     given_times: tuple[float, ...] = ()  # a grid of your own, rising from 0 (noise) to 1 (data), in place of num_inference_steps
     tolerance: float = 1e-5  # of dormand_prince, relative and absolute; it takes as many steps as that needs
-    corrections: int = 1  # Langevin steps at each time, of annealed_langevin and predictor_corrector
+    corrections: int = 0  # Langevin steps at each time; 0: one of predictor_corrector, of annealed_langevin as many as let noise settle
     langevin_step: float = 0.2  # of langevin and annealed_langevin, in units of the last level's variance
     snr: float = 0.16  # signal-to-noise ratio of a correction of predictor_corrector
+    churn: float = 0.0  # of heun and euler: noise added before each step and taken off by it, Karras's S_churn; 0 is none
+    churn_min: float = 0.0  # only above this noise-to-signal ratio (S_tmin)
+    churn_max: float = 1000.0  # and below this one (S_tmax)
+    churn_noise: float = 1.0  # standard deviation of the noise added (S_noise); 1 keeps the marginals
     clip: Literal["auto", "on", "off"] = (
         "auto"  # keep data predictions within -1..1; auto: of a model that predicts noise in pixels; not in restore
     )
@@ -67,8 +77,9 @@ class Sampling(Model):
             guidance_scale=self.guidance_scale,
             guidance_interval=self.guidance_interval,
             guidance_rescale=self.guidance_rescale,
-            sigma_t=self.sigma_t,
+            sigma_t=self.sigma_t_values or self.sigma_t,
             sigma_scale=self.sigma_scale,
+            drift=self.drift,
             grid=self.grid,
             grid_shift=self.grid_shift,
             grid_rho=self.grid_rho,
@@ -77,6 +88,10 @@ class Sampling(Model):
             corrections=self.corrections,
             langevin_step=self.langevin_step,
             snr=self.snr,
+            churn=self.churn,
+            churn_min=self.churn_min,
+            churn_max=self.churn_max,
+            churn_noise=self.churn_noise,
             clip=self.clip,
         )
 

@@ -8,6 +8,7 @@ it. `guidance` sharpens the field, `grid`, `solver`, `sde` and `langevin` follow
 it, `likelihood` and `inverse` ask it questions; `random` names every random number.
 """
 
+from .churn import churned
 from .condition import Condition, count, each, repeat, stack
 from .coupling import COUPLINGS, assign, couple
 from .ddpm import DDPM, VARIANCES, step_variances
@@ -15,7 +16,7 @@ from .diffusion import EDM, PATHS, VE, VP, SubVP
 from .divergence import EXACT_LIMIT, divergence
 from .dpmpp import dpmpp_2m, dpmpp_2m_sde
 from .field import Field, clipped, denoise, singular, velocity_field
-from .grid import GRIDS, grid, rho_grid, shifted_grid, uniform_grid
+from .grid import GRIDS, grid, log_snr_grid, rho_grid, shifted_grid, uniform_grid
 from .guidance import autoguide, guide
 from .inverse import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction, replacement
 from .langevin import annealed_langevin, langevin, predictor_corrector
@@ -37,7 +38,8 @@ from .sde import (
     noising,
     stochastic_heun,
 )
-from .solver import Solution, dormand_prince, euler, heun, midpoint, multistep, rk4
+from .simulate import simulate
+from .solver import Solution, dormand_prince, euler, heun, landed, midpoint, multistep, rk4
 from .time import (
     TIME_LAWS,
     CosMap,
@@ -107,6 +109,7 @@ __all__ = [
     "autoguide",
     "bits_per_dimension",
     "change",
+    "churned",
     "clipped",
     "coefficient",
     "convert",
@@ -131,8 +134,10 @@ __all__ = [
     "importance",
     "initial",
     "interpolate",
+    "landed",
     "langevin",
     "log_density",
+    "log_snr_grid",
     "midpoint",
     "multistep",
     "noising",
@@ -147,6 +152,7 @@ __all__ = [
     "rho_grid",
     "rk4",
     "shifted_grid",
+    "simulate",
     "singular",
     "stack",
     "step_variances",

@@ -16,7 +16,7 @@ Song et al., Score-Based Generative Modeling through SDEs, eq. 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,23 +51,45 @@ class Diffusion:
         return self.scale * COEFFICIENTS[self.name](t, c) if self.scale else torch.zeros_like(t)
 
 
-def coefficient(name: str, scale: float = 1.0) -> Coefficient:
-    """A named diffusion coefficient sigma_t.
+@dataclass(frozen=True)
+class Tabulated:
+    """A diffusion coefficient by its values, evenly from t = 0 to 1, linear between, times `scale`; called with (t, coefficients)."""
+
+    values: tuple[float, ...]
+    scale: float = 1.0
+
+    def __call__(self, t: Tensor, c: Coefficients) -> Tensor:
+        values, place = self.scale * torch.tensor(self.values, dtype=t.dtype, device=t.device), t * (len(self.values) - 1)
+        left = place.floor().long().clamp(0, len(self.values) - 2)
+        return torch.lerp(values[left], values[left + 1], place - left)
+
+
+def coefficient(sigma: str | Sequence[float] | Coefficient, scale: float = 1.0) -> Coefficient:
+    """A diffusion coefficient sigma_t.
 
     Args:
-        name: `zero` (the ODE), `constant`, `noise` (in proportion to beta) or
+        sigma: `zero` (the ODE), `constant`, `noise` (in proportion to beta) or
             `forward` (`sqrt(2 (b^2 da / a - db b))`, the reverse-time SDE of
-            the forward process; infinite where alpha = 0).
+            the forward process; infinite where alpha = 0); or values, evenly
+            from t = 0 to 1, as FlowSDEScheduler takes them; or any function of (t, coefficients).
         scale: a factor, >= 0.
 
     Raises:
-        ValueError: an unknown name, or a scale that is negative or not finite.
+        ValueError: an unknown name, fewer than two values, or one of them or a scale that is negative or not finite.
     """
     if not 0 <= scale < math.inf:
         raise ValueError(f"sigma_scale={scale}: the scale of a diffusion coefficient is finite and not negative.")
-    if name not in COEFFICIENTS:
-        raise ValueError(f"sigma_t={name!r} is unknown: choose one of {', '.join(COEFFICIENTS)}.")
-    return Diffusion(name, scale)
+    if callable(sigma):
+        return sigma if scale == 1 else lambda t, c: scale * sigma(t, c)
+    if not isinstance(sigma, str):
+        if len(sigma) < 2 or not all(0 <= value < math.inf for value in sigma):
+            raise ValueError(
+                f"sigma_t values {tuple(sigma)}: two or more, finite, not negative, evenly from t = 0 (noise) to t = 1 (data). Try 1 1 0."
+            )
+        return Tabulated(tuple(sigma), scale)
+    if sigma not in COEFFICIENTS:
+        raise ValueError(f"sigma_t={sigma!r} is unknown: choose one of {', '.join(COEFFICIENTS)}.")
+    return Diffusion(sigma, scale)
 
 
 def levels(sigma: Coefficient, path: Path, t: Tensor) -> Tensor:
@@ -192,12 +214,12 @@ def follow_plan(
     merged = torch.stack([plan.x + of_x, plan.velocity + of_velocity], 1).tolist()
     learned = torch.stack(list(plan), 1).tolist()
     data = torch.stack(change("velocity", "data", now), 1).tolist()
-    further = None if extrapolation is None else extrapolation.tolist()
+    further = [] if extrapolation is None else extrapolation.tolist()
     steps, x, before = intervals(times), begin(x), None
     for k, (s, t) in enumerate(steps):
         velocity, score = velocity_and_score(field(x, at(s, x)))
         p, q = merged[k] if score is None else learned[k][:2]
-        z = None if further is None else torch.add(x * data[k][0], velocity, alpha=data[k][1])
+        z = None if not further else torch.add(x * data[k][0], velocity, alpha=data[k][1])
         x = torch.add(x * p, velocity, alpha=q)
         if z is not None:
             x, before = x if before is None else torch.add(x, z - before, alpha=further[k]), z
