@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +31,7 @@ class Model:
     )
     seed: int = 0  # image i is a function of (seed, i)
     batch_size: int = 256  # images at once
-    num_inference_steps: int = 25  # solver steps; evaluations are reported
+    num_inference_steps: int = 50  # solver steps; evaluations are reported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class Sampling(Model):
     guide_ema: str = ""  # which weights of that run, as --ema
     guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance acts, 0 noise, 1 data
     guidance_rescale: float = 0.0  # share of the guided field brought back to the spread of the unguided one, 0 to 1
-    solver: Solver = "heun"  # to dormand_prince the ODE, to stochastic_heun the SDE, then Langevin dynamics
+    solver: Solver = "dpmpp_2m"  # to dormand_prince the ODE, to stochastic_heun the SDE (dpmpp_2m_sde first), then Langevin dynamics
     sigma_t: Literal["zero", "constant", "noise", "forward"] = "noise"  # diffusion coefficient of the SDE; noise: as the path's beta
     sigma_t_values: tuple[float, ...] = ()  # a coefficient of your own instead: values evenly from t = 0 (noise) to 1, linear between
     sigma_scale: float = 1.0  # factor on sigma_t
@@ -150,7 +150,7 @@ class Images(Sampling):
         which = dict(zip(("model", "guide"), models, strict=False))
         size = {"images_per_shard": self.images_per_shard} if self.format == "shards" else {}
         weights = {name: asked for name, asked in (("ema", self.ema), ("guide_ema", self.guide_ema)) if asked}
-        return {**which, **weights, "seed": self.seed, "conditions": conditions, **asdict(self.sampler()), "format": self.format, **size}
+        return {**which, **weights, "seed": self.seed, "conditions": conditions, **self.sampler().settings(), "format": self.format, **size}
 
 
 @dataclass(frozen=True, kw_only=True)

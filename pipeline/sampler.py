@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ class Sampler:
         ValueError: an unknown solver, coefficient or grid, fewer than one step.
     """
 
-    solver: str = "heun"
-    steps: int = 25
+    solver: str = "dpmpp_2m"
+    steps: int = 50
     guidance_scale: float = 1.0
     sigma_t: str | tuple[float, ...] | Coefficient = "noise"
     sigma_scale: float = 1.0
@@ -62,6 +62,19 @@ class Sampler:
         check_churn(self.churn, self.churn_min, self.churn_max, self.churn_noise)
         coefficient(self.sigma_t, self.sigma_scale)
         time_grid(self.grid, self.steps, shift=self.grid_shift, rho=self.grid_rho)
+
+    def settings(self) -> dict[str, Any]:
+        """Return all that decides what is drawn, JSON values by name.
+
+        Options that came later are left out where they change nothing, so that folders begun before go on.
+        """
+        everything = asdict(self)
+        for name in ("drift", "churn", "churn_min", "churn_max", "churn_noise"):
+            if everything[name] == getattr(Sampler, name):
+                del everything[name]
+        if not self.corrections and self.solver != "annealed_langevin":
+            everything["corrections"] = 1  # what 0 stands for, and what was written before 0 could be
+        return everything
 
     def times(self, source: Source, off_noise: bool = False) -> Tensor:
         """The grid, (steps + 1,): the caller's, or from 0, or NEAR_NOISE where the field is singular at 0, to 1.
