@@ -138,7 +138,7 @@ def test_weak_order_two(sigma):
     assert math.log2(errors[0] / errors[1]) > 1.8 and errors[1] < 1e-3
 
 
-@pytest.mark.parametrize("name", ["condot", "cosine", "vp", "sub_vp"])
+@pytest.mark.parametrize("name", ["condot", "cosine", "vp", "sub_vp", "ddpm"])
 def test_order_two_of_the_ode_with_a_data_prediction(name):
     path = PATHS[name]()
     field = velocity_field(lambda x, t: MIXTURE.data(x, *(v.item() for v in path(t[:1])[:2])), path, "data")
