@@ -26,7 +26,8 @@ from data.shards import Shards
 from pipeline.classifier import train_classifier
 from pipeline.folder import open_folder
 from pipeline.frechet import Moments, frechet
-from pipeline.generate import Sampler, generate
+from pipeline.generate import generate
+from pipeline.sampler import Sampler
 
 ROWS = (
     ("ddpm", "stock DPM++", 25, 1.5),

@@ -23,9 +23,10 @@ import models
 from models.convert import to_stock
 from pipeline.config import FlowConfig
 from pipeline.folder import pipeline_source
-from pipeline.generate import Sampler, generate
+from pipeline.generate import generate
 from pipeline.identity import identity_autoencoder
 from pipeline.pipeline_condot_v2 import CondotPipeline
+from pipeline.sampler import Sampler
 from pipeline.stock import scheduler_of
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .flow import denoise
 from .flow.field import Field
-from .generate import Sampler, Source
 from .image_files import on_white
+from .sampler import Sampler
 from .sheet import grid, picture, whole
+from .source import Source
 
 FIRST, ALL_BETWEEN, LAST = 600, 3000, 2000
 """Milliseconds: of the first frame, of those between together, of the last."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .flow import (
     EXACT_LIMIT,
+    ODE_SOLVERS,
     Density,
     Purpose,
     bits_per_dimension,
@@ -24,8 +25,8 @@ from .flow import (
     uniform,
     uniform_grid,
 )
-from .flow.solver import ODE_SOLVERS
-from .generate import NEAR_NOISE, Source
+from .sampler import NEAR_NOISE
+from .source import Source
 
 SOLVERS = ("dormand_prince", "rk4", "heun", "midpoint")
 """What likelihoods are solved with: by tolerance, or on a uniform grid."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from .animate import Film, save_animation
 from .asked import Asked
-from .generate import Source, check_sampler, generate
+from .generate import check_sampler, generate
 from .image_files import encode_image, file_extension
 from .launch import join
 from .many import Files, Keeper, Made, collect, fingerprint
@@ -18,6 +18,7 @@ from .options import Images
 from .printable import say
 from .process import Stopper, leave_group
 from .sheet import grid, save_image
+from .source import Source
 
 UNASKED = 16
 """Images of a model without conditions, unless another number is given."""

@@ -23,12 +23,13 @@ from .curve import draw_curve
 from .flow import Condition
 from .fold import stock_autoencoder
 from .folder import open_folder
-from .generate import Sampler, generate
+from .generate import generate
 from .leaks import scrubbed, without_origin
 from .own_files import folder_for, put_in_place
 from .pipeline_condot_v1 import NO_CLASS
 from .pipeline_condot_v2 import CondotPipeline
 from .recipe import as_mapping
+from .sampler import Sampler
 from .sheet import grid, save_image
 from .space import Space
 from .standing import standing_alone

@@ -7,106 +7,37 @@ nor on the batch's size, up to the rounding of the network.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .flow import (
-    ODE_SOLVERS,
-    SDE_SOLVERS,
     Condition,
-    Path,
-    Purpose,
     Solution,
-    annealed_langevin,
     autoguide,
     classifier_guide,
     clipped,
-    coefficient,
-    convert,
     count,
     denoise,
     each,
     guide,
-    initial,
-    langevin,
-    normal,
-    predictor_corrector,
     repeat,
-    singular,
-    widen,
 )
-from .flow import grid as time_grid
 from .flow.field import ConditionalField, Field
 from .flow.grid import intervals
-from .flow.solver import After
-from .guidance_options import GuidanceOptions
+from .follow import follow, start
+from .sampler import Sampler
 from .source import Source, check_labels
 
 Watch = Callable[[Tensor, float, Field], None]
 """Sees points (B, *S), their time, and the guided field that leads on from there."""
 LEFT_NOISE = 1e-6
 """A path that ends on more noise than this is ended by its data prediction."""
-LAST_LEVEL = 0.99
-"""Where Langevin dynamics end: at the last time the score is finite at, nearly; the noise left there is taken off at once."""
-LANGEVIN_SOLVERS = ("langevin", "annealed_langevin", "predictor_corrector")
 RANGE = 1.0
 """Images lie within plus and minus this."""
-NEAR_NOISE = 1e-3
-"""Where sampling begins if the field is singular at t = 0, as one that predicts noise is: diffusers' own first step is there too."""
-
-
-@dataclass(frozen=True)
-class Sampler(GuidanceOptions):
-    """How a field is followed; `options.Sampling` explains each field.
-
-    Raises:
-        ValueError: an unknown solver, coefficient or grid, fewer than one step.
-    """
-
-    solver: str = "heun"
-    steps: int = 25
-    guidance_scale: float = 1.0
-    sigma_t: str = "noise"
-    sigma_scale: float = 1.0
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
-    guidance_rescale: float = 0.0
-    grid: str = "uniform"
-    grid_shift: float = 3.0
-    grid_rho: float = 7.0
-    given_times: tuple[float, ...] = ()
-    tolerance: float = 1e-5
-    corrections: int = 1
-    langevin_step: float = 0.2
-    snr: float = 0.16
-    clip: Literal["auto", "on", "off"] = "auto"
-
-    def __post_init__(self) -> None:
-        known = (*ODE_SOLVERS, *SDE_SOLVERS, *LANGEVIN_SOLVERS)
-        if self.solver not in known:
-            raise ValueError(f"solver={self.solver!r} is unknown: choose one of {', '.join(known)}.")
-        coefficient(self.sigma_t, self.sigma_scale)
-        time_grid(self.grid, self.steps, shift=self.grid_shift, rho=self.grid_rho)
-        super().__post_init__()
-
-    def times(self, source: Source, off_noise: bool = False) -> Tensor:
-        """The grid, (steps + 1,): the caller's, or from 0, or NEAR_NOISE where the field is singular at 0, to 1.
-
-        An adaptive solver chooses inside; Langevin dynamics end at LAST_LEVEL.
-        `off_noise` begins at NEAR_NOISE in any case.
-        """
-        if self.given_times:
-            return torch.tensor(self.given_times, dtype=torch.float64)
-        off_noise = off_noise or source.classifier is not None  # as of every inverse problem
-        begin = NEAR_NOISE if off_noise or singular(source.path, source.predict, 0.0) else 0.0
-        if self.solver == "dormand_prince":
-            inner = [1 - NEAR_NOISE] if singular(source.path, source.predict, 1.0) else []
-            return torch.tensor([begin, *inner, 1.0], dtype=torch.float64)
-        end = LAST_LEVEL if self.solver in ("langevin", "annealed_langevin") else 1.0
-        return time_grid(self.grid, self.steps, path=source.path, shift=self.grid_shift, rho=self.grid_rho, start=begin, end=end)
 
 
 class Samples(NamedTuple):
@@ -151,9 +82,9 @@ def generate(
     check_sampler(source, sampler)
     images, evaluations, total = [], 0, count(condition)
     null = source.null if null is None else null
-    for start in range(0, total, batch_size):
-        index = first + torch.arange(start, min(start + batch_size, total), device=source.device)
-        rows = slice(start, start + batch_size)
+    for place in range(0, total, batch_size):
+        index = first + torch.arange(place, min(place + batch_size, total), device=source.device)
+        rows = slice(place, place + batch_size)
         away = _rows(null, rows) if not isinstance(null, int) and count(null) > 1 else null
         part = each(_rows(condition, rows), lambda whole: whole.to(source.device))
         end, evaluations = _solve(replace(source, null=away), part, sampler, seed, index, watch)
@@ -237,61 +168,3 @@ def cleaned(source: Source, field: Field, end: Solution, t: float) -> Solution:
     if source.path(torch.tensor(t, dtype=torch.float64)).b > LEFT_NOISE:
         return Solution(denoise(field, end.x, t, source.path), end.evaluations + 1)
     return end
-
-
-def start(source: Source, seed: int, index: Tensor, t: float) -> Tensor:
-    """Where a solver starts at time t: (B, *S), a function of (seed, index)."""
-    if source.prior is not None:
-        return source.prior.draw(seed, 0, index, source.shape)
-    return initial(source.path, normal(seed, Purpose.INITIAL, 0, index, source.shape), t)
-
-
-def follow(
-    source: Source,
-    field: Field,
-    x: Tensor,
-    times: Tensor,
-    sampler: Sampler,
-    seed: int,
-    index: Tensor,
-    *,
-    last_euler: bool = False,
-    after: After | None = None,
-) -> Solution:
-    """Solve the ODE or the SDE; arguments as in flow.solver and flow.sde.
-
-    Raises:
-        ValueError: an SDE solver for a source without a score; what the solver refuses.
-    """
-    if sampler.solver in ODE_SOLVERS:
-        last = last_euler or singular(source.path, source.predict, 1.0)
-        more = {"rtol": sampler.tolerance, "atol": sampler.tolerance} if sampler.solver == "dormand_prince" else {}
-        return ODE_SOLVERS[sampler.solver](field, x, times, last_euler=last, after=after, **more)
-    if source.prior is not None:
-        raise ValueError(
-            f"solver={sampler.solver} needs a score, which a path from a uniform prior has not: use heun, or another of the ODE."
-        )
-
-    def noise(step: int) -> Tensor:
-        return normal(seed, Purpose.DIFFUSION, step, index, source.shape)
-
-    if sampler.solver in ("langevin", "annealed_langevin"):
-        return _relax(source.path, field, x, times, sampler, noise)
-    sigma = coefficient(sampler.sigma_t, sampler.sigma_scale)
-    if sampler.solver == "predictor_corrector":
-        snr, corrections = sampler.snr, sampler.corrections
-        return predictor_corrector(field, x, times, source.path, sigma, noise, snr=snr, corrections=corrections, after=after)
-    return SDE_SOLVERS[sampler.solver](field, x, times, source.path, sigma, noise, after=after)
-
-
-def _relax(path: Path, field: Field, x: Tensor, times: Tensor, sampler: Sampler, noise: Callable[[int], Tensor]) -> Solution:
-    """Langevin dynamics at the last time of a grid, or at every one in turn; steps in units of the last level's variance."""
-
-    def score(point: Tensor, t: Tensor) -> Tensor:
-        return convert(field(point, t), "velocity", "score", point, path(widen(t, point)))
-
-    step = sampler.langevin_step * float(path(times[-1]).b) ** 2
-    if sampler.solver == "annealed_langevin":
-        return annealed_langevin(score, x, times, path, step, sampler.corrections, noise)
-    last = torch.full((len(x),), float(times[-1]), device=x.device, dtype=x.dtype)
-    return langevin(lambda point: score(point, last), x, step, sampler.steps, noise)

@@ -68,8 +68,11 @@ class GuidanceOptions:
             raise ValueError(f"guidance={self.guidance} beside guidance_scale=1.0, which is none: give guidance_scale 3.")
         if self.apg_momentum and solver == "dormand_prince":
             raise ValueError("apg_momentum remembers evaluations, and solver=dormand_prince takes some of them back: use heun.")
-        if self.zero_init_steps and (solver not in ODE_SOLVERS or solver == "dormand_prince"):
-            raise ValueError(f"zero_init_steps={self.zero_init_steps} with solver={solver}: it counts the steps of an ODE. Use heun.")
+        if self.zero_init_steps and (solver not in ODE_SOLVERS or solver in ("dormand_prince", "multistep", "dpmpp_2m")):
+            raise ValueError(
+                f"zero_init_steps={self.zero_init_steps} with solver={solver}: it counts the steps of an ODE, and the step after must not "
+                f"look back at one that stood still. Use heun."
+            )
         if self.zero_init_steps and source.predict != "velocity":
             raise ValueError(
                 f"zero_init_steps={self.zero_init_steps} of a model that predicts {source.predict}: it is made for velocities. Use 0."

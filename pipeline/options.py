@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from .generate import Sampler
-from .guidance_options import GuidanceOptions
+from .sampler import Sampler
 
 Solver = Literal[
-    "euler", "midpoint", "heun", "rk4", "multistep", "dormand_prince",
-    "exponential", "euler_maruyama", "stochastic_heun",
+    "euler", "midpoint", "heun", "rk4", "multistep", "dpmpp_2m", "dormand_prince",
+    "exponential", "dpmpp_2m_sde", "euler_maruyama", "stochastic_heun",
     "langevin", "annealed_langevin", "predictor_corrector",
 ]  # fmt: skip
 
@@ -32,7 +31,7 @@ class Model:
     )
     seed: int = 0  # image i is a function of (seed, i)
     batch_size: int = 256  # images at once
-    num_inference_steps: int = 25  # solver steps; evaluations are reported
+    num_inference_steps: int = 50  # solver steps; evaluations are reported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,17 +53,27 @@ class Sampling(Model):
     zero_init_steps: int = 0  # of cfg_zero_star: first steps that stand still; the paper 4 in 100
     classifier_reference: str = ""  # shards of labelled images: a small classifier learns them, noise and all, and leads to class_labels
     classifier_guidance_scale: float = 1.0  # of that classifier; 1 is Bayes' rule, more is sharper
-    solver: Solver = "heun"  # to dormand_prince the ODE, to stochastic_heun the SDE, then Langevin dynamics
+    solver: Solver = "dpmpp_2m"  # to dormand_prince the ODE, to stochastic_heun the SDE (dpmpp_2m_sde first), then Langevin dynamics
     sigma_t: Literal["zero", "constant", "noise", "forward"] = "noise"  # diffusion coefficient of the SDE; noise: as the path's beta
+    sigma_t_values: tuple[float, ...] = ()  # a coefficient of your own instead: values evenly from t = 0 (noise) to 1, linear between
     sigma_scale: float = 1.0  # factor on sigma_t
-    grid: Literal["uniform", "shifted", "rho"] = "uniform"  # where the steps lie; shifted: finer near the noise; rho: Karras's
+    drift: Literal["marginals", "plain"] = (
+        "marginals"  # plain: dX = u dt + sigma dW by euler_maruyama, for networks trained so; of a flow it leaves the marginals
+    )
+    grid: Literal["uniform", "shifted", "rho", "log_snr"] = (
+        "uniform"  # where the steps lie; shifted: finer near the noise; rho: Karras's; log_snr: even in the log signal-to-noise ratio
+    )
     grid_shift: float = 3.0  # of the shifted grid
     grid_rho: float = 7.0  # of the grid rho
     given_times: tuple[float, ...] = ()  # a grid of your own, rising from 0 (noise) to 1 (data), in place of num_inference_steps
     tolerance: float = 1e-5  # of dormand_prince, relative and absolute; it takes as many steps as that needs
-    corrections: int = 1  # Langevin steps at each time, of annealed_langevin and predictor_corrector
+    corrections: int = 0  # Langevin steps at each time; 0: one of predictor_corrector, of annealed_langevin as many as let noise settle
     langevin_step: float = 0.2  # of langevin and annealed_langevin, in units of the last level's variance
     snr: float = 0.16  # signal-to-noise ratio of a correction of predictor_corrector
+    churn: float = 0.0  # of heun and euler: noise added before each step and taken off by it, Karras's S_churn; 0 is none
+    churn_min: float = 0.0  # only above this noise-to-signal ratio (S_tmin)
+    churn_max: float = 1000.0  # and below this one (S_tmax)
+    churn_noise: float = 1.0  # standard deviation of the noise added (S_noise); 1 keeps the marginals
     clip: Literal["auto", "on", "off"] = "auto"  # keep data predictions within -1..1; auto: of a model that predicts noise in pixels
 
     def sampler(self) -> Sampler:
@@ -75,8 +84,9 @@ class Sampling(Model):
             guidance_scale=self.guidance_scale,
             guidance_interval=self.guidance_interval,
             guidance_rescale=self.guidance_rescale,
-            sigma_t=self.sigma_t,
+            sigma_t=self.sigma_t_values or self.sigma_t,
             sigma_scale=self.sigma_scale,
+            drift=self.drift,
             grid=self.grid,
             grid_shift=self.grid_shift,
             grid_rho=self.grid_rho,
@@ -85,6 +95,10 @@ class Sampling(Model):
             corrections=self.corrections,
             langevin_step=self.langevin_step,
             snr=self.snr,
+            churn=self.churn,
+            churn_min=self.churn_min,
+            churn_max=self.churn_max,
+            churn_noise=self.churn_noise,
             clip=self.clip,
             guidance=self.guidance,
             apg_eta=self.apg_eta,
@@ -153,9 +167,7 @@ class Images(Sampling):
         which = dict(zip(("model", "guide"), models, strict=False))
         size = {"images_per_shard": self.images_per_shard} if self.format == "shards" else {}
         weights = {name: asked for name, asked in (("ema", self.ema), ("guide_ema", self.guide_ema)) if asked}
-        usual = asdict(GuidanceOptions())  # left out, so that a folder from before there were these options goes on
-        how = {name: value for name, value in asdict(self.sampler()).items() if name not in usual or value != usual[name]}
-        return {**which, **weights, "seed": self.seed, "conditions": conditions, **how, "format": self.format, **size}
+        return {**which, **weights, "seed": self.seed, "conditions": conditions, **self.sampler().settings(), "format": self.format, **size}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from .flow import Colourisation, Condition, Inpainting, Measurement, Solution, SuperResolution, each, reconstruction, repeat, replacement
-from .generate import NEAR_NOISE, Sampler, Samples, Source, bounded, check_sampler, cleaned, follow, guided, led, start
+from .follow import follow, start
+from .generate import Samples, bounded, check_sampler, cleaned, guided, led
 from .options import Restore
+from .sampler import NEAR_NOISE, Sampler
 from .sheet import grid, save_image
-from .source import check_labels, need_pixels
+from .source import Source, check_labels, need_pixels
 
 Read = Callable[[Path, int, int], Tensor]  # an image of so many channels and pixels a side, (C, H, W), -1..1
 

@@ -11,8 +11,9 @@ import sample
 from pipeline.classified import NoiseClassifier, classified, train_noise_classifier
 from pipeline.flow import PATHS, CondOT, classifier_guide, convert, heun, uniform_grid, widen
 from pipeline.flow.linear import UniformPrior
-from pipeline.generate import Sampler, check_sampler, generate
+from pipeline.generate import check_sampler, generate
 from pipeline.restore import Remedy, measurement, restore
+from pipeline.sampler import Sampler
 from pipeline.source import led_by
 
 MIXTURE = oracles.three()

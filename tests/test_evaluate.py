@@ -13,7 +13,8 @@ from data.shards import Shards
 from pipeline.classifier import _batches, train_classifier
 from pipeline.evaluate import Report, diversity, evaluate, load_features, nearest
 from pipeline.frechet import Moments, frechet
-from pipeline.generate import Sampler, Samples
+from pipeline.generate import Samples
+from pipeline.sampler import Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 

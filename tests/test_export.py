@@ -19,8 +19,9 @@ from pipeline.choice import labelled
 from pipeline.config import FlowConfig
 from pipeline.flow import convert, euler, guide, initial, velocity_field, widen
 from pipeline.folder import open_folder
-from pipeline.generate import Sampler, generate
+from pipeline.generate import generate
 from pipeline.identity import identity_autoencoder
+from pipeline.sampler import Sampler
 from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
 from pipeline.sheet import grid
 from pipeline.stock import form_of, scheduler_of

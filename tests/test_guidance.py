@@ -10,7 +10,9 @@ from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 from pipeline.flow import CondOT, autoguide, convert, guide, widen
 from pipeline.flow.linear import UniformPrior
-from pipeline.generate import Sampler, check_sampler, generate, guided, start
+from pipeline.follow import start
+from pipeline.generate import check_sampler, generate, guided
+from pipeline.sampler import Sampler
 from pipeline.source import led_by
 
 MIXTURE = oracles.three()

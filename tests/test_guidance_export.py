@@ -12,9 +12,11 @@ import models
 from models.convert import to_exported
 from pipeline.config import FlowConfig
 from pipeline.folder import pipeline_source
-from pipeline.generate import Sampler, generate, start
+from pipeline.follow import start
+from pipeline.generate import generate
 from pipeline.guidance_v2 import Guidance, Guide, cfg_zero_star_scale
 from pipeline.pipeline_condot_v2 import CondotPipeline
+from pipeline.sampler import Sampler
 from pipeline.source import network_source
 from pipeline.stock import NAMES, form_of, scheduler_of
 

@@ -14,9 +14,10 @@ from models.convert import to_exported
 from pipeline.config import FlowConfig
 from pipeline.flow import PATHS, JointObjective, widen
 from pipeline.folder import open_folder
-from pipeline.generate import Sampler, generate
+from pipeline.generate import generate
 from pipeline.method import Method
 from pipeline.networks import DiTConfig, MMDiTConfig, UNetConfig, model_options
+from pipeline.sampler import Sampler
 from pipeline.source import network_source
 
 JOINT = FlowConfig(objective="joint", joint_balance=0.5)

@@ -7,7 +7,22 @@ import pytest
 import torch
 from sampling import stream, worst_statistic
 
-from pipeline.flow import VE, CondOT, annealed_langevin, coefficient, exponential, initial, langevin, predictor_corrector, uniform_grid
+from pipeline.flow import (
+    PATHS,
+    VE,
+    CondOT,
+    annealed_langevin,
+    coefficient,
+    convert,
+    denoise,
+    exponential,
+    initial,
+    langevin,
+    predictor_corrector,
+    uniform_grid,
+    widen,
+)
+from pipeline.flow.langevin import settling
 
 MIXTURE = oracles.three()
 FIELD = MIXTURE.field(oracles.condot)
@@ -60,6 +75,65 @@ def test_annealed_langevin_keeps_the_law_of_its_last_level():
     assert abs(x.mean().item() - 0.7) < 0.02 and abs(x.var().item() - 0.0505) < 0.0505 * 6 * math.sqrt(2 / n)
 
 
+def law(name):
+    """Path, exact field and score of N(0.7, 0.5^2) on it."""
+    path, point = PATHS[name](), oracles.gaussian([0.7], [[0.25]])
+    field = point.field(lambda t: tuple(v.item() for v in path(torch.tensor(t, dtype=torch.float64))))
+    return path, field, lambda x, t: convert(field(x, t), "velocity", "score", x, path(widen(t, x)))
+
+
+def response(solve, first, draws):
+    """Mean and variance of an end that is linear in a start N(0, first^2) and `draws` normal numbers, without sampling."""
+    x = torch.zeros(draws + 2, 1, dtype=torch.float64)
+    x[1] = first
+    end = solve(x, lambda k: torch.eye(draws + 2, dtype=torch.float64)[:, k + 2 : k + 3])
+    return end[0, 0].item(), (end[1:] - end[0]).square().sum().item()
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_annealed_langevin_follows_alpha_on_every_path(name):
+    """N(0.7, 0.5^2) by its exact score: the mean is 0.7, exactly as computed; unscaled, x lags at 0.26 to 0.69.
+
+    The deviation keeps what annealing in finite time leaves, the same on every path.
+    """
+    path, field, score = law(name)
+    times = uniform_grid(24, 0.0, 0.99)
+    many = settling(path, times, 0.5)
+
+    def solve(x, noise):
+        end = annealed_langevin(score, x, times, path, 0.5 * path(times[-1]).b.item() ** 2, many, noise)
+        assert end.evaluations == sum(many) == len(x) - 2
+        return denoise(field, end.x, 0.99, path)
+
+    mean, variance = response(solve, path(times[0]).b.item(), sum(many))
+    assert abs(mean - 0.7) < 0.003 and 0.5 < math.sqrt(variance) < 0.62
+
+
+def test_annealed_langevin_on_ve_is_as_it_was_to_the_bit():
+    """Levels of one alpha: the loop of the paper, unscaled."""
+    path, times, x = VE(0.1, 5.0), uniform_grid(7), stream(3, 9, 1)(-1)
+    score, noise = (lambda x, t: -(x - 0.7) / (0.04 + path(t[:1]).b ** 2)), stream(4, 9, 1)
+    found = annealed_langevin(score, x, times, path, 0.002, 3, noise).x
+    sizes = (0.002 * (path(times).b / path(times).b[-1]) ** 2).tolist()
+    for k in range(24):
+        t = torch.full((9,), times[k // 3].item(), dtype=torch.float64)
+        x = torch.add(torch.add(x, score(x, t), alpha=sizes[k // 3] / 2), noise(k), alpha=math.sqrt(sizes[k // 3]))
+    assert torch.equal(found, x)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_predictor_and_corrector_end_on_the_law_on_every_path(name):
+    """Its predictor moves alpha: mean exactly, variance of N(0.7, 0.5^2) up to the order of its steps."""
+    path, field, _ = law(name)
+
+    def solve(x, noise):
+        end = predictor_corrector(field, x, uniform_grid(160), path, coefficient("zero"), noise).x
+        return denoise(field, end, 1.0, path) if path(torch.ones(1)).b > 1e-6 else end
+
+    mean, variance = response(solve, path(torch.zeros(1, dtype=torch.float64)).b.item(), 159)
+    assert abs(mean - 0.7) < 0.005 and abs(math.sqrt(variance) - 0.5) < 0.03
+
+
 @pytest.mark.parametrize("sigma", ["zero", "noise"])
 def test_predictor_corrector_keeps_the_marginals(sigma):
     x = stream(31)(-1)
@@ -87,6 +161,8 @@ BAD = {
     "langevin step": (lambda: langevin(FAR.score, START, 0.0, 5, stream(1, 3)), r"step=0\.0"),
     "langevin steps": (lambda: langevin(FAR.score, START, 0.1, 0, stream(1, 3)), r"steps=0"),
     "levels": (lambda: annealed_langevin(FIELD, START, torch.tensor([1.0, 0.0]), VE(), 0.1, 5, stream(1, 3)), r"no grid"),
+    "numbers": (lambda: annealed_langevin(FIELD, START, uniform_grid(2), VE(), 0.1, [1, 2], stream(1, 3)), r"2 numbers of steps for 3"),
+    "share": (lambda: settling(VE(), uniform_grid(2), 2.0), r"langevin_step=2\.0"),
     "snr": (lambda: predictor_corrector(FIELD, START, uniform_grid(2), CondOT(), coefficient("zero"), stream(1, 3), snr=0.0), r"step=0\.0"),
     "diverged": (lambda: langevin(lambda x: x * 1e30, START + 1, 1.0, 50, stream(1, 3)), r"end point is not finite"),
 }

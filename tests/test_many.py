@@ -23,11 +23,12 @@ from data.shards import Shards
 from pipeline.asked import Asked, asked
 from pipeline.draw import draw_folder, draw_picture
 from pipeline.flow import Purpose, normal
-from pipeline.generate import Sampler, generate
+from pipeline.generate import generate
 from pipeline.many import Files, fill, runs, units
 from pipeline.options import Images
 from pipeline.process import Stopper
 from pipeline.recipe import parse
+from pipeline.sampler import Sampler
 from pipeline.sheet import grid, picture
 
 pytestmark = pytest.mark.usefixtures("one_thread")

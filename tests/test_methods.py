@@ -10,8 +10,10 @@ from conftest import fit
 import sample
 from pipeline.config import FlowConfig
 from pipeline.flow import PATHS, WEIGHTINGS, support
-from pipeline.generate import Sampler, Source, generate
+from pipeline.generate import generate
 from pipeline.method import Draws, Method
+from pipeline.sampler import Sampler
+from pipeline.source import Source
 
 PREDICTIONS = ("velocity", "noise", "data", "score", "v")
 LAWS = ("uniform", "logit_normal", "mode", "cosmap", "log_normal_sigma", "discrete")
@@ -165,6 +167,11 @@ def test_noise_in_pixels_is_drawn_in_their_range_and_what_else_is_asked_for(clip
         (Sampler("annealed_langevin", 60, corrections=10), 0.05),
         (Sampler("dormand_prince", tolerance=1e-4), 0.02),
         (Sampler("multistep", 40, grid="shifted"), 0.02),
+        (Sampler(), 0.02),
+        (Sampler("dpmpp_2m_sde", 40, sigma_t=(1.0, 0.6, 0.0)), 0.02),
+        (Sampler("dpmpp_2m_sde", 40, sigma_t=lambda t, c: c.b), 0.02),
+        (Sampler("heun", 40, churn=10.0, grid="log_snr"), 0.02),
+        (Sampler("langevin", 25), 0.02),
         (Sampler("stochastic_heun", 40), 0.02),
         (Sampler("rk4", given_times=(0.0, 0.1, 0.3, 0.6, 0.9, 1.0)), 0.02),
     ],
@@ -180,6 +187,35 @@ def test_every_sampler_samples_its_data(sampler, tolerance):
     found = generate(dataclasses.replace(source, field=counted), torch.zeros(500, dtype=torch.int64), sampler, seed=1, batch_size=500)
     assert abs(found.images.mean() - 0.3) < tolerance and abs(found.images.std() - 0.4) < tolerance
     assert found.evaluations == len(calls)
+
+
+@pytest.mark.parametrize("solver", ["rk4", "heun", "midpoint", "multistep", "dormand_prince", "dpmpp_2m"])
+def test_a_data_prediction_is_evaluated_beside_the_end_and_counted(solver):
+    """Not at t = 1, where its velocity is not finite, once at 1 - 1e-3; from 0.5 given as the last time nothing is singular."""
+    source, calls = gaussian_source("condot", "data"), []
+
+    def counted(x, t, labels):
+        calls.append(float(t[0]))
+        return source.field(x, t, labels)
+
+    spied, labels = dataclasses.replace(source, field=counted), torch.zeros(50, dtype=torch.int64)
+    found = generate(spied, labels, Sampler(solver, 12), seed=1)
+    assert found.evaluations == len(calls) and max(calls) < 1 and bool(found.images.isfinite().all())
+    assert max(calls) == pytest.approx(11 / 12 if solver == "dpmpp_2m" else 1 - 1e-3)
+    calls.clear()
+    half = generate(spied, labels, Sampler(solver, given_times=(0.0, 0.25, 0.5)), seed=1)
+    assert half.evaluations == len(calls) and max(calls) == 0.5
+
+
+def test_a_plain_drift_is_wider_than_the_data():
+    """dX = u dt + dW of a flow's velocity: without the score nothing takes the noise off again."""
+    images = generate(
+        gaussian_source("condot", "velocity"),
+        torch.zeros(200, dtype=torch.int64),
+        Sampler("euler_maruyama", 100, sigma_t="constant", drift="plain"),
+        seed=1,
+    ).images
+    assert images.std() > 0.5
 
 
 def test_plain_langevin_relaxes_to_the_density_of_its_time():

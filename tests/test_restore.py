@@ -12,8 +12,8 @@ from test_methods import gaussian_source
 import sample
 from pipeline.flow import PATHS, CondOT, convert, widen
 from pipeline.flow.linear import UniformPrior
-from pipeline.generate import Sampler
 from pipeline.restore import Remedy, measurement, restore
+from pipeline.sampler import Sampler
 from pipeline.source import led_by
 
 HALF = torch.zeros(8, 8, dtype=torch.bool)

@@ -21,8 +21,10 @@ from pipeline.choice import choose
 from pipeline.config import FlowConfig
 from pipeline.flow import ODE_SOLVERS, guide, repeat
 from pipeline.folder import pipeline_source
-from pipeline.generate import Sampler, generate, start
+from pipeline.follow import start
+from pipeline.generate import generate
 from pipeline.pipeline_condot_v2 import CondotPipeline
+from pipeline.sampler import Sampler
 from pipeline.source import network_source
 from pipeline.space import Space
 from pipeline.stock import form_of

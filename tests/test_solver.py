@@ -1,6 +1,7 @@
 """ODE solvers and grids: orders of convergence on a mixture's field, counts, ends, bad input."""
 
 import math
+from functools import cache
 
 import oracles
 import pytest
@@ -18,10 +19,13 @@ from pipeline.flow import (
     euler,
     grid,
     heun,
+    initial,
+    landed,
     multistep,
     rho_grid,
     shifted_grid,
     uniform_grid,
+    velocity_field,
 )
 from pipeline.flow.solver import DORMAND_PRINCE, runge_kutta
 
@@ -103,6 +107,58 @@ def test_last_interval_as_an_euler_step(name):
     if name in ("heun", "rk4", "dormand_prince"):
         with pytest.raises(ValueError, match=r"singular"):
             ODE_SOLVERS[name](field, START, uniform_grid(40))
+
+
+def data_field(path, law=MIXTURE):
+    """The mixture's exact data prediction, made a velocity: singular where the path ends clean."""
+    return velocity_field(lambda x, t: law.data(x, *(v.item() for v in path(t[:1])[:2])), path, "data")
+
+
+@cache
+def landed_truth(name):
+    """The end of the ODE of data predictions from START: where the noise is a millionth, the data are the point itself."""
+    path = PATHS[name]()
+    late = min(path.time_of(torch.tensor(2 * math.log(1e6), dtype=torch.float64)).item(), 1 - 1e-7)
+    times = torch.cat([uniform_grid(120, 0.0, 0.999), torch.tensor([(0.999 + late) / 2, late])])
+    return runge_kutta(DORMAND_PRINCE, data_field(path), initial(path, START), times).x / path(torch.tensor(late)).a
+
+
+@pytest.mark.parametrize("path", ["condot", "cosine", "vp", "sub_vp"])
+@pytest.mark.parametrize(("name", "order"), [("midpoint", 2), ("heun", 2), ("multistep", 2), ("rk4", 4)])
+def test_order_of_convergence_with_a_data_prediction(path, name, order, monkeypatch):
+    """`landed`: doubling the steps divides the error by 2^order on paths that end clean; the last step is too short to show."""
+    truth, path = landed_truth(path), PATHS[path]()
+    field, x, coarse = data_field(path), initial(path, START), {"multistep": 160, "rk4": 50}.get(name, 80)
+    fine = landed(ODE_SOLVERS[name], field, x, uniform_grid(2 * coarse), path).x
+    monkeypatch.setattr("pipeline.flow.solver.LANDING", 1e-5)
+    errors = [(landed(ODE_SOLVERS[name], field, x, uniform_grid(n), path).x - truth).norm().item() for n in (coarse, 2 * coarse)]
+    assert math.log2(errors[0] / errors[1]) > order - 0.4
+    if name == "rk4":  # from 1e-3 the last step costs 1e-5; a whole last interval by Euler loses two digits and the order
+        whole = (ODE_SOLVERS[name](field, x, uniform_grid(2 * coarse), last_euler=True).x - truth).norm()
+        assert (fine - truth).norm() < 1e-5 < whole / 20
+
+
+@pytest.mark.parametrize(("name", "evaluations"), [("midpoint", 2 * 7 + 1), ("heun", 2 * 7 + 1), ("multistep", 7 + 1), ("rk4", 4 * 7 + 1)])
+def test_a_landing_counts_what_it_evaluates_and_keeps_to_the_times_given(name, evaluations):
+    """Of 7 intervals the last is divided at 1 - 1e-3; the hook sees the caller's times alone, a shorter last interval is one step."""
+    seen, hooked, path = [], [], CondOT()
+    field = lambda x, t: seen.append(t[0].item()) or data_field(path)(x, t)  # noqa: E731
+    end = landed(ODE_SOLVERS[name], field, START, uniform_grid(7), path, after=lambda x, t: hooked.append(t) or x)
+    assert end.evaluations == len(seen) == evaluations and max(seen) == pytest.approx(1 - 1e-3)
+    assert hooked == pytest.approx(uniform_grid(7)[1:].tolist())
+    given, seen[:] = torch.tensor([0.0, 0.4, 0.9995, 1.0], dtype=torch.float64), []
+    assert landed(ODE_SOLVERS[name], field, START, given, path).evaluations == len(seen) and max(seen) == pytest.approx(0.9995)
+
+
+def test_one_given_time_before_the_end_is_landed_from():
+    found = landed(heun, data_field(CondOT()), START, torch.tensor([0.9995, 1.0], dtype=torch.float64), CondOT())
+    assert found.evaluations == 1
+    torch.testing.assert_close(found.x, MIXTURE.data(START, 0.9995, 0.0005))
+
+
+def test_an_adaptive_solution_lands_too():
+    end = landed(dormand_prince, data_field(CondOT()), START, uniform_grid(1), CondOT(), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(end.x, fixed_dormand_prince(FIELD, START, uniform_grid(500)).x, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ODE_SOLVERS)

@@ -15,9 +15,10 @@ from data.reading import read_images
 from data.shards import Shards
 from pipeline.density import affordable, bits
 from pipeline.flow import count
-from pipeline.generate import Sampler, Samples
+from pipeline.generate import Samples
 from pipeline.options import Model, Sampling
 from pipeline.restore import Remedy, measurement, restore
+from pipeline.sampler import Sampler
 
 STEP = 2 / 255
 
@@ -125,13 +126,17 @@ def test_restoring_a_digit(trained, tmp_path, capsys):
 OTHER = {
     "num_inference_steps": 7, "guidance_scale": 2.0, "guidance_interval": (0.1, 0.9), "guidance_rescale": 0.5, "solver": "exponential",
     "sigma_t": "constant", "sigma_scale": 0.5, "grid": "rho", "grid_shift": 2.0, "grid_rho": 5.0, "given_times": (0.0, 0.5, 1.0),
-    "tolerance": 1e-3, "corrections": 3, "langevin_step": 0.1, "snr": 0.2, "clip": "on",
+    "tolerance": 1e-3, "corrections": 3, "langevin_step": 0.1, "snr": 0.2, "clip": "on", "sigma_t_values": (1.0, 0.5, 0.0),
+    "drift": "plain", "churn": 20.0, "churn_min": 0.1, "churn_max": 9.0, "churn_noise": 1.01,
     "guidance": "apg", "apg_eta": 0.5, "apg_norm_threshold": 2.0, "apg_momentum": -0.5, "zero_init_steps": 2,
     "classifier_guidance_scale": 2.0,
 }  # fmt: skip
 """A value for each option of sampling that is not its default."""
-NEEDS = {"apg_eta": "apg", "apg_norm_threshold": "apg", "apg_momentum": "apg", "zero_init_steps": "cfg_zero_star"}
-"""The method of guidance without which an option is refused."""
+WITH = {
+    **{"drift": {"solver": "euler_maruyama"}, "churn": {"solver": "heun"}, "zero_init_steps": {"guidance": "cfg_zero_star"}},
+    **{name: {"guidance": "apg"} for name in ("apg_eta", "apg_norm_threshold", "apg_momentum")},
+}
+"""The options without which one is refused."""
 
 
 def test_every_option_of_sampling_reaches_the_sampler():
@@ -140,9 +145,30 @@ def test_every_option_of_sampling_reaches_the_sampler():
     assert OTHER.keys() == {f.name for f in fields(Sampling)} - elsewhere | {"num_inference_steps"}
     assert Sampling().sampler() == Sampler()
     for name, value in OTHER.items():
-        field = "steps" if name == "num_inference_steps" else name
-        method = {"guidance": NEEDS[name]} if name in NEEDS else {}
-        assert Sampling(**{name: value} | method).sampler() == replace(Sampler(), **{field: value} | method) != Sampler(**method)
+        field = {"num_inference_steps": "steps", "sigma_t_values": "sigma_t"}.get(name, name)
+        more = WITH.get(name, {})
+        assert Sampling(**{name: value}, **more).sampler() == replace(Sampler(), **{field: value}, **more) != replace(Sampler(), **more)
+
+
+def test_settings_of_a_folder_name_what_is_new_only_where_it_is_used():
+    """A folder of images begun before churn was known goes on; with churn it is another folder."""
+    assert not {"churn", "drift", "churn_max"} & Sampler().settings().keys() and Sampler().settings()["corrections"] == 1
+    assert Sampler("heun", churn=3.0).settings()["churn"] == 3.0 and Sampler("annealed_langevin").settings()["corrections"] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"drift": "plain"}, "simulated by euler_maruyama alone"),
+        ({"churn": 3.0}, "a matter of heun and euler"),
+        ({"churn": -1.0, "solver": "heun"}, r"churn=-1\.0"),
+        ({"sigma_t_values": (1.0,)}, "two or more"),
+        ({"sigma_t_values": (1.0, -2.0)}, "not negative"),
+    ],
+)
+def test_options_that_go_ill_together_are_refused_before_a_model_is_loaded(words, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**words).sampler()
 
 
 @pytest.fixture

@@ -9,14 +9,16 @@ it. `guidance` sharpens the field, by one of the methods of `guiders`, and
 follow it, `likelihood`, `log_prob` and `inverse` ask it questions; `random` names every random number.
 """
 
+from .churn import churned
 from .classifier_guidance import classifier_guide
 from .condition import Condition, count, each, repeat, stack
 from .coupling import COUPLINGS, assign, couple
 from .ddpm import DDPM, VARIANCES, step_variances
 from .diffusion import EDM, PATHS, VE, VP, SubVP
 from .divergence import EXACT_LIMIT, divergence
+from .dpmpp import dpmpp_2m, dpmpp_2m_sde
 from .field import Field, clipped, denoise, score_field, shift_data, shift_score, singular, velocity_field
-from .grid import GRIDS, grid, rho_grid, shifted_grid, uniform_grid
+from .grid import GRIDS, grid, log_snr_grid, rho_grid, shifted_grid, uniform_grid
 from .guidance import autoguide, guide
 from .guiders import APG, CFGZeroStar, optimal_scale, projected, rescale_factor
 from .inverse import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction, replacement
@@ -30,9 +32,9 @@ from .parameterisation import PREDICTIONS, Prediction, change, convert, target
 from .path import Coefficients, CondOT, Cosine, Path, initial, interpolate, widen
 from .precondition import precondition
 from .random import Purpose, normal, rademacher, uniform
+from .registry import ODE_SOLVERS, SDE_SOLVERS
 from .sde import (
     COEFFICIENTS,
-    SDE_SOLVERS,
     Diffusion,
     coefficient,
     euler_maruyama,
@@ -40,7 +42,8 @@ from .sde import (
     noising,
     stochastic_heun,
 )
-from .solver import ODE_SOLVERS, Solution, dormand_prince, euler, heun, midpoint, multistep, rk4
+from .simulate import simulate
+from .solver import Solution, dormand_prince, euler, heun, landed, midpoint, multistep, rk4
 from .time import (
     TIME_LAWS,
     CosMap,
@@ -116,6 +119,7 @@ __all__ = [
     "autoguide",
     "bits_per_dimension",
     "change",
+    "churned",
     "classifier_guide",
     "clipped",
     "coefficient",
@@ -126,6 +130,8 @@ __all__ = [
     "dequantise",
     "divergence",
     "dormand_prince",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
     "draw_times",
     "each",
     "estimate",
@@ -140,9 +146,11 @@ __all__ = [
     "infinite_times",
     "initial",
     "interpolate",
+    "landed",
     "langevin",
     "last_time",
     "log_density",
+    "log_snr_grid",
     "marginal",
     "midpoint",
     "multistep",
@@ -164,6 +172,7 @@ __all__ = [
     "shift_data",
     "shift_score",
     "shifted_grid",
+    "simulate",
     "singular",
     "stack",
     "step_law",

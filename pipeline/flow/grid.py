@@ -15,7 +15,7 @@ from torch import Tensor
 from .path import CondOT, Path
 from .time import shift_time
 
-GRIDS = ("uniform", "shifted", "rho")
+GRIDS = ("uniform", "shifted", "rho", "log_snr")
 
 
 def uniform_grid(steps: int, start: float = 0.0, end: float = 1.0) -> Tensor:
@@ -73,6 +73,28 @@ def rho_grid(
     return times
 
 
+def log_snr_grid(steps: int, path: Path, low: float = 0.01, high: float = 20.0, start: float = 0.0, end: float = 1.0) -> Tensor:
+    """Build a grid of equal steps in the log signal-to-noise ratio, that is of noise levels in geometric progression.
+
+    Args:
+        steps, path: as in `rho_grid`.
+        low, high: the levels beta / alpha that the ends stand for, as in `rho_grid`: where the ratio is 0 or infinite there is a grid too.
+
+    Raises:
+        ValueError: as `uniform_grid`; levels that are not positive.
+
+    Source: Lu et al., DPM-Solver, section 3.3.
+    """
+    if not 0 < low < high < math.inf:
+        raise ValueError(f"levels {low} to {high} of a grid: positive, low < high. Use 0.01 and 20.")
+    ends = torch.exp(-path.log_snr(uniform_grid(1, start, end)) / 2)
+    high, low = min(high, ends[0].item()), max(low, ends[1].item())
+    logs = torch.linspace(math.log(high), math.log(low), uniform_grid(steps, start, end).numel(), dtype=torch.float64)
+    times = path.time_of(-2 * logs)
+    times[0], times[-1] = start, end
+    return times
+
+
 def grid(
     name: str, steps: int, *, path: Path | None = None, shift: float = 3.0, rho: float = 7.0, start: float = 0.0, end: float = 1.0
 ) -> Tensor:
@@ -81,7 +103,7 @@ def grid(
     Args:
         name: one of GRIDS.
         steps, start, end: as in `uniform_grid`.
-        path, rho: for `rho`; shift: for `shifted`.
+        path: for `rho` and `log_snr`; rho: for `rho`; shift: for `shifted`.
 
     Raises:
         ValueError: an unknown name, and as the grid of that name.
@@ -92,6 +114,8 @@ def grid(
         return shifted_grid(steps, shift, start, end)
     if name == "rho":
         return rho_grid(steps, path or CondOT(), rho, start=start, end=end)
+    if name == "log_snr":
+        return log_snr_grid(steps, path or CondOT(), start=start, end=end)
     raise ValueError(f"grid {name!r} is unknown: choose one of {', '.join(GRIDS)}, or pass your own times.")
 
 

@@ -12,7 +12,7 @@ Score-Based Generative Modeling through SDEs, appendix G.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -46,12 +46,24 @@ def langevin(score: Callable[[Tensor], Tensor], x: Tensor, step: float, steps: i
 
 
 def annealed_langevin(
-    score: Field, x: Tensor, times: Tensor, path: Path, step: float, repeats: int, noise: Noise, *, after: After | None = None
+    score: Field,
+    x: Tensor,
+    times: Tensor,
+    path: Path,
+    step: float,
+    repeats: int | Sequence[int],
+    noise: Noise,
+    *,
+    after: After | None = None,
 ) -> Solution:
     """NCSN's sampler: Langevin dynamics at each noise level, from the largest to the smallest.
 
-    At the level sigma_i = beta / alpha the step is `h sigma_i^2 / sigma_L^2`, with
-    sigma_L the last, so that signal and noise of a step keep their ratio.
+    At the level of noise beta_i the step is `h beta_i^2 / beta_L^2`, with beta_L
+    the last, so that signal and noise of a step keep their ratio. Between two
+    levels x is multiplied by `alpha_next / alpha` (the change of variables `x / alpha`), since
+    the mean of p_t moves with alpha; on VE, for which this is written in the
+    literature, that is 1. From alpha = 0, where x is noise alone, it is
+    multiplied by `beta_next / beta`.
 
     Args:
         score: of (x, t), the score of p_t.
@@ -59,26 +71,53 @@ def annealed_langevin(
         times: of the levels, (L,), rising, in [0, 1]; geometric levels are a uniform grid on VE.
         path: the score's path.
         step: h, the step at the last level, squared data units; below about sigma_L^2.
-        repeats: steps at each level, >= 1.
+        repeats: steps at each level, >= 1; one number, or one for each level, as `settling` gives them.
         noise: `noise(k)`, k counting all steps from 0.
         after: called with (x, t) after each level; what it returns goes on.
 
     Returns:
-        The end, with noise of size sigma_L left in it, and L x repeats evaluations.
+        The end, with noise of size sigma_L left in it, and as many evaluations as steps.
 
     Raises:
         ValueError: as `langevin`; times that do not rise in [0, 1].
     """
-    _check(step, repeats)
+    many = [repeats] * times.numel() if isinstance(repeats, int) else list(repeats)
+    _check(step, min(many, default=0))
     intervals(times)
-    c = path(times.double())
+    if len(many) != times.numel():
+        raise ValueError(f"{len(many)} numbers of steps for {times.numel()} levels: give one for each, or one for all.")
+    c, draw = path(times.double()), 0
     sizes, x = (step * (c.b / c.b[-1]) ** 2).tolist(), begin(x)
+    growth = [1.0, *torch.where(c.a[:-1] > 0, c.a[1:] / c.a[:-1], c.b[1:] / c.b[:-1]).tolist()]
     for i, t in enumerate(times.tolist()):
-        now = at(t, x)
-        for k in range(repeats):
-            x = torch.add(torch.add(x, score(x, now), alpha=sizes[i] / 2), noise(i * repeats + k), alpha=math.sqrt(sizes[i]))
+        now, x = at(t, x), x if growth[i] == 1 else x * growth[i]
+        for _ in range(many[i]):
+            x = torch.add(torch.add(x, score(x, now), alpha=sizes[i] / 2), noise(draw), alpha=math.sqrt(sizes[i]))
+            draw += 1
         x = after(x, t) if after else x
-    return finish(x, len(sizes) * repeats)
+    return finish(x, draw)
+
+
+def settling(path: Path, times: Tensor, share: float, lengths: float = 4.0) -> list[int]:
+    """Return how many Langevin steps each level wants, so that the noise in x follows the levels down.
+
+    A step of `share` times the level's variance takes off the share / 2 of what
+    is too much; the change to a level leaves too much by the ratio of both
+    noise-to-signal ratios.
+
+    Args:
+        path, times: as in `annealed_langevin`.
+        share: of a level's variance, 0 to 2: its step.
+        lengths: how many times as many steps as would take off just that ratio.
+
+    Returns:
+        One number for each level, at least 1.
+    """
+    if not 0 < share < 2:
+        raise ValueError(f"langevin_step={share}: a step is between 0 and 2 times the level's variance. Use 0.2.")
+    change = (path.log_snr(times.double()).diff() / 2).tolist()
+    rate = -math.log1p(-share / 2)
+    return [1, *(max(1, math.ceil(lengths * d / rate)) if math.isfinite(d) else 1 for d in change)]
 
 
 def predictor_corrector(

@@ -16,7 +16,7 @@ Song et al., Score-Based Generative Modeling through SDEs, eq. 6.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -51,23 +51,45 @@ class Diffusion:
         return self.scale * COEFFICIENTS[self.name](t, c) if self.scale else torch.zeros_like(t)
 
 
-def coefficient(name: str, scale: float = 1.0) -> Coefficient:
-    """A named diffusion coefficient sigma_t.
+@dataclass(frozen=True)
+class Tabulated:
+    """A diffusion coefficient by its values, evenly from t = 0 to 1, linear between, times `scale`; called with (t, coefficients)."""
+
+    values: tuple[float, ...]
+    scale: float = 1.0
+
+    def __call__(self, t: Tensor, c: Coefficients) -> Tensor:
+        values, place = self.scale * torch.tensor(self.values, dtype=t.dtype, device=t.device), t * (len(self.values) - 1)
+        left = place.floor().long().clamp(0, len(self.values) - 2)
+        return torch.lerp(values[left], values[left + 1], place - left)
+
+
+def coefficient(sigma: str | Sequence[float] | Coefficient, scale: float = 1.0) -> Coefficient:
+    """A diffusion coefficient sigma_t.
 
     Args:
-        name: `zero` (the ODE), `constant`, `noise` (in proportion to beta) or
+        sigma: `zero` (the ODE), `constant`, `noise` (in proportion to beta) or
             `forward` (`sqrt(2 (b^2 da / a - db b))`, the reverse-time SDE of
-            the forward process; infinite where alpha = 0).
+            the forward process; infinite where alpha = 0); or values, evenly
+            from t = 0 to 1, as FlowSDEScheduler takes them; or any function of (t, coefficients).
         scale: a factor, >= 0.
 
     Raises:
-        ValueError: an unknown name, or a scale that is negative or not finite.
+        ValueError: an unknown name, fewer than two values, or one of them or a scale that is negative or not finite.
     """
     if not 0 <= scale < math.inf:
         raise ValueError(f"sigma_scale={scale}: the scale of a diffusion coefficient is finite and not negative.")
-    if name not in COEFFICIENTS:
-        raise ValueError(f"sigma_t={name!r} is unknown: choose one of {', '.join(COEFFICIENTS)}.")
-    return Diffusion(name, scale)
+    if callable(sigma):
+        return sigma if scale == 1 else lambda t, c: scale * sigma(t, c)
+    if not isinstance(sigma, str):
+        if len(sigma) < 2 or not all(0 <= value < math.inf for value in sigma):
+            raise ValueError(
+                f"sigma_t values {tuple(sigma)}: two or more, finite, not negative, evenly from t = 0 (noise) to t = 1 (data). Try 1 1 0."
+            )
+        return Tabulated(tuple(sigma), scale)
+    if sigma not in COEFFICIENTS:
+        raise ValueError(f"sigma_t={sigma!r} is unknown: choose one of {', '.join(COEFFICIENTS)}.")
+    return Diffusion(sigma, scale)
 
 
 def levels(sigma: Coefficient, path: Path, t: Tensor) -> Tensor:
@@ -98,8 +120,19 @@ def noising(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
     return f, -2 * c.b * c.db - 2 * f * c.b**2
 
 
-_NODES = torch.tensor([0.1834346424956498, 0.5255324099163290, 0.7966664774136267, 0.9602898564975363], dtype=torch.float64)
-_WEIGHTS = torch.tensor([0.3626837833783620, 0.3137066458778873, 0.2223810344533745, 0.1012285362903763], dtype=torch.float64)
+# Gauss's rule of 8 points on [-1, 1], which is symmetric: the points above 0, and their weights.
+NODES = torch.tensor([0.1834346424956498, 0.5255324099163290, 0.7966664774136267, 0.9602898564975363], dtype=torch.float64)
+WEIGHTS = torch.tensor([0.3626837833783620, 0.3137066458778873, 0.2223810344533745, 0.1012285362903763], dtype=torch.float64)
+
+
+def kept(sigma: Coefficient, path: Path, start: Tensor, end: Tensor) -> Tensor:
+    """Return `exp(-1/2 integral of sigma^2 / beta^2)` from `start` to `end`, float64 times of one shape; see `decay`."""
+    if isinstance(sigma, Diffusion) and sigma.name == "forward" and sigma.scale:
+        return torch.exp(-(sigma.scale**2) * (path.log_snr(end) - path.log_snr(start)) / 2)
+    middle, half = (end + start)[..., None] / 2, (end - start)[..., None] / 2
+    inside = middle + half * torch.cat([-NODES, NODES])
+    rate = (levels(sigma, path, inside) / path(inside).b) ** 2
+    return torch.exp(-(rate * torch.cat([WEIGHTS, WEIGHTS])).sum(-1) * half[..., 0] / 2)
 
 
 def decay(sigma: Coefficient, path: Path, times: Tensor) -> Tensor:
@@ -113,13 +146,9 @@ def decay(sigma: Coefficient, path: Path, times: Tensor) -> Tensor:
         log signal-to-noise ratio; else eight-point Gauss quadrature.
     """
     times = times.double().cpu()
-    if isinstance(sigma, Diffusion) and sigma.name == "forward" and sigma.scale:
-        return torch.exp(-(sigma.scale**2) * path.log_snr(times).diff() / 2)
-    levels(sigma, path, times[:-1])
-    middle, half = (times[1:] + times[:-1])[:, None] / 2, times.diff()[:, None] / 2
-    inside = middle + half * torch.cat([-_NODES, _NODES])
-    rate = (levels(sigma, path, inside) / path(inside).b) ** 2
-    return torch.exp(-(rate * torch.cat([_WEIGHTS, _WEIGHTS])).sum(1) * half[:, 0] / 2)
+    if not (isinstance(sigma, Diffusion) and sigma.name == "forward" and sigma.scale):
+        levels(sigma, path, times[:-1])
+    return kept(sigma, path, times[:-1], times[1:])
 
 
 class Plan(NamedTuple):
@@ -165,16 +194,35 @@ def exponential_plan(path: Path, times: Tensor, sigma: Coefficient) -> Plan:
     )
 
 
-def _follow(plan: Plan, field: Field, x: Tensor, times: Tensor, path: Path, noise: Noise, after: After | None) -> Solution:
-    """Take the planned steps; the score comes from the field, or else from its velocity."""
-    of_x, of_velocity = (torch.where(plan.score == 0, 0.0, plan.score * part) for part in change("velocity", "score", path(times[:-1])))
+def follow_plan(
+    plan: Plan,
+    field: Field,
+    x: Tensor,
+    times: Tensor,
+    path: Path,
+    noise: Noise,
+    after: After | None,
+    extrapolation: Tensor | None = None,
+) -> Solution:
+    """Take the planned steps; the score comes from the field, or else from its velocity.
+
+    Args:
+        extrapolation: of each step, what it adds of the change of the data prediction since the step before, (n,).
+    """
+    now = path(times[:-1])
+    of_x, of_velocity = (torch.where(plan.score == 0, 0.0, plan.score * part) for part in change("velocity", "score", now))
     merged = torch.stack([plan.x + of_x, plan.velocity + of_velocity], 1).tolist()
     learned = torch.stack(list(plan), 1).tolist()
-    steps, x = intervals(times), begin(x)
+    data = torch.stack(change("velocity", "data", now), 1).tolist()
+    further = [] if extrapolation is None else extrapolation.tolist()
+    steps, x, before = intervals(times), begin(x), None
     for k, (s, t) in enumerate(steps):
         velocity, score = velocity_and_score(field(x, at(s, x)))
         p, q = merged[k] if score is None else learned[k][:2]
+        z = None if not further else torch.add(x * data[k][0], velocity, alpha=data[k][1])
         x = torch.add(x * p, velocity, alpha=q)
+        if z is not None:
+            x, before = x if before is None else torch.add(x, z - before, alpha=further[k]), z
         if score is not None and learned[k][2]:
             x = torch.add(x, score, alpha=learned[k][2])
         if learned[k][3]:
@@ -183,7 +231,7 @@ def _follow(plan: Plan, field: Field, x: Tensor, times: Tensor, path: Path, nois
     return finish(x, len(steps))
 
 
-def _grid(times: Tensor) -> Tensor:
+def checked_grid(times: Tensor) -> Tensor:
     """A checked grid, float64, on the CPU."""
     intervals(times)
     return times.detach().double().cpu()
@@ -213,8 +261,8 @@ def exponential(
         ValueError: a grid that does not rise inside [0, 1]; a coefficient that
             is negative or not finite where it is needed; a start or an end that is not finite.
     """
-    times = _grid(times)
-    return _follow(exponential_plan(path, times, sigma), field, x, times, path, noise, after)
+    times = checked_grid(times)
+    return follow_plan(exponential_plan(path, times, sigma), field, x, times, path, noise, after)
 
 
 def euler_maruyama(
@@ -224,8 +272,8 @@ def euler_maruyama(
 
     Arguments and errors as in `exponential`.
     """
-    times = _grid(times)
-    return _follow(euler_plan(path, times, sigma), field, x, times, path, noise, after)
+    times = checked_grid(times)
+    return follow_plan(euler_plan(path, times, sigma), field, x, times, path, noise, after)
 
 
 def stochastic_heun(
@@ -236,7 +284,7 @@ def stochastic_heun(
     The noise is additive, so one draw serves both slopes; sigma over a step is
     the root mean square of its ends. Arguments and errors as in `exponential`.
     """
-    times = _grid(times)
+    times = checked_grid(times)
     g = levels(sigma, path, times[:-1])
     half = g**2 / 2
     of_x, of_velocity = (torch.where(half == 0, 0.0, half * part) for part in change("velocity", "score", path(times[:-1])))
@@ -258,10 +306,3 @@ def stochastic_heun(
     s, t = steps[-1]
     x = torch.add(x, velocity_and_score(field(x, at(s, x)))[0], alpha=t - s)
     return finish(after(x, t) if after else x, 2 * len(steps) - 1)
-
-
-SDE_SOLVERS: dict[str, Callable[..., Solution]] = {
-    "exponential": exponential,
-    "euler_maruyama": euler_maruyama,
-    "stochastic_heun": stochastic_heun,
-}

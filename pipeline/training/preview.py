@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ..flow import Condition, count
-from ..generate import Sampler, generate
+from ..generate import generate
 from ..launch.parallel import in_step, reset
 from ..printable import one_line
+from ..sampler import Sampler
 from ..sheet import grid, save_image
 from ..source import network_source
 from ..space import Space

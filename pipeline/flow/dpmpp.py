@@ -1,0 +1,110 @@
+"""DPM-Solver++(2M) on any Gaussian path, for any noise added on the way: two-step exponential integrators, one evaluation a step.
+
+With the data prediction z known, the SDE is linear, and a step from s to t is
+
+    x' = (beta_t / beta_s) keep x + integral of z_r dm_r + noise,    m_r = beta_t keep(r, t) alpha_r / beta_r.
+
+`exponential` freezes z, so that the integral is `z (m_t - m_s)`. Here z runs on
+the straight line through the last two predictions: `w (z_s - z_before)` comes
+on top, and w is an integral of known functions, found by quadrature. The line
+is drawn in the signal's share `alpha / sqrt(alpha^2 + beta^2)`: along the ODE
+of Gaussian data of unit variance z is exactly linear in it, and it is finite at
+both ends, so a path that ends clean ends on the extrapolated prediction. In the
+log signal-to-noise ratio, as published, it ends on the last one.
+Source: Lu et al., DPM-Solver++, algorithm 2 and appendix on the SDE; Xue et al.,
+SA-Solver, eq. 14 (any sigma_t); mathematics.md section 10.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .field import Field
+from .path import CondOT, Path
+from .sde import NODES, WEIGHTS, Coefficient, Noise, checked_grid, coefficient, exponential_plan, follow_plan, kept
+from .solver import After, Solution
+
+
+class Clock(NamedTuple):
+    """The variable in which predictions are joined by a line: a function of half the log signal-to-noise ratio, and its derivative."""
+
+    value: Callable[[Tensor], Tensor]
+    slope: Callable[[Tensor], Tensor]
+
+
+SIGNAL_SHARE = Clock(lambda h: torch.sqrt(torch.sigmoid(2 * h)), lambda h: torch.sqrt(torch.sigmoid(2 * h)) * torch.sigmoid(-2 * h))
+HALF_LOG_SNR = Clock(lambda h: h, torch.ones_like)
+
+
+def extrapolation(path: Path, times: Tensor, sigma: Coefficient, clock: Clock = SIGNAL_SHARE) -> Tensor:
+    """Return what each step adds of `z_s - z_before`, the change of the data prediction since the step before.
+
+    By parts, `w = ((tau_t - tau_s) alpha_t - integral of m dtau) / (tau_s - tau_before)`.
+    The integral is taken by Gauss's rule in the log signal-to-noise ratio; it
+    is 0 where beta_t = 0. The last step is noise-free, as everywhere.
+
+    Args:
+        path: the field's path.
+        times: grid, (n + 1,), float64, on the CPU.
+        sigma: diffusion coefficient; zero for the ODE.
+        clock: tau. HALF_LOG_SNR gives the published coefficients (those that
+            diffusers calls `solver_type="heun"`), 0 where tau is infinite.
+
+    Returns:
+        (n,), float64; 0 in the first step.
+    """
+    half = path.log_snr(times) / 2
+    tau, c = clock.value(half), path(times[2:])
+    start, end = half[1:-1], torch.where(c.b > 0, half[2:], half[1:-1])
+    middle, width = (end + start)[:, None] / 2, (end - start)[:, None] / 2
+    h = middle + width * torch.cat([-NODES, NODES])
+    stop = times[2:, None]
+    inside = torch.minimum(torch.maximum(path.time_of(2 * h), times[1:-1, None]), stop)
+    keep = torch.ones_like(inside)
+    if len(times) > 3:
+        keep[:-1] = kept(sigma, path, inside[:-1], stop[:-1].expand_as(inside[:-1]))
+    m = c.b[:, None] * keep * torch.exp(h)
+    integral = (m * clock.slope(h) * torch.cat([WEIGHTS, WEIGHTS])).sum(1) * width[:, 0]
+    weight = (tau.diff()[1:] * c.a - integral) / tau.diff()[:-1]
+    return torch.cat([weight.new_zeros(1), torch.where(weight.isfinite(), weight, 0.0)])
+
+
+def dpmpp_2m(
+    field: Field, x: Tensor, times: Tensor, *, path: Path | None = None, last_euler: bool = False, after: After | None = None
+) -> Solution:
+    """Order 2, one evaluation a step, none at times[-1]: the ODE with sigma = 0 in this file's head; the default ODE solver.
+
+    Args:
+        field, x, times, after: as in `runge_kutta`.
+        path: the field's path; by default the straight one, on which it solves any ODE.
+        last_euler: end on the last data prediction, not on the one extrapolated.
+
+    Raises:
+        ValueError: as `runge_kutta`.
+    """
+    path, times, none = path or CondOT(), checked_grid(times), coefficient("zero")
+    weights = extrapolation(path, times, none)
+    if last_euler:
+        weights[-1] = 0
+    return follow_plan(exponential_plan(path, times, none), field, x, times, path, _no_noise, after, weights)
+
+
+def dpmpp_2m_sde(
+    field: Field, x: Tensor, times: Tensor, path: Path, sigma: Coefficient, noise: Noise, *, after: After | None = None
+) -> Solution:
+    """The SDE by the two-step exponential integrator, the default: weak order 2, one evaluation a step, stable for every coefficient.
+
+    With `forward` it is SDE-DPM-Solver++(2M). A learned score enters where
+    `exponential` takes it; what is extrapolated is the velocity's data prediction.
+    Arguments and errors as in `exponential`.
+    """
+    times = checked_grid(times)
+    return follow_plan(exponential_plan(path, times, sigma), field, x, times, path, noise, after, extrapolation(path, times, sigma))
+
+
+def _no_noise(step: int) -> Tensor:
+    raise AssertionError(f"noise was asked for in step {step} of an ODE")
