@@ -154,7 +154,8 @@ def share_of(config: Config, accelerator: Accelerator) -> Share:
 
 def assemble(config: Config, sources: Sources, space: Space, accelerator: Accelerator, store: Store, status: Status, *, fresh: bool) -> Run:
     """Introduce the rooms to one another: network, objective, optimiser, averages, checkpoints."""
-    set_seed(config.seed)
+    set_seed(config.seed % 2**32)  # more NumPy does not take
+    torch.manual_seed(config.seed)
     names, device = sources.images.manifest.class_names, accelerator.device
     words = sources.listen(device)
     method = Method(config.flow, space.shape, config.train.batch_size)

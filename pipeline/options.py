@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from .generate import Sampler
+from .ranges import SEED, Real, Whole, check_numbers
 
 Solver = Literal[
     "euler", "midpoint", "heun", "rk4", "multistep", "dormand_prince",
@@ -29,32 +30,39 @@ class Model:
     ema: str = (
         ""  # which weights of the run: by half-life in images or decay a step, width=0.08 (any, where power averages were kept), or raw
     )
-    seed: int = 0  # image i is a function of (seed, i)
-    batch_size: int = 256  # images at once
-    num_inference_steps: int = 25  # solver steps; evaluations are reported
+    seed: Annotated[int, SEED] = 0  # image i is a function of (seed, i)
+    batch_size: Annotated[int, Whole("[1, inf)", "at least one image at once.")] = 256  # images at once
+    # solver steps; evaluations are reported
+    num_inference_steps: Annotated[int, Whole("[1, inf)", "a solver takes at least one step. Use 25 to 50 as a rule.")] = 25
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "--")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Model):
     """How images are drawn."""
 
-    guidance_scale: float = 1.0  # 1 is none
+    guidance_scale: Annotated[float, Real("(-inf, inf)")] = 1.0  # 1 is none
     guide_pipeline: str = ""  # guide by this weaker model of the same data, not by the model without its condition: an exported folder
     guide_run: str = ""  # or a run's folder, or an early checkpoint of the same run
     guide_ema: str = ""  # which weights of that run, as --ema
-    guidance_interval: tuple[float, float] = (0.0, 1.0)  # times at which guidance acts, 0 noise, 1 data
-    guidance_rescale: float = 0.0  # share of the guided field brought back to the spread of the unguided one, 0 to 1
+    # times at which guidance acts, 0 noise, 1 data
+    guidance_interval: tuple[Annotated[float, Real("[0, 1]")], Annotated[float, Real("[0, 1]")]] = (0.0, 1.0)
+    # share of the guided field brought back to the spread of the unguided one, 0 to 1
+    guidance_rescale: Annotated[float, Real("[0, 1]")] = 0.0
     solver: Solver = "heun"  # to dormand_prince the ODE, to stochastic_heun the SDE, then Langevin dynamics
     sigma_t: Literal["zero", "constant", "noise", "forward"] = "noise"  # diffusion coefficient of the SDE; noise: as the path's beta
-    sigma_scale: float = 1.0  # factor on sigma_t
+    sigma_scale: Annotated[float, Real("[0, inf)")] = 1.0  # factor on sigma_t
     grid: Literal["uniform", "shifted", "rho"] = "uniform"  # where the steps lie; shifted: finer near the noise; rho: Karras's
-    grid_shift: float = 3.0  # of the shifted grid
-    grid_rho: float = 7.0  # of the grid rho
-    given_times: tuple[float, ...] = ()  # a grid of your own, rising from 0 (noise) to 1 (data), in place of num_inference_steps
-    tolerance: float = 1e-5  # of dormand_prince, relative and absolute; it takes as many steps as that needs
-    corrections: int = 1  # Langevin steps at each time, of annealed_langevin and predictor_corrector
-    langevin_step: float = 0.2  # of langevin and annealed_langevin, in units of the last level's variance
-    snr: float = 0.16  # signal-to-noise ratio of a correction of predictor_corrector
+    grid_shift: Annotated[float, Real("(0, inf)")] = 3.0  # of the shifted grid
+    grid_rho: Annotated[float, Real("(0, inf)")] = 7.0  # of the grid rho
+    # a grid of your own, rising from 0 (noise) to 1 (data), in place of num_inference_steps
+    given_times: tuple[Annotated[float, Real("[0, 1]")], ...] = ()
+    tolerance: Annotated[float, Real("(0, inf)")] = 1e-5  # of dormand_prince, relative and absolute; it takes as many steps as that needs
+    corrections: Annotated[int, Whole("[0, inf)")] = 1  # Langevin steps at each time, of annealed_langevin and predictor_corrector
+    langevin_step: Annotated[float, Real("(0, inf)")] = 0.2  # of langevin and annealed_langevin, in units of the last level's variance
+    snr: Annotated[float, Real("(0, inf)")] = 0.16  # signal-to-noise ratio of a correction of predictor_corrector
     clip: Literal["auto", "on", "off"] = (
         "auto"  # keep data predictions within -1..1; auto: of a model that predicts noise in pixels; not in restore
     )
@@ -93,19 +101,20 @@ class Images(Sampling):
     stopped, on any number of processes; image i is the same whoever draws it, up to rounding.
     """
 
-    class_labels: tuple[int, ...] = ()  # classes; taken in turn until there are num_images. None: all in turn
+    class_labels: tuple[Annotated[int, Whole("[0, inf)")], ...] = ()  # classes; taken in turn until there are num_images. None: all in turn
     prompt: tuple[str, ...] = ()  # captions, of a model that takes text; taken in turn until there are num_images
     labels: str = ""  # a file of classes, one number a line, in place of class_labels
     prompts: str = ""  # a file in place of prompt: .txt, one a line; .jsonl, {"prompt": ..., "negative_prompt": ...} a line
     negative_prompt: str = ""  # what guidance leads away from; by default from no caption
-    num_images: int = 0  # images in all; 0 for one of each label or prompt
+    num_images: Annotated[int, Whole("[0, inf)")] = 0  # images in all; 0 for one of each label or prompt
     # .png, .jpg, .webp: a grid; .gif: an animation; without a suffix: a folder, 000000.png and on (.npy of 5 bands or more)
     output: str = "samples.png"
     show: Literal["", "state", "prediction"] = (
         ""  # of an animation: the points, or the image each leads to; .webp moves where this is given
     )
     format: Literal["png", "shards"] = "png"  # of a folder: a file per image, or webdataset tars that `data.shards` takes
-    images_per_shard: int = 1000  # images in a tar; each tar is one process's, and begun anew if it was not finished
+    # images in a tar; each tar is one process's, and begun anew if it was not finished
+    images_per_shard: Annotated[int, Whole("[1, inf)")] = 1000
 
     def kind(self) -> Literal["grid", "animation", "folder"]:
         """What `output` names.
@@ -143,15 +152,15 @@ class Evaluate(Sampling):
     """Compare samples with real images: accuracy, diversity, memorisation, Frechet distance. For small labelled images."""
 
     reference: str = ""  # folder of shards with a split to train on and one held out
-    num_images: int = 1000  # samples, the same number of each class
-    guidance_scale: float = 2.0  # 1 is none
+    num_images: Annotated[int, Whole("[1, inf)")] = 1000  # samples, the same number of each class
+    guidance_scale: Annotated[float, Real("(-inf, inf)")] = 2.0  # 1 is none
     train_split: str = "train"  # what the model was trained on
     held_out_split: str = "val"  # what it was not
     features: str = ""  # of the Frechet distance: FILE.py:NAME, a function of images in -1..1; by default a classifier's, learnt here
     output: str = ""  # figures as JSON; by default evaluation.json in the pipeline's or the run's folder
-    min_accuracy: float = 0.0  # fail below this share of samples in their class
-    min_diversity: float = 0.0  # fail below this ratio to real images
-    min_nearest: float = 0.0  # fail below this ratio of distances to the nearest training image
+    min_accuracy: Annotated[float, Real("[0, 1]")] = 0.0  # fail below this share of samples in their class
+    min_diversity: Annotated[float, Real("[0, inf)")] = 0.0  # fail below this ratio to real images
+    min_nearest: Annotated[float, Real("[0, inf)")] = 0.0  # fail below this ratio of distances to the nearest training image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +170,8 @@ class Retrieve(Sampling):
     reference: str = ""  # folder of shards with captions
     split: str = "train"  # of the shards; what was trained on was seen
     caption: str = "txt"  # where captions are, as data.caption in a recipe; of several, each image draws one
-    candidates: int = 50  # captions, drawn by the seed; one sample and one real image each
-    guidance_scale: float = 3.0  # 1 is none
+    candidates: Annotated[int, Whole("[2, inf)")] = 50  # captions, drawn by the seed; one sample and one real image each
+    guidance_scale: Annotated[float, Real("(-inf, inf)")] = 3.0  # 1 is none
     output: str = (
         ""  # the grid: real images, then samples, 10 a row; by default retrieval.png in the run's folder, figures beside it as JSON
     )
@@ -190,8 +199,8 @@ class Likelihood(Model):
 
     reference: str = ""  # folder of shards
     split: str = "val"  # of the shards
-    num_images: int = 100  # the first so many
-    num_inference_steps: int = 50  # Heun steps, two evaluations with their divergence each
+    num_images: Annotated[int, Whole("[1, inf)")] = 100  # the first so many
+    num_inference_steps: Annotated[int, Whole("[1, inf)")] = 50  # Heun steps, two evaluations with their divergence each
     unconditional: bool = False  # ignore the classes of the images
     estimate: bool = False  # Hutchinson's estimate also where the exact divergence is affordable (64 dimensions)
 
@@ -206,10 +215,10 @@ class Restore(Sampling):
     )
     input: str = ""  # the image; it is resized to the model's size (super_resolution: to that over the factor)
     mask: str = ""  # of inpaint: white is filled in, black is kept
-    factor: int = 2  # of super_resolution: pixels a side that one pixel becomes
-    noise_std: float = 0.01  # standard deviation of the input's own noise, images in -1..1
-    class_label: int = -1  # class of the image; -1: not known
-    num_inference_steps: int = 100  # solver steps
+    factor: Annotated[int, Whole("[1, inf)")] = 2  # of super_resolution: pixels a side that one pixel becomes
+    noise_std: Annotated[float, Real("[0, inf)")] = 0.01  # standard deviation of the input's own noise, images in -1..1
+    class_label: Annotated[int, Whole("[-1, inf)")] = -1  # class of the image; -1: not known
+    num_inference_steps: Annotated[int, Whole("[1, inf)")] = 100  # solver steps
     solver: Solver = "euler"  # of an ODE or an SDE, with steps of its own: not langevin, annealed_langevin or dormand_prince
-    num_images: int = 4  # samples
+    num_images: Annotated[int, Whole("[1, inf)")] = 4  # samples
     output: str = "restored.png"  # the input as measured, then the samples

@@ -11,7 +11,7 @@ FLOORS = {
     "pipeline": [
         [
             *(
-                "networks",
+                "ranges",
                 "printable",
                 "scheduling_flow_v1",
                 "image_files",
@@ -24,7 +24,7 @@ FLOORS = {
             *("own_files", "curve", "measured", "captions_v1", "guidance_v1", "checkpoint.shares", "ema.posthoc", "launch.meeting"),
             *("launch.parallel", "launch.precision", "tracking.utilisation", "training.pulse"),
         ],
-        ["sheet", "recipe", "process", "leaks", "tracking.jsonl", "training.status"],
+        ["networks", "sheet", "recipe", "process", "leaks", "tracking.jsonl", "training.status"],
         ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1", "checkpoint.rankfile", "checkpoint.manifest", "tracking.trackers"],
         [
             *("identity", "method", "stock", "space", "pipeline_condot_v1", "checkpoint.stored", "ema", "launch.launcher", "tracking"),
