@@ -34,7 +34,7 @@ from models.cost import cost, example, stages
 from models.lora import add_lora
 from models.published import load_published
 from pipeline import launch
-from pipeline.checkpoint import Store, averages, choose, find, load_state
+from pipeline.checkpoint import Store, choose, find, load_state
 from pipeline.config import ALIASES, Config
 from pipeline.ema import Averages
 from pipeline.ema.snapshots import store_of
@@ -47,7 +47,8 @@ from pipeline.options import Export
 from pipeline.plan.case import Rooms
 from pipeline.plan.dry_run import dry_run
 from pipeline.printable import printable
-from pipeline.recipe import as_mapping, asked, facts_of, parse
+from pipeline.recipe import as_mapping, asked, parse
+from pipeline.resume import facts_of, journal_of, notes_of, resumed
 from pipeline.space import Space
 from pipeline.stock import form_of
 from pipeline.tracking import Meter
@@ -56,10 +57,10 @@ from pipeline.tracking.trackers import leave
 from pipeline.tracking.utilisation import Utilisation
 from pipeline.training.guard import Guard
 from pipeline.training.loop import story
-from pipeline.training.optim import adamw
+from pipeline.training.optim import adamw, check_ramp
 from pipeline.training.preview import preview
 from pipeline.training.pulse import Pulse
-from pipeline.training.run import Run, begin
+from pipeline.training.run import Run, begin, load_average
 from pipeline.training.status import Status
 from pipeline.training.told import MicroBatch, Teller
 from pipeline.training.watch import Watch
@@ -76,18 +77,23 @@ def train(config: Config) -> int:
     """
     folder = Path(config.output_dir)
     check_trackers(config.log.report_to)
+    check_ramp(config.train)
     sources, space = see(config)
     group = launch.enter(config)
     store = Store(folder, config.checkpoint.keep)
     checkpoint = choose(store, config.checkpoint.resume)
-    saved = load_state(checkpoint).get("precision") if checkpoint else None
-    accelerator = launch.start(config, group, saved, partial(measure, config, sources, space))
+    state = load_state(checkpoint) if checkpoint else {}
+    config, change = resumed(config, state) if checkpoint else (config, None)
+    accelerator = launch.start(config, group, state.get("precision"), partial(measure, config, sources, space))
     launch.agree("data.shards", sources.images.fingerprint)
     owned = launch.lock(folder) if accelerator.is_main_process else None
     status = Status(folder, accelerator.is_main_process)
     run = assemble(config, sources, space, accelerator, store, status, fresh=checkpoint is None)
+    run.about["changes"] = journal_of(state, change)
     data.check_sides(sources.options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
     begin(run, checkpoint, space)
+    for note in notes_of(change, config):
+        run.log.say(note)
     run.log.say(sources.note)
     STOPPER.defer()
     code = story(run)
@@ -241,7 +247,7 @@ def first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
         notes = (*report.notes, f"the weights were trained with {flow}, and this recipe is another") if flow else report.notes
         return tuple(f"init_from={config.init_from}: {note}." for note in notes)
     if config.train.lora_rank and config.checkpoint.start_from:
-        network.load_state_dict(averages(find(Path(config.checkpoint.start_from))))
+        load_average(find(Path(config.checkpoint.start_from)), network)
     elif config.train.lora_rank:
         raise ValueError("train.lora_rank without weights to add to: give init_from, or checkpoint.start_from.")
     return ()

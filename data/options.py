@@ -12,10 +12,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .caption_fields import parse_captions, spell_captions
 from .locators import redact_url
+from .safe_yaml import read_yaml
 
 MOST_CHANNELS = 1024
 """Hyperspectral cameras have some hundred bands; more is a slip."""
@@ -183,9 +182,11 @@ def _typed(name: str, value: Any, kind: str) -> Any:
     words = list(value) if isinstance(value, (list, tuple)) else [value]
     try:
         values = tuple(READERS[one](word) for word in words)
+        if len(values) > 1 and not kind.startswith("tuple"):
+            raise ValueError
         return values if kind.startswith("tuple") else values[-1]
     except (ValueError, KeyError, IndexError):
-        raise ValueError(f"data.{name}={' '.join(map(str, words))}: give {one}.") from None
+        raise ValueError(f"data.{name}={' '.join(map(str, words))}: give {one}{', one alone' if len(words) > 1 else ''}.") from None
 
 
 def _load(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -194,14 +195,11 @@ def _load(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"--config {path}: no such recipe. The shipped ones are in configs/.")
     if path.resolve() in seen:
         raise ValueError(f"{path}: recipes extend one another in a circle: {' -> '.join(p.name for p in (*seen, path))}.")
-    try:
-        recipe = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+    recipe = read_yaml(path) or {}
     if not isinstance(recipe, dict) or not isinstance(recipe.get("data", {}), dict):
         raise ValueError(f"{path}: a recipe is a mapping of sections (data, model, flow, train, ...).")
     base = recipe.pop("extends", None)
-    return _over(_load(path.parent / base, (*seen, path.resolve())), recipe) if base else recipe
+    return _over(_load(path.parent / str(base), (*seen, path.resolve())), recipe) if base else recipe
 
 
 def _over(base: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:

@@ -129,11 +129,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, "train.")
-        if self.lr_warmup_steps > self.max_steps:
-            raise ValueError(
-                f"train.lr_warmup_steps={self.lr_warmup_steps} is more than train.max_steps={self.max_steps}: the learning rate would "
-                f"never be reached. Use --train.lr_warmup_steps {self.max_steps // 10}, or train for longer."
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,6 @@ from typing import Any
 
 import diffusers
 import torch
-import yaml
 from torch import Tensor
 
 from .captions_v1 import Captions
@@ -20,6 +19,7 @@ from .flow import Condition, velocity_field
 from .method import scaled
 from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
 from .recipe import build
+from .safe_yaml import read_yaml
 from .scheduling_flow_ode_v1 import FlowODEScheduler
 from .scheduling_flow_sde_v1 import FlowSDEScheduler
 from .source import Source
@@ -53,7 +53,7 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu", own: Map
     try:
         pipeline = _pipeline(folder, json.loads((folder / "model_index.json").read_text()), own or {})
         recipe = folder / "config.yaml"
-        config = build(Config, yaml.safe_load(recipe.read_text())) if recipe.exists() else None
+        config = build(Config, read_yaml(recipe)) if recipe.exists() else None
     except Exception as error:  # diffusers raises many kinds for a damaged folder; each is the user's folder
         raise ValueError(
             f"pipeline={str(folder)!r} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]}): export it again."

@@ -12,6 +12,7 @@ FLOORS = {
         [
             *(
                 "ranges",
+                "safe_yaml",
                 "printable",
                 "scheduling_flow_v1",
                 "image_files",
@@ -30,7 +31,7 @@ FLOORS = {
             *("identity", "method", "stock", "space", "pipeline_condot_v1", "checkpoint.stored", "ema", "launch.launcher", "tracking"),
             *("training.guard", "training.optim", "training.told"),
         ],
-        ["launch", "checkpoint"],
+        ["launch", "checkpoint", "resume"],
         ["ema.snapshots"],
         ["ema.weights", "plan"],
         ["source", "fold", "card", "choice", "training.watch"],
@@ -51,7 +52,7 @@ FLOORS = {
         ["published"],
     ],
     "data": [
-        ["printable", "text_files", "image_formats", "regular_files", "jpeg_header", "flock", "stamps"],
+        ["printable", "safe_yaml", "text_files", "image_formats", "regular_files", "jpeg_header", "flock", "stamps"],
         ["orientation", "color", "splits", "labels", "locators", "tar_headers", "sample_files", "caption_fields"],
         ["bands"],
         ["tiff"],

@@ -62,7 +62,7 @@ def test_every_number_has_a_range_and_is_held_to_it(prefix, cls, name):
 @pytest.mark.parametrize(
     "words",
     ["train.weight_decay=-1", "train.beta1=2", "train.beta2=2", "train.learning_rate=inf", "log.guidance_scale=nan", "flow.time_mean=nan",
-     "train.lr_warmup_steps=13", "seed=-1", "seed=18446744073709551616", "model.depth=0", "ema.halflife=nan", "data.latent_shift=inf"],
+     "train.lr_decay_fraction=0", "seed=-1", "seed=18446744073709551616", "model.depth=0", "ema.halflife=nan", "data.latent_shift=inf"],
 )  # fmt: skip
 def test_the_command_line_names_the_option(words):
     """What the issue found to pass, given as a user gives it, to `train.py` and to the dry run that counts mistakes."""

@@ -6,8 +6,8 @@ import pytest
 
 from pipeline.config import ALIASES, Config
 from pipeline.networks import DiTConfig, UNetConfig
-from pipeline.recipe import as_mapping, build, facts_of, parse
-from pipeline.training.run import compare
+from pipeline.recipe import as_mapping, build, parse
+from pipeline.resume import compare, facts_of
 
 
 def recipe(tmp_path, text, name="a.yaml"):
