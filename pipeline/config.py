@@ -160,7 +160,7 @@ class CheckpointConfig:
     # checkpoints kept; older ones go once a newer one is safe
     keep: Annotated[int, Whole("[1, inf)", "at least one checkpoint is kept.")] = 2
     asynchronous: bool = True  # copy the state, then write it while training goes on; false waits for the disk
-    resume: str = "latest"  # `latest` (fresh where there is none), `none`, or a checkpoint's folder
+    resume: str = "latest"  # `latest` (fresh where there is none), `none`, or a checkpoint: its folder, or its name in this run's
     start_from: str = ""  # another run's folder, or a checkpoint of it, whose weights and average a fresh run starts from
 
     def __post_init__(self) -> None:

@@ -28,6 +28,7 @@ from .folder import open_folder
 from .generate import Sampler, generate
 from .leaks import scrubbed, without_origin
 from .pipeline_condot_v1 import NO_CLASS, CondotPipeline
+from .provenance import write_provenance
 from .recipe import as_mapping
 from .sheet import grid, save_image
 from .space import Space
@@ -94,6 +95,8 @@ def write_folder(
                 (temporary / f"{name}.json").write_text(json.dumps(figures, indent=1) + "\n")
         calls = choice.calls(class_names, captions, guidance, bands=space.image_channels > 4)
         (temporary / "README.md").write_text(readme(temporary, config, class_names, card, guidance, calls, choice.why))
+        if card.provenance:
+            write_provenance(temporary, card.provenance, card.changes)
         write_checksums(temporary)
         _replace(temporary, output)
     finally:

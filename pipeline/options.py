@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .generate import Sampler
+from .provenance import Provenance
 from .ranges import SEED, Real, Whole, check_numbers
 
 Solver = Literal[
@@ -88,9 +89,10 @@ class Sampling(Model):
             clip=self.clip,
         )
 
-    def told(self, ema: str) -> dict[str, Any]:
-        """What figures are told beside: how samples were drawn, and by which weights."""
-        return {"guidance_scale": self.guidance_scale, "solver": self.solver, "steps": self.num_inference_steps, "ema": ema}
+    def told(self, weights: Provenance, guide: Provenance | None = None) -> dict[str, Any]:
+        """What figures are told beside: how samples were drawn, and by which weights, those of a guide among them."""
+        drawn = {"guidance_scale": self.guidance_scale, "solver": self.solver, "steps": self.num_inference_steps}
+        return drawn | weights.as_dict() | ({"guide_sha256": guide.sha256} if guide else {})
 
 
 @dataclass(frozen=True, kw_only=True)

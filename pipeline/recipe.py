@@ -67,15 +67,26 @@ def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) 
     config = _recipe_named(words, argv, cls)
     given = _spelled({**(_flatten(load(config[0])) if config else {}), **words})
     default = _choose_kinds(cls, given)
-    known = _keys(default)
-    for key in given:
-        if key not in known:
-            raise ValueError(_unknown(key, known, list(aliases or {}), cls))
+    _check_known(cls, given, default, aliases or {})
     if wants_help and aliases:
         names = ", ".join(f"--{short} ({full})" for short, full in aliases.items())
         tyro.cli(cls, default=default, args=["--help"], description=f"{cls.__doc__}\n\nAlso understood: {names}.", **TYRO)
-    args = ["--help"] if wants_help else [word for key, values in given.items() for word in (f"--{key}", *values)]
-    return _quietly(cls, default, args)
+    return _quietly(cls, default, ["--help"] if wants_help else _arguments(given))
+
+
+def _check_known(cls: type, given: Words, default: Any, aliases: dict[str, str]) -> None:
+    known = _keys(default)
+    for key in given:
+        if key not in known:
+            raise ValueError(_unknown(key, known, list(aliases), cls))
+
+
+def _arguments(given: Words) -> list[str]:
+    """Words as tyro takes them; a value of a file that looks like an option stays a value."""
+    words: list[str] = []
+    for key, values in given.items():
+        words += [f"--{key}={values[0]}"] if len(values) == 1 and values[0].startswith("--") else [f"--{key}", *values]
+    return words
 
 
 def parse_all(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) -> tuple[T, list[str]]:
@@ -111,7 +122,7 @@ def _mended(cls: type[T], default: T, given: Words) -> tuple[T, list[str]]:
     """What is right of the given values, and what is wrong of them: each alone first, then together."""
 
     def fill(chosen: Words) -> T:
-        return _quietly(cls, default, [word for key, values in chosen.items() for word in (f"--{key}", *values)])
+        return _quietly(cls, default, _arguments(chosen))
 
     filled, found = _tried(fill, given)
     if not found:
@@ -147,8 +158,10 @@ def asked(argv: list[str], switch: str) -> bool:
 
 def build(cls: type[T], mapping: dict[str, Any]) -> T:
     """Fill a dataclass from a mapping, such as a saved configuration; errors as in `parse`."""
-    given = {key: values for key, values in _flatten(mapping).items() if values}  # an empty list is every list's default
-    return parse(cls, [word for key, values in given.items() for word in (f"--{key}", *values)])
+    given = _spelled({key: values for key, values in _flatten(mapping).items() if values})  # an empty list is every list's default
+    default = _choose_kinds(cls, given)
+    _check_known(cls, given, default, {})
+    return _quietly(cls, default, _arguments(given))
 
 
 def as_mapping(config: Any) -> dict[str, Any]:

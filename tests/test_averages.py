@@ -475,7 +475,7 @@ def test_images_and_figures_of_other_weights(powered, digits, tmp_path, capsys, 
     assert sample.main([*evaluate, "--ema", "1000"]) == 0
     assert json.loads((powered / "evaluation.json").read_text())["ema"] == "halflife=1000"
     for ema, told in (("", False), ("halflife=1000", True)):
-        card = Card.of(powered, 192, 12, torch.nn.Linear(2, 3), ema=ema)
+        card = Card.of(powered, 192, 12, torch.nn.Linear(2, 3), provenance=sample.Trained(powered, ema=ema).provenance())
         assert bool(card.evaluation) == told, "a card tells figures of its own weights alone"
 
 

@@ -245,12 +245,19 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
+def named(root: Path, resume: str) -> Path:
+    """Return the folder that `checkpoint.resume` names: a path, or as diffusers' scripts have it a checkpoint of the run itself."""
+    place = Path(resume)
+    own = root / place.name
+    return own if place.name.startswith(PREFIX) and len(place.parts) == 1 and (own.is_dir() or not place.is_dir()) else place
+
+
 def choose(store: Store, resume: str) -> Path | None:
     """The checkpoint to go on from, the same on all ranks, which ask together; None to start afresh.
 
     Args:
         store: of the run.
-        resume: `latest`, `none` or a checkpoint's folder.
+        resume: `latest`, `none`, a checkpoint's folder, or its name in the run's folder, as `checkpoint-500`.
 
     Raises:
         ValueError: a start that newer checkpoints in the run's folder would outlive.
@@ -262,7 +269,10 @@ def choose(store: Store, resume: str) -> Path | None:
         if newest is not None:
             raise ValueError(f"checkpoint.resume=none, but {store.root} holds {newest.name}: resume it, or give another --output_dir.")
         return None
-    chosen = Path(resume)
+    chosen = named(store.root, resume)
+    if not chosen.is_dir():
+        there = ", ".join(folder.name for folder in store.folders()) or "none"
+        raise ValueError(f"checkpoint.resume={resume}: {chosen} is not there; {store.root} holds {there}. Give one of them, or latest.")
     verify(chosen, together=True)  # so that no rank has to read all of it
     step = load_state(chosen)["step"]
     if newest is not None and _step(newest) > step:

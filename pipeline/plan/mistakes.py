@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..checkpoint import Store, choose, find
+from ..checkpoint import Store, choose, find, named
 from ..config import Config, FlowConfig
 from ..method import Method
 from ..resume import compare, resumed
@@ -124,7 +124,7 @@ def check_folder(config: Config, facts: Mapping[str, Any], mistakes: Mistakes) -
     resume = config.checkpoint.resume
     if resume == "none":
         mistakes.tried(choose, Store(folder, 1), resume)
-    found = _checkpoints(folder if resume in ("latest", "none") else Path(resume))
+    found = _checkpoints(folder if resume in ("latest", "none") else named(folder, resume))
     if not found:
         if resume not in ("latest", "none"):
             mistakes.add(f"checkpoint.resume={resume!r} is no whole checkpoint: give a folder checkpoint-<step>, or `latest`.")
