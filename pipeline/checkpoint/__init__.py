@@ -32,7 +32,7 @@ from .rankfile import DTYPES, Host, Place, not_finite, write_file
 from .shares import to_write
 from .stored import averages, load_into, load_state, load_tensors, raw_weights
 
-__all__ = ["Store", "averages", "choose", "find", "load_into", "load_state", "load_tensors", "raw_weights", "verify"]
+__all__ = ["Store", "averages", "choose", "find", "load_into", "load_state", "load_tensors", "named", "raw_weights", "verify"]
 
 PREFIX = "checkpoint-"
 NOT_FINITE = "holds numbers that are not finite"
