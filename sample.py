@@ -54,6 +54,7 @@ from pipeline.provenance import Provenance, digest, provenance_of
 from pipeline.publish import check_repository, publish
 from pipeline.recipe import build, parse
 from pipeline.restore import restore_file
+from pipeline.resume import lines_of
 from pipeline.retrieval import retrieve
 from pipeline.sheet import save_image, side_by_side
 from pipeline.source import Source, check_labels, led_by, need_pixels, network_source
@@ -161,7 +162,7 @@ class Trained:
     def export(self, output: Path, options: Export) -> Path:
         """Write it for stock diffusers."""
         told: dict[str, Any] = {"title": options.title, "license": options.license, "datasets": options.dataset}
-        told |= {"weights": self.weights, "changes": self.state.get("changes", ()), "output": output, "repository": options.push_to_hub}
+        told |= {"weights": self.weights, "changes": lines_of(self.state), "output": output, "repository": options.push_to_hub}
         trained, space, form = self.provenance(), self.space, form_of(self.config.flow)
         spoken = self.words("cpu").networks if self.text else ()
         masked = bool(spoken) and self.config.data.text_padding == "mask"

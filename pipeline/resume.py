@@ -6,6 +6,7 @@ card; what is refused is a fact on which the two must agree.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -151,9 +152,18 @@ def _jump(step: int, saved: Mapping[str, Any], config: Config) -> tuple[float, f
     return (last, now) if step else None
 
 
+def lines_of(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the journal that a checkpoint holds; older ones hold none, and a line that is none is left out."""
+    kept = []
+    for line in state.get("changes", ()):
+        with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
+            kept += [line] if list(told(line)) and int(line["step"]) >= 0 else []
+    return kept
+
+
 def journal_of(state: Mapping[str, Any], change: Change | None) -> list[dict[str, Any]]:
     """Return the lines of the journal from here on: those of the checkpoint's own course, and this launch's."""
-    return [*state.get("changes", []), *([change.as_dict()] if change else [])]
+    return [*lines_of(state), *([change.as_dict()] if change else [])]
 
 
 def write_journal(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:

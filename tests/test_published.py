@@ -310,9 +310,11 @@ def test_a_hub_id_is_downloaded_sparingly(monkeypatch, tmp_path, dit):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: asked.update(more, name=name) or str(pipeline))
     assert recipe_of("somebody/dit").model["width"] == 48
     assert asked["name"] == "somebody/dit"
-    assert asked["allow_patterns"] == [
-        "transformer/config.json", "transformer/*.index.json", "transformer/*.safetensors", "scheduler/scheduler_config.json",
-    ]  # fmt: skip
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert asked["allow_patterns"] == ["transformer/config.json", weights, "scheduler/scheduler_config.json"]
+    files[2:3] = ["transformer/diffusion_pytorch_model.fp16.safetensors", "transformer/diffusion_pytorch_model.bf16.safetensors"]
+    recipe_of("somebody/dit")
+    assert asked["allow_patterns"][1:-1] == [files[2]], "where there is no other, a variant"
 
     def unreachable(*args, **more):
         raise OSError("no network")
