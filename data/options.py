@@ -6,6 +6,7 @@ A test holds the two to the same names and defaults.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -64,6 +65,10 @@ class Options:
     latent_shift: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            numbers = [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, float)]
+            _require(all(map(math.isfinite, numbers)), item.name, value, "numbers that are finite.")
         _require(self.resolution >= 1, "resolution", self.resolution, "at least 1 pixel. Use the side of your images, or 256.")
         channels = f"1 (gray), 2 (gray, alpha), 3 (RGB), 4 (RGB, alpha), or up to {MOST_CHANNELS} (the bands of TIFF or .npy files)."
         _require(1 <= self.channels <= MOST_CHANNELS, "channels", self.channels, f"choose {channels}")

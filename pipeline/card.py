@@ -169,6 +169,8 @@ def _what(config: Config, class_names: tuple[str, ...], card: Card) -> str:
         told = f"captions, read by {' and '.join(map(_linked, data.text_encoder))}"
     latents = f", in the latents of {_linked(data.autoencoder)}" if data.autoencoder else ""
     origin = f"from the weights of {_linked(config.init_from)}" if config.init_from else "from scratch"
+    if config.checkpoint.start_from:  # what that one began from, its own card says
+        origin = f"from the weights of another run, {code(last_name(config.checkpoint.start_from))}"
     return (
         f"A {config.model.kind} of {card.parameters:,} parameters, trained {origin} by condot on\n"
         f"{data.resolution} x {data.resolution} {kind_of(data.channels, data.bit_depth)}, {told}{latents}."

@@ -245,6 +245,8 @@ def test_the_card_of_a_text_model_links_its_origins(trained, folder, tmp_path):
     card = card_of(trained, folder, build(Config, given))
     assert card.data.pipeline_tag == "text-to-image" and card.data.base_model == "ann/base"
     assert "captions, read by [openai/clip](https://huggingface.co/openai/clip)" in card.text and "the latents of [ann/vae]" in card.text
+    stage = card_of(trained, folder, build(Config, {"checkpoint": {"start_from": "/runs/*stage*"}}))
+    assert "trained from the weights of another run, `*stage*` by condot" in stage.text and "from scratch" not in stage.text
     (tmp_path / "w").mkdir()
     local = card_of(trained, folder, build(Config, given | {"init_from": str(tmp_path / "w")}))
     assert local.data.base_model is None and str(tmp_path) not in local.content

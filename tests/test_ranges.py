@@ -6,6 +6,8 @@ import typing
 
 import pytest
 
+from data.options import Options
+from data.prepare import main as prepare
 from pipeline import options
 from pipeline.config import ALIASES, Config
 from pipeline.networks import ModelConfig
@@ -73,6 +75,29 @@ def test_the_command_line_names_the_option(words):
     assert "\n" not in str(error.value)
     _, found = parse_all(Config, argv, ALIASES)
     assert len(found) == 1 and f"{name}={value}" in found[0]
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--holdout=nan", "--holdout=-0.1", "--holdout=1", "--holdout=inf", "--shard_size=nan", "--shard_size=inf", "--shard_size=-1MB",
+     "--max_side=-1", "--max_side=7", "--workers=-1", "--workers=1.5", "--seed=x"],
+)  # fmt: skip
+def test_numbers_of_prepare(words, tmp_path, capsys):
+    """Refused before a folder is made, by the option's name."""
+    try:
+        assert prepare(["digits", "--output", str(tmp_path / "s"), words]) == 2
+    except SystemExit as ended:
+        assert ended.code == 2
+    assert words.partition("=")[0] in capsys.readouterr().err and not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("name", ["weights", "aspect_ratios", "latent_scale", "latent_shift", "max_bad_share", "retry_seconds"])
+def test_data_s_own_options_are_finite(name):
+    """`data.encode` and `data.inspect` read the section without `pipeline/`; a NaN behind a good number is found too."""
+    for bad in (math.nan, math.inf):
+        value = getattr(Options(), name)
+        with pytest.raises(ValueError, match=f"data.{name}="):
+            Options(**{name: (0.5, bad) if isinstance(value, tuple) else bad, **({"shards": ("a", "b")} if name == "weights" else {})})
 
 
 def test_intervals():
