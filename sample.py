@@ -13,6 +13,7 @@ STOPPER = Stopper("no file was left half-written", listen=is_program(__name__)) 
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,9 +51,11 @@ from pipeline.networks import model_options
 from pipeline.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve, Sampling
 from pipeline.own_files import write_whole
 from pipeline.printable import say
+from pipeline.provenance import Provenance, digest, provenance_of
 from pipeline.publish import check_repository, publish
 from pipeline.recipe import build, parse
 from pipeline.restore import check_options, restore_file
+from pipeline.resume import lines_of
 from pipeline.retrieval import retrieve
 from pipeline.sheet import save_image, side_by_side
 from pipeline.source import Source, check_labels, led_by, need_pixels, network_source
@@ -66,8 +69,7 @@ class Opened(NamedTuple):
     source: Source
     files: tuple[Path, ...]  # folders, exported or checkpoints, of itself and of its guide, if it has one
     class_names: tuple[str, ...]
-    ema: str = ""
-    """Which weights of a run; "" is its first average."""
+    weights: tuple[Callable[[], Provenance], ...]  # of itself and of its guide
 
 
 def open_one(pipeline: str, run: str, ema: str, device: torch.device, prefix: str = "") -> Opened:
@@ -83,9 +85,10 @@ def open_one(pipeline: str, run: str, ema: str, device: torch.device, prefix: st
     if pipeline:
         source, index = open_folder(pipeline, device, OWN), read_index(Path(pipeline))
         names = index.get("id2label") or dict.fromkeys(map(str, range(source.num_classes)))
-        return Opened(source, (Path(pipeline),), tuple(names[key] or key for key in sorted(names, key=int)))
+        names = tuple(names[key] or key for key in sorted(names, key=int))
+        return Opened(source, (Path(pipeline),), names, (partial(provenance_of, Path(pipeline)),))
     trained = Trained(Path(run), None, ema, f"--{prefix}ema")
-    return Opened(trained.source(device), (trained.found,), () if trained.text else trained.class_names, trained.ema)
+    return Opened(trained.source(device), (trained.found,), () if trained.text else trained.class_names, (trained.provenance,))
 
 
 def opened(options: Model) -> Opened:
@@ -101,16 +104,13 @@ def opened(options: Model) -> Opened:
     model = open_one(options.pipeline, options.run, options.ema, device)
     if any(guide):
         weak = open_one(*guide, device, "guide_")
-        model = model._replace(source=led_by(model.source, weak.source), files=model.files + weak.files)
+        model = model._replace(
+            source=led_by(model.source, weak.source), files=model.files + weak.files, weights=model.weights + weak.weights
+        )
     if not (reference := getattr(options, "classifier_reference", "")):
         return model
     source = led_by_classifier(model.source, shards := Shards(reference, "train"), read_images, reference)
     return model._replace(source=source, class_names=model.class_names or tuple(shards.manifest.class_names))
-
-
-def source_of(options: Model) -> Source:
-    """The field to sample from; errors as `opened`."""
-    return opened(options).source
 
 
 class Trained:
@@ -138,7 +138,12 @@ class Trained:
                 add_lora(self.network, self.config.train.lora_rank, self.config.train.lora_alpha)
             weights, self.weights = read_weights(found, self.state, wanted, self.config.ema)
             self.network.load_state_dict(weights)
+            self.adapted = digest(weights) if self.config.train.lora_rank else ""  # merging rounds as its machine does
             self.network = merge_lora(self.network)
+
+    def provenance(self) -> Provenance:
+        """Which weights these are."""
+        return Provenance.of_run(self.adapted or digest(self.network.state_dict()), self.state["step"], self.ema)
 
     def source(self, device: torch.device | str) -> Source:
         """The averaged network as a field."""
@@ -163,12 +168,13 @@ class Trained:
     def export(self, output: Path, options: Export) -> Path:
         """Write it for stock diffusers."""
         told: dict[str, Any] = {"title": options.title, "license": options.license, "datasets": options.dataset}
-        told |= {"ema": self.ema, "weights": self.weights}
-        card = Card.of(self.run, self.state["images"], self.state["step"], self.network, repository=options.push_to_hub, **told)
-        space, form = self.space, form_of(self.config.flow)
+        told |= {"weights": self.weights, "changes": lines_of(self.state), "output": output, "repository": options.push_to_hub}
+        trained, space, form = self.provenance(), self.space, form_of(self.config.flow)
         spoken = self.words("cpu").networks if self.text else ()
         how = (bool(spoken) and self.config.data.text_padding == "mask", bool(self.config.data.aspect_ratios))
         network, why = to_exported(self.network, form.factor, *how), unheld(self.network, *how)
+        told["provenance"] = replace(trained, sha256=digest(network.state_dict()))
+        card = Card.of(self.run, self.state["images"], self.state["step"], self.network, **told)
         vae = Autoencoder(space.autoencoder, expected=space.fingerprint).model if space.latent else None
         about: dict[str, Any] = {"why": why, "spoken": spoken, "captions": self.text.get("captions", ()), "variant": options.variant}
         return write_folder(output, network, self.config, () if self.text else self.class_names, card, space, vae, **about)
@@ -192,26 +198,21 @@ def compare(options: Evaluate) -> int:
     """Sample every class alike, compare with real images, print and write the figures."""
     if not options.reference:
         raise ValueError("--reference is missing: give the folder of shards, as --reference runs/digits/shards.")
-    shards = {
-        name: Shards(options.reference, split) for name, split in (("train", options.train_split), ("held out", options.held_out_split))
-    }
+    shards = [Shards(options.reference, split) for split in (options.train_split, options.held_out_split)]
     features = load_features(options.features) if options.features else None
     model = opened(options)
-    source = model.source
+    source, drawn = model.source, options.told(*(one() for one in model.weights))
     channels, _, resolution = source.image_shape
-    train, held_out = (read_images(s, channels, resolution, bit_depth=source.bit_depth) for s in shards.values())
-    if source.num_classes != len(shards["train"].manifest.class_names) or not source.num_classes:
-        raise ValueError(
-            f"the model has {source.num_classes} classes, {options.reference} "
-            f"has {len(shards['train'].manifest.class_names)}: give its own shards."
-        )
+    train, held_out = (read_images(s, channels, resolution, bit_depth=source.bit_depth) for s in shards)
+    if (there := len(shards[0].manifest.class_names)) != source.num_classes or not there:
+        raise ValueError(f"the model has {source.num_classes} classes, {options.reference} has {there}: give its own shards.")
     check_features(features, held_out[0][:2], options.features)
     labels = torch.arange(options.num_images) % source.num_classes
-    made = generate(source, labels, options.sampler(), seed=options.seed, batch_size=options.batch_size).images
-    report = evaluate(made.clamp(-1, 1), labels, train, held_out, features)
+    made = generate(source, labels, options.sampler(), seed=options.seed, batch_size=options.batch_size).images.clamp(-1, 1)
+    report = evaluate(made, labels, train, held_out, features)
     say(report)
     output = Path(options.output or Path(options.pipeline or options.run) / "evaluation.json")
-    write_whole(output, json.dumps({**report.as_dict(), **options.told(model.ema)}, indent=1) + "\n")
+    write_whole(output, json.dumps({**report.as_dict(), **drawn}, indent=1) + "\n")
     say(f"figures in {output}")
     return 0 if report.reaches(options.min_accuracy, options.min_diversity, options.min_nearest) else 1
 
@@ -225,7 +226,7 @@ def captioned(options: Retrieve) -> tuple[Tensor, Tensor, list[str], dict[str, A
     if source.read is None:
         raise ValueError("retrieve asks by caption, and the model takes no text: use evaluate for classes.")
     check_captions(shards, options.caption)
-    total = sum(shards.counts)
+    total, drawn = sum(shards.counts), options.told(*(one() for one in model.weights))
     if not 2 <= options.candidates <= total:
         raise ValueError(f"--candidates {options.candidates}: 2 or more, of the {total} images of split {options.split!r}.")
     chosen = torch.randperm(total, generator=torch.Generator().manual_seed(options.seed))[: options.candidates].tolist()
@@ -233,7 +234,7 @@ def captioned(options: Retrieve) -> tuple[Tensor, Tensor, list[str], dict[str, A
     real, _ = read_images(shards, channels, side, chosen, bit_depth=source.bit_depth)
     captions = read_captions(shards, options.caption, chosen)
     made = generate(source, source.read(captions), options.sampler(), seed=options.seed, batch_size=options.batch_size).images
-    return real, made.clamp(-1, 1), captions, options.told(model.ema)
+    return real, made.clamp(-1, 1), captions, drawn
 
 
 def retrieve_captions(options: Retrieve) -> int:
@@ -266,7 +267,7 @@ def likelihood(options: Likelihood) -> int:
     """Measure and print bits per dimension."""
     if not options.reference:
         raise ValueError("--reference is missing: give a folder of shards, as --reference runs/digits/shards.")
-    source = source_of(options)
+    source = opened(options).source
     need_pixels(source, "likelihood measures bits of pixels")
     shards = Shards(options.reference, options.split)
     first = range(min(options.num_images, sum(shards.counts)))
@@ -282,7 +283,7 @@ def likelihood(options: Likelihood) -> int:
 def restored(options: Restore) -> int:
     """Restore an image and write what was left of it, then the samples."""
     check_options(options)
-    source = source_of(options)
+    source = opened(options).source
 
     def read(file: Path, channels: int, side: int) -> Tensor:
         return to_unit(torch.from_numpy(decode_image(file.read_bytes(), channels, side, bit_depth=source.bit_depth)))

@@ -35,7 +35,7 @@ from models.cost import cost, example, stages
 from models.lora import add_lora
 from models.published import load_published
 from pipeline import launch
-from pipeline.checkpoint import Store, averages, choose, find, load_state
+from pipeline.checkpoint import Store, choose, find, load_state
 from pipeline.choice import check_two_outputs
 from pipeline.config import ALIASES, Config
 from pipeline.ema import Averages
@@ -49,7 +49,8 @@ from pipeline.options import Export
 from pipeline.plan.case import Rooms
 from pipeline.plan.dry_run import dry_run
 from pipeline.printable import printable
-from pipeline.recipe import as_mapping, asked, facts_of, parse
+from pipeline.recipe import as_mapping, asked, parse
+from pipeline.resume import facts_of, journal_of, notes_of, resumed
 from pipeline.space import Space
 from pipeline.stock import form_of
 from pipeline.tracking import Meter
@@ -58,10 +59,10 @@ from pipeline.tracking.trackers import leave
 from pipeline.tracking.utilisation import Utilisation
 from pipeline.training.guard import Guard
 from pipeline.training.loop import story
-from pipeline.training.optim import adamw
+from pipeline.training.optim import adamw, check_ramp
 from pipeline.training.preview import preview
 from pipeline.training.pulse import Pulse
-from pipeline.training.run import Run, begin
+from pipeline.training.run import Run, begin, load_average
 from pipeline.training.status import Status
 from pipeline.training.told import MicroBatch, Teller
 from pipeline.training.watch import Watch
@@ -78,12 +79,14 @@ def train(config: Config) -> int:
     """
     folder = Path(config.output_dir)
     check_trackers(config.log.report_to)
+    check_ramp(config.train)
     sources, space = see(config)
     group = launch.enter(config)
     store = Store(folder, config.checkpoint.keep)
     checkpoint = choose(store, config.checkpoint.resume)
-    saved = load_state(checkpoint).get("precision") if checkpoint else None
-    accelerator = launch.start(config, group, saved, partial(measure, config, sources, space))
+    state = load_state(checkpoint) if checkpoint else {}
+    config, change = resumed(config, state) if checkpoint else (config, None)
+    accelerator = launch.start(config, group, state.get("precision"), partial(measure, config, sources, space))
     launch.agree("data.shards", sources.images.fingerprint)
     owned = launch.lock(folder) if accelerator.is_main_process else None
     with closing(owned) if owned else nullcontext():
@@ -92,8 +95,11 @@ def train(config: Config) -> int:
         run = assemble(config, sources, space, accelerator, store, status, fresh=checkpoint is None)
         if owned:
             run.store.lost = run.snapshots.lost = owned.lost
+        run.about["changes"] = journal_of(state, change)
         data.check_sides(sources.options, space.factor * int(run.network.multiple))  # type: ignore[arg-type]
         begin(run, checkpoint, space)
+        for note in notes_of(change, config):
+            run.log.say(note)
         run.log.say(sources.note)
         STOPPER.defer()
         code = story(run)
@@ -158,7 +164,8 @@ def share_of(config: Config, accelerator: Accelerator) -> Share:
 
 def assemble(config: Config, sources: Sources, space: Space, accelerator: Accelerator, store: Store, status: Status, *, fresh: bool) -> Run:
     """Introduce the rooms to one another: network, objective, optimiser, averages, checkpoints."""
-    set_seed(config.seed)
+    set_seed(config.seed % 2**32)  # more NumPy does not take
+    torch.manual_seed(config.seed)
     names, device = sources.images.manifest.class_names, accelerator.device
     words = sources.listen(device)
     method = Method(config.flow, space.shape, config.train.batch_size)
@@ -245,7 +252,7 @@ def first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
         notes = (*report.notes, f"the weights were trained with {flow}, and this recipe is another") if flow else report.notes
         return tuple(f"init_from={config.init_from}: {note}." for note in notes)
     if config.train.lora_rank and config.checkpoint.start_from:
-        network.load_state_dict(averages(find(Path(config.checkpoint.start_from))))
+        load_average(find(Path(config.checkpoint.start_from)), network)
     elif config.train.lora_rank:
         raise ValueError("train.lora_rank without weights to add to: give init_from, or checkpoint.start_from.")
     return ()

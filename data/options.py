@@ -6,16 +6,16 @@ A test holds the two to the same names and defaults.
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from .caption_fields import parse_captions, spell_captions
 from .locators import redact_url
+from .safe_yaml import read_yaml
 
 MOST_CHANNELS = 1024
 """Hyperspectral cameras have some hundred bands; more is a slip."""
@@ -65,6 +65,10 @@ class Options:
     latent_shift: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            numbers = [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, float)]
+            _require(all(map(math.isfinite, numbers)), item.name, value, "numbers that are finite.")
         _require(self.resolution >= 1, "resolution", self.resolution, "at least 1 pixel. Use the side of your images, or 256.")
         channels = f"1 (gray), 2 (gray, alpha), 3 (RGB), 4 (RGB, alpha), or up to {MOST_CHANNELS} (the bands of TIFF or .npy files)."
         _require(1 <= self.channels <= MOST_CHANNELS, "channels", self.channels, f"choose {channels}")
@@ -183,9 +187,11 @@ def _typed(name: str, value: Any, kind: str) -> Any:
     words = list(value) if isinstance(value, (list, tuple)) else [value]
     try:
         values = tuple(READERS[one](word) for word in words)
+        if len(values) > 1 and not kind.startswith("tuple"):
+            raise ValueError
         return values if kind.startswith("tuple") else values[-1]
     except (ValueError, KeyError, IndexError):
-        raise ValueError(f"data.{name}={' '.join(map(str, words))}: give {one}.") from None
+        raise ValueError(f"data.{name}={' '.join(map(str, words))}: give {one}{', one alone' if len(words) > 1 else ''}.") from None
 
 
 def _load(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -194,14 +200,11 @@ def _load(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"--config {path}: no such recipe. The shipped ones are in configs/.")
     if path.resolve() in seen:
         raise ValueError(f"{path}: recipes extend one another in a circle: {' -> '.join(p.name for p in (*seen, path))}.")
-    try:
-        recipe = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+    recipe = read_yaml(path) or {}
     if not isinstance(recipe, dict) or not isinstance(recipe.get("data", {}), dict):
         raise ValueError(f"{path}: a recipe is a mapping of sections (data, model, flow, train, ...).")
     base = recipe.pop("extends", None)
-    return _over(_load(path.parent / base, (*seen, path.resolve())), recipe) if base else recipe
+    return _over(_load(path.parent / str(base), (*seen, path.resolve())), recipe) if base else recipe
 
 
 def _over(base: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:

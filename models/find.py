@@ -6,7 +6,8 @@ import argparse
 import inspect
 import json
 import pickle
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,13 @@ ORIGINAL = "original"
 PARTS = ("transformer", "unet")
 FILES = (".pt", ".pth", ".safetensors")
 AGAIN = "Copy the weights again."
+STEM = "diffusion_pytorch_model"
+VARIANTS = ("", "fp16", "bf16")
+"""In the order in which they are taken: no variant is full; fp16 has more digits than bf16; others come last."""
+WEIGHTS = re.compile(
+    rf"{STEM}(?:\.(?P<variant>[\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?\.(?P<ending>safetensors|bin)(?:\.index(?:\.(?P<indexed>[\w-]+))?\.json)?"
+)
+"""Names of files of weights and of their index, as diffusers writes them: a part's variant stands before its number, an index's behind."""
 NESTED = ("ema", "model", "state_dict")
 """Where a checkpoint keeps its weights; the average is what was published figures were measured with."""
 
@@ -42,6 +50,10 @@ class Found(NamedTuple):
     state: Mapping[str, Tensor]
     scheduler: Mapping[str, Any]
     """The configuration of the scheduler beside them; empty where there is none."""
+    variant: str = ""
+    """Such as fp16, where the full weights are not there."""
+    clock: str = ""
+    """Of an original, `sit` or `original` as its training arguments say; "" where it holds none."""
 
 
 def find(name: str) -> Found:
@@ -56,7 +68,8 @@ def find(name: str) -> Found:
     """
     path = Path(name)
     if path.suffix in FILES and path.is_file():
-        return Found(name, ORIGINAL, {}, _floats(_checkpoint(path)), {})
+        weights, clock = _checkpoint(path)
+        return Found(name, ORIGINAL, {}, _floats(weights), {}, clock=clock)
     folder = _inner(path) if path.is_dir() else _inner(_of_hub(name))
     try:
         config = dict(json.loads((folder / "config.json").read_text()))
@@ -68,7 +81,8 @@ def find(name: str) -> Found:
     kind = LEGACY.get(str(config.get("norm_type")), kind) if kind == "Transformer2DModel" else kind
     if kind not in CLASSES:
         raise ValueError(f"init_from={name!r} holds a {kind}: ours can hold {', '.join(CLASSES)}, and files of the original DiT and SiT.")
-    state = _floats(_weights(folder))
+    variant, files = _files(folder)
+    state = _floats({key: value for file in files for key, value in _tensors(file).items()})
     _check_layers(name, config, len(state))
     try:
         with torch.device("meta"):
@@ -78,7 +92,7 @@ def find(name: str) -> Found:
             f"init_from={name!r}: its configuration makes no {kind} ({' '.join(str(error).split())[:200]}). {AGAIN}"
         ) from error
     check(name, f"its own {kind}", state, {key: value.shape for key, value in stock.state_dict().items()}, AGAIN)
-    return Found(name, kind, dict(stock.config), state, scheduler)  # type: ignore[arg-type]
+    return Found(name, kind, dict(stock.config), state, scheduler, variant)  # type: ignore[arg-type]
 
 
 def _check_layers(name: str, config: Mapping[str, Any], tensors: int) -> None:
@@ -140,10 +154,9 @@ def _of_hub(name: str) -> Path:
         try:
             files = HfApi().list_repo_files(name)
             under = next((f"{part}/" for part in PARTS if f"{part}/config.json" in files), "")
-            safe = any(file.startswith(under) and file.endswith(".safetensors") for file in files)
-            kinds = ("config.json", "*.index.json", "*.safetensors" if safe else "*.bin")
-            patterns = [f"{under}{kind}" for kind in kinds] + ["scheduler/scheduler_config.json"]
-            return Path(snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.bf16.*", "*.non_ema.*"]))
+            wanted = _chosen([file.removeprefix(under) for file in files if file.startswith(under)])[1]
+            patterns = [f"{under}{file}" for file in ("config.json", *(wanted or ["*.safetensors"]))] + ["scheduler/scheduler_config.json"]
+            return Path(snapshot_download(name, allow_patterns=patterns))
         except (OSError, HTTPError):
             return Path(snapshot_download(name, local_files_only=True))
     except (OSError, ValueError, HTTPError) as error:
@@ -153,27 +166,38 @@ def _of_hub(name: str) -> Path:
         ) from error
 
 
-def _weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder, in one file or many."""
-    stem = "diffusion_pytorch_model"
-    for ending in ("safetensors", "bin"):
-        files = [folder / f"{stem}.{ending}"]
-        index = folder / f"{stem}.{ending}.index.json"
-        if index.is_file():
-            try:
-                names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-                if not all(Path(file).name == file for file in names):
-                    raise ValueError("it names files of elsewhere")
-                files = [folder / file for file in names]
-            except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                raise ValueError(f"init_from: {index} cannot be read ({error}). Copy the weights again.") from error
-        elif not files[0].is_file():
-            continue
-        state: dict[str, Tensor] = {}
-        for file in files:
-            state |= _tensors(file)
-        return state
-    raise ValueError(f"init_from: {folder} holds no {stem}.safetensors. Copy the weights again.")
+def _chosen(names: Iterable[str]) -> tuple[str, list[str]]:
+    """Choose among the names of a folder's files: the full weights, else those of a variant, fp16 first; safetensors before pickles.
+
+    Returns:
+        The variant, "" for none; and its files, index and parts. Nothing where there are no weights.
+    """
+    found: dict[tuple[int, str, bool], list[str]] = {}
+    for name in sorted(names):
+        if parts := WEIGHTS.fullmatch(name):
+            variant = parts["variant"] or parts["indexed"] or ""
+            order = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
+            found.setdefault((order, variant, parts["ending"] == "bin"), []).append(name)
+    full = {key: files for key, files in found.items() if any(not file.endswith(".json") for file in files)}
+    key = min(full or found, default=None)  # an index alone may name its parts as it likes
+    return (key[1], found[key]) if key else ("", [])
+
+
+def _files(folder: Path) -> tuple[str, list[Path]]:
+    """The variant and the files of a folder's weights, in one file or many."""
+    variant, names = _chosen(path.name for path in folder.iterdir())
+    if not names:
+        raise ValueError(f"init_from: {folder} holds no {STEM}.safetensors. Copy the weights again.")
+    index = next((folder / name for name in names if name.endswith(".json")), None)
+    if index is None:
+        return variant, [folder / name for name in names]
+    try:
+        parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(Path(part).name != part for part in parts):
+            raise ValueError("it names files of other folders")
+        return variant, [folder / part for part in parts]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"init_from: {index} cannot be read ({error}). Copy the weights again.") from error
 
 
 def _tensors(file: Path) -> dict[str, Any]:
@@ -193,9 +217,10 @@ def _tensors(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _checkpoint(file: Path) -> dict[str, Tensor]:
-    """The weights in a checkpoint, the average where there is one, without what wrappers put before their names."""
+def _checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
+    """The weights in a checkpoint, the average where there is one, without what wrappers put before their names; and their clock."""
     held = _tensors(file)
+    clock = _clock(held.get("args"))
     for key in NESTED:
         if isinstance(held.get(key), Mapping):
             held = dict(held[key])
@@ -207,4 +232,11 @@ def _checkpoint(file: Path) -> dict[str, Tensor]:
             f"init_from={str(file)!r} holds no weights under {', '.join(NESTED)} or by themselves ({_few(other) or 'it is empty'}). "
             f"Save the state dict alone."
         )
-    return state
+    return state, clock
+
+
+def _clock(args: Any) -> str:
+    """Whose training arguments these are: SiT's name a path, and both name their model, `SiT-XL/2` or `DiT-XL/2`."""
+    said = vars(args) if isinstance(args, argparse.Namespace) else {}
+    model = str(said.get("model", ""))
+    return "sit" if "path_type" in said or model.startswith("SiT") else "original" if model.startswith("DiT") else ""

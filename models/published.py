@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +32,9 @@ DATA = {
 }
 FLOWS = {
     "SD3Transformer2DModel": ("condot", "velocity"), "UNet2DConditionModel": ("ddpm_scaled_linear", "noise"),
-    "sit": ("condot", "velocity"),
 }  # fmt: skip
+CLOCKS = {"sit": ("condot", "velocity"), "original": ("ddpm", "noise")}
+"""The same of checkpoints of SiT's and DiT's own code."""
 BETAS = {"linear": "ddpm", "scaled_linear": "ddpm_scaled_linear", "squaredcos_cap_v2": "ddpm_cosine"}
 PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
 
@@ -47,10 +47,11 @@ class Needs(NamedTuple):
     data: dict[str, int]
     """What the data must be: channels, resolution and, with text, its widths."""
     flow: dict[str, str]
-    """`path` and `predict` of the section `flow` that the weights were trained with."""
+    """`path` and `predict` of the section `flow` that the weights were trained with; empty where they do not say."""
 
     def __str__(self) -> str:
-        return " ".join(f"model.{name}={_spelt(value)}" for name, value in self.model.items())
+        said = " ".join(f"model.{name}={_spelt(value)}" for name, value in self.model.items())
+        return said if self.flow else f"{said} model.clock=original for DiT's or sit for SiT's (the file does not say whose it is)"
 
 
 class Report(NamedTuple):
@@ -92,6 +93,10 @@ def load_published(name: str, network: nn.Module, factor: float | None = None) -
     if kind != needs.model["kind"]:
         raise ValueError(f"init_from={name!r} holds a {found.kind}, which is no model.kind={kind}. {remedy}")
     state, notes = _taken(found, needs, network, factor)
+    if found.variant:
+        notes.append(f"the full weights are not there, and those of the variant {found.variant} are taken")
+    if not needs.flow:
+        notes.append(f"the file does not say whether it is DiT's or SiT's: it is read as model.clock={network.clock}, as the recipe has it")
     own = network.state_dict()
     state, more = _fitted_tables(state, own)
     fresh = sorted(key for key in own.keys() - state.keys() if key.startswith(AFRESH))
@@ -109,8 +114,7 @@ def _needs(found: Found) -> Needs:
     facts: dict[str, Any]
     if found.kind == ORIGINAL:
         facts = _original_facts(found)
-        flow = FLOWS.get(facts["clock"], ("ddpm", "noise"))
-        return _split("dit", facts, flow)
+        return _split("dit", facts, CLOCKS.get(found.clock))
     config = found.config
     flow = _flow(found)
     if found.kind == "DiTTransformer2DModel":
@@ -151,10 +155,10 @@ def _untied(state: Mapping[str, Tensor]) -> bool:
     return any(not torch.equal(state[f"transformer_blocks.{i}.{part}"], state[first + part]) for part in parts for i in range(1, depth))
 
 
-def _split(kind: str, facts: dict[str, Any], flow: tuple[str, str]) -> Needs:
+def _split(kind: str, facts: dict[str, Any], flow: tuple[str, str] | None) -> Needs:
     data: dict[str, int] = {key: facts.pop(key) for key in ("channels", "resolution", "text_width", "pooled_width") if key in facts}
     model = {"kind": kind, **{key: value for key, value in facts.items() if value is not None}}
-    return Needs(model, data, {"path": flow[0], "predict": flow[1]})
+    return Needs(model, data, {"path": flow[0], "predict": flow[1]} if flow else {})
 
 
 def _flow(found: Found) -> tuple[str, str]:
@@ -167,7 +171,7 @@ def _flow(found: Found) -> tuple[str, str]:
 
 
 def _original_facts(found: Found) -> dict[str, Any]:
-    """Sizes of an original checkpoint, as far as they can be read off; SiT's is known by its file's name alone."""
+    """Sizes of an original checkpoint, as far as they can be read off; DiT's and SiT's tensors are alike."""
     state = found.state
     absent = [key for key in ("x_embedder.proj.weight", "pos_embed") if key not in state]
     if absent or state["x_embedder.proj.weight"].ndim != 4 or state["pos_embed"].ndim != 3:
@@ -180,7 +184,7 @@ def _original_facts(found: Found) -> dict[str, Any]:
     return {
         "channels": channels, "resolution": math.isqrt(state["pos_embed"].shape[1]) * patch_size, "patch_size": patch_size, "width": width,
         "depth": sum(key.endswith(".attn.qkv.weight") for key in state), "heads": heads.get(width),
-        "clock": "sit" if "sit" in Path(found.name).name.lower() else "original",
+        "clock": found.clock or None,
     }  # fmt: skip
 
 
@@ -227,8 +231,9 @@ def _check_facts(name: str, needs: Needs, network: nn.Module, remedy: str) -> No
         have = {"heads": network.enter.out_features // network.head_width, "clock": network.clock, "rope": network.rope}
         have |= {"rms_norm": network.rms_norm, "positions": "sincos" if network.fixed_positions else "none"}
         want = {"rope": False, "rms_norm": False, "positions": "sincos", "heads": have["heads"], **want}
-        if (want["clock"], network.clock) in (("diffusers", "original"), ("original", "sit"), ("sit", "original")):
-            want["clock"] = network.clock  # stock copies of the original, and files, do not tell how time was embedded
+        told = want.setdefault("clock", network.clock if network.clock in CLOCKS else "original or sit")
+        if (told, network.clock) == ("diffusers", "original"):
+            want["clock"] = network.clock  # stock copies of the original do not tell how time was embedded
     elif isinstance(network, MMDiT):
         have = {"heads": network.blocks[0].image.heads.heads, "position_grid": network.positions.grid}  # type: ignore[union-attr]
         if network.positions.grid:

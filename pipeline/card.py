@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from torch import nn
 from .checksums import hash_of
 from .config import Config
 from .leaks import last_name, on_hub, scrubbed
+from .markdown import code, fenced, plain
 from .measured import EVALUATED, RETRIEVED, figures_of, results_of, tables_of
+from .provenance import Provenance
 from .recipe import as_mapping
+from .resume import told
 from .tracking import last_loss, loss_curve
 
 CHANNELS = {1: "gray", 2: "gray and alpha", 3: "RGB", 4: "RGB and alpha"}
@@ -45,6 +49,9 @@ class Card:
     """Which weights of the run these are, in words; "" is its first average."""
     curve: tuple[tuple[float, float], ...] = ()
     """(images seen, loss)."""
+    provenance: Provenance | None = None
+    changes: tuple[Mapping[str, Any], ...] = ()
+    """Lines of the run's journal of settings."""
     evaluation: dict[str, Any] = field(default_factory=dict)
     retrieval: dict[str, Any] = field(default_factory=dict)
 
@@ -53,7 +60,7 @@ class Card:
             raise ValueError(
                 f"license={self.license!r} is no identifier of the Hub's: lower case, such as apache-2.0, mit, cc-by-4.0, other."
             )
-        if "\n" in self.title:
+        if len(self.title.splitlines()) > 1:
             raise ValueError(f"title={self.title!r} has more than one line: give one.")
         for name in self.datasets:
             try:
@@ -74,18 +81,20 @@ class Card:
         datasets: tuple[str, ...] = (),
         repository: str = "",
         weights: str = "",
-        ema: str = "",
+        provenance: Provenance | None = None,
+        changes: Sequence[Mapping[str, Any]] = (),
+        output: Path | None = None,
     ) -> Card:
         """The facts of a run's folder and network, with what only its owner knows.
 
         Figures of evaluation.json and retrieval.json are taken from the run's
-        folder or its export, unless training went on after they were measured
-        or they are of other weights than `ema` names; `weights` are the same
-        in words.
+        folder, its export or `output` if they are of exactly the weights of
+        `provenance`; `weights` are the same in words.
 
         Raises:
             ValueError: a licence, title or data set that cannot be one.
         """
+        places = [run, run / "export", *([output] if output else [])]
         return cls(
             title=title or repository.rpartition("/")[2] or run.resolve().name,
             images=images,
@@ -97,8 +106,10 @@ class Card:
             repository=repository,
             weights=weights,
             curve=tuple(loss_curve(run)),
-            evaluation=figures_of(run, "evaluation.json", EVALUATED, ema),
-            retrieval=figures_of(run, "retrieval.json", RETRIEVED, ema),
+            provenance=provenance,
+            changes=tuple(changes),
+            evaluation=figures_of(places, "evaluation.json", EVALUATED, provenance),
+            retrieval=figures_of(places, "retrieval.json", RETRIEVED, provenance),
         )
 
 
@@ -118,7 +129,7 @@ def readme(
     """
     sections = [
         f"---\n{_head(config, class_names, card).to_yaml()}\n---",
-        f"# {card.title}",
+        f"# {plain(card.title)}",
         _what(config, class_names, card),
         f"![samples](samples.png)\n\nSamples of seed 0, 25 Heun steps, guidance {guidance:g}.",
         _loading(folder, card, calls, why),
@@ -153,11 +164,13 @@ def _what(config: Config, class_names: tuple[str, ...], card: Card) -> str:
     """What it is, in a sentence or two."""
     data = config.data
     more = ", ..." if len(class_names) > 20 else ""
-    told = f"{len(class_names)} classes: {', '.join(class_names[:20])}{more}" if class_names else "no classes"
+    told = f"{len(class_names)} classes: {', '.join(map(plain, class_names[:20]))}{more}" if class_names else "no classes"
     if config.model.takes == "text":
         told = f"captions, read by {' and '.join(map(_linked, data.text_encoder))}"
     latents = f", in the latents of {_linked(data.autoencoder)}" if data.autoencoder else ""
     origin = f"from the weights of {_linked(config.init_from)}" if config.init_from else "from scratch"
+    if config.checkpoint.start_from:  # what that one began from, its own card says
+        origin = f"from the weights of another run, {code(last_name(config.checkpoint.start_from))}"
     return (
         f"A {config.model.kind} of {card.parameters:,} parameters, trained {origin} by condot on\n"
         f"{data.resolution} x {data.resolution} {kind_of(data.channels, data.bit_depth)}, {told}{latents}."
@@ -180,7 +193,7 @@ def beyond_pil(channels: int, bit_depth: int) -> str:
 
 def _linked(name: str) -> str:
     """A model on the Hub as a link; a local one by its last name."""
-    return f"[{name}](https://huggingface.co/{name})" if on_hub(name) and "/" in name else last_name(name)
+    return f"[{name}](https://huggingface.co/{name})" if on_hub(name) and "/" in name else plain(last_name(name))
 
 
 def _loading(folder: Path, card: Card, calls: tuple[str, str], why: str) -> str:
@@ -218,10 +231,10 @@ import torch
 pipe = DiffusionPipeline.from_pretrained("{place}", custom_pipeline="{path.stem}", trust_remote_code=True)
 image = pipe({ours}, solver="heun", generator=torch.Generator().manual_seed(0)).images[0]
 ```"""
-    code = [f"| `{path.relative_to(folder).as_posix()}` | `{hash_of(path)}` |" for path in sorted(folder.rglob("*.py"))]
-    if code:
+    files = [f"| `{path.relative_to(folder).as_posix()}` | `{hash_of(path)}` |" for path in sorted(folder.rglob("*.py"))]
+    if files:
         text += '\n\nThe code, by SHA-256; to run what you read, give `from_pretrained` its commit as `revision="..."`.\n\n'
-        text += "\n".join(["| file | SHA-256 |", "|---|---|", *code])
+        text += "\n".join(["| file | SHA-256 |", "|---|---|", *files])
     return text
 
 
@@ -240,28 +253,34 @@ def own_parts(index: dict[str, Any]) -> list[str]:
 
 def _training(folder: Path, config: Config, card: Card) -> str:
     """The recipe: in words, as a curve, and whole."""
-    seen = f"{card.steps:,} steps of {config.train.batch_size} images ({card.images:,} images seen)"
+    each = f" of {config.train.batch_size} images" if card.images == card.steps * config.train.batch_size else ""
+    seen = f"{card.steps:,} steps{each} ({card.images:,} images seen)"
     loss = "" if card.loss is None else f", last logged loss {card.loss:.4f}"
     names = [f"[{name}](https://huggingface.co/datasets/{name})" for name in card.datasets]
     data = (
-        f"Data: {', '.join(names or map(last_name, config.data.shards))}, split `{config.data.split}`."
+        f"Data: {', '.join(names or (plain(last_name(place)) for place in config.data.shards))}, split {code(config.data.split)}."
         if config.data.shards or names
         else ""
     )
     weights = card.weights or ("the running average of the trained ones" if config.ema.enabled else "")
     average = f"\nThe weights here are {weights}." if weights else ""
     curve = "\n\n![loss over images seen](curve.png)" if (folder / "curve.png").exists() else ""
-    recipe = yaml.safe_dump(scrubbed(as_mapping(config)), sort_keys=False)
+    recipe = fenced(yaml.safe_dump(scrubbed(as_mapping(config)), sort_keys=False, width=10_000), "yaml")
     return f"""## Training
 
-{config.flow.predict} prediction on the {config.flow.path} path, {seen}{loss}. {data}{average}{curve}
+{config.flow.predict} prediction on the {config.flow.path} path, {seen}{loss}. {data}{average}{_resumed(card)}{curve}
 
 <details><summary>The whole recipe</summary>
 
-```yaml
-{recipe}```
+{recipe}
 
 </details>"""
+
+
+def _resumed(card: Card) -> str:
+    """What the run was resumed with on its way, from the journal."""
+    lines = [f"after step {line['step']}, {', '.join(map(code, told(line)))}" for line in card.changes]
+    return f"\nResumed with other settings: {'; '.join(lines)}." if lines else ""
 
 
 def _limits(config: Config, card: Card) -> str:

@@ -28,6 +28,7 @@ from .leaks import scrubbed, without_origin
 from .own_files import folder_for, put_in_place
 from .pipeline_condot_v1 import NO_CLASS
 from .pipeline_condot_v2 import CondotPipeline
+from .provenance import write_provenance
 from .recipe import as_mapping
 from .sampler import Sampler
 from .sheet import grid, save_image
@@ -94,6 +95,8 @@ def write_folder(
         calls = choice.calls(class_names, captions, guidance, bands=space.image_channels > 4)
         text = readme(temporary, config, class_names, card, guidance, calls, choice.why)
         (temporary / "README.md").write_text(f"{text}\n## Schedulers\n\n{choice.schedulers}\n")
+        if card.provenance:
+            write_provenance(temporary, card.provenance, card.changes)
         write_checksums(temporary)
         put_in_place(temporary, output)
     told = f"; {shown}" if (shown := beyond_pil(space.image_channels, config.data.bit_depth)) else ""

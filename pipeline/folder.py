@@ -9,7 +9,6 @@ from typing import Any
 
 import diffusers
 import torch
-import yaml
 from torch import Tensor
 
 from .captions_v1 import Captions
@@ -23,6 +22,7 @@ from .pipeline_condot_v1 import NO_CLASS
 from .pipeline_condot_v2 import CondotPipeline
 from .printable import one_line
 from .recipe import build
+from .safe_yaml import read_yaml
 from .scheduling_flow_ode_v2 import FlowODEScheduler
 from .scheduling_flow_sde_v2 import FlowSDEScheduler
 from .source import Source
@@ -75,7 +75,7 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu", own: Map
         check_model_folder(folder)
         pipeline = _pipeline(folder, read_index(folder), own or {})
         recipe = folder / "config.yaml"
-        config = build(Config, yaml.safe_load(recipe.read_text())) if recipe.exists() else None
+        config = build(Config, read_yaml(recipe)) if recipe.exists() else None
     except Exception as error:  # diffusers raises many kinds for a damaged folder; each is the user's folder
         raise ValueError(
             f"pipeline={str(folder)!r} cannot be loaded ({type(error).__name__}: {one_line(error)[:600]}): export it again."

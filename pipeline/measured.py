@@ -1,12 +1,18 @@
-"""Figures that `sample.py evaluate` and `retrieve` left beside a run, told by its model card: tables, and results that the Hub reads."""
+"""Figures that `sample.py evaluate` and `retrieve` left, told by the model card of exactly the weights they are of: tables, and results."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
+
+from .markdown import code, plain
+from .printable import say
+from .provenance import Provenance
 
 EVALUATED = (
     "samples", "accuracy", "accuracy_of_held_out", "diversity", "diversity_of_real", "nearest", "nearest_of_held_out",
@@ -28,29 +34,52 @@ RETRIEVED = (
 """What `sample.py retrieve` leaves in retrieval.json, and the card tells."""
 
 
-def figures_of(run: Path, name: str, keys: tuple[str, ...], ema: str = "") -> dict[str, Any]:
-    """What was measured on a run's last weights; empty if nothing was.
-
-    A file is older than the weights if the run's metrics.jsonl was written
-    after it: then training went on, and its figures are of others.
+def figures_of(places: Sequence[Path], name: str, keys: tuple[str, ...], provenance: Provenance | None) -> dict[str, Any]:
+    """Return what was measured on exactly these weights; empty if nothing was. What is left out is told, with the reason.
 
     Args:
-        run: its folder; the file lies there or in its `export`.
+        places: folders where the file may lie.
         name: of the file.
         keys: what it must hold.
-        ema: which weights it must be of; "" is the run's first average.
+        provenance: of the weights.
     """
-    trained = run / "metrics.jsonl"
-    since = trained.stat().st_mtime if trained.exists() else 0.0
-    for path in (run / name, run / "export" / name):
-        if path.is_file() and path.stat().st_mtime >= since:
-            try:
-                figures = json.loads(path.read_text())
-            except ValueError:
-                continue
-            if isinstance(figures, dict) and all(key in figures for key in keys) and figures.get("ema", "") == ema:
-                return figures
+    for path in (folder / name for folder in dict.fromkeys(places)):
+        if not path.is_file():
+            continue
+        try:
+            figures = json.loads(path.read_text())
+            fault = _fault(figures, keys, provenance)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            fault = f"it cannot be read ({type(error).__name__})"
+        if not fault:
+            return dict(figures)
+        say(f"{path} is left out of the card: {fault}.")
     return {}
+
+
+def _fault(figures: Any, keys: tuple[str, ...], provenance: Provenance | None) -> str:
+    """Why figures cannot be told of these weights; "" if they can."""
+    lacking = [key for key in keys if key not in figures]
+    if not isinstance(figures, dict) or lacking:
+        return f"it lacks {', '.join(lacking)}"
+    odd = [key for key in keys if not _sound(key, figures[key])]
+    if odd:
+        return f"{odd[0]}={figures[odd[0]]!r:.60} is no figure"
+    if "weights_sha256" not in figures:
+        return "it does not name the weights that it is of, as older ones did not: measure again"
+    if provenance is None or not provenance.fits(figures):
+        here = f", and these are of step {provenance.step}" if provenance and provenance.step is not None else ""
+        return f"it is of other weights (step {figures.get('step')!s:.20}, {figures.get('ema') or 'the first average'!s:.40}){here}"
+    return ""
+
+
+def _sound(key: str, value: Any) -> bool:
+    """Whether a value can stand in a table: a finite number, two for an interval, a short name of a solver."""
+    if key == "solver":
+        return isinstance(value, str) and len(value) < 100
+    if key.endswith("_interval"):
+        return isinstance(value, list) and len(value) == 2 and all(_sound("", one) for one in value)
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def results_of(evaluation: dict[str, Any], retrieval: dict[str, Any], task: str, source: str) -> list[EvalResult]:
@@ -73,8 +102,19 @@ def results_of(evaluation: dict[str, Any], retrieval: dict[str, Any], task: str,
 
 def tables_of(evaluation: dict[str, Any], retrieval: dict[str, Any]) -> str:
     """A section with what was measured and the settings; empty if nothing was."""
-    tables = [table(figures) for table, figures in ((_classes, evaluation), (_captions, retrieval)) if figures]
+    tables = [
+        f"{table(figures)}\n\n{_measured_on(figures)}" for table, figures in ((_classes, evaluation), (_captions, retrieval)) if figures
+    ]
     return "\n\n".join(["## Evaluation", *tables]) if tables else ""
+
+
+def _measured_on(figures: dict[str, Any]) -> str:
+    """Of which weights figures are, and by which others their samples were guided."""
+    step = f"of step {figures['step']}, " if isinstance(figures.get("step"), int) else ""
+    guide = (
+        f" The samples were guided by another, weaker model ({code(str(figures['guide_sha256']))})." if figures.get("guide_sha256") else ""
+    )
+    return f"Measured on exactly these weights: {step}SHA-256 of their tensors {code(str(figures['weights_sha256']))}.{guide}"
 
 
 def _classes(e: dict[str, Any]) -> str:
@@ -90,7 +130,7 @@ def _classes(e: dict[str, Any]) -> str:
         ),
     ]
     few = " There are too few images for so many features: compare distances with one another only." if e["few"] else ""
-    how = f"{e['samples']:,} samples, solver {e['solver']}, {e['steps']} steps, guidance {e['guidance_scale']:g}.{few}"
+    how = f"{e['samples']:,} samples, solver {plain(e['solver'])}, {e['steps']} steps, guidance {e['guidance_scale']:g}.{few}"
     return f"{how}\n\n{_table(rows)}"
 
 

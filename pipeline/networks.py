@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
+
+from .ranges import Real, Whole, check_numbers
 
 Takes = Literal["class", "text"]
 
@@ -15,16 +17,16 @@ class DiTConfig:
     kind: Literal["dit"] = "dit"  # dit, cross_dit, mmdit or unet: the other kinds have fields of their own
     preset: str = "S/2"  # size / patch: S, B, L or XL / 1, 2, 4 or 8; `python -m models.cost` prints what each costs
     style: Literal["dit", "modern"] = "dit"  # dit: as published; modern: qk_norm, rope, swiglu and rms_norm, which train faster
-    patch_size: int | None = None  # pixels (or latents) a side of one token; none: as the preset
-    width: int | None = None  # channels of a token; none: as the preset
-    depth: int | None = None  # blocks; none: as the preset
-    heads: int | None = None  # attention heads; they divide the width; none: as the preset
+    patch_size: Annotated[int, Whole("[1, inf)")] | None = None  # pixels (or latents) a side of one token; none: as the preset
+    width: Annotated[int, Whole("[1, inf)")] | None = None  # channels of a token; none: as the preset
+    depth: Annotated[int, Whole("[1, inf)")] | None = None  # blocks; none: as the preset
+    heads: Annotated[int, Whole("[1, inf)")] | None = None  # attention heads; they divide the width; none: as the preset
     qk_norm: bool | None = None  # divide queries and keys by their root mean square, against diverging attention; none: as the style
     rope: bool | None = None  # turn queries and keys by their place, row and column; none: as the style
     swiglu: bool | None = None  # a gated feed-forward net in place of the GELU one, of the same cost; none: as the style
     rms_norm: bool | None = None  # root mean squares in place of LayerNorm; none: as the style
     shared_modulation: bool | None = None  # one modulation for all blocks, plus a table a block: fewer parameters; none: as the style
-    registers: int = 0  # learned tokens beside the image's
+    registers: Annotated[int, Whole("[0, inf)")] = 0  # learned tokens beside the image's
     positions: Literal["sincos", "learned", "none"] = "sincos"  # added to the tokens
     clock: Literal["diffusers", "original", "sit"] = "diffusers"  # how time is embedded; original: DiT's own weights, sit: SiT's
     own_conditions: bool = False  # every block embeds time and class itself, as an untied stock class does
@@ -33,6 +35,9 @@ class DiTConfig:
 
     takes: ClassVar[Takes] = "class"
 
+    def __post_init__(self) -> None:
+        check_numbers(self, "model.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class CrossDiTConfig:
@@ -40,16 +45,20 @@ class CrossDiTConfig:
 
     kind: Literal["cross_dit"] = "cross_dit"  # dit, cross_dit, mmdit or unet: the other kinds have fields of their own
     preset: str = "S/2"  # size / patch, as of dit
-    patch_size: int | None = None  # pixels (or latents) a side of one token; none: as the preset
-    width: int | None = None  # channels of a token; none: as the preset
-    depth: int | None = None  # blocks; none: as the preset
-    heads: int | None = None  # attention heads; they divide the width; none: as the preset
+    patch_size: Annotated[int, Whole("[1, inf)")] | None = None  # pixels (or latents) a side of one token; none: as the preset
+    width: Annotated[int, Whole("[1, inf)")] | None = None  # channels of a token; none: as the preset
+    depth: Annotated[int, Whole("[1, inf)")] | None = None  # blocks; none: as the preset
+    heads: Annotated[int, Whole("[1, inf)")] | None = None  # attention heads; they divide the width; none: as the preset
     qk_norm: bool = False  # divide queries and keys by their root mean square, against diverging attention
-    interpolation_scale: float | None = None  # positions are divided by it; none: one for each 64 of the resolution, as PixArt has it
+    # positions are divided by it; none: one for each 64 of the resolution, as PixArt has it
+    interpolation_scale: Annotated[float, Real("(0, inf)")] | None = None
     micro_conditions: bool = False  # tell the network the size and crop of each original
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass: half the memory, a third more time
 
     takes: ClassVar[Takes] = "text"
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "model.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,18 +66,23 @@ class MMDiTConfig:
     """Image and text tokens that attend jointly, each with weights of their own, as Stable Diffusion 3 has it."""
 
     kind: Literal["mmdit"] = "mmdit"  # dit, cross_dit, mmdit or unet: the other kinds have fields of their own
-    patch_size: int = 2  # pixels (or latents) a side of one token
-    width: int = 384  # channels of a token
-    depth: int = 12  # blocks
-    heads: int = 6  # attention heads; they divide the width
+    patch_size: Annotated[int, Whole("[1, inf)")] = 2  # pixels (or latents) a side of one token
+    width: Annotated[int, Whole("[1, inf)")] = 384  # channels of a token
+    depth: Annotated[int, Whole("[1, inf)")] = 12  # blocks
+    heads: Annotated[int, Whole("[1, inf)")] = 6  # attention heads; they divide the width
     qk_norm: bool = True  # divide queries and keys by their root mean square, against diverging attention
-    dual_attention_blocks: int = 0  # the first so many attend to the image a second time, alone
-    position_grid: int = 0  # positions are cut from the middle of a grid of so many tokens a side; 0: stretched over any shape
-    position_line: tuple[float, float] | None = None  # coordinate of that grid's first token, and the way to the next; none: as SD3 counts
+    dual_attention_blocks: Annotated[int, Whole("[0, inf)")] = 0  # the first so many attend to the image a second time, alone
+    # positions are cut from the middle of a grid of so many tokens a side; 0: stretched over any shape
+    position_grid: Annotated[int, Whole("[0, inf)")] = 0
+    # coordinate of that grid's first token, and the way to the next; none: as SD3 counts
+    position_line: tuple[Annotated[float, Real("(-inf, inf)")], Annotated[float, Real("(-inf, inf)")]] | None = None
     micro_conditions: bool = False  # tell the network the size and crop of each original
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass: half the memory, a third more time
 
     takes: ClassVar[Takes] = "text"
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "model.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +91,19 @@ class UNetConfig:
 
     kind: Literal["unet"] = "unet"  # dit, cross_dit, mmdit or unet: the other kinds have fields of their own
     condition: Literal["class", "text"] = "class"  # what it is told; of data without classes, class is nothing
-    block_channels: tuple[int, ...] = (64, 128, 128)  # channels of each level, from fine to coarse; multiples of 32
-    layers_per_block: int = 2  # residual blocks of each level
-    attention_levels: int = 1  # so many of the coarsest levels attend
-    attention_at: tuple[int, ...] | None = None  # the levels that attend instead, the finest being 0
-    head_width: int = 32  # channels of one attention head; it divides the attending levels' channels; 0 for a single head
+    # channels of each level, from fine to coarse; multiples of 32
+    block_channels: tuple[Annotated[int, Whole("[1, inf)")], ...] = (64, 128, 128)
+    layers_per_block: Annotated[int, Whole("[1, inf)")] = 2  # residual blocks of each level
+    attention_levels: Annotated[int, Whole("[0, inf)")] = 1  # so many of the coarsest levels attend
+    attention_at: tuple[Annotated[int, Whole("[0, inf)")], ...] | None = None  # the levels that attend instead, the finest being 0
+    # channels of one attention head; it divides the attending levels' channels; 0 for a single head
+    head_width: Annotated[int, Whole("[0, inf)")] = 32
     layout: Literal["plain", "ddpm"] = "plain"  # ddpm: in details as the published weights of Ho et al. have them
     micro_conditions: bool = False  # tell the network the size and crop of each original; with text only
     gradient_checkpointing: bool = False  # compute blocks again in the backward pass: less memory, more time
+
+    def __post_init__(self) -> None:
+        check_numbers(self, "model.")
 
     @property
     def takes(self) -> Takes:

@@ -108,7 +108,7 @@ class CondotPipeline(DiffusionPipeline):
         return Captions(found.states.to(self.network.dtype), found.mask, found.pooled.to(self.network.dtype))
 
     def predict(self, x: torch.Tensor, timestep: torch.Tensor, condition: Any, sizes: Any = None) -> torch.Tensor:
-        """Return the network's prediction, (B, C, h, w), of what `outputs` returns: the first where there are two, such as noise, variance."""
+        """Return the network's prediction, (B, C, h, w): of the two that `outputs` may return, the first."""
         return self.outputs(x, timestep, condition, sizes)[:, : x.shape[1]]
 
     def outputs(self, x: torch.Tensor, timestep: torch.Tensor, condition: Any, sizes: Any = None) -> torch.Tensor:

@@ -25,6 +25,7 @@ from .leaks import leaks_in
 T = TypeVar("T")
 PARTS = (
     "model_index.json", "README.md", "config.yaml", NAME, "samples.png", "curve.png", "evaluation.json", "retrieval.json",
+    "provenance.json",
     "pipeline_*_v[0-9]*.py", "scheduler*/scheduling_*_v[0-9]*.py", "transformer/modeling_*_v[0-9]*.py", "unet/modeling_*_v[0-9]*.py",
     "*/config.json", "scheduler*/scheduler_config.json", "*/*.safetensors", "*/*.safetensors.index.json", "*/generation_config.json",
     "tokenizer*/tokenizer.json", "tokenizer*/tokenizer_config.json", "tokenizer*/special_tokens_map.json", "tokenizer*/added_tokens.json",

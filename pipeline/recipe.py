@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import math
 import os
 import re
 import types
@@ -23,6 +22,7 @@ import tyro
 import yaml
 
 from .printable import one_line, redacted
+from .safe_yaml import read_yaml
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -35,17 +35,14 @@ def load(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a recipe, on top of the one that its `extends` names (a path beside it).
 
     Raises:
-        ValueError: no such file, no mapping, or recipes that extend one another in a circle.
+        ValueError: no such file, no YAML of a recipe's size, no mapping, or recipes that extend one another in a circle.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"--config {path}: no such recipe. The shipped ones are in configs/.")
     if path.resolve() in seen:
         raise ValueError(f"{path}: recipes extend one another in a circle: {' -> '.join(p.name for p in (*seen, path))}.")
-    try:
-        recipe = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}.") from error
+    recipe = read_yaml(path) or {}
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: a recipe is a mapping of sections (data, model, flow, train, ...), not a {type(recipe).__name__}.")
     base = recipe.pop("extends", None)
@@ -67,18 +64,29 @@ def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) 
     """
     wants_help = any(word in ("-h", "--help") for word in argv)
     words = _command_line([word for word in argv if word not in ("-h", "--help")], aliases or {})
-    config = words.pop("config", None)
+    config = _recipe_named(words, argv, cls)
     given = _spelled({**(_flatten(load(config[0])) if config else {}), **words})
     default = _choose_kinds(cls, given)
-    known = _keys(default)
-    for key in given:
-        if key not in known:
-            raise ValueError(_unknown(key, known, list(aliases or {}), cls))
+    _check_known(cls, given, default, aliases or {})
     if wants_help and aliases:
         names = ", ".join(f"--{short} ({full})" for short, full in aliases.items())
         tyro.cli(cls, default=default, args=["--help"], description=f"{cls.__doc__}\n\nAlso understood: {names}.", **TYRO)
-    args = ["--help"] if wants_help else [word for key, values in given.items() for word in (f"--{key}", *values)]
-    return _quietly(cls, default, args)
+    return _quietly(cls, default, ["--help"] if wants_help else _arguments(given))
+
+
+def _check_known(cls: type, given: Words, default: Any, aliases: dict[str, str]) -> None:
+    known = _keys(default)
+    for key in given:
+        if key not in known:
+            raise ValueError(_unknown(key, known, list(aliases), cls))
+
+
+def _arguments(given: Words) -> list[str]:
+    """Words as tyro takes them; a value of a file that looks like an option stays a value."""
+    words: list[str] = []
+    for key, values in given.items():
+        words += [f"--{key}={values[0]}"] if len(values) == 1 and values[0].startswith("--") else [f"--{key}", *values]
+    return words
 
 
 def parse_all(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) -> tuple[T, list[str]]:
@@ -93,8 +101,10 @@ def parse_all(cls: type[T], argv: list[str], aliases: dict[str, str] | None = No
     for word in argv[:start]:
         found += _tried(_command_line, [word], aliases or {})[1]
     words = _command_line([word for word in argv[start:] if word not in ("-h", "--help")], aliases or {})
-    path = words.pop("config", None)
-    recipe, wrong = _tried(load, path[0]) if path else ({}, [])
+    named, wrong = _tried(_recipe_named, words, argv, cls)
+    path = words.pop("config", None) if wrong else named
+    recipe, unread = _tried(load, path[0]) if path and "several" not in "".join(wrong) else ({}, [])
+    wrong += unread
     given = _spelled({**_flatten(recipe or {}), **words})
     default, unknown_kind = _tried(_choose_kinds, cls, given)
     if default is None:  # what the fields of an unknown kind are cannot be said
@@ -112,7 +122,7 @@ def _mended(cls: type[T], default: T, given: Words) -> tuple[T, list[str]]:
     """What is right of the given values, and what is wrong of them: each alone first, then together."""
 
     def fill(chosen: Words) -> T:
-        return _quietly(cls, default, [word for key, values in chosen.items() for word in (f"--{key}", *values)])
+        return _quietly(cls, default, _arguments(chosen))
 
     filled, found = _tried(fill, given)
     if not found:
@@ -160,44 +170,15 @@ def build(cls: type[T], mapping: dict[str, Any]) -> T:
         word = next((value for value in values if value.startswith("--") or value == "-h"), None)
         if key in ("config", "help") or not re.fullmatch(r"\w+(\.\w+)*", key) or word is not None:
             raise ValueError(f"{one_line(key)[:60]}={one_line(word)[:60] if word else '...'} is nothing that a saved configuration holds.")
-    return parse(cls, [word for key, values in given.items() for word in (f"--{key}", *values)])
+    given = _spelled(given)
+    default = _choose_kinds(cls, given)
+    _check_known(cls, given, default, {})
+    return _quietly(cls, default, _arguments(given))
 
 
 def as_mapping(config: Any) -> dict[str, Any]:
     """Return a dataclass as plain values that YAML and JSON keep, and anyone may read: the secrets of its URLs are cut."""
     return redacted(yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config)))))
-
-
-SEEN = (
-    "split", "resolution", "channels", "bit_depth", "horizontal_flip", "random_crop", "aspect_ratios", "bucket_step", "weights",
-    "shuffle_block",
-)  # fmt: skip
-"""Fields of `data` that decide what the network is shown, and in which order."""
-
-
-def facts_of(config: Any, fingerprint: str) -> dict[str, Any]:
-    """That on which a resumed run must agree with the one that was saved; `fingerprint` is of its shards."""
-    settings = as_mapping(config)
-    shown = {key: settings["data"][key] for key in SEEN} | {"shards": fingerprint}
-    if config.data.aspect_ratios:  # which samples share a batch then hangs on its size
-        shown["batch_size"] = config.train.batch_size
-    if config.model.takes == "text":
-        shown["caption"] = _captions(config.data.caption)
-    model = {key: value for key, value in settings["model"].items() if key != "gradient_checkpointing"}
-    return {"model": model, "flow": settings["flow"], "data": shown, "seed": config.seed}
-
-
-def _captions(text: str) -> str:
-    """Return `data.caption` with its fields in one order and their weights as shares: what decides which caption is drawn."""
-    pairs = [(field.strip(), weight) for field, _, weight in (part.partition("=") for part in text.split(","))]
-    if len(pairs) == 1:
-        return pairs[0][0]
-    try:
-        weights = {field: float(weight or 1) for field, weight in pairs}
-        total = math.fsum(weights.values())
-        return ",".join(f"{field}={weights[field] / total!r}" for field in sorted(weights))
-    except (ValueError, ArithmeticError):
-        return text  # `data/` says what is wrong with it
 
 
 TYRO: dict[str, Any] = {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), "use_underscores": True}
@@ -215,6 +196,25 @@ def _quietly(cls: type[T], default: T, args: list[str]) -> T:
         title, *message = re.split(r"-{5,}", " ".join(out.getvalue().split()))
         text = re.sub(r"^Error parsing \w+: ", "", (message or [title])[0].strip()).rstrip(".")
         raise ValueError(f"{text}. --help says what each field takes.") from None
+
+
+def _recipe_named(words: Words, argv: list[str], cls: type) -> list[str] | None:
+    """Take the recipe out of the words of a command line.
+
+    Raises:
+        ValueError: words behind it, or a second recipe, which nobody would read.
+    """
+    recipe, *more = words.get("config", [""])
+    several = sum(word.partition("=")[0] == "--config" for word in argv) > 1
+    if several or any(word.endswith((".yaml", ".yml")) for word in more):
+        named = "several recipes" if several else f"{recipe} and {more[0]}"
+        raise ValueError(f"--config names {named}: give one, whose `extends` names another.")
+    if more:
+        name, equals, value = more[0].lstrip("-").partition("=")
+        key = next((key for key in _keys(cls()) if name in (key, key.rpartition(".")[2])), "")
+        remedy = f"--{key} {value}" if key and equals else "--section.field value, such as --train.max_steps 3"
+        raise ValueError(f"{more[0]!r} stands behind --config {recipe}: write {remedy}.")
+    return words.pop("config", None)
 
 
 def _command_line(argv: list[str], aliases: dict[str, str]) -> Words:

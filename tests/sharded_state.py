@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from pipeline import checkpoint
 from pipeline.checkpoint import Store, load_into, load_tensors, manifest
+from pipeline.checkpoint.saving import NOT_FINITE
 from pipeline.checkpoint.shares import to_write
 from pipeline.launch.parallel import shard
 from pipeline.training.optim import step_unless
@@ -184,7 +185,7 @@ def bad_on_one(folder):
     state = spread(whole(), "full")
     if dist.get_rank() == 1:
         state["ema.a"].to_local()[0, 0, 0] = float("nan")
-    assert store.save(1, state, {}) == [f"rank 1: ema.a {checkpoint.NOT_FINITE}"]
+    assert store.save(1, state, {}) == [f"rank 1: ema.a {NOT_FINITE}"]
     store = Store(Path("/proc/nowhere") if dist.get_rank() else Path(folder), keep=1)
     errors = store.save(1, spread(whole(), "full"), {})
     assert len(errors) == 1 and errors[0].startswith("rank 1: [Errno 2]")

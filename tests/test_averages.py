@@ -291,19 +291,48 @@ def test_halves_are_refused_as_master_weights():
         Averages(net, copy.deepcopy(net), EmaConfig())
 
 
-def test_a_checkpoint_that_lacks_an_average():
-    """A half-life begins from the first average; a power average cannot begin late."""
+def restored(config, kept):
+    """Averages filled from a checkpoint that keeps these labels, each full of a number of its own: those numbers, by label."""
+    net = Net()
+    ema = Averages(net, copy.deepcopy(net), config)
+    targets, copied = ema.stored(kept, "runs/a")
+    with torch.no_grad():
+        for name, value in targets.items():
+            value.fill_(next(i for i, label in enumerate(kept) if name.startswith("ema." if i == 0 else f"ema[{label}].")))
+        for value in net.parameters():
+            value.fill_(-1)
+    ema.begin(copied)
+    ema.begin_raw(net, kept)
+    found = {label: {int(v.flatten()[0]) for name, v in ema.tensors().items() if name.startswith(prefix)} for label, prefix in
+             ((label, "ema." if label == ema.labels[0] else f"ema[{label}].") for label in ema.labels)}  # fmt: skip
+    assert all(len(values) == 1 for values in found.values()), found
+    return {label: values.pop() for label, values in found.items()}
+
+
+def test_averages_are_found_by_their_labels_wherever_they_stand():
+    """Reordered, dropped, added and renamed half-lives; a label that was not kept begins from the checkpoint's first."""
+    kept = ("halflife=100", "halflife=1000", "width=0.05")
+    for halflives, expected in {
+        (100, 1000): [0, 1], (1000, 100): [1, 0], (1000,): [1], (100,): [0], (50, 100): [0, 0], (50, 1000): [0, 1], (1000, 50): [1, 0],
+        (50, 7, 1000, 100): [0, 0, 1, 0],
+    }.items():  # fmt: skip
+        for power in ((), (0.05,)):
+            found = restored(EmaConfig(halflife=halflives, power=power), kept)
+            assert list(found.values()) == expected + [2] * len(power), halflives
+    assert restored(EmaConfig(enabled=False), kept) == {"raw": -1}, "the weights themselves, not an average under their name"
+    assert restored(EmaConfig(halflife=(100,)), ("raw",)) == {"halflife=100": 0}
+
+
+def test_a_power_average_cannot_begin_late():
     net = Net()
     ema = Averages(net, copy.deepcopy(net), EmaConfig(halflife=(100, 1000), power=(0.05,)))
-    assert ema.lacking(("halflife=100", "halflife=1000", "width=0.05"), "x") == ()
-    assert ema.lacking(("halflife=7", "width=0.05"), "x") == ("halflife=1000",)
     with pytest.raises(ValueError, match=r"ema.power=0.05: runs/a was trained without it.*give --ema.power 0.1 0.2, or begin another run"):
-        ema.lacking(("halflife=100", "width=0.1", "width=0.2"), "runs/a")
+        ema.stored(("halflife=100", "width=0.1", "width=0.2"), "runs/a")
     with pytest.raises(ValueError, match=r"leave ema\.power out"):
-        ema.lacking((), "runs/a")
+        ema.stored((), "runs/a")
     with torch.no_grad():
         ema.model.enter.weight.fill_(3)
-    ema.begin(["halflife=1000"])
+    ema.begin({"halflife=1000": "halflife=100"})
     assert (named(ema, "halflife=1000")["enter.weight"] == 3).all() and not (named(ema, "width=0.05")["enter.weight"] == 3).any()
 
 
@@ -446,7 +475,7 @@ def test_images_and_figures_of_other_weights(powered, digits, tmp_path, capsys, 
     assert sample.main([*evaluate, "--ema", "1000"]) == 0
     assert json.loads((powered / "evaluation.json").read_text())["ema"] == "halflife=1000"
     for ema, told in (("", False), ("halflife=1000", True)):
-        card = Card.of(powered, 192, 12, torch.nn.Linear(2, 3), ema=ema)
+        card = Card.of(powered, 192, 12, torch.nn.Linear(2, 3), provenance=sample.Trained(powered, ema=ema).provenance())
         assert bool(card.evaluation) == told, "a card tells figures of its own weights alone"
 
 
@@ -536,7 +565,7 @@ empty = sum(value.to_local().numel() == 0 for value in found.values())
 for name, value in plain.tensors().items():
     assert torch.equal(found[name].full_tensor(), value), name
     assert value.numel() == 0 or found[name].to_local().numel() < value.numel() or value.shape[0] == 1, name
-sharded.begin(["halflife=500"])
+sharded.begin({"halflife=500": "halflife=50"})
 assert torch.equal(sharded.tensors()["ema[halflife=500].0.weight"].full_tensor(), plain.tensors()["ema.0.weight"])
 print("empty shares", empty, flush=True)
 dist.destroy_process_group()

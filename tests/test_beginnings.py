@@ -229,3 +229,64 @@ def test_a_network_that_is_told_sizes_trains_and_samples(digits, tmp_path):
     with torch.no_grad():
         assert torch.equal(source.field(x, t, labels), network(x, t, labels, told))
         assert not torch.equal(source.field(x, t, labels), network(x, t, labels, told + 100))
+
+
+def test_adapters_beside_weights_that_do_not_fit(digits, trained, tmp_path, capsys):
+    """Another network, and a run that holds adapters itself: one line that says what differs, nothing written, no traceback."""
+    pytest.importorskip("peft", reason="peft is not installed: pip install 'condot[lora]'")
+    start, adapters = f"--checkpoint.start_from={trained}", "--train.lora_rank=2"
+    for more in ((adapters, "--model.width=64"), ("--model.width=64",)):
+        assert fit(digits, tmp_path / "run", start, *more) == 2
+        error = capsys.readouterr().err
+        assert "is of another network" in error and "there and F32" in error and "Give it the same section `model`" in error, error
+    assert fit(digits, tmp_path / "lora", start, adapters, "--train.max_steps=1") == 0
+    capsys.readouterr()
+    for more in ((adapters,), ()):
+        assert fit(digits, tmp_path / "next", f"--checkpoint.start_from={tmp_path / 'lora'}", *more) == 2
+        error = capsys.readouterr().err
+        assert (
+            "It holds low-rank additions: export it, and give the folder as init_from" in error
+            and error.count("\n") < 3
+            and "Trace" not in error
+        )
+
+
+@pytest.mark.parametrize("seed", ["4294967296", "18446744073709551615"])
+def test_seeds_of_64_bits(digits, trained, tmp_path, seed):
+    """Above NumPy's 32 bits: they train, sample, and are seeds of their own."""
+    assert fit(digits, tmp_path / "run", f"--seed={seed}", "--train.max_steps=1") == 0
+    assert fit(digits, tmp_path / "low", f"--seed={int(seed) % 2**32}", "--train.max_steps=1") == 0
+    one, two = (load_tensors(tmp_path / name / "checkpoint-0") for name in ("run", "low"))
+    assert not torch.equal(one["model.enter.weight"], two["model.enter.weight"])
+    pictures = []
+    for number in (seed, str(int(seed) % 2**32)):
+        words = ["--run", str(trained), "--num_inference_steps", "1", "--class_labels", "1", "--seed", number]
+        assert sample.main([*words, "--output", str(tmp_path / f"{number}.png")]) == 0
+        pictures.append((tmp_path / f"{number}.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+def test_seeds_that_are_none(digits, trained, tmp_path, capsys):
+    for seed in ("-1", "18446744073709551616"):
+        assert fit(digits, tmp_path / "run", f"--seed={seed}") == 2
+        assert f"seed={seed}: a seed is a whole number from 0 to 2^64 - 1" in capsys.readouterr().err
+        assert sample.main(["--run", str(trained), "--seed", seed]) == 2
+        assert f"--seed {seed}: a seed is a whole number from 0 to 2^64 - 1" in capsys.readouterr().err
+
+
+def test_resuming_by_name_as_in_scripts_of_diffusers(digits, tmp_path, capsys):
+    """`--resume_from_checkpoint checkpoint-4` is of the run's own folder, whatever lies where the command was given."""
+    run = tmp_path / "run"
+    assert fit(digits, run, "--train.max_steps=4") == 0
+    for word in ("checkpoint-4", "latest", str(run / "checkpoint-4")):
+        shutil.copytree(run, tmp_path / word.replace("/", "-"))
+        capsys.readouterr()
+        folder = tmp_path / word.replace("/", "-")
+        assert fit(digits, folder, "--train.max_steps=5", f"--resume_from_checkpoint={word}") == 0
+        assert "step 4 of 5" in capsys.readouterr().out and (folder / "checkpoint-5").is_dir()
+    assert fit(digits, run, "--resume_from_checkpoint=checkpoint-7") == 2
+    assert f"{run}/checkpoint-7 is not there; {run} holds checkpoint-4, checkpoint-0" in capsys.readouterr().err
+    assert fit(digits, run, "--resume_from_checkpoint=checkpoint-0") == 2
+    assert "older than checkpoint-4" in capsys.readouterr().err
+    assert fit(digits, run, "--resume_from_checkpoint=checkpoint-4", "--dry_run") == 0
+    assert f"goes on from {run}/checkpoint-4" in capsys.readouterr().out

@@ -29,8 +29,9 @@ from data.stream import Share
 from data.survey import survey
 from data.text_encoders import TextEncoder, read_text_encoders
 from pipeline.config import Config
-from pipeline.recipe import as_mapping, facts_of, load, parse
+from pipeline.recipe import as_mapping, load, parse
 from pipeline.recipe import build as rebuilt
+from pipeline.resume import facts_of
 
 MIX = "txt=0.7,json.lines[*]=0.2,json.short=0.1"
 WORDS = frozen.WORDS[4:]

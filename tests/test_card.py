@@ -2,20 +2,29 @@
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
+import types
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from conftest import fit
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import sample
 from pipeline.card import Card, own_parts, readme
+from pipeline.checkpoint import averages, load_state, raw_weights
 from pipeline.config import Config
 from pipeline.curve import SIZE, draw_curve, log_ticks, running_mean, ticks
 from pipeline.folder import open_folder
+from pipeline.printable import printable
+from pipeline.provenance import Provenance, digest, provenance_of
 from pipeline.recipe import build
 
 
@@ -39,18 +48,21 @@ CALL = "class_labels=[0], guidance_scale=2, num_inference_steps=25"
 WHY = "no stock scheduler follows it"
 
 
-def card_of(run, folder, config=None, **told):
-    card = Card.of(run, 192, 12, torch.nn.Linear(2, 3), **told)
-    (folder / "README.md").write_text(
-        readme(folder, config or Config(output_dir="/home/ann/runs/x"), ("zero", "one"), card, 2.0, (CALL, CALL), WHY)
-    )
+OURS = Provenance(sha256="e" * 64, trained="a" * 64, step=12)
+EVALUATED, RETRIEVED = (figures | Provenance.of_run("a" * 64, 12, "").as_dict() for figures in (EVALUATION, RETRIEVAL))
+"""Figures of the weights that OURS names, as measured on the run."""
+
+
+def card_of(run, folder, config=None, names=("zero", "one"), **told):
+    card = Card.of(run, 192, 12, torch.nn.Linear(2, 3), **{"provenance": OURS, **told})
+    (folder / "README.md").write_text(readme(folder, config or Config(output_dir="/home/ann/runs/x"), names, card, 2.0, (CALL, CALL), WHY))
     return ModelCard.load(folder / "README.md")
 
 
 def test_the_card_tells_what_was_measured(trained, folder, tmp_path):
     run = shutil.copytree(trained, tmp_path / "run")
-    (run / "evaluation.json").write_text(json.dumps(EVALUATION))
-    (run / "retrieval.json").write_text(json.dumps(RETRIEVAL))
+    (run / "evaluation.json").write_text(json.dumps(EVALUATED))
+    (run / "retrieval.json").write_text(json.dumps(RETRIEVED))
     card = card_of(run, folder, license="mit", datasets=("ann/scans",), repository="ann/digits")
     assert card.data.license == "mit" and card.data.datasets == ["ann/scans"] and card.data.pipeline_tag == "unconditional-image-generation"
     assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {
@@ -68,33 +80,150 @@ def test_the_card_tells_what_was_measured(trained, folder, tmp_path):
     assert yaml.safe_load(card.text.split("```yaml\n")[1].split("```")[0])["output_dir"] == "x" and "/home" not in card.content
 
 
-def test_figures_stay_with_the_export(trained, tmp_path):
-    """`evaluate --pipeline` leaves them in the folder that the next export replaces: they go along, unlisted."""
+def evaluated(digits, *words):
+    """What `sample.py evaluate` writes, of ten images."""
+    assert sample.main(["evaluate", *words, "--reference", str(digits), "--num_images", "10", "--num_inference_steps", "1"]) == 0
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Figures in place of measured ones."""
+    report = types.SimpleNamespace(as_dict=lambda: EVALUATION, reaches=lambda *least: True)
+    monkeypatch.setattr(sample, "evaluate", lambda *given: report)
+
+
+def on_card(run, *words):
+    """Whether the exported card of a run has its figures."""
+    assert sample.main(["export", "--run", str(run), *words]) == 0
+    return (
+        "97.2%" in (Path(words[words.index("--output") + 1]) if "--output" in words else run / "export").joinpath("README.md").read_text()
+    )
+
+
+def test_figures_are_of_exactly_the_weights_on_the_card(trained, digits, tmp_path, quick, capsys):
+    """Measured on step 12, then two more steps; the finished command again; another average; the exported folder in the run's place."""
     run = shutil.copytree(trained, tmp_path / "run")
-    (run / "export/evaluation.json").write_text(json.dumps(EVALUATION))
+    (run / "export/evaluation.json").unlink(missing_ok=True)
+    evaluated(digits, "--run", str(run))
+    figures = json.loads((run / "evaluation.json").read_text())
+    state, tensors = load_state(run / "checkpoint-12"), averages(run / "checkpoint-12")
+    assert (figures["step"], figures["ema"], figures["weights_sha256"]) == (state["step"], "", digest(tensors))
+    assert on_card(run)
+    assert "Measured on exactly these weights: of step 12, SHA-256" in (run / "export/README.md").read_text()
+    for name in ("metrics.jsonl", "config.yaml"):
+        os.utime(run / name)
+    assert fit(digits, run, "--export=true") == 0, "the finished command again"
+    assert "97.2%" in (run / "export/README.md").read_text() and (run / "export/evaluation.json").exists()
+    capsys.readouterr()
+    assert not on_card(run, "--ema", "raw", "--output", str(tmp_path / "raw"))
+    assert "evaluation.json is left out of the card: it is of other weights (step 12, the first average)" in capsys.readouterr().out
+    evaluated(digits, "--pipeline", str(tmp_path / "raw"))
+    assert json.loads((tmp_path / "raw/evaluation.json").read_text())["ema"] == "raw"
+    assert on_card(run, "--ema", "raw", "--output", str(tmp_path / "raw"))
+    shutil.copy(tmp_path / "raw/evaluation.json", run / "export/evaluation.json")
+    (run / "evaluation.json").unlink()
+    assert not on_card(run), "what was measured on the raw weights is not told of the average, wherever it lies"
+    assert fit(digits, run, "--train.max_steps=14") == 0
+    os.utime(tmp_path / "raw/evaluation.json")
+    (run / "evaluation.json").write_text(json.dumps(figures))  # an evaluation that began at step 12 and ends now
+    capsys.readouterr()
+    assert not on_card(run)
+    assert "it is of other weights (step 12, the first average), and these are of step 14" in capsys.readouterr().out
+    assert on_card(run, "--checkpoint", str(run / "checkpoint-12"), "--output", str(tmp_path / "twelve"))
+
+
+def test_an_exported_folder_knows_its_weights(trained, digits, tmp_path, quick):
+    """By the tensors in its files; figures stay with it, and are the run's too; weights that were changed are nobody's."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    found = provenance_of(run / "export")
+    file = load_file(run / "export/transformer/diffusion_pytorch_model.safetensors")
+    assert (found.sha256, found.trained, found.step) == (digest(file), digest(averages(run / "checkpoint-12")), 12)
+    evaluated(digits, "--pipeline", str(run / "export"))
     for _ in range(2):
-        assert sample.main(["export", "--run", str(run)]) == 0
-        assert json.loads((run / "export/evaluation.json").read_text()) == EVALUATION
-        assert "97.2%" in (run / "export/README.md").read_text()
+        kept = json.loads((run / "export/evaluation.json").read_text())
+        assert (kept["step"], kept["weights_sha256"], kept["trained_sha256"]) == (12, found.sha256, found.trained)
+        assert on_card(run)
+    file["pos_embed.proj.bias"] += 1
+    save_file(file, run / "export/transformer/diffusion_pytorch_model.safetensors")
+    other = provenance_of(run / "export")
+    assert other.sha256 != found.sha256 and (other.trained, other.step) == ("", None)
+    (run / "export/evaluation.json").write_text(json.dumps(EVALUATION | other.as_dict()))
+    assert not on_card(run)
     (run / "export/evaluation.json").write_text("{}")
     open_folder(run / "export")
 
 
-def test_figures_of_other_weights_are_left_out(trained, folder, tmp_path):
-    """evaluation.json from before training went on, and one that is none."""
+def test_samples_of_a_guide_are_told_so(trained, digits, tmp_path, quick):
+    run = shutil.copytree(trained, tmp_path / "run")
+    evaluated(digits, "--run", str(run), "--guide_run", str(trained), "--guide_ema", "raw")
+    figures = json.loads((run / "evaluation.json").read_text())
+    assert figures["guide_sha256"] == digest(raw_weights(trained / "checkpoint-12")) != figures["weights_sha256"]
+    assert on_card(run) and "guided by another, weaker model" in (run / "export/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        (json.dumps(EVALUATION), "it does not name the weights that it is of, as older ones did not: measure again"),
+        (json.dumps(EVALUATED | {"weights_sha256": "b" * 64, "trained_sha256": "", "step": 9}), r"of other weights \(step 9"),
+        (json.dumps({k: v for k, v in EVALUATED.items() if k != "few"}), "it lacks few"),
+        (json.dumps(EVALUATED | {"accuracy": "<img src=x>"}), "accuracy='<img src=x>' is no figure"),
+        (json.dumps(EVALUATED | {"frechet": math.nan}), "frechet=nan is no figure"),
+        ("[1]", "it lacks samples"), ('{"top1": 1', "cannot be read"), ("[" * 10_000, "cannot be read"), ("3", "cannot be read"),
+    ],
+)  # fmt: skip
+def test_figures_that_cannot_be_told_are_left_out_and_told(trained, folder, tmp_path, text, why, capsys):
     run = shutil.copytree(trained, tmp_path / "run")
     (run / "export/evaluation.json").unlink(missing_ok=True)
-    (run / "evaluation.json").write_text(json.dumps(EVALUATION))
-    (run / "retrieval.json").write_text('{"top1": 1')
-    os.utime(run / "evaluation.json", (1, 1))
+    (run / "evaluation.json").write_text(text)
     card = card_of(run, folder)
-    assert (
-        card.data.eval_results is None
-        and "model_name" not in card.data.to_dict()
-        and "97.2%" not in card.text
-        and "Nothing was measured on these weights" in card.text
-    )
+    assert re.search(rf"run/evaluation.json is left out of the card: .*{why}", capsys.readouterr().out)
+    assert card.data.eval_results is None and "model_name" not in card.data.to_dict() and "97.2%" not in card.text
+    assert "Nothing was measured on these weights" in card.text
     assert card.data.license == "unknown" and "No licence was given" in card.text
+
+
+HOSTILE = (
+    "[x](http://evil.example)", "<img src=x onerror=alert(1)>", "![x](http://evil.example/y.png)", "a|b|c", "one\n\n# two\n---\ntags: [x]",
+    "---", "``` js", "`code` ``more``", "<!-- x", "**bold** _em_ ~~gone~~", "&lt;script&gt;", "$$x$$", "@ann", "http://evil.example",
+    "www.evil.example", "\x1b[31mred", "\u202egnp", "</details><script>x</script>", "\\(x\\)",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("word", HOSTILE)
+def test_strangers_words_are_only_words(trained, folder, word):
+    """As names of classes, title, folder, split and recipe: CommonMark with GitHub's tables and links finds none but our own markup."""
+    from markdown_it import MarkdownIt
+
+    config = build(Config, {"output_dir": "runs/x", "data": {"shards": [f"/data/{word}"], "split": word or "x"}})
+    title = " ".join(word.split())
+    card = card_of(trained, folder, config, names=(word, "one"), title=title)
+    plainly = card_of(trained, folder, build(Config, {"data": {"shards": ["/data/w"], "split": "w"}}), names=("w", "one"), title="w")
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    mine, theirs = ([(t.type, t.tag) for t in flat(reader.parse(one.text))] for one in (card, plainly))
+    assert mine == theirs, "the same headings, tables, links, code: a word is text and nothing else"
+    shown = [t.content for t in flat(reader.parse(card.text)) if t.type == "text"]
+    assert printable(title) in "".join(shown), "and is read as it is spelt"
+    bare = re.sub(r"(?s)(`+)(?!`).+?(?<!`)\1(?!`)", "", card.text)  # GitHub links bare addresses too, and the Hub typesets formulas
+    assert "://evil" not in bare and "www.evil" not in bare.lower() and "$$" not in bare and "\\\\(" not in bare
+    head = yaml.safe_load(card.content.split("---\n")[1])
+    assert head["library_name"] == "diffusers" and set(head) == set(yaml.safe_load(plainly.content.split("---\n")[1]))
+
+
+def flat(tokens):
+    return [
+        inner for token in tokens for inner in ([token, *flat(token.children)] if token.children else [token]) if inner.type != "softbreak"
+    ]
+
+
+def test_the_head_holds_strangers_words_as_values(trained, folder):
+    """YAML of the card: a title and a data set's folder that would be YAML by themselves come back as they were."""
+    shutil.copytree(trained, folder.parent / "run")
+    (folder.parent / "run/evaluation.json").write_text(json.dumps(EVALUATED))
+    for word in ("a: [b", "--- x", "'#", "*x", "%y: &z", "tags: [evil]"):
+        config = build(Config, {"data": {"shards": [f"/data/{word}"]}})
+        head = card_of(folder.parent / "run", folder, config, title=word).data
+        assert head.model_name == word and head.eval_results[0].dataset_name == word and head.tags[0] == "condot"
 
 
 def test_the_card_names_code_by_hash_and_both_ways_to_load(trained, folder):
@@ -116,6 +245,8 @@ def test_the_card_of_a_text_model_links_its_origins(trained, folder, tmp_path):
     card = card_of(trained, folder, build(Config, given))
     assert card.data.pipeline_tag == "text-to-image" and card.data.base_model == "ann/base"
     assert "captions, read by [openai/clip](https://huggingface.co/openai/clip)" in card.text and "the latents of [ann/vae]" in card.text
+    stage = card_of(trained, folder, build(Config, {"checkpoint": {"start_from": "/runs/*stage*"}}))
+    assert "trained from the weights of another run, `*stage*` by condot" in stage.text and "from scratch" not in stage.text
     (tmp_path / "w").mkdir()
     local = card_of(trained, folder, build(Config, given | {"init_from": str(tmp_path / "w")}))
     assert local.data.base_model is None and str(tmp_path) not in local.content

@@ -48,12 +48,12 @@ from pipeline.image_files import encode_image, file_extension, quantise
 from pipeline.many import Files
 from pipeline.networks import CrossDiTConfig, DiTConfig, MMDiTConfig, UNetConfig, model_options
 from pipeline.pipeline_condot_v2 import CondotPipeline
-from pipeline.recipe import as_mapping, facts_of
+from pipeline.recipe import as_mapping
 from pipeline.recipe import build as fill_config
 from pipeline.restore import measurement
+from pipeline.resume import compare, facts_of
 from pipeline.sheet import grid, save_image
 from pipeline.space import Space
-from pipeline.training.run import compare
 
 SIDE = 8
 KINDS = {

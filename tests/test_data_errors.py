@@ -106,7 +106,7 @@ def test_a_state_that_cannot_be_saved_either_is_said(digits, tmp_path, monkeypat
         raise OSError(28, "No space left on device")
 
     failing(monkeypatch, 16 * 6, MemoryError, "x")
-    monkeypatch.setattr("pipeline.checkpoint.write_file", full)
+    monkeypatch.setattr("pipeline.checkpoint.saving.write_file", full)
     assert fit(digits, tmp_path / "run", *EACH) == NO_DATA
     assert "The state of step 6 could not be saved: mend that, and the same command goes on from the beginning." in capsys.readouterr().err
 

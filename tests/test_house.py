@@ -11,7 +11,8 @@ FLOORS = {
     "pipeline": [
         [
             *(
-                "networks",
+                "ranges",
+                "safe_yaml",
                 "printable",
                 "standard_streams",
                 "scheduling_flow_v1",
@@ -26,7 +27,7 @@ FLOORS = {
                 "own_files",
                 "model_folders",
                 "curve",
-                "measured",
+                "provenance",
                 "captions_v1",
                 "guidance_v1",
                 "guidance_v2",
@@ -37,8 +38,19 @@ FLOORS = {
             ),
             *("launch.parallel", "launch.precision", "tracking.utilisation", "training.pulse"),
         ],
-        ["sheet", "recipe", "process", "leaks", "tracking.jsonl", "training.status", "training.side", "checkpoint.rankfile"],
-        ["config", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1", "checkpoint.manifest", "tracking.trackers"],
+        [
+            "networks",
+            "sheet",
+            "recipe",
+            "markdown",
+            "process",
+            "leaks",
+            "tracking.jsonl",
+            "training.status",
+            "training.side",
+            "checkpoint.rankfile",
+        ],
+        ["config", "measured", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1", "checkpoint.manifest", "tracking.trackers"],
         ["scheduling_flow_v2"],
         ["scheduling_flow_ode_v2", "scheduling_flow_sde_v2"],
         [
@@ -53,9 +65,9 @@ FLOORS = {
                 "launch.launcher",
                 "tracking",
             ),
-            *("training.guard", "training.optim", "training.told", "checkpoint.room"),
+            *("training.guard", "training.optim", "training.told", "checkpoint.room", "checkpoint.saving"),
         ],
-        ["launch", "checkpoint", "inputs_v2"],
+        ["launch", "checkpoint", "inputs_v2", "resume"],
         ["ema.snapshots", "pipeline_condot_v2"],
         ["ema.weights", "plan"],
         ["source", "fold", "card", "choice", "training.watch"],
@@ -81,6 +93,7 @@ FLOORS = {
     "data": [
         [
             "printable",
+            "safe_yaml",
             "standard_streams",
             "text_files",
             "image_formats",

@@ -97,7 +97,7 @@ def test_an_image_is_the_same_whoever_draws_it(ask, tmp_path, capsys, solver):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("13 images by") == 1 and "process 1 of 2" in done.stderr and "0 of them were there" in done.stdout
     assert close(one, read(tmp_path / "two")) and not hidden(tmp_path)
-    source = sample.source_of(Images(pipeline=str(words[1])))
+    source = sample.opened(Images(pipeline=str(words[1]))).source
     made = generate(source, torch.arange(13) % 10, Sampler(solver, 3, 2.0), seed=5).images
     assert close(one, {f"{i:06d}.png": np.asarray(picture(image)).astype(int) for i, image in enumerate(made)})
 

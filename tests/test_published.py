@@ -1,6 +1,7 @@
 """Starting from published weights: outputs are theirs, what does not fit is listed, and the recipe that would fit is named."""
 
 import argparse
+import copy
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from stocks import STOCK, setting, shake, stock_network, stock_output
 import models
 from models.convert import to_stock
 from models.convert_dit import _original_names
+from models.find import _chosen, find
 from models.layers import sincos_positions
 from models.published import load_published, recipe_of
 
@@ -140,33 +142,38 @@ def original(depth=2, width=48, classes=9):
     return {**named, "pos_embed": sincos_positions(width, 4, 4)[None]}, state
 
 
-@pytest.mark.parametrize("form", ["flat.pt", "SiT-ema.pt", "state.safetensors", "wrapped.pth"])
+@pytest.mark.parametrize("form", ["flat.pt", "transit-DiT.pt", "ema-of-the-other.pt", "named.pt", "state.safetensors", "wrapped.pth"])
 def test_original_checkpoints(tmp_path, form):
-    """DiT's are flat or under `ema`, beside an optimiser and a Namespace; SiT's file is known by its name."""
+    """DiT's are flat or under `ema`, beside an optimiser and a Namespace, which alone tells DiT from SiT: a file's name does not."""
     theirs, ours = original()
     path = tmp_path / form
     if form.endswith("safetensors"):
         save_file({k: v.contiguous() for k, v in theirs.items()}, path)
-    elif form == "flat.pt":
+    elif form in ("flat.pt", "transit-DiT.pt"):
         torch.save(theirs, path)
-    elif form == "SiT-ema.pt":
+    elif form in ("ema-of-the-other.pt", "named.pt"):
         other = {k: v + 1 for k, v in theirs.items()}
-        torch.save({"model": other, "ema": theirs, "opt": {"lr": 1e-4}, "args": argparse.Namespace(image_size=8)}, path)
+        args = argparse.Namespace(path_type="Linear", prediction="velocity") if "other" in form else argparse.Namespace(model="DiT-S/2")
+        torch.save({"model": other, "ema": theirs, "opt": {"lr": 1e-4}, "args": args}, path)
     else:
         torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.items()}, "epoch": 3}, path)
     needs = recipe_of(str(path))
-    clock = "sit" if "SiT" in form else "original"
-    assert needs.model == {"kind": "dit", "patch_size": 2, "width": 48, "depth": 2, "clock": clock}
+    clock = {"ema-of-the-other.pt": "sit", "named.pt": "original"}.get(form)
+    assert needs.model == {"kind": "dit", "patch_size": 2, "width": 48, "depth": 2} | ({"clock": clock} if clock else {})
     assert needs.data == {"channels": 3, "resolution": 8}
-    assert needs.flow == ({"path": "condot", "predict": "velocity"} if clock == "sit" else {"path": "ddpm", "predict": "noise"})
-    network = network_of(needs, num_classes=9, heads=4)
+    flows = {"sit": {"path": "condot", "predict": "velocity"}, "original": {"path": "ddpm", "predict": "noise"}}
+    assert needs.flow == flows.get(clock, {})
+    network = network_of(needs, num_classes=9, heads=4) if clock else network_of(needs, num_classes=9, heads=4, clock="sit")
     report = load_published(str(path), network)
-    assert report.notes == ("the variances that the weights also predict are left out",)
+    unsaid = "the file does not say whether it is DiT's or SiT's: it is read as model.clock=sit, as the recipe has it"
+    assert report.notes == ("the variances that the weights also predict are left out", *([] if clock else [unsaid]))
+    assert ("the file does not say whose it is" in str(needs)) == (clock is None)
     state = network.state_dict()
     assert all(torch.equal(state[k], v) for k, v in ours.items() if not k.startswith("leave"))
     assert torch.equal(state["leave.weight"], torch.cat([ours["leave.weight"][6 * i : 6 * i + 3] for i in range(4)]))
-    with pytest.raises(ValueError, match=rf"model.clock=diffusers for {clock}"):
-        load_published(str(path), network_of(needs, num_classes=9, heads=4, clock="diffusers"))
+    wrong = {"sit": "original", "original": "sit"}.get(clock, "diffusers")
+    with pytest.raises(ValueError, match=rf"model.clock={wrong} for {clock or 'original or sit'}"):
+        load_published(str(path), network_of(needs, num_classes=9, heads=4, clock=wrong))
 
 
 class Trap:
@@ -303,9 +310,11 @@ def test_a_hub_id_is_downloaded_sparingly(monkeypatch, tmp_path, dit):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: asked.update(more, name=name) or str(pipeline))
     assert recipe_of("somebody/dit").model["width"] == 48
     assert asked["name"] == "somebody/dit"
-    assert asked["allow_patterns"] == [
-        "transformer/config.json", "transformer/*.index.json", "transformer/*.safetensors", "scheduler/scheduler_config.json",
-    ]  # fmt: skip
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert asked["allow_patterns"] == ["transformer/config.json", weights, "scheduler/scheduler_config.json"]
+    files[2:3] = ["transformer/diffusion_pytorch_model.fp16.safetensors", "transformer/diffusion_pytorch_model.bf16.safetensors"]
+    recipe_of("somebody/dit")
+    assert asked["allow_patterns"][1:-1] == [files[2]], "where there is no other, a variant"
 
     def unreachable(*args, **more):
         raise OSError("no network")
@@ -316,3 +325,45 @@ def test_a_hub_id_is_downloaded_sparingly(monkeypatch, tmp_path, dit):
         ValueError, match=r"init_from='somebody/dit' is no folder or file here and cannot be had from the Hub \(no network\)"
     ):
         recipe_of("somebody/dit")
+
+
+@pytest.mark.parametrize("shards", [False, True])
+@pytest.mark.parametrize("safe", [True, False])
+def test_a_folder_of_a_variant_alone(tmp_path, safe, shards):
+    """As diffusers writes `variant="fp16"`, whole and in parts; the full weights are taken where they are there, fp16 before bf16."""
+    torch.manual_seed(2)
+    stock = DiTTransformer2DModel(
+        num_attention_heads=4, attention_head_dim=12, in_channels=3, out_channels=6, num_layers=2, sample_size=8, patch_size=2,
+        num_embeds_ada_norm=9,
+    )  # fmt: skip
+    size = {"max_shard_size": "60kB"} if shards else {}
+    half = copy.deepcopy(stock).half()
+    copy.deepcopy(stock).bfloat16().save_pretrained(tmp_path, variant="bf16", safe_serialization=safe, **size)
+    half.save_pretrained(tmp_path, variant="fp16", safe_serialization=safe, **size)
+    names = [path.name for path in tmp_path.iterdir()]
+    assert (len(names) > 5) == shards and not any(name.startswith("diffusion_pytorch_model.safe") and "index" not in name for name in names)
+    found = find(str(tmp_path))
+    expected = half.state_dict()
+    assert found.variant == "fp16" and found.state.keys() == expected.keys()
+    assert all(value.dtype == torch.float32 and torch.equal(value, expected[key].float()) for key, value in found.state.items())
+    report = load_published(str(tmp_path), network_of(recipe_of(str(tmp_path)), num_classes=9))
+    assert "the full weights are not there, and those of the variant fp16 are taken" in report.notes
+    stock.save_pretrained(tmp_path, safe_serialization=False)
+    whole = find(str(tmp_path))
+    assert whole.variant == "" and all(torch.equal(whole.state[key], value) for key, value in stock.state_dict().items())
+
+
+def test_files_of_a_repository_are_chosen_as_those_of_a_folder():
+    stem = "diffusion_pytorch_model"
+    for names, expected in {
+        (f"{stem}.safetensors", f"{stem}.bin", f"{stem}.fp16.safetensors"): ("", [f"{stem}.safetensors"]),
+        (f"{stem}.bin", f"{stem}.fp16.safetensors"): ("", [f"{stem}.bin"]),
+        (f"{stem}.fp16.bin", f"{stem}.non_ema.safetensors"): ("fp16", [f"{stem}.fp16.bin"]),
+        (f"{stem}.bf16.safetensors", f"{stem}.fp16.safetensors", f"{stem}.fp16.bin"): ("fp16", [f"{stem}.fp16.safetensors"]),
+        (f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16-00001-of-00001.safetensors"):
+            ("fp16", [f"{stem}.fp16-00001-of-00001.safetensors", f"{stem}.safetensors.index.fp16.json"]),
+        (f"{stem}.safetensors.index.json", "config.json"): ("", [f"{stem}.safetensors.index.json"]),
+        (f"{stem}.safetensors.index.json", f"{stem}.non_ema.bin"): ("non_ema", [f"{stem}.non_ema.bin"]),
+        ("model.safetensors", "README.md"): ("", []),
+    }.items():  # fmt: skip
+        assert _chosen(names) == expected, names

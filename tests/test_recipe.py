@@ -6,8 +6,8 @@ import pytest
 
 from pipeline.config import ALIASES, Config
 from pipeline.networks import DiTConfig, UNetConfig
-from pipeline.recipe import as_mapping, build, facts_of, parse
-from pipeline.training.run import compare
+from pipeline.recipe import as_mapping, build, parse
+from pipeline.resume import compare, facts_of
 
 
 def recipe(tmp_path, text, name="a.yaml"):
@@ -101,3 +101,10 @@ def test_shipped_recipes_parse():
 def test_captions_are_a_fact_of_runs_on_text(kind, found):
     one, two = (facts_of(parse(Config, [f"--model.kind={kind}", *more]), "x") for more in ([], ["--data.caption=json.name"]))
     assert compare(one, two) == found
+
+
+def test_values_that_look_like_options_are_values(tmp_path):
+    path = recipe(tmp_path, "data: {split: --seed=5, shards: [--x]}\nseed: 3")
+    config = parse(Config, ["--config", path])
+    assert (config.seed, config.data.split, config.data.shards) == (3, "--seed=5", ("--x",))
+    assert build(Config, as_mapping(config)) == config

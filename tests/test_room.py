@@ -48,7 +48,7 @@ def test_a_disk_that_can_never_hold_a_checkpoint_is_known_before_the_first_step(
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_first_checkpoint_that_cannot_be_written_ends_the_run_untrained(digits, tmp_path, capsys, monkeypatch, number):
     """Whatever the reason, and however much seemed to be free: the first save is the proof."""
-    monkeypatch.setattr("pipeline.checkpoint.write_file", lambda *a: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    monkeypatch.setattr("pipeline.checkpoint.saving.write_file", lambda *a: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
     assert fit(digits, tmp_path / "run") == 2
     out, error = capsys.readouterr()
     assert "the first checkpoint could not be written" in error and os.strerror(number) in out and untrained(tmp_path / "run")

@@ -335,7 +335,7 @@ def test_a_disk_that_fills_does_not_stop_training(digits, tmp_path, monkeypatch,
         return write(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.checkpoint.write_file", full)
+        patch.setattr("pipeline.checkpoint.saving.write_file", full)
         assert fit(digits, tmp_path / "run") == 2
     out, error = capsys.readouterr()
     assert "the state of step 12 could not be saved" in error and len(curve(tmp_path / "run")) == 6

@@ -13,12 +13,10 @@ shards or without, is read by any other. Nothing is ever unpickled.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
 import uuid
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from threading import Thread
@@ -29,69 +27,16 @@ from torch import Tensor
 from ..own_files import sync
 from ..printable import say
 from . import room
-from .manifest import Seals, broadcast, check_alike, check_present, gather, rank, verify, world, write, write_text
-from .rankfile import DTYPES, Host, Place, not_finite, write_file
+from .manifest import Seals, broadcast, check_alike, check_present, gather, rank, verify, world, write
+from .rankfile import DTYPES, Host
+from .saving import Saving
 from .shares import to_write
 from .stored import averages, check_network, load_into, load_state, load_tensors, raw_weights, understood
 
-__all__ = ["Store", "averages", "check_network", "choose", "find", "load_into", "load_state", "load_tensors", "raw_weights"]
+__all__ = ["Store", "averages", "check_network", "choose", "find", "load_into", "load_state", "load_tensors", "named", "raw_weights"]
 __all__ += ["understood", "verify"]
 
 PREFIX = "checkpoint-"
-NOT_FINITE = "holds numbers that are not finite"
-"""In an error of a save that would have kept a state gone wrong; other errors are the disk's."""
-
-
-class Saving:
-    """This rank's part of a save under way.
-
-    Args:
-        folder: where all ranks write, not yet the checkpoint's name.
-        state: the text of state.json, which the first rank writes.
-        listed: type and shape of every whole tensor, by name.
-    """
-
-    def __init__(self, folder: Path, state: str, listed: dict[str, Any]) -> None:
-        self.folder, self.state, self.listed = folder, state, listed
-        self.name = f"rank-{rank():05d}.safetensors"
-        self.seals: Seals = {}
-        self.told: dict[str, Any] = {}
-        """What the first rank wants to know beside the seals: how many numbers this rank writes, and what it thinks all ranks write."""
-        self.error: str | None = None
-        self.thread: Thread | None = None
-
-    def start(self, host: Host, tensors: dict[str, Tensor]) -> None:
-        """Copy this rank's parts, and write the copies in a thread."""
-        try:
-            places = host.copy(to_write(tensors, rank(), world()))
-        except (OSError, RuntimeError, MemoryError, ValueError) as problem:  # the other ranks wait to hear of it in `finish`
-            self.error = f"rank {rank()}: {problem}"
-        else:
-            self.thread = Thread(target=self._write, args=(host, places), name="checkpoint", daemon=True)
-            self.thread.start()
-
-    def _write(self, host: Host, places: list[Place]) -> None:
-        try:
-            data = host.bytes(places[-1].stop if places else 0)
-            if bad := not_finite(places, data):
-                raise ValueError(f"{bad} {NOT_FINITE}")
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if places:
-                self.seals[self.name] = write_file(self.folder / self.name, places, data)
-            self.told = {"numel": sum(place.part.box.numel for place in places), "listed": zlib.crc32(json.dumps(self.listed).encode())}
-            if rank() == 0:
-                self.seals["state.json"] = write_text(self.folder / "state.json", self.state)
-        except Exception as problem:  # whatever it is, it must be said where the ranks meet
-            self.error = f"rank {rank()}: {problem}"
-
-    def discard(self) -> None:
-        """Leave nothing of it: each rank its own file, the first one the folder."""
-        with contextlib.suppress(OSError):
-            if rank() == 0:
-                shutil.rmtree(self.folder, ignore_errors=True)
-            else:
-                (self.folder / self.name).unlink(missing_ok=True)
-                self.folder.rmdir()  # where a machine does not share the folder
 
 
 class Store:
@@ -275,12 +220,19 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
+def named(root: Path, resume: str) -> Path:
+    """Return the folder that `checkpoint.resume` names: a path, or as diffusers' scripts have it a checkpoint of the run itself."""
+    place = Path(resume)
+    own = root / place.name
+    return own if place.name.startswith(PREFIX) and len(place.parts) == 1 and (own.is_dir() or not place.is_dir()) else place
+
+
 def choose(store: Store, resume: str) -> Path | None:
     """The checkpoint to go on from, the same on all ranks, which ask together; None to start afresh.
 
     Args:
         store: of the run.
-        resume: `latest`, `none` or a checkpoint's folder.
+        resume: `latest`, `none`, a checkpoint's folder, or its name in the run's folder, as `checkpoint-500`.
 
     Raises:
         ValueError: a start that newer checkpoints in the run's folder would outlive.
@@ -292,7 +244,10 @@ def choose(store: Store, resume: str) -> Path | None:
         if newest is not None:
             raise ValueError(f"checkpoint.resume=none, but {store.root} holds {newest.name}: resume it, or give another --output_dir.")
         return None
-    chosen = Path(resume)
+    chosen = named(store.root, resume)
+    if not chosen.is_dir():
+        there = ", ".join(folder.name for folder in store.folders()) or "none"
+        raise ValueError(f"checkpoint.resume={resume}: {chosen} is not there; {store.root} holds {there}. Give one of them, or latest.")
     verify(chosen, together=True)  # so that no rank has to read all of it
     step = load_state(chosen)["step"]
     if newest is not None and _step(newest) > step:

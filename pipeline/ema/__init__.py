@@ -10,7 +10,7 @@ Diffusion Models; Tarvainen and Valpola, Mean teachers are better role models.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -100,6 +100,7 @@ class Averages:
         trained = {name: p for name, p in network.named_parameters(remove_duplicate=False) if p.requires_grad}
         for name, parameter in trained.items():
             assert parameter.dtype in (torch.float32, torch.float64), f"{name} is {parameter.dtype}: averages need master weights"
+        self._trained = frozenset(trained)
         self._further = {law.label: {name: p.detach().clone() for name, p in trained.items()} for law in self.laws[1:]}
 
     @property
@@ -145,35 +146,63 @@ class Averages:
     def _named(self, labels: Iterable[str]) -> dict[str, Tensor]:
         return {f"ema[{label}].{name}": value for label in labels for name, value in self._further[label].items()}
 
-    def lacking(self, kept: Sequence[str], where: str) -> tuple[str, ...]:
-        """Labels of further averages that a checkpoint does not hold; `begin` starts them.
+    def stored(self, kept: Sequence[str], where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return where a checkpoint holds each average: by its own label, whatever its place in the recipe was then and is now.
+
+        One that was not kept begins from the checkpoint's first.
 
         Args:
-            kept: labels of the checkpoint's averages.
+            kept: labels of the checkpoint's averages, its first one first.
             where: names the checkpoint.
 
+        Returns:
+            Tensors to fill, by the checkpoint's names; and the averages to be copied afterwards by `begin`, each with its source.
+
         Raises:
-            ValueError: a power average among them: it counts from the first image, and cannot begin later.
+            ValueError: a power average that was not kept: it counts from the first image, and cannot begin later.
         """
-        missing = tuple(label for label in self.labels[1:] if label not in kept)
-        for law in self.laws:
-            if isinstance(law, Power) and law.label in missing:
+        self._check_powers(kept, where)
+        first = kept[0] if kept else self.labels[0]
+        state = self.model.state_dict()
+        tensors = {f"ema.{name}": value for name, value in state.items() if name not in self._trained}
+        own = {self.labels[0]: {name: state[name] for name in self._trained}} | self._further
+        taken: dict[str, str] = {}
+        copied: dict[str, str] = {}
+        for label in self.labels:
+            source = label if label in kept else first
+            if source in taken:
+                copied[label] = taken[source]
+                continue
+            taken[source] = label
+            prefix = "ema." if source == first else f"ema[{source}]."
+            tensors |= {f"{prefix}{name}": value for name, value in own[label].items()}
+        return tensors, copied
+
+    def _check_powers(self, kept: Sequence[str], where: str) -> None:
+        for law in self.laws[1:]:
+            if isinstance(law, Power) and law.label not in kept:
                 held = [label.removeprefix("width=") for label in kept if label.startswith("width=")]
                 give = f"give --ema.power {' '.join(held)}" if held else "leave ema.power out"
                 raise ValueError(
                     f"ema.power={_number(law.width)}: {where} was trained without it, and a power average counts from a run's "
                     f"first image: {give}, or begin another run."
                 )
-        return missing
 
     @torch.no_grad()
-    def begin(self, labels: Iterable[str]) -> None:
-        """Start further averages from the first."""
+    def begin(self, copied: Mapping[str, str] | None = None) -> None:
+        """Start averages from others: those named from those named, or all further ones from the first."""
         _sharded(self.model)
-        first = dict(self.model.named_parameters(remove_duplicate=False))
-        for label in labels:
-            for name, average in self._further[label].items():
-                average.copy_(first[name])
+        own = {self.labels[0]: dict(self.model.named_parameters(remove_duplicate=False))} | self._further
+        for label, source in (dict.fromkeys(self.labels[1:], self.labels[0]) if copied is None else copied).items():
+            for name in self._trained:
+                own[label][name].copy_(own[source][name])
+
+    @torch.no_grad()
+    def begin_raw(self, network: nn.Module, kept: Sequence[str]) -> None:
+        """Take the weights themselves where they are sampled and exported, and the checkpoint kept an average in that place."""
+        if self.labels[0] == RAW and RAW not in kept:
+            for mine, theirs in zip(_shares(self.model.parameters()), _shares(network.parameters()), strict=True):
+                mine.copy_(theirs)
 
 
 def _sharded(module: nn.Module) -> None:

@@ -22,7 +22,7 @@ from ..launch import check_hardware, check_launcher, check_layout
 from ..launch.launcher import contradictions, sharding
 from ..method import Draws, Method
 from ..networks import model_options
-from ..recipe import facts_of
+from ..resume import facts_of
 from ..space import Space
 from ..tracking.trackers import check as check_trackers
 from . import Sizes, World

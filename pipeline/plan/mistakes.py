@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..checkpoint import Store, choose, find
+from ..checkpoint import Store, choose, find, named
 from ..config import Config, FlowConfig
 from ..method import Method
-from ..training.run import compare
+from ..resume import compare, resumed
+from ..training.optim import check_ramp
 
 T = TypeVar("T")
 
@@ -95,6 +96,7 @@ def check_coupling(method: Method, micro_batch: int, mistakes: Mistakes) -> None
 
 def check_begin(config: Config, mistakes: Mistakes) -> None:
     """Whether a fresh run has one beginning, and adapters something to stand beside."""
+    mistakes.tried(check_ramp, config.train)
     init, start = config.init_from, config.checkpoint.start_from
     if init and start:
         mistakes.add(f"init_from={init!r} and checkpoint.start_from={start!r}: give one of them.")
@@ -122,7 +124,7 @@ def check_folder(config: Config, facts: Mapping[str, Any], mistakes: Mistakes) -
     resume = config.checkpoint.resume
     if resume == "none":
         mistakes.tried(choose, Store(folder, 1), resume)
-    found = _checkpoints(folder if resume in ("latest", "none") else Path(resume))
+    found = _checkpoints(folder if resume in ("latest", "none") else named(folder, resume))
     if not found:
         if resume not in ("latest", "none"):
             mistakes.add(f"checkpoint.resume={resume!r} is no whole checkpoint: give a folder checkpoint-<step>, or `latest`.")
@@ -130,6 +132,8 @@ def check_folder(config: Config, facts: Mapping[str, Any], mistakes: Mistakes) -
     state = mistakes.tried(_state, found[0])
     known = {key: state["facts"][key] for key in facts if key in state["facts"]} if state else {}
     differences = compare(known, dict(facts)) if state else []
+    if state and not differences:
+        mistakes.tried(resumed, config, state)
     if differences:
         mistakes.add(f"{found[0]} is of another run: {'; '.join(differences)}. Give another --output_dir, or that run's settings.")
     return f"goes on from {found[0]}"

@@ -44,6 +44,15 @@ def step_unless(optimizer: Any, bad: Tensor) -> None:
     vars(inner).pop("found_inf", None)
 
 
+def check_ramp(config: TrainConfig) -> None:
+    """Raise a ValueError for a learning rate that would never be reached."""
+    if config.lr_warmup_steps > config.max_steps:
+        raise ValueError(
+            f"train.lr_warmup_steps={config.lr_warmup_steps} is more than train.max_steps={config.max_steps}: the learning rate would "
+            f"never be reached. Use --train.lr_warmup_steps {config.max_steps // 10}, or train for longer."
+        )
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
     """The learning rate of optimiser step `step`, counted from 0; a function of nothing else, so there is no state to save.
 

@@ -25,6 +25,7 @@ from ..own_files import write_whole
 from ..printable import say
 from ..process import Stopper
 from ..recipe import as_mapping
+from ..resume import compare, write_journal
 from ..space import Space
 from ..tracking import BadSamples, Log, Meter
 from ..tracking.trackers import attach
@@ -163,13 +164,15 @@ class Run:
         optimizer = self._optimizer_state()
         moments = {f"optim.{k}": v for k, v in optimizer.items() if isinstance(v, Tensor)}
         weights = {f"model.{k}": v for k, v in self.network.state_dict().items()}
-        lacking = self.ema.lacking(state.get("averages", ()), str(folder))
-        missing = [f"ema[{label}]." for label in lacking]
+        kept = state.get("averages", ())
+        averages, copied = self.ema.stored(kept, str(folder))
+        beside = ["ema["] if any(name.startswith("ema.") for name in averages) else ["ema[", "ema."]
         try:
-            load_into(folder, weights | self.ema.tensors() | moments, allow_missing=missing, allow_unexpected=["ema["])
+            load_into(folder, weights | averages | moments, allow_unexpected=beside)
         except ValueError as error:
             raise ValueError(f"{error} Or give another --output_dir.") from error
-        self.ema.begin(lacking)
+        self.ema.begin(copied)
+        self.ema.begin_raw(self.network, kept)
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         set_optimizer_state_dict(self.network, inner, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
         self.step = self.saved = state["step"]
@@ -196,8 +199,8 @@ class Run:
         try:
             load_into(found, weights | main, allow_unexpected=["ema[", "optim."])
         except ValueError as error:
-            raise ValueError(f"checkpoint.start_from={found}: {error} Give it the same section `model` and classes.") from error
-        self.ema.begin(self.ema.labels[1:])
+            raise _unfit(found, error) from error
+        self.ema.begin()
 
     def told(self, trouble: int = 0) -> int:
         """Hear, in work beside training, whether it is to be given up. Where all ranks share it, all together.
@@ -221,6 +224,29 @@ class Run:
         return trouble
 
 
+def load_average(found: Path, network: nn.Module) -> None:
+    """Put the first average of another run's checkpoint into a network that is whole.
+
+    Raises:
+        ValueError: weights of another network.
+    """
+    try:
+        load_into(found, {f"ema.{k}": v for k, v in network.state_dict().items()}, allow_unexpected=["ema[", "model.", "optim."])
+    except ValueError as error:
+        raise _unfit(found, error) from error
+
+
+def _unfit(found: Path, error: ValueError) -> ValueError:
+    """What to say of a beginning whose weights do not fit."""
+    adapted = ".base_layer." in str(error)
+    remedy = (
+        "It holds low-rank additions: export it, and give the folder as init_from."
+        if adapted
+        else "Give it the same section `model` and classes."
+    )
+    return ValueError(f"checkpoint.start_from={found}: {error} {remedy}")
+
+
 def begin(run: Run, checkpoint: Path | None, space: Space) -> None:
     """Go on from a checkpoint, or begin afresh, and say which; open what the run reads and writes.
 
@@ -240,6 +266,7 @@ def begin(run: Run, checkpoint: Path | None, space: Space) -> None:
     if main:
         run.store.sweep(checkpoint)
         write_whole(folder / "config.yaml", yaml.safe_dump(as_mapping(config), sort_keys=False))
+        write_journal(folder, run.about.get("changes", []))
         origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
         where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device}"
         say(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
@@ -249,19 +276,3 @@ def begin(run: Run, checkpoint: Path | None, space: Space) -> None:
     run.log = Log(folder, main=main, start=run.step, stop=config.train.max_steps, accelerator=run.accelerator)
     run.side = SideWork(run.log.say)
     run.side("log.report_to", lambda: attach(run.accelerator, config.log.report_to, config.log.project, folder, told, run.step))
-
-
-BEFORE = {"data.bit_depth": 8}
-"""Facts that older checkpoints do not name, as they were."""
-
-
-def compare(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Each place where two nested mappings differ, as `model.width is 128 there and 256 here`."""
-    found = []
-    for key in {**saved, **now}:
-        a, b = saved.get(key, BEFORE.get(prefix + key)), now.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += compare(a, b, f"{prefix}{key}.")
-        elif a != b:
-            found.append(f"{prefix}{key} is {a} there and {b} here")
-    return found
