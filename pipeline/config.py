@@ -40,7 +40,7 @@ class DataConfig:
     # txt=0.7,json.short=0.3; which a sample is shown with is drawn by (seed, position)
     caption: str = "txt"
     # shards; so many are mixed with one another, which bounds the memory of the order
-    shuffle_block: Annotated[int, Whole("[1, inf)")] = 16
+    shuffle_block: Annotated[int, Whole("[1, inf)", "at least 1 shard. Use 16 or more.")] = 16
     workers: Annotated[int, Whole("[0, inf)")] = 2  # threads that read and decode ahead on each rank; 0 reads inside the loop
     max_bad_share: Annotated[float, Real("[0, 1)")] = 0.001  # of samples that cannot be read; more stop training with the list
     lost_shards: str = "stop"  # or skip: go on without a shard that is gone

@@ -32,7 +32,7 @@ class Model:
         ""  # which weights of the run: by half-life in images or decay a step, width=0.08 (any, where power averages were kept), or raw
     )
     seed: Annotated[int, SEED] = 0  # image i is a function of (seed, i)
-    batch_size: Annotated[int, Whole("[1, inf)", "at least one image at once.")] = 256  # images at once
+    batch_size: Annotated[int, Whole("[1, inf)", "at least 1 image at once.")] = 256  # images at once
     # solver steps; evaluations are reported
     num_inference_steps: Annotated[int, Whole("[1, inf)", "a solver takes at least one step. Use 25 to 50 as a rule.")] = 25
 

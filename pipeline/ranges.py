@@ -117,7 +117,7 @@ def check_numbers(options: Any, prefix: str) -> None:
 
     Args:
         options: the dataclass.
-        prefix: what users write before a field's name, such as `train.` or `--`.
+        prefix: what users write before a field's name, such as `train.`, or `--` of an option that has its value behind a blank.
 
     Raises:
         ValueError: the first that lies outside, by its option.
@@ -128,4 +128,4 @@ def check_numbers(options: Any, prefix: str) -> None:
         for number in value if isinstance(value, (tuple, list)) else () if value is None else (value,):
             if not within.holds(number):
                 shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else number
-                raise ValueError(f"{prefix}{name}={shown}: {within.rule}")
+                raise ValueError(f"{prefix}{name}{' ' if prefix == '--' else '='}{shown}: {within.rule}")

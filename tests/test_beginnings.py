@@ -271,7 +271,7 @@ def test_seeds_that_are_none(digits, trained, tmp_path, capsys):
         assert fit(digits, tmp_path / "run", f"--seed={seed}") == 2
         assert f"seed={seed}: a seed is a whole number from 0 to 2^64 - 1" in capsys.readouterr().err
         assert sample.main(["--run", str(trained), "--seed", seed]) == 2
-        assert f"--seed={seed}: a seed is a whole number from 0 to 2^64 - 1" in capsys.readouterr().err
+        assert f"--seed {seed}: a seed is a whole number from 0 to 2^64 - 1" in capsys.readouterr().err
 
 
 def test_resuming_by_name_as_in_scripts_of_diffusers(digits, tmp_path, capsys):

@@ -58,7 +58,9 @@ def test_every_number_has_a_range_and_is_held_to_it(prefix, cls, name):
         with pytest.raises(ValueError) as error:
             cls(**{name: (value,) * length if several else value})
         text = str(error.value)
-        assert text.startswith(f"{prefix}{name}=") and "\n" not in text and len(text.partition(": ")[2]) > 10, text
+        assert (
+            text.startswith(f"{prefix}{name}{' ' if prefix == '--' else '='}") and "\n" not in text and len(text.partition(": ")[2]) > 10
+        ), text
 
 
 @pytest.mark.parametrize(
