@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from pipeline import checkpoint
-from pipeline.checkpoint import Store, load_into, load_tensors, manifest
+from pipeline.checkpoint import Store, load_into, load_tensors, manifest, saving
 from pipeline.checkpoint.saving import NOT_FINITE
 from pipeline.checkpoint.shares import to_write
 from pipeline.launch.parallel import shard
@@ -258,8 +258,8 @@ def die(folder, point, who):
 
 def train_beside(folder):
     """Collectives of training go on while a save is written, and nothing of the save waits for them."""
-    gate, real = threading.Event(), checkpoint.write_file
-    checkpoint.write_file = lambda *a: (gate.wait(30), real(*a))[1]
+    gate, real = threading.Event(), saving.write_file
+    saving.write_file = lambda *a: (gate.wait(30), real(*a))[1]
     store, state = Store(Path(folder), keep=1), spread(whole(), "full")
     store.begin(1, state, {"step": 1})
     for _ in range(20):

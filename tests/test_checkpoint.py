@@ -14,8 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline import checkpoint
-from pipeline.checkpoint import Store, averages, choose, load_into, load_state, load_tensors, manifest, raw_weights, verify
+from pipeline.checkpoint import Store, averages, choose, load_into, load_state, load_tensors, manifest, raw_weights, saving, verify
 from pipeline.checkpoint.rankfile import KEY, Host, not_finite
 from pipeline.checkpoint.saving import NOT_FINITE
 from pipeline.checkpoint.shares import to_write
@@ -274,7 +273,7 @@ def test_every_number_is_told_from_those_that_are_none(dtype):
 
 def test_what_is_saved_is_the_state_when_the_save_began(tmp_path, monkeypatch):
     """Weights and state change while the thread writes, and nothing of that is in the checkpoint; two saves in turn share their memory."""
-    gate, write = threading.Event(), checkpoint.write_file
+    gate, write = threading.Event(), saving.write_file
     monkeypatch.setattr("pipeline.checkpoint.saving.write_file", lambda *a: (gate.wait(), write(*a))[1])
     store, state, about = Store(tmp_path, keep=3), tensors(1), {"seen": [1]}
     for step in (1, 2):

@@ -14,8 +14,7 @@ import pipeline.training.loop as loop
 from data import build
 from data.options import Options
 from data.stream import Share
-from pipeline import checkpoint
-from pipeline.checkpoint import load_tensors
+from pipeline.checkpoint import load_tensors, saving
 from pipeline.config import GuardConfig
 from pipeline.process import DIVERGED
 from pipeline.training.guard import Evidence, Guard
@@ -201,7 +200,7 @@ def test_the_samples_named_are_those_of_the_step_done_again(digits, tmp_path, po
 
 def test_a_rollback_waits_for_the_checkpoint_under_way(digits, tmp_path, poison, monkeypatch):
     """That of step 4 is held back until the spike of step 5 has been judged: it is the last good one all the same."""
-    gate, write, back = threading.Event(), checkpoint.write_file, loop.roll_back
+    gate, write, back = threading.Event(), saving.write_file, loop.roll_back
 
     def held(path, *rest):
         if path.parent.name.startswith(".tmp-4-"):

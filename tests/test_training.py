@@ -21,7 +21,7 @@ import models
 import pipeline.training.loop as loop
 from data import prepare
 from pipeline import checkpoint
-from pipeline.checkpoint import load_tensors
+from pipeline.checkpoint import load_tensors, saving
 from pipeline.config import EmaConfig, FlowConfig, TrainConfig
 from pipeline.ema import Averages, HalfLife, laws
 from pipeline.method import Method
@@ -327,7 +327,7 @@ def test_two_runs_on_one_folder(digits, tmp_path, capsys):
 
 def test_a_disk_that_fills_does_not_stop_training(digits, tmp_path, monkeypatch, capsys):
     """From the second checkpoint on nothing can be written; before the first step that would be an error, see test_room.py."""
-    write = checkpoint.write_file
+    write = saving.write_file
 
     def full(path, *rest):
         if not path.parent.name.startswith(".tmp-0-"):
@@ -345,7 +345,7 @@ def test_a_disk_that_fills_does_not_stop_training(digits, tmp_path, monkeypatch,
 
 def test_a_save_that_failed_is_tried_again_soon(digits, tmp_path, monkeypatch, capsys):
     """A tenth of checkpoint.every later, and of 4 steps that is the next one; then as before."""
-    write = checkpoint.write_file
+    write = saving.write_file
 
     def full_at_4(path, *rest):
         if path.parent.name.startswith(".tmp-4-"):
@@ -360,7 +360,7 @@ def test_a_save_that_failed_is_tried_again_soon(digits, tmp_path, monkeypatch, c
 
 def test_training_goes_on_while_a_checkpoint_is_written(digits, tmp_path, monkeypatch):
     """The file of step 4 is held back until step 7 is done."""
-    gate, waits, write, advance = threading.Event(), [], checkpoint.write_file, loop.advance
+    gate, waits, write, advance = threading.Event(), [], saving.write_file, loop.advance
 
     def held(path, *rest):
         if path.parent.name.startswith(".tmp-4-"):
