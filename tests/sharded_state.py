@@ -250,7 +250,7 @@ def die(folder, point, who):
     store = Store(Path(folder), keep=1)
     assert store.save(1, spread(whole(), "full"), {"step": 1}) == []
     if dist.get_rank() == who:
-        where = {"copy": checkpoint.Host, "finish": Store, "_commit": Store, "_prune": Store}.get(point, checkpoint)
+        where = {"copy": saving.Host, "finish": Store, "_commit": Store, "_prune": Store}.get(point, checkpoint)
         setattr(where, point, kill)
     store.save(2, spread(whole(2.0), "full"), {"step": 2})
     store.save(3, spread(whole(3.0), "full"), {"step": 3})

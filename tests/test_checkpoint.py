@@ -215,7 +215,7 @@ def test_a_disk_that_is_really_full(tmp_path):
 
 def test_a_state_of_which_a_part_was_not_written_is_no_checkpoint(tmp_path, monkeypatch):
     """Wherever the parts went that no rank took: 17 numbers of 18."""
-    monkeypatch.setattr(checkpoint, "to_write", lambda *given: [part for part in to_write(*given) if part.name != "scalar"])
+    monkeypatch.setattr(saving, "to_write", lambda *given: [part for part in to_write(*given) if part.name != "scalar"])
     (error,) = Store(tmp_path, keep=1).save(1, tensors(1), {"step": 1})
     assert "17 of 18 numbers were written" in error and not list(tmp_path.iterdir())
 

@@ -207,7 +207,7 @@ def test_a_rollback_waits_for_the_checkpoint_under_way(digits, tmp_path, poison,
             assert gate.wait(60)
         return write(path, *rest)
 
-    monkeypatch.setattr(checkpoint, "write_file", held)
+    monkeypatch.setattr(saving, "write_file", held)
     monkeypatch.setattr(loop, "roll_back", lambda *given: (gate.set(), back(*given))[1])
     poison("loss", 5, by=100.0)
     assert fit(digits, tmp_path / "run", *LOG, "--guard.window=5") == 0

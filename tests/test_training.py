@@ -20,7 +20,6 @@ from PIL import Image
 import models
 import pipeline.training.loop as loop
 from data import prepare
-from pipeline import checkpoint
 from pipeline.checkpoint import load_tensors, saving
 from pipeline.config import EmaConfig, FlowConfig, TrainConfig
 from pipeline.ema import Averages, HalfLife, laws
@@ -352,7 +351,7 @@ def test_a_save_that_failed_is_tried_again_soon(digits, tmp_path, monkeypatch, c
             raise OSError(28, "No space left on device")
         return write(path, *rest)
 
-    monkeypatch.setattr(checkpoint, "write_file", full_at_4)
+    monkeypatch.setattr(saving, "write_file", full_at_4)
     assert fit(digits, tmp_path / "run", "--checkpoint.asynchronous=false", "--checkpoint.keep=9") == 0
     assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (0, 5, 8, 12)}
     assert "It is tried again at step 5." in "".join(capsys.readouterr())
@@ -373,7 +372,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(digits, tmp_path, monkey
             gate.set()
         return seen
 
-    monkeypatch.setattr(checkpoint, "write_file", held)
+    monkeypatch.setattr(saving, "write_file", held)
     monkeypatch.setattr(loop, "advance", counted)
     assert fit(digits, tmp_path / "run", "--checkpoint.keep=9") == 0 and waits == [True]
     assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (0, 4, 8, 12)}
