@@ -250,8 +250,9 @@ def die(folder, point, who):
     store = Store(Path(folder), keep=1)
     assert store.save(1, spread(whole(), "full"), {"step": 1}) == []
     if dist.get_rank() == who:
-        where = {"copy": saving.Host, "finish": Store, "_commit": Store, "_prune": Store}.get(point, checkpoint)
-        setattr(where, point, kill)
+        where = {"copy": saving.Host, "check_present": checkpoint, "sync": checkpoint}
+        where |= dict.fromkeys(("finish", "_commit", "_prune"), Store)
+        setattr(where.get(point, saving), point, kill)
     store.save(2, spread(whole(2.0), "full"), {"step": 2})
     store.save(3, spread(whole(3.0), "full"), {"step": 3})
 
