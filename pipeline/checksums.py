@@ -42,7 +42,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     if not path.is_file():
         raise ValueError(f"{folder} has no {NAME}, so nobody can tell whether it is whole: export it again, `sample.py export --run RUN`.")
     listed = {}
-    for line in path.read_text(errors="backslashreplace").splitlines():
+    for line in path.read_bytes().decode(errors="backslashreplace").removesuffix("\n").split("\n"):  # splitlines knows more ends
         found = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
         if not found or PurePosixPath(found[2]).is_absolute() or ".." in PurePosixPath(found[2]).parts:
             raise ValueError(f"{path}: {line[:80]!r} is no line of a list of hashes: export the folder again.")

@@ -29,7 +29,7 @@ class DataConfig:
     split: str = "train"  # which of the manifest's splits to train on
     resolution: Annotated[int, Whole("[1, inf)")] = 256  # pixels; images are resized by the short side and cropped to this square
     # 1: gray; 2: gray and alpha; 3: RGB; 4: RGB and alpha; 5 and more: the bands of TIFF and .npy files
-    channels: Annotated[int, Whole("[1, 1024]")] = 3
+    channels: Annotated[int, Whole("[1, 1024]", "choose 1 (gray), 2 (gray, alpha), 3 (RGB), 4 (RGB, alpha), or up to 1024.")] = 3
     bit_depth: Literal[8, 16] = 8  # of a pixel's values as they are trained on; 16 keeps what 16-bit files hold, beside 8-bit ones
     horizontal_flip: bool = False  # mirror half of the images, chosen by (seed, position)
     random_crop: bool = False  # crop anywhere, chosen by (seed, position), instead of at the centre

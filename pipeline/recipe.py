@@ -166,10 +166,9 @@ def build(cls: type[T], mapping: dict[str, Any]) -> T:
         given = {key: values for key, values in _flatten(mapping).items() if values}  # an empty list is every list's default
     except (AttributeError, RecursionError) as error:
         raise ValueError("a saved configuration is a mapping of sections (data, model, flow, train, ...), and this is none.") from error
-    for key, values in given.items():
-        word = next((value for value in values if value.startswith("--") or value == "-h"), None)
-        if key in ("config", "help") or not re.fullmatch(r"\w+(\.\w+)*", key) or word is not None:
-            raise ValueError(f"{one_line(key)[:60]}={one_line(word)[:60] if word else '...'} is nothing that a saved configuration holds.")
+    for key in given:
+        if key in ("config", "help") or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise ValueError(f"{one_line(key)[:60]}: nothing that a saved configuration holds.")
     given = _spelled(given)
     default = _choose_kinds(cls, given)
     _check_known(cls, given, default, {})

@@ -303,7 +303,9 @@ def restored(config, kept):
             value.fill_(-1)
     ema.begin(copied)
     ema.begin_raw(net, kept)
-    found = {label: {int(v.flatten()[0]) for name, v in ema.tensors().items() if name.startswith(prefix)} for label, prefix in
+    trained = {name for name, value in net.named_parameters() if value.requires_grad}  # of buffers there is one set, the first average's
+    found = {label: {int(v.flatten()[0]) for name, v in ema.tensors().items()
+                      if name.startswith(prefix) and name.removeprefix(prefix) in trained} for label, prefix in
              ((label, "ema." if label == ema.labels[0] else f"ema[{label}].") for label in ema.labels)}  # fmt: skip
     assert all(len(values) == 1 for values in found.values()), found
     return {label: values.pop() for label, values in found.items()}

@@ -205,7 +205,7 @@ def test_recipe_and_constructors_know_the_same_fields():
     from models.presets import PRESETS
     from pipeline.networks import ModelConfig
 
-    of_data = {"channels", "resolution", "num_classes", "text_width", "pooled_width"}
+    of_data = {"channels", "resolution", "num_classes", "text_width", "pooled_width", "outputs"}  # and of the objective
     for section in get_args(ModelConfig):
         said = {item.name: item.default for item in fields(section)}
         taken = inspect.signature(models.KINDS[said.pop("kind")].__init__).parameters

@@ -20,6 +20,7 @@ from data.options import Options
 from data.retry import Disks
 from data.shards import LostShard, Shards
 from data.stream import Share
+from pipeline.checkpoint import saving
 from pipeline.process import NO_DATA
 from pipeline.training.status import read
 from tests.shardmaker import make, samples
@@ -102,13 +103,18 @@ def test_too_many_bad_samples_end_the_run_saved(digits, tmp_path, capsys):
 
 
 def test_a_state_that_cannot_be_saved_either_is_said(digits, tmp_path, monkeypatch, capsys):
-    def full(*given):
-        raise OSError(28, "No space left on device")
+    """The disk holds the checkpoint of the start, and no other."""
+    write = saving.write_file
+
+    def full(path, *given):
+        if list((tmp_path / "run").glob("checkpoint-0")):
+            raise OSError(28, "No space left on device")
+        return write(path, *given)
 
     failing(monkeypatch, 16 * 6, MemoryError, "x")
-    monkeypatch.setattr("pipeline.checkpoint.saving.write_file", full)
+    monkeypatch.setattr(saving, "write_file", full)
     assert fit(digits, tmp_path / "run", *EACH) == NO_DATA
-    assert "The state of step 6 could not be saved: mend that, and the same command goes on from the beginning." in capsys.readouterr().err
+    assert "The state of step 6 could not be saved: mend that, and the same command goes on from step 0." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.faults)])

@@ -238,7 +238,9 @@ def test_every_other_recipe_takes_a_scheduler_of_its_own_along(digits, tmp_path,
     assert type(pipe.scheduler).__name__ == "FlowODEScheduler" and not isinstance(pipe.scheduler, FlowODEScheduler), (
         "it comes from the folder"
     )
-    pipe.scheduler.register_to_config(clip_sample=False)  # as is written out below
+    default = pipe.scheduler.config
+    euler = {**default, "clip_sample": False, "solver": "euler"}  # as is written out below
+    pipe.scheduler = type(pipe.scheduler).from_config(euler)
     theirs = drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=6, guidance_scale=2.0, generator=torch.manual_seed(2))
     trained = sample.Trained(tmp_path / "run")
     source, labels = trained.source("cpu"), torch.tensor([0, 3, 9])
@@ -254,10 +256,14 @@ def test_every_other_recipe_takes_a_scheduler_of_its_own_along(digits, tmp_path,
             x = z if end is None else end.a * z + end.b * eps
     assert_equal_draws(x, theirs)
     ours = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline_condot_v2", trust_remote_code=True)
-    pipe.scheduler = ours.FlowSDEScheduler.from_config(pipe.scheduler.config, sigma_t="zero")
-    assert_equal_draws(
-        drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=6, guidance_scale=2.0, generator=torch.manual_seed(2)), theirs
-    )
+    found = []
+    for scheduler in (
+        ours.FlowODEScheduler.from_config(default, solver="dpmpp_2m"),
+        ours.FlowSDEScheduler.from_config(default, sigma_t="zero", solver="dpmpp_2m_sde"),
+    ):
+        pipe.scheduler = scheduler
+        found.append(drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=6, guidance_scale=2.0, generator=torch.manual_seed(2)))
+    assert_equal_draws(*found)
     reopened, point = open_folder(folder), torch.randn(3, 1, 8, 8)
     t = torch.tensor([0.05, 0.5, 0.9])
     with torch.no_grad():
@@ -347,12 +353,12 @@ def test_the_command_draws_a_grid(trained, tmp_path, capsys):
     ("words", "message"),
     [
         (["--class_labels", "10"], "class label 10 is out of range: the model has classes 0 to 9"),
-        (["--class_labels", "-1"], "class label -1 is out of range"),
-        (["--num_inference_steps", "0"], "num_inference_steps=0"),
+        (["--class_labels", "-1"], "--class_labels -1: a whole number at least 0"),
+        (["--num_inference_steps", "0"], "--num_inference_steps 0: a solver takes at least one step"),
         (["--solver", "rk45"], "invalid choice 'rk45'"),
         (["--solver", "euler_maruyama", "--sigma_t", "forward", "--num_inference_steps", "2"], "sigma_t=inf at t=0"),
-        (["--sigma_scale", "-1"], "sigma_scale=-1.0"),
-        (["--guidance_scale", "inf"], "guidance_scale=inf is not finite"),
+        (["--sigma_scale", "-1"], "--sigma_scale -1.0: a number at least 0"),
+        (["--guidance_scale", "inf"], "--guidance_scale inf: a finite number"),
         (["--run", "x"], "give one of them"),
         (["--prompt", "a cat"], "--prompt 'a cat' of a model that takes no text"),
         (["--negative_prompt", "a dog"], "--negative_prompt 'a dog' beside no --prompt"),

@@ -341,7 +341,7 @@ def test_a_run_in_latents_is_sampled_and_exported_again(run, tmp_path, capsys):
         (("--data.resolution=30",), "a multiple of 4"),
         (("--data.channels=1",), "reads 3 channel(s). Use 3"),
         (("--data.latent_scale", "1", "2"), "data.latent_scale has 2 numbers for latents of 4 channels"),
-        (("--data.latent_scale=0",), "data.latent_scale=(0.0,): positive"),
+        (("--data.latent_scale=0",), "data.latent_scale=0.0: a number above 0"),
         (
             ("--data.encoded=", "--data.aspect_ratios", "0.6667", "1", "1.5", "--data.bucket_step=4"),
             "40 x 28 pixels, and the network takes multiples of 8",

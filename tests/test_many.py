@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -207,9 +208,9 @@ def test_settings_bind_a_folder_and_more_images_do_not(ask, trained, tmp_path, c
         assert status == 2 and message in err and "holds images of other settings" in err, err
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "a").glob("*.png")}
     status, out, _ = run(capsys, *words, "--num_images", 5, "--batch_size", 1)
-    assert status == 0 and "5 images by heun, 2 of them were there" in out
+    assert status == 0 and "5 images by dpmpp_2m, 2 of them were there" in out
     assert len(read(tmp_path / "a")) == 5 and all((tmp_path / "a" / n).stat().st_mtime_ns == then for n, then in before.items())
-    assert "3 images by heun, 3 of them were there" in run(capsys, *words, "--num_images", 3)[1]
+    assert "3 images by dpmpp_2m, 3 of them were there" in run(capsys, *words, "--num_images", 3)[1]
 
 
 def test_a_folder_of_others_is_left_alone_and_one_that_never_began_is_not(ask, tmp_path, capsys):
@@ -227,7 +228,7 @@ def test_a_folder_of_others_is_left_alone_and_one_that_never_began_is_not(ask, t
 def test_two_commands_do_not_fill_one_folder(ask, tmp_path, capsys):
     from pipeline.launch import lock
 
-    with lock(tmp_path / "a", "--output"):
+    with closing(lock(tmp_path / "a", "--output")):
         assert f"--output={str(tmp_path / 'a')!r} is in use by another run" in run(capsys, *ask, "--output", tmp_path / "a")[2]
 
 
@@ -334,7 +335,7 @@ def test_shards_are_read_by_the_data_room_and_grow(ask, tmp_path, capsys):
     assert Shards(tmp_path / "tars").counts == [3, 3, 1]
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tars").glob("*.tar")}
     status, out, _ = run(capsys, *tars, "--num_images", 11)
-    assert status == 0 and "11 images by heun, 7 of them were there" in out
+    assert status == 0 and "11 images by dpmpp_2m, 7 of them were there" in out
     changed = {path.name for path in (tmp_path / "tars").glob("*.tar") if path.stat().st_mtime_ns != before.get(path.name)}
     assert changed == {"train-000002.tar", "train-000003.tar"}
     shards = Shards(tmp_path / "tars")

@@ -108,7 +108,7 @@ WRONG = {
     "scale": ({"class_labels": [1], "guidance_scale": float("nan")}, "guidance_scale=nan"),
     "interval": ({"class_labels": [1], "guidance_interval": (0.7, 0.2)}, "first < last"),
     "size": ({"class_labels": [1], "height": 9}, "height=9"),
-    "solver": ({"class_labels": [1], "solver": "dopri"}, "choose one of euler, midpoint"),
+    "solver": ({"class_labels": [1], "solver": "dopri"}, "choose one of dpmpp_2m, multistep"),
     "noise": ({"class_labels": [1], "solver": "heun", "sigma_t": "noise"}, "alone take sigma_t"),
     "latents": ({"class_labels": [1], "latents": torch.zeros(1, 3, 8, 8)}, "latents of shape"),
     "kept": ({"class_labels": [1], "callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "latents"),
@@ -191,7 +191,7 @@ def test_latents_are_undone_as_stable_diffusion_3_undoes_them(tmp_path, pipe):
 def test_sizes_are_told_in_pixels_of_whole_images(tmp_path, pipe, monkeypatch):
     """Of latents of 8 at a quarter of the size: 32 x 32, uncropped, by the pipeline and by the field that is read from a folder."""
     pipe.vae, told = AutoencoderKL.from_pretrained(frozen.kl(tmp_path / "vae", channels=1)).eval(), []
-    monkeypatch.setattr(CondotPipeline, "predict", lambda self, x, t, condition, sizes=None: (told.append(sizes), x)[1])
+    monkeypatch.setattr(CondotPipeline, "outputs", lambda self, x, t, condition, sizes=None: (told.append(sizes), x)[1])
     pipe([1], num_inference_steps=1, output_type="latent")
     pipeline_source(pipe).field(noise(), torch.full((3,), 0.5), torch.tensor([1, 2, 3]))
     monkeypatch.setattr(inputs_v2, "ONE_SIZE", ())

@@ -110,7 +110,7 @@ def test_code_of_ours_is_published_and_pulled_with_trust(hub, digits, tmp_path):
     push(hub, tmp_path / "run/export")
     there = hub.repositories["ann/digits"].files
     code = sorted(name for name in there if name.endswith(".py"))
-    assert code == ["pipeline_condot_v2.py", "scheduler/scheduling_flow_ode_v1.py"]
+    assert code == ["pipeline_condot_v2.py", "scheduler/scheduling_flow_ode_v2.py"]
     assert all(f"| `{name}` | `{hashlib.sha256(there[name]).hexdigest()}` |" in there["README.md"].decode() for name in code)
     pull = lone(hub, tmp_path, "-I", "-c", PULL, "ann/digits", str(tmp_path / "run/export"), "trust")
     got = subprocess.run(**pull, cwd=tmp_path, capture_output=True, text=True, timeout=120)

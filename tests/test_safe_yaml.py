@@ -95,7 +95,7 @@ def test_the_two_rooms_read_alike():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["max_steps=3"], r"'max_steps=3' stands behind --config \S+a.yaml: write --max_steps 3"),
+        (["max_steps=3"], r"'max_steps=3' stands behind --config \S+a.yaml: write --train.max_steps 3"),
         (["train.max_steps=3"], "write --train.max_steps 3"),
         (["fast"], "write --section.field value"),
         (["b.yaml"], r"--config names \S+a.yaml and b.yaml: give one, whose `extends` names another"),

@@ -216,7 +216,7 @@ def test_other_integrators_keep_the_marginals(solver, sigma_t):
     assert worst_statistic(x) < 3.2
 
 
-@pytest.mark.parametrize("solver", SDE_SOLVERS)
+@pytest.mark.parametrize("solver", FlowSDEScheduler.solvers)
 @pytest.mark.parametrize("sigma_t", ["zero", "constant", "noise", "forward", [1.2, 1.0, 0.6, 0.0]], ids=str)
 def test_every_point_is_that_of_our_own_sde(solver, sigma_t, monkeypatch):
     """With the same noise, on CondOT: step for step to 1e-11; `forward` from noise for the exponential, off it for the others."""
@@ -282,7 +282,7 @@ def test_integrators_agree_on_how_much_of_the_start_is_left(path, monkeypatch):
     """Marginals do not show sigma's size; the response of the end to the start does: within 3 %, and not that of the ODE."""
     gauss, left = oracles.gaussian([0.7], [[0.3]]), {}
     monkeypatch.setattr("pipeline.scheduling_flow_sde_v1.randn_tensor", lambda shape, **more: torch.zeros(shape, dtype=torch.float64))
-    for solver in (*SDE_SOLVERS, "none"):
+    for solver in (*FlowSDEScheduler.solvers, "none"):
         scheduler = FlowSDEScheduler(
             "exponential" if solver == "none" else solver, "zero" if solver == "none" else "noise", 1.5, "epsilon", path
         )

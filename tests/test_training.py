@@ -291,7 +291,7 @@ def test_ctrl_c_while_it_starts_says_one_line(digits, tmp_path):
         (["--model.preset=M/3"], "model.preset='M/3' is unknown"),
         (["--train.lora_rank=4"], "without weights to add to"),
         (["--init_from=/nowhere"], "there is no such folder or file"),
-        (["--checkpoint.resume=/nowhere"], "is no whole checkpoint"),
+        (["--checkpoint.resume=/nowhere"], "/nowhere is not there"),
     ],
 )
 def test_mistakes_are_one_line_before_any_work(digits, tmp_path, capsys, words, message):

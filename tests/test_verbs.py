@@ -161,9 +161,9 @@ def test_settings_of_a_folder_name_what_is_new_only_where_it_is_used():
     [
         ({"drift": "plain"}, "simulated by euler_maruyama alone"),
         ({"churn": 3.0}, "a matter of heun and euler"),
-        ({"churn": -1.0, "solver": "heun"}, r"churn=-1\.0"),
+        ({"churn": -1.0, "solver": "heun"}, r"--churn -1\.0: a number at least 0"),
         ({"sigma_t_values": (1.0,)}, "two or more"),
-        ({"sigma_t_values": (1.0, -2.0)}, "not negative"),
+        ({"sigma_t_values": (1.0, -2.0)}, "--sigma_t_values 1.0 -2.0: a number at least 0"),
     ],
 )
 def test_options_that_go_ill_together_are_refused_before_a_model_is_loaded(words, message):
