@@ -33,7 +33,7 @@ demo: .venv/.ready
 	accelerate launch --quiet train.py --config configs/digits.yaml --output_dir $(RUN) --data.shards $(RUN)/shards --train.max_steps $(STEPS)
 	python sample.py export --run $(RUN) --output $(RUN)/export
 	python sample.py $(SAMPLE) --solver heun --output $(RUN)/ode.png
-	python sample.py $(SAMPLE) --solver euler_maruyama --output $(RUN)/sde.png
+	python sample.py $(SAMPLE) --solver dpmpp_2m_sde --output $(RUN)/sde.png
 	python sample.py evaluate --pipeline $(RUN)/export --reference $(RUN)/shards $(GOALS)
 
 test: .venv/.ready
