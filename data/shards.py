@@ -28,6 +28,8 @@ from .tar_headers import BLOCK
 OPEN_FILES = 64
 OPEN_INDEXES = 1024
 """So many are kept open; opening one costs about 0.1 ms."""
+INDEX_BYTES = 1 << 28
+"""Of memory for indexes: fewer are kept where they are large."""
 CHANGED = "its bytes changed since it was packed. Copy or pack the shard again"
 LOST = np.array([(0, 0, 1, 0, 0, 0, NO_LABEL, 1, 1)], RECORD)
 """Stands for a sample of a lost shard until it is read: no bytes, which cannot have this crc32."""
@@ -165,7 +167,7 @@ class Shards:
             folder.prefetch(part.take([shard - first for shard in shards if first <= shard < end]))
 
     def records(self, shard: int) -> np.ndarray:
-        """The memory-mapped index of a shard, one RECORD a sample; hashed and compared with the manifest when it is opened.
+        """The index of a shard, one RECORD a sample; hashed and compared with the manifest when it is opened.
 
         Raises:
             LostShard: an index that is not there, or not what the manifest says.
@@ -175,7 +177,7 @@ class Shards:
             folder, line = self._place(shard)
             classes = len(folder.manifest.class_names)
             found = self._patiently(shard, lambda: open_index(folder.index(line), line, classes), f"{self.name(shard)}: ")
-            self._keep(self._indexes, shard, found, OPEN_INDEXES)
+            self._keep(self._indexes, shard, found, min(OPEN_INDEXES, 1 + INDEX_BYTES // max(1, found.nbytes)))
         return found
 
     def know_plain(self, shards: np.ndarray) -> np.ndarray:

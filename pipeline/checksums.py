@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path, PurePosixPath
 
+from .model_folders import MOST_BYTES, is_own
+
 NAME = "SHA256SUMS"
 """The list's file name."""
 FREE = ("README.md", "evaluation.json", "retrieval.json", NAME)
@@ -41,6 +43,8 @@ def read_checksums(folder: Path) -> dict[str, str]:
     path = folder / NAME
     if not path.is_file():
         raise ValueError(f"{folder} has no {NAME}, so nobody can tell whether it is whole: export it again, `sample.py export --run RUN`.")
+    if not is_own(path, folder) or path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path}: a link that leads out of the folder, or more than {MOST_BYTES} bytes: export the folder again.")
     listed = {}
     for line in path.read_bytes().decode(errors="backslashreplace").removesuffix("\n").split("\n"):  # splitlines knows more ends
         found = re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line)
@@ -62,20 +66,21 @@ def check_folder(folder: Path, *, every: bool = False) -> dict[str, str]:
         The listed hashes, by path.
 
     Raises:
-        ValueError: files that are missing or changed, by name.
+        ValueError: files that are missing, changed, or links to files of elsewhere, by name.
     """
     if not every and not (folder / NAME).is_file():
         return {}
     listed = read_checksums(folder)
     missing = [name for name in listed if not (folder / name).is_file()]
-    changed = [name for name, wanted in listed.items() if name not in missing and _differs(folder / name, wanted, every)]
+    away = [name for name in listed if name not in missing and not is_own(folder / name, folder)]
+    changed = [name for name, wanted in listed.items() if name not in (*missing, *away) and _differs(folder / name, wanted, every)]
     told = [
         path.relative_to(folder).as_posix()
         for path in (folder / "model_index.json", *sorted(folder.glob("*/*config.json")))
         if path.is_file()
     ]
     unlisted = [name for name in told if name not in listed]  # a list that was cut between two lines is none
-    kinds = ((missing, "missing"), (changed, "changed"), (unlisted, f"not in {NAME}"))
+    kinds = ((missing, "missing"), (away, "a link that leads out of it"), (changed, "changed"), (unlisted, f"not in {NAME}"))
     faults = [f"{', '.join(names)} {what}" for names, what in kinds if names]
     if faults:
         raise ValueError(

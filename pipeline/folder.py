@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .scheduling_flow_ode_v2 import FlowODEScheduler
 from .scheduling_flow_sde_v2 import FlowSDEScheduler
 from .source import Source
 from .stock import form_of, read_scheduler
+from .training.side import is_out_of_memory
 
 NETWORKS = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "UNet2DModel", "UNet2DConditionModel")
 """Stock networks that are known here."""
@@ -80,11 +82,22 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu", own: Map
         raise ValueError(
             f"pipeline={str(folder)!r} cannot be loaded ({type(error).__name__}: {one_line(error)[:600]}): export it again."
         ) from error
-    try:
+    with _fitting(folder):
         source = pipeline_source(pipeline.to(device), config.flow if config else None)
-    except (AttributeError, TypeError, LookupError, ArithmeticError) as error:
-        raise ValueError(f"pipeline={str(folder)!r}: its parts do not fit ({one_line(error)[:300]}): export it again.") from error
+    fit = _fitting(folder)
+    source = replace(source, field=fit(source.field), decode=fit(source.decode), read=fit(source.read) if source.read else None)
     return replace(source, bit_depth=config.data.bit_depth) if config else source
+
+
+@contextlib.contextmanager
+def _fitting(folder: Path) -> Iterator[None]:
+    """Have what parts end in that do not fit one another, or draw nothing, be said as a ValueError of one line that names the folder."""
+    try:
+        yield
+    except (AttributeError, TypeError, LookupError, ArithmeticError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(f"pipeline={str(folder)!r}: its parts do not fit ({one_line(error)[:300]}): export it again.") from error
 
 
 def read_index(folder: Path) -> dict[str, Any]:

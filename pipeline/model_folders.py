@@ -143,13 +143,13 @@ def _files(folder: Path) -> Iterator[Path]:
             raise _refused(path, f"it cannot be opened: {error.strerror}") from error
         if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise _refused(path, "it is no file")
-        if path.is_symlink() and not _is_own(path, folder):
+        if path.is_symlink() and not is_own(path, folder):
             raise _refused(path, "it is a link that leads out of the folder")
         if stat.S_ISREG(mode):
             yield path
 
 
-def _is_own(link: Path, folder: Path) -> bool:
+def is_own(link: Path, folder: Path) -> bool:
     """Whether a link leads to a file of its own folder or pipeline; or to the blobs of the Hub's cache, as its snapshots do."""
     real, whole = link.resolve(), folder.resolve()
     roots = [whole, whole.parent] if (whole.parent / "model_index.json").is_file() else [whole]

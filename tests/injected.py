@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
 from pipeline.checkpoint import Store, load_tensors
 from pipeline.launch import lock
@@ -166,7 +167,7 @@ def forked(act):
         with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
             try:
                 act()
-            except (ValueError, OSError) as error:
+            except (ValueError, OSError, SafetensorError) as error:  # as `pipeline.process.reported` has it
                 code = 3
                 print(f"{type(error).__name__}: {error}")
             except BaseException:  # an assertion, or a traceback that no user should see

@@ -148,6 +148,10 @@ EXPORTED = {
     "weights' shape lies": lambda f: header(f / WEIGHTS, lambda told: first(told).update(shape=[2**31, 2**31])),
     "weights' type unknown": lambda f: header(f / WEIGHTS, lambda told: first(told).update(dtype="PICKLE")),
     "shards elsewhere": lambda f: (f / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": {"a": f"../../{SECRET}"}})),
+    "weights too few": lambda f: save_file(dict(list(load_file(f / WEIGHTS).items())[:3]), f / WEIGHTS),
+    "no layers": lambda f: edit(f / NETWORK, num_layers=0),
+    "a share of no number": lambda f: edit(f / NETWORK, dropout=float("nan")),
+    "an autoencoder of another class": lambda f: edit(f / MODEL, vae=["diffusers", "AutoencoderTiny"]),
     "steps by the trillion": lambda f: edit(f / CLOCK, num_train_timesteps=10**12),
     "steps of no number": lambda f: edit(f / CLOCK, num_train_timesteps="many"),
     "betas of words": lambda f: edit(f / CLOCK, trained_betas=["a"]),
@@ -157,6 +161,12 @@ EXPORTED = {
     "recipe a python object": lambda f: (f / "config.yaml").write_text("!!python/object/apply:os.system ['touch executed']\n"),
     "recipe a list": lambda f: (f / "config.yaml").write_text("[1, 2]\n"),
     "list of hashes no text": lambda f: (f / "SHA256SUMS").write_bytes(b"\xff\xff"),
+    "list of hashes a link": lambda f: linked(f / "SHA256SUMS", f.parent / SECRET),
+    "list of hashes of links": lambda f: (
+        os.symlink(f.parent / SECRET, f / "link"),
+        (f / "SHA256SUMS").write_text("".join(f"{'0' * 64}  {name}\n" for name in ("link", MODEL, NETWORK, CLOCK))),
+    ),
+    "list of hashes without end": lambda f: ((f / "SHA256SUMS").touch(), os.truncate(f / "SHA256SUMS", 2**40)),
     "list of hashes elsewhere": lambda f: (f / "SHA256SUMS").write_text(f"{'0' * 64}  ../{SECRET}\n"),
 }
 
@@ -274,6 +284,7 @@ CHECKPOINTS = {
     "manifest of nothing": lambda f: reseal(f, files=lambda said: said.clear()),
     "manifest elsewhere": lambda f: reseal(f, files=lambda said: said.update({f"../../{SECRET}": said["state.json"]})),
     "manifest of NUL": lambda f: reseal(f, files=lambda said: said.update({"a\0b": said["state.json"]})),
+    "manifest of no text": lambda f: reseal(f, files=lambda said: said.update({"\ud800": said["state.json"]})),
     "sizes of words": lambda f: reseal(f, files=lambda said: said["state.json"].update(bytes="x")),
     "sizes negative": lambda f: reseal(f, files=lambda said: said["state.json"].update(bytes=-1)),
     "hashes of numbers": lambda f: reseal(f, files=lambda said: said["state.json"].update(sha256=3)),

@@ -21,7 +21,6 @@ FLOORS = {
                 "retrieval",
                 "classifier",
                 "standing",
-                "checksums",
             ),
             *(
                 "own_files",
@@ -39,6 +38,7 @@ FLOORS = {
             *("launch.parallel", "launch.precision", "tracking.utilisation", "training.pulse"),
         ],
         [
+            "checksums",
             "networks",
             "sheet",
             "recipe",

@@ -22,7 +22,7 @@ from data.stamps import hash_of
 from pipeline.launch import lock
 from pipeline.own_files import open_regular, write_whole
 from pipeline.sheet import save_image
-from pipeline.tracking.jsonl import Lines
+from pipeline.tracking.jsonl import Lines, read_lines
 from pipeline.training.status import Status, read
 
 KINDS = ("link", "dangling", "folder", "fifo", "device")
@@ -333,3 +333,14 @@ def test_made_shards_are_written_through_no_link(tmp_path):
     (tmp_path / "linked/.making").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="move it"):
         MadeShards(tmp_path / "linked", 2)
+
+
+def test_a_log_that_is_a_link_or_a_pipe_is_neither_cut_nor_waited_for(tmp_path):
+    """A link at metrics.jsonl had the file that it leads to cut to its lines; a pipe held the run for ever."""
+    (tmp_path / "other").write_text('{"step": 1}\n{"step": 9}\n')
+    os.symlink(tmp_path / "other", tmp_path / "link.jsonl")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for name in ("link.jsonl", "pipe.jsonl"):
+        assert "cannot be written" in Lines(tmp_path / name).keep(lambda line: line["step"] < 5)
+    assert read_lines(tmp_path / "pipe.jsonl") == []
+    assert (tmp_path / "other").read_text() == '{"step": 1}\n{"step": 9}\n'

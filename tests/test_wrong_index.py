@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import tarfile
 
@@ -101,8 +102,8 @@ def test_a_class_that_the_manifest_does_not_name(folder, label):
 
 
 def test_an_index_is_hashed_once_as_long_as_it_is_the_same_file(folder, monkeypatch):
-    hashed, real = [], hashlib.file_digest
-    monkeypatch.setattr(indexing.hashlib, "file_digest", lambda file, name: hashed.append(file.name) or real(file, name))
+    hashed, real = [], hashlib.sha256
+    monkeypatch.setattr(indexing.hashlib, "sha256", lambda body: hashed.append(len(body)) or real(body))
     for _ in range(3):
         Shards(folder).records(0)
     assert len(hashed) == 1
@@ -128,4 +129,34 @@ def test_an_index_that_is_cut_or_none_is_a_lost_shard(folder, body):
     path = folder / "train-000001.npy"
     path.write_bytes(path.read_bytes()[:-24] if body is None else body)
     with pytest.raises(LostShard, match=r"train-000001\.tar: its index is cut or no index \(\d+ bytes\)\. Copy both or pack again\."):
+        Shards(folder).records(1)
+
+
+def test_an_index_that_is_cut_while_it_is_read_ends_no_process(folder):
+    """It was mapped, and a page of a mapped file that is not there any more is SIGBUS: here that kills a child."""
+    shards = Shards(folder)
+    wanted = [shards.records(n).copy() for n in range(2)]
+    child = os.fork()
+    if child == 0:
+        for path in folder.glob("*.npy"):
+            os.truncate(path, 0)
+        os._exit(0 if all(np.array_equal(shards.records(n), wanted[n]) for n in range(2)) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_indexes_take_bounded_memory(folder, monkeypatch):
+    """720, 1200 and 480 bytes: as many of a size are kept as fit into a thousand, and one."""
+    monkeypatch.setattr("data.shards.INDEX_BYTES", 1000)
+    shards = Shards(folder)
+    for number in range(3):
+        shards.records(number)
+    assert list(shards._indexes) == [1, 2]
+
+
+def test_an_index_that_claims_more_than_it_holds_takes_no_room(folder):
+    path = folder / "train-000001.npy"
+    body = path.read_bytes()
+    path.write_bytes(body.replace(b"(50,), }" + b" " * 12, b"(5" + b"0" * 12 + b",), }"))
+    assert path.read_bytes() != body
+    with pytest.raises(LostShard, match=r"its index is cut or no index"):
         Shards(folder).records(1)

@@ -142,7 +142,7 @@ def read(folder: Path) -> dict[str, Any]:
 def _is_seal(name: str, seal: Any) -> bool:
     """Whether a manifest names a file of its own folder, and says what is to be said of it."""
     size, sha = (seal.get("bytes"), seal.get("sha256")) if isinstance(seal, dict) else (None, None)
-    plain = name not in ("", ".", "..", NAME) and "/" not in name and "\0" not in name
+    plain = name not in ("", ".", "..", NAME) and "/" not in name and name.isascii() and name.isprintable()  # as all of ours are
     return plain and type(size) is int and 0 <= size < 2**63 and isinstance(sha, str) and len(sha) == 64
 
 

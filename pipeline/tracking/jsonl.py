@@ -17,9 +17,9 @@ HELD = 10_000
 
 
 def read_lines(path: Path, keep: Callable[[Line], Any] = lambda line: True) -> list[Line]:
-    """The lines that `keep` keeps; one that a kill tore is none, nor is one that `keep` cannot read."""
+    """Return the lines that `keep` keeps; one that a kill tore is none, nor is one that `keep` cannot read. What is no file has none."""
     kept = []
-    for text in path.read_text(errors="replace").splitlines() if path.exists() else []:
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             line = json.loads(text)
             kept += [line] if keep(line) else []
@@ -60,12 +60,12 @@ class Lines:
     def _keep(self, rule: Callable[[Line], Any]) -> None:
         if not self.path.exists():
             return
-        text, kept = self.path.read_bytes(), read_lines(self.path, rule)
-        wanted = "".join(_spelt(line) for line in kept).encode()
-        if text.startswith(wanted):
-            os.truncate(self.path, len(wanted))
-        else:
-            write_whole(self.path, wanted.decode())
+        with open(self.path, "r+b", opener=open_regular) as file:  # what a link leads to is neither read nor cut
+            wanted = "".join(_spelt(line) for line in read_lines(self.path, rule)).encode()
+            if file.read().startswith(wanted):
+                file.truncate(len(wanted))
+            else:
+                write_whole(self.path, wanted.decode())
 
     def append(self, lines: Iterable[Line]) -> str:
         """Write lines behind those that are there, or hold them until the next call.
