@@ -35,6 +35,7 @@ FLOORS = {
                 "checkpoint.shares",
                 "ema.posthoc",
                 "launch.meeting",
+                "recipe_file",
             ),
             *("launch.parallel", "launch.precision", "tracking.utilisation", "training.pulse"),
         ],
