@@ -35,10 +35,10 @@ FLOORS = {
                 "checkpoint.shares",
                 "ema.posthoc",
                 "launch.meeting",
-                "recipe_file",
             ),
             *("launch.parallel", "launch.precision", "tracking.utilisation", "training.pulse"),
         ],
+        ["recipe_file"],
         [
             "networks",
             "sheet",
