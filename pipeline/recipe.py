@@ -15,38 +15,19 @@ import re
 import types
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 import yaml
 
 from .printable import one_line, redacted
-from .safe_yaml import read_yaml
+from .recipe_file import load
 
 T = TypeVar("T")
 R = TypeVar("R")
 Words = dict[str, list[str]]
 WEIGHTED = ("data.caption",)
 """Fields of one text that a recipe may also write as a list, or as a mapping to weights."""
-
-
-def load(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a recipe, on top of the one that its `extends` names (a path beside it).
-
-    Raises:
-        ValueError: no such file, no YAML of a recipe's size, no mapping, or recipes that extend one another in a circle.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"--config {path}: no such recipe. The shipped ones are in configs/.")
-    if path.resolve() in seen:
-        raise ValueError(f"{path}: recipes extend one another in a circle: {' -> '.join(p.name for p in (*seen, path))}.")
-    recipe = read_yaml(path) or {}
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of sections (data, model, flow, train, ...), not a {type(recipe).__name__}.")
-    base = recipe.pop("extends", None)
-    return _merge(load(path.parent / str(base), (*seen, path.resolve())), recipe) if base else recipe
 
 
 def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) -> T:
@@ -82,10 +63,17 @@ def _check_known(cls: type, given: Words, default: Any, aliases: dict[str, str])
 
 
 def _arguments(given: Words) -> list[str]:
-    """Words as tyro takes them; a value of a file that looks like an option stays a value."""
+    """Words as tyro takes them; a value of a file that looks like an option stays a value.
+
+    Raises:
+        ValueError: several values of which one looks like an option: tyro would read it as that, `--help` included.
+    """
     words: list[str] = []
     for key, values in given.items():
-        words += [f"--{key}={values[0]}"] if len(values) == 1 and values[0].startswith("--") else [f"--{key}", *values]
+        option = next((value for value in values if value.startswith("--") or value == "-h"), None)
+        if option and len(values) > 1:
+            raise ValueError(f"{key}={option}: it stands among several values, where it would be read as an option. Leave it out.")
+        words += [f"--{key}={option}"] if option else [f"--{key}", *values]
     return words
 
 
@@ -256,16 +244,6 @@ def _flatten(mapping: dict[str, Any], prefix: str = "") -> Words:
 def _spelled(words: Words) -> Words:
     """Several words of a field that holds one text, as that text: `data/options.py` reads the same form, and the rooms are sealed."""
     return {key: [",".join(values)] if key in WEIGHTED else values for key, values in words.items()}
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, section by section, field by field; another `kind` starts its section afresh."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        same = isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
-        merged[key] = {**typing.cast(dict[str, Any], old), **value} if same else value
-    return merged
 
 
 def _members(kind: Any) -> tuple[Any, ...]:

@@ -37,6 +37,7 @@ FLOORS = {
             ),
             *("launch.parallel", "launch.precision", "tracking.utilisation", "training.pulse"),
         ],
+        ["recipe_file"],
         [
             "checksums",
             "networks",

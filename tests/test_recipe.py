@@ -108,3 +108,24 @@ def test_values_that_look_like_options_are_values(tmp_path):
     config = parse(Config, ["--config", path])
     assert (config.seed, config.data.split, config.data.shards) == (3, "--seed=5", ("--x",))
     assert build(Config, as_mapping(config)) == config
+
+
+@pytest.mark.parametrize("field", ["data: {shards: [--help, x]}", "data: {shards: [x, --seed, '5']}", "log: {report_to: [wandb, -h]}"])
+def test_an_option_among_several_values_of_a_file_is_refused(tmp_path, field):
+    with pytest.raises(ValueError, match="read as an option"):
+        parse(Config, ["--config", recipe(tmp_path, field)])
+
+
+def test_one_value_of_a_file_asks_for_no_help(tmp_path, capsys):
+    for word in ("-h", "--help"):
+        path = recipe(tmp_path, f"log: {{project: '{word}'}}\ndata: {{shards: ['{word}']}}")
+        config = parse(Config, ["--config", path])
+        assert config.log.project == word and config.data.shards == (word,) and not capsys.readouterr().out
+
+
+def test_a_dotted_key_is_its_field(tmp_path):
+    with pytest.raises(ValueError, match="max_steps stands there twice"):
+        parse(Config, ["--config", recipe(tmp_path, "train.max_steps: 3\ntrain: {max_steps: 5}")])
+    recipe(tmp_path, "train: {batch_size: 8}\ntrain.max_steps: 3", "base.yaml")
+    train = parse(Config, ["--config", recipe(tmp_path, "extends: base.yaml\ntrain: {max_steps: 5}")]).train
+    assert (train.max_steps, train.batch_size) == (5, 8)  # a dotted key of the base does not outlive what extends it
