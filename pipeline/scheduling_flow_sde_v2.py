@@ -29,6 +29,16 @@ def normal_log_prob(x: torch.Tensor, mean: torch.Tensor, std: float) -> torch.Te
     return parts.flatten(1).sum(1, dtype=finest(mean)) - parts[0].numel() * (math.log(std) + math.log(2 * math.pi) / 2)
 
 
+def steady_share(keep: float) -> float:
+    """Return the share of a two-step extrapolation that is taken where a step keeps so much of the old noise: 1 of all, 1/2 of none.
+
+    Where noise is renewed, predictions jump with it, and a line through two of them carries the jump on, step after step. The share is
+    that of DPM-Solver++'s midpoint form in its other one.
+    """
+    lost = 1 - keep
+    return 1.0 if lost < 1e-5 else lost / 2 / (1 + lost / math.log(keep)) if keep else 0.5
+
+
 def finest(x: torch.Tensor) -> torch.dtype:
     """Return the finest precision of a tensor's device."""
     return torch.float32 if x.device.type == "mps" else torch.float64
@@ -109,7 +119,8 @@ class FlowSDEScheduler(FlowSchedulerV2, FlowSDESchedulerV1):
         for k, (p, q) in enumerate(pairwise(points)):  # the exponential form; none is drawn in the step to sigma = 0
             s, t, lost = p.frame, q.frame, 1 - self._keep(p, q) if k + 1 < len(levels) else 0.0
             moves.append(Move(True, -t * lost, t - s - t * lost * (1 - s), t * math.sqrt(lost * (2 - lost)), q.gauge))
-        self._ahead = [*self._look_ahead(levels, self._keep), 0.0]
+        keeps = [*(self._keep(p, q) for p, q in pairwise(points[: len(levels)])), 1.0]
+        self._ahead = [ahead * steady_share(keep) for ahead, keep in zip(self._look_ahead(levels, self._keep), keeps, strict=True)] + [0.0]
         return points, [*moves, Move(True, 0.0, -points[-1].frame, 0.0, 1.0)]
 
     def _source(self, generator: Any, count: int) -> Any:
