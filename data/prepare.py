@@ -25,7 +25,7 @@ from .folder import imagefolder
 from .hub import hub
 from .labels import class_name
 from .listing import Source, reason, split_named, storable
-from .locators import Parser, expanded, guard_output
+from .locators import Parser, expanded, guard_output, redact
 from .manifest import Manifest
 from .options import bytes_of
 from .pack import pack
@@ -86,7 +86,7 @@ def parser() -> argparse.ArgumentParser:
     for kind in (folder, table, remote, scans):
         _packing(kind, holdout=0.2 if kind is scans else 0.0)
     for kind in (folder, table, remote, tars, scans):
-        kind.add_argument("--output", required=kind is not tars, type=Path, help="folder of the shards")
+        kind.add_argument("--output", required=kind is not tars, type=folder_here, help="folder of the shards")
         kind.add_argument("--skip_corrupt", action="store_true", help="leave out images that cannot be read, instead of stopping")
         kind.add_argument("--workers", type=int, default=0, help="processes (default: one a processor, fewer for little work)")
     return top
@@ -205,6 +205,17 @@ def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
         image_extension=parse_image_extension(args.image_extension),
     )
     return manifest, {**report, "splits_left_out": dict.fromkeys(left_out)}
+
+
+def folder_here(text: str) -> Path:
+    """Return the folder that an option names, of this machine.
+
+    Raises:
+        argparse.ArgumentTypeError: no name, or a URL, which a path would take for folders.
+    """
+    if not text.strip() or "://" in text:
+        raise argparse.ArgumentTypeError(printable(f"{redact(text)!r} is no folder of this machine. Name one, such as shards/digits."))
+    return Path(text)
 
 
 def main(argv: list[str] | None = None) -> int:

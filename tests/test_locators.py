@@ -137,3 +137,16 @@ def test_what_python_prints_by_itself_is_guarded(module):
     assert done.returncode == 1 and done.stderr.count("bad http://h/x?…") == 4 and "\\x1b]52" in done.stderr and "\\u202ebad" in done.stderr
     source = [line for line in done.stderr.splitlines() if "5ECRET" in line]
     assert not source and "\x1b" not in done.stderr
+
+
+@pytest.mark.parametrize("place", ["", " ", "s3://bucket/shards", "https://user:secret@host/x"])
+def test_shards_are_packed_into_a_folder_of_this_machine(place, tmp_path, monkeypatch, capsys):
+    """`--output ''` packed into the working directory, and a URL into folders named like it."""
+    from data.prepare import main
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        main(["digits", "--output", place])
+    assert ended.value.code == 2 and not list(tmp_path.iterdir())
+    error = capsys.readouterr().err
+    assert "is no folder of this machine" in error and "secret" not in error
