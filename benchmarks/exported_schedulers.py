@@ -20,7 +20,7 @@ from pipeline.config import FlowConfig
 from pipeline.flow import dormand_prince, uniform_grid
 from pipeline.identity import identity_autoencoder
 from pipeline.pipeline_condot_v2 import CondotPipeline
-from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
+from pipeline.scheduling_flow_ode_v2 import FlowODEScheduler
 from pipeline.stock import NAMES, form_of, scheduler_of
 
 logging.set_verbosity_error()  # of words that a scheduler does not know

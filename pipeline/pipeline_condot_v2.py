@@ -17,7 +17,7 @@ from .captions_v1 import Captions, encode, is_clip, joined
 from .guidance_v2 import Guidance, Guide
 from .inputs_v2 import check_latents, check_outputs, generators, labels_of, numbered_classes, prompts_of, size_of, sizes_of, whole
 from .pipeline_condot_v1 import NO_CLASS
-from .scheduler_check_v2 import check_scheduler, inside, language
+from .scheduler_check_v2 import OURS, check_scheduler, inside, said_by, with_its_path
 from .scheduling_flow_ode_v2 import FlowODEScheduler
 from .scheduling_flow_sde_v2 import FlowSDEScheduler
 
@@ -66,8 +66,8 @@ class CondotPipeline(DiffusionPipeline):
             raise ValueError("neither transformer nor unet: give the network that draws, as transformer=pipe.transformer.")
         known = numbered_classes(self) if id2label is None else id2label
         self.names = {int(number): name for number, name in known.items()}
-        self.trained = language(scheduler)
-        self._came = scheduler
+        self.trained = said_by(scheduler.config)
+        self._came, self._tried = scheduler, scheduler if type(scheduler).__name__ in OURS else None
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.factor)
 
     @classmethod
@@ -142,7 +142,7 @@ class CondotPipeline(DiffusionPipeline):
     @property
     def clock(self) -> Any:
         """A scheduler of ours of the network's own path and prediction, for what it knows of them."""
-        return FlowODEScheduler.from_config(self._came.config)
+        return FlowODEScheduler.from_config(with_its_path(self._came.config))
 
     def sampler(self, solver: Any, sigma_t: Any, sigma_scale: Any) -> Any:
         """Return the scheduler that follows the flow by a solver's name; the pipeline's own without one.
@@ -151,8 +151,9 @@ class CondotPipeline(DiffusionPipeline):
             ValueError: a solver that is unknown or takes no noise, a scheduler that cannot follow the network.
         """
         noise = {name: value for name, value in (("sigma_t", sigma_t), ("sigma_scale", sigma_scale)) if value is not None}
-        if self.scheduler is not self._came:
+        if self.scheduler is not self._tried:
             check_scheduler(self.scheduler, self.clock, self.trained)
+            self._tried = self.scheduler
         if solver is None and not noise:
             return self.scheduler
         if solver in FlowODEScheduler.solvers and not noise:

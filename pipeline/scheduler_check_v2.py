@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+OURS = ("FlowODEScheduler", "FlowSDEScheduler")
+"""Schedulers that say what path they follow."""
 MEAN, STD = 0.2, 0.25
 """Of the law: of its data predictions none lies beyond -1..1, which some schedulers cut off."""
 STEPS = 40
@@ -28,6 +30,22 @@ def language(scheduler: Any) -> Any:
         return "flow_prediction", True
     straight = config.path == "condot" if "path" in known else bool("use_flow_sigmas" in known and config.use_flow_sigmas)
     return config.prediction_type if "prediction_type" in known else "epsilon", straight
+
+
+def said_by(config: Any) -> Any:
+    """Return what the configuration of a network's scheduler says of the network, as `language` does, whatever its class knows of it.
+
+    A scheduler that took the place of the exported one as the pipeline was loaded kept all words, and may not follow them.
+    """
+    if not {"prediction_type", "beta_schedule", "trained_betas"} & config.keys():
+        return "flow_prediction", True
+    straight = config["path"] == "condot" if "path" in config else bool(config.get("use_flow_sigmas"))
+    return config.get("prediction_type", "epsilon"), straight
+
+
+def with_its_path(config: Any) -> Any:
+    """Return a configuration for a FlowODEScheduler of the path that it names, if it names one, though it is another class's now."""
+    return {**config, "_class_name": OURS[0]} if "path" in config else config
 
 
 def inside(sigma: float) -> float:
@@ -71,7 +89,7 @@ def check_scheduler(scheduler: Any, clock: Any, trained: Any) -> None:
     Args:
         scheduler: any; a copy of it is tried.
         clock: a FlowODEScheduler of the network's path and prediction.
-        trained: `language` of the scheduler that came with the network.
+        trained: what `said_by` finds in the configuration that came with the network.
     """
     name, remedy = type(scheduler).__name__, "use DPMSolverMultistepScheduler or FlowODEScheduler, from_config(pipe.scheduler.config)"
     if language(scheduler) != trained:

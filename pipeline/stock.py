@@ -94,8 +94,8 @@ def _said(scheduler: DPMSolverMultistepScheduler, clip: bool) -> DPMSolverMultis
 def _own(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
     """Our own scheduler, with the recipe's path by its name, or else as a table; by the two-step method that is nearer on it.
 
-    On VP and DDPM that is the exponential one, elsewhere Adams and Bashforth's: one evaluation a step as Euler's (DDIM on every
-    path), and nearer from 10 steps on.
+    On VP and DDPM that is the exponential one, which in 10 steps is the nearer there and from 25 to 50 on no more than twice as far,
+    elsewhere Adams and Bashforth's: one evaluation a step as Euler's (DDIM on every path), and nearer from 10 steps on.
     """
     path = PATHS[flow.path]()
     kind = NAMES.get(flow.predict, flow.predict) if flow.predict != "velocity" else "velocity"

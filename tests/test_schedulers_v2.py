@@ -207,7 +207,6 @@ def test_without_noise_the_two_step_sde_is_the_two_step_ode(path):
     torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.skipif("dpmpp_2m" not in ODE_SOLVERS, reason="flow has no two-step exponential method yet")
 @pytest.mark.parametrize("kind", ["epsilon", "sample"])
 @pytest.mark.parametrize("path", ["condot", "cosine", "vp", "ddpm"])
 def test_two_step_methods_are_our_own(path, kind, monkeypatch):
