@@ -4,6 +4,7 @@ This file travels with exported models and stands alone: torch and diffusers are
 Sources: those of the first version; Lu et al., DPM-Solver++, algorithm 2.
 """
 
+import math
 from itertools import pairwise
 from typing import Any
 
@@ -13,13 +14,17 @@ from .scheduling_flow_ode_v1 import TABLES, Stage
 from .scheduling_flow_ode_v1 import FlowODEScheduler as FlowODESchedulerV1
 from .scheduling_flow_v2 import LAST_LEVEL, FlowSchedulerV2
 
+SHRINK = 4.0
+"""By so much a step may bring a slope that is singular nearer to its end: it multiplies what a network errs."""
+
 
 class FlowODEScheduler(FlowSchedulerV2, FlowODESchedulerV1):
     """Deterministic sampling; evaluations of the network: n for Euler, multistep and dpmpp_2m, 2 n for midpoint and Heun, 4 n for RK4.
 
     Sampling ends on the data. Where the slope is unknown there, of networks that predict data, the solver goes on to a thousandth of
-    noise, and one more evaluation leads to the data prediction; likewise, by every solver, from sigma = 0 on paths that keep noise
-    there. `dpmpp_2m` and `euler` end on a data prediction by themselves. Euler's method is DDIM on every path.
+    noise, by steps that leave a quarter of it or more, and one more evaluation leads to the data prediction; likewise, by every
+    solver, from sigma = 0 on paths that keep noise there. `dpmpp_2m` and `euler` end on a data prediction by
+    themselves. Euler's method is DDIM on every path.
 
     Args:
         solver: `dpmpp_2m` (DPM-Solver++ 2M's kin, order 2, the data prediction on a line through the last two), `multistep` (Adams and
@@ -63,7 +68,10 @@ class FlowODEScheduler(FlowSchedulerV2, FlowODESchedulerV1):
         known = self._usable(0.0) and self.config.solver != self.two_step
         last = min(LAST_LEVEL, self._level(LAST_LEVEL))
         whole = known or self.config.solver in ("euler", self.two_step) or levels[-1] <= last
-        return levels if whole else [*levels, last], not known
+        if whole:
+            return levels, not known
+        parts = math.ceil(math.log(levels[-1] / last) / math.log(SHRINK) - 1e-9)
+        return [*levels, *(levels[-1] * (last / levels[-1]) ** (k / parts) for k in range(1, parts + 1))], not known
 
     def _plan(self, levels: Any) -> Any:
         """The points where the network is evaluated and what follows each."""
