@@ -157,7 +157,6 @@ EXPORTED = {
     "betas of words": lambda f: edit(f / CLOCK, trained_betas=["a"]),
     "recipe opens a file": lambda f: (f / "config.yaml").write_text(f"config: {SECRET}\n"),
     "recipe asks for help": lambda f: (f / "config.yaml").write_text("help: true\n"),
-    "recipe with an option": lambda f: (f / "config.yaml").write_text(f"data: {{split: '--config={SECRET}'}}\n"),
     "recipe a python object": lambda f: (f / "config.yaml").write_text("!!python/object/apply:os.system ['touch executed']\n"),
     "recipe a list": lambda f: (f / "config.yaml").write_text("[1, 2]\n"),
     "list of hashes no text": lambda f: (f / "SHA256SUMS").write_bytes(b"\xff\xff"),
