@@ -142,7 +142,7 @@ class Trained:
             self.network = merge_lora(self.network)
 
     def provenance(self) -> Provenance:
-        """Which weights these are."""
+        """Return which weights these are."""
         return Provenance.of_run(self.adapted or digest(self.network.state_dict()), self.state["step"], self.ema)
 
     def source(self, device: torch.device | str) -> Source:

@@ -51,7 +51,7 @@ def read_entry(folder: Path, name: str) -> Entry | None:
 
 
 def lies(output: Path, entry: Entry) -> bool:
-    """Whether the files of a shard are in the output, its index as it was written; one without samples has none."""
+    """Return whether the files of a shard are in the output, its index as it was written; one without samples has none."""
     line = entry.journal["shard"]
     tar = output / line["name"]
     if not line["samples"]:

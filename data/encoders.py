@@ -54,7 +54,7 @@ def read_autoencoder(name: str) -> AutoencoderFacts:
 
 
 def _facts(name: str, kind: str, config: dict[str, Any], fingerprint: dict[str, Any]) -> AutoencoderFacts:
-    """What a configuration says of an autoencoder."""
+    """Return what a configuration says of an autoencoder."""
     scale, mean, std = float(config.get("scaling_factor") or 1.0), config.get("latents_mean"), config.get("latents_std")
     return AutoencoderFacts(
         name=name,

@@ -103,7 +103,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _listed(index: Path) -> set[str]:
-    """The files that an index of weights names; a ValueError where they are none of its own folder."""
+    """Return the files that an index of weights names; a ValueError where they are none of its own folder."""
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

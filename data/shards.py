@@ -167,7 +167,7 @@ class Shards:
             folder.prefetch(part.take([shard - first for shard in shards if first <= shard < end]))
 
     def records(self, shard: int) -> np.ndarray:
-        """The index of a shard, one RECORD a sample; hashed and compared with the manifest when it is opened.
+        """Return the index of a shard, one RECORD a sample; hashed and compared with the manifest when it is opened.
 
         Raises:
             LostShard: an index that is not there, or not what the manifest says.
@@ -260,7 +260,7 @@ class Shards:
             return f"sample {number}"
 
     def _again(self, shard: int, start: int, length: int) -> bytes:
-        """Bytes of a file whose reading failed: opened and read again, for as long as its disk is waited for."""
+        """Return bytes of a file whose reading failed: opened and read again, for as long as its disk is waited for."""
         folder, line = self._place(shard)
 
         def attempt() -> bytes:
@@ -271,7 +271,7 @@ class Shards:
         return self._patiently(shard, attempt, f"{self.name(shard)} cannot be read at byte {start}: ")
 
     def _patiently(self, shard: int, attempt: Callable[[], T], where: str = "") -> T:
-        """What an attempt at a file gives, tried again while its disk stalls; LostShard where it cannot be had."""
+        """Return what an attempt at a file gives, tried again while its disk stalls; LostShard where it cannot be had."""
         folder = bisect(self._ends, shard)
         try:
             return self._disks.read(attempt, folder, self.name(shard), self.folders[folder].retry_seconds)

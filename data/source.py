@@ -40,7 +40,7 @@ class Folder(Protocol):
 
     @property
     def retry_seconds(self) -> float:
-        """How long a disk that stalls is waited for."""
+        """Return how long a disk that stalls is waited for."""
         ...
 
     def file(self, shard: Shard) -> Path:
@@ -125,7 +125,7 @@ class LocalFolder:
         return tar
 
     def _size(self, path: Path) -> int | None:
-        """The bytes of a file, None where it is not there.
+        """Return the bytes of a file, None where it is not there.
 
         Raises:
             OSError: the disk stalls, or the whole folder is not there, as when a mount is gone for a while.

@@ -171,7 +171,7 @@ class Stream:
             self._ahead.append(self._begin())
 
     def _begin(self) -> Future[Batch]:
-        """The next micro-batch, on its way; where it cannot even be planned, or there are no threads, at its end."""
+        """Return the next micro-batch, on its way; where it cannot even be planned, or there are no threads, at its end."""
         done = Future[Batch]()
         try:
             plan = self.planner.next()

@@ -184,7 +184,7 @@ def _chosen(names: Iterable[str]) -> tuple[str, list[str]]:
 
 
 def _files(folder: Path) -> tuple[str, list[Path]]:
-    """The variant and the files of a folder's weights, in one file or many."""
+    """Return the variant and the files of a folder's weights, in one file or many."""
     variant, names = _chosen(path.name for path in folder.iterdir())
     if not names:
         raise ValueError(f"init_from: {folder} holds no {STEM}.safetensors. Copy the weights again.")
@@ -218,7 +218,7 @@ def _tensors(file: Path) -> dict[str, Any]:
 
 
 def _checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
-    """The weights in a checkpoint, the average where there is one, without what wrappers put before their names; and their clock."""
+    """Return the weights in a checkpoint, the average where there is one, without what wrappers put before their names; and their clock."""
     held = _tensors(file)
     clock = _clock(held.get("args"))
     for key in NESTED:

@@ -171,7 +171,7 @@ def _flow(found: Found) -> tuple[str, str]:
 
 
 def _original_facts(found: Found) -> dict[str, Any]:
-    """Sizes of an original checkpoint, as far as they can be read off; DiT's and SiT's tensors are alike."""
+    """Return sizes of an original checkpoint, as far as they can be read off; DiT's and SiT's tensors are alike."""
     state = found.state
     absent = [key for key in ("x_embedder.proj.weight", "pos_embed") if key not in state]
     if absent or state["x_embedder.proj.weight"].ndim != 4 or state["pos_embed"].ndim != 3:

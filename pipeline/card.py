@@ -278,7 +278,7 @@ def _training(folder: Path, config: Config, card: Card) -> str:
 
 
 def _resumed(card: Card) -> str:
-    """What the run was resumed with on its way, from the journal."""
+    """Return what the run was resumed with on its way, from the journal."""
     lines = [f"after step {line['step']}, {', '.join(map(code, told(line)))}" for line in card.changes]
     return f"\nResumed with other settings: {'; '.join(lines)}." if lines else ""
 

@@ -149,5 +149,5 @@ def led_by_classifier(source: Source, shards: LabelledShards, read: Callable[...
 
 
 def _blind(field: ConditionalField, null: int) -> ConditionalField:
-    """A field that is told no class, whatever is asked for."""
+    """Return a field that is told no class, whatever is asked for."""
     return lambda x, t, labels: field(x, t, torch.full_like(labels, null))

@@ -138,7 +138,7 @@ def _pipeline(folder: Path, index: dict[str, Any], own: Mapping[str, type]) -> C
 
 
 def _scheduler(folder: Path, kind: str) -> Any:
-    """A scheduler, of a class of ours or of one that is known; of no more than its numbers make of it."""
+    """Return a scheduler, of a class of ours or of one that is known; of no more than its numbers make of it."""
     if kind not in (*SCHEDULERS, *STOCK_SCHEDULERS):
         raise ValueError(f"its scheduler is a {kind}, known are {', '.join((*SCHEDULERS, *STOCK_SCHEDULERS))}")
     path = folder / "scheduler_config.json"
@@ -148,7 +148,7 @@ def _scheduler(folder: Path, kind: str) -> Any:
 
 
 def _text_part(folder: Path, kind: str) -> Any:
-    """A text encoder or a tokenizer of transformers, of the kinds that build themselves of their own files alone."""
+    """Return a text encoder or a tokenizer of transformers, of the kinds that build themselves of their own files alone."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 

@@ -35,7 +35,7 @@ from .source import Source
 
 
 def start(source: Source, seed: int, index: Tensor, t: float) -> Tensor:
-    """Where a solver starts at time t: (B, *S), a function of (seed, index)."""
+    """Return where a solver starts at time t: (B, *S), a function of (seed, index)."""
     if source.prior is not None:
         return source.prior.draw(seed, 0, index, source.shape)
     return initial(source.path, normal(seed, Purpose.INITIAL, 0, index, source.shape), t)

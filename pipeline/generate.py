@@ -126,7 +126,7 @@ def _solve(source: Source, condition: Condition, sampler: Sampler, seed: int, in
 
 
 def guided(source: Source, condition: Condition, sampler: Sampler, times: Tensor | None = None) -> Field:
-    """The source's field with its condition, (B, ...), bound and guided as the sampler says, on a grid of times if not on its own.
+    """Return the source's field with its condition, (B, ...), bound and guided as the sampler says, on a grid of times if not on its own.
 
     It is of one solve where guidance has momentum.
     """
@@ -151,7 +151,7 @@ def _told(field: ConditionalField, condition: Condition, x: Tensor, t: Tensor) -
 
 
 def led(source: Source, field: Field, condition: Condition, sampler: Sampler) -> Field:
-    """The field, led to a condition, (B,), by the source's classifier if it has one; not to be differentiated any more."""
+    """Return the field, led to a condition, (B,), by the source's classifier if it has one; not to be differentiated any more."""
     if source.classifier is None:
         return field
     return classifier_guide(field, source.path, source.classifier.told(condition), sampler.classifier_guidance_scale)

@@ -74,7 +74,7 @@ def _fault(figures: Any, keys: tuple[str, ...], provenance: Provenance | None) -
 
 
 def _sound(key: str, value: Any) -> bool:
-    """Whether a value can stand in a table: a finite number, two for an interval, a short name of a solver."""
+    """Return whether a value can stand in a table: a finite number, two for an interval, a short name of a solver."""
     if key == "solver":
         return isinstance(value, str) and len(value) < 100
     if key.endswith("_interval"):
@@ -109,7 +109,7 @@ def tables_of(evaluation: dict[str, Any], retrieval: dict[str, Any]) -> str:
 
 
 def _measured_on(figures: dict[str, Any]) -> str:
-    """Of which weights figures are, and by which others their samples were guided."""
+    """Return of which weights figures are, and by which others their samples were guided."""
     step = f"of step {figures['step']}, " if isinstance(figures.get("step"), int) else ""
     guide = (
         f" The samples were guided by another, weaker model ({code(str(figures['guide_sha256']))})." if figures.get("guide_sha256") else ""

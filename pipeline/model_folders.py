@@ -130,7 +130,7 @@ def check_size(path: Path, network: nn.Module, shapes: dict[str, tuple[int, ...]
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    """Every file of a folder, and of the folders in it: each is a file, and where it is a link one that leads to the folder's own."""
+    """Yield every file of a folder, and of the folders in it: each is a file, and where it is a link one that leads to the folder's own."""
     try:
         first = sorted(folder.iterdir())
         found = [*first, *(path for place in first if place.is_dir() for path in sorted(place.iterdir()))]
@@ -150,7 +150,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def is_own(link: Path, folder: Path) -> bool:
-    """Whether a link leads to a file of its own folder or pipeline; or to the blobs of the Hub's cache, as its snapshots do."""
+    """Return whether a link leads to a file of its own folder or pipeline; or to the blobs of the Hub's cache, as its snapshots do."""
     real, whole = link.resolve(), folder.resolve()
     roots = [whole, whole.parent] if (whole.parent / "model_index.json").is_file() else [whole]
     roots += [place.parent.parent / "blobs" for place in (whole, *whole.parents) if place.parent.name == "snapshots"]
@@ -170,7 +170,7 @@ def _check_keys(path: Path, content: Any, folder: Path) -> None:
 
 
 def _is_harmless(name: str, folder: Path) -> bool:
-    """Whether a name is a plain one, or one that means nothing on this machine, such as where its author kept the file."""
+    """Return whether a name is a plain one, or one that means nothing on this machine, such as where its author kept the file."""
     if os.path.basename(name) == name and name not in ("", ".", ".."):
         return "\0" not in name
     return "\0" not in name and not os.path.lexists(folder / name) and not os.path.lexists(name)
@@ -184,7 +184,7 @@ def _check_index(path: Path, content: dict[str, Any]) -> None:
 
 
 def _items(content: Any) -> Iterator[tuple[str, Any]]:
-    """Every key and value in nested mappings and lists, however deep."""
+    """Yield every key and value in nested mappings and lists, however deep."""
     waiting = [content]
     while waiting:
         value = waiting.pop()
@@ -194,7 +194,7 @@ def _items(content: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _leaves(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every number, text and so on in nested mappings and lists, by the name of the field that holds it."""
+    """Yield every number, text and so on in nested mappings and lists, by the name of the field that holds it."""
     for name, value in _items(config):
         for item in value if isinstance(value, list) else [value]:
             if not isinstance(item, dict | list):

@@ -124,7 +124,7 @@ class Sampling(Model):
         )
 
     def told(self, weights: Provenance, guide: Provenance | None = None) -> dict[str, Any]:
-        """What figures are told beside: how samples were drawn, and by which weights, those of a guide among them."""
+        """Return what figures are told beside: how samples were drawn, and by which weights, those of a guide among them."""
         drawn: dict[str, Any] = {"guidance_scale": self.guidance_scale, "solver": self.solver, "steps": self.num_inference_steps}
         drawn |= {"guidance": self.guidance} if self.guidance != "cfg" else {}
         drawn |= {"classifier_guidance_scale": self.classifier_guidance_scale} if self.classifier_reference else {}

@@ -78,7 +78,7 @@ class CondotPipeline(DiffusionPipeline):
 
     @property
     def components(self) -> Any:
-        """All that a pipeline of the same class is made of, `type(pipe)(**pipe.components)`: parts, names of classes, padding."""
+        """Return all that a pipeline of the same class is made of, `type(pipe)(**pipe.components)`: parts, names of classes, padding."""
         return {**super().components, "id2label": self.config.id2label, "padding": self.config.padding}
 
     @property
@@ -141,7 +141,7 @@ class CondotPipeline(DiffusionPipeline):
 
     @property
     def clock(self) -> Any:
-        """A scheduler of ours of the network's own path and prediction, for what it knows of them."""
+        """Return a scheduler of ours of the network's own path and prediction, for what it knows of them."""
         return FlowODEScheduler.from_config(with_its_path(self._came.config))
 
     def sampler(self, solver: Any, sigma_t: Any, sigma_scale: Any) -> Any:
@@ -306,7 +306,7 @@ class CondotPipeline(DiffusionPipeline):
 
     @property
     def guidance_scale(self) -> float:
-        """Of the call that runs."""
+        """Return the guidance scale of the call that runs."""
         return self._guidance_scale
 
     @property

@@ -58,7 +58,7 @@ def _cut(match: re.Match[str]) -> str:
 
 
 def _cut_rest(rest: str) -> str:
-    """What follows the scheme of one URL, without its secrets."""
+    """Return what follows the scheme of one URL, without its secrets."""
     host = re.split(r"[/?#]", rest, maxsplit=1)[0]
     odd = not HOST.fullmatch(host) or (":" in host and rest[len(host) : len(host) + 1] in ("?", "#"))
     user, at, _ = (rest if odd and "@" not in host else host).rpartition("@")  # a password may hold a slash, ? or #

@@ -48,7 +48,7 @@ DRIVERS = ("/dev/nvidiactl", "/dev/kfd")
 
 
 def is_program(name: str) -> bool:
-    """Whether the module of this name is the program that runs; its standard streams are then guarded: see `guard_streams`.
+    """Return whether the module of this name is the program that runs; its standard streams are then guarded: see `guard_streams`.
 
     To be asked before anything slow is imported.
     """

@@ -82,7 +82,7 @@ def provenance_of(folder: Path) -> Provenance:
 
 
 def _is_full(name: str) -> bool:
-    """Whether a file holds weights in full precision: `stem.safetensors` or `stem-00001-of-00002.safetensors`, no variant."""
+    """Return whether a file holds weights in full precision: `stem.safetensors` or `stem-00001-of-00002.safetensors`, no variant."""
     return "." not in name.removeprefix(STEM).removesuffix(".safetensors")
 
 

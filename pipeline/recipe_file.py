@@ -28,7 +28,7 @@ def load(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _sections(recipe: dict[Any, Any], path: Path) -> dict[Any, Any]:
-    """A recipe with its dotted keys in their sections, where one that extends it finds them.
+    """Return a recipe with its dotted keys in their sections, where one that extends it finds them.
 
     Raises:
         ValueError: a field that is written in both ways.

@@ -127,14 +127,14 @@ def restore(
 
 
 def _many(told: Condition, index: Tensor) -> Condition:
-    """One condition for each sample, on their device."""
+    """Return one condition for each sample, on their device."""
     return repeat(each(told, lambda part: part.to(index.device)), len(index))
 
 
 def _restored(
     source: Source, measure: Measurement, y: Tensor, sampler: Sampler, remedy: Remedy, condition: Condition, seed: int, index: Tensor
 ) -> Solution:
-    """The clean end of the path for one batch, (B, *S), and the evaluations it took."""
+    """Return the clean end of the path for one batch, (B, *S), and the evaluations it took."""
     times = _times(source, sampler, remedy)
     field = guided(source, condition, sampler, times)
     x, many = start(source, seed, index, float(times[0])), y[None].expand(len(index), *y.shape).to(source.device)
@@ -151,7 +151,7 @@ def _restored(
 
 
 def _times(source: Source, sampler: Sampler, remedy: Remedy) -> Tensor:
-    """The grid; of reconstruction one that begins off the noise, and whose last step alone is Euler's."""
+    """Return the grid; of reconstruction one that begins off the noise, and whose last step alone is Euler's."""
     inverse = remedy.method == "reconstruction"
     times = sampler.times(source, off_noise=inverse)
     if inverse and sampler.solver == "dormand_prince" and len(times) == 2:

@@ -123,7 +123,7 @@ def resumed(config: Config, state: Mapping[str, Any]) -> tuple[Config, Change | 
 
 
 def _begun(config: Config, saved: Mapping[str, Any]) -> Config:
-    """The recipe with the `init_from` and `start_from` of the run; one that is left out is the run's own."""
+    """Return the recipe with the `init_from` and `start_from` of the run; one that is left out is the run's own."""
     begun = {key: saved[key] or "" for key in RULES["beginning"]}
     given = {"init_from": config.init_from, "checkpoint.start_from": config.checkpoint.start_from}
     other = [key for key, name in given.items() if name and not _same(name, begun[key])]
@@ -139,12 +139,12 @@ def _begun(config: Config, saved: Mapping[str, Any]) -> Config:
 
 
 def _same(one: str, other: str) -> bool:
-    """Whether two names lead to one place."""
+    """Return whether two names lead to one place."""
     return redact_url(one) == redact_url(other) or (bool(other) and os.path.realpath(one) == os.path.realpath(other))
 
 
 def _jump(step: int, saved: Mapping[str, Any], config: Config) -> tuple[float, float] | None:
-    """The learning rate of the last step and of the next, where the old settings would have gone on otherwise."""
+    """Return the learning rate of the last step and of the next, where the old settings would have gone on otherwise."""
     before: Any = SimpleNamespace(**{key.removeprefix("train."): value for key, value in saved.items() if key.startswith("train.")})
     last, on, now = learning_rate(max(0, step - 1), before), learning_rate(step, before), learning_rate(step, config.train)
     if step >= config.train.max_steps or math.isclose(on, now, rel_tol=1e-6, abs_tol=1e-9 * config.train.learning_rate):
@@ -197,22 +197,19 @@ def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _listed(value: Any, like: Any) -> Any:
-    """A value as fields of several have it; older runs wrote one half-life as a number."""
+    """Return a value as fields of several have it; older runs wrote one half-life as a number."""
     return [value] if isinstance(like, list) and not isinstance(value, list) else value
 
 
-SEEN = (
-    "split", "resolution", "channels", "bit_depth", "horizontal_flip", "random_crop", "aspect_ratios", "bucket_step", "weights",
-    "shuffle_block",
-)  # fmt: skip
+SEEN = tuple(key.removeprefix("data.") for key in RULES["refused"] if key.startswith("data."))
 """Fields of `data` that decide what the network is shown, and in which order."""
 
 
 def facts_of(config: Any, fingerprint: str) -> dict[str, Any]:
-    """That on which a resumed run must agree with the one that was saved; `fingerprint` is of its shards."""
+    """Return that on which a resumed run must agree with the one that was saved; `fingerprint` is of its shards."""
     settings = as_mapping(config)
     shown = {key: settings["data"][key] for key in SEEN} | {"shards": fingerprint}
-    if config.data.aspect_ratios:  # which samples share a batch then hangs on its size
+    if config.data.aspect_ratios:  # which samples share a batch then depends on its size
         shown["batch_size"] = config.train.batch_size
     if config.model.takes == "text":
         shown["caption"] = _captions(config.data.caption)
@@ -238,7 +235,7 @@ BEFORE: dict[str, Any] = {"data.bit_depth": 8, **{f"flow.{item.name}": item.defa
 
 
 def compare(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """Each place where two nested mappings differ, as `model.width is 128 there and 256 here`."""
+    """Return each place where two nested mappings differ, as `model.width is 128 there and 256 here`."""
     found = []
     for key in {**saved, **now}:
         a, b = saved.get(key, BEFORE.get(prefix + key)), now.get(key)

@@ -79,7 +79,7 @@ class Sampler(GuidanceOptions):
         return everything
 
     def times(self, source: Source, off_noise: bool = False) -> Tensor:
-        """The grid, (steps + 1,): the caller's, or from 0, or NEAR_NOISE where the field is singular at 0, to 1.
+        """Return the grid, (steps + 1,): the caller's, or from 0, or NEAR_NOISE where the field is singular at 0, to 1.
 
         An adaptive solver chooses inside; Langevin dynamics end at LAST_LEVEL. A field that is
         singular at the last time is not evaluated there: see `flow.landed`.

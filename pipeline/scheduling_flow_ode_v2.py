@@ -62,7 +62,7 @@ class FlowODEScheduler(FlowSchedulerV2, FlowODESchedulerV1):
         self.order = len(TABLES.get(solver, TABLES["euler"])[0])
 
     def _marks(self, levels: Any) -> Any:
-        """The levels where steps begin, and whether the last step leads to the data prediction: else its slope at the data is known."""
+        """Return the levels where steps begin, and whether the last step leads to the data prediction, not along a slope known there."""
         if self._point(0.0).frame:
             return [*levels, 0.0], True
         known = self._usable(0.0) and self.config.solver != self.two_step
@@ -74,7 +74,7 @@ class FlowODEScheduler(FlowSchedulerV2, FlowODESchedulerV1):
         return [*levels, *(levels[-1] * (last / levels[-1]) ** (k / parts) for k in range(1, parts + 1))], not known
 
     def _plan(self, levels: Any) -> Any:
-        """The points where the network is evaluated and what follows each."""
+        """Return the points where the network is evaluated and what follows each."""
         marks, lands = self._marks(levels)
         ends, points, moves, before = [self._point(s) for s in (*marks, 0.0)], [], [], 0.0
         frames = [*(p.frame for p in ends[:-1]), 0.0]

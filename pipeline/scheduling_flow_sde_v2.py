@@ -111,7 +111,7 @@ class FlowSDEScheduler(FlowSchedulerV2, FlowSDESchedulerV1):
         self.order, self.generator = 2 if solver == "stochastic_heun" else 1, None
 
     def _plan(self, levels: Any) -> Any:
-        """The points where the network is evaluated and what follows each."""
+        """Return the points where the network is evaluated and what follows each."""
         if self.config.solver != self.two_step:
             return super()._plan(levels)
         marks = [*levels, 0.0] if self._point(0.0).frame else levels
@@ -124,7 +124,7 @@ class FlowSDEScheduler(FlowSchedulerV2, FlowSDESchedulerV1):
         return points, [*moves, Move(True, 0.0, -points[-1].frame, 0.0, 1.0)]
 
     def _source(self, generator: Any, count: int) -> Any:
-        """The generator of a step's noise, or one for each sample, as randn_tensor takes them."""
+        """Return the generator of a step's noise, or one for each sample, as randn_tensor takes them."""
         if generator is None:
             generator = self.generator
         many = list(generator) if isinstance(generator, (list, tuple)) else [generator]

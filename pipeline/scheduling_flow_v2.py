@@ -162,7 +162,7 @@ class FlowSchedulerV2(FlowScheduler):
         self._begin_index = place
 
     def index_for_timestep(self, timestep: Any, schedule_timesteps: Any = None) -> int:
-        """The place of a timestep, to rounding, in the schedule; of several the one where a step begins. One for all samples."""
+        """Return the place of a timestep, to rounding, in the schedule; of several the one where a step begins. One for all samples."""
         values = {float(one) for one in torch.as_tensor(timestep).flatten().tolist()}
         if len(values) != 1:
             raise ValueError(f"timestep {timestep}: one for all samples. Step samples at different times one by one.")
@@ -174,7 +174,7 @@ class FlowSchedulerV2(FlowScheduler):
         return super().index_for_timestep(value, schedule_timesteps)
 
     def _take(self, output: torch.Tensor, timestep: Any, sample: torch.Tensor) -> Any:
-        """The number of this evaluation; the point y and the slope dy / ds there, of a two-step method that of the point half-way."""
+        """Return the number of this evaluation, the point y and the slope dy / ds there, or half-way of a two-step method."""
         for name, one in (("model_output", output), ("sample", sample)):
             if not isinstance(one, torch.Tensor):
                 raise ValueError(f"{name} is a {type(one).__name__}: pass a tensor, such as the `sample` of what a network returned.")
@@ -193,7 +193,7 @@ class FlowSchedulerV2(FlowScheduler):
         return i, y, slope
 
     def _look_ahead(self, levels: Any, kept: Any = None) -> list[float]:
-        """By how much of its last change the data prediction of each step is moved on; the last step ends at sigma = 0 without noise.
+        """Return by how much of its last change each step moves the data prediction on; the last ends at sigma = 0 without noise.
 
         A step from s to t keeps `(b_t / b_s) keep` of x and adds the integral of z dm, m = b_t keep(r, t) a_r / b_r, which is
         `z (m_t - m_s)` if z stands still. By parts, the line adds its slope times `(tau_t - tau_s) a_t - integral of m dtau`, here by

@@ -43,7 +43,7 @@ def guard_streams() -> None:
 
 
 def _text(plain: object, raw: StandardStream) -> io.TextIOWrapper:
-    """A text stream over `raw` as the plain one was, but that it escapes what its encoding lacks."""
+    """Return a text stream over `raw` as the plain one was, but that it escapes what its encoding lacks."""
     at_once, encoding, errors, by_line = False, "utf-8", "backslashreplace", raw.isatty() or raw.fileno() == 2
     if isinstance(plain, io.TextIOWrapper):
         at_once, encoding, by_line = plain.write_through, plain.encoding, plain.line_buffering

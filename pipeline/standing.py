@@ -193,7 +193,7 @@ def _rename(kept: list[Definition], sources: dict[str, Source]) -> None:
 
 
 def _reworded(text: str, words: dict[str, str], source: Source) -> str:
-    """The text of a definition with names that it reads, and its own, changed; attributes, strings and comments are left."""
+    """Return the text of a definition with names that it reads, and its own, changed; attributes, strings and comments are left."""
     tree, lines = ast.parse(text), text.encode().splitlines(keepends=True)
     places = []
     for node in ast.walk(tree):

@@ -64,7 +64,7 @@ def form_of(flow: FlowConfig) -> Form:
 
 
 def scheduler_of(flow: FlowConfig, pixels: bool = True) -> DPMSolverMultistepScheduler | FlowODEScheduler:
-    """The scheduler of an exported folder: DPM-Solver++, on flow sigmas or step variances, or our own where no stock one serves.
+    """Return the scheduler of an exported folder: DPM-Solver++, on flow sigmas or step variances, or our own where no stock one serves.
 
     It is the nearest to the exact end from 10 to 1,000 steps, whatever is predicted, of those that a stock pipeline steps rightly
     with and that have a counterpart among ours (benchmarks/schedulers.py; the table is in docs/export.md). DDIM leaves noise where
@@ -86,7 +86,7 @@ def scheduler_of(flow: FlowConfig, pixels: bool = True) -> DPMSolverMultistepSch
 
 
 def _said(scheduler: DPMSolverMultistepScheduler, clip: bool) -> DPMSolverMultistepScheduler:
-    """The scheduler, its configuration saying what DDIM and others that are made from it would otherwise do: keep data within -1..1."""
+    """Return the scheduler, its configuration saying what those made from it, such as DDIM, would do unasked: keep data within -1..1."""
     scheduler.register_to_config(clip_sample=clip)
     return scheduler
 

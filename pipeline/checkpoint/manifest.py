@@ -140,14 +140,14 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def _is_seal(name: str, seal: Any) -> bool:
-    """Whether a manifest names a file of its own folder, and says what is to be said of it."""
+    """Return whether a manifest names a file of its own folder, and says what is to be said of it."""
     size, sha = (seal.get("bytes"), seal.get("sha256")) if isinstance(seal, dict) else (None, None)
     plain = name not in ("", ".", "..", NAME) and "/" not in name and name.isascii() and name.isprintable()  # as all of ours are
     return plain and type(size) is int and 0 <= size < 2**63 and isinstance(sha, str) and len(sha) == 64
 
 
 def _is_tensor(said: Any) -> bool:
-    """Whether a manifest's entry is a type and a shape."""
+    """Return whether a manifest's entry is a type and a shape."""
     if not (isinstance(said, list) and len(said) == 2 and isinstance(said[0], str) and isinstance(said[1], list)):
         return False
     return len(said[1]) <= 64 and all(type(n) is int and 0 <= n < 2**63 for n in said[1])
@@ -205,7 +205,7 @@ def _hash(folder: Path, files: Seals, together: bool) -> str | None:
 
 
 def _listing_fault(folder: Path) -> str | None:
-    """What is wrong with the list of tensors, which only the headers of the files can tell where the manifest has no seal."""
+    """Return what is wrong with the list of tensors, which only the headers of the files can tell where the manifest has no seal."""
     try:
         manifest = read(folder)
         said = manifest.get("tensors")

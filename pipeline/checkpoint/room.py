@@ -94,5 +94,5 @@ def reserve(root: Path, size: int) -> str:
 
 
 def _size(number: int) -> str:
-    """Bytes as they are read."""
+    """Return bytes as people read them, such as 1.2 GB."""
     return f"{number / 1e9:.3g} GB" if number >= 1e9 else f"{number / 1e6:.3g} MB"

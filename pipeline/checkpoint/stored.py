@@ -58,7 +58,7 @@ class State(dict[str, Any]):
 
 
 def _are_numbers(value: Any) -> bool:
-    """Whether all that is nested in lists and mappings is a number, or nothing."""
+    """Return whether all that is nested in lists and mappings is a number, or nothing."""
     if isinstance(value, dict | list):
         return all(map(_are_numbers, value.values() if isinstance(value, dict) else value))
     return value is None or isinstance(value, int | float)

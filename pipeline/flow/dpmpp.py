@@ -13,8 +13,8 @@ both ends, so a path that ends clean ends on the extrapolated prediction. In the
 log signal-to-noise ratio, as published, it ends on the last one.
 Where a step renews the noise, z jumps with it, and a line through two such
 predictions carries the jump on, at the next step the jump of the jump. So the
-SDE takes the share of w that the published midpoint form has of the one above:
-1 where all noise is kept, 1/2 where none is. Both are of order 2.
+SDE takes a share of w only (`steady_share`): 1 where all noise is kept, 1/2
+where none is. The order stays 2.
 Source: Lu et al., DPM-Solver++, algorithm 2 and appendix on the SDE; Xue et al.,
 SA-Solver, eq. 14 (any sigma_t); mathematics.md section 10.
 """
@@ -93,7 +93,7 @@ def steady_share(keep: Tensor) -> Tensor:
 def dpmpp_2m(
     field: Field, x: Tensor, times: Tensor, *, path: Path | None = None, last_euler: bool = False, after: After | None = None
 ) -> Solution:
-    """Order 2, one evaluation a step, none at times[-1]: the ODE with sigma = 0 in this file's head; the default ODE solver.
+    """Solve the ODE, sigma = 0 in this file's head: order 2, one evaluation a step, none at times[-1]; the default solver.
 
     Args:
         field, x, times, after: as in `runge_kutta`.
@@ -113,9 +113,9 @@ def dpmpp_2m(
 def dpmpp_2m_sde(
     field: Field, x: Tensor, times: Tensor, path: Path, sigma: Coefficient, noise: Noise, *, after: After | None = None
 ) -> Solution:
-    """The SDE by the two-step exponential integrator, the default: weak order 2, one evaluation a step, stable for every coefficient.
+    """Solve the SDE by the two-step exponential integrator: weak order 2, one evaluation a step, stable for every coefficient.
 
-    With `forward` it is SDE-DPM-Solver++(2M). A learned score enters where
+    With `forward` it is SDE-DPM-Solver++(2M) on the clock SIGNAL_SHARE, its look ahead times `steady_share`. A learned score enters where
     `exponential` takes it; what is extrapolated is the velocity's data prediction.
     Arguments and errors as in `exponential`.
     """

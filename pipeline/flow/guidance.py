@@ -147,12 +147,12 @@ class _How:
 
     @property
     def zero_until(self) -> float:
-        """The time before which the field stands still."""
+        """Return the time before which the field stands still."""
         return self.method.zero_until if isinstance(self.method, CFGZeroStar) else 0.0
 
     @property
     def idle(self) -> bool:
-        """Whether the guided field is the good one."""
+        """Return whether the guided field is the good one."""
         return self.scale == 1 and self.zero_until == 0
 
 
@@ -166,7 +166,7 @@ class _Point(NamedTuple):
 
 
 def _guided(good: Field, pair: Callable[[Tensor, Tensor], tuple[Any, Any]], how: _How) -> Field:
-    """The guided field; `good` is evaluated outside the interval, `pair` (good and lesser) inside."""
+    """Return the guided field; `good` is evaluated outside the interval, `pair` (good and lesser) inside."""
     momentum = Momentum(how.method.momentum if isinstance(how.method, APG) else 0.0)
 
     def guided(x: Tensor, t: Tensor) -> Any:
@@ -185,7 +185,7 @@ def _guided(good: Field, pair: Callable[[Tensor, Tensor], tuple[Any, Any]], how:
 
 
 def _sharpen(good: Tensor, lesser: Tensor, how: _How, at: _Point, output: int, kind: Prediction, momentum: Momentum) -> Tensor:
-    """One output guided, (B, *S): a velocity (output 0) of a network that predicts `kind`, or a learned score (output 1)."""
+    """Return one output guided, (B, *S): a velocity (output 0) of a network that predicts `kind`, or a learned score (output 1)."""
     guided = torch.lerp(lesser, good, how.scale)
     if not how.rescale and how.method is None:
         return guided
@@ -220,7 +220,7 @@ def _of_data(good: Tensor, x: Tensor, c: Coefficients, output: int) -> tuple[Ten
 
 
 def _asleep(out: Any, t: Tensor, until: float) -> Any:
-    """What the field returns, zero before a time."""
+    """Return what the field returns, zero before a time."""
     if not until:
         return out
     if isinstance(out, tuple):

@@ -188,7 +188,7 @@ def reconstruction(
             data = convert(velocity_and_score(out)[0], "velocity", "data", point, c)
 
         def pulled(q: Tensor) -> Tensor:
-            """The derivative of the data prediction, transposed, times A^T q: by one backward pass."""
+            """Return the derivative of the data prediction, transposed, times A^T q: by one backward pass."""
             (product,) = torch.autograd.grad(data, point, measure.gain * measure.pseudo_inverse(q), retain_graph=True)
             return product
 

@@ -65,7 +65,7 @@ class Tabulated:
 
 
 def coefficient(sigma: str | Sequence[float] | Coefficient, scale: float = 1.0) -> Coefficient:
-    """A diffusion coefficient sigma_t.
+    """Return a diffusion coefficient sigma_t.
 
     Args:
         sigma: `zero` (the ODE), `constant`, `noise` (in proportion to beta) or
@@ -232,7 +232,7 @@ def follow_plan(
 
 
 def checked_grid(times: Tensor) -> Tensor:
-    """A checked grid, float64, on the CPU."""
+    """Return a checked grid, float64, on the CPU."""
     intervals(times)
     return times.detach().double().cpu()
 

@@ -101,7 +101,7 @@ def in_step(network: nn.Module) -> Iterator[None]:
 
 
 def _is_gathered(part: nn.Module) -> bool:
-    """Whether a part's own weights, without those of parts in it, lie here whole."""
+    """Return whether a part's own weights, without those of parts in it, lie here whole."""
     inner = {weight for other in part.modules() if other is not part and isinstance(other, FSDPModule) for weight in other.parameters()}
     return any(not isinstance(weight, DTensor) for weight in part.parameters() if weight not in inner)
 

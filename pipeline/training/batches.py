@@ -15,7 +15,7 @@ from .told import MicroBatch
 
 
 def read(run: Run) -> MicroBatch:
-    """The next micro-batch.
+    """Return the next micro-batch.
 
     Raises:
         DataError: whatever kept it from being read.
@@ -29,7 +29,7 @@ def read(run: Run) -> MicroBatch:
 
 
 def lacks_data(run: Run) -> bool:
-    """Whether this rank, of several, cannot have the data of the steps behind this one that it promises by now."""
+    """Return whether this rank, of several, cannot have the data of the steps behind this one that it promises by now."""
     if run.accelerator.num_processes == 1:
         return False  # it can stop where it meets the error
     run.watch.beat(run.step, "reading data")
@@ -61,7 +61,7 @@ def promised(run: Run) -> int:
 
 
 def why(error: BaseException) -> str:
-    """What an error of the data says; of one that is no message to a user, where to look."""
+    """Return what an error of the data says; of one that is no message to a user, where to look."""
     if isinstance(error, (ValueError, OSError)):
         return str(error)
     return f"the data of the next step cannot be read ({type(error).__name__}: {error}). CONDOT_DEBUG=1 shows where."

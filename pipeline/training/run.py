@@ -237,7 +237,7 @@ def load_average(found: Path, network: nn.Module) -> None:
 
 
 def _unfit(found: Path, error: ValueError) -> ValueError:
-    """What to say of a beginning whose weights do not fit."""
+    """Return what to say of a beginning whose weights do not fit."""
     adapted = ".base_layer." in str(error)
     remedy = (
         "It holds low-rank additions: export it, and give the folder as init_from."

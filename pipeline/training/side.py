@@ -65,7 +65,7 @@ class SideWork:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was lacking, of a device or of this machine, as torch or Python say it."""
+    """Return whether memory was lacking, of a device or of this machine, as torch or Python say it."""
     text = str(error)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and ("out of memory" in text or "allocate memory" in text)
