@@ -1,6 +1,6 @@
 # make demo: the whole way on handwritten digits.  make test: the tests.  Both set up .venv where needed.  make bench: what we claim of speed.
 # make test-processors: the tests of numerics, as lesser processors than this one compute.
-# make faults: launches, signals, kills and hangs, each on several processes; half an hour.
+# make faults: launches, signals, kills, hangs and injected faults, each on several processes; an hour or more.
 PYTHON ?= python3
 RUN ?= runs/digits
 # A shorter demo, say `make demo STEPS=150 GOALS=`: fewer steps, and no figures to reach.

@@ -117,7 +117,8 @@ def test_a_state_that_cannot_be_saved_either_is_said(digits, tmp_path, monkeypat
     assert "The state of step 6 could not be saved: mend that, and the same command goes on from step 0." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("accumulation", [1, pytest.param(2, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("accumulation", [1, 2])
 def test_one_rank_without_data_ends_all_saved(digits, tmp_path, accumulation):
     """Nobody waits for the gradients of a rank that has none."""
     words = arguments(digits, tmp_path / "run", *EACH, f"--train.gradient_accumulation_steps={accumulation}")

@@ -402,6 +402,7 @@ def start(parts, output, *more, **environment):
     return subprocess.Popen([*words, *more], cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.faults
 def test_killed_and_taken_up_by_two_it_is_bitwise_the_same(parts, tmp_path):
     """kill -9 while the second shard is half written; then two processes at once, as ranks; then once more, which finds all done."""
     slow = tmp_path / "slow"

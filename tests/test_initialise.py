@@ -48,6 +48,7 @@ def begun(seed=None, **options):
     return digest(dict(models.build("dit", seed=seed, **options).named_parameters()))
 
 
+@pytest.mark.faults
 def test_a_sharded_network_begins_as_a_whole_one(tmp_path):
     """Built on meta, sharded over two processes, given memory and values: bit for bit the one that is built whole; and it runs."""
     script = tmp_path / "sharded.py"

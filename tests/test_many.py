@@ -83,7 +83,7 @@ def test_runs_are_what_follows_one_another():
     assert list(runs([4, 5, 6], 9)) == [range(4, 7)] and list(runs([], 9)) == []
 
 
-@pytest.mark.parametrize("solver", ["heun", "euler_maruyama"])
+@pytest.mark.parametrize("solver", [pytest.param("heun", marks=pytest.mark.faults), "euler_maruyama"])
 def test_an_image_is_the_same_whoever_draws_it(ask, tmp_path, capsys, solver):
     """One process, another size of batch, two processes under torchrun; and it is the image of (seed, index) that a grid has."""
     words = [*ask, "--solver", solver, "--num_images", 13]
@@ -113,7 +113,7 @@ def test_one_picture_is_the_work_of_one_process(ask, capsys, monkeypatch, tmp_pa
 # --- stopped and gone on with
 
 
-@pytest.mark.parametrize("form", ["png", "shards"])
+@pytest.mark.parametrize("form", [pytest.param("png", marks=pytest.mark.faults), "shards"])
 def test_a_killed_folder_goes_on(ask, tmp_path, capsys, form):
     """kill -9 in the middle, then another batch size: complete, equal to an uninterrupted one, and nothing whole was made again."""
     words = [*ask, "--num_images", 96, "--format", form, "--images_per_shard", 8]
@@ -149,7 +149,7 @@ def test_a_killed_folder_goes_on(ask, tmp_path, capsys, form):
         assert len(mine[0]) == 96 and (mine[0] - its[0]).abs().max() <= 2.1 / 255 and torch.equal(mine[1], its[1])
 
 
-@pytest.mark.parametrize("form", ["png", "shards"])
+@pytest.mark.parametrize("form", [pytest.param("png", marks=pytest.mark.faults), "shards"])
 def test_a_signal_ends_the_work_after_the_batch(ask, tmp_path, capsys, form):
     folder = tmp_path / "folder"
     words = [*ask, "--num_images", 4000, "--format", form, "--batch_size", 2, "--output", folder]

@@ -52,6 +52,7 @@ def test_batches_of_several_shapes_train_and_resume_bitwise(shapes, tmp_path):
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
+@pytest.mark.faults
 def test_two_processes_have_the_curve_of_one_with_shapes_and_sources(shapes, tmp_path):
     """Buckets, two sources by weight, accumulation: one process, and two under torchrun."""
     other = make(tmp_path / "other", [[{"__key__": f"o{i}", "jpg": jpeg(100 + i, (16, 8)), "cls": i % 3} for i in range(20)]])
@@ -155,6 +156,7 @@ def test_bad_samples_are_counted_listed_and_too_many_stop_training(tmp_path, cap
     assert (tmp_path / "parts/bad_samples.jsonl").read_text() == (tmp_path / "whole/bad_samples.jsonl").read_text()
 
 
+@pytest.mark.faults
 def test_two_ranks_list_what_one_does(tmp_path):
     content = list(samples([60]))
     for number in (7, 41):

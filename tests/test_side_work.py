@@ -202,6 +202,7 @@ def test_ranks_that_draw_together_give_up_or_halve_together():
         draw()
 
 
+@pytest.mark.faults
 def test_a_rank_that_breaks_off_in_the_middle_of_a_pass_leaves_no_other_waiting():
     together(2, sharded_preview.breaks_off)
 

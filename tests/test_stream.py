@@ -191,7 +191,7 @@ s.close()
 """
 
 
-@pytest.mark.parametrize("kind", ["plain", "buckets and sources"])
+@pytest.mark.parametrize("kind", ["plain", pytest.param("buckets and sources", marks=pytest.mark.faults)])
 def test_killed_at_random_moments_none_lost_and_none_twice(tmp_path, kind):
     """kill -9 of all readers in mid-epoch, then other numbers of ranks and workers: the sequence of keys is the uninterrupted one."""
     sizes = [(4, 4), (8, 4), (4, 8)]

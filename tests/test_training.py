@@ -149,6 +149,7 @@ def test_a_finished_run_is_left_as_it_is(digits, trained, capsys):
     assert digest(trained / "checkpoint-12") == before and (trained / "metrics.jsonl").read_text() == lines
 
 
+@pytest.mark.faults
 def test_killed_at_a_random_moment_the_run_ends_the_same(digits, tmp_path):
     """kill -9 twice, wherever it falls; the log has no line twice."""
     words = arguments(digits, tmp_path / "run", "--train.max_steps=40", "--checkpoint.every=3", "--log.every=1")
