@@ -276,7 +276,7 @@ def likelihood(options: Likelihood) -> int:
         labels = torch.full_like(labels, source.null)
     else:
         check_labels(labels, source.num_classes)
-    print(bits(source, real, labels, exact=affordable(source.shape) and not options.estimate, **options.how()))
+    say(bits(source, real, labels, exact=affordable(source.shape) and not options.estimate, **options.how()))
     return 0
 
 

@@ -36,7 +36,7 @@ def _sections(recipe: dict[Any, Any], path: Path) -> dict[Any, Any]:
     sections: dict[Any, Any] = {}
     dotted = {key: value for key, value in recipe.items() if isinstance(key, str) and "." in key}
     for key, value in recipe.items():
-        if key not in dotted:
+        if key not in dotted and value is not None:  # a section whose fields are all commented out is empty
             sections[key] = dict(value) if isinstance(value, dict) else value
     for key, value in dotted.items():
         section, _, field = key.partition(".")
@@ -48,7 +48,7 @@ def _sections(recipe: dict[Any, Any], path: Path) -> dict[Any, Any]:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` on top of `base`, section by section, field by field; another `kind` starts its section afresh."""
+    """Return `over` on top of `base`, section by section, field by field; another `kind` starts its section afresh."""
     merged = dict(base)
     for key, value in over.items():
         old = merged.get(key)

@@ -129,3 +129,8 @@ def test_a_dotted_key_is_its_field(tmp_path):
     recipe(tmp_path, "train: {batch_size: 8}\ntrain.max_steps: 3", "base.yaml")
     train = parse(Config, ["--config", recipe(tmp_path, "extends: base.yaml\ntrain: {max_steps: 5}")]).train
     assert (train.max_steps, train.batch_size) == (5, 8)  # a dotted key of the base does not outlive what extends it
+
+
+def test_a_section_whose_fields_are_all_commented_out_is_empty(tmp_path):
+    (tmp_path / "a.yaml").write_text("seed: 4\ntrain:\n  # max_steps: 3\n")
+    assert parse(Config, ["--config", str(tmp_path / "a.yaml")]) == Config(seed=4)
