@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import resource
+import shutil
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -112,6 +114,19 @@ def test_a_run_whose_folder_is_moved_ends_and_writes_to_nobody_elses(digits, tmp
     for one in held:
         one.close()
     assert fit(digits, away) == 0 and Store(away, 1).latest().name == "checkpoint-12" and not list(away.glob(".tmp*"))
+
+
+def test_a_run_ends_when_what_it_pruned_is_gone(digits, tmp_path, monkeypatch):
+    """However slow a disk removes: a process that ends kills its threads, and an old checkpoint would stay for ever."""
+    remove = shutil.rmtree
+
+    def slowly(*args, **kwargs):
+        time.sleep(0.5)
+        remove(*args, **kwargs)
+
+    monkeypatch.setattr(shutil, "rmtree", slowly)
+    assert fit(digits, tmp_path / "run") == 0
+    assert not list((tmp_path / "run").glob(".tmp*"))
 
 
 def test_a_moved_folder_stays_locked(tmp_path):

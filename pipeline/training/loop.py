@@ -86,6 +86,8 @@ def fit(run: Run, stop: int) -> None:
             f"the state of step {run.step} could not be saved in {run.store.root}: "
             f"free some space; the same command goes on from step {run.saved}."
         )
+    with run.watch.at("saving"):
+        run.store.settle()  # a process that ends takes its threads along, and what they had not yet removed would stay
 
 
 def go_on(run: Run, stop: int, recent: Recent) -> bool:
