@@ -18,11 +18,12 @@ from tqdm import tqdm
 from .changes import compare_files, void
 from .crew import Progress, crew, processors
 from .decode import DECODE_ERRORS, preview
+from .errors import reason, some
 from .fill import journal_path
 from .flock import open_new
 from .image_formats import IMAGE_EXTENSIONS
 from .index import describe, index_path, sha256
-from .listing import digest, reason, some, split_named
+from .listing import digest, split_named
 from .manifest import Manifest, Tally, write_manifest
 from .pack import REPORTED, Corrupt, already, complaint
 from .packed import Entry, PackRequest, write_packed

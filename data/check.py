@@ -12,8 +12,8 @@ import numpy as np
 from .caption_fields import caption_of
 from .crew import Progress
 from .decode import DECODE_ERRORS, decode_into
+from .errors import reason
 from .index import image_in, index_path, locate, open_index, sha256, span_of, unchanged
-from .listing import reason
 from .printable import printable
 from .shardlist import Shard
 from .tar import files_of

@@ -17,10 +17,11 @@ import numpy as np
 
 from .crew import Progress
 from .decode import DECODE_ERRORS, preview, upright_size
+from .errors import reason
 from .flock import open_new
 from .image_formats import IMAGE_EXTENSIONS, extension_of
 from .index import describe, index_path
-from .listing import Fault, Part, Record, reason
+from .listing import Fault, Part, Record
 from .packed import content_of, inputs_path
 from .sample_files import NO_LABEL
 from .shrink import smaller

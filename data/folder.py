@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .columns import NONE, Choice
+from .errors import reason, some
 from .image_formats import IMAGE_EXTENSIONS, JPEG_NAMES
 from .labels import class_name, label_of, names_of, natural, numbers_of, unused
-from .listing import Fault, Printed, Record, Source, digest, ordered_splits, reason, some, storable
+from .listing import Fault, Printed, Record, Source, digest, ordered_splits, storable
 from .regular_files import MAX_IMAGE_BYTES, open_regular, read_regular
 from .splits import ALL, BESIDE, SplitChoice, assign, kinds_of, split_folders
 from .stamps import stamp_of

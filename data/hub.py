@@ -19,8 +19,9 @@ import numpy as np
 import pyarrow as pa
 
 from .columns import Choice, Columns, choose
+from .errors import reason
 from .labels import names_of, numbers_of, unused
-from .listing import Fault, Record, Source, digest, ordered_splits, reason
+from .listing import Fault, Record, Source, digest, ordered_splits
 from .regular_files import MAX_IMAGE_BYTES, read_regular, require_regular
 from .splits import SplitChoice, assign, check_rows, split_columns
 from .stamps import Facts, facts_of, stamp_of

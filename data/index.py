@@ -18,8 +18,8 @@ import numpy as np
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, three times as fast
 
 from .decode import DECODE_ERRORS, is_plain, upright_size
+from .errors import reason
 from .flock import open_new
-from .listing import reason
 from .manifest import Tally
 from .printable import printable
 from .sample_files import (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,14 +132,3 @@ def storable(name: str) -> str:
         return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # half a pair of surrogates, as JSON may hold
         return name.encode("utf-8", "backslashreplace").decode()
-
-
-def reason(error: BaseException) -> str:
-    """Return an error in one line, without the addresses of objects that Pillow puts into some."""
-    text = printable(re.sub(r" <[^<>]* object at 0x[0-9a-f]+>", "", " ".join(str(error).split())))
-    return text[:300] if text else type(error).__name__
-
-
-def some(items: list[str], limit: int = 5) -> str:
-    """Return the first few of a list, safe to print, and how many more there are."""
-    return "; ".join(map(printable, items[:limit])) + (f"; and {len(items) - limit:,} more" if len(items) > limit else "")

@@ -19,10 +19,11 @@ from tqdm import tqdm
 
 from .changes import BYTES_A_WORKER, compare, find, void
 from .crew import crew, processors
+from .errors import some
 from .fill import Job, Trim, fill, journal_path, trim
 from .image_formats import IMAGE_EXTENSIONS
 from .index import index_path
-from .listing import Source, digest, some
+from .listing import Source, digest
 from .manifest import Manifest, Tally, parse_manifest, write_manifest
 from .packed import Entry, Packed, PackRequest, blank, write_packed
 from .plan import Packing, Planned, plan

@@ -19,8 +19,9 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from .columns import Choice, Columns, choose, class_names_of, common_type, features_of, is_text_or_number, refuse_partitions
+from .errors import reason
 from .labels import Class, names_of, numbers_of, unused
-from .listing import Fault, Record, Source, digest, ordered_splits, reason, storable
+from .listing import Fault, Record, Source, digest, ordered_splits, storable
 from .locators import last_name, redact, redact_url, shown
 from .regular_files import require_regular
 from .splits import ALL, SplitChoice, assign, check_rows, few, names_of_file, split_columns

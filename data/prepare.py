@@ -21,10 +21,11 @@ from .adopt import adopt
 from .columns import Choice
 from .crew import quiet
 from .digits import digits
+from .errors import reason
 from .folder import imagefolder
 from .hub import hub
 from .labels import class_name
-from .listing import Source, reason, split_named, storable
+from .listing import Source, split_named, storable
 from .locators import Parser, expanded, guard_output, redact
 from .manifest import Manifest
 from .options import bytes_of

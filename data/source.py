@@ -13,8 +13,8 @@ from typing import Protocol
 
 from braceexpand import braceexpand
 
+from .errors import some
 from .index import index_path, sha256
-from .listing import some
 from .locators import redact, redact_url
 from .manifest import Manifest, check_foreign, read_manifest
 from .retry import STALLS

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .columns import CAPTION_COLUMNS, FILE_COLUMNS, LABEL_COLUMNS, Choice, column_of, first_text, known_column
+from .errors import reason, some
 from .labels import class_of
-from .listing import reason, some, storable
+from .listing import storable
 from .printable import printable
 from .regular_files import open_regular
 from .splits import kinds_of, split_columns

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from .listing import some
+from .errors import some
 from .regular_files import kind_of
 
 COMPRESSED = (".tar.gz", ".tgz")

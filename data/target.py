@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .changes import Compared, gone
+from .errors import some
 from .flock import make_folder, open_lock
 from .index import index_path
-from .listing import Source, some
+from .listing import Source
 from .manifest import parse_manifest
 from .packed import Entry, Packed, PackRequest, read_packed, write_packed
 from .write import commit_json
