@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from pipeline.checkpoint import Store
+from condot.pipeline.checkpoint.store import Store
 
 GOAL = 0.10
 """Of the time of a save that waits."""

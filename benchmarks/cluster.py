@@ -39,8 +39,8 @@ def memory(what: str) -> float:
 
 def simulate(folder: Path, count: int) -> None:
     """So many shards that are one."""
-    from data.index import describe
-    from data.manifest import Manifest, Tally, write_manifest
+    from condot.data.format.index import describe
+    from condot.data.format.manifest import Manifest, Tally, write_manifest
 
     first = one_shard(folder, EACH)
     shard, _ = describe(first, "train")
@@ -59,9 +59,9 @@ def simulate(folder: Path, count: int) -> None:
 
 def child(folder: str, rank: int, ranks: int, position: int) -> None:
     """One rank: prints seconds and megabytes; without a folder, what its imports alone hold."""
-    from data import build, open_shards
-    from data.options import Options
-    from data.stream import Share
+    from condot.core.data_options import Options
+    from condot.data.loader.build import build, open_shards
+    from condot.data.loader.stream import Share
 
     before = memory("VmRSS")
     if not folder:
@@ -87,10 +87,9 @@ def child(folder: str, rank: int, ranks: int, position: int) -> None:
 
 def whole_batches(folder: str, ranks: int, position: int) -> str:
     """The samples of a global batch, put together from all ranks' plans, against the order itself; and on half as many ranks."""
-    from data import open_shards
-    from data.opening import build
-    from data.options import Options
-    from data.stream import Share
+    from condot.core.data_options import Options
+    from condot.data.loader.build import build, open_shards
+    from condot.data.loader.stream import Share
 
     options, size = Options(shards=(folder,), resolution=8, workers=0), 4 * ranks
     shards = open_shards(options)

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import sample
-from pipeline.options import Retrieve
-from pipeline.retrieval import retrieve
-from pipeline.sheet import grid, save_image
+from condot.pipeline.evaluation.retrieval import retrieve
+from condot.pipeline.sampling.image_grid import grid, save_image
+from condot.pipeline.sampling.options import Retrieve
 
 
 def prepare(output: Path) -> None:

@@ -16,12 +16,12 @@ from diffusers import DDIMScheduler, DDPMPipeline, DEISMultistepScheduler, DiTPi
 from diffusers.utils import logging
 from exact import ExactNetwork, quantiles
 
-from pipeline.config import FlowConfig
-from pipeline.flow import dormand_prince, uniform_grid
-from pipeline.identity import identity_autoencoder
-from pipeline.pipeline_condot_v2 import CondotPipeline
-from pipeline.scheduling_flow_ode_v2 import FlowODEScheduler
-from pipeline.stock import NAMES, form_of, scheduler_of
+from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.export.identity_autoencoder import identity_autoencoder
+from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
+from condot.pipeline.export.runtime.scheduling_flow_ode_v2 import FlowODEScheduler
+from condot.pipeline.export.scheduler_map import NAMES, form_of, scheduler_of
+from condot.pipeline.flow import dormand_prince, uniform_grid
 
 logging.set_verbosity_error()  # of words that a scheduler does not know
 STEPS, FEW = (10, 25, 50, 250, 600, 1000), (10, 25, 50)

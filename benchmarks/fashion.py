@@ -14,20 +14,20 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import pipeline.process  # noqa: F401  first: it sets how threads wait, before torch is imported
+import condot.core.process  # noqa: F401  first: it sets how threads wait, before torch is imported
 
 # isort: split
 import torch
 from diffusers import DiTPipeline, DPMSolverMultistepScheduler, logging
 from torch import Tensor
 
-from data.reading import read_images
-from data.shards import Shards
-from pipeline.classifier import train_classifier
-from pipeline.folder import open_folder
-from pipeline.frechet import Moments, frechet
-from pipeline.generate import generate
-from pipeline.sampler import Sampler
+from condot.data.loader.read_samples import read_images
+from condot.data.storage.shard_reader import Shards
+from condot.pipeline.evaluation.classifier import train_classifier
+from condot.pipeline.evaluation.frechet import Moments, frechet
+from condot.pipeline.export.load import open_folder
+from condot.pipeline.sampling.generate import generate
+from condot.pipeline.sampling.sampler import Sampler
 
 ROWS = (
     ("ddpm", "stock DPM++", 25, 1.5),

@@ -233,7 +233,7 @@ def work() -> None:
     import signal
     import traceback
 
-    from data.prepare import main
+    from condot.data.prepare.command import main
 
     def late(number: int, frame: object) -> None:
         raise BaseException(f"hung: more than {SECONDS} s")

@@ -31,12 +31,12 @@ from PIL import Image, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data import Encoded, build
-from data.index import NO_LABEL, RECORD, describe
-from data.manifest import Manifest, Tally, write_manifest
-from data.options import Options
-from data.shards import Shards
-from data.stream import Share
+from condot.core.data_options import Options
+from condot.data.format.index import NO_LABEL, RECORD, describe
+from condot.data.format.manifest import Manifest, Tally, write_manifest
+from condot.data.loader.build import Encoded, build
+from condot.data.loader.stream import Share
+from condot.data.storage.shard_reader import Shards
 
 SHARED = ROOT.parent / "shared" / "data"
 BATCH = 64

@@ -12,12 +12,12 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from data import build, open_shards
-from data.index import describe
-from data.manifest import Manifest, Tally, write_manifest
-from data.options import Options
-from data.shards import Shards
-from data.stream import Share
+from condot.core.data_options import Options
+from condot.data.format.index import describe
+from condot.data.format.manifest import Manifest, Tally, write_manifest
+from condot.data.loader.build import build, open_shards
+from condot.data.loader.stream import Share
+from condot.data.storage.shard_reader import Shards
 
 SHARDS, EACH = 100_000, 10_000
 

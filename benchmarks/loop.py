@@ -23,14 +23,14 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train
-from data.prepare import main as prepare
-from pipeline import launch
-from pipeline.checkpoint import Store
-from pipeline.config import ALIASES, Config
-from pipeline.recipe import parse
-from pipeline.training import loop
-from pipeline.training.status import Status
+from condot.cli import train
+from condot.data.prepare.command import main as prepare
+from condot.pipeline.checkpoint.store import Store
+from condot.pipeline.config.parse import parse
+from condot.pipeline.config.schema import ALIASES, Config
+from condot.pipeline.launch import distributed
+from condot.pipeline.training import loop
+from condot.pipeline.training.status import Status
 
 
 def assembled(options: argparse.Namespace, scratch: Path):
@@ -41,7 +41,7 @@ def assembled(options: argparse.Namespace, scratch: Path):
     words = [f"--data.shards={scratch / 'shards'}", f"--output_dir={scratch / 'run'}", f"--train.batch_size={options.batch}"]
     config = parse(Config, [*words, *size.split(), *rest.split(), "--checkpoint.every=1000000", *options.more], ALIASES)
     sources, space = train.see(config)
-    accelerator = launch.start(config, launch.enter(config), None, partial(train.measure, config, sources, space))
+    accelerator = distributed.start(config, distributed.enter(config), None, partial(train.measure, config, sources, space))
     status = Status(scratch / "run", True)
     (scratch / "run").mkdir()
     run = train.assemble(config, sources, space, accelerator, Store(scratch / "run", 1), status, fresh=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import models
+from condot.models import registry
 
 DEPTH = 28
 TIME, MEMORY = 1.35, 0.5  # targets: so many times as long at most, so much of the whole peak at most
@@ -46,7 +46,7 @@ def child(options: argparse.Namespace) -> None:
     """Prints seconds of each step but the first, and MiB before and at most."""
     torch.set_num_threads(options.threads)
     device = options.device
-    model = models.build(
+    model = registry.build(
         "dit", seed=0, channels=4, resolution=32, num_classes=10, patch_size=2, depth=DEPTH, width=options.width,
         heads=options.heads or options.width // 64, style=options.style, gradient_checkpointing=options.child == "with",
     ).to(device)  # fmt: skip

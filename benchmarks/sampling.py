@@ -19,15 +19,15 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-import models
-from models.convert import to_stock
-from pipeline.config import FlowConfig
-from pipeline.folder import pipeline_source
-from pipeline.generate import generate
-from pipeline.identity import identity_autoencoder
-from pipeline.pipeline_condot_v2 import CondotPipeline
-from pipeline.sampler import Sampler
-from pipeline.stock import scheduler_of
+from condot.models import registry
+from condot.models.convert import to_stock
+from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.export.identity_autoencoder import identity_autoencoder
+from condot.pipeline.export.load import pipeline_source
+from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
+from condot.pipeline.export.scheduler_map import scheduler_of
+from condot.pipeline.sampling.generate import generate
+from condot.pipeline.sampling.sampler import Sampler
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="the network compiled, in every way")
     args = parser.parse_args()
     size = {"channels": 3, "resolution": 32, "num_classes": 10, "patch_size": 4, "width": 384, "depth": 12, "heads": 6}
-    network = to_stock(models.build("dit", **size), -1.0)
+    network = to_stock(registry.build("dit", **size), -1.0)
     flow = FlowConfig()
     names = {str(i): str(i) for i in range(10)}
     pipe = CondotPipeline(scheduler_of(flow), transformer=network, vae=identity_autoencoder(3, 32), id2label=names)

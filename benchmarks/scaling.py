@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from data.prepare import main as prepare
+from condot.data.prepare.command import main as prepare
 
 ALONE, PAIR = (
     [sys.executable, "train.py"],

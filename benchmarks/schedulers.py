@@ -39,9 +39,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import oracles
 from exported_schedulers import by_pipeline, by_recipe
 
-from pipeline.flow import dormand_prince, uniform_grid
-from pipeline.scheduling_flow_ode_v2 import FlowODEScheduler
-from pipeline.scheduling_flow_sde_v2 import FlowSDEScheduler
+from condot.pipeline.export.runtime.scheduling_flow_ode_v2 import FlowODEScheduler
+from condot.pipeline.export.runtime.scheduling_flow_sde_v2 import FlowSDEScheduler
+from condot.pipeline.flow import dormand_prince, uniform_grid
 
 BUDGETS = (10, 25, 50)
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}

@@ -22,10 +22,10 @@ import oracles
 import torch
 from torch import Tensor
 
-from pipeline.flow import PATHS, Purpose, coefficient, convert, denoise, grid, initial, normal, singular, velocity_field, widen
-from pipeline.follow import follow
-from pipeline.sampler import Sampler
-from pipeline.source import Source
+from condot.pipeline.flow import PATHS, Purpose, coefficient, convert, denoise, grid, initial, normal, singular, velocity_field, widen
+from condot.pipeline.sampling.integrate import follow
+from condot.pipeline.sampling.sampler import Sampler
+from condot.pipeline.sampling.source import Source
 
 PATH_NAMES = ("condot", "cosine", "vp", "ddpm")
 GRIDS = ("uniform", "shifted", "rho", "log_snr")
@@ -150,7 +150,7 @@ def variance(solver: Callable[..., object], name: str, steps: int, sigma: str, s
 
 
 def variance_table(evaluations: list[int]) -> None:
-    from pipeline.flow import SDE_SOLVERS
+    from condot.pipeline.flow import SDE_SOLVERS
 
     print("\nVariance of N(0.7, 0.5^2) missed by the SDE, percent, uniform grid")
     print(f"{'solver':15s} {'sigma_t':9s}" + "".join(f"{f'{name} {n}':>12s}" for name in PATH_NAMES for n in evaluations))

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pipeline.flow import ODE_SOLVERS, SDE_SOLVERS, CondOT, Purpose, coefficient, normal, predictor_corrector, uniform_grid
+from condot.pipeline.flow import ODE_SOLVERS, SDE_SOLVERS, CondOT, Purpose, coefficient, normal, predictor_corrector, uniform_grid
 
 LIMIT = 150.0  # microseconds a step
 SHAPE = (4, 32, 32)

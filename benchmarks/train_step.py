@@ -28,14 +28,14 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import models
-from models.kernels import attend
-from models.layers import modulate, sincos_positions
-from pipeline.config import EmaConfig, TrainConfig
-from pipeline.ema import Averages
-from pipeline.launch.precision import choose
-from pipeline.process import ALLOCATOR
-from pipeline.training.optim import adamw
+from condot.core.process import ALLOCATOR
+from condot.models import registry
+from condot.models.common.kernels import attend
+from condot.models.common.layers import modulate, sincos_positions
+from condot.pipeline.config.schema import EmaConfig, TrainConfig
+from condot.pipeline.ema.averages import Averages
+from condot.pipeline.launch.precision import choose
+from condot.pipeline.training.optimizer import adamw
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
 """Width, depth, heads."""
@@ -95,7 +95,7 @@ class Textbook(nn.Module):
 
 def ours(width, depth, heads, patch, channels=CHANNELS, side=SIDE, classes=CLASSES):
     options = {"patch_size": patch, "width": width, "depth": depth, "heads": heads}
-    return models.build("dit", seed=0, channels=channels, resolution=side, num_classes=classes, **options)
+    return registry.build("dit", seed=0, channels=channels, resolution=side, num_classes=classes, **options)
 
 
 def stock(width, depth, heads, patch):

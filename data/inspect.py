@@ -19,20 +19,21 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from .beside import sentences_note
-from .check import Check, check
-from .crew import crew, processors, quiet
-from .index import NO_LABEL
-from .locators import Parser, guard_output
-from .manifest import Manifest
-from .opening import build, open_shards
-from .options import Options, read_options
-from .printable import printable
-from .retry import one_line
-from .shards import LostShard, Shards
-from .standard_streams import guard_streams
-from .stream import Share, Stream
-from .summary import contact_sheet, ratio_name, ratio_of
+from condot.core.data_options import Options, read_options
+from condot.core.printable import printable
+from condot.core.process import processors
+from condot.core.urls import Parser
+
+from .format.index import NO_LABEL
+from .format.manifest import Manifest
+from .loader.build import build, open_shards
+from .loader.captions import sentences_note
+from .loader.stream import Share, Stream
+from .prepare.report import contact_sheet, ratio_name, ratio_of
+from .prepare.verify import Check, check
+from .prepare.worker_pool import crew, quiet
+from .storage.retry import one_line
+from .storage.shard_reader import LostShard, Shards
 
 SECONDS = 3.0
 """Throughput is measured for so long, after the first batch."""
@@ -210,9 +211,3 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted.", file=sys.stderr)
         return 130
     return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    guard_streams()
-    guard_output()
-    sys.exit(main())

@@ -11,16 +11,16 @@ from __future__ import annotations
 from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from torch import nn
 
-from .convert_cross_dit import cross_dit_from_stock, cross_dit_to_stock, cross_dit_unheld
-from .convert_dit import dit_from_stock, dit_to_stock, dit_unheld
-from .convert_mmdit import mmdit_from_stock, mmdit_to_stock, mmdit_unheld
-from .convert_own import OWN, code_of, from_own, to_own
-from .convert_unet import unet_from_stock, unet_to_stock
-from .cross_dit import CrossDiT
-from .dit import DiT
-from .layout import STOCK_NULL
-from .mmdit import MMDiT
-from .unet import UNet
+from .common.weight_mapping import STOCK_NULL
+from .cross_dit.convert import cross_dit_from_stock, cross_dit_to_stock, cross_dit_unheld
+from .cross_dit.model import CrossDiT
+from .dit.convert import dit_from_stock, dit_to_stock, dit_unheld
+from .dit.model import DiT
+from .mmdit.convert import mmdit_from_stock, mmdit_to_stock, mmdit_unheld
+from .mmdit.model import MMDiT
+from .remote_code import OWN, code_of, from_own, to_own
+from .unet.convert import unet_from_stock, unet_to_stock
+from .unet.model import UNet
 
 __all__ = [
     "OWN",

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import build
-from .condition import SIZES, Text
-from .presets import PRESETS, STYLES
+from .common.conditioning import SIZES, Text
+from .dit.presets import PRESETS, STYLES
+from .registry import build
 
 LATENTS = {"channels": 4, "resolution": 32}
 """Images of 256 pixels a side in latents."""

@@ -12,10 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .cross_dit import CrossDiT
-from .dit import DiT
-from .mmdit import MMDiT
-from .unet import UNet
+from .cross_dit.model import CrossDiT
+from .dit.model import DiT
+from .mmdit.model import MMDiT
+from .unet.model import UNet
 
 Group = Literal["attention", "feed_forward", "modulation"]
 LAYERS: dict[type[nn.Module], dict[Group, str]] = {

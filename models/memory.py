@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import kernels
+from .common import kernels
 from .cost import stages
 
 Kind = Literal["cpu", "gpu"]

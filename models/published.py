@@ -1,257 +1,242 @@
-"""Training that starts from published weights: what recipe they need, and how they come into a network of ours."""
+"""Published weights where they lie: a folder of diffusers, an id on the Hub, or a file of the original DiT or SiT; read, never executed."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+import argparse
+import inspect
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .convert import from_stock
-from .convert_cross_dit import cross_dit_options
-from .convert_dit import dit_from_original
-from .convert_mmdit import mmdit_options
-from .convert_unet import unet_options
-from .cross_dit import CrossDiT
-from .dit import DiT
-from .find import ORIGINAL, Found, check, find, stock_of
-from .mmdit import MMDiT
-from .presets import SIZES
-from .unet import UNet
-
-NAMES = {DiT: "dit", MMDiT: "mmdit", CrossDiT: "cross_dit", UNet: "unet"}
-TABLES = ("classes.weight", "class_embedding.weight")
-AFRESH = ("sizes.", "net.add_embedding.")
-"""What a network may have beyond the published one: it begins without a say."""
-DATA = {
-    "channels": "channels of an image",
-    "text_width": "of a token of data.text_encoder",
-    "pooled_width": "of its pooled text",
+CLASSES: dict[str, type[nn.Module]] = {
+    kind.__name__: kind
+    for kind in (DiTTransformer2DModel, SD3Transformer2DModel, PixArtTransformer2DModel, UNet2DModel, UNet2DConditionModel)
 }
-FLOWS = {
-    "SD3Transformer2DModel": ("condot", "velocity"), "UNet2DConditionModel": ("ddpm_scaled_linear", "noise"),
-}  # fmt: skip
-CLOCKS = {"sit": ("condot", "velocity"), "original": ("ddpm", "noise")}
-"""The same of checkpoints of SiT's and DiT's own code."""
-BETAS = {"linear": "ddpm", "scaled_linear": "ddpm_scaled_linear", "squaredcos_cap_v2": "ddpm_cosine"}
-PREDICTIONS = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
+LEGACY = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+"""What diffusers called Transformer2DModel, by its norm_type: so are the published DiT and PixArt-alpha."""
+ORIGINAL = "original"
+"""Stands for the class of a checkpoint of DiT's or SiT's own code."""
+PARTS = ("transformer", "unet")
+FILES = (".pt", ".pth", ".safetensors")
+AGAIN = "Copy the weights again."
+STEM = "diffusion_pytorch_model"
+VARIANTS = ("", "fp16", "bf16")
+"""In the order in which they are taken: no variant is full; fp16 has more digits than bf16; others come last."""
+WEIGHTS = re.compile(
+    rf"{STEM}(?:\.(?P<variant>[\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?\.(?P<ending>safetensors|bin)(?:\.index(?:\.(?P<indexed>[\w-]+))?\.json)?"
+)
+"""Names of files of weights and of their index, as diffusers writes them: a part's variant stands before its number, an index's behind."""
+NESTED = ("ema", "model", "state_dict")
+"""Where a checkpoint keeps its weights; the average is what was published figures were measured with."""
 
 
-class Needs(NamedTuple):
-    """What published weights ask of a recipe."""
+class Found(NamedTuple):
+    """Published weights, on the CPU, in float32."""
 
-    model: dict[str, Any]
-    """Fields of the section `model`, `kind` among them."""
-    data: dict[str, int]
-    """What the data must be: channels, resolution and, with text, its widths."""
-    flow: dict[str, str]
-    """`path` and `predict` of the section `flow` that the weights were trained with; empty where they do not say."""
-
-    def __str__(self) -> str:
-        said = " ".join(f"model.{name}={_spelt(value)}" for name, value in self.model.items())
-        return said if self.flow else f"{said} model.clock=original for DiT's or sit for SiT's (the file does not say whose it is)"
-
-
-class Report(NamedTuple):
-    """What became of published weights."""
-
-    needs: Needs
-    tensors: int
-    """So many of the network's were taken."""
-    notes: tuple[str, ...]
-    """What was not taken as it is, one line each."""
+    name: str
+    kind: str
+    """A key of CLASSES, or ORIGINAL."""
+    config: Mapping[str, Any]
+    """Complete, of the stock class; empty for an original."""
+    state: Mapping[str, Tensor]
+    scheduler: Mapping[str, Any]
+    """The configuration of the scheduler beside them; empty where there is none."""
+    variant: str = ""
+    """Such as fp16, where the full weights are not there."""
+    clock: str = ""
+    """Of an original, `sit` or `original` as its training arguments say; "" where it holds none."""
 
 
-def recipe_of(name: str) -> Needs:
-    """The recipe that published weights need; arguments and errors as of `find.find`."""
-    return _needs(find(name))
-
-
-def load_published(name: str, network: nn.Module, factor: float | None = None) -> Report:
-    """Begin a network with published weights.
-
-    A class table of other classes begins afresh, but for its null row; learned
-    variances are left out; micro-conditions that the weights do not know begin
-    without a say. Everything else must fit.
+def find(name: str) -> Found:
+    """Locate and read weights.
 
     Args:
-        name: as of `find.find`.
-        network: a DiT, MMDiT, CrossDiT or UNet, with values, not sharded yet.
-        factor: on the output layer; None for -1 where the weights predict a flow's velocity, which in diffusers
-            points from data to noise, and 1 elsewhere. Checkpoints of the original SiT point as ours do.
+        name: a folder that `save_pretrained` wrote, of a network or of a pipeline with one; a Hub id `owner/model` of the same; or
+            a file .pt, .pth or .safetensors with a checkpoint of DiT or SiT.
 
     Raises:
-        ValueError: weights that do not fit, with all that is missing, unexpected or
-            misshapen, and the fields of the recipe with which they would.
+        ValueError: nothing there, a class that ours cannot hold, damaged files, or tensors that the class does not have.
     """
-    found = find(name)
-    needs = _needs(found)
-    kind = next((word for known, word in NAMES.items() if isinstance(network, known)), type(network).__name__)
-    remedy = f"They fit with {needs}; {', '.join(f'{value} {DATA[key]}' for key, value in needs.data.items() if key in DATA)}."
-    if kind != needs.model["kind"]:
-        raise ValueError(f"init_from={name!r} holds a {found.kind}, which is no model.kind={kind}. {remedy}")
-    state, notes = _taken(found, needs, network, factor)
-    if found.variant:
-        notes.append(f"the full weights are not there, and those of the variant {found.variant} are taken")
-    if not needs.flow:
-        notes.append(f"the file does not say whether it is DiT's or SiT's: it is read as model.clock={network.clock}, as the recipe has it")
-    own = network.state_dict()
-    state, more = _fitted_tables(state, own)
-    fresh = sorted(key for key in own.keys() - state.keys() if key.startswith(AFRESH))
-    if fresh:
-        more.append(f"the weights know no micro-conditions: {len(fresh)} tensors begin afresh, without a say")
-    check(name, f"this model.kind={kind}", state | {key: own[key] for key in fresh}, {key: v.shape for key, v in own.items()}, remedy)
-    _check_facts(name, needs, network, remedy)
-    if network.resolution != needs.data["resolution"]:
-        more.append(f"the weights were trained at a resolution of {needs.data['resolution']}, which is {network.resolution} here")
-    network.load_state_dict(state, strict=False)
-    return Report(needs, len(state), (*notes, *more))
-
-
-def _needs(found: Found) -> Needs:
-    facts: dict[str, Any]
-    if found.kind == ORIGINAL:
-        facts = _original_facts(found)
-        return _split("dit", facts, CLOCKS.get(found.clock))
-    config = found.config
-    flow = _flow(found)
-    if found.kind == "DiTTransformer2DModel":
-        facts = {
-            "channels": config["in_channels"], "resolution": config["sample_size"], "patch_size": config["patch_size"],
-            "width": config["num_attention_heads"] * config["attention_head_dim"], "depth": config["num_layers"],
-            "heads": config["num_attention_heads"], "clock": "diffusers", "own_conditions": True if _untied(found.state) else None,
-        }  # fmt: skip
-        return _split("dit", facts, flow)
-    if found.kind == "SD3Transformer2DModel":
-        return _split("mmdit", mmdit_options(config, found.state), flow)
-    if found.kind == "PixArtTransformer2DModel":
-        facts = cross_dit_options(config)
-        del facts["pooled_width"]
-        return _split("cross_dit", facts, flow)
-    return _split("unet", _unet_facts(config, found.kind == "UNet2DConditionModel"), flow)
-
-
-def _unet_facts(config: Mapping[str, Any], text: bool) -> dict[str, Any]:
-    """The options of a UNet that its weights decide, said in the plainest way."""
-    facts = unet_options(config, text)
-    facts.pop("num_classes", None)
-    levels, where = len(facts["block_channels"]), facts["attention_at"]
-    coarsest = where == tuple(range(levels - len(where), levels))
-    facts["attention_at" if coarsest else "attention_levels"] = None
-    if facts["layout"] == "plain":
-        facts["layout"] = None
-    if not facts.get("micro_conditions"):
-        facts |= {"pooled_width": None, "micro_conditions": None}
-    return {key: value for key, value in facts.items() if value is not None}
-
-
-def _untied(state: Mapping[str, Tensor]) -> bool:
-    """Whether the blocks of a stock DiT embed time and class differently."""
-    first = "transformer_blocks.0."
-    parts = [key.removeprefix(first) for key in state if key.startswith(f"{first}norm1.emb.")]
-    depth = sum(key.endswith(".attn1.to_q.weight") for key in state)
-    return any(not torch.equal(state[f"transformer_blocks.{i}.{part}"], state[first + part]) for part in parts for i in range(1, depth))
-
-
-def _split(kind: str, facts: dict[str, Any], flow: tuple[str, str] | None) -> Needs:
-    data: dict[str, int] = {key: facts.pop(key) for key in ("channels", "resolution", "text_width", "pooled_width") if key in facts}
-    model = {"kind": kind, **{key: value for key, value in facts.items() if value is not None}}
-    return Needs(model, data, {"path": flow[0], "predict": flow[1]} if flow else {})
-
-
-def _flow(found: Found) -> tuple[str, str]:
-    """Path and prediction, as the scheduler beside the weights says, or as is usual for the class."""
-    facts = found.scheduler
-    if facts.get("prediction_type") == "flow_prediction" or "FlowMatch" in str(facts.get("_class_name")):
-        return "condot", "velocity"
-    path, predict = FLOWS.get(found.kind, ("ddpm", "noise"))
-    return BETAS.get(str(facts.get("beta_schedule")), path), PREDICTIONS.get(str(facts.get("prediction_type")), predict)
-
-
-def _original_facts(found: Found) -> dict[str, Any]:
-    """Return sizes of an original checkpoint, as far as they can be read off; DiT's and SiT's tensors are alike."""
-    state = found.state
-    absent = [key for key in ("x_embedder.proj.weight", "pos_embed") if key not in state]
-    if absent or state["x_embedder.proj.weight"].ndim != 4 or state["pos_embed"].ndim != 3:
-        raise ValueError(
-            f"init_from={found.name!r} is no checkpoint of DiT or SiT: it lacks {', '.join(absent) or 'their shapes'}. "
-            f"For weights of diffusers give the folder with their config.json."
-        )
-    width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    heads = {sizes["width"]: sizes["heads"] for sizes in SIZES.values()}
-    return {
-        "channels": channels, "resolution": math.isqrt(state["pos_embed"].shape[1]) * patch_size, "patch_size": patch_size, "width": width,
-        "depth": sum(key.endswith(".attn.qkv.weight") for key in state), "heads": heads.get(width),
-        "clock": found.clock or None,
-    }  # fmt: skip
-
-
-def _taken(found: Found, needs: Needs, network: nn.Module, factor: float | None) -> tuple[dict[str, Tensor], list[str]]:
-    """The published tensors under our names, and what is to be said of them."""
-    twice = 2 * needs.data["channels"]
-    if found.kind == ORIGINAL:
-        heads = needs.model.get("heads") or int(network.blocks[0].attention.heads)  # type: ignore[index, union-attr, arg-type]
-        ours: nn.Module = dit_from_original(found.state, clock=network.clock, heads=heads)  # type: ignore[arg-type]
-        variances = len(found.state["final_layer.linear.weight"]) == twice * needs.model["patch_size"] ** 2
-    else:
+    path = Path(name)
+    if path.suffix in FILES and path.is_file():
+        weights, clock = _checkpoint(path)
+        return Found(name, ORIGINAL, {}, _floats(weights), {}, clock=clock)
+    folder = _inner(path) if path.is_dir() else _inner(_of_hub(name))
+    try:
+        config = dict(json.loads((folder / "config.json").read_text()))
+        schedule = folder.parent / "scheduler" / "scheduler_config.json"
+        scheduler = dict(json.loads(schedule.read_text())) if folder.name in PARTS and schedule.is_file() else {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"init_from={name!r}: the configuration cannot be read ({error}). Copy the weights again.") from error
+    kind = str(config.get("_class_name", "none"))
+    kind = LEGACY.get(str(config.get("norm_type")), kind) if kind == "Transformer2DModel" else kind
+    if kind not in CLASSES:
+        raise ValueError(f"init_from={name!r} holds a {kind}: ours can hold {', '.join(CLASSES)}, and files of the original DiT and SiT.")
+    variant, files = _files(folder)
+    state = _floats({key: value for file in files for key, value in _tensors(file).items()})
+    _check_layers(name, config, len(state))
+    try:
         with torch.device("meta"):
-            stock = stock_of(found.kind, found.config)
-        stock.load_state_dict(found.state, assign=True)
-        sign = -1.0 if needs.flow["predict"] == "velocity" else 1.0
-        ours = from_stock(stock, sign if factor is None else factor)
-        variances = found.config.get("out_channels") == twice and found.kind in ("DiTTransformer2DModel", "PixArtTransformer2DModel")
-    return ours.state_dict(), ["the variances that the weights also predict are left out"] if variances else []
+            stock = stock_of(kind, config)
+    except Exception as error:  # diffusers raises many kinds for what a stranger may write there
+        raise ValueError(
+            f"init_from={name!r}: its configuration makes no {kind} ({' '.join(str(error).split())[:200]}). {AGAIN}"
+        ) from error
+    check(name, f"its own {kind}", state, {key: value.shape for key, value in stock.state_dict().items()}, AGAIN)
+    return Found(name, kind, dict(stock.config), state, scheduler, variant)  # type: ignore[arg-type]
 
 
-def _fitted_tables(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tables of as many classes as the network has; rows before the last that repeat the null row are no classes."""
-    state, notes = dict(state), []
-    for key in [key for key in state if key.endswith(TABLES) and key in own and state[key].shape[1:] == own[key].shape[1:]]:
-        table, null = state[key], state[key][-1:]
-        others = (table != null).any(dim=1).nonzero()
-        classes, wanted = int(others.max()) + 1 if len(others) else 0, len(own[key]) - 1
-        if classes == wanted or len(table) == wanted + 1:
-            state[key] = torch.cat([table[:wanted], null])
-        else:
-            state[key] = torch.cat([own[key][:-1].to(null), null])
-            notes.append(f"{wanted} classes begin afresh in place of the weights' {classes}; the null class is theirs")
-    return state, notes[:1]
+def _check_layers(name: str, config: Mapping[str, Any], tensors: int) -> None:
+    """Raises ValueError for more layers than there are tensors: they would be built before anything shows that they do not fit."""
+    for key in ("num_layers", "layers_per_block", "num_single_layers", "transformer_layers_per_block"):
+        value = config.get(key)
+        if any(isinstance(count, int) and count > tensors for count in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"init_from={name!r}: {key}={str(value)[:60]} for {tensors} tensors. {AGAIN}")
 
 
-def _check_facts(name: str, needs: Needs, network: nn.Module, remedy: str) -> None:
-    """Raises ValueError for what no shape shows: heads, clocks, positions, details of the U-Net."""
-    want = dict(needs.model)
-    have: dict[str, Any]
-    if isinstance(network, UNet):
-        have = _unet_facts(network.net.config, network.takes == "text")
-        have = {key: have.get(key) for key in {**have, **want} if key not in (*DATA, "resolution", "kind", "micro_conditions")}
-    elif isinstance(network, DiT):
-        have = {"heads": network.enter.out_features // network.head_width, "clock": network.clock, "rope": network.rope}
-        have |= {"rms_norm": network.rms_norm, "positions": "sincos" if network.fixed_positions else "none"}
-        want = {"rope": False, "rms_norm": False, "positions": "sincos", "heads": have["heads"], **want}
-        told = want.setdefault("clock", network.clock if network.clock in CLOCKS else "original or sit")
-        if (told, network.clock) == ("diffusers", "original"):
-            want["clock"] = network.clock  # stock copies of the original do not tell how time was embedded
-    elif isinstance(network, MMDiT):
-        have = {"heads": network.blocks[0].image.heads.heads, "position_grid": network.positions.grid}  # type: ignore[union-attr]
-        if network.positions.grid:
-            tokens = needs.data["resolution"] // want["patch_size"]
-            have["position_line"] = network.positions.line
-            want.setdefault("position_line", (0.0, tokens / max(want["position_grid"], 1)))
-    else:
-        have = {"heads": network.blocks[0].cross.heads}  # type: ignore[union-attr, index]
-        if network.resolution == needs.data["resolution"]:
-            have["interpolation_scale"] = network.interpolation_scale
-            want.setdefault("interpolation_scale", max(needs.data["resolution"] // 64, 1))
-    other = [f"model.{key}={_spelt(value)} for {_spelt(want.get(key))}" for key, value in have.items() if value != want.get(key)]
-    if other:
-        raise ValueError(f"init_from={name!r} does not fit: {', '.join(other)}, which no tensor's shape shows. {remedy}")
+def stock_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
+    """A network of the stock class; what a configuration says beside its arguments is left aside."""
+    known = inspect.signature(CLASSES[kind].__init__).parameters
+    return CLASSES[kind](**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known})
 
 
-def _spelt(value: object) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, tuple):
-        return " ".join(str(part) for part in value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def check(
+    name: str, what: str, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], remedy: str = "Copy the weights again."
+) -> None:
+    """Raises ValueError listing all tensors of `state` that are missing, unexpected or misshapen beside `shapes`."""
+    other = [key for key, shape in shapes.items() if key in state and state[key].shape != shape]
+    wrong = {
+        "missing": sorted(shapes.keys() - state.keys()),
+        "unexpected": sorted(state.keys() - shapes.keys()),
+        "misshapen": [f"{key} {tuple(state[key].shape)} for {tuple(shapes[key])}" for key in other],
+    }
+    if any(wrong.values()):
+        said = ", ".join(f"{len(keys)} {how} ({_few(keys)})" for how, keys in wrong.items() if keys)
+        raise ValueError(f"init_from={name!r} does not fit {what}: {said}. {remedy}")
+
+
+def _few(keys: list[str]) -> str:
+    return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+
+
+def _floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def _inner(folder: Path) -> Path:
+    """The folder of the network in that of a pipeline."""
+    for inner in (folder, *(folder / part for part in PARTS)):
+        if (inner / "config.json").is_file():
+            return inner
+    raise ValueError(
+        f"init_from={str(folder)!r} has no config.json, nor a transformer/ or unet/ with one: "
+        f"give a folder that `save_pretrained` writes, a Hub id as owner/model, or a file {', '.join(FILES)}."
+    )
+
+
+def _of_hub(name: str) -> Path:
+    """Download the configuration and weights of a Hub id; safetensors where there are some."""
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(FILES):
+        raise ValueError(f"init_from={name!r}: there is no such folder or file. Give one, or a Hub id as owner/model.")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HTTPError
+
+    try:
+        try:
+            files = HfApi().list_repo_files(name)
+            under = next((f"{part}/" for part in PARTS if f"{part}/config.json" in files), "")
+            wanted = _chosen([file.removeprefix(under) for file in files if file.startswith(under)])[1]
+            patterns = [f"{under}{file}" for file in ("config.json", *(wanted or ["*.safetensors"]))] + ["scheduler/scheduler_config.json"]
+            return Path(snapshot_download(name, allow_patterns=patterns))
+        except (OSError, HTTPError):
+            return Path(snapshot_download(name, local_files_only=True))
+    except (OSError, ValueError, HTTPError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"init_from={name!r} is no folder or file here and cannot be had from the Hub ({reason}). Give a folder."
+        ) from error
+
+
+def _chosen(names: Iterable[str]) -> tuple[str, list[str]]:
+    """Choose among the names of a folder's files: the full weights, else those of a variant, fp16 first; safetensors before pickles.
+
+    Returns:
+        The variant, "" for none; and its files, index and parts. Nothing where there are no weights.
+    """
+    found: dict[tuple[int, str, bool], list[str]] = {}
+    for name in sorted(names):
+        if parts := WEIGHTS.fullmatch(name):
+            variant = parts["variant"] or parts["indexed"] or ""
+            order = VARIANTS.index(variant) if variant in VARIANTS else len(VARIANTS)
+            found.setdefault((order, variant, parts["ending"] == "bin"), []).append(name)
+    full = {key: files for key, files in found.items() if any(not file.endswith(".json") for file in files)}
+    key = min(full or found, default=None)  # an index alone may name its parts as it likes
+    return (key[1], found[key]) if key else ("", [])
+
+
+def _files(folder: Path) -> tuple[str, list[Path]]:
+    """Return the variant and the files of a folder's weights, in one file or many."""
+    variant, names = _chosen(path.name for path in folder.iterdir())
+    if not names:
+        raise ValueError(f"init_from: {folder} holds no {STEM}.safetensors. Copy the weights again.")
+    index = next((folder / name for name in names if name.endswith(".json")), None)
+    if index is None:
+        return variant, [folder / name for name in names]
+    try:
+        parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(Path(part).name != part for part in parts):
+            raise ValueError("it names files of other folders")
+        return variant, [folder / part for part in parts]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"init_from: {index} cannot be read ({error}). Copy the weights again.") from error
+
+
+def _tensors(file: Path) -> dict[str, Any]:
+    """What a file holds; of pickles only tensors and plain values are read, and a checkpoint's argparse.Namespace."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return dict(torch.load(file, map_location="cpu", weights_only=True))
+    except (OSError, SafetensorError, RuntimeError, EOFError, TypeError, ValueError) as error:
+        raise ValueError(f"init_from: {file} cannot be read ({' '.join(str(error).split())[:200]}). Copy it again.") from error
+    except pickle.UnpicklingError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"init_from: {file} holds more than tensors, which would have to be executed ({reason}). "
+            f"Save its state dict alone, as safetensors."
+        ) from error
+
+
+def _checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
+    """Return the weights in a checkpoint, the average where there is one, without what wrappers put before their names; and their clock."""
+    held = _tensors(file)
+    clock = _clock(held.get("args"))
+    for key in NESTED:
+        if isinstance(held.get(key), Mapping):
+            held = dict(held[key])
+            break
+    state = {key.removeprefix("module.").removeprefix("_orig_mod."): value for key, value in held.items()}
+    other = [key for key, value in state.items() if not isinstance(value, Tensor)]
+    if other or not state:
+        raise ValueError(
+            f"init_from={str(file)!r} holds no weights under {', '.join(NESTED)} or by themselves ({_few(other) or 'it is empty'}). "
+            f"Save the state dict alone."
+        )
+    return state, clock
+
+
+def _clock(args: Any) -> str:
+    """Whose training arguments these are: SiT's name a path, and both name their model, `SiT-XL/2` or `DiT-XL/2`."""
+    said = vars(args) if isinstance(args, argparse.Namespace) else {}
+    model = str(said.get("model", ""))
+    return "sit" if "path_type" in said or model.startswith("SiT") else "original" if model.startswith("DiT") else ""

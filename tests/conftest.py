@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-from pipeline.process import SIGNALS  # noqa: E402
+from condot.cli import train  # noqa: E402
+from condot.core.process import SIGNALS  # noqa: E402
 
 for _number in SIGNALS:  # importing train took them
     signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
@@ -54,7 +54,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The digits in several small shards, a fifth of them held out."""
-    from data.prepare import main
+    from condot.data.prepare.command import main
 
     folder = tmp_path_factory.mktemp("digits") / "shards"
     assert main(["digits", "--output", str(folder), "--shard_size", "400kB"]) == 0

@@ -15,11 +15,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import pipeline.checkpoint.rankfile as rankfile
-import pipeline.training.loop as loop
-import pipeline.training.preview as preview
-import train
-from data.batch import Loader
+from condot.cli import train
+from condot.data.loader.batch import Loader
+from condot.pipeline.checkpoint import rank_file as rankfile
+from condot.pipeline.training import loop, preview
 
 FAULT, RANK, STEP, *WORDS = sys.argv[1:]
 HERE = int(os.environ.get("RANK", "0")) == int(RANK) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.index import describe
-from data.manifest import Manifest, Tally, write_manifest
+from condot.data.format.index import describe
+from condot.data.format.manifest import Manifest, Tally, write_manifest
 
 SIZES = ((32, 32), (48, 32), (32, 48), (40, 33))
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", *["a", "red", "green", "blue", "big", "small", "square", "circle", "of", "on", "and", "the"])

@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from pipeline.checkpoint import Store, load_tensors
-from pipeline.launch import lock
-from pipeline.training.status import Status, read
+from condot.pipeline.checkpoint.store import Store, load_tensors
+from condot.pipeline.launch.distributed import lock
+from condot.pipeline.training.status import Status, read
 
 KILL_BEFORE, KILL_AFTER, TORN, ONCE, FROM_THEN_ON = range(1, 6)
 """Modes of fault.c."""
@@ -74,7 +74,7 @@ class Prepare:
     """A folder of images, packed where nothing is."""
 
     def __init__(self, work):
-        from data.prepare import main
+        from condot.data.prepare.command import main
 
         self.prepare, self.source = main, work / "images"
         noise = np.random.default_rng(0)
@@ -116,14 +116,14 @@ class Export:
     """An export in the place of an older one."""
 
     def __init__(self, work):
-        from models.convert import to_exported
-        from models.dit import DiT
-        from pipeline.card import Card
-        from pipeline.config import Config
-        from pipeline.export import write_folder
-        from pipeline.folder import open_folder
-        from pipeline.recipe import build
-        from pipeline.space import Space
+        from condot.models.convert import to_exported
+        from condot.models.dit.model import DiT
+        from condot.pipeline.config.parse import build
+        from condot.pipeline.config.schema import Config
+        from condot.pipeline.export.card import Card
+        from condot.pipeline.export.load import open_folder
+        from condot.pipeline.export.write import write_folder
+        from condot.pipeline.latent_space import Space
 
         self.write_folder, self.open_folder = write_folder, open_folder
         self.config = build(Config, {"data": {"resolution": 4, "channels": 1}, "output_dir": "x"})

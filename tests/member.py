@@ -8,17 +8,17 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from pipeline.process import Stopper, leave_group
+from condot.core.process import Stopper, leave_group
 
 STOPPER = Stopper("nothing was to be lost")
 
 import torch
 import torch.distributed as dist
 
-from pipeline import launch
-from pipeline.config import Config
-from pipeline.training.status import Status
-from pipeline.training.watch import Watch
+from condot.pipeline.config.schema import Config
+from condot.pipeline.launch import distributed
+from condot.pipeline.training.status import Status
+from condot.pipeline.training.watchdog import Watch
 
 
 def fault(how: str, rank: int, step: int) -> None:
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--fault", default="none:0:0")
     parser.add_argument("--hang", type=float, default=0)
     given = parser.parse_args()
-    group = launch.join(1)
+    group = distributed.join(1)
     rank = group.process_index
     status, watch = Status(given.folder, rank == 0), None
     watch = Watch(given.hang, status)
@@ -70,8 +70,8 @@ def main() -> int:
             file.write(f"{step}\n")
     if dist.is_initialized():
         dist.barrier()
-    number = launch.met().number if launch.met() else 0
-    (given.folder / f"done-{rank}").write_text(f"{group.num_processes} {number} {launch.sharding(Config())}")
+    number = distributed.met().number if distributed.met() else 0
+    (given.folder / f"done-{rank}").write_text(f"{group.num_processes} {number} {distributed.sharding(Config())}")
     status.write("finished" if step == given.steps else "stopped", step=step, signal=STOPPER.received, exit_status=STOPPER.exit_status)
     watch.close()
     leave_group(STOPPER.exit_status)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict
 import torch.distributed.fsdp
 
-import pipeline.checkpoint  # noqa: F401
+import condot.pipeline.checkpoint.store  # noqa: F401
 
 HERE = Path(__file__).resolve().parent
 

@@ -6,7 +6,7 @@ import torch
 from oracles import kolmogorov, three
 from torch import Tensor
 
-from pipeline.flow import Purpose, normal
+from condot.pipeline.flow import Purpose, normal
 
 
 def stream(seed: int, count: int = 4000, size: int = 2):

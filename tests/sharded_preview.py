@@ -6,10 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from pipeline.launch import parallel
-from pipeline.training import preview
-from pipeline.training.run import Run
-from pipeline.training.side import SideFailure
+from condot.pipeline.launch import parallel
+from condot.pipeline.training import preview
+from condot.pipeline.training.best_effort import SideFailure
+from condot.pipeline.training.run import Run
 
 
 class Tower(nn.Module):

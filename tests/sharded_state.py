@@ -16,12 +16,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from pipeline import checkpoint
-from pipeline.checkpoint import Store, load_into, load_tensors, manifest, saving
-from pipeline.checkpoint.saving import NOT_FINITE
-from pipeline.checkpoint.shares import to_write
-from pipeline.launch.parallel import shard
-from pipeline.training.optim import step_unless
+from condot.pipeline.checkpoint import manifest, saving
+from condot.pipeline.checkpoint.saving import NOT_FINITE
+from condot.pipeline.checkpoint.sharding import to_write
+from condot.pipeline.checkpoint.store import Store, load_into, load_tensors
+from condot.pipeline.launch.parallel import shard
+from condot.pipeline.training.optimizer import step_unless
 
 
 def mesh_of(kind):
@@ -250,7 +250,7 @@ def die(folder, point, who):
     store = Store(Path(folder), keep=1)
     assert store.save(1, spread(whole(), "full"), {"step": 1}) == []
     if dist.get_rank() == who:
-        where = {"copy": saving.Host, "check_present": checkpoint, "sync": checkpoint}
+        where = {"copy": saving.Host, "check_present": store, "sync": store}
         where |= dict.fromkeys(("finish", "_commit", "_prune"), Store)
         setattr(where.get(point, saving), point, kill)
     store.save(2, spread(whole(2.0), "full"), {"step": 2})

@@ -10,8 +10,8 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from data.index import describe
-from data.manifest import Manifest, Tally, write_manifest
+from condot.data.format.index import describe
+from condot.data.format.manifest import Manifest, Tally, write_manifest
 
 
 def flat(lists):

@@ -3,7 +3,7 @@
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 
-from models.condition import Text
+from condot.models.common.conditioning import Text
 
 SD3 = {
     "sample_size": 12, "patch_size": 2, "in_channels": 3, "out_channels": 3, "num_layers": 3, "attention_head_dim": 12,

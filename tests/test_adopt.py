@@ -13,11 +13,11 @@ import webdataset
 from PIL import Image
 from test_prepare import contents, everything, picture, refused
 
-from data.index import index_path
-from data.prepare import class_names, main
-from data.shards import Shards
-from data.tar import members
-from data.tar_sources import find_tars
+from condot.data.format.index import index_path
+from condot.data.format.tar_reader import members
+from condot.data.prepare.command import class_names, main
+from condot.data.prepare.tar_sources import find_tars
+from condot.data.storage.shard_reader import Shards
 
 
 def shards_of(folder, names=("train-0.tar", "val-0.tar"), count=6, **more):

@@ -11,16 +11,16 @@ from conftest import ROOT, fit, launch
 from safetensors.torch import load_file
 from test_card import EVALUATION
 
-import sample
-from pipeline.card import Card
-from pipeline.checkpoint import Store, averages, load_state, load_tensors, raw_weights, verify
-from pipeline.config import Config, EmaConfig
-from pipeline.ema import Averages, laws
-from pipeline.ema.posthoc import BOUND, combine, exponent_of, power_decay, products, width_of
-from pipeline.ema.snapshots import count, due, forget, kept_of, rebuild, snapshot, store_of
-from pipeline.ema.weights import Wanted, read_wanted, read_weights
-from pipeline.options import Images
-from pipeline.recipe import build
+from condot.cli import sample
+from condot.pipeline.checkpoint.store import Store, averages, load_state, load_tensors, raw_weights, verify
+from condot.pipeline.config.parse import build
+from condot.pipeline.config.schema import Config, EmaConfig
+from condot.pipeline.ema.averages import Averages, laws
+from condot.pipeline.ema.posthoc import BOUND, combine, exponent_of, power_decay, products, width_of
+from condot.pipeline.ema.snapshots import count, due, forget, kept_of, rebuild, snapshot, store_of
+from condot.pipeline.ema.weight_selection import Wanted, read_wanted, read_weights
+from condot.pipeline.export.card import Card
+from condot.pipeline.sampling.options import Images
 
 # --- the laws
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from data import build
-from data.batch import TRIES
-from data.index import RECORD, index_path, index_shard
-from data.options import Options
-from data.shards import BadSample, LostShard, Shards
-from data.source import LocalFolder
-from data.stream import Share
-from data.tar import members
+from condot.core.data_options import Options
+from condot.data.format.index import RECORD, index_path, index_shard
+from condot.data.format.tar_reader import members
+from condot.data.loader.batch import TRIES
+from condot.data.loader.build import build
+from condot.data.loader.stream import Share
+from condot.data.storage.local import LocalFolder
+from condot.data.storage.shard_reader import BadSample, LostShard, Shards
 from tests.shardmaker import flat, jpeg, make, png, samples
 
 

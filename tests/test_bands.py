@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from data.bands import resized
-from data.decode import DECODE_ERRORS, decode_into, preview, upright, upright_size
-from data.fill import prepared
-from data.image_formats import MAX_PIXELS
-from data.listing import Fault, Record
-from data.orientation import turned
-from data.shrink import deep_png
+from condot.data.images.bands import resized
+from condot.data.images.decode import DECODE_ERRORS, decode_into, preview, upright, upright_size
+from condot.data.images.downscale import deep_png
+from condot.data.images.formats import MAX_PIXELS
+from condot.data.images.orientation import turned
+from condot.data.prepare.shard_writer import prepared
+from condot.data.prepare.source import Fault, Record
 from tests.image_files import BRADFORD_SRGB, GAMMA, WIDE, gray_profile, matrix_profile, saved, srgb_of
 
 imagecodecs = pytest.importorskip("imagecodecs")

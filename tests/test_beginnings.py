@@ -9,19 +9,17 @@ from accelerate.state import AcceleratorState
 from conftest import fit
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
-import models
-import sample
-import train
-from data.options import Options
-from data.sources import Sources
-from models.convert import from_stock
-from models.lora import add_lora
-from pipeline import launch
-from pipeline.checkpoint import load_state, load_tensors
-from pipeline.config import Config, LogConfig, TrainConfig
-from pipeline.launch import precision
-from pipeline.networks import DiTConfig
-from pipeline.space import Space
+from condot.cli import sample, train
+from condot.core.data_options import Options
+from condot.data.loader.training_data import Sources
+from condot.models import registry
+from condot.models.convert import from_stock
+from condot.models.lora import add_lora
+from condot.pipeline.checkpoint.store import load_state, load_tensors
+from condot.pipeline.config.model import DiTConfig
+from condot.pipeline.config.schema import Config, LogConfig, TrainConfig
+from condot.pipeline.latent_space import Space
+from condot.pipeline.launch import distributed, precision
 
 SIZES = ("--model.width=32", "--model.depth=2", "--model.heads=2", "--model.patch_size=2")
 STILL = ("--train.learning_rate=1e-30", "--train.max_steps=1")
@@ -160,7 +158,7 @@ def test_additions_begin_by_the_seed_of_the_run(digits, trained, tmp_path):
     assert fit(digits, tmp_path / "run", "--train.lora_rank=4", f"--checkpoint.start_from={trained}", "--seed=7", *STILL) == 0
     found = weights(tmp_path / "run", 1)
     for seed, same in ((7, True), (0, False)):
-        ours = models.build("dit", channels=1, resolution=8, num_classes=10, patch_size=2, width=32, depth=2, heads=2)
+        ours = registry.build("dit", channels=1, resolution=8, num_classes=10, patch_size=2, width=32, depth=2, heads=2)
         add_lora(ours, 4, 16.0, seed=seed)
         begun = {name: value for name, value in ours.state_dict().items() if "lora_A" in name}
         assert len(begun) == 4 and all(torch.equal(found[name], value) is same for name, value in begun.items())
@@ -192,7 +190,7 @@ def test_precision_is_measured_on_the_device_that_trains(digits, monkeypatch):
     ((network, inputs),) = seen
     assert {p.device.type for p in network.parameters()} == {part.device.type for part in inputs} == {"meta"} and len(inputs[0]) == 4
     AcceleratorState._reset_state(True)
-    launch.start(config, launch.enter(config), None, lambda *given: asked.append(given) or "no")
+    distributed.start(config, distributed.enter(config), None, lambda *given: asked.append(given) or "no")
     assert asked == [(1, PartialState().device)]
 
 
@@ -202,13 +200,13 @@ def test_recipe_and_constructors_know_the_same_fields():
     from dataclasses import fields
     from typing import get_args
 
-    from models.presets import PRESETS
-    from pipeline.networks import ModelConfig
+    from condot.models.dit.presets import PRESETS
+    from condot.pipeline.config.model import ModelConfig
 
     of_data = {"channels", "resolution", "num_classes", "text_width", "pooled_width", "outputs"}  # and of the objective
     for section in get_args(ModelConfig):
         said = {item.name: item.default for item in fields(section)}
-        taken = inspect.signature(models.KINDS[said.pop("kind")].__init__).parameters
+        taken = inspect.signature(registry.KINDS[said.pop("kind")].__init__).parameters
         presets = set() if "preset" not in said else {"preset", "style", *next(iter(PRESETS.values()))} & said.keys()
         assert said.keys() - {"preset", "style"} == taken.keys() - of_data - {"self"}, section
         for name, value in said.items():

@@ -7,12 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from data import build
-from data.buckets import Buckets, Windows
-from data.options import Options
-from data.order import key_at
-from data.shards import Shards
-from data.stream import Share
+from condot.core.data_options import Options
+from condot.data.loader.buckets import Buckets, Windows
+from condot.data.loader.build import build
+from condot.data.loader.shuffle import key_at
+from condot.data.loader.stream import Share
+from condot.data.storage.shard_reader import Shards
 from tests.shardmaker import flat, make, samples
 
 SIZES = [(40, 60), (60, 40), (50, 50), (52, 48), (30, 60)]

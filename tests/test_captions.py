@@ -13,25 +13,26 @@ import pytest
 import yaml
 from shardmaker import make, png
 
-from data import build, encode, open_shards, open_text
-from data.beside import check_captions
-from data.caption_fields import MAX_ENTRIES, caption_of, captions_in, draw, parse_captions
-from data.encoded import several_rows, text_of
-from data.inspect import main as inspect
-from data.options import Options, read_options
-from data.order import share_at
-from data.prepare import main as prepare
-from data.reading import read_captions
-from data.shards import BadSample, Shards
-from data.source import LocalFolder
-from data.sources import Sources
-from data.stream import Share
-from data.survey import survey
-from data.text_encoders import TextEncoder, read_text_encoders
-from pipeline.config import Config
-from pipeline.recipe import as_mapping, load, parse
-from pipeline.recipe import build as rebuilt
-from pipeline.resume import facts_of
+from condot.core.caption_fields import MAX_ENTRIES, caption_of, captions_in, draw, parse_captions
+from condot.core.data_options import Options, read_options
+from condot.data.encode import command
+from condot.data.encoders.text import TextEncoder, read_text_encoders
+from condot.data.inspect import main as inspect
+from condot.data.loader.build import build, open_shards, open_text
+from condot.data.loader.captions import check_captions
+from condot.data.loader.encoded_cache import several_rows, text_of
+from condot.data.loader.read_samples import read_captions
+from condot.data.loader.shuffle import share_at
+from condot.data.loader.stream import Share
+from condot.data.loader.survey import survey
+from condot.data.loader.training_data import Sources
+from condot.data.prepare.command import main as prepare
+from condot.data.storage.local import LocalFolder
+from condot.data.storage.shard_reader import BadSample, Shards
+from condot.pipeline.config.parse import as_mapping, load, parse
+from condot.pipeline.config.parse import build as rebuilt
+from condot.pipeline.config.schema import Config
+from condot.pipeline.training.resume_rules import facts_of
 
 MIX = "txt=0.7,json.lines[*]=0.2,json.short=0.1"
 WORDS = frozen.WORDS[4:]
@@ -57,7 +58,7 @@ def parts(tmp_path_factory, one_thread):
     make(folder / "shards", [[sample(n) for n in range(9)], [sample(n) for n in range(9, 20)], [sample(n) for n in range(20, 30)]])
     names = (str(frozen.text(folder / "clip", "clip_projected")), str(frozen.text(folder / "t5", "t5", 1, 24)))
     section = {"shards": [str(folder / "shards")], "resolution": 16, "text_encoder": names, "max_tokens": 12, "encoded": folder / "encoded"}
-    assert encode.main(["--config", str(frozen.recipe(folder / "recipe.json", **section, caption=MIX))]) == 0
+    assert command.main(["--config", str(frozen.recipe(folder / "recipe.json", **section, caption=MIX))]) == 0
     return replace(read_options(folder / "recipe.json")[0], workers=0)
 
 
@@ -272,7 +273,7 @@ def test_a_cache_of_one_caption_stays_as_it_was(parts, tmp_path):
     """Version 2: the pooled vector, then the states, (1 + tokens, wider); the manifest names the one field as before."""
     options = replace(parts, caption="json.short", encoded=str(tmp_path))
     section = {**vars(options), "text_encoder": parts.text_encoder}
-    assert encode.main(["--config", str(frozen.recipe(tmp_path / "r.json", **section))]) == 0
+    assert command.main(["--config", str(frozen.recipe(tmp_path / "r.json", **section))]) == 0
     images, facts = open_shards(options), read_text_encoders(options)
     text = open_text(options, images, facts)
     assert [(one.encoding["version"], one.encoding["caption"]) for one in text] == [(2, "json.short")] * 2
@@ -294,7 +295,7 @@ def test_a_sample_without_any_caption_is_encoded_as_the_empty_one(parts, tmp_pat
         "workers": 0,
     }
     recipe = frozen.recipe(tmp_path / "r.json", **section, encoded=tmp_path / "encoded", caption=MIX, encoding="cached")
-    assert encode.main(["--config", str(recipe)]) == 0
+    assert command.main(["--config", str(recipe)]) == 0
     options = read_options(recipe)[0]
     images = open_shards(options)
     (text,) = open_text(options, images, read_text_encoders(options))
@@ -358,7 +359,7 @@ def test_what_captions_are_read_as(files, field, caption):
 @pytest.fixture
 def damaged(tmp_path, monkeypatch):
     """Thirty samples of which number 4, 12 and 21 have bad text, as releases indexed them that did not read texts; number 7 a bad image."""
-    monkeypatch.setattr("data.index.read_texts", lambda texts: (int(texts.get("cls", b"65535")), "txt" in texts))
+    monkeypatch.setattr("condot.data.format.index.read_texts", lambda texts: (int(texts.get("cls", b"65535")), "txt" in texts))
     content = [sample(n) for n in range(30)]
     content[4]["txt"], content[12]["json"], content[21]["json"] = BAD["latin-1"]["txt"], BAD["depth"]["json"], BAD["mapping"]["json"]
     content[7]["png"] = content[7]["png"][:45]
@@ -369,9 +370,9 @@ def test_bad_text_is_replaced_and_counted_the_same_from_a_cache(damaged, parts, 
     """Encoding keeps its place and lists it; streams name the same faults, substitutes and captions, now and before."""
     section = {"shards": [str(damaged)], "resolution": 16, "text_encoder": parts.text_encoder, "max_tokens": 12, "workers": 0}
     recipe = frozen.recipe(tmp_path / "r.json", **section, caption=MIX, encoded=tmp_path / "encoded", max_bad_share=0.2)
-    assert encode.main(["--config", str(recipe), "--data.max_bad_share=0.05"]) == 2
+    assert command.main(["--config", str(recipe), "--data.max_bad_share=0.05"]) == 2
     assert "of 30 samples cannot be decoded" in capsys.readouterr().err
-    assert encode.main(["--config", str(recipe)]) == 0
+    assert command.main(["--config", str(recipe)]) == 0
     options = replace(read_options(recipe)[0], encoding="cached")
     images = open_shards(options)
     text = open_text(options, images, read_text_encoders(options))

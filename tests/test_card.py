@@ -17,15 +17,15 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import sample
-from pipeline.card import Card, own_parts, readme
-from pipeline.checkpoint import averages, load_state, raw_weights
-from pipeline.config import Config
-from pipeline.curve import SIZE, draw_curve, log_ticks, running_mean, ticks
-from pipeline.folder import open_folder
-from pipeline.printable import printable
-from pipeline.provenance import Provenance, digest, provenance_of
-from pipeline.recipe import build
+from condot.cli import sample
+from condot.core.printable import printable
+from condot.pipeline.checkpoint.store import averages, load_state, raw_weights
+from condot.pipeline.config.parse import build
+from condot.pipeline.config.schema import Config
+from condot.pipeline.evaluation.provenance import Provenance, digest, provenance_of
+from condot.pipeline.export.card import Card, own_parts, readme
+from condot.pipeline.export.load import open_folder
+from condot.pipeline.export.loss_plot import SIZE, draw_curve, log_ticks, running_mean, ticks
 
 
 @pytest.fixture

@@ -18,42 +18,42 @@ from shardmaker import jpeg
 from stocks import shake
 from test_export import ours_on_stock_schedule
 
-import models
-import sample
-from data import build
-from data.batch import Pixels
-from data.decode import decode_into, preview
-from data.encoded import disagreements, wanted_latents
-from data.encoders import check_images
-from data.inspect import main as inspect
-from data.inspect import shown
-from data.manifest import Manifest
-from data.options import Options
-from data.prepare import main as prepare
-from data.reading import read_images
-from data.shards import Shards
-from data.stream import Share, to_unit
-from models.convert import to_exported
-from models.cost import example
-from pipeline.animate import save_animation
-from pipeline.card import beyond_pil
-from pipeline.choice import choose
-from pipeline.config import Config, FlowConfig
-from pipeline.density import bits
-from pipeline.draw import described
-from pipeline.evaluate import check_features
-from pipeline.folder import open_folder, pipeline_source
-from pipeline.identity import MOST_CHANNELS, identity_autoencoder
-from pipeline.image_files import encode_image, file_extension, quantise
-from pipeline.many import Files
-from pipeline.networks import CrossDiTConfig, DiTConfig, MMDiTConfig, UNetConfig, model_options
-from pipeline.pipeline_condot_v2 import CondotPipeline
-from pipeline.recipe import as_mapping
-from pipeline.recipe import build as fill_config
-from pipeline.restore import measurement
-from pipeline.resume import compare, facts_of
-from pipeline.sheet import grid, save_image
-from pipeline.space import Space
+from condot.cli import sample
+from condot.core.data_options import Options
+from condot.data.encoders.autoencoder import check_images
+from condot.data.format.manifest import Manifest
+from condot.data.images.decode import decode_into, preview
+from condot.data.inspect import main as inspect
+from condot.data.inspect import shown
+from condot.data.loader.batch import Pixels
+from condot.data.loader.build import build
+from condot.data.loader.encoded_cache import disagreements, wanted_latents
+from condot.data.loader.read_samples import read_images
+from condot.data.loader.stream import Share, to_unit
+from condot.data.prepare.command import main as prepare
+from condot.data.storage.shard_reader import Shards
+from condot.models import registry
+from condot.models.convert import to_exported
+from condot.models.cost import example
+from condot.pipeline.config.model import CrossDiTConfig, DiTConfig, MMDiTConfig, UNetConfig, model_options
+from condot.pipeline.config.parse import as_mapping
+from condot.pipeline.config.parse import build as fill_config
+from condot.pipeline.config.schema import Config, FlowConfig
+from condot.pipeline.evaluation.evaluate import check_features
+from condot.pipeline.export.card import beyond_pil
+from condot.pipeline.export.identity_autoencoder import MOST_CHANNELS, identity_autoencoder
+from condot.pipeline.export.load import open_folder, pipeline_source
+from condot.pipeline.export.pipeline_class import choose
+from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
+from condot.pipeline.latent_space import Space
+from condot.pipeline.sampling.animation import save_animation
+from condot.pipeline.sampling.bulk import Files
+from condot.pipeline.sampling.image_files import encode_image, file_extension, quantise
+from condot.pipeline.sampling.image_grid import grid, save_image
+from condot.pipeline.sampling.images import described
+from condot.pipeline.sampling.likelihood import bits
+from condot.pipeline.sampling.restore import measurement
+from condot.pipeline.training.resume_rules import compare, facts_of
 
 SIDE = 8
 KINDS = {
@@ -237,7 +237,7 @@ def test_every_network_and_its_export_hold_any_number_of_channels(model, channel
     """Exported, -1 times the same output; and each channel of the input has its say in each of the output."""
     small = {"block_channels": (32,), "head_width": 32} if model is UNetConfig else {"width": 32, "depth": 2, "heads": 2}
     config, widths = model(**small), (16, 16)
-    network = shake(models.build(seed=0, **model_options(config, (channels, 8, 8), 2, widths)))
+    network = shake(registry.build(seed=0, **model_options(config, (channels, 8, 8), 2, widths)))
     text = {"tokens": 5, "text_width": 16, "pooled_width": 16} if config.takes == "text" else {}
     x, t, *condition = example(network, (channels, 8, 8), batch=2, **text)
     x.requires_grad_(True)
@@ -256,7 +256,7 @@ def test_every_network_and_its_export_hold_any_number_of_channels(model, channel
 
 
 def choose_scheduler():
-    from pipeline.stock import scheduler_of
+    from condot.pipeline.export.scheduler_map import scheduler_of
 
     return scheduler_of(FlowConfig())
 
@@ -373,7 +373,7 @@ def test_a_cache_of_latents_is_of_its_depth():
 
 
 def test_inspect_shows_what_training_sees(packed, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("data.inspect.SECONDS", 0.01)
+    monkeypatch.setattr("condot.data.inspect.SECONDS", 0.01)
     for kind, mode in (("RGBA", "RGBA"), ("gray and alpha", "RGBA"), ("16-bit gray", "RGB"), ("16-bit bands", "RGB")):
         channels, depth = KINDS[kind]
         look = ["--channels", str(channels), "--bit_depth", str(depth), "--resolution", str(SIDE), "--batch_size", "24"]
@@ -415,10 +415,10 @@ def test_the_identity_of_more_channels_is_exact_to_less_than_half_a_step_of_16_b
 
 
 def test_many_bands_take_the_pipeline_that_needs_no_autoencoder(monkeypatch):
-    monkeypatch.setattr("pipeline.choice.identity_autoencoder", lambda *_: pytest.fail("of gigabytes"))
+    monkeypatch.setattr("condot.pipeline.export.pipeline_class.identity_autoencoder", lambda *_: pytest.fail("of gigabytes"))
     channels = MOST_CHANNELS + 1
     config = DiTConfig(width=32, depth=1, heads=2)
-    network = to_exported(shake(models.build(seed=0, **model_options(config, (channels, 4, 4), 2))), -1.0)
+    network = to_exported(shake(registry.build(seed=0, **model_options(config, (channels, 4, 4), 2))), -1.0)
     found = choose(network, "", FlowConfig(), Space.of_pixels(channels, 4), ("a", "b"), None, ())
     assert type(found.pipeline) is CondotPipeline and found.trust and f"more than {MOST_CHANNELS} channels" in found.why
     images = found.pipeline(class_labels=["b"], num_inference_steps=2, output_type="np").images
@@ -427,7 +427,7 @@ def test_many_bands_take_the_pipeline_that_needs_no_autoencoder(monkeypatch):
 
 def test_an_unconditional_unet_of_bands_is_a_stock_pipeline_without_autoencoder():
     config = UNetConfig(block_channels=(32,), head_width=32)
-    network = to_exported(shake(models.build(seed=0, **model_options(config, (5, 8, 8), 0))), -1.0)
+    network = to_exported(shake(registry.build(seed=0, **model_options(config, (5, 8, 8), 0))), -1.0)
     found = choose(network, "", FlowConfig(), Space.of_pixels(5, 8), (), None, ())
     assert found.calls((), (), 1.0, bands=True)[0] == 'num_inference_steps=25, output_type="np"'
     assert type(found.pipeline).__name__ == "DDPMPipeline" and not found.trust

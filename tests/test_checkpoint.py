@@ -14,10 +14,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from pipeline.checkpoint import Store, averages, choose, load_into, load_state, load_tensors, manifest, raw_weights, saving, verify
-from pipeline.checkpoint.rankfile import KEY, Host, not_finite
-from pipeline.checkpoint.saving import NOT_FINITE
-from pipeline.checkpoint.shares import to_write
+from condot.pipeline.checkpoint import manifest, saving
+from condot.pipeline.checkpoint.rank_file import KEY, Host, not_finite
+from condot.pipeline.checkpoint.saving import NOT_FINITE
+from condot.pipeline.checkpoint.sharding import to_write
+from condot.pipeline.checkpoint.store import Store, averages, choose, load_into, load_state, load_tensors, raw_weights, verify
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -192,7 +193,7 @@ def test_a_full_disk_leaves_the_old_one_and_no_debris(tmp_path, monkeypatch, nam
     store = Store(tmp_path, keep=1)
     store.save(1, tensors(1), {"step": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(f"pipeline.checkpoint.{name}", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(f"condot.pipeline.checkpoint.store.{name}", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         store.begin(2, tensors(2), {"step": 2})
         errors = store.finish()
     assert errors == ["rank 0: [Errno 28] No space left on device"] and store.pending is None
@@ -274,7 +275,7 @@ def test_every_number_is_told_from_those_that_are_none(dtype):
 def test_what_is_saved_is_the_state_when_the_save_began(tmp_path, monkeypatch):
     """Weights and state change while the thread writes, and nothing of that is in the checkpoint; two saves in turn share their memory."""
     gate, write = threading.Event(), saving.write_file
-    monkeypatch.setattr("pipeline.checkpoint.saving.write_file", lambda *a: (gate.wait(), write(*a))[1])
+    monkeypatch.setattr("condot.pipeline.checkpoint.saving.write_file", lambda *a: (gate.wait(), write(*a))[1])
     store, state, about = Store(tmp_path, keep=3), tensors(1), {"seen": [1]}
     for step in (1, 2):
         gate.clear()
@@ -432,7 +433,7 @@ def test_an_old_one_that_cannot_be_removed_is_said_and_no_failure(tmp_path, monk
 def test_what_was_found_good_is_not_hashed_again_until_it_changes(tmp_path, monkeypatch):
     Store(tmp_path, keep=1).save(1, tensors(1), {"step": 1})
     folder, hashed, fault = tmp_path / "checkpoint-1", [], manifest._fault
-    monkeypatch.setattr("pipeline.checkpoint.manifest._fault", lambda path, seal: (hashed.append(path.name), fault(path, seal))[1])
+    monkeypatch.setattr("condot.pipeline.checkpoint.manifest._fault", lambda path, seal: (hashed.append(path.name), fault(path, seal))[1])
     assert verify(folder) is None and verify(folder) is None and len(hashed) == 4, "too new to tell whether it changes"
     for file in folder.iterdir():
         os.utime(file, (1e9, 1e9))

@@ -15,13 +15,13 @@ from diffusers import (
 from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma
 from stocks import PIXART, PLAIN, SD3, shake
 
-from data.text_encoders import TextEncoder
-from pipeline.choice import choose
-from pipeline.config import FlowConfig
-from pipeline.fold import stock_autoencoder
-from pipeline.folder import pipeline_source
-from pipeline.pipeline_condot_v2 import CondotPipeline
-from pipeline.space import Space
+from condot.data.encoders.text import TextEncoder
+from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.export.autoencoder import stock_autoencoder
+from condot.pipeline.export.load import pipeline_source
+from condot.pipeline.export.pipeline_class import choose
+from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
+from condot.pipeline.latent_space import Space
 
 CLIPS = ("clip_projected", "clip_projected")
 CAPTIONS = ("", "big blue circle on the small green square and a red circle")

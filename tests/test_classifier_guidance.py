@@ -7,14 +7,14 @@ import pytest
 import torch
 from test_methods import gaussian_source
 
-import sample
-from pipeline.classified import NoiseClassifier, classified, train_noise_classifier
-from pipeline.flow import PATHS, CondOT, classifier_guide, convert, heun, uniform_grid, widen
-from pipeline.flow.linear import UniformPrior
-from pipeline.generate import check_sampler, generate
-from pipeline.restore import Remedy, measurement, restore
-from pipeline.sampler import Sampler
-from pipeline.source import led_by
+from condot.cli import sample
+from condot.pipeline.flow import PATHS, CondOT, classifier_guide, convert, heun, uniform_grid, widen
+from condot.pipeline.flow.linear import UniformPrior
+from condot.pipeline.sampling.classifier_guidance import NoiseClassifier, classified, train_noise_classifier
+from condot.pipeline.sampling.generate import check_sampler, generate
+from condot.pipeline.sampling.restore import Remedy, measurement, restore
+from condot.pipeline.sampling.sampler import Sampler
+from condot.pipeline.sampling.source import led_by
 
 MIXTURE = oracles.three()
 CLASSES = [oracles.gaussian(m.tolist(), s.tolist()) for m, s in zip(MIXTURE.means, MIXTURE.covariances, strict=True)]
@@ -121,7 +121,7 @@ def learned():
     labels = torch.arange(600) % 2
     images = (labels - 0.5)[:, None, None, None] + 0.2 * torch.randn(600, 1, 8, 8, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.classifier.MOST_EPOCHS", 20)
+        patch.setattr("condot.pipeline.evaluation.classifier.MOST_EPOCHS", 20)
         return train_noise_classifier(images, labels, CondOT())
 
 
@@ -196,7 +196,7 @@ def test_what_a_classifier_cannot_lead_is_refused(learned):
 
 def test_a_user_leads_a_run_by_labelled_shards(trained, digits, tmp_path, capsys, monkeypatch):
     """The command of the README; a folder of images goes on only where the classifier has learned the same."""
-    monkeypatch.setattr("pipeline.classifier.MOST_EPOCHS", 1)
+    monkeypatch.setattr("condot.pipeline.evaluation.classifier.MOST_EPOCHS", 1)
     words = ["--run", str(trained), "--class_labels", "3", "--num_images", "2", "--num_inference_steps", "2"]
     led = ["--classifier_reference", str(digits), "--classifier_guidance_scale", "2"]
     assert sample.main([*words, *led, "--output", str(tmp_path / "a.png")]) == 0

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from pipeline.flow import count, each, guide, repeat, stack
+from condot.pipeline.flow import count, each, guide, repeat, stack
 
 
 class Words(NamedTuple):

@@ -6,11 +6,11 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 
-import models
-from models.condition import sinusoids
-from models.convert import to_stock
-from models.convert_dit import dit_from_original, dit_from_stock
-from models.layers import sincos_positions
+from condot.models import registry
+from condot.models.common.conditioning import sinusoids
+from condot.models.common.layers import sincos_positions
+from condot.models.convert import to_stock
+from condot.models.dit.convert import dit_from_original, dit_from_stock
 
 STOCK = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "num_layers": 3, "sample_size": 8, "patch_size": 2,
@@ -85,7 +85,7 @@ def test_weights_that_the_blocks_share_need_no_own_conditions():
 
 @pytest.mark.parametrize("own", [False, True])
 def test_there_and_back_is_exact(own):
-    ours = models.build(
+    ours = registry.build(
         "dit", seed=0, channels=3, resolution=12, num_classes=7, patch_size=2, width=48, depth=3, heads=4, own_conditions=own
     )
     torch.manual_seed(0)
@@ -129,7 +129,7 @@ def test_more_classes_than_the_weights_have():
     ],
 )
 def test_options_without_a_stock_class_are_named(options, named):
-    model = models.build("dit", channels=1, resolution=4, num_classes=2, width=16, depth=1, heads=2, **options)
+    model = registry.build("dit", channels=1, resolution=4, num_classes=2, width=16, depth=1, heads=2, **options)
     with pytest.raises(ValueError, match="^" + ", ".join(f"model.{name}" for name in named) + ": diffusers"):
         to_stock(model, 1.0)
 

@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import linear_sum_assignment, linprog
 from scipy.sparse import csr_array
 
-from pipeline.flow import assign, couple
+from condot.pipeline.flow import assign, couple
 
 
 def draw(*shape, seed=0):

@@ -13,16 +13,17 @@ from conftest import arguments, fit, launch
 from test_bad_data import flip, payload_of
 from test_training import digest
 
-import data.shards
-from data import build, retry
-from data.batch import Loader
-from data.options import Options
-from data.retry import Disks
-from data.shards import LostShard, Shards
-from data.stream import Share
-from pipeline.checkpoint import saving
-from pipeline.process import NO_DATA
-from pipeline.training.status import read
+import condot.data.storage.shard_reader
+from condot.core.data_options import Options
+from condot.core.process import NO_DATA
+from condot.data.loader.batch import Loader
+from condot.data.loader.build import build
+from condot.data.loader.stream import Share
+from condot.data.storage import retry
+from condot.data.storage.retry import Disks
+from condot.data.storage.shard_reader import LostShard, Shards
+from condot.pipeline.checkpoint import saving
+from condot.pipeline.training.status import read
 from tests.shardmaker import make, samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,10 +176,10 @@ class Stall:
 
     def __init__(self, monkeypatch, number, seconds):
         self.number, self.until, self.hits, self.begun = number, None, 0, seconds
-        self.pread, self.file, self.index = os.pread, data.shards.FileIO, data.shards.open_index
-        monkeypatch.setattr(data.shards.os, "pread", self.tried(self.pread))
-        monkeypatch.setattr(data.shards, "FileIO", self.tried(self.file))
-        monkeypatch.setattr(data.shards, "open_index", self.tried(self.index))
+        self.pread, self.file, self.index = os.pread, condot.data.storage.shard_reader.FileIO, condot.data.storage.shard_reader.open_index
+        monkeypatch.setattr(condot.data.storage.shard_reader.os, "pread", self.tried(self.pread))
+        monkeypatch.setattr(condot.data.storage.shard_reader, "FileIO", self.tried(self.file))
+        monkeypatch.setattr(condot.data.storage.shard_reader, "open_index", self.tried(self.index))
 
     def tried(self, act):
         def again(*given):
@@ -275,7 +276,7 @@ def test_a_disk_that_was_given_up_is_given_another_chance_later(monkeypatch):
 
 
 def test_a_run_whose_disk_stalls_is_the_run(digits, undisturbed, tmp_path, monkeypatch):
-    import pipeline.training.loop as loop
+    from condot.pipeline.training import loop
 
     stall, advance = Stall(monkeypatch, errno.ESTALE, 1.0), loop.advance
 

@@ -15,17 +15,18 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageCms, ImageOps, PngImagePlugin, TiffImagePlugin
 
-from data import build, decode
-from data.check import Check, check
-from data.color import transform_of
-from data.decode import DECODE_ERRORS, decode_image, decode_into, is_plain, preview, upright, upright_size
-from data.image_formats import MAX_RATIO, BadImage, extension_of
-from data.index import PLAIN, describe
-from data.manifest import Manifest, write_manifest
-from data.options import Options
-from data.shards import Shards
-from data.shrink import smaller
-from data.stream import Share
+from condot.core.data_options import Options
+from condot.data.format.index import PLAIN, describe
+from condot.data.format.manifest import Manifest, write_manifest
+from condot.data.images import decode
+from condot.data.images.color import transform_of
+from condot.data.images.decode import DECODE_ERRORS, decode_image, decode_into, is_plain, preview, upright, upright_size
+from condot.data.images.downscale import smaller
+from condot.data.images.formats import MAX_RATIO, BadImage, extension_of
+from condot.data.loader.build import build
+from condot.data.loader.stream import Share
+from condot.data.prepare.verify import Check, check
+from condot.data.storage.shard_reader import Shards
 from tests.image_files import BRADFORD_SRGB, GAMMA, WIDE, XMP, cmyk_profile, exif_of, gray_profile, matrix_profile, saved, segment, srgb_of
 from tests.shardmaker import jpeg
 

@@ -6,10 +6,10 @@ import plain_dit
 import pytest
 import torch
 
-import models
-from models.cost import activations, cost, example, stages
-from models.layers import RMSNorm, SwiGLU, resized, rotate, rotations
-from models.presets import PRESETS, resolve
+from condot.models import registry
+from condot.models.common.layers import RMSNorm, SwiGLU, resized, rotate, rotations
+from condot.models.cost import activations, cost, example, stages
+from condot.models.dit.presets import PRESETS, resolve
 
 SIZE = {"kind": "dit", "channels": 3, "resolution": 8, "num_classes": 5, "patch_size": 2, "width": 32, "depth": 3, "heads": 4}
 OPTIONS = [
@@ -38,7 +38,7 @@ def named(options):
 
 def shaken(dtype=torch.float64, **options):
     """A network without a weight at zero or one, so that every part shows."""
-    model = models.build(**{**SIZE, **options}, seed=0).to(dtype)
+    model = registry.build(**{**SIZE, **options}, seed=0).to(dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -78,7 +78,7 @@ def test_every_option_is_its_formula(options, shape):
 @pytest.mark.parametrize("options", OPTIONS, ids=named)
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_every_option_starts_at_zero_and_learns(options, precision):
-    model = models.build(**{**SIZE, **options}, seed=0)
+    model = registry.build(**{**SIZE, **options}, seed=0)
     x, t, labels, *sizes = batch(model, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
     losses = []
@@ -199,7 +199,7 @@ def test_presets_cost_what_was_published():
     }  # fmt: skip
     for preset, giga in published.items():
         parameters, products = cost(
-            models.build("dit", preset=preset, channels=4, resolution=32, num_classes=1000, device="meta"), (4, 32, 32)
+            registry.build("dit", preset=preset, channels=4, resolution=32, num_classes=1000, device="meta"), (4, 32, 32)
         )
         assert abs(products / 1e9 - giga) < 0.0055 + 3e-4 * giga, preset
         if preset == "XL/2":
@@ -208,12 +208,12 @@ def test_presets_cost_what_was_published():
 
 
 def test_costs_are_the_closed_form_wherever_the_network_lies():
-    model = models.build("dit", preset="S/4", style="modern", registers=4, channels=3, resolution=32, num_classes=10, device="meta")
+    model = registry.build("dit", preset="S/4", style="modern", registers=4, channels=3, resolution=32, num_classes=10, device="meta")
     n, d, inside = 8 * 8 + 4, 384, 1024
     tokens = 12 * (n * d * (4 * d + 3 * inside) + 2 * n * n * d) + 2 * 64 * d * 48
     assert cost(model, (3, 32, 32))[1] == tokens + 12 * 6 * d * d + 2 * d * d + 256 * d + d * d
-    small = models.build("dit", **{k: v for k, v in SIZE.items() if k != "kind"})
-    assert cost(small, (3, 8, 8)) == cost(models.build(**SIZE, device="meta"), (3, 8, 8)), "counted alike where it is computed"
+    small = registry.build("dit", **{k: v for k, v in SIZE.items() if k != "kind"})
+    assert cost(small, (3, 8, 8)) == cost(registry.build(**SIZE, device="meta"), (3, 8, 8)), "counted alike where it is computed"
 
 
 def test_presets_are_what_they_say_and_explicit_fields_win():
@@ -224,15 +224,15 @@ def test_presets_are_what_they_say_and_explicit_fields_win():
     assert resolve("unet", {"preset": None}) == {"preset": None}
     assert len(PRESETS) == 16
     with pytest.raises(ValueError, match=r"model.preset='M/2' is unknown: choose one of S/1, S/2.*XL/8"):
-        models.build("dit", preset="M/2", channels=4, resolution=32, num_classes=10)
+        registry.build("dit", preset="M/2", channels=4, resolution=32, num_classes=10)
     with pytest.raises(ValueError, match=r"model.style='new' is unknown: choose one of dit, modern"):
-        models.build("dit", style="new", channels=4, resolution=32, num_classes=10)
+        registry.build("dit", style="new", channels=4, resolution=32, num_classes=10)
 
 
 @torch.no_grad()
 def test_activations_are_those_of_each_block():
     """At the start every block is the identity: root mean squares are those of what enters; each branch by Xavier's rule."""
-    model = models.build("dit", seed=0, preset="S/4", channels=4, resolution=32, num_classes=10)
+    model = registry.build("dit", seed=0, preset="S/4", channels=4, resolution=32, num_classes=10)
     assert [name for name, _ in stages(model)] == [f"blocks.{i}" for i in range(12)]
     torch.manual_seed(0)
     found = activations(model, *example(model, (4, 32, 32), batch=2))
@@ -255,7 +255,7 @@ def test_activations_are_those_of_each_block():
 )
 def test_options_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
-        models.build(**{**SIZE, **change})
+        registry.build(**{**SIZE, **change})
 
 
 def test_sizes_are_asked_for_and_matter():

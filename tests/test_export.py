@@ -13,18 +13,18 @@ from conftest import UNET, fit
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DModel
 from PIL import Image
 
-import sample
-from pipeline.checkpoint import load_tensors
-from pipeline.choice import labelled
-from pipeline.config import FlowConfig
-from pipeline.flow import convert, euler, guide, initial, velocity_field, widen
-from pipeline.folder import open_folder
-from pipeline.generate import generate
-from pipeline.identity import identity_autoencoder
-from pipeline.sampler import Sampler
-from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
-from pipeline.sheet import grid
-from pipeline.stock import form_of, scheduler_of
+from condot.cli import sample
+from condot.pipeline.checkpoint.store import load_tensors
+from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.export.identity_autoencoder import identity_autoencoder
+from condot.pipeline.export.load import open_folder
+from condot.pipeline.export.pipeline_class import labelled
+from condot.pipeline.export.runtime.scheduling_flow_ode_v1 import FlowODEScheduler
+from condot.pipeline.export.scheduler_map import form_of, scheduler_of
+from condot.pipeline.flow import convert, euler, guide, initial, velocity_field, widen
+from condot.pipeline.sampling.generate import generate
+from condot.pipeline.sampling.image_grid import grid
+from condot.pipeline.sampling.sampler import Sampler
 
 STRANGER = """
 import sys
@@ -201,7 +201,7 @@ def test_another_checkpoint_is_exported_where_one_is_named(trained, tmp_path):
 def test_an_export_that_fails_leaves_the_older_one(trained, tmp_path, monkeypatch):
     assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "out")]) == 0
     before = (tmp_path / "out/model_index.json").read_bytes()
-    monkeypatch.setattr("pipeline.export.readme", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("condot.pipeline.export.write.readme", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "out")]) == 2
     assert (tmp_path / "out/model_index.json").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out"]
     (tmp_path / "thesis").mkdir()
@@ -401,7 +401,7 @@ def test_a_model_without_classes(digits, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for i in range(20):
         Image.fromarray(np.full((8, 8), 12 * i, np.uint8)).save(tmp_path / "images" / f"{i}.png")
-    from data.prepare import main
+    from condot.data.prepare.command import main
 
     assert main(["imagefolder", str(tmp_path / "images"), "--output", str(tmp_path / "shards")]) == 0
     assert fit(tmp_path / "shards", tmp_path / "run", "--export=true") == 0

@@ -12,13 +12,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-import sample
-from data.prepare import main as prepare
-from pipeline.config import EmaConfig
-from pipeline.ema.weights import read_wanted
-from pipeline.flow import convert, guide, initial, widen
-from pipeline.folder import open_folder
-from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
+from condot.cli import sample
+from condot.data.prepare.command import main as prepare
+from condot.pipeline.config.schema import EmaConfig
+from condot.pipeline.ema.weight_selection import read_wanted
+from condot.pipeline.export.load import open_folder
+from condot.pipeline.export.runtime.scheduling_flow_ode_v1 import FlowODEScheduler
+from condot.pipeline.flow import convert, guide, initial, widen
 
 MORE = ("--export=true", "--train.learning_rate=1e-2")
 KINDS = {

@@ -10,11 +10,11 @@ import torch
 from diffusers import DiffusionPipeline
 from test_text_training import fit
 
-import sample
-from data.encode import main as encode
-from pipeline.flow import ODE_SOLVERS, guide, repeat
-from pipeline.folder import open_folder
-from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
+from condot.cli import sample
+from condot.data.encode.command import main as encode
+from condot.pipeline.export.load import open_folder
+from condot.pipeline.export.runtime.scheduling_flow_ode_v1 import FlowODEScheduler
+from condot.pipeline.flow import ODE_SOLVERS, guide, repeat
 
 CASES = {
     "sd3": ("mmdit", ("clip_projected", "clip_projected", "t5"), "attend", "StableDiffusion3Pipeline"),

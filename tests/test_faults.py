@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, arguments, launch
 from test_injected import injected
 
-from pipeline.checkpoint import load_tensors
+from condot.pipeline.checkpoint.store import load_tensors
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("one_thread")]
 TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

@@ -7,7 +7,7 @@ import oracles
 import pytest
 import torch
 
-from pipeline.flow import (
+from condot.pipeline.flow import (
     PATHS,
     CondOT,
     Inpainting,

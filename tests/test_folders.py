@@ -14,12 +14,12 @@ import pytest
 from test_labels import folder
 from test_prepare import contents, everything, picture, refused
 
-from data.prepare import main
-from data.regular_files import open_regular, read_regular
-from data.shards import Shards
-from data.tables import rows_of
-from data.tar_sources import find_tars
-from data.walk import Found, walk
+from condot.core.regular_files import open_regular, read_regular
+from condot.data.prepare.command import main
+from condot.data.prepare.metadata_tables import rows_of
+from condot.data.prepare.scan_folder import Found, walk
+from condot.data.prepare.tar_sources import find_tars
+from condot.data.storage.shard_reader import Shards
 
 NFC, NFD = "caf\u00e9", "cafe\u0301"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.frechet import Moments, frechet
+from condot.pipeline.evaluation.frechet import Moments, frechet
 
 COUNT = 10_001
 

@@ -10,15 +10,16 @@ import torch
 from conftest import fit
 from test_scale import BUCKETS, shapes  # noqa: F401  the fixture
 
-import pipeline.training.loop as loop
-from data import build
-from data.options import Options
-from data.stream import Share
-from pipeline.checkpoint import load_tensors, saving
-from pipeline.config import GuardConfig
-from pipeline.process import DIVERGED
-from pipeline.training.guard import Evidence, Guard
-from pipeline.training.pulse import Beat, Pulse
+from condot.core.data_options import Options
+from condot.core.process import DIVERGED
+from condot.data.loader.build import build
+from condot.data.loader.stream import Share
+from condot.pipeline.checkpoint import saving
+from condot.pipeline.checkpoint.store import load_tensors
+from condot.pipeline.config.schema import GuardConfig
+from condot.pipeline.training import loop
+from condot.pipeline.training.guard import Evidence, Guard
+from condot.pipeline.training.step_stats import Beat, Pulse
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOG = ("--log.every=1", "--checkpoint.every=4", "--checkpoint.keep=9")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
-from pipeline.flow import CondOT, autoguide, convert, guide, widen
-from pipeline.flow.linear import UniformPrior
-from pipeline.follow import start
-from pipeline.generate import check_sampler, generate, guided
-from pipeline.sampler import Sampler
-from pipeline.source import led_by
+from condot.pipeline.flow import CondOT, autoguide, convert, guide, widen
+from condot.pipeline.flow.linear import UniformPrior
+from condot.pipeline.sampling.generate import check_sampler, generate, guided
+from condot.pipeline.sampling.integrate import start
+from condot.pipeline.sampling.sampler import Sampler
+from condot.pipeline.sampling.source import led_by
 
 MIXTURE = oracles.three()
 CLASSES = [oracles.gaussian(m.tolist(), s.tolist()) for m, s in zip(MIXTURE.means, MIXTURE.covariances, strict=True)]
@@ -200,7 +200,7 @@ def test_zero_init_steps_are_steps_of_the_samplers_grid():
     later = replace(sampler, zero_init_steps=0, given_times=tuple(sampler.times(source)[2:].tolist()))
     begun = start(source, 1, torch.arange(6), 0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipeline.generate.start", lambda *given: begun)
+        patch.setattr("condot.pipeline.sampling.generate.start", lambda *given: begun)
         torch.testing.assert_close(images, generate(source, ASKED, later, seed=1).images)
 
 

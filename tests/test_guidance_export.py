@@ -8,17 +8,17 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer
 from exact import ExactNetwork, quantiles
 from stocks import shake
 
-import models
-from models.convert import to_exported
-from pipeline.config import FlowConfig
-from pipeline.folder import pipeline_source
-from pipeline.follow import start
-from pipeline.generate import generate
-from pipeline.guidance_v2 import Guidance, Guide, cfg_zero_star_scale
-from pipeline.pipeline_condot_v2 import CondotPipeline
-from pipeline.sampler import Sampler
-from pipeline.source import network_source
-from pipeline.stock import NAMES, form_of, scheduler_of
+from condot.models import registry
+from condot.models.convert import to_exported
+from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.export.load import pipeline_source
+from condot.pipeline.export.runtime.guidance_v2 import Guidance, Guide, cfg_zero_star_scale
+from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
+from condot.pipeline.export.scheduler_map import NAMES, form_of, scheduler_of
+from condot.pipeline.sampling.generate import generate
+from condot.pipeline.sampling.integrate import start
+from condot.pipeline.sampling.sampler import Sampler
+from condot.pipeline.sampling.source import network_source
 
 MEANS = (-0.6, 0.6, 0.0)
 
@@ -149,7 +149,7 @@ def test_run_folder_and_pipeline_agree(predict, kind):
     how = {**KINDS, "cfg_zero_star": {"guidance": "cfg_zero_star", "zero_init_steps": 1}}[kind]
     torch.manual_seed(0)
     flow = FlowConfig(predict=predict)
-    network = models.build(kind="dit", channels=1, resolution=8, num_classes=3, width=32, depth=2, heads=2, patch_size=2)
+    network = registry.build(kind="dit", channels=1, resolution=8, num_classes=3, width=32, depth=2, heads=2, patch_size=2)
     shaken = shake(network).eval()
     exported = to_exported(shaken, form_of(flow).factor)
     pipe = CondotPipeline(scheduler_of(flow), transformer=exported, id2label={0: "a", 1: "b", 2: "c"})

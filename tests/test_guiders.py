@@ -10,7 +10,8 @@ from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normal
 from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
-from pipeline.flow import (
+from condot.pipeline.export.runtime.guidance_v1 import Guidance
+from condot.pipeline.flow import (
     APG,
     EDM,
     PATHS,
@@ -27,7 +28,6 @@ from pipeline.flow import (
     uniform_grid,
     widen,
 )
-from pipeline.guidance_v1 import Guidance
 
 SHAPE = (3, 4, 5)
 PREDICTIONS = ("velocity", "noise", "data", "score", "v")

@@ -11,10 +11,10 @@ from conftest import fit
 from ranks import together
 from test_guard import LOG, equal, lines, poison  # noqa: F401  the fixture
 
-import pipeline.launch
-from pipeline.checkpoint import load_tensors
-from pipeline.process import DIVERGED
-from pipeline.training.guard import OVERFLOWS
+import condot.pipeline.launch.distributed
+from condot.core.process import DIVERGED
+from condot.pipeline.checkpoint.store import load_tensors
+from condot.pipeline.training.guard import OVERFLOWS
 
 pytestmark = pytest.mark.usefixtures("one_thread", "scaled")
 HALF = (*LOG, "--train.mixed_precision=fp16", "--checkpoint.every=1", "--checkpoint.keep=99")
@@ -31,8 +31,8 @@ def scaled(monkeypatch):
             made.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
         return made
 
-    monkeypatch.setattr(pipeline.launch, "Accelerator", accelerator)
-    monkeypatch.setattr(pipeline.launch, "check_hardware", lambda precision: None)
+    monkeypatch.setattr(condot.pipeline.launch.distributed, "Accelerator", accelerator)
+    monkeypatch.setattr(condot.pipeline.launch.distributed, "check_hardware", lambda precision: None)
 
 
 def state(folder):

@@ -1,188 +1,101 @@
-"""The house law: three rooms that do not know each other, and a room of mathematics that knows only torch."""
+"""The house law: three rooms that do not know each other, a core that knows none of them, and commands that introduce them."""
 
 import ast
+from collections import Counter
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("pipeline", "models", "data")
-FLOORS = {
+ROOMS = {
+    "core": [],
     "pipeline": [
-        [
-            *(
-                "ranges",
-                "safe_yaml",
-                "printable",
-                "standard_streams",
-                "scheduling_flow_v1",
-                "image_files",
-                "frechet",
-                "retrieval",
-                "classifier",
-                "standing",
-            ),
-            *(
-                "own_files",
-                "model_folders",
-                "curve",
-                "provenance",
-                "captions_v1",
-                "guidance_v1",
-                "guidance_v2",
-                "scheduler_check_v2",
-                "checkpoint.shares",
-                "ema.posthoc",
-                "launch.meeting",
-            ),
-            *("launch.parallel", "launch.precision", "tracking.utilisation", "training.pulse"),
-        ],
-        ["recipe_file"],
-        [
-            "checksums",
-            "networks",
-            "sheet",
-            "recipe",
-            "markdown",
-            "process",
-            "leaks",
-            "tracking.jsonl",
-            "training.status",
-            "training.side",
-            "checkpoint.rankfile",
-        ],
-        ["config", "measured", "scheduling_flow_ode_v1", "scheduling_flow_sde_v1", "checkpoint.manifest", "tracking.trackers"],
-        ["scheduling_flow_v2"],
-        ["scheduling_flow_ode_v2", "scheduling_flow_sde_v2"],
-        [
-            *(
-                "identity",
-                "method",
-                "stock",
-                "space",
-                "pipeline_condot_v1",
-                "checkpoint.stored",
-                "ema",
-                "launch.launcher",
-                "tracking",
-            ),
-            *("training.guard", "training.optim", "training.told", "checkpoint.room", "checkpoint.saving"),
-        ],
-        ["launch", "checkpoint", "inputs_v2", "resume"],
-        ["ema.snapshots", "pipeline_condot_v2"],
-        ["ema.weights", "plan"],
-        ["source", "fold", "card", "choice", "training.watch"],
-        ["training.run", "guidance_options"],
-        ["training.batches", "sampler"],
-        ["follow"],
-        ["classified", "many", "plan.mistakes", "training.loop"],
-        ["generate"],
-        ["folder", "options", "animate", "plan.case"],
-        ["export", "evaluate", "density", "restore", "asked", "publish", "plan.dry_run", "training.preview"],
-        ["draw"],
+        *("flow", "config", "objectives", "latent_space", "launch", "checkpoint", "ema", "tracking", "evaluation", "sampling"),
+        *("training", "hub", "export", "dry_run"),
     ],
-    "models": [
-        ["kernels", "initialise", "presets"],
-        ["layers", "condition", "layout", "find"],
-        ["grid", "interface"],
-        ["dit", "mmdit", "cross_dit", "unet"],
-        ["modeling_dit_v1", "modeling_mmdit_v1", "modeling_cross_dit_v1"],
-        ["convert_dit", "convert_mmdit", "convert_cross_dit", "convert_unet", "convert_own", "cost"],
-        ["convert", "lora", "memory"],
-        ["published"],
-    ],
-    "data": [
-        [
-            "printable",
-            "safe_yaml",
-            "standard_streams",
-            "text_files",
-            "image_formats",
-            "regular_files",
-            "jpeg_header",
-            "flock",
-            "stamps",
-            "model_folders",
-        ],
-        ["orientation", "color", "splits", "labels", "locators", "tar_headers", "sample_files", "caption_fields"],
-        ["bands"],
-        ["tiff"],
-        ["tar", "order", "decode", "options", "retry", "claim", "fingerprint", "listing", "crew", "join", "shardlist"],
-        ["manifest", "tar_sources", "buckets", "fetch", "cache", "encoders", "text_encoders", "write", "columns", "plan", "shrink"],
-        ["index", "packed"],
-        ["hollow", "source", "encoded", "summary", "check", "fill", "tables", "digits", "changes"],
-        ["shards", "remote", "target", "side", "walk", "parquet", "hub"],
-        ["beside", "open", "pack", "made", "folder"],
-        ["batch", "adopt"],
-        ["stream", "prepare"],
-        ["forms", "opening", "reading"],
-        ["words"],
-        ["sources"],
-        ["encode", "inspect", "survey"],
-    ],
+    "models": ["common", "cross_dit", "dit", "mmdit", "unet"],
+    "data": ["images", "format", "storage", "encoders", "loader", "encode", "prepare", "inspect"],
 }
-FILES = sorted(p for room in ROOMS for p in (ROOT / room).rglob("*.py"))
+"""The packages of each room, the lowest first: a file imports from its own package and from lower ones."""
+PLACES = {"core": ROOT / "condot" / "core", **{room: ROOT / room for room in ("pipeline", "models", "data")}}
+FILES = sorted(path for place in PLACES.values() for path in place.rglob("*.py"))
+PRODUCT = [*FILES, *sorted((ROOT / "condot" / "cli").rglob("*.py")), *(ROOT / name for name in ("train.py", "sample.py"))]
 
 
-def imports(path: Path) -> list[tuple[int, str]]:
-    """(number of leading dots, module) of every import in a file."""
+def module_of(path: Path) -> str:
+    """The dotted name by which everybody imports a file: `condot.pipeline.flow.path`."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "condot" else ("condot", *parts)
+    return ".".join(parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports(path: Path) -> list[str]:
+    """The dotted names of all that a file imports, of ours as whole names of modules."""
+    package = module_of(path) if path.name == "__init__.py" else module_of(path).rpartition(".")[0]
     found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found += [(0, alias.name) for alias in node.names]
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found += [(node.level, name) for name in names]
+            head = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*head, *([node.module] if node.module else [])])
+            found += [f"{base}.{alias.name}" if f"{base}.{alias.name}" in MODULES else base for alias in node.names]
     return found
+
+
+def place_of(module: str) -> str:
+    """`pipeline` of `condot.pipeline.flow`; "" of what is not ours."""
+    parts = module.split(".")
+    return parts[1] if parts[0] == "condot" and len(parts) > 1 else ""
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_rooms_are_sealed_and_relative_inside(path):
-    for level, name in imports(path):
-        head = name.split(".")[0]
-        assert level or head not in (*ROOMS, "condot", "train", "sample", "torchvision", "torchaudio"), f"{path} imports {name}"
+def test_rooms_are_sealed_and_only_core_is_shared(path):
+    here = place_of(module_of(path))
+    for name in imports(path):
+        if "commands" in path.parts:
+            assert name in ("condot.cli", "sys"), f"{path} imports {name}"
+            continue
+        assert place_of(name) in ("", here, "core"), f"{path} imports {name}"
+        assert name.split(".")[0] not in ("torchvision", "torchaudio", "train", "sample"), f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if "flow" in p.parts], ids=lambda p: p.name)
-def test_mathematics_imports_torch_scipy_and_its_siblings_only(path):
+def test_mathematics_imports_torch_numpy_scipy_and_its_siblings_only(path):
     standard = {"__future__", "collections", "collections.abc", "dataclasses", "enum", "functools", "itertools", "math", "typing"}
-    for level, name in imports(path):
-        assert level == 1 or (level == 0 and (name.split(".")[0] in ("torch", "numpy", "scipy") or name in standard)), (
-            f"{path} imports {'.' * level}{name}"
-        )
-
-
-def siblings(path: Path, room: Path) -> list[str]:
-    """What a file imports of its own room, by dotted name: files, and packages for what their `__init__.py` holds."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            folder = path.parents[node.level - 1].relative_to(room).parts
-            name = ".".join((*folder, *(node.module or "").split("."))).strip(".")
-            inner = [f"{name}.{alias.name}".strip(".") for alias in node.names]
-            files = [one for one in inner if (room / f"{one.replace('.', '/')}.py").exists() or (room / one.replace(".", "/")).is_dir()]
-            found += files if len(files) == len(inner) else [name]
-    return found
+    for name in imports(path):
+        known = name in standard or name.split(".")[0] in ("torch", "numpy", "scipy") or name.startswith("condot.pipeline.flow")
+        assert known, f"{path} imports {name}"
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_files_import_from_lower_floors_only(room):
-    """The packages `flow` and `pictures` have a law, and a command, of their own."""
-    height = {name: i for i, floor in enumerate(FLOORS[room]) for name in floor}
-    for path in (ROOT / room).rglob("*.py"):
-        parts = path.relative_to(ROOT / room).with_suffix("").parts
-        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-        if parts[0] in ("flow", "pictures") or name == "":
-            continue
-        brought = siblings(path, ROOT / room)
-        if name not in height:
-            assert parts[-1] == "__init__" and not brought, f"{path} has no floor: write it into FLOORS"
-        for other in brought:
-            if other in height:
-                assert height[other] < height[name], f"{name} (floor {height[name]}) imports {other} (floor {height[other]})"
+def test_packages_import_lower_ones_only_and_files_never_in_a_circle(room):
+    graph = {m: {n for n in imports(p) if n in MODULES and n != m} for m, p in MODULES.items() if place_of(m) == room}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError
+    height = {name: number for number, name in enumerate(ROOMS[room])}
+    for module, others in graph.items():
+        for other in others:
+            a, b = (name.split(".")[2] if name.count(".") > 1 else "" for name in (module, other))
+            if a in height and a != b and place_of(other) == room:
+                assert b in height, f"{module} imports {other}, which stands above all packages"
+                assert height[b] < height[a], f"{module} imports {other}, of a higher package"
 
 
-@pytest.mark.parametrize("path", [*FILES, ROOT / "train.py", ROOT / "sample.py"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_everything_has_one_import_name():
+    """`import pipeline` and `import condot.pipeline` would be two modules with two classes of every name."""
+    for folder in ("condot/cli", "condot/core", "pipeline", "models", "data", "tests", "benchmarks", "docs"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+                assert not {name.split(".")[0] for name in names} & {"pipeline", "models", "data"}, f"{path}: {names}"
+
+
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_and_functions_can_be_read(path):
     text = path.read_text()
     assert text.count("\n") <= 320, f"{path} has {text.count(chr(10))} lines: find the second idea in it"
@@ -194,10 +107,22 @@ def test_files_and_functions_can_be_read(path):
             assert length <= 75, f"{path}: {node.name} has {length} lines"
 
 
-def test_the_wheel_lists_every_package():
-    """Mapped packages are listed by hand; one left out would be missing from the wheel alone."""
-    import tomllib
+@pytest.mark.parametrize("room", ["pipeline", "models", "data"])
+def test_a_room_can_be_taken_in_at_a_glance(room):
+    entries = [p for p in (ROOT / room).iterdir() if p.name != "__pycache__" and not p.name.startswith(".")]
+    assert len(entries) <= 15, sorted(p.name for p in entries)
 
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    found = {"condot." + ".".join(p.parent.relative_to(ROOT).parts) for room in ROOMS for p in (ROOT / room).rglob("__init__.py")}
-    assert set(listed) == found
+
+def test_packages_say_what_they_are_and_nothing_else():
+    for path in [p for p in FILES if p.name == "__init__.py" and p.parent.name != "flow"]:
+        assert path.read_text().count("\n") <= 12 and len(ast.parse(path.read_text()).body) == 1, path
+
+
+def test_no_class_name_stands_twice():
+    """A network's own `Block` aside, and versions of what travels, which diffusers finds by one name."""
+    found = Counter()
+    for path in PRODUCT:
+        if path.stem.endswith(("_v1", "_v2")):
+            continue
+        found.update(node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef) and node.name != "Block")
+    assert not [name for name, times in found.items() if times > 1]

@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import launch
 
-import models
-from models.initialise import begins, initialise
+from condot.models import registry
+from condot.models.common.init import begins, initialise
 
 SIZE = {"channels": 3, "resolution": 8, "num_classes": 5, "patch_size": 2, "width": 48, "depth": 2, "heads": 4}
 MODERN = {**SIZE, "style": "modern", "registers": 3, "positions": "learned", "shared_modulation": True, "micro_conditions": True}
@@ -45,7 +45,7 @@ def digest(weights):
 
 
 def begun(seed=None, **options):
-    return digest(dict(models.build("dit", seed=seed, **options).named_parameters()))
+    return digest(dict(registry.build("dit", seed=seed, **options).named_parameters()))
 
 
 @pytest.mark.faults
@@ -96,8 +96,8 @@ def test_the_order_of_modules_does_not_matter():
     ids=str,
 )  # fmt: skip
 def test_an_option_leaves_the_other_weights_alone(option):
-    plain = models.build("dit", seed=4, **SIZE).state_dict()
-    with_it = models.build("dit", seed=4, **{**SIZE, **option}).state_dict()
+    plain = registry.build("dit", seed=4, **SIZE).state_dict()
+    with_it = registry.build("dit", seed=4, **{**SIZE, **option}).state_dict()
     common = [name for name in plain if name in with_it and plain[name].shape == with_it[name].shape]
     assert all(torch.equal(plain[name], with_it[name]) for name in common)
     gone = {"swiglu": 6, "shared_modulation": 4, "own_conditions": 5}.get(next(iter(option)), 0)  # tensors that have another shape, or none
@@ -106,7 +106,7 @@ def test_an_option_leaves_the_other_weights_alone(option):
 
 def test_rules_have_their_laws():
     """Bounds and moments of a large matrix, to 5 standard errors; what is zero or one is so exactly."""
-    network = models.build("dit", seed=0, **{**MODERN, "width": 256, "shared_modulation": False})
+    network = registry.build("dit", seed=0, **{**MODERN, "width": 256, "shared_modulation": False})
     state = network.state_dict()
 
     def moments(x, std, kurtosis):

@@ -6,22 +6,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.inspect import main, options_of, parser
-from data.options import read_options
-from data.shards import Shards
-from data.summary import MARGIN, SIDE, contact_sheet, ratio_name, ratio_of
-from pipeline.recipe import load
+from condot.core.data_options import read_options
+from condot.data.inspect import main, options_of, parser
+from condot.data.prepare.report import MARGIN, SIDE, contact_sheet, ratio_name, ratio_of
+from condot.data.storage.shard_reader import Shards
+from condot.pipeline.config.parse import load
 
 
 @pytest.fixture(autouse=True)
 def briefly(monkeypatch):
-    monkeypatch.setattr("data.inspect.SECONDS", 0.05)
+    monkeypatch.setattr("condot.data.inspect.SECONDS", 0.05)
 
 
 def test_counts_and_first_batch_are_those_of_training(digits, tmp_path, capsys):
-    from data import build
-    from data.options import Options
-    from data.stream import Share
+    from condot.core.data_options import Options
+    from condot.data.loader.build import build
+    from condot.data.loader.stream import Share
 
     picture = tmp_path / "first.png"
     words = [str(digits), "--resolution", "8", "--channels", "1", "--seed", "3", "--batch_size", "8", "--output", str(picture), "--verify"]

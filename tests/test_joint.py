@@ -8,17 +8,17 @@ import torch
 from conftest import fit
 from diffusers import DiTPipeline, DiTTransformer2DModel
 
-import models
-import sample
-from models.convert import to_exported
-from pipeline.config import FlowConfig
-from pipeline.flow import PATHS, JointObjective, widen
-from pipeline.folder import open_folder
-from pipeline.generate import generate
-from pipeline.method import Method
-from pipeline.networks import DiTConfig, MMDiTConfig, UNetConfig, model_options
-from pipeline.sampler import Sampler
-from pipeline.source import network_source
+from condot.cli import sample
+from condot.models import registry
+from condot.models.convert import to_exported
+from condot.pipeline.config.model import DiTConfig, MMDiTConfig, UNetConfig, model_options
+from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.export.load import open_folder
+from condot.pipeline.flow import PATHS, JointObjective, widen
+from condot.pipeline.objectives.training_objective import Method
+from condot.pipeline.sampling.generate import generate
+from condot.pipeline.sampling.sampler import Sampler
+from condot.pipeline.sampling.source import network_source
 
 JOINT = FlowConfig(objective="joint", joint_balance=0.5)
 MEAN, STD = 0.3, 0.4
@@ -141,8 +141,8 @@ def test_every_network_gives_both_outputs(kind):
     small = {"patch_size": 2, "width": 32, "depth": 1, "heads": 2}
     text = {"text_width": 8, "pooled_width": 8}
     options = {"dit": {**small, "num_classes": 3}, "unet": {"block_channels": (32, 32), "num_classes": 3}}.get(kind, {**small, **text})
-    one, two = (models.build(kind, seed=0, channels=3, resolution=8, outputs=n, **options) for n in (1, 2))
-    condition = torch.tensor([0, 3]) if kind in ("dit", "unet") else models.condition.Text(torch.randn(2, 4, 8), None, torch.randn(2, 8))
+    one, two = (registry.build(kind, seed=0, channels=3, resolution=8, outputs=n, **options) for n in (1, 2))
+    condition = torch.tensor([0, 3]) if kind in ("dit", "unet") else registry.condition.Text(torch.randn(2, 4, 8), None, torch.randn(2, 8))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.7])
     assert one(x, t, condition).shape == x.shape and two(x, t, condition).shape == (2, 6, 8, 8)
     torch.manual_seed(0)

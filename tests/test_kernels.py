@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-import models
-from models import kernels
-from models.kernels import TanhGELU, attend, gelu_tanh, quicken
+from condot.models import registry
+from condot.models.common import kernels
+from condot.models.common.kernels import TanhGELU, attend, gelu_tanh, quicken
 
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Half a unit in the last place, relative, of a result; of float32 and float64 some more, for their steps round too."""
@@ -198,7 +198,7 @@ def test_networks_are_built_with_the_fast_form():
     """In place of each tanh-GELU and of nothing else; no weight has another name, and the output is the same to rounding."""
     text = {"text_width": 6, "pooled_width": 5}
     for kind, options, count in (("dit", {"num_classes": 3}, 2), ("mmdit", text, 3), ("cross_dit", text, 3)):
-        network = models.build(kind, **SMALL, **options, seed=0)
+        network = registry.build(kind, **SMALL, **options, seed=0)
         assert sum(type(module) is TanhGELU for module in network.modules()) == count
         assert not [module for module in network.modules() if type(module) is torch.nn.GELU]
     pair = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Sequential(torch.nn.GELU("tanh")))

@@ -10,10 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from test_prepare import contents, picture, refused
 
-from data.columns import Choice, choose, common_type
-from data.labels import class_of, label_of, names_of, natural, numbers_of
-from data.prepare import main
-from data.shards import Shards
+from condot.data.prepare.class_labels import class_of, label_of, names_of, natural, numbers_of
+from condot.data.prepare.command import main
+from condot.data.prepare.table_columns import Choice, choose, common_type
+from condot.data.storage.shard_reader import Shards
 
 GAP = float("nan")
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sampling import stream, worst_statistic
 
-from pipeline.flow import (
+from condot.pipeline.flow import (
     PATHS,
     VE,
     CondOT,
@@ -22,7 +22,7 @@ from pipeline.flow import (
     uniform_grid,
     widen,
 )
-from pipeline.flow.langevin import settling
+from condot.pipeline.flow.langevin import settling
 
 MIXTURE = oracles.three()
 FIELD = MIXTURE.field(oracles.condot)

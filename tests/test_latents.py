@@ -11,25 +11,24 @@ from conftest import fit
 from diffusers import AutoencoderKL, DiTPipeline
 from PIL import Image
 
-import models
-import sample
-import train
-from data import build as stream_of
-from data import encode
-from data.buckets import Windows
-from data.encoders import Autoencoder
-from data.options import Options
-from data.stream import Share, to_unit
-from pipeline.checkpoint import Store, load_state, load_tensors
-from pipeline.config import Config, DataConfig
-from pipeline.flow import Purpose, normal, uniform
-from pipeline.fold import check_export, stock_autoencoder
-from pipeline.folder import open_folder
-from pipeline.method import Method
-from pipeline.networks import model_options
-from pipeline.options import Export
-from pipeline.recipe import as_mapping, build, parse
-from pipeline.space import Space
+from condot.cli import sample, train
+from condot.core.data_options import Options
+from condot.data.encode import command
+from condot.data.encoders.autoencoder import Autoencoder
+from condot.data.loader.buckets import Windows
+from condot.data.loader.build import build as stream_of
+from condot.data.loader.stream import Share, to_unit
+from condot.models import registry
+from condot.pipeline.checkpoint.store import Store, load_state, load_tensors
+from condot.pipeline.config.model import model_options
+from condot.pipeline.config.parse import as_mapping, build, parse
+from condot.pipeline.config.schema import Config, DataConfig
+from condot.pipeline.export.autoencoder import check_export, stock_autoencoder
+from condot.pipeline.export.load import open_folder
+from condot.pipeline.flow import Purpose, normal, uniform
+from condot.pipeline.latent_space import Space
+from condot.pipeline.objectives.training_objective import Method
+from condot.pipeline.sampling.options import Export
 
 
 def losses(folder):
@@ -47,7 +46,7 @@ def parts(tmp_path_factory, one_thread):
     frozen.kl(folder / "vae")
     recipe = frozen.recipe(folder / "r.yaml", shards=folder / "images", autoencoder=folder / "vae", resolution=32, max_bad_share=0.2)
     words = ["--config", str(recipe), "--output", str(folder / "encoded"), "--batch_size=1", "--flips=both"]
-    assert encode.main(words) == 0
+    assert command.main(words) == 0
     return folder
 
 
@@ -116,7 +115,7 @@ def test_latents_of_several_shapes(parts, tmp_path, monkeypatch):
     """Each batch in its own shape, with noise of that shape; from the cache, which has one shape for each image, as online."""
     buckets = ("--data.aspect_ratios", "0.6667", "1", "1.5", "--data.bucket_step=8")
     recipe = ["--config", str(parts / "r.yaml"), "--output", str(tmp_path / "encoded"), "--flips=both", *buckets]
-    assert encode.main(recipe) == 0
+    assert command.main(recipe) == 0
     more = (*buckets, "--train.max_steps=16", "--train.batch_size=4", *FIXED, f"--data.encoded={tmp_path / 'encoded'}")
     shapes = set()
     draw = Space.draw
@@ -192,7 +191,7 @@ def test_what_reaches_the_loss_is_named_by_seed_step_and_place(parts, tmp_path, 
         lost = uniform(5, Purpose.CONDITION_DROP, step, places) < 0.5
         assert lost.any() and torch.equal(labels, torch.where(lost, 2, batch.labels))
         assert sizes.tolist() == [[*size, 32, 32] for size in batch.sizes.tolist()] and (batch.sizes[:, :2] != 32).any()
-    begun = models.build(seed=5, **model_options(trained.config.model, (4, 8, 8), 2)).state_dict()
+    begun = registry.build(seed=5, **model_options(trained.config.model, (4, 8, 8), 2)).state_dict()
     tensors = load_tensors(tmp_path / "run/checkpoint-2")
     for name, value in begun.items():
         torch.testing.assert_close(tensors[f"model.{name}"], value, rtol=0, atol=1e-20)
@@ -200,13 +199,13 @@ def test_what_reaches_the_loss_is_named_by_seed_step_and_place(parts, tmp_path, 
 
 def test_the_preview_tells_the_sizes_of_whole_images_in_pixels(parts, tmp_path, monkeypatch):
     """As `sample.py` does, not those of the latents."""
-    told, forward = [], models.DiT.forward
+    told, forward = [], registry.DiT.forward
 
     def spy(self, *given):
         told.extend([] if self.training else given[3].tolist())
         return forward(self, *given)
 
-    monkeypatch.setattr(models.DiT, "forward", spy)
+    monkeypatch.setattr(registry.DiT, "forward", spy)
     more = ("--model.micro_conditions=true", "--train.max_steps=1", "--log.sample_every=1", "--log.sample_steps=1")
     assert fit(parts / "images", tmp_path / "run", *words(parts, *FIXED, *more)) == 0
     assert told and all(row == [32, 32, 0, 0, 32, 32] for row in told)

@@ -16,11 +16,10 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT
 from torch.distributed import TCPStore
 
-from data import crew
-from pipeline import launch
-from pipeline.config import Config, DiTConfig, GuardConfig, TrainConfig
-from pipeline.launch import launcher, meeting
-from pipeline.process import processors
+from condot.core.process import processors
+from condot.data.prepare import worker_pool
+from condot.pipeline.config.schema import Config, DiTConfig, GuardConfig, TrainConfig
+from condot.pipeline.launch import distributed, launcher_env, rendezvous
 
 ACCELERATE = ROOT / "configs" / "accelerate"
 MEMBER = str(ROOT / "tests" / "member.py")
@@ -66,7 +65,7 @@ HYBRID = FSDP | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}
     ],
 )
 def test_a_launcher_that_contradicts_the_recipe_is_named(said, train, names):
-    (found,) = launcher.contradictions(recipe(**train), said)
+    (found,) = launcher_env.contradictions(recipe(**train), said)
     assert all(name in found for name in names) and "\n" not in found
 
 
@@ -89,14 +88,14 @@ def test_a_launcher_that_contradicts_the_recipe_is_named(said, train, names):
     ],
 )
 def test_a_launcher_that_agrees_is_heard(said, train):
-    assert launcher.contradictions(recipe(**train), said) == []
+    assert launcher_env.contradictions(recipe(**train), said) == []
 
 
 def test_every_contradiction_is_told_at_once(monkeypatch):
     for name, value in (FSDP | {"FSDP_VERSION": "1", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"ACCUMULATION_STEPS=3 .*; FSDP_VERSION=1"):
-        launch.enter(recipe())
+        distributed.enter(recipe())
 
 
 @pytest.mark.parametrize(
@@ -115,13 +114,13 @@ def test_sharding_is_the_recipes_or_as_launched_and_accelerate_forgets_it(monkey
     for name, value in (said | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "PARALLELISM_CONFIG_TP_SIZE": "1"}).items():
         monkeypatch.setenv(name, value)
     config = recipe(sharding=asked)
-    assert launch.sharding(config) == known
-    launcher.take_over()
+    assert distributed.sharding(config) == known
+    launcher_env.take_over()
     unsaid = ("FSDP_", "ACCELERATE_USE_FSDP", "ACCELERATE_DYNAMO_", "PARALLELISM_CONFIG_")
     assert not [name for name in os.environ if name.startswith(unsaid)]
-    assert launch.sharding(config) == known, "remembered once the variables are gone"
-    launcher.take_over()
-    assert launch.sharding(recipe()) == "none", "the next run in this process was launched without"
+    assert distributed.sharding(config) == known, "remembered once the variables are gone"
+    launcher_env.take_over()
+    assert distributed.sharding(recipe()) == "none", "the next run in this process was launched without"
 
 
 def test_precisions_that_the_hardware_lacks(monkeypatch):
@@ -129,27 +128,27 @@ def test_precisions_that_the_hardware_lacks(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for precision, rule in (("fp16", "Use bf16"), ("fp8", "this machine has no GPU")):
         with pytest.raises(ValueError, match=rule):
-            launch.check_precision(precision)
+            distributed.check_precision(precision)
         with pytest.raises(ValueError, match=rule):
-            launch.enter(recipe(mixed_precision=precision))
+            distributed.enter(recipe(mixed_precision=precision))
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
         with pytest.raises(ValueError, match=rule):
-            launch.enter(recipe())
+            distributed.enter(recipe())
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    monkeypatch.setattr(launch, "is_torchao_available", lambda: False)
-    launch.check_precision("fp16")
+    monkeypatch.setattr(distributed, "is_torchao_available", lambda: False)
+    distributed.check_precision("fp16")
     with pytest.raises(ValueError, match=r"A100 has 8\.0"):
-        launch.check_precision("fp8")
+        distributed.check_precision("fp8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
     with pytest.raises(ValueError, match="pip install torchao"):
-        launch.check_precision("fp8")
-    monkeypatch.setattr(launch, "is_torchao_available", lambda: True)
+        distributed.check_precision("fp8")
+    monkeypatch.setattr(distributed, "is_torchao_available", lambda: True)
     with pytest.raises(ValueError, match=r"train\.sharding=full"):
-        launch.check_precision("fp8", "full")
-    launch.check_precision("fp8")
+        distributed.check_precision("fp8", "full")
+    distributed.check_precision("fp8")
 
 
 def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
@@ -158,22 +157,22 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert launch._device() == torch.device("cuda", 3)
+    assert distributed._device() == torch.device("cuda", 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match=r"8 processes were started on a machine that shows 4 GPU.*start 4"):
-        launch._device()
+        distributed._device()
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # SLURM shows each task its own, as number 0
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert launch._device() == torch.device("cuda", 0)
+    assert distributed._device() == torch.device("cuda", 0)
 
 
 def test_ranks_that_see_other_data_are_named(monkeypatch):
     """Rank 1 of three; the first and the last see the same."""
-    monkeypatch.setattr(launch, "gather_object", lambda mine: [*mine, "b" * 64, *mine])
+    monkeypatch.setattr(distributed, "gather_object", lambda mine: [*mine, "b" * 64, *mine])
     with pytest.raises(ValueError, match=r"data.shards is a{12} on rank 0 and b{12} on rank 1"):
-        launch.agree("data.shards", "a" * 64)
-    monkeypatch.setattr(launch, "gather_object", lambda mine: mine * 3)
-    launch.agree("data.shards", "a" * 64)
+        distributed.agree("data.shards", "a" * 64)
+    monkeypatch.setattr(distributed, "gather_object", lambda mine: mine * 3)
+    distributed.agree("data.shards", "a" * 64)
 
 
 def test_processes_of_a_machine_share_its_processors(monkeypatch):
@@ -181,24 +180,24 @@ def test_processes_of_a_machine_share_its_processors(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
     for ranks, each in (("1", 8), ("3", 2), ("4", 2), ("16", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert launch._share() == each
+        assert distributed._share() == each
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    monkeypatch.setattr(launch, "_begin_group", lambda patience: None)
-    monkeypatch.setattr(launch, "PartialState", lambda cpu: SimpleNamespace(num_processes=1))
+    monkeypatch.setattr(distributed, "_begin_group", lambda patience: None)
+    monkeypatch.setattr(distributed, "PartialState", lambda cpu: SimpleNamespace(num_processes=1))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    launch.join()
+    distributed.join()
     assert taken == [], "alone: torch's own number"
-    launch.join(3)
+    distributed.join(3)
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    launch.join()
-    launch.join(5)
+    distributed.join()
+    distributed.join(5)
     assert taken == [3, 2, 5]
 
 
-@pytest.mark.parametrize("ask", [processors, crew.processors], ids=["pipeline", "data"])
+@pytest.mark.parametrize("ask", [processors, worker_pool.processors], ids=["pipeline", "data"])
 def test_processors_are_those_that_may_be_used_or_where_no_affinity_exists_all(ask, monkeypatch):
     """A Mac has no affinity, and Python there no function of the name; it may not know the number either."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
@@ -212,18 +211,18 @@ def test_processors_are_those_that_may_be_used_or_where_no_affinity_exists_all(a
 
 def test_torch_waits_longer_than_the_watch():
     """Else torch ends the run with its own words before the watch names the rank."""
-    assert launch._patience(0) == launch.A_MONTH
+    assert distributed._patience(0) == distributed.A_MONTH
     default = GuardConfig().hang_seconds
-    assert launch._patience(default).total_seconds() > 1.15 * default + 100
+    assert distributed._patience(default).total_seconds() > 1.15 * default + 100
 
 
 def test_tasks_of_srun_that_do_not_know_each_other(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     with pytest.raises(ValueError, match=r"SLURM_STEP_NUM_TASKS=4: .*docs/cluster.md"):
-        launch.check_launcher()
+        distributed.check_launcher()
     monkeypatch.setenv("WORLD_SIZE", "4")
-    launch.check_launcher()
+    distributed.check_launcher()
 
 
 # --- launch files
@@ -241,8 +240,10 @@ def test_launch_files_say_what_they_are_named(name, processes, nodes, known):
     assert args.multi_gpu or args.use_fsdp, "the branch of Accelerate that starts every process"
     assert (args.nproc_per_node, getattr(args, "nnodes", "1")) == (str(processes), str(nodes))
     said = {key: value for key, value in said.items() if key not in os.environ}
-    assert launcher.contradictions(recipe(), said) == [] == launcher.contradictions(recipe(mixed_precision="bf16", compile=True), said)
-    assert (launcher._said_sharding(said) or "none") == known
+    assert (
+        launcher_env.contradictions(recipe(), said) == [] == launcher_env.contradictions(recipe(mixed_precision="bf16", compile=True), said)
+    )
+    assert (launcher_env._said_sharding(said) or "none") == known
 
 
 # --- the meeting
@@ -263,7 +264,7 @@ def attempt(server, ranks, world, seconds=10.0):
         patience = timedelta(seconds=seconds)
         try:
             call = (store, world, patience, "here")
-            found[rank] = meeting._receive(*call) if rank == 0 else meeting._arrive(store, rank, world, patience, "here")
+            found[rank] = rendezvous._receive(*call) if rank == 0 else rendezvous._arrive(store, rank, world, patience, "here")
         except ValueError as error:
             found[rank] = error
 
@@ -335,10 +336,10 @@ def test_a_port_that_is_taken_and_one_where_nobody_is(monkeypatch):
         with pytest.raises(
             ValueError, match=rf"MASTER_PORT={port}: rank 0 of 2 could not meet the others there \(.*in use.*give another port"
         ):
-            meeting.meet(timedelta(seconds=1))
+            rendezvous.meet(timedelta(seconds=1))
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ValueError, match=rf"MASTER_PORT={port}: rank 1 of 2 .*is rank 0 started"):
-        meeting.meet(timedelta(seconds=1))
+        rendezvous.meet(timedelta(seconds=1))
 
 
 # --- on several processes

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.flow import (
+from condot.pipeline.flow import (
     VE,
     CondOT,
     Discrete,

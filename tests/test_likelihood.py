@@ -6,8 +6,7 @@ import oracles
 import pytest
 import torch
 
-from pipeline.density import bits
-from pipeline.flow import (
+from condot.pipeline.flow import (
     PATHS,
     CondOT,
     Purpose,
@@ -28,7 +27,8 @@ from pipeline.flow import (
     velocity_field,
     widen,
 )
-from pipeline.source import Source
+from condot.pipeline.sampling.likelihood import bits
+from condot.pipeline.sampling.source import Source
 
 MIXTURE = oracles.three()
 FIELD = MIXTURE.field(oracles.condot)

@@ -7,7 +7,7 @@ import oracles
 import pytest
 import torch
 
-from pipeline.flow import (
+from condot.pipeline.flow import (
     CondOT,
     Cosine,
     coefficient,
@@ -18,7 +18,7 @@ from pipeline.flow import (
     trajectory_log_prob,
     uniform_grid,
 )
-from pipeline.flow.sde import euler_plan, exponential_plan
+from condot.pipeline.flow.sde import euler_plan, exponential_plan
 
 DRAW = torch.Generator().manual_seed(2)
 X, MEAN = (torch.randn(3, 2, 5, generator=DRAW, dtype=torch.float64) for _ in range(2))

@@ -7,9 +7,9 @@ import torch
 from stocks import inputs, shake
 from torch import nn
 
-import models
-from models.convert import to_stock
-from models.lora import LAYERS, add_lora, merge_lora
+from condot.models import registry
+from condot.models.convert import to_stock
+from condot.models.lora import LAYERS, add_lora, merge_lora
 
 KINDS = {
     "dit": {"kind": "dit", "num_classes": 5, "patch_size": 2, "width": 48, "depth": 2, "heads": 4},
@@ -35,7 +35,7 @@ COUNTS = {
 
 
 def network(name, seed=0):
-    return shake(models.build(**KINDS[name], channels=3, resolution=8, seed=seed))
+    return shake(registry.build(**KINDS[name], channels=3, resolution=8, seed=seed))
 
 
 def groups(name):
@@ -139,4 +139,4 @@ def test_without_peft_the_error_says_what_to_install(monkeypatch):
 
 
 def test_every_kind_has_its_table():
-    assert set(LAYERS) == set(models.KINDS.values())
+    assert set(LAYERS) == set(registry.KINDS.values())

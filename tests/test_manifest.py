@@ -10,15 +10,16 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from data import manifest as reading
-from data import shardlist, source
-from data.index import NO_LABEL, RECORD, sha256
-from data.manifest import VERSION, Manifest, Tally, parse_manifest, write_manifest
-from data.order import Order, permutation
-from data.shardlist import Shard, ShardList
-from data.shards import Shards
-from data.source import LocalFolder
-from data.survey import Listed
+from condot.data.format import manifest as reading
+from condot.data.format import shard_table
+from condot.data.format.index import NO_LABEL, RECORD, sha256
+from condot.data.format.manifest import VERSION, Manifest, Tally, parse_manifest, write_manifest
+from condot.data.format.shard_table import Shard, ShardList
+from condot.data.loader.shuffle import Order, permutation
+from condot.data.loader.survey import Listed
+from condot.data.storage import local
+from condot.data.storage.local import LocalFolder
+from condot.data.storage.shard_reader import Shards
 
 NAMES = ("train-{}.tar", "späte Ernte {}.tar", "日本-{}", '"{}\\".tar', "a\n b{},\t.tar", "\ud800{}.tar", "{}\x00", "", "{} ]\n}}\n")
 
@@ -82,7 +83,7 @@ def old_fingerprint(shards):
 def few_at_once(monkeypatch):
     """Small pieces, so that few shards have many."""
     monkeypatch.setattr(reading, "READ_BYTES", 600)
-    for module in (shardlist, reading, source):
+    for module in (shard_table, reading, local):
         monkeypatch.setattr(module, "AT_ONCE", 3)
 
 

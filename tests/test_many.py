@@ -17,20 +17,20 @@ from conftest import ROOT, launch
 from PIL import Image, ImageSequence
 from test_methods import gaussian_source
 
-import sample
-from data.made import MadeShards
-from data.reading import read_captions, read_images
-from data.shards import Shards
-from pipeline.asked import Asked, asked
-from pipeline.draw import draw_folder, draw_picture
-from pipeline.flow import Purpose, normal
-from pipeline.generate import generate
-from pipeline.many import Files, fill, runs, units
-from pipeline.options import Images
-from pipeline.process import Stopper
-from pipeline.recipe import parse
-from pipeline.sampler import Sampler
-from pipeline.sheet import grid, picture
+from condot.cli import sample
+from condot.core.process import Stopper
+from condot.data.loader.read_samples import read_captions, read_images
+from condot.data.prepare.generated import MadeShards
+from condot.data.storage.shard_reader import Shards
+from condot.pipeline.config.parse import parse
+from condot.pipeline.flow import Purpose, normal
+from condot.pipeline.sampling.bulk import Files, fill, runs, units
+from condot.pipeline.sampling.generate import generate
+from condot.pipeline.sampling.image_grid import grid, picture
+from condot.pipeline.sampling.images import draw_folder, draw_picture
+from condot.pipeline.sampling.options import Images
+from condot.pipeline.sampling.requests import Asked, asked
+from condot.pipeline.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,7 +105,7 @@ def test_an_image_is_the_same_whoever_draws_it(ask, tmp_path, capsys, solver):
 
 def test_one_picture_is_the_work_of_one_process(ask, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("pipeline.process.leave_group", lambda status: None)
+    monkeypatch.setattr("condot.core.process.leave_group", lambda status: None)
     assert "is the work of one process, and 2 were started" in run(capsys, *ask, "--output", tmp_path / "a.png")[2]
     assert "evaluate is the work of one process" in run(capsys, "evaluate", *ask[:2])[2]
 
@@ -226,7 +226,7 @@ def test_a_folder_of_others_is_left_alone_and_one_that_never_began_is_not(ask, t
 
 
 def test_two_commands_do_not_fill_one_folder(ask, tmp_path, capsys):
-    from pipeline.launch import lock
+    from condot.pipeline.launch.distributed import lock
 
     with closing(lock(tmp_path / "a", "--output")):
         assert f"--output={str(tmp_path / 'a')!r} is in use by another run" in run(capsys, *ask, "--output", tmp_path / "a")[2]

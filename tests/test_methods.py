@@ -7,13 +7,13 @@ import pytest
 import torch
 from conftest import fit
 
-import sample
-from pipeline.config import FlowConfig
-from pipeline.flow import PATHS, WEIGHTINGS, support
-from pipeline.generate import generate
-from pipeline.method import Draws, Method
-from pipeline.sampler import Sampler
-from pipeline.source import Source
+from condot.cli import sample
+from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.flow import PATHS, WEIGHTINGS, support
+from condot.pipeline.objectives.training_objective import Draws, Method
+from condot.pipeline.sampling.generate import generate
+from condot.pipeline.sampling.sampler import Sampler
+from condot.pipeline.sampling.source import Source
 
 PREDICTIONS = ("velocity", "noise", "data", "score", "v")
 LAWS = ("uniform", "logit_normal", "mode", "cosmap", "log_normal_sigma", "discrete")
@@ -109,7 +109,7 @@ def test_every_combination_has_finite_losses_and_gradients(path, predict):
 
 def gaussian_source(path, predict):
     """The exact predictions for data N(m, s^2) as a network, through the same doors as a trained one."""
-    from pipeline.flow import convert, velocity_field, widen
+    from condot.pipeline.flow import convert, velocity_field, widen
 
     mean, std = 0.3, 0.4
     p = PATHS[path]()

@@ -15,14 +15,14 @@ from diffusers import DiTPipeline, DiTTransformer2DModel, PixArtTransformer2DMod
 from safetensors.torch import load_file, save_file
 from stocks import inputs, shake
 
-import models
-from models.condition import noise_clock
-from models.convert import OWN, code_of, from_exported, to_exported, to_stock, unheld
-from models.interface import text_of, time_of
-from pipeline.config import FlowConfig
-from pipeline.identity import identity_autoencoder
-from pipeline.standing import ALLOWED, standing_alone
-from pipeline.stock import scheduler_of
+from condot.models import registry
+from condot.models.common.conditioning import noise_clock
+from condot.models.common.diffusers_inputs import text_of, time_of
+from condot.models.convert import OWN, code_of, from_exported, to_exported, to_stock, unheld
+from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.export.bundle import ALLOWED, standing_alone
+from condot.pipeline.export.identity_autoencoder import identity_autoencoder
+from condot.pipeline.export.scheduler_map import scheduler_of
 
 DIT = {"kind": "dit", "channels": 3, "resolution": 8, "num_classes": 5, "patch_size": 2, "width": 48, "depth": 2, "heads": 4}
 TEXT = {
@@ -59,7 +59,7 @@ TIMES = torch.tensor([0.0, 0.25, 0.625, 1.0])
 
 
 def network(name):
-    return shake(models.build(**CASES[name], seed=0))
+    return shake(registry.build(**CASES[name], seed=0))
 
 
 def given(name, rectangular=False):
@@ -143,7 +143,7 @@ def test_whether_a_stock_class_holds_it_is_said_with_the_reason():
         ({**CROSS, "qk_norm": True}, True, OWN["CondotCrossDiT"], "model.qk_norm=True: PixArtTransformer2DModel has no place"),
     ]
     for options, masked, kind, reason in cases:
-        ours = models.build(**options, seed=0)
+        ours = registry.build(**options, seed=0)
         assert unheld(ours, masked).startswith(reason) and bool(unheld(ours, masked)) == bool(reason)
         exported = to_exported(ours, -1.0, masked)
         assert type(exported) is kind and (code_of(exported) is None) == (not reason)
@@ -162,7 +162,7 @@ LABELLED = {"kind": "unet", "channels": 3, "resolution": 8, "num_classes": 5, "b
 
 
 def test_a_network_on_meta_is_converted_without_values():
-    exported = to_exported(models.build(**EVERYTHING, device="meta"), -1.0)
+    exported = to_exported(registry.build(**EVERYTHING, device="meta"), -1.0)
     assert all(parameter.is_meta for parameter in exported.parameters())
 
 
@@ -313,9 +313,9 @@ def test_gradient_checkpointing_is_switched_as_diffusers_does(monkeypatch, name)
     assert exported.is_gradient_checkpointing and all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-FILES = [*(ROOT / f"models/{file}.py" for file in ("modeling_dit_v1", "modeling_mmdit_v1", "modeling_cross_dit_v1")),
-         *(ROOT / f"pipeline/{file}.py" for file in ("scheduling_flow_ode_v1", "scheduling_flow_sde_v1")),
-         *(ROOT / f"pipeline/{file}.py" for file in ("scheduling_flow_ode_v2", "scheduling_flow_sde_v2"))]  # fmt: skip
+FILES = [*(ROOT / f"models/{kind}/modeling_{kind}_v1.py" for kind in ("dit", "mmdit", "cross_dit")),
+         *(ROOT / f"pipeline/export/runtime/{file}.py" for file in ("scheduling_flow_ode_v1", "scheduling_flow_sde_v1")),
+         *(ROOT / f"pipeline/export/runtime/{file}.py" for file in ("scheduling_flow_ode_v2", "scheduling_flow_sde_v2"))]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
@@ -347,7 +347,7 @@ def test_names_of_files_carry_a_version_and_are_no_pipelines_of_diffusers():
     import diffusers.pipelines
 
     for name, kind in OWN.items():
-        path = ROOT / "models" / f"{kind.__module__.rpartition('.')[2]}.py"
+        path = ROOT / f"{kind.__module__.removeprefix('condot.').replace('.', '/')}.py"
         assert path.is_file() and path.stem.rpartition("_v")[2].isdigit() and not hasattr(diffusers.pipelines, path.stem)
         assert f"class {name}(" in path.read_text()
         with torch.device("meta"):
@@ -357,7 +357,7 @@ def test_names_of_files_carry_a_version_and_are_no_pipelines_of_diffusers():
 
 def write_export(folder, name, seed=0):
     """A DiTPipeline with a network of ours and its code; beside them a question and its answer."""
-    ours = shake(models.build(**CASES[name], seed=seed), seed)
+    ours = shake(registry.build(**CASES[name], seed=seed), seed)
     exported = to_exported(ours, -1.0, masked=True)
     DiTPipeline(transformer=exported, vae=identity_autoencoder(3, 8), scheduler=scheduler_of(FlowConfig())).save_pretrained(folder)
     code = code_of(exported)

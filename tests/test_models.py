@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 
-import models
-from models.condition import FREQUENCIES, noise_clock, sinusoids
-from models.convert import STOCK_NULL, dit_from_stock, to_stock
-from models.dit import DiT
-from models.layers import patches, sincos_positions, unpatch
+from condot.models import registry
+from condot.models.common.conditioning import FREQUENCIES, noise_clock, sinusoids
+from condot.models.common.layers import patches, sincos_positions, unpatch
+from condot.models.convert import STOCK_NULL, dit_from_stock, to_stock
+from condot.models.dit.model import DiT
 
 DIT = {"kind": "dit", "channels": 3, "resolution": 12, "num_classes": 7, "patch_size": 2, "width": 48, "depth": 3, "heads": 4}
 UNET = {
@@ -20,7 +20,7 @@ UNET = {
 def shaken(options, seed=0, dtype=torch.float32):
     """A network without a zero weight, so that every part shows in its output."""
     torch.manual_seed(seed)
-    model = models.build(**options).to(dtype).eval()
+    model = registry.build(**options).to(dtype).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -130,7 +130,7 @@ def test_times_are_told_apart():
 @pytest.mark.parametrize("options", [DIT, UNET])
 def test_a_network_starts_at_zero_and_learns(options):
     torch.manual_seed(0)
-    model = models.build(**options)
+    model = registry.build(**options)
     x, t, labels = inputs(options)
     assert model(x, t, labels).abs().max() == 0
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
@@ -162,7 +162,7 @@ def test_the_null_class_is_a_class_of_its_own():
 )
 def test_sizes_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
-        models.build(**{**DIT, **change})
+        registry.build(**{**DIT, **change})
 
 
 @pytest.mark.parametrize(
@@ -176,9 +176,9 @@ def test_sizes_that_do_not_fit(change, message):
 )
 def test_unet_sizes_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
-        models.build(**{**UNET, **change})
+        registry.build(**{**UNET, **change})
 
 
 def test_more_classes_than_the_stock_pipeline_can_tell():
     with pytest.raises(ValueError, match="at most 1000"):
-        to_stock(models.build(**{**DIT, "num_classes": 1001, "depth": 1}), 1.0)
+        to_stock(registry.build(**{**DIT, "num_classes": 1001, "depth": 1}), 1.0)

@@ -5,9 +5,9 @@ import tarfile
 
 import pytest
 
-from data.options import Options
-from data.prepare import main
-from pipeline.config import Config
+from condot.core.data_options import Options
+from condot.data.prepare.command import main
+from condot.pipeline.config.schema import Config
 from tests.shardmaker import png
 
 URL = "https://ann:5ECRET@host/x?sig=5ECRET"

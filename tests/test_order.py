@@ -6,7 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.order import SLOTS, Mixture, Order, key_at, keys, permutation, share_at
+from condot.data.loader.shuffle import SLOTS, Mixture, Order, key_at, keys, permutation, share_at
 
 
 @pytest.mark.parametrize("counts", [[1], [40], [5, 1, 0, 7, 3], [1] * 40, [100, 2, 50]])

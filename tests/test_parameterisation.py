@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 
-from pipeline.flow import (
+from condot.pipeline.flow import (
     PATHS,
     PREDICTIONS,
     CondOT,
@@ -20,7 +20,7 @@ from pipeline.flow import (
     velocity_field,
     widen,
 )
-from pipeline.flow import denoise as finish
+from condot.pipeline.flow import denoise as finish
 
 PAIRS = list(itertools.product(PREDICTIONS, PREDICTIONS))
 

@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 
-from pipeline.flow import (
+from condot.pipeline.flow import (
     DDPM,
     EDM,
     PATHS,

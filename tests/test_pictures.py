@@ -6,9 +6,9 @@ import oracles
 import pytest
 import torch
 
-from pipeline.flow import PREDICTIONS
-from pipeline.pictures import scenes
-from pipeline.pictures.table import worst_errors
+from condot.pipeline.flow import PREDICTIONS
+from docs.figures import scenes
+from docs.figures.table import worst_errors
 
 
 def test_checkerboard_is_uniform_on_the_dark_squares():
@@ -43,7 +43,7 @@ def test_rounding_is_bounded_and_autocast_is_not_felt(name):
 
 def test_charts_are_drawn(tmp_path):
     pytest.importorskip("matplotlib")
-    from pipeline.pictures import charts
+    from docs.figures import charts
 
     charts.schedules(tmp_path)
     assert (tmp_path / "paths.png").stat().st_size > 20_000
@@ -51,8 +51,8 @@ def test_charts_are_drawn(tmp_path):
 
 def test_a_small_network_learns_the_moons():
     """200 steps, two seconds: samples of the ODE lie nearer to the moons than noise does, by a factor of three."""
-    from pipeline.flow import heun, normal, uniform_grid
-    from pipeline.flow.random import Purpose
+    from condot.pipeline.flow import heun, normal, uniform_grid
+    from condot.pipeline.flow.random import Purpose
 
     model = scenes.train(scenes.moons, 200, batch=512)
     start = normal(0, Purpose.INITIAL, 0, torch.arange(500), (2,))

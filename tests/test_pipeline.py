@@ -7,18 +7,18 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
-from data.text_encoders import read_text_encoder
-from data.words import Words
-from pipeline import inputs_v2
-from pipeline.captions_v1 import Captions, joined
-from pipeline.choice import _text_parts
-from pipeline.flow import ODE_SOLVERS, guide
-from pipeline.folder import _pipeline, pipeline_source
-from pipeline.guidance_v2 import Guidance
-from pipeline.pipeline_condot_v1 import NO_CLASS
-from pipeline.pipeline_condot_v2 import CondotPipeline
-from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
-from pipeline.scheduling_flow_sde_v1 import FlowSDEScheduler
+from condot.data.encoders.text import read_text_encoder
+from condot.data.loader.text_conditioner import Words
+from condot.pipeline.export.load import _pipeline, pipeline_source
+from condot.pipeline.export.pipeline_class import _text_parts
+from condot.pipeline.export.runtime import inputs_v2
+from condot.pipeline.export.runtime.captions_v1 import Captions, joined
+from condot.pipeline.export.runtime.guidance_v2 import Guidance
+from condot.pipeline.export.runtime.pipeline_condot_v1 import NO_CLASS
+from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
+from condot.pipeline.export.runtime.scheduling_flow_ode_v1 import FlowODEScheduler
+from condot.pipeline.export.runtime.scheduling_flow_sde_v1 import FlowSDEScheduler
+from condot.pipeline.flow import ODE_SOLVERS, guide
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from diffusers import (
 )
 from exact import ExactNetwork, quantiles
 
-from pipeline.identity import identity_autoencoder
-from pipeline.pipeline_condot_v2 import NO_CLASS, CondotPipeline
+from condot.pipeline.export.identity_autoencoder import identity_autoencoder
+from condot.pipeline.export.runtime.pipeline_condot_v2 import NO_CLASS, CondotPipeline
 
 
 def pipe_of(**more):

@@ -15,21 +15,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-import models
-import train
-from data.encoders import Autoencoder
-from data.options import Options
-from data.survey import survey
-from models.cost import cost, example
-from models.memory import Footprint, Ledger, at_work, foretell, measured, units
-from pipeline import plan
-from pipeline.checkpoint import Store, load_tensors
-from pipeline.config import ALIASES, Config
-from pipeline.plan import Sizes, World
-from pipeline.plan.case import Case
-from pipeline.plan.dry_run import free
-from pipeline.plan.mistakes import Mistakes
-from pipeline.recipe import as_mapping, asked, parse, parse_all
+from condot.cli import train
+from condot.core.data_options import Options
+from condot.data.encoders.autoencoder import Autoencoder
+from condot.data.loader.survey import survey
+from condot.models import registry
+from condot.models.cost import cost, example
+from condot.models.memory import Footprint, Ledger, at_work, foretell, measured, units
+from condot.pipeline.checkpoint.store import Store, load_tensors
+from condot.pipeline.config.parse import as_mapping, asked, parse, parse_all
+from condot.pipeline.config.schema import ALIASES, Config
+from condot.pipeline.dry_run import estimate
+from condot.pipeline.dry_run.error_collector import Mistakes
+from condot.pipeline.dry_run.estimate import Sizes, World
+from condot.pipeline.dry_run.report import free
+from condot.pipeline.dry_run.resolved_recipe import Case
 
 TEXT = {"tokens": 16, "text_width": 48, "pooled_width": 32}
 SMALL = {"channels": 4, "resolution": 16}
@@ -66,8 +66,8 @@ def test_what_is_foretold_is_what_the_allocator_gives(name, again, precision):
     """The peak of a step, on fake tensors and from torch's profiler: within 15 %, as docs/dry_run.md claims."""
     kind, options, text = NETWORKS[name]
     options, step = {**options, "gradient_checkpointing": again}, step_of(8, text)
-    foretold = foretell(lambda: models.build(kind, device="meta", **options), step, precision, "cpu").peak
-    found = measured(models.build(kind, seed=0, **options), step, precision)
+    foretold = foretell(lambda: registry.build(kind, device="meta", **options), step, precision, "cpu").peak
+    found = measured(registry.build(kind, seed=0, **options), step, precision)
     assert foretold == pytest.approx(found, rel=0.15), f"foretold {foretold:,}, measured {found:,}"
 
 
@@ -80,11 +80,11 @@ def test_columns_of_convolutions_that_onednn_leaves_are_foretold(again, precisio
     options, step = {**options, "gradient_checkpointing": again}, step_of(8, text)
 
     def foretold(device):
-        return foretell(lambda: models.build(kind, device="meta", **options), step, precision, device).peak
+        return foretell(lambda: registry.build(kind, device="meta", **options), step, precision, device).peak
 
     on_gpu = foretold("gpu")
     with torch.backends.mkldnn.flags(enabled=False):
-        left, found = foretold("cpu"), measured(models.build(kind, seed=0, **options), step, precision)
+        left, found = foretold("cpu"), measured(registry.build(kind, seed=0, **options), step, precision)
         assert foretold("gpu") == on_gpu
     assert left == pytest.approx(found, rel=0.05), f"foretold {left:,}, measured {found:,}"
 
@@ -150,8 +150,8 @@ def test_the_ledger_in_closed_form():
 def test_half_precision_copies_every_matrix_once():
     """Autocast keeps a bf16 copy of each weight that a product takes; of the matrices here, and their biases, all but the class table."""
     kind, options, _ = NETWORKS["dit"]
-    found = foretell(lambda: models.build(kind, device="meta", **options), step_of(2, {}), "bf16", "gpu")
-    network = models.build(kind, device="meta", **options)
+    found = foretell(lambda: registry.build(kind, device="meta", **options), step_of(2, {}), "bf16", "gpu")
+    network = registry.build(kind, device="meta", **options)
     taken = sum(p.numel() for m in network.modules() if isinstance(m, nn.Linear) for p in m.parameters())
     assert found.copies == 2 * taken
 
@@ -162,12 +162,12 @@ def test_autocast_of_a_gpu_widens_norms_in_both_passes(name):
     kind, options, _ = NETWORKS[name]
     once, again = ({**options, "gradient_checkpointing": flag} for flag in (False, True))
     kept = {
-        device: foretell(lambda: models.build(kind, device="meta", **once), step_of(4, {}), "bf16", device).kept
+        device: foretell(lambda: registry.build(kind, device="meta", **once), step_of(4, {}), "bf16", device).kept
         for device in ("cpu", "gpu")
     }
     if name == "unet":  # of the transformer, CPUs keep the derivative of GELU besides
         assert kept["gpu"] > 1.3 * kept["cpu"]
-    assert foretell(lambda: models.build(kind, device="meta", **again), step_of(4, {}), "bf16", "gpu").kept < kept["gpu"] / 1.5
+    assert foretell(lambda: registry.build(kind, device="meta", **again), step_of(4, {}), "bf16", "gpu").kept < kept["gpu"] / 1.5
 
 
 def test_memory_grows_by_the_block_and_by_the_image():
@@ -175,7 +175,7 @@ def test_memory_grows_by_the_block_and_by_the_image():
     kind, options, _ = NETWORKS["modern"]
 
     def kept(depth, images):
-        return foretell(lambda: models.build(kind, device="meta", **{**options, "depth": depth}), step_of(images, {}), "no", "gpu").kept
+        return foretell(lambda: registry.build(kind, device="meta", **{**options, "depth": depth}), step_of(images, {}), "no", "gpu").kept
 
     assert kept(6, 2) - kept(4, 2) == 2 * (kept(3, 2) - kept(2, 2))
     assert kept(2, 8) - kept(2, 4) == 2 * (kept(2, 4) - kept(2, 2))
@@ -185,10 +185,10 @@ def test_a_large_network_is_planned_without_its_memory():
     """DiT-XL/2: 675 M weights (2.7 GB) and 118.6 G multiply-adds as published (Peebles and Xie, table 1)."""
     options = {"preset": "XL/2", "channels": 4, "resolution": 32, "num_classes": 1000, "gradient_checkpointing": True}
     before = int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) / 1024
-    network = models.build("dit", device="meta", **options)
+    network = registry.build("dit", device="meta", **options)
     parameters, products = cost(network, (4, 32, 32))
     assert parameters == pytest.approx(675e6, rel=2e-3) and products == pytest.approx(118.64e9, rel=2e-3)
-    found = foretell(lambda: models.build("dit", device="meta", **options), step_of(32, {}, (4, 32, 32)), "bf16", "gpu")
+    found = foretell(lambda: registry.build("dit", device="meta", **options), step_of(32, {}, (4, 32, 32)), "bf16", "gpu")
     after = int(open("/proc/self/status").read().split("VmRSS:")[1].split()[0]) / 1024
     assert 28 * 32 * 256 * 1152 * 4 < found.kept < 1.2 * 28 * 32 * 256 * 1152 * 4, "what goes into each block, float32"
     assert after - before < 500, "MiB"
@@ -201,8 +201,8 @@ def test_a_large_network_is_planned_without_its_memory():
 def test_on_a_gpu_it_is_what_cuda_allocates(name, again, precision):
     kind, options, text = NETWORKS[name]
     options = {**options, "gradient_checkpointing": again, **({"width": 384, "heads": 6} if "width" in options else {})}
-    foretold = foretell(lambda: models.build(kind, device="meta", **options), step_of(64, text), precision, "gpu").peak
-    network = models.build(kind, seed=0, **options).cuda()
+    foretold = foretell(lambda: registry.build(kind, device="meta", **options), step_of(64, text), precision, "gpu").peak
+    network = registry.build(kind, seed=0, **options).cuda()
     step = step_of(64, text)
 
     def model(*given):
@@ -256,10 +256,10 @@ def test_adapters_are_all_that_has_gradients_and_moments():
     pytest.importorskip("peft")
     words = [*SHAPE, "--train.lora_rank=2", "--train.lora_alpha=2"]
     case = Case(parse(Config, words), train.ROOMS, Mistakes())
-    held = plan.held(case.sizes, case.config, case.world, half=False)
+    held = estimate.held(case.sizes, case.config, case.world, half=False)
     layers = 2 * (2 * (32 + 96) + 2 * (32 + 32))  # of two blocks: qkv and out, each a matrix in and one back
     assert held["gradients"] == 4 * layers and held["optimiser"] == 8 * layers
-    assert held["weights"] == 4 * (plan.numbers(Case(parse(Config, [*SHAPE]), train.ROOMS, Mistakes()).sizes.weights) + layers)
+    assert held["weights"] == 4 * (estimate.numbers(Case(parse(Config, [*SHAPE]), train.ROOMS, Mistakes()).sizes.weights) + layers)
 
 
 # --- what a rank holds, and what is written
@@ -281,17 +281,17 @@ def test_shares_are_those_of_fsdp2(many_ranks):
     from torch.distributed.fsdp import fully_shard
 
     kind, options, _ = NETWORKS["dit"]
-    network = models.build(kind, device="meta", **{**options, "width": 100, "heads": 5})
+    network = registry.build(kind, device="meta", **{**options, "width": 100, "heads": 5})
     shapes = [tuple(weight.shape) for weight in network.parameters()]
     for block in network.blocks:
         fully_shard(block, mesh=torch.distributed.init_device_mesh("cpu", (many_ranks,)))
     fully_shard(network, mesh=torch.distributed.init_device_mesh("cpu", (many_ranks,)))
-    assert plan.numbers(shapes, many_ranks) == sum(weight.to_local().numel() for weight in network.parameters())
+    assert estimate.numbers(shapes, many_ranks) == sum(weight.to_local().numel() for weight in network.parameters())
 
 
 def test_units_hold_every_weight_once():
     for kind, options, _ in NETWORKS.values():
-        network = models.build(kind, device="meta", **options)
+        network = registry.build(kind, device="meta", **options)
         found = sorted(shape for unit in units(network) for shape in unit)
         assert found == sorted(tuple(weight.shape) for weight in network.parameters())
         assert len(units(network)) > 3
@@ -301,33 +301,33 @@ def test_parts_in_closed_form():
     """Two blocks of 6 x 10, and a vector; three averages; on one rank, on four, and on machines of two."""
     sizes = Sizes([(6, 10), (6, 10), (7,)], [(6, 10), (6, 10), (7,)], [[(6, 10)], [(6, 10)], [(7,)]], 127)
     config = parse(Config, ["--ema.halflife", "1000", "2000", "--ema.power", "0.05"])
-    one = plan.held(sizes, config, World.of("none", 4, 2), half=True)
+    one = estimate.held(sizes, config, World.of("none", 4, 2), half=True)
     assert one == {"weights": 508, "gradients": 508, "optimiser": 1016, "averages": 3 * 508}
-    four = plan.held(sizes, config, World.of("full", 4, 2), half=True)
+    four = estimate.held(sizes, config, World.of("full", 4, 2), half=True)
     share = 4 * (2 * 2 * 10 + 2)
     assert four == {"weights": share, "gradients": share, "optimiser": 2 * share, "averages": 3 * share, "gathered": four["gathered"]}
     assert four["gathered"] == 2 * (7 + 2 * 60) + (2 + 4) * 60
-    assert plan.held(sizes, config, World.of("hybrid", 4, 2), half=True)["weights"] == 4 * (2 * 3 * 10 + 4)
-    assert plan.checkpoint(sizes, config) == 4 * (127 * 4 + 2 * 127 + 3)
-    assert plan.snapshots(sizes, config) == (64, 4 * 127)
-    assert plan.averages(replace(config, ema=replace(config.ema, enabled=False))) == 2, "the weights themselves, and the power average"
+    assert estimate.held(sizes, config, World.of("hybrid", 4, 2), half=True)["weights"] == 4 * (2 * 3 * 10 + 4)
+    assert estimate.checkpoint(sizes, config) == 4 * (127 * 4 + 2 * 127 + 3)
+    assert estimate.snapshots(sizes, config) == (64, 4 * 127)
+    assert estimate.averages(replace(config, ema=replace(config.ema, enabled=False))) == 2, "the weights themselves, and the power average"
     lora = sizes._replace(trained=[(7,)])
-    assert plan.held(lora, config, World.of("none", 4, 2), half=True)["averages"] == 508 + 2 * 28
+    assert estimate.held(lora, config, World.of("none", 4, 2), half=True)["averages"] == 508 + 2 * 28
 
 
 def test_a_checkpoint_is_as_large_as_foretold(trained):
     """All tensors of a run's checkpoint, byte for byte; its files are larger by their headers."""
     folder = Store(trained, 1).latest()
     config = parse(Config, ["--config", str(trained / "config.yaml")])
-    foretold = plan.checkpoint(Case(config, train.ROOMS, Mistakes()).sizes, config)
+    foretold = estimate.checkpoint(Case(config, train.ROOMS, Mistakes()).sizes, config)
     assert foretold == sum(tensor.nbytes for tensor in load_tensors(folder).values())
 
 
 def test_hours_and_epochs_are_arithmetic():
     config = parse(Config, ["--plan.images_per_second=50", "--plan.cost_per_hour=2", "--train.max_steps=3600", "--train.batch_size=200"])
-    (line,) = plan.price(config, 4)
+    (line,) = estimate.price(config, 4)
     assert "720,000 images" in line and ": 1 hours, 4 of one rank's; 8.00 at 2 an hour" in line
-    first, second, third = plan.reading([300, 500, 100], config, 4)
+    first, second, third = estimate.reading([300, 500, 100], config, 4)
     assert first == "900 images in 3 shards of 100 to 500 images" and second == "225 images and 0.75 shards a rank and epoch"
     assert third == "4.5 steps an epoch, 800 epochs in 3,600 steps"
 
@@ -336,7 +336,7 @@ def test_hours_and_epochs_are_arithmetic():
     ("number", "said"), [(999.4e6, "999 MB"), (999.6e6, "1 GB"), (1234, "1.23 kB"), (0, "0 B"), (345e9, "345 GB"), (2.5e15, "2,500 TB")]
 )
 def test_sizes_are_said_in_three_digits(number, said):
-    assert plan.size(number) == said
+    assert estimate.size(number) == said
 
 
 def test_memory_left_where_the_system_does_not_say(monkeypatch):

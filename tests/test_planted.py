@@ -13,17 +13,18 @@ import torch
 from conftest import ROOT
 from shardmaker import make, png, samples
 
-from data import claim, prepare
-from data.cache import Cache, Item
-from data.flock import open_lock, remove_unused
-from data.made import MadeShards
-from data.shards import Shards
-from data.stamps import hash_of
-from pipeline.launch import lock
-from pipeline.own_files import open_regular, write_whole
-from pipeline.sheet import save_image
-from pipeline.tracking.jsonl import Lines, read_lines
-from pipeline.training.status import Status, read
+from condot.core.atomic_files import open_regular, write_whole
+from condot.core.file_lock import open_lock, remove_unused
+from condot.data.encode import work_claims
+from condot.data.format.file_stamps import hash_of
+from condot.data.prepare import command
+from condot.data.prepare.generated import MadeShards
+from condot.data.storage.cache import Cache, Item
+from condot.data.storage.shard_reader import Shards
+from condot.pipeline.launch.distributed import lock
+from condot.pipeline.sampling.image_grid import save_image
+from condot.pipeline.tracking.jsonl import Lines, read_lines
+from condot.pipeline.training.status import Status, read
 
 KINDS = ("link", "dangling", "folder", "fifo", "device")
 
@@ -156,7 +157,7 @@ def test_claims(tmp_path, kind):
     work.mkdir()
     (work / "claim-a").write_text("[]")
     victim = plant(work / "takeover.lock", kind)
-    error = soon(lambda: claim.take(work / "claim-a"))
+    error = soon(lambda: work_claims.take(work / "claim-a"))
     assert isinstance(error, ValueError) and "takeover.lock" in str(error)
     untouched(victim, work / "takeover.lock", kind)
 
@@ -166,7 +167,7 @@ def test_a_planted_claim(tmp_path, kind):
     work = tmp_path / "work"
     work.mkdir()
     victim = plant(work / "claim-a", kind)
-    error = soon(lambda: claim.take(work / "claim-a"))
+    error = soon(lambda: work_claims.take(work / "claim-a"))
     assert isinstance(error, ValueError) and "claim-a" in str(error)
     untouched(victim, work / "claim-a", kind)
 
@@ -175,7 +176,7 @@ def test_a_planted_claim(tmp_path, kind):
 def test_a_claim_that_is_none_is_taken_over(tmp_path, text):
     (tmp_path / "claim-a").write_text(text)
     os.utime(tmp_path / "claim-a", (0, 0))
-    with soon(lambda: claim.take(tmp_path / "claim-a")) as mine:
+    with soon(lambda: work_claims.take(tmp_path / "claim-a")) as mine:
         assert mine.held
 
 
@@ -277,7 +278,7 @@ def test_packing_writes_through_no_link(tmp_path, kind, name):
     victim.write_text("precious")
     planted.symlink_to(victim if kind == "link" else tmp_path / "new")
     words = ["imagefolder", str(sources(tmp_path / "photos")), "--output", str(tmp_path / "shards"), "--workers", "0"]
-    assert prepare.main(words) == 0
+    assert command.main(words) == 0
     assert victim.read_text() == "precious" and not (tmp_path / "new").exists() and not os.path.lexists(planted)
     assert sum(Shards(str(tmp_path / "shards"), "train").counts) == 2
 
@@ -289,7 +290,7 @@ def test_packing_writes_into_no_linked_folder(tmp_path, capfd, name):
     (elsewhere / "tmp-1").write_text("precious")
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / name).symlink_to(elsewhere)
-    assert prepare.main(["imagefolder", str(sources(tmp_path / "photos")), "--output", str(tmp_path / "shards"), "--workers", "0"]) == 2
+    assert command.main(["imagefolder", str(sources(tmp_path / "photos")), "--output", str(tmp_path / "shards"), "--workers", "0"]) == 2
     assert "move it" in capfd.readouterr().err and [path.name for path in elsewhere.iterdir()] == ["tmp-1"]
 
 
@@ -300,7 +301,7 @@ def test_indexing_writes_through_no_link(tmp_path):
     os.replace(tmp_path / "made/train-000000.tar", tars / "a.tar")
     (tmp_path / "victim").write_text("precious")
     (tars / f".{os.getpid()}-{hash_of(b'a.npy'):016x}.npy").symlink_to(tmp_path / "victim")
-    assert prepare.main(["webdataset", str(tars), "--workers", "0"]) == 0
+    assert command.main(["webdataset", str(tars), "--workers", "0"]) == 0
     assert (tmp_path / "victim").read_text() == "precious" and sum(Shards(str(tars), "train").counts) == 2
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.launch.precision import choose, settle
+from condot.pipeline.launch.precision import choose, settle
 
 
 class Timed(nn.Module):
@@ -78,7 +78,7 @@ def test_a_resumed_run_takes_the_saved_answer_and_others_what_they_ask():
 
 def test_rank_0_decides(monkeypatch):
     """Of two ranks that measured differently, the second takes the first's answer."""
-    monkeypatch.setattr("pipeline.launch.precision.broadcast_object_list", lambda answer: answer.__setitem__(0, "no"))
+    monkeypatch.setattr("condot.pipeline.launch.precision.broadcast_object_list", lambda answer: answer.__setitem__(0, "no"))
     assert settle("auto", None, lambda: "bf16") == "no"
 
 

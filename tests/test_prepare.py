@@ -22,18 +22,18 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from data.check import Check, check
-from data.columns import Choice
-from data.crew import crew
-from data.decode import upright
-from data.folder import imagefolder
-from data.manifest import parse_manifest
-from data.options import bytes_of
-from data.pack import pack
-from data.parquet import parquet
-from data.plan import Packing, plan
-from data.prepare import main
-from data.shards import Shards
+from condot.core.data_options import bytes_of
+from condot.data.format.manifest import parse_manifest
+from condot.data.images.decode import upright
+from condot.data.prepare.command import main
+from condot.data.prepare.imagefolder import imagefolder
+from condot.data.prepare.pack import pack
+from condot.data.prepare.parquet import parquet
+from condot.data.prepare.shard_plan import Packing, plan
+from condot.data.prepare.table_columns import Choice
+from condot.data.prepare.verify import Check, check
+from condot.data.prepare.worker_pool import crew
+from condot.data.storage.shard_reader import Shards
 
 
 def picture(number, size=(9, 7), kind="PNG"):
@@ -220,7 +220,7 @@ def test_an_interrupted_packing_leaves_nothing_that_passes_for_whole(tmp_path, m
     root = folder_of_images(tmp_path / "images")
     words = ["imagefolder", str(root), "--output", str(tmp_path / "shards"), "--shard_size", "20kB", "--workers", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr(f"data.pack.{point}", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(f"condot.data.prepare.pack.{point}", lambda *a, **k: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         message = refused(capsys, *words)
     assert "No space left" in message and "run the same command again" in message and not (tmp_path / "shards/manifest.json").exists()
     with pytest.raises(ValueError, match=r"no manifest.json, so packing never finished"):
@@ -278,7 +278,7 @@ def test_half_packed_shards_of_another_request_are_refused(tmp_path, capsys, mon
     root = folder_of_images(tmp_path / "images")
     words = ["imagefolder", str(root), "--output", str(tmp_path / "shards"), "--workers", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("data.pack.draw", lambda *a: (_ for _ in ()).throw(OSError("stopped here")))
+        patch.setattr("condot.data.prepare.pack.draw", lambda *a: (_ for _ in ()).throw(OSError("stopped here")))
         assert "stopped here" in refused(capsys, *words)
     assert "holds half-packed shards of other images or settings" in refused(capsys, *words, "--seed", "1")
     assert main(words) == 0

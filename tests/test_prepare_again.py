@@ -15,12 +15,12 @@ from PIL import Image
 from test_adopt import shards_of
 from test_prepare import contents, everything, folder_of_images, picture, refused
 
-from data import changes
-from data.fill import fill
-from data.manifest import parse_manifest
-from data.packed import FOLDER
-from data.prepare import main
-from data.shards import Shards
+from condot.data.format.manifest import parse_manifest
+from condot.data.prepare import source_changes
+from condot.data.prepare.command import main
+from condot.data.prepare.pack_state import FOLDER
+from condot.data.prepare.shard_writer import fill
+from condot.data.storage.shard_reader import Shards
 
 
 def bmp(value, size=(6, 5)):
@@ -51,20 +51,20 @@ def filled(monkeypatch):
         names.append(job.name)
         return fill(job, progress)
 
-    monkeypatch.setattr("data.pack.fill", noted)
+    monkeypatch.setattr("condot.data.prepare.pack.fill", noted)
     return names
 
 
 @pytest.fixture
 def read(monkeypatch):
     """How many samples of each shard were read to be compared."""
-    seen, real = {}, changes.read_inputs
+    seen, real = {}, source_changes.read_inputs
 
     def noted(job, progress):
         seen[job.name] = job.count
         return real(job, progress)
 
-    monkeypatch.setattr("data.changes.read_inputs", noted)
+    monkeypatch.setattr("condot.data.prepare.source_changes.read_inputs", noted)
     return seen
 
 
@@ -244,7 +244,7 @@ def test_an_index_that_a_kill_left_half_is_swept(tmp_path, monkeypatch):
         real(source, target)
 
     with monkeypatch.context() as patch, pytest.raises((KeyboardInterrupt, SystemExit)):
-        patch.setattr("data.index.os.replace", stops)
+        patch.setattr("condot.data.format.index.os.replace", stops)
         raise SystemExit(main(words))
     mine = tars / ".notes-1.npy"
     mine.write_bytes(b"mine")
@@ -300,7 +300,7 @@ def test_packing_again_goes_on_after_a_kill(tmp_path, monkeypatch, capsys, point
     assert main([*words, str(out)]) == 0
     edit_caption(root)
     edit_image(root)
-    real, calls = getattr(__import__("data.pack", fromlist=[point]), point), []
+    real, calls = getattr(__import__("condot.data.prepare.pack", fromlist=[point]), point), []
 
     def stops(*a, **k):
         calls.append(a)
@@ -309,7 +309,7 @@ def test_packing_again_goes_on_after_a_kill(tmp_path, monkeypatch, capsys, point
         return real(*a, **k)
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"data.pack.{point}", stops)
+        patch.setattr(f"condot.data.prepare.pack.{point}", stops)
         assert "stopped here" in refused(capsys, *words, out)
     with pytest.raises(ValueError, match=r"no manifest\.json, so packing never finished"):
         Shards(out)
@@ -324,7 +324,7 @@ def test_an_edit_before_the_first_packing_ended_counts(tmp_path, monkeypatch, ca
     root, out = captioned(tmp_path / "images"), tmp_path / "out"
     words = ["imagefolder", str(root), "--workers", "1", "--output"]
     with monkeypatch.context() as patch:
-        patch.setattr("data.pack.draw", lambda *a: (_ for _ in ()).throw(OSError("stopped here")))
+        patch.setattr("condot.data.prepare.pack.draw", lambda *a: (_ for _ in ()).throw(OSError("stopped here")))
         assert "stopped here" in refused(capsys, *words, out)
     edit_caption(root)
     assert main([*words, str(out)]) == 0 and main([*words, str(tmp_path / "clean")]) == 0
@@ -406,8 +406,8 @@ def test_tars_rewritten_with_other_classes_of_the_same_size(tmp_path, place, mon
     assert (out / "a.npy").stat().st_ino == inode, "a tar that is as it was is not indexed again"
     before, hashed = everything(out), []
     os.utime(folder / f"a{ending}")
-    real = changes.sha256
-    monkeypatch.setattr("data.changes.sha256", lambda path: hashed.append(path.name) or real(path))
+    real = source_changes.sha256
+    monkeypatch.setattr("condot.data.prepare.source_changes.sha256", lambda path: hashed.append(path.name) or real(path))
     assert main(words) == 0 and main(words) == 0 and everything(out) == before
     assert [name for name in hashed if not name.endswith(".npy")] == [f"a{ending}"], "indexes are 24 bytes a sample"
     write("c.tar", 2)
@@ -443,7 +443,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path, capsys):
 
 
 def test_names_that_are_no_utf8_are_reported(tmp_path):
-    from data.write import commit_json
+    from condot.data.format.tar_writer import commit_json
 
     name = os.fsdecode(b"caf\xe9.png")
     commit_json({"list": [name]}, tmp_path / "report.json")

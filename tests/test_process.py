@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from pipeline.process import ALLOCATOR, DRIVERS
+from condot.core.process import ALLOCATOR, DRIVERS
 
 PROGRAM = """
 import json, os, sys

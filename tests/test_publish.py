@@ -18,14 +18,14 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from test_export_text import run_of
 
-import sample
-from pipeline.checksums import check_folder, stated_size, write_checksums
-from pipeline.config import Config
-from pipeline.folder import open_folder
-from pipeline.identity import identity_autoencoder
-from pipeline.leaks import leaks_in, scrubbed, without_origin
-from pipeline.publish import TRIES, publish
-from pipeline.recipe import as_mapping, build
+from condot.cli import sample
+from condot.pipeline.config.parse import as_mapping, build
+from condot.pipeline.config.schema import Config
+from condot.pipeline.export.identity_autoencoder import identity_autoencoder
+from condot.pipeline.export.load import open_folder
+from condot.pipeline.hub.checksums import check_folder, stated_size, write_checksums
+from condot.pipeline.hub.publish import TRIES, publish
+from condot.pipeline.hub.secrets import leaks_in, scrubbed, without_origin
 
 
 @pytest.fixture(autouse=True)
@@ -264,7 +264,7 @@ def test_it_tries_again_after_a_500(hub, folder, where):
 
 def test_waits_double_and_end(hub, folder, monkeypatch):
     waits = []
-    monkeypatch.setattr("pipeline.publish.time.sleep", waits.append)
+    monkeypatch.setattr("condot.pipeline.hub.publish.time.sleep", waits.append)
     hub.fail("whoami", 503, times=100)
     with pytest.raises(ValueError, match=f"no success in {TRIES} attempts.*503.*Run the same command again later"):
         push(hub, folder)
@@ -379,7 +379,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_folder_that_is_not_as_it_should_be_is_refused_without_a_request(hub, folder, fault, monkeypatch):
-    monkeypatch.setattr("pipeline.checksums.QUICK", 10_000)
+    monkeypatch.setattr("condot.pipeline.hub.checksums.QUICK", 10_000)
     spoil, message = FAULTS[fault]
     spoil(folder)
     with pytest.raises(ValueError) as caught:
@@ -443,7 +443,7 @@ def test_the_working_folder_is_a_local_path(tmp_path, monkeypatch):
     inner = tmp_path / "deep"
     inner.mkdir()
     monkeypatch.chdir(inner)
-    monkeypatch.setattr("pipeline.leaks.PATHS", {})
+    monkeypatch.setattr("condot.pipeline.hub.secrets.PATHS", {})
     assert "the working folder" in leaks_in(f"in {inner}/x")[0] and not leaks_in(f"in {inner}er")
 
 
@@ -458,7 +458,7 @@ def test_sha256sum_verifies_the_list(folder):
 def test_a_changed_or_cut_folder_is_not_opened(folder, monkeypatch):
     (folder / "README.md").write_text("my own words")
     open_folder(folder)
-    monkeypatch.setattr("pipeline.checksums.QUICK", 10_000)
+    monkeypatch.setattr("condot.pipeline.hub.checksums.QUICK", 10_000)
     weights = folder / "transformer/diffusion_pytorch_model.safetensors"
     assert stated_size(weights) == weights.stat().st_size > 10_000
     whole = weights.read_bytes()
@@ -492,7 +492,7 @@ def test_parts_do_not_tell_their_origin(trained, tmp_path, monkeypatch):
         vae.register_to_config(_name_or_path=str(tmp_path / "vae"))
         return vae
 
-    monkeypatch.setattr("pipeline.choice.identity_autoencoder", loaded)
+    monkeypatch.setattr("condot.pipeline.export.pipeline_class.identity_autoencoder", loaded)
     assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "out")]) == 0
     assert "_name_or_path" not in (tmp_path / "out/vae/config.json").read_text()
 

@@ -10,12 +10,12 @@ from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file, save_file
 from stocks import STOCK, setting, shake, stock_network, stock_output
 
-import models
-from models.convert import to_stock
-from models.convert_dit import _original_names
-from models.find import _chosen, find
-from models.layers import sincos_positions
-from models.published import load_published, recipe_of
+from condot.models import registry
+from condot.models.common.layers import sincos_positions
+from condot.models.convert import to_stock
+from condot.models.dit.convert import _original_names
+from condot.models.init_from import load_published, recipe_of
+from condot.models.published import _chosen, find
 
 DIT = {
     "num_attention_heads": 4, "attention_head_dim": 12, "in_channels": 3, "num_layers": 2, "sample_size": 8, "patch_size": 2,
@@ -34,7 +34,7 @@ def network_of(needs, **more):
     data = dict(needs.data)
     if needs.model["kind"] in ("mmdit", "cross_dit") or needs.model.get("condition") == "text":
         data.setdefault("pooled_width", 14)
-    return models.build(**{**needs.model, **data, **more}, seed=1)
+    return registry.build(**{**needs.model, **data, **more}, seed=1)
 
 
 @pytest.fixture
@@ -107,7 +107,7 @@ def test_other_classes_begin_afresh_and_null_stays(dit):
 def test_what_we_exported_comes_back(tmp_path):
     """1001 rows of which 5 are classes are 5 classes; the scheduler beside says that it is a flow, so the sign comes back too."""
     options = {"kind": "dit", "channels": 3, "resolution": 8, "num_classes": 5, "width": 48, "depth": 2, "heads": 4, "patch_size": 2}
-    ours = shake(models.build(**options, seed=0))
+    ours = shake(registry.build(**options, seed=0))
     to_stock(ours, -1.0).save_pretrained(tmp_path / "transformer")
     FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
     (tmp_path / "model_index.json").write_text("{}")
@@ -134,7 +134,7 @@ def test_untied_blocks_need_their_own_conditions(tmp_path):
 def original(depth=2, width=48, classes=9):
     """A checkpoint as DiT's and SiT's code writes it."""
     g = torch.Generator().manual_seed(4)
-    ours = models.build("dit", channels=3, resolution=8, num_classes=classes, width=width, depth=depth, heads=4, patch_size=2)
+    ours = registry.build("dit", channels=3, resolution=8, num_classes=classes, width=width, depth=depth, heads=4, patch_size=2)
     state = {name: 0.1 * torch.randn(value.shape, generator=g) for name, value in ours.state_dict().items()}
     state["leave.weight"], state["leave.bias"] = 0.1 * torch.randn(24, width, generator=g), 0.1 * torch.randn(24, generator=g)
     named = {theirs: state[name] for name, theirs in _original_names(depth).items()}
@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_told(tmp_path, name, change, says):
 
 def test_another_kind_is_told(tmp_path):
     _, folder = saved(tmp_path, "pixart")
-    other = models.build("dit", channels=3, resolution=12, num_classes=2, patch_size=2, width=48, depth=3, heads=4)
+    other = registry.build("dit", channels=3, resolution=12, num_classes=2, patch_size=2, width=48, depth=3, heads=4)
     with pytest.raises(
         ValueError, match=r"holds a PixArtTransformer2DModel, which is no model.kind=dit. They fit with model.kind=cross_dit"
     ):

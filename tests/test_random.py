@@ -6,7 +6,7 @@ import oracles
 import pytest
 import torch
 
-from pipeline.flow import Purpose, normal, rademacher, uniform
+from condot.pipeline.flow import Purpose, normal, rademacher, uniform
 
 INDEX = torch.arange(5000)
 

@@ -6,13 +6,13 @@ import typing
 
 import pytest
 
-from data.options import Options
-from data.prepare import main as prepare
-from pipeline import options
-from pipeline.config import ALIASES, Config
-from pipeline.networks import ModelConfig
-from pipeline.ranges import SEED, Real, Whole, Within, ranges_of
-from pipeline.recipe import parse, parse_all
+from condot.core.data_options import Options
+from condot.core.option_ranges import SEED, Real, Whole, Within, ranges_of
+from condot.data.prepare.command import main as prepare
+from condot.pipeline.config.model import ModelConfig
+from condot.pipeline.config.parse import parse, parse_all
+from condot.pipeline.config.schema import ALIASES, Config
+from condot.pipeline.sampling import options
 
 SECTIONS = {name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
 RECIPE = [("", Config)] + [(f"{name}.", cls) for name, cls in SECTIONS.items()] + [("model.", cls) for cls in typing.get_args(ModelConfig)]

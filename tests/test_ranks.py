@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 from conftest import UNET, arguments, launch
 
-from pipeline.checkpoint import load_tensors
+from condot.pipeline.checkpoint.store import load_tensors
 
 pytestmark = [pytest.mark.faults, pytest.mark.usefixtures("one_thread")]
 LONG = ("--train.max_steps=100", "--log.every=1", "--checkpoint.every=50", "--ema.halflife", "100", "1000", "--ema.power", "0.05", "0.1")

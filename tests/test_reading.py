@@ -4,10 +4,10 @@ import frozen
 import torch
 from shardmaker import make, png
 
-from data.decode import decode_image
-from data.reading import places_of, read_captions, read_images
-from data.shards import Shards
-from data.stream import to_unit
+from condot.data.images.decode import decode_image
+from condot.data.loader.read_samples import places_of, read_captions, read_images
+from condot.data.loader.stream import to_unit
+from condot.data.storage.shard_reader import Shards
 
 
 def test_numbers_count_through_all_shards(tmp_path):

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from pipeline.config import ALIASES, Config
-from pipeline.networks import DiTConfig, UNetConfig
-from pipeline.recipe import as_mapping, build, parse
-from pipeline.resume import compare, facts_of
+from condot.pipeline.config.model import DiTConfig, UNetConfig
+from condot.pipeline.config.parse import as_mapping, build, parse
+from condot.pipeline.config.schema import ALIASES, Config
+from condot.pipeline.training.resume_rules import compare, facts_of
 
 
 def recipe(tmp_path, text, name="a.yaml"):

@@ -24,14 +24,14 @@ from fsspec.asyn import AsyncFileSystem
 from PIL import Image
 from servers import Fault, serving
 
-from data import open as opening
-from data.cache import Cache, CacheFull, Item
-from data.index import describe, index_path
-from data.manifest import Manifest, Tally, write_manifest
-from data.open import open_folder, open_sources
-from data.options import Options
-from data.remote import RemoteFolder
-from data.source import expand
+from condot.core.data_options import Options
+from condot.data.format.index import describe, index_path
+from condot.data.format.manifest import Manifest, Tally, write_manifest
+from condot.data.storage import resolve as opening
+from condot.data.storage.cache import Cache, CacheFull, Item
+from condot.data.storage.local import expand
+from condot.data.storage.remote import RemoteFolder
+from condot.data.storage.resolve import open_folder, open_sources
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 20.0
@@ -78,8 +78,8 @@ def cache(tmp_path):
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """No line said lately, no long pauses, no proxy in between."""
-    monkeypatch.setattr("data.retry.FIRST_PAUSE", 0.02)
-    monkeypatch.setattr("data.retry._said_at", -1e9)
+    monkeypatch.setattr("condot.data.storage.retry.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("condot.data.storage.retry._said_at", -1e9)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -208,7 +208,7 @@ def test_buckets_are_read_by_ranges(packed, cache, monkeypatch):
     folder = RemoteFolder("memory://pieces", cache=cache, retry_seconds=STALLING)
     a, b, c, _ = folder.manifest.shards
     [folder.index(shard) for shard in folder.manifest.shards]
-    monkeypatch.setattr("data.fetch.PIECE", 16_384)
+    monkeypatch.setattr("condot.data.storage.download.PIECE", 16_384)
     folder._origin._fs = pieces = Pieces(memory)
     assert folder.file(a).read_bytes() == (packed / a.name).read_bytes()
     ends = [*range(16_384, a.bytes, 16_384), a.bytes]
@@ -411,7 +411,7 @@ def test_no_name_changes_while_bytes_are_counted(tmp_path, monkeypatch):
         seen.append(new)
         rename(old, new)
 
-    monkeypatch.setattr("data.cache.os.rename", watched)
+    monkeypatch.setattr("condot.data.storage.cache.os.rename", watched)
     assert [fill(cache, 0)] == seen
 
 
@@ -465,7 +465,7 @@ def test_a_full_disk_evicts_and_then_is_named(tmp_path, monkeypatch):
     def disk(folder):  # 1,500 bytes for everything
         return os.statvfs_result((1, 1, 1500, 0, 1500 - sum(p.stat().st_size for p in tmp_path.glob("file-*")), 0, 0, 0, 0, 255))
 
-    monkeypatch.setattr("data.cache.os.statvfs", disk)
+    monkeypatch.setattr("condot.data.storage.cache.os.statvfs", disk)
     fill(cache, 1)
     assert set(contents(cache)) == {"file-1"}
     with pytest.raises(ValueError, match=r"the disk is full \(1600B are wanted\)"):
@@ -598,7 +598,7 @@ def test_a_download_under_way_is_joined(packed, server, cache):
 
 
 def test_order_is_kept_and_the_rest_forgotten(server, cache, monkeypatch):
-    monkeypatch.setattr("data.remote.THREADS", 1)
+    monkeypatch.setattr("condot.data.storage.remote.THREADS", 1)
     for name in server.files:
         server.always[name] = Fault(seconds=0.05)
     folder = opened(server, cache)

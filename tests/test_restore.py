@@ -9,12 +9,12 @@ import torch
 from test_inverse import exact_posterior, gaussian_field
 from test_methods import gaussian_source
 
-import sample
-from pipeline.flow import PATHS, CondOT, convert, widen
-from pipeline.flow.linear import UniformPrior
-from pipeline.restore import Remedy, measurement, restore
-from pipeline.sampler import Sampler
-from pipeline.source import led_by
+from condot.cli import sample
+from condot.pipeline.flow import PATHS, CondOT, convert, widen
+from condot.pipeline.flow.linear import UniformPrior
+from condot.pipeline.sampling.restore import Remedy, measurement, restore
+from condot.pipeline.sampling.sampler import Sampler
+from condot.pipeline.sampling.source import led_by
 
 HALF = torch.zeros(8, 8, dtype=torch.bool)
 HALF[:, 4:] = True
@@ -42,7 +42,7 @@ def test_the_exact_form_has_the_exact_posterior_of_correlated_data(monkeypatch, 
     field = gaussian_field(mean, covariance, CondOT())
     source = dataclasses.replace(gaussian_source("condot", "velocity"), shape=shape, field=lambda x, t, c: field(x, t))
     starts = torch.cat([torch.zeros(1, size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)]).reshape(-1, *shape)
-    monkeypatch.setattr("pipeline.restore.start", lambda *given: starts)
+    monkeypatch.setattr("condot.pipeline.sampling.restore.start", lambda *given: starts)
     exact = exact_posterior(measure, mean, covariance, y[None], 0.3, shape)
     wrong = []
     for iterations in (0, 8):

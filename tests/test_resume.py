@@ -10,14 +10,14 @@ import torch
 import yaml
 from conftest import fit
 
-import sample
-from pipeline.checkpoint import averages, load_state, load_tensors
-from pipeline.config import Config, TrainConfig
-from pipeline.networks import ModelConfig
-from pipeline.ranges import ranges_of
-from pipeline.recipe import _keys, as_mapping, build
-from pipeline.resume import FILE, RULES, Change, compare, facts_of, notes_of, resumed, rule_of
-from pipeline.training.optim import learning_rate
+from condot.cli import sample
+from condot.core.option_ranges import ranges_of
+from condot.pipeline.checkpoint.store import averages, load_state, load_tensors
+from condot.pipeline.config.model import ModelConfig
+from condot.pipeline.config.parse import _keys, as_mapping, build
+from condot.pipeline.config.schema import Config, TrainConfig
+from condot.pipeline.training.optimizer import learning_rate
+from condot.pipeline.training.resume_rules import FILE, RULES, Change, compare, facts_of, notes_of, resumed, rule_of
 
 KINDS = {typing.get_args(typing.get_type_hints(kind)["kind"])[0]: kind for kind in typing.get_args(ModelConfig)}
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from pipeline.retrieval import retrieve, wilson
+from condot.pipeline.evaluation.retrieval import retrieve, wilson
 
 LINE = torch.arange(50.0)[:, None]
 """Fifty images on a line, one apart."""

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import fit
 
-from pipeline import own_files
-from pipeline.checkpoint import Store, room
-from pipeline.launch import lock
-from pipeline.own_files import exchange, folder_for, put_in_place, sweep, write_whole
-from pipeline.training import loop
+from condot.core import atomic_files
+from condot.core.atomic_files import exchange, folder_for, put_in_place, sweep, write_whole
+from condot.pipeline.checkpoint import disk_space
+from condot.pipeline.checkpoint.store import Store
+from condot.pipeline.launch.distributed import lock
+from condot.pipeline.training import loop
 
 # --- room, before any work
 
@@ -50,7 +51,9 @@ def test_a_disk_that_can_never_hold_a_checkpoint_is_known_before_the_first_step(
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
 def test_a_first_checkpoint_that_cannot_be_written_ends_the_run_untrained(digits, tmp_path, capsys, monkeypatch, number):
     """Whatever the reason, and however much seemed to be free: the first save is the proof."""
-    monkeypatch.setattr("pipeline.checkpoint.saving.write_file", lambda *a: (_ for _ in ()).throw(OSError(number, os.strerror(number))))
+    monkeypatch.setattr(
+        "condot.pipeline.checkpoint.saving.write_file", lambda *a: (_ for _ in ()).throw(OSError(number, os.strerror(number)))
+    )
     assert fit(digits, tmp_path / "run") == 2
     out, error = capsys.readouterr()
     assert "the first checkpoint could not be written" in error and os.strerror(number) in out and untrained(tmp_path / "run")
@@ -58,18 +61,18 @@ def test_a_first_checkpoint_that_cannot_be_written_ends_the_run_untrained(digits
 
 def test_what_is_kept_and_what_is_written_must_fit_together(tmp_path, monkeypatch):
     """Of ten units a checkpoint: three more need thirty and their small files, whatever else is there."""
-    small = room.SMALL
+    small = disk_space.SMALL
     for free, fits in ((30 + 3 * small, True), (29 + 3 * small, False)):
         monkeypatch.setattr(os, "statvfs", lambda place, free=free: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1))
-        assert (room.lacking(tmp_path / "not" / "there", 10, 10, 3) == "") == fits
+        assert (disk_space.lacking(tmp_path / "not" / "there", 10, 10, 3) == "") == fits
     monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_bavail=0, f_frsize=0, f_blocks=0))
-    assert room.lacking(tmp_path, 10, 10, 3) == "", "a disk that does not say how large it is"
+    assert disk_space.lacking(tmp_path, 10, 10, 3) == "", "a disk that does not say how large it is"
 
 
 def test_a_quota_is_asked_by_taking_the_room(tmp_path, monkeypatch):
     """More than any disk has is refused, and nothing of it stays."""
-    assert room.reserve(tmp_path, 1 << 20) == "" and not list(tmp_path.iterdir())
-    said = room.reserve(tmp_path, 1 << 60)
+    assert disk_space.reserve(tmp_path, 1 << 20) == "" and not list(tmp_path.iterdir())
+    said = disk_space.reserve(tmp_path, 1 << 60)
     assert said == "" or (("free some space, or raise your quota" in said and "No space left" in said) or "too large" in said)
     assert not list(tmp_path.iterdir())
 
@@ -165,7 +168,7 @@ def test_all_of_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeyp
     place, done, fsync = made(tmp_path / "place", "old"), [], os.fsync
     monkeypatch.setattr(os, "fsync", lambda fd: (done.append(os.readlink(f"/proc/self/fd/{fd}").rpartition(".tmp-")[2][8:]), fsync(fd))[1])
     if not able:
-        monkeypatch.setattr(own_files, "exchange", lambda one, other: False)
+        monkeypatch.setattr(atomic_files, "exchange", lambda one, other: False)
     with folder_for(place) as folder:
         made(folder, "new")
         done.clear()

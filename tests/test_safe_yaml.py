@@ -6,12 +6,12 @@ import tracemalloc
 import pytest
 from conftest import ROOT
 
-from data.options import read_options
-from data.prepare import main as prepare
-from pipeline.config import ALIASES, Config
-from pipeline.folder import open_folder
-from pipeline.recipe import load, parse, parse_all
-from pipeline.safe_yaml import MOST_BYTES, MOST_DEPTH, read_yaml
+from condot.core.data_options import read_options
+from condot.core.safe_yaml import MOST_BYTES, MOST_DEPTH, read_yaml
+from condot.data.prepare.command import main as prepare
+from condot.pipeline.config.parse import load, parse, parse_all
+from condot.pipeline.config.schema import ALIASES, Config
+from condot.pipeline.export.load import open_folder
 
 LAUGHS = "a0: &a0 [lol,lol,lol,lol,lol,lol,lol,lol,lol]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
@@ -114,8 +114,8 @@ def test_words_that_nobody_would_read_are_refused(words, message, tmp_path):
 
 
 def test_words_after_the_options_of_other_commands(tmp_path, capsys):
-    import sample
-    from data.encode import main as encode
+    from condot.cli import sample
+    from condot.data.encode.command import main as encode
 
     for words in (["--run", "x", "y"], ["evaluate", "--run", "x", "--seed", "1", "2"], ["images", "--run=x", "--output", "a.png", "b.png"]):
         assert sample.main(words) == 2

@@ -8,12 +8,13 @@ import torch
 from conftest import ROOT, arguments, fit, launch
 from shardmaker import jpeg, make, samples
 
-from data import build, encode, open_latents, open_shards, open_text
-from data.encoders import read_autoencoder
-from data.options import Options, read_options
-from data.stream import Share
-from data.text_encoders import TextEncoder, read_text_encoders
-from pipeline.checkpoint import Store, load_tensors
+from condot.core.data_options import Options, read_options
+from condot.data.encode import command
+from condot.data.encoders.autoencoder import read_autoencoder
+from condot.data.encoders.text import TextEncoder, read_text_encoders
+from condot.data.loader.build import build, open_latents, open_shards, open_text
+from condot.data.loader.stream import Share
+from condot.pipeline.checkpoint.store import Store, load_tensors
 
 SIZES = [(8, 8), (16, 8), (8, 16), (12, 10)]
 
@@ -172,7 +173,7 @@ def test_two_ranks_list_what_one_does(tmp_path):
 
 def test_ranks_that_see_different_shards_do_not_begin(shapes, tmp_path, capsys, monkeypatch):
     """As while a folder is being copied from machine to machine."""
-    monkeypatch.setattr("pipeline.launch.gather_object", lambda mine: [*mine, "0" * 64])
+    monkeypatch.setattr("condot.pipeline.launch.distributed.gather_object", lambda mine: [*mine, "0" * 64])
     assert fit(shapes, tmp_path / "run", "--data.channels=3") == 2
     assert "on rank 0 and 000000000000 on rank 1: every rank must see the same finished folder" in capsys.readouterr().err
 
@@ -189,7 +190,7 @@ def test_latents_captions_and_encoded_captions_come_together(tmp_path):
         tmp_path / "r.yaml", shards=tmp_path / "images", autoencoder=tmp_path / "vae", text_encoder=tmp_path / "words",
         resolution=32, max_bad_share=0.2, max_tokens=8, encoding="cached", encoded=tmp_path / "encoded",
     )  # fmt: skip
-    assert encode.main(["--config", str(recipe)]) == 0
+    assert command.main(["--config", str(recipe)]) == 0
     options: Options = read_options(recipe)[0]
     images = open_shards(options)
     latents = open_latents(options, images, read_autoencoder(options.autoencoder))

@@ -5,12 +5,12 @@ import pytest
 import torch
 from exact import ExactNetwork, quantiles
 
-from pipeline.config import FlowConfig
-from pipeline.pipeline_condot_v2 import CondotPipeline
-from pipeline.scheduler_check_v2 import language
-from pipeline.scheduling_flow_ode_v2 import FlowODEScheduler
-from pipeline.scheduling_flow_sde_v2 import FlowSDEScheduler
-from pipeline.stock import NAMES, form_of, scheduler_of
+from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
+from condot.pipeline.export.runtime.scheduler_check_v2 import language
+from condot.pipeline.export.runtime.scheduling_flow_ode_v2 import FlowODEScheduler
+from condot.pipeline.export.runtime.scheduling_flow_sde_v2 import FlowSDEScheduler
+from condot.pipeline.export.scheduler_map import NAMES, form_of, scheduler_of
 
 OURS = {"FlowODEScheduler": FlowODEScheduler, "FlowSDEScheduler": FlowSDEScheduler}
 STRAIGHT = ["DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep"]

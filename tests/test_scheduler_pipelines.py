@@ -27,12 +27,12 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from pipeline import scheduling_flow_sde_v1 as file
-from pipeline.flow import ODE_SOLVERS, SDE_SOLVERS, CondOT, coefficient
-from pipeline.folder import open_folder
-from pipeline.scheduling_flow_ode_v2 import FlowODEScheduler
-from pipeline.scheduling_flow_sde_v2 import FlowSDEScheduler
-from pipeline.standing import standing_alone
+from condot.pipeline.export.bundle import standing_alone
+from condot.pipeline.export.load import open_folder
+from condot.pipeline.export.runtime import scheduling_flow_sde_v1 as file
+from condot.pipeline.export.runtime.scheduling_flow_ode_v2 import FlowODEScheduler
+from condot.pipeline.export.runtime.scheduling_flow_sde_v2 import FlowSDEScheduler
+from condot.pipeline.flow import ODE_SOLVERS, SDE_SOLVERS, CondOT, coefficient
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
 DPM = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -231,7 +231,7 @@ def written(folder, kind, **config):
 @pytest.mark.parametrize("name", ["ode", "sde"])
 def test_folders_of_both_versions_load_beside_each_other(name, tmp_path):
     """By diffusers, each with its own code in one process, and by `sample.py --pipeline`; each draws what its class here draws."""
-    first, second = (importlib.import_module(f"pipeline.scheduling_flow_{name}_v{k}") for k in (1, 2))
+    first, second = (importlib.import_module(f"condot.pipeline.scheduling_flow_{name}_v{k}") for k in (1, 2))
     kinds = [getattr(module, f"Flow{name.upper()}Scheduler") for module in (first, second)]
     pipes = []
     for k, kind in enumerate(kinds):

@@ -16,10 +16,10 @@ from diffusers import (
 )
 from sampling import stream, worst_statistic
 
-from pipeline.flow import ODE_SOLVERS, PATHS, SDE_SOLVERS, CondOT, coefficient, dormand_prince, step_variances, uniform_grid
-from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler
-from pipeline.scheduling_flow_sde_v1 import FlowSDEScheduler
-from pipeline.standing import standing_alone
+from condot.pipeline.export.bundle import standing_alone
+from condot.pipeline.export.runtime.scheduling_flow_ode_v1 import FlowODEScheduler
+from condot.pipeline.export.runtime.scheduling_flow_sde_v1 import FlowSDEScheduler
+from condot.pipeline.flow import ODE_SOLVERS, PATHS, SDE_SOLVERS, CondOT, coefficient, dormand_prince, step_variances, uniform_grid
 
 MIXTURE = oracles.three()
 FIELD = MIXTURE.field(oracles.condot)
@@ -222,7 +222,7 @@ def test_every_point_is_that_of_our_own_sde(solver, sigma_t, monkeypatch):
     """With the same noise, on CondOT: step for step to 1e-11; `forward` from noise for the exponential, off it for the others."""
     draws = [torch.randn(START.shape, generator=generator(k), dtype=torch.float64) for k in range(20)]
     queue = iter(draws)
-    monkeypatch.setattr("pipeline.scheduling_flow_sde_v1.randn_tensor", lambda shape, **more: next(queue))
+    monkeypatch.setattr("condot.pipeline.export.runtime.scheduling_flow_sde_v1.randn_tensor", lambda shape, **more: next(queue))
     sigmas = [0.93, 0.8, 0.55, 0.3, 0.12] if sigma_t == "forward" and solver != "exponential" else [1.0, 0.8, 0.55, 0.3, 0.12]
     if isinstance(sigma_t, str):
         sigma = coefficient(sigma_t, 0.9)
@@ -268,7 +268,7 @@ def test_weak_order_on_other_paths(path, solver):
             return one
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("pipeline.scheduling_flow_sde_v1.randn_tensor", unit)
+            patch.setattr("condot.pipeline.export.runtime.scheduling_flow_sde_v1.randn_tensor", unit)
             for t, point in zip(scheduler.timesteps, scheduler._points, strict=True):
                 a, b, _, _ = (part.item() for part in PATHS[path]()(torch.tensor(1 - point.sigma, dtype=torch.float64)))
                 x = scheduler.scale_model_input(x, t)
@@ -281,7 +281,9 @@ def test_weak_order_on_other_paths(path, solver):
 def test_integrators_agree_on_how_much_of_the_start_is_left(path, monkeypatch):
     """Marginals do not show sigma's size; the response of the end to the start does: within 3 %, and not that of the ODE."""
     gauss, left = oracles.gaussian([0.7], [[0.3]]), {}
-    monkeypatch.setattr("pipeline.scheduling_flow_sde_v1.randn_tensor", lambda shape, **more: torch.zeros(shape, dtype=torch.float64))
+    monkeypatch.setattr(
+        "condot.pipeline.export.runtime.scheduling_flow_sde_v1.randn_tensor", lambda shape, **more: torch.zeros(shape, dtype=torch.float64)
+    )
     for solver in (*FlowSDEScheduler.solvers, "none"):
         scheduler = FlowSDEScheduler(
             "exponential" if solver == "none" else solver, "zero" if solver == "none" else "noise", 1.5, "epsilon", path
@@ -535,7 +537,7 @@ def test_the_file_that_travels_stands_alone(name, tmp_path):
     import ast
     import importlib.util
 
-    text = standing_alone(ROOT / f"pipeline/{name}.py")
+    text = standing_alone(ROOT / f"pipeline/export/runtime/{name}.py")
     heads = {alias.name.split(".")[0] for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for alias in n.names}
     heads |= {n.module.split(".")[0] for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and not n.level}
     assert not [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and n.level]

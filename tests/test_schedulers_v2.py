@@ -15,13 +15,13 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEuler
 from test_schedulers import BAD as BAD_FIRST
 from test_schedulers import BETAS, FIELD, MIXTURE, NAMED, START, WORDS, drawn, generator, predicted, table_of
 
-from pipeline import flow
-from pipeline import scheduling_flow_sde_v1 as file
-from pipeline.flow import ODE_SOLVERS, PATHS, SDE_SOLVERS, CondOT, coefficient, landed
-from pipeline.scheduling_flow_ode_v1 import FlowODEScheduler as FirstODE
-from pipeline.scheduling_flow_ode_v2 import FlowODEScheduler
-from pipeline.scheduling_flow_sde_v1 import FlowSDEScheduler as FirstSDE
-from pipeline.scheduling_flow_sde_v2 import FlowSDEScheduler
+from condot.pipeline import flow
+from condot.pipeline.export.runtime import scheduling_flow_sde_v1 as file
+from condot.pipeline.export.runtime.scheduling_flow_ode_v1 import FlowODEScheduler as FirstODE
+from condot.pipeline.export.runtime.scheduling_flow_ode_v2 import FlowODEScheduler
+from condot.pipeline.export.runtime.scheduling_flow_sde_v1 import FlowSDEScheduler as FirstSDE
+from condot.pipeline.export.runtime.scheduling_flow_sde_v2 import FlowSDEScheduler
+from condot.pipeline.flow import ODE_SOLVERS, PATHS, SDE_SOLVERS, CondOT, coefficient, landed
 
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "multistep": 2, "dpmpp_2m": 2, "rk4": 4}
 STEPS = {"euler": 80, "midpoint": 30, "heun": 30, "multistep": 60, "dpmpp_2m": 60, "rk4": 15}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sampling import stream, worst_statistic
 
-from pipeline.flow import (
+from condot.pipeline.flow import (
     PATHS,
     SDE_SOLVERS,
     VE,
@@ -26,7 +26,7 @@ from pipeline.flow import (
     uniform_grid,
     widen,
 )
-from pipeline.flow.sde import decay
+from condot.pipeline.flow.sde import decay
 
 MIXTURE = oracles.three()
 

@@ -13,10 +13,10 @@ from conftest import fit
 from PIL import Image
 from servers import Fault, serving
 
-import data.encode
-import data.inspect
-import data.prepare
-import sample
+import condot.data.encode.command
+import condot.data.inspect
+import condot.data.prepare.command
+from condot.cli import sample
 
 SIGNATURE, PASSWORD, TOKEN = "5ECRETsignature01", "5ECRETpassword02", "hf_5ECRETtokenTokenTokenToken"
 SECRETS = ("5ECRET",)
@@ -27,7 +27,7 @@ SECRETS = ("5ECRET",)
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setenv("CONDOT_CACHE", "")
-    monkeypatch.setattr("data.retry._said_at", -1e9)
+    monkeypatch.setattr("condot.data.storage.retry._said_at", -1e9)
     with serving() as server:
         yield server
 
@@ -85,9 +85,9 @@ def test_encoding_and_looking_print_no_secret(tmp_path, server, capfd):
         resolution=32,
         cache_dir=str(tmp_path / "cache"),
     )
-    assert data.encode.main(["--config", str(recipe)]) == 0
+    assert condot.data.encode.command.main(["--config", str(recipe)]) == 0
     recipe.rename(tmp_path.parent / f"{tmp_path.name}.yaml")  # the user's own
-    assert data.inspect.main([signed(server), "--output", str(tmp_path / "inspect.png"), "--resolution=32", "--batch_size=2"]) == 0
+    assert condot.data.inspect.main([signed(server), "--output", str(tmp_path / "inspect.png"), "--resolution=32", "--batch_size=2"]) == 0
     shown = capfd.readouterr()
     assert clean(shown.out + shown.err) and holding(tmp_path) == []
 
@@ -102,7 +102,7 @@ def test_packing_from_a_url_prints_and_keeps_no_secret(tmp_path, server, capfd):
     file = io.BytesIO()
     pq.write_table(pa.table({"image": rows, "text": ["a", "b", "c", "d"]}), file)
     server.files["photos.parquet"] = file.getvalue()
-    data.prepare.main(["parquet", signed(server, "photos.parquet"), "--output", str(tmp_path / "out")])
+    condot.data.prepare.command.main(["parquet", signed(server, "photos.parquet"), "--output", str(tmp_path / "out")])
     shown = capfd.readouterr()
     assert clean(shown.out + shown.err) and holding(tmp_path / "out") == []
 
@@ -151,9 +151,9 @@ def test_errors_name_the_source_and_no_secret(digits, tmp_path, server, capfd, m
         retry_seconds=0.3,
         autoencoder="x",
     )
-    assert data.inspect.main([url, "--config", str(recipe), "--output", str(tmp_path / "inspect.png")]) == 2
-    assert data.encode.main(["--config", str(recipe)]) == 2
-    assert data.prepare.main(["parquet", url.replace(" ", ""), "--output", str(tmp_path / "out")]) == 2
+    assert condot.data.inspect.main([url, "--config", str(recipe), "--output", str(tmp_path / "inspect.png")]) == 2
+    assert condot.data.encode.command.main(["--config", str(recipe)]) == 2
+    assert condot.data.prepare.command.main(["parquet", url.replace(" ", ""), "--output", str(tmp_path / "out")]) == 2
     shown = capfd.readouterr()
     assert clean(shown.out + shown.err), [line for line in (shown.out + shown.err).splitlines() if not clean(line)]
     assert all(len(line) < 1000 for line in shown.err.splitlines())
@@ -161,7 +161,7 @@ def test_errors_name_the_source_and_no_secret(digits, tmp_path, server, capfd, m
     assert not any(b"5ECRET" in path.read_bytes() or "5ECRET" in str(path) for path in kept)
 
 
-@pytest.mark.parametrize("command", [data.prepare.main, data.inspect.main])
+@pytest.mark.parametrize("command", [condot.data.prepare.command.main, condot.data.inspect.main])
 def test_what_was_mistyped_is_repeated_without_secrets(command, capsys):
     """argparse repeats words that it does not know."""
     with pytest.raises(SystemExit):
@@ -176,6 +176,6 @@ def test_no_name_begins_a_line_of_its_own(tmp_path, capsys):
         (tmp_path / "in" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "in" / name / f"{name}.png")
         (tmp_path / "in" / name / f"{name}.odd\nFORGED").touch()
-    assert data.prepare.main(["imagefolder", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--workers", "0"]) == 0
+    assert condot.data.prepare.command.main(["imagefolder", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--workers", "0"]) == 0
     told = capsys.readouterr().out
     assert r"a\x0aFORGED" in told and not any(line.startswith("FORGED") for line in told.splitlines())

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 from servers import serving
 
-from data.cache import Cache
-from data.index import describe, index_path
-from data.manifest import Manifest, Tally, parse_manifest, write_manifest
-from data.open import open_folder
-from data.options import Options
-from data.remote import RemoteFolder, _cached
-from data.shards import Shards
+from condot.core.data_options import Options
+from condot.data.format.index import describe, index_path
+from condot.data.format.manifest import Manifest, Tally, parse_manifest, write_manifest
+from condot.data.storage.cache import Cache
+from condot.data.storage.remote import RemoteFolder, _cached
+from condot.data.storage.resolve import open_folder
+from condot.data.storage.shard_reader import Shards
 
 NAMES = (
     *("a b.tar", " .tar", "~a.tar", "a~b.tar", "#1.tar", "100%.tar", "100%25.tar", "what?.tar", "a?b=c&d.tar", "a+b.tar", "é.tar"),

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
-from pipeline.checkpoint import Store, load_tensors
-from pipeline.checkpoint.rankfile import KEY
-from pipeline.checkpoint.shares import Box, deal, overlap, shard_box, to_write, within
+from condot.pipeline.checkpoint.rank_file import KEY
+from condot.pipeline.checkpoint.sharding import Box, deal, overlap, shard_box, to_write, within
+from condot.pipeline.checkpoint.store import Store, load_tensors
 
 # --- boxes
 

@@ -5,7 +5,7 @@ import codecs
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from data.summary import LONGEST, SIDE, _below, contact_sheet, shortened
+from condot.data.prepare.report import LONGEST, SIDE, _below, contact_sheet, shortened
 
 TILE = Image.new("RGB", (8, 8))
 

@@ -14,11 +14,11 @@ from ranks import together
 from test_tracking import Alone
 from test_training import digest
 
-from pipeline.tracking import Log
-from pipeline.training import preview
-from pipeline.training.run import Run, Told
-from pipeline.training.side import SideFailure, SideWork, is_out_of_memory
-from pipeline.training.status import read
+from condot.pipeline.tracking.run_log import Log
+from condot.pipeline.training import preview
+from condot.pipeline.training.best_effort import SideFailure, SideWork, is_out_of_memory
+from condot.pipeline.training.run import Run, Told
+from condot.pipeline.training.status import read
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PREVIEWS = ("--log.sample_every=4", "--log.sample_steps=2")
@@ -78,13 +78,13 @@ def test_tensorboard_on_a_full_disk_ends_nothing(digits, undisturbed, tmp_path, 
     """Its own thread dies of it, and whoever calls it waits for ever: not the run."""
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    from pipeline.tracking import trackers
+    from condot.pipeline.tracking import trackers
 
     def full(self, data):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RecordWriter, "write", full)
-    monkeypatch.setattr("pipeline.tracking.finish", lambda given: trackers.finish(given, 0.5))
+    monkeypatch.setattr("condot.pipeline.tracking.run_log.finish", lambda given: trackers.finish(given, 0.5))
     monkeypatch.setattr(trackers, "STUCK", [])
     assert fit(digits, tmp_path / "run", *PREVIEWS, "--log.report_to=tensorboard") == 0 and same(tmp_path / "run", undisturbed)
 

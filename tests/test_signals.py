@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from test_launch import ACCELERATE, LAUNCH, MEMBER, TORCHRUN, start
 
-from pipeline.training.status import read
+from condot.pipeline.training.status import read
 
 TWO = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
 ACCELERATED = (*LAUNCH, str(ACCELERATE / "cpu2.yaml"))

@@ -11,23 +11,23 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from stocks import shake
 
-import models
-import sample
-from data.prepare import main as prepare
-from data.text_encoders import read_text_encoder
-from data.words import Words
-from models.convert import OWN, one_size, to_exported, unheld
-from pipeline.choice import choose
-from pipeline.config import FlowConfig
-from pipeline.flow import ODE_SOLVERS, guide, repeat
-from pipeline.folder import pipeline_source
-from pipeline.follow import start
-from pipeline.generate import generate
-from pipeline.pipeline_condot_v2 import CondotPipeline
-from pipeline.sampler import Sampler
-from pipeline.source import network_source
-from pipeline.space import Space
-from pipeline.stock import form_of
+from condot.cli import sample
+from condot.data.encoders.text import read_text_encoder
+from condot.data.loader.text_conditioner import Words
+from condot.data.prepare.command import main as prepare
+from condot.models import registry
+from condot.models.convert import OWN, one_size, to_exported, unheld
+from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.export.load import pipeline_source
+from condot.pipeline.export.pipeline_class import choose
+from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
+from condot.pipeline.export.scheduler_map import form_of
+from condot.pipeline.flow import ODE_SOLVERS, guide, repeat
+from condot.pipeline.latent_space import Space
+from condot.pipeline.sampling.generate import generate
+from condot.pipeline.sampling.integrate import start
+from condot.pipeline.sampling.sampler import Sampler
+from condot.pipeline.sampling.source import network_source
 
 SMALL = {"width": 32, "depth": 2, "heads": 2, "patch_size": 2}
 NETWORKS = {
@@ -59,7 +59,7 @@ def built(case, folder, bucket_step=8):
     text = options["kind"] in ("cross_dit", "mmdit") or "condition" in options
     words = Words([read_text_encoder(str(frozen.text(folder / "encoder", "t5", width=16)), 7, "mask")]) if text else None
     options |= {"text_width": 16, "pooled_width": 16} if text else {}
-    network = shake(models.build(**options)).eval()
+    network = shake(registry.build(**options)).eval()
     how = (text, bool(bucket_step))
     exported, why = to_exported(network, form_of(FLOW).factor, *how), unheld(network, *how)
     space, names = Space.of_pixels(3, SIDE), () if text else ("a", "b", "c")

@@ -7,7 +7,7 @@ import oracles
 import pytest
 import torch
 
-from pipeline.flow import (
+from condot.pipeline.flow import (
     EDM,
     GRIDS,
     ODE_SOLVERS,
@@ -27,7 +27,7 @@ from pipeline.flow import (
     uniform_grid,
     velocity_field,
 )
-from pipeline.flow.solver import DORMAND_PRINCE, runge_kutta
+from condot.pipeline.flow.solver import DORMAND_PRINCE, runge_kutta
 
 MIXTURE = oracles.three()
 FIELD = MIXTURE.field(oracles.condot)
@@ -130,7 +130,7 @@ def test_order_of_convergence_with_a_data_prediction(path, name, order, monkeypa
     truth, path = landed_truth(path), PATHS[path]()
     field, x, coarse = data_field(path), initial(path, START), {"multistep": 160, "rk4": 50}.get(name, 80)
     fine = landed(ODE_SOLVERS[name], field, x, uniform_grid(2 * coarse), path).x
-    monkeypatch.setattr("pipeline.flow.solver.LANDING", 1e-5)
+    monkeypatch.setattr("condot.pipeline.flow.solver.LANDING", 1e-5)
     errors = [(landed(ODE_SOLVERS[name], field, x, uniform_grid(n), path).x - truth).norm().item() for n in (coarse, 2 * coarse)]
     assert math.log2(errors[0] / errors[1]) > order - 0.4
     if name == "rk4":  # from 1e-3 the last step costs 1e-5; a whole last interval by Euler loses two digits and the order

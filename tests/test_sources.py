@@ -6,11 +6,11 @@ import frozen
 import pytest
 import torch
 
-from data.encode import main as encode
-from data.options import Options
-from data.sources import Sources
-from data.stream import Share
-from data.text_encoders import TextEncoder
+from condot.core.data_options import Options
+from condot.data.encode.command import main as encode
+from condot.data.encoders.text import TextEncoder
+from condot.data.loader.stream import Share
+from condot.data.loader.training_data import Sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,10 +9,10 @@ import pytest
 from test_adopt import shards_of
 from test_prepare import contents, picture, refused
 
-from data.listing import split_named
-from data.prepare import main
-from data.shards import Shards
-from data.splits import SplitChoice, assign, kinds_of, parse_splits, words_of
+from condot.data.prepare.command import main
+from condot.data.prepare.source import split_named
+from condot.data.prepare.splits import SplitChoice, assign, kinds_of, parse_splits, words_of
+from condot.data.storage.shard_reader import Shards
 
 
 def images(root, *names):

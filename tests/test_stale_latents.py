@@ -9,9 +9,9 @@ from PIL import Image
 from shardmaker import jpeg, make, samples
 from test_latents import words
 
-from data import encode
-from data.prepare import main as prepare
-from data.source import LocalFolder
+from condot.data.encode import command
+from condot.data.prepare.command import main as prepare
+from condot.data.storage.local import LocalFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +26,7 @@ def parts(tmp_path_factory, one_thread):
     assert prepare(["imagefolder", str(folder / "photos"), "--output", str(folder / "images")]) == 0
     frozen.kl(folder / "vae")
     recipe = frozen.recipe(folder / "r.yaml", shards=folder / "images", autoencoder=folder / "vae", resolution=32)
-    assert encode.main(["--config", str(recipe), "--output", str(folder / "encoded"), "--flips=both"]) == 0
+    assert command.main(["--config", str(recipe), "--output", str(folder / "encoded"), "--flips=both"]) == 0
     return folder
 
 
@@ -67,8 +67,8 @@ def test_after_an_edit_and_prepare_old_latents_and_the_old_run_are_refused(parts
 def test_only_tars_newer_than_their_manifest_are_hashed(tmp_path, monkeypatch, capsys):
     hashed = []
     folder = make(tmp_path / "s", samples([5, 5, 5]))
-    real = __import__("data.source", fromlist=["sha256"]).sha256
-    monkeypatch.setattr("data.source.sha256", lambda path: hashed.append(path.name) or real(path))
+    real = __import__("condot.data.storage.local", fromlist=["sha256"]).sha256
+    monkeypatch.setattr("condot.data.storage.local.sha256", lambda path: hashed.append(path.name) or real(path))
 
     def look(shards=None):
         opened = LocalFolder(folder)
@@ -81,6 +81,6 @@ def test_only_tars_newer_than_their_manifest_are_hashed(tmp_path, monkeypatch, c
         os.utime(folder / f"train-{number:06d}.tar", ns=(later, later))
     os.utime(folder / "manifest.json", ns=(later - 1, later - 1))
     assert look(["train-000002.tar"]) == ["train-000002.tar"], "those that matter alone"
-    monkeypatch.setattr("data.source.LARGE", 10)
+    monkeypatch.setattr("condot.data.storage.local.LARGE", 10)
     assert sorted(look()) == ["train-000000.tar", "train-000002.tar"]
     assert "2 tars are newer than their manifest" in capsys.readouterr().out

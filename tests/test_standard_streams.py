@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import standard_streams
+from condot.core import standard_streams
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -33,10 +33,10 @@ sys.exit(7)
 """
 
 
-def run(shell="", room="pipeline", program=PROGRAM, **how):
+def run(shell="", program=PROGRAM, **how):
     """Start the program; its exit status, and whether it came to its end."""
     read, write = os.pipe()
-    words = [sys.executable, "-c", program.format(root=str(ROOT), room=room), str(write)]
+    words = [sys.executable, "-c", program.format(root=str(ROOT)), str(write)]
     if shell:
         words = ["bash", "-c", f'"$0" "$@" {shell}; exit ${{PIPESTATUS[0]}}', *words]
     how.setdefault("env", {**os.environ, "PYTHONUNBUFFERED": ""})
@@ -46,16 +46,11 @@ def run(shell="", room="pipeline", program=PROGRAM, **how):
         return done, file.read() == b"done"
 
 
-def test_both_rooms_have_one_rule():
-    assert (ROOT / "pipeline/standard_streams.py").read_bytes() == (ROOT / "data/standard_streams.py").read_bytes()
-
-
-@pytest.mark.parametrize("room", ["pipeline", "data"])
 @pytest.mark.parametrize(
     "shell", ["2>&1 | head -c 50", "| true", "2> >(true) | head -c 1", ">/dev/full 2>&1", ">/dev/full", ">&-", "2>&-", "<&- >&- 2>&-"]
 )
-def test_nothing_that_is_told_ends_the_program(shell, room):
-    done, came = run(shell, room, capture_output=True)
+def test_nothing_that_is_told_ends_the_program(shell):
+    done, came = run(shell, capture_output=True)
     assert came and done.returncode == 7 and b"Traceback" not in done.stderr
 
 

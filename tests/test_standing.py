@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from pipeline.standing import HEAD, standing_alone
+from condot.pipeline.export.bundle import HEAD, standing_alone
 
 LOW = '''"""The lowest floor.
 

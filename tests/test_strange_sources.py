@@ -12,9 +12,9 @@ from test_labels import classes_of, folder
 from test_prepare import contents, picture, refused
 from test_splits import images, packed
 
-from data.prepare import main
-from data.shards import Shards
-from data.walk import walk
+from condot.data.prepare.command import main
+from condot.data.prepare.scan_folder import walk
+from condot.data.storage.shard_reader import Shards
 
 
 @pytest.fixture

@@ -12,17 +12,17 @@ import webdataset
 from test_prepare import picture, refused
 from test_tar import add, tar_of
 
-from data.check import Check, check
-from data.decode import decode_image
-from data.index import NO_LABEL, index_path, index_shard, locate
-from data.manifest import Manifest, parse_manifest
-from data.prepare import main
-from data.sample_files import parse_image_extension, parse_label
-from data.shards import Shards
-from data.source import LocalFolder
-from data.summary import read
-from data.tar import samples
-from data.tar_headers import BLOCK
+from condot.data.format.index import NO_LABEL, index_path, index_shard, locate
+from condot.data.format.manifest import Manifest, parse_manifest
+from condot.data.format.sample_files import parse_image_extension, parse_label
+from condot.data.format.tar_headers import BLOCK
+from condot.data.format.tar_reader import samples
+from condot.data.images.decode import decode_image
+from condot.data.prepare.command import main
+from condot.data.prepare.report import read
+from condot.data.prepare.verify import Check, check
+from condot.data.storage.local import LocalFolder
+from condot.data.storage.shard_reader import Shards
 
 
 def report_of(folder):

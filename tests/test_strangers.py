@@ -11,15 +11,15 @@ import pytest
 from conftest import fit
 from servers import serving
 
-import data.encode
-import data.inspect
-from data.cache import Cache
-from data.fetch import _get
-from data.open import open_sources
-from data.opening import open_shards
-from data.options import Options
-from data.remote import RemoteFolder
-from data.retry import HttpError, one_line, say
+import condot.data.encode.command
+import condot.data.inspect
+from condot.core.data_options import Options
+from condot.data.loader.build import open_shards
+from condot.data.storage.cache import Cache
+from condot.data.storage.download import _get
+from condot.data.storage.remote import RemoteFolder
+from condot.data.storage.resolve import open_sources
+from condot.data.storage.retry import HttpError, one_line, say
 
 ESCAPES = "\x1b[2J\x1b]52;c;aGk=\x07\r\x9b31m\u202egnp.exe\x00"
 
@@ -123,7 +123,7 @@ def test_a_redirect_from_https_to_http_is_refused():
 
 
 def test_what_is_said(capfd, monkeypatch):
-    monkeypatch.setattr("data.retry._said_at", -1e9)
+    monkeypatch.setattr("condot.data.storage.retry._said_at", -1e9)
     say(f"http://u:5ECRET@h/x {ESCAPES}")
     text = capfd.readouterr().err
     assert safe(text) and "5ECRET" not in text and "\\x1b[2J" in text and "\\u202e" in text
@@ -142,7 +142,7 @@ def evil(tmp_path):
 
 def test_names_of_classes_reach_no_screen_raw(tmp_path, capfd):
     folder = evil(tmp_path)
-    assert data.inspect.main([str(folder), "--resolution=32", "--batch_size=2", "--output", str(tmp_path / "x.png")]) == 1
+    assert condot.data.inspect.main([str(folder), "--resolution=32", "--batch_size=2", "--output", str(tmp_path / "x.png")]) == 1
     shown = capfd.readouterr()
     assert safe(shown.out) and safe(shown.err) and "even\\x1b[2J" in shown.out
     assert fit(folder, tmp_path / "run", "--data.channels=3", "--data.max_bad_share=0", "--data.split=\x1b[2J") == 2
@@ -160,8 +160,8 @@ def test_splits_of_strangers_reach_no_screen_raw(tmp_path, capfd):
     recipe = frozen.recipe(
         tmp_path / "r.yaml", shards=folder, encoded=tmp_path / "e", autoencoder=frozen.kl(tmp_path / "vae"), resolution=32
     )
-    assert data.encode.main(["--config", str(recipe), "--splits", "val"]) == 2
-    assert data.inspect.main([str(folder)]) == 2 and fit(folder, tmp_path / "run") == 2
+    assert condot.data.encode.command.main(["--config", str(recipe), "--splits", "val"]) == 2
+    assert condot.data.inspect.main([str(folder)]) == 2 and fit(folder, tmp_path / "run") == 2
     shown = capfd.readouterr()
     assert safe(shown.err) and shown.err.count("\\x1b[2J") == 3
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from data import build
-from data.options import Options
-from data.shards import Shards
-from data.stream import Share, to_unit
+from condot.core.data_options import Options
+from condot.data.loader.build import build
+from condot.data.loader.stream import Share, to_unit
+from condot.data.storage.shard_reader import Shards
 from tests.shardmaker import flat, jpeg, make, samples
 
 UNEVEN = [37, 1, 64, 5, 20, 1]

@@ -11,10 +11,10 @@ import pytest
 import webdataset
 from PIL import Image
 
-from data.shards import Shards
-from data.tar import REMEDIES, Remarks, _plain_files, files_of, members, samples
-from data.tar_headers import BLOCK, pax_records
-from data.write import TarWriter
+from condot.data.format.tar_headers import BLOCK, pax_records
+from condot.data.format.tar_reader import REMEDIES, Remarks, _plain_files, files_of, members, samples
+from condot.data.format.tar_writer import TarWriter
+from condot.data.storage.shard_reader import Shards
 
 NAMES = [
     "a.jpg",
@@ -366,7 +366,7 @@ def test_plain_headers_are_read_as_all_headers_are(tmp_path, monkeypatch, form, 
     span = path.read_bytes()[: -2 * BLOCK]
     for length in (len(span), 3 * BLOCK, 5):
         taken = files_of(span[:length])
-        monkeypatch.setattr("data.tar._plain_files", lambda span: None)
+        monkeypatch.setattr("condot.data.format.tar_reader._plain_files", lambda span: None)
         assert files_of(span[:length]) == taken
         monkeypatch.undo()
 

@@ -10,14 +10,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from shardmaker import make, png
 
-from data import build, encode, open_shards, open_text
-from data.beside import check_captions
-from data.caption_fields import caption_of
-from data.join import STEP, TextFacts, TextStates, drop_text, join, layout, length_of
-from data.options import Options, read_options
-from data.stream import Share
-from data.text_encoders import TextEncoder, encode_captions, read_text_encoder, read_text_encoders
-from data.words import Words
+from condot.core.caption_fields import caption_of
+from condot.core.data_options import Options, read_options
+from condot.data.encode import command
+from condot.data.encoders.text import TextEncoder, encode_captions, read_text_encoder, read_text_encoders
+from condot.data.encoders.text_states import STEP, TextFacts, TextStates, drop_text, join, layout, length_of
+from condot.data.loader.build import build, open_shards, open_text
+from condot.data.loader.captions import check_captions
+from condot.data.loader.stream import Share
+from condot.data.loader.text_conditioner import Words
 
 CAPTIONS = ["a red square and the blue circle", "", "green " * 40]
 KINDS = {"text_encoder": ("clip_projected", 16), "text_encoder_2": ("clip_projected", 24), "text_encoder_3": ("t5", 64)}
@@ -277,7 +278,7 @@ def cache(pipe, tmp_path_factory, one_thread):
             folder / f"{padding}.yaml", shards=folder / "images", text_encoder=names(pipe), max_tokens=(32, 32, 20), text_padding=padding,
             resolution=32, encoding="cached", encoded=folder / padding, workers=0,
         )  # fmt: skip
-        assert encode.main(["--config", str(recipe)]) == 0
+        assert command.main(["--config", str(recipe)]) == 0
     return folder
 
 
@@ -315,7 +316,7 @@ def test_cut_captions_are_counted_of_each_encoder(cache, tmp_path, capsys):
     images = open_shards(options)
     words = [len(images.read(s, n).files.get("txt", b"").split()) for s, count in enumerate(images.counts) for n in range(count)]
     tokens = ("--data.max_tokens", "4", "4", "5")
-    assert encode.main(["--config", str(cache / "mask.yaml"), "--output", str(tmp_path), *tokens]) == 0
+    assert command.main(["--config", str(cache / "mask.yaml"), "--output", str(tmp_path), *tokens]) == 0
     said = capsys.readouterr().out
     for folder, most in (("text", 2), ("text-1", 2), ("text-2", 4)):
         cut = sum(n > most for n in words)

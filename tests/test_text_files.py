@@ -2,8 +2,8 @@
 
 import pytest
 
-from data.printable import printable
-from data.text_files import caption_text, decode_text, parse_json
+from condot.core.printable import printable
+from condot.core.text_files import caption_text, decode_text, parse_json
 
 CAPTION = "a café, 猫 and שלום"
 

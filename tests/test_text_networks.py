@@ -5,11 +5,11 @@ import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from stocks import PIXART, PLAIN, SD3, STOCK, TEXTUAL, inputs, setting, shake, stock_network, stock_output
 
-import models
-from models.condition import Text
-from models.convert import from_stock, to_stock
-from models.convert_mmdit import line_of, mmdit_unused
-from models.layers import sincos_positions
+from condot.models import registry
+from condot.models.common.conditioning import Text
+from condot.models.common.layers import sincos_positions
+from condot.models.convert import from_stock, to_stock
+from condot.models.mmdit.convert import line_of, mmdit_unused
 
 MMDIT = {
     "kind": "mmdit", "channels": 3, "resolution": 8, "text_width": 20, "pooled_width": 14, "width": 48, "depth": 3, "heads": 4,
@@ -170,13 +170,13 @@ def test_what_ours_cannot_hold_is_refused(change):
 )
 def test_what_stock_cannot_hold_is_refused(options):
     with pytest.raises(ValueError, match=r"model\.(micro_conditions|qk_norm)=True: .* has no place"):
-        to_stock(models.build(**options), 1.0)
+        to_stock(registry.build(**options), 1.0)
 
 
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_the_output_is_zero_at_the_start(name):
-    network = models.build(**KINDS[name])
+    network = registry.build(**KINDS[name])
     assert (network(*inputs(labels="on" in name)) == 0).all()
     assert (shake(network)(*inputs(labels="on" in name)) != 0).any()
 
@@ -184,7 +184,7 @@ def test_the_output_is_zero_at_the_start(name):
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_step_lowers_the_loss(name, dtype):
-    network = models.build(**KINDS[name], seed=0)
+    network = registry.build(**KINDS[name], seed=0)
     x, t, condition, _ = inputs(labels="on" in name)
     target = torch.randn(x.shape, generator=torch.Generator().manual_seed(7))
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
@@ -204,7 +204,7 @@ def test_one_step_lowers_the_loss(name, dtype):
 @torch.no_grad()
 def test_padding_is_never_looked_at(name, dtype):
     """Garbage in padded states gives the same bits; in seen states, other ones."""
-    network = shake(models.build(**KINDS[name]))
+    network = shake(registry.build(**KINDS[name]))
     x, t, text, _ = inputs()
     garbage = torch.where(text.mask[..., None], text.states, 1e3 * torch.randn_like(text.states))
     seen = torch.where(text.mask[..., None], text.states + 0.1, text.states)
@@ -218,7 +218,7 @@ def test_padding_is_never_looked_at(name, dtype):
 @torch.no_grad()
 def test_padding_is_as_good_as_absent(name):
     """A caption alone and cut to its length gives what it gives beside longer ones."""
-    network = shake(models.build(**KINDS[name])).double()
+    network = shake(registry.build(**KINDS[name])).double()
     x, t, text, _ = inputs()
     x, t, text = x.double(), t.double(), Text(text.states.double(), text.mask, text.pooled.double())
     together = network(x, t, text)
@@ -232,7 +232,7 @@ def test_padding_is_as_good_as_absent(name):
 def test_samples_do_not_know_one_another(name):
     """Permuted samples give permuted outputs, and each alone gives its own."""
     options = SIZED_KINDS[name.removesuffix(", sizes")] if name.endswith("sizes") else KINDS[name]
-    network = shake(models.build(**options)).double()
+    network = shake(registry.build(**options)).double()
     x, t, condition, sizes = inputs(labels="on" in name)
     condition = Text(condition.states.double(), condition.mask, condition.pooled.double()) if isinstance(condition, Text) else condition
     order = torch.tensor([2, 0, 3, 1])
@@ -248,7 +248,7 @@ def test_samples_do_not_know_one_another(name):
 
 @pytest.mark.parametrize("name", SIZED_KINDS)
 def test_sizes_begin_without_a_say_and_learn_one(name):
-    network = models.build(**SIZED_KINDS[name])
+    network = registry.build(**SIZED_KINDS[name])
     last = next(p for n, p in network.named_parameters() if n.endswith(("sizes.leave.weight", "add_embedding.linear_2.weight")))
     assert (last == 0).all()
     with torch.no_grad():
@@ -268,7 +268,7 @@ def test_sizes_begin_without_a_say_and_learn_one(name):
 def test_checkpointing_changes_no_bit(name):
     results = []
     for checkpointing in (False, True):
-        network = shake(models.build(**KINDS[name], gradient_checkpointing=checkpointing, seed=3)).train()
+        network = shake(registry.build(**KINDS[name], gradient_checkpointing=checkpointing, seed=3)).train()
         x, t, condition, _ = inputs(labels="on" in name)
         output = network(x, t, condition)
         output.square().mean().backward()
@@ -278,9 +278,9 @@ def test_checkpointing_changes_no_bit(name):
 
 @pytest.mark.parametrize("name", [*KINDS])
 def test_built_on_meta_begins_alike(name):
-    whole = models.build(**KINDS[name], seed=5)
-    shell = models.build(**KINDS[name], seed=5, device="meta").to_empty(device="cpu")
-    models.initialise(shell, 5)
+    whole = registry.build(**KINDS[name], seed=5)
+    shell = registry.build(**KINDS[name], seed=5, device="meta").to_empty(device="cpu")
+    registry.initialise(shell, 5)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), shell.state_dict().values(), strict=True))
     assert not [n for n, _ in shell.named_buffers()], "a buffer would have no value"
     assert (shell.takes, shell.num_classes) == (("class", KINDS[name]["num_classes"]) if "on" in name else ("text", 0))
@@ -299,9 +299,9 @@ def test_built_on_meta_begins_alike(name):
 ])  # fmt: skip
 def test_sizes_that_do_not_fit(kind, change, says):
     with pytest.raises(ValueError, match=says):
-        models.build(**{**kind, **change})
+        registry.build(**{**kind, **change})
 
 
 def test_an_image_larger_than_the_grid_is_refused():
     with pytest.raises(ValueError, match=r"model.position_grid=6: use at least 8"):
-        models.build(**MMDIT)(*inputs(side=16))
+        registry.build(**MMDIT)(*inputs(side=16))

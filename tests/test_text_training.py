@@ -11,19 +11,18 @@ from accelerate.state import AcceleratorState
 from conftest import launch
 from shardmaker import make, png
 
-import sample
-import train
-from data import build
-from data.encode import main as encode
-from data.options import Options
-from data.reading import read_images
-from data.shards import Shards
-from data.stream import Share
-from data.text_encoders import TextEncoder, read_text_encoder
-from data.words import Words
-from pipeline.checkpoint import load_tensors
-from pipeline.launch import precision
-from pipeline.options import Retrieve
+from condot.cli import sample, train
+from condot.core.data_options import Options
+from condot.data.encode.command import main as encode
+from condot.data.encoders.text import TextEncoder, read_text_encoder
+from condot.data.loader.build import build
+from condot.data.loader.read_samples import read_images
+from condot.data.loader.stream import Share
+from condot.data.loader.text_conditioner import Words
+from condot.data.storage.shard_reader import Shards
+from condot.pipeline.checkpoint.store import load_tensors
+from condot.pipeline.launch import precision
+from condot.pipeline.sampling.options import Retrieve
 
 NETWORKS = {
     "mmdit": ("--model.kind=mmdit", "--model.patch_size=4", "--model.width=32", "--model.depth=2", "--model.heads=2"),

@@ -4,9 +4,9 @@ from types import SimpleNamespace
 
 import torch
 
-from pipeline.config import Config, TrainConfig
-from pipeline.flow import Purpose, uniform
-from pipeline.training.told import Teller, classes
+from condot.pipeline.config.schema import Config, TrainConfig
+from condot.pipeline.flow import Purpose, uniform
+from condot.pipeline.training.conditioning import Teller, classes
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,10 @@ from accelerate import PartialState
 from conftest import fit
 from test_tracking import Alone
 
-from pipeline.tracking import loss_curve, trackers
-from pipeline.tracking.jsonl import read_lines
-from pipeline.tracking.trackers import Tracker, attach, check, finish, flat
+from condot.pipeline.tracking import trackers
+from condot.pipeline.tracking.jsonl import read_lines
+from condot.pipeline.tracking.run_log import loss_curve
+from condot.pipeline.tracking.trackers import Tracker, attach, check, finish, flat
 
 # --- between the run and a server
 
@@ -204,7 +205,7 @@ def test_a_missing_package_is_refused_at_start(tmp_path, digits, monkeypatch, ca
 
 
 def test_a_run_whose_tracker_hangs_is_the_run_without_one(tmp_path, digits, trained, wandb, held, monkeypatch, capsys):
-    monkeypatch.setattr("pipeline.tracking.finish", lambda given: finish(given, 0.05))
+    monkeypatch.setattr("condot.pipeline.tracking.run_log.finish", lambda given: finish(given, 0.05))
     wandb.answer = lambda values: held.wait()
     assert fit(digits, tmp_path / "run", "--log.report_to=wandb") == 0
     assert loss_curve(tmp_path / "run") == loss_curve(trained) and len(loss_curve(trained)) == 6

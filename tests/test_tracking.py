@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import tracking
-from pipeline.tracking import BadSamples, Log, Meter, loss_curve, memory_gb
-from pipeline.tracking.jsonl import Lines, read_lines
-from pipeline.tracking.utilisation import Utilisation
+from condot.pipeline.tracking import run_log
+from condot.pipeline.tracking.jsonl import Lines, read_lines
+from condot.pipeline.tracking.mfu import Utilisation
+from condot.pipeline.tracking.run_log import BadSamples, Log, Meter, loss_curve, memory_gb
 
 CPU = torch.device("cpu")
 
@@ -79,7 +79,7 @@ def test_lines_wait_for_a_full_disk_and_follow_in_order(tmp_path):
 
 
 def test_what_waits_for_a_disk_is_bounded_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.tracking.jsonl.HELD", 3)
+    monkeypatch.setattr("condot.pipeline.tracking.jsonl.HELD", 3)
     lines = Lines(tmp_path / "absent" / "a.jsonl")
     lines.held = type(lines.held)(maxlen=3)
     for n in range(5):
@@ -131,7 +131,7 @@ GOOD, BAD = torch.tensor(0.0), torch.tensor(1.0)
 
 def test_means_leave_out_skipped_steps_and_rates_do_not(monkeypatch):
     """A skipped step took its time, and its images: 4 steps of 14 in 7 seconds."""
-    clock = Clock(monkeypatch, tracking)
+    clock = Clock(monkeypatch, run_log)
     meter = Meter(Alone())
     clock.now += 7
     for loss, norm, bad in ((2.0, 2.0, GOOD), (math.nan, 7.0, BAD), (6.0, math.inf, BAD), (6.0, 4.0, GOOD)):
@@ -146,7 +146,7 @@ def test_means_leave_out_skipped_steps_and_rates_do_not(monkeypatch):
 
 def test_an_interval_goes_on_from_a_checkpoint_and_back_to_one(monkeypatch):
     """Its means are those of all its steps; its rates of the steps since, for the time before was another process's or is undone."""
-    clock = Clock(monkeypatch, tracking)
+    clock = Clock(monkeypatch, run_log)
     whole, parts = Meter(Alone()), Meter(Alone())
     figures = torch.rand(6, 2)
     for n, (loss, norm) in enumerate(figures):
@@ -168,9 +168,9 @@ def test_an_interval_goes_on_from_a_checkpoint_and_back_to_one(monkeypatch):
 
 def test_rates_and_waits_of_all_ranks_in_one_exchange(monkeypatch):
     """10 s of training, 3 of them waiting, and 5 s of saving beside them; of three other ranks the vectors are known."""
-    clock = Clock(monkeypatch, tracking)
+    clock = Clock(monkeypatch, run_log)
     accelerator = Alone([2.0, 1.0, 4.0, 1.0, 70.0, 0.0], [3.0, 1.0, 4.0, 9.0, 80.5, 4.0], [6.0, 2.0, 4.0, 3.0, 60.0, 0.0])
-    monkeypatch.setattr(tracking, "memory_gb", lambda device: 50.0)
+    monkeypatch.setattr(run_log, "memory_gb", lambda device: 50.0)
     meter = Meter(accelerator, Utilisation(peak=1e12, model=2e9, encoders=1e9, counted=True))
     for _ in range(4):
         with meter.waiting():
@@ -196,7 +196,7 @@ def test_rates_and_waits_of_all_ranks_in_one_exchange(monkeypatch):
 
 
 def test_a_wait_that_ends_in_an_error_counts_too(monkeypatch):
-    clock, meter = Clock(monkeypatch, tracking), Meter(Alone())
+    clock, meter = Clock(monkeypatch, run_log), Meter(Alone())
     meter.since = clock.now
     with pytest.raises(StopIteration), meter.waiting():
         clock.now += 2
@@ -268,9 +268,9 @@ def test_bad_samples_are_exchanged_only_where_a_rank_found_some(tmp_path, monkey
     def nobody(found):
         raise AssertionError("an exchange for nothing")
 
-    monkeypatch.setattr(tracking, "gather_object", nobody)
+    monkeypatch.setattr(run_log, "gather_object", nobody)
     assert bad.report([], 100, any_rank=False) == 0
-    monkeypatch.setattr(tracking, "gather_object", lambda found: [*found, fault(3, "b.tar", "k", "torn")._asdict()])
+    monkeypatch.setattr(run_log, "gather_object", lambda found: [*found, fault(3, "b.tar", "k", "torn")._asdict()])
     assert bad.report([fault(9, "a.tar", "j", "torn")], 100) == 2
     assert [line["position"] for line in read_lines(bad.path)] == [3, 9]
     for main in (True, False):  # gone on from position 9, which is the first to come again

@@ -17,15 +17,16 @@ import torch
 from conftest import ROOT, UNET, arguments, fit, launch
 from PIL import Image
 
-import models
-import pipeline.training.loop as loop
-from data import prepare
-from pipeline.checkpoint import load_tensors, saving
-from pipeline.config import EmaConfig, FlowConfig, TrainConfig
-from pipeline.ema import Averages, HalfLife, laws
-from pipeline.method import Method
-from pipeline.training.optim import adamw, learning_rate
-from pipeline.training.run import compare
+from condot.data.prepare import command
+from condot.models import registry
+from condot.pipeline.checkpoint import saving
+from condot.pipeline.checkpoint.store import load_tensors
+from condot.pipeline.config.schema import EmaConfig, FlowConfig, TrainConfig
+from condot.pipeline.ema.averages import Averages, HalfLife, laws
+from condot.pipeline.objectives.training_objective import Method
+from condot.pipeline.training import loop
+from condot.pipeline.training.optimizer import adamw, learning_rate
+from condot.pipeline.training.run import compare
 
 
 def curve(folder):
@@ -182,14 +183,14 @@ def test_metrics_say_what_is_promised(trained):
 def test_what_the_network_is_shown(digits, tmp_path, monkeypatch):
     """Over 100 steps: new times in every step, a tenth of the labels null (5 sigma), pixels in -1..1 mixed with noise of unit size."""
     seen = []
-    forward = models.DiT.forward
+    forward = registry.DiT.forward
 
     def spy(self, x, t, labels):
         if self.training:
             seen.append((x.detach().clone(), t.clone(), labels.clone()))
         return forward(self, x, t, labels)
 
-    monkeypatch.setattr(models.DiT, "forward", spy)
+    monkeypatch.setattr(registry.DiT, "forward", spy)
     assert fit(digits, tmp_path / "run", "--train.max_steps=100", "--checkpoint.every=1000") == 0
     x, t, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert len(t) == 1600 == len(t.unique()) and bool(((t > 0) & (t < 1)).all())
@@ -312,13 +313,13 @@ def test_more_classes_than_an_export_holds_are_refused_at_the_start(tmp_path, ca
     for i in range(1001):
         (tmp_path / f"images/{i:04d}").mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / f"images/{i:04d}/a.png")
-    assert prepare.main(["imagefolder", str(tmp_path / "images"), "--output", str(tmp_path / "shards")]) == 0
+    assert command.main(["imagefolder", str(tmp_path / "images"), "--output", str(tmp_path / "shards")]) == 0
     assert fit(tmp_path / "shards", tmp_path / "run", "--export=true") == 2 and not (tmp_path / "run").exists()
     assert "1001 classes: the stock pipeline takes label 1000 for none" in capsys.readouterr().err
 
 
 def test_two_runs_on_one_folder(digits, tmp_path, capsys):
-    from pipeline.launch import lock
+    from condot.pipeline.launch.distributed import lock
 
     held = lock(tmp_path / "run")
     assert fit(digits, tmp_path / "run") == 2 and "in use by another run" in capsys.readouterr().err
@@ -335,7 +336,7 @@ def test_a_disk_that_fills_does_not_stop_training(digits, tmp_path, monkeypatch,
         return write(path, *rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.checkpoint.saving.write_file", full)
+        patch.setattr("condot.pipeline.checkpoint.saving.write_file", full)
         assert fit(digits, tmp_path / "run") == 2
     out, error = capsys.readouterr()
     assert "the state of step 12 could not be saved" in error and len(curve(tmp_path / "run")) == 6

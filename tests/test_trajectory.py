@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.flow import (
+from condot.pipeline.flow import (
     LinearPath,
     NormalPrior,
     Trajectory,

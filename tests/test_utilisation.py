@@ -6,10 +6,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import models
-from models.cost import cost, example
-from pipeline.tracking import utilisation
-from pipeline.tracking.utilisation import SHEETS, Utilisation, flops, kind_of, listed, measured, peak
+from condot.models import registry
+from condot.models.cost import cost, example
+from condot.pipeline.tracking import mfu
+from condot.pipeline.tracking.mfu import SHEETS, Utilisation, flops, kind_of, listed, measured, peak
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def test_products_of_fused_attention_are_counted(dtype):
 def test_training_is_six_a_multiply_add_and_frozen_weights_have_no_gradients():
     """Against the count of models.cost, of another kind; what encodes is counted by itself."""
     options = {"channels": 4, "resolution": 16, "num_classes": 10, "patch_size": 2, "width": 64, "depth": 3, "heads": 4}
-    _, products = cost(models.build("dit", device="meta", **options), (4, 16, 16))
+    _, products = cost(registry.build("dit", device="meta", **options), (4, 16, 16))
     encoder, calls = nn.Conv2d(3, 4, 3, padding=1), []
 
     def see():
@@ -49,7 +49,7 @@ def test_training_is_six_a_multiply_add_and_frozen_weights_have_no_gradients():
         return encoder(torch.zeros(5, 3, 16, 16)), torch.zeros(5, dtype=torch.long)
 
     for trained in (1.0, 0.0, 0.25):
-        use = Utilisation(models.build("dit", device="meta", **options), trained, peak=2e12)
+        use = Utilisation(registry.build("dit", device="meta", **options), trained, peak=2e12)
         assert use.count(see) == "" and use.count(see) == ""
         assert use.model == pytest.approx(2 * (2 + trained) * products) and use.encoders == 2 * 27 * 4 * 16 * 16
         assert use.shares(100.0)["mfu"] == pytest.approx(100 * use.model / 2e12) and use.network is None
@@ -70,7 +70,7 @@ KINDS = {
 def test_networks_of_every_kind_are_counted_as_they_are_fed(kind):
     """Two samples, of text seven tokens, against one sample's cost."""
     options = KINDS[kind]
-    network = models.build(kind, device="meta", **options)
+    network = registry.build(kind, device="meta", **options)
     text = {"tokens": 7, "text_width": options.get("text_width", 0), "pooled_width": options.get("pooled_width", 0)}
     x, _, *told = example(network, (4, 8, 8), batch=2, **text)
     use = Utilisation(network)
@@ -80,7 +80,7 @@ def test_networks_of_every_kind_are_counted_as_they_are_fed(kind):
 
 def test_a_step_computes_what_is_counted():
     """Forward and backward of a real network; only the times, which need no gradient, make it less."""
-    network = models.build("dit", seed=0, channels=4, resolution=16, num_classes=10, patch_size=2, width=64, depth=3, heads=4)
+    network = registry.build("dit", seed=0, channels=4, resolution=16, num_classes=10, patch_size=2, width=64, depth=3, heads=4)
     x, t, labels = torch.randn(3, 4, 16, 16, requires_grad=True), torch.rand(3), torch.tensor([1, 2, 3])
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         network(x, t, labels).sum().backward()
@@ -161,7 +161,7 @@ def test_a_peak_is_asked_for_listed_or_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     assert peak(0, "bf16", torch.device("cuda"))[0] == 121e12
     assert kind_of("no", torch.device("cuda")) == "float32" and kind_of("fp16", CPU) == "fp16"
-    monkeypatch.setattr(utilisation, "SECONDS", {"cpu": 0.0})
+    monkeypatch.setattr(mfu, "SECONDS", {"cpu": 0.0})
     rate, source = peak(0, "no", CPU)
     assert 1e7 < rate < 1e14 and "measured here" in source and measured(CPU, "fp8") is None
 

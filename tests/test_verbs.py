@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from test_methods import gaussian_source
 
-import sample
-from data.reading import read_images
-from data.shards import Shards
-from pipeline.density import affordable, bits
-from pipeline.flow import count
-from pipeline.generate import Samples
-from pipeline.options import Model, Sampling
-from pipeline.restore import Remedy, measurement, restore
-from pipeline.sampler import Sampler
+from condot.cli import sample
+from condot.data.loader.read_samples import read_images
+from condot.data.storage.shard_reader import Shards
+from condot.pipeline.flow import count
+from condot.pipeline.sampling.generate import Samples
+from condot.pipeline.sampling.likelihood import affordable, bits
+from condot.pipeline.sampling.options import Model, Sampling
+from condot.pipeline.sampling.restore import Remedy, measurement, restore
+from condot.pipeline.sampling.sampler import Sampler
 
 STEP = 2 / 255
 
@@ -215,7 +215,7 @@ def test_restoring_is_asked_for_as_the_command_says(trained, tmp_path, capsys, m
     """Class 0 is a class; the input as measured is the image itself, without the pixels that white hides."""
     seen = []
     gray = Samples(torch.zeros(2, 1, 8, 8), 9)
-    monkeypatch.setattr("pipeline.restore.restore", lambda source, *given, **more: seen.append((*given, more)) or gray)
+    monkeypatch.setattr("condot.pipeline.sampling.restore.restore", lambda source, *given, **more: seen.append((*given, more)) or gray)
     pixels, mask = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4, np.tri(8, dtype=np.uint8) * 255
     Image.fromarray(pixels).save(tmp_path / "photo.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")

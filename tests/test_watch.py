@@ -15,11 +15,11 @@ from conftest import ROOT
 from test_launch import MEMBER, TORCHRUN, start
 from torch.distributed import TCPStore
 
-from pipeline.launch.meeting import Meeting
-from pipeline.process import HUNG
-from pipeline.training import watch
-from pipeline.training.status import Status, read
-from pipeline.training.watch import Place, Watch, _compare, _places, _report
+from condot.core.process import HUNG
+from condot.pipeline.launch.rendezvous import Meeting
+from condot.pipeline.training import watchdog
+from condot.pipeline.training.status import Status, read
+from condot.pipeline.training.watchdog import Place, Watch, _compare, _places, _report
 
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # a thread's _exit becomes SystemExit
 
@@ -164,11 +164,11 @@ def together(monkeypatch):
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=5))
     ended, watches = [], []
     monkeypatch.setattr(os, "_exit", lambda status: (ended.append(status), sys.exit(status)))
-    monkeypatch.setattr(watch.faulthandler, "dump_traceback", lambda file: None)
+    monkeypatch.setattr(watchdog.faulthandler, "dump_traceback", lambda file: None)
 
     def begin(world, alive):
         for rank in alive:
-            monkeypatch.setattr(watch, "met", lambda rank=rank: Meeting("127.0.0.1", server.port, rank, world, 1, server))
+            monkeypatch.setattr(watchdog, "met", lambda rank=rank: Meeting("127.0.0.1", server.port, rank, world, 1, server))
             watches.append(Watch(0.5))
         return server, watches, ended
 
@@ -204,7 +204,7 @@ def test_a_store_that_does_not_answer_keeps_no_rank_from_ending(together, monkey
         raise RuntimeError("connection reset by peer\nand a stack of C++")
 
     monkeypatch.setattr(Meeting, "client", client)
-    monkeypatch.setattr(watch, "_within", lambda seconds, act, within=watch._within: within(min(seconds, 1.0), act))
+    monkeypatch.setattr(watchdog, "_within", lambda seconds, act, within=watchdog._within: within(min(seconds, 1.0), act))
     one._threads[0].join(timeout=60)
     err = capfd.readouterr().err
     why = "connection reset by peer" if how == "gone" else "no answer in 1 s"
@@ -214,7 +214,7 @@ def test_a_store_that_does_not_answer_keeps_no_rank_from_ending(together, monkey
 def test_a_disk_that_does_not_answer_keeps_no_process_from_ending(together, monkeypatch):
     _, (one,), ended = together(1, (0,))
     monkeypatch.setattr(Watch, "_show", lambda *given: time.sleep(600))
-    monkeypatch.setattr(watch, "_within", lambda seconds, act, within=watch._within: within(min(seconds, 2.0), act))
+    monkeypatch.setattr(watchdog, "_within", lambda seconds, act, within=watchdog._within: within(min(seconds, 2.0), act))
     one._threads[0].join(timeout=60)
     assert ended == [HUNG]
 

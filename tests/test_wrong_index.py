@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from shardmaker import make, samples
 
-from data import build
-from data import index as indexing
-from data.check import _sample
-from data.inspect import main as inspect
-from data.manifest import parse_manifest
-from data.options import Options
-from data.shards import LostShard, Shards
-from data.stream import Share
+from condot.core.data_options import Options
+from condot.data.format import index as indexing
+from condot.data.format.manifest import parse_manifest
+from condot.data.inspect import main as inspect
+from condot.data.loader.build import build
+from condot.data.loader.stream import Share
+from condot.data.prepare.verify import _sample
+from condot.data.storage.shard_reader import LostShard, Shards
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_with_several_shapes_a_wrong_index_stops_even_when_skipping(tmp_path):
 
 
 def test_inspect_names_it_and_goes_on(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("data.inspect.SECONDS", 0.05)
+    monkeypatch.setattr("condot.data.inspect.SECONDS", 0.05)
     words = [str(folder), "--resolution", "4", "--channels", "1", "--output", str(tmp_path / "x.png")]
     assert inspect(words) == 0
     capsys.readouterr()
@@ -146,7 +146,7 @@ def test_an_index_that_is_cut_while_it_is_read_ends_no_process(folder):
 
 def test_indexes_take_bounded_memory(folder, monkeypatch):
     """720, 1200 and 480 bytes: as many of a size are kept as fit into a thousand, and one."""
-    monkeypatch.setattr("data.shards.INDEX_BYTES", 1000)
+    monkeypatch.setattr("condot.data.storage.shard_reader.INDEX_BYTES", 1000)
     shards = Shards(folder)
     for number in range(3):
         shards.records(number)

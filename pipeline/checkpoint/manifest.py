@@ -18,11 +18,12 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from ..own_files import open_regular
-from ..printable import one_line
-from ..process import processors
-from .rankfile import listed
-from .shares import deal
+from condot.core.atomic_files import open_regular
+from condot.core.printable import one_line
+from condot.core.process import processors
+
+from .rank_file import listed
+from .sharding import deal
 
 T = TypeVar("T")
 Seals = dict[str, dict[str, Any]]

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from .manifest import Seals, rank, world, write_text
-from .rankfile import Host, Place, not_finite, write_file
-from .shares import to_write
+from .rank_file import Host, Place, not_finite, write_file
+from .sharding import to_write
 
 NOT_FINITE = "holds numbers that are not finite"
 """In an error of a save that would have kept a state gone wrong; other errors are the disk's."""

@@ -16,10 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..checkpoint import PREFIX, Store, averages, verify
-from ..config import EmaConfig
-from ..printable import say
-from . import Averages, Power
+from condot.core.printable import say
+
+from ..checkpoint.store import PREFIX, Store, averages, verify
+from ..config.schema import EmaConfig
+from .averages import Averages, Power
 from .posthoc import BOUND, Combination, combine
 
 FOLDER = "averages"

@@ -33,15 +33,7 @@ from .path import Coefficients, CondOT, Cosine, Path, initial, interpolate, wide
 from .precondition import precondition
 from .random import Purpose, normal, rademacher, uniform
 from .registry import ODE_SOLVERS, SDE_SOLVERS
-from .sde import (
-    COEFFICIENTS,
-    Diffusion,
-    coefficient,
-    euler_maruyama,
-    exponential,
-    noising,
-    stochastic_heun,
-)
+from .sde import COEFFICIENTS, Diffusion, coefficient, euler_maruyama, exponential, noising, stochastic_heun
 from .simulate import simulate
 from .solver import Solution, dormand_prince, euler, heun, landed, midpoint, multistep, rk4
 from .time import (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..own_files import open_regular, write_whole
+from condot.core.atomic_files import open_regular, write_whole
 
 Line = dict[str, Any]
 HELD = 10_000

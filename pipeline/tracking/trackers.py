@@ -17,8 +17,8 @@ from typing import Any, NoReturn
 from accelerate import Accelerator
 from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
 
-from ..own_files import write_whole
-from ..printable import one_line, redact
+from condot.core.atomic_files import write_whole
+from condot.core.printable import one_line, redact
 
 WAITING = 1000
 """Calls that may wait for a tracker; further ones are left out and counted."""

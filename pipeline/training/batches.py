@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from accelerate.utils import gather_object
 
-from ..process import DataError
+from condot.core.process import DataError
+
+from .conditioning import MicroBatch
 from .run import Run
-from .told import MicroBatch
 
 
 def read(run: Run) -> MicroBatch:

@@ -15,10 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..config import GuardConfig
-from ..printable import say
+from condot.core.printable import say
+
+from ..config.schema import GuardConfig
 from ..tracking.jsonl import Line, Lines, read_lines
-from .pulse import Beat
+from .step_stats import Beat
 
 OVERFLOWS = 40
 """Steps in a row: fp16's scaler, which begins at 2^16 and halves, is then far below any gradient that it could help."""

@@ -16,16 +16,17 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from condot.core.process import DIVERGED, MISTAKE, NO_DATA, DataError
+
 from ..ema.snapshots import due as snapshot_due
 from ..ema.snapshots import forget, snapshot
 from ..launch.parallel import whole
-from ..process import DIVERGED, MISTAKE, NO_DATA, DataError
 from .batches import agree_on_data, lacks_data, read
+from .conditioning import MicroBatch
 from .guard import Diverged
-from .optim import learning_rate, step_unless
-from .pulse import Beat
+from .optimizer import learning_rate, step_unless
 from .run import Run, Told
-from .told import MicroBatch
+from .step_stats import Beat
 
 Recent = deque[tuple[int, list[MicroBatch]]]
 """Steps that may still be judged, and what they saw."""

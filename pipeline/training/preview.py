@@ -9,16 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from condot.core.printable import one_line
+
 from ..flow import Condition, count
-from ..generate import generate
+from ..latent_space import Space
 from ..launch.parallel import in_step, reset
-from ..printable import one_line
-from ..sampler import Sampler
-from ..sheet import grid, save_image
-from ..source import network_source
-from ..space import Space
+from ..sampling.generate import generate
+from ..sampling.image_grid import grid, save_image
+from ..sampling.sampler import Sampler
+from ..sampling.source import network_source
+from .best_effort import SideFailure, free_memory, is_out_of_memory
 from .run import Run, Told
-from .side import SideFailure, free_memory, is_out_of_memory
 
 ROWS = 4
 """Samples of each class."""

@@ -14,27 +14,28 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from ..checkpoint import Store, find, load_into, load_state
-from ..config import Config
-from ..ema import Averages
+from condot.core.atomic_files import write_whole
+from condot.core.printable import say
+from condot.core.process import Stopper
+
+from ..checkpoint.store import Store, find, load_into, load_state
+from ..config.parse import as_mapping
+from ..config.schema import Config
+from ..ema.averages import Averages
 from ..ema.snapshots import forget
 from ..flow import Condition
-from ..leaks import scrubbed
-from ..method import Method
-from ..own_files import write_whole
-from ..printable import say
-from ..process import Stopper
-from ..recipe import as_mapping
-from ..resume import compare, write_journal
-from ..space import Space
-from ..tracking import BadSamples, Log, Meter
+from ..hub.secrets import scrubbed
+from ..latent_space import Space
+from ..objectives.training_objective import Method
+from ..tracking.run_log import BadSamples, Log, Meter
 from ..tracking.trackers import attach
+from .best_effort import SideWork
+from .conditioning import MicroBatch
 from .guard import Evidence, Guard
-from .pulse import Pulse
-from .side import SideWork
+from .resume_rules import compare, write_journal
 from .status import Status
-from .told import MicroBatch
-from .watch import Watch
+from .step_stats import Pulse
+from .watchdog import Watch
 
 
 class Stream(Protocol):

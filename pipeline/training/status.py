@@ -13,8 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from ..own_files import open_regular, write_whole
-from ..printable import one_line, say
+from condot.core.atomic_files import open_regular, write_whole
+from condot.core.printable import one_line, say
 
 State = Literal["running", "stopped", "finished", "diverged", "failed", "hung"]
 NAME = "status.json"

@@ -1,0 +1,1 @@
+"""condot trains image generators from scratch and ships them."""

@@ -1,0 +1,1 @@
+"""Encode shards once: `accelerate launch -m data.encode --config recipe.yaml`."""

@@ -1,0 +1,274 @@
+"""Encode shards once: `accelerate launch -m data.encode --config recipe.yaml`; the same command goes on, and more may join.
+
+Writes latents and text embeddings, whichever encoders the recipe names, into
+side shards below `data.encoded`. A shard is the unit of work, claimed by
+whoever is free; nobody waits for anybody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from condot.core.caption_fields import parse_captions
+from condot.core.data_options import Options, read_options
+from condot.core.printable import printable
+from condot.core.process import processors
+from condot.core.urls import Parser
+
+from ..encoders.autoencoder import Autoencoder, read_autoencoder
+from ..encoders.text import TextEncoder, read_text_encoders
+from ..format.shard_table import Shard, ShardList
+from ..loader.captions import check_captions
+from ..loader.encoded_cache import EXTENSIONS, side_folder, text_name
+from ..storage.local import Folder
+from ..storage.resolve import open_sources
+from ..storage.retry import one_line
+from ..storage.shard_reader import Shards
+from .encoded_writer import Side
+from .targets import Form, Item, Latents, Text
+from .work_claims import Claim
+
+
+class Interrupted(BaseException):
+    """A signal came."""
+
+
+WINDOW = 4
+"""Batches that are read and decoded ahead, and kept in memory."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return run(*_words(sys.argv[1:] if argv is None else argv))
+    except Interrupted as signalled:
+        print("\ninterrupted: finished shards are kept; the same command goes on.", file=sys.stderr, flush=True)
+        return 128 + int(signalled.args[0])
+    except (ValueError, OSError) as error:
+        if os.environ.get("CONDOT_DEBUG"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {one_line(error)}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def _words(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """The command's own options, and the fields of the recipe's section `data` that `--data.key=value` replaces."""
+    parser = Parser(
+        prog="python -m data.encode",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="`--data.key=value` replaces a field of the recipe's section data; several values: --data.shards a b.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", required=True, help="the recipe; its section data names shards and encoders")
+    parser.add_argument("--output", default="", help="folder of the cache (default: data.encoded)")
+    parser.add_argument("--batch_size", type=int, default=32, help="images or captions at once (default: 32)")
+    parser.add_argument("--flips", choices=("both", "none"), help="also encode mirrored images (default: as data.horizontal_flip)")
+    parser.add_argument("--splits", default="", help="splits to encode, as train,val (default: all)")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="precision of the encoders (default: fp32)")
+    args, rest = parser.parse_known_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch_size {args.batch_size}: at least 1")
+    return args, _fields(rest, parser)
+
+
+def _fields(words: list[str], parser: argparse.ArgumentParser) -> dict[str, list[str]]:
+    """Words such as `--data.resolution=64` or `--data.shards a b` as fields of the section."""
+    over: dict[str, list[str]] = {}
+    name = ""
+    for word in words:
+        if word.startswith("--data."):
+            name, equals, value = word.removeprefix("--data.").partition("=")
+            over[name] = [value] if equals else []
+        elif not name or word.startswith("--"):
+            parser.error(f"unknown option {word}: fields of the recipe are written --data.key=value")
+        else:
+            over[name].append(word)
+    return {name: given or ["true"] for name, given in over.items()}
+
+
+def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
+    """Encode what nobody else has, and say how things stand."""
+    options, _ = read_options(args.config, over)
+    output = args.output or options.encoded
+    if not output:
+        raise ValueError("data.encoded is empty: name the folder of the cache there, or with --output.")
+    made = _forms(args, options)
+    sources = open_sources(options)
+    plans = list[tuple[Folder, list[Shard]]]()
+    for folder, names in sources:
+        splits = [split for split in args.splits.split(",") if split] or folder.manifest.shards.splits
+        chosen = None if names is None else set(names)
+        shards = [shard for split in splits for shard in folder.manifest.split(split)]
+        plans.append((folder, [shard for shard in shards if chosen is None or shard.name in chosen]))
+    if options.text_encoder:
+        _check_captions(plans, options.caption)
+    for number, (folder, wanted) in enumerate(plans):
+        for name, form in made.items():
+            side = Side(side_folder(output, name, number, len(sources)), form.facts(folder.manifest), folder.manifest)
+            encode(folder, wanted, name, form, side, options)
+    return 0
+
+
+def _check_captions(plans: list[tuple[Folder, list[Shard]]], caption: str) -> None:
+    """Raise ValueError where a folder has no captions; of several fields each folder may have its own, and each field must be in one."""
+    firsts = [Shards([folder], wanted[0].split, [ShardList.of(wanted[:1])]) for folder, wanted in plans if wanted]
+    groups = [firsts] if parse_captions(caption).several and firsts else [[one] for one in firsts]
+    for note in dict.fromkeys(check_captions(group, caption) for group in groups):
+        if note:
+            print(note, flush=True)
+
+
+def _forms(args: argparse.Namespace, options: Options) -> dict[str, Form]:
+    """What the recipe's encoders make, the networks still to be built."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
+    made: dict[str, Form] = {}
+    if options.autoencoder:
+        mirrored = options.horizontal_flip if args.flips is None else args.flips == "both"
+        made["latents"] = Latents(
+            options,
+            read_autoencoder(options.autoencoder),
+            lambda: Autoencoder(options.autoencoder, device, dtype),
+            mirrored,
+            args.batch_size,
+            args.dtype,
+        )
+    for number, known in enumerate(read_text_encoders(options)):
+        load = partial(TextEncoder, known.name, device, dtype, known.max_tokens, known.padding)
+        made[text_name(number)] = Text(options, known, load, args.batch_size, args.dtype)
+    if not made:
+        raise ValueError("neither data.autoencoder nor data.text_encoder is named: there is nothing to encode. Name one in the recipe.")
+    return made
+
+
+def encode(folder: Folder, wanted: list[Shard], name: str, form: Form, side: Side, options: Options) -> None:
+    """Encode the shards of one folder that are neither done nor claimed; whoever finds all done writes the manifest.
+
+    Raises:
+        ValueError: more samples that cannot be decoded than data.max_bad_share allows.
+    """
+
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    turned = wanted[rank * len(wanted) // ranks :] + wanted[: rank * len(wanted) // ranks]  # ranks begin apart, so that they seldom meet
+    samples = sum(shard.samples for shard in wanted)
+    bad: list[str] = []
+    again = True
+    todo = [shard for shard in turned if not side.done(shard)]
+    worked = bool(todo)
+    title = f"{name}{f' (rank {rank})' if ranks > 1 else ''}"
+    with (
+        tqdm(total=samples, initial=samples - sum(s.samples for s in todo), desc=title, unit="sample", mininterval=1, position=rank) as bar,
+        ThreadPoolExecutor(max(1, options.workers), "decode") as pool,
+    ):
+        while again:
+            again = False
+            for number, shard in enumerate(todo):
+                folder.prefetch(todo[number : number + 2])
+                claim = None if side.done(shard) else side.claim(shard)
+                if claim is None:
+                    continue
+                with claim:
+                    if not side.done(shard):
+                        again = True
+                        _encode_shard(folder, shard, form, side, claim, pool, bar)
+                        bad += side.note(shard)["sums"]["bad"]
+                _check_bad(bad, samples, options.max_bad_share)
+    left = [shard for shard in wanted if not side.done(shard)]
+    if left:
+        print(f"{side.folder}: others still encode {len(left)} of {len(wanted)} shards; the last of them writes the manifest.", flush=True)
+    else:
+        _finish(side, form, wanted, options, worked)
+
+
+def _finish(side: Side, form: Form, wanted: list[Shard], options: Options, worked: bool) -> None:
+    """Write the manifest, unless it is there already."""
+    manifest = side.manifest()
+    names = set(manifest.shards.names) if manifest else set()
+    if manifest is None or worked or not {shard.name for shard in wanted} <= names:
+        bad = [text for shard in wanted for text in side.note(shard)["sums"]["bad"]]
+        _check_bad(bad, sum(shard.samples for shard in wanted), options.max_bad_share)
+        extra = form.extra(side.folder)
+        manifest = side.finish(lambda total: form.describe(total) | extra)
+    count, size = int(manifest.shards.samples.sum()), int(manifest.shards.bytes.sum())
+    bad_count = len(manifest.encoding["bad"])
+    already = "" if worked else "already "
+    print(f"{side.folder}: {count:,} samples {already}encoded, {size:,} bytes, {bad_count} of them undecodable.", flush=True)
+    if side.facts["form"] == "text":
+        said, most = manifest.encoding["statistics"], side.facts["encoder"]["max_tokens"]
+        shares = f"{said['captions']:,} captions, " if "captions" in said else ""
+        encoded = said["captions"] + said["missing"] if "captions" in said else said["samples"]
+        shares += f"{said['tokens'] / max(1, encoded):.1f} tokens a caption; {said['cut']:,} captions cut to {most} tokens"
+        print(f"{side.folder}: {shares}, {said['missing']:,} samples without one.", flush=True)
+
+
+def _check_bad(bad: list[str], samples: int, most: float) -> None:
+    if len(bad) > most * samples:
+        shown = "; ".join(bad[:10]) + (f"; and {len(bad) - 10} more" if len(bad) > 10 else "")
+        raise ValueError(
+            f"{len(bad)} of {samples} samples cannot be decoded, above data.max_bad_share={most}: {shown}. "
+            f"Pack the images without them, or raise data.max_bad_share and run the same command again."
+        )
+
+
+def _encode_shard(folder: Folder, shard: Shard, form: Form, side: Side, claim: Claim, pool: ThreadPoolExecutor, bar: Any) -> None:
+    """One shard from its tar to its side shard."""
+
+    images = Shards([folder], shard.split, [ShardList.of([shard])])
+    records = np.array(images.records(0))
+    extension = EXTENSIONS[side.facts["form"]]
+    form.sums()
+    with side.writing(shard, claim, records, form.sums) as writer:
+        for items, prepared in _ahead(images, records, form, pool, WINDOW * form.batch_size):
+            for item, array in zip(items, form.encode(items, prepared), strict=True):
+                writer.add(f"{item.key}.{extension}", array)
+            claim.touch()
+            bar.update(len(items))
+
+
+def _ahead(images: Shards, records: Any, form: Form, pool: ThreadPoolExecutor, size: int) -> Iterator[tuple[list[Item], list[Any]]]:
+    """Windows of a shard, in order, the next one read and prepared by threads while this one is encoded."""
+
+    def one(number: int) -> tuple[Item, Any]:
+        item = _item(images, number, records[number])
+        return item, form.prepare(item)
+
+    def begin(first: int) -> list[Any]:
+        return [pool.submit(one, number) for number in range(first, min(first + size, len(records)))]
+
+    waiting = begin(0)
+    for first in range(0, len(records), size):
+        ready, waiting = [future.result() for future in waiting], begin(first + size)
+        yield [item for item, _ in ready], [prepared for _, prepared in ready]
+
+
+def _item(images: Shards, number: int, record: Any) -> Item:
+    """One sample, its bytes checked."""
+
+    sample = images.read(0, number)
+    where = f"{images.shards[0].name}: {printable(sample.key)}"
+    return Item(sample.key, where, sample.image, sample.files, int(record["width"]), int(record["height"]))

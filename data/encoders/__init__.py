@@ -1,0 +1,1 @@
+"""Frozen encoders: autoencoders of images and encoders of text, known by fingerprints."""

@@ -1,0 +1,321 @@
+"""What is in a shard: where each sample lies, how large it is, and what it must hash to.
+
+Beside `train-000000.tar` lies `train-000000.npy`, 24 bytes a sample. Latents and text
+embeddings lie in side shards: other folders of the same form, with the same keys in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from isal.isal_zlib import crc32 as crc32_of  # zlib's, three times as fast
+
+from condot.core.errors import reason
+from condot.core.file_lock import open_new
+from condot.core.printable import printable
+
+from ..images.decode import DECODE_ERRORS, is_plain, upright_size
+from .file_stamps import hash_of
+from .manifest import Tally
+from .sample_files import (
+    NO_LABEL,
+    TEXTS,
+    check_text_size,
+    has_image,
+    image_among,
+    is_about_the_data,
+    kind_without_image,
+    no_image,
+    read_texts,
+    why_no_image,
+)
+from .shard_table import Shard
+from .tar_headers import BLOCK
+from .tar_reader import Remarks, Span, samples
+
+RECORD = np.dtype(
+    [
+        ("payload", "<u4"),
+        ("bytes", "<u4"),
+        ("crc32", "<u4"),
+        ("before", "<u2"),
+        ("after", "<u2"),
+        ("rest", "<u2"),
+        ("label", "<u2"),
+        ("width", "<u2"),
+        ("height", "<u2"),
+    ]
+)
+"""One sample: the block of 512 bytes at which its image (or array) begins, that file's length and crc32; the blocks of the same
+sample before and after it, with 15 bits of their crc32, and a bit that says `decode.is_plain`; its class or NO_LABEL; the upright
+image's size in pixels."""
+PLAIN = 0x8000
+"""That bit of `rest`."""
+MAX_SAMPLE_BYTES = 0x7FFFF000
+"""Of all files of a sample, headers too: what one read of a file gives."""
+MAX_BLOCKS = (1 << 16) - 1
+"""Beside an image, on either side."""
+REMEMBERED = 1 << 17
+"""Indexes known to be right at most, 100 bytes each."""
+_verified: set[int] = set()
+
+
+def index_shard(
+    path: Path,
+    *,
+    like: np.ndarray | None = None,
+    faults: list[str] | None = None,
+    verify: Callable[[bytes], None] | None = None,
+    image_extension: str = "",
+    remarks: Remarks | None = None,
+) -> tuple[np.ndarray, int]:
+    """Read a tar once and describe its samples, in order.
+
+    Args:
+        path: the tar.
+        like: for side shards, the records of the images' shard, whose sizes
+            and classes these take over.
+        faults: where given, samples that cannot be indexed are left out and
+            named here, instead of an error.
+        verify: called with each image; its ValueError is the sample's fault.
+        image_extension: of the image, where samples have several.
+        remarks: where given, files that are no part of a sample are counted here.
+
+    Returns:
+        One RECORD a sample, and the number of samples with a caption.
+
+    Raises:
+        ValueError: a damaged tar; a sample with no image or several, an image
+            whose header cannot be read, a class that is no whole number from 0
+            to 65,534, a text that cannot be read; another number of samples
+            than `like`.
+    """
+    remarks = Remarks() if remarks is None else remarks
+    records, captions, beside, lone = [], 0, set[str](), list[Span]()
+    with open(path, "rb", buffering=0) as file:
+        for number, span in enumerate(samples(path, remarks=remarks, every=like is not None)):
+            known = like is not None or has_image(span.files, image_extension)
+            body = _read(file.fileno(), span, path) if known else b""
+            try:
+                payload = _array(span) if like is not None else _image(span, image_extension)
+                if not payload:
+                    lone.append(span)
+                    continue
+                if like is None:
+                    label, captioned = read_texts({text: _bytes_of(span, text, body) for text in TEXTS if text in span.files})
+                    width, height = _size(_bytes_of(span, payload, body))
+                else:
+                    captioned, (label, width, height) = False, like[["label", "width", "height"]][number].item()
+                if verify is not None:
+                    verify(_bytes_of(span, payload, body))
+            except DECODE_ERRORS as error:
+                _fail(path, span, error, faults)
+                continue
+            captions += captioned
+            beside.update(span.files)
+            records.append((*locate(body, span.files[payload].offset, span.files[payload].size, span.start), label, width, height))
+    for span in lone:
+        if not beside.isdisjoint(span.files) and not is_about_the_data(span.key):
+            _fail(path, span, ValueError(span.fault or no_image(span.files)), faults)
+        else:
+            remarks.unknown.update(member.special or kind_without_image(extension) for extension, member in span.files.items())
+    if like is not None and len(records) != len(like):
+        raise ValueError(f"{path} holds {len(records)} samples, the images' shard {len(like)}: encode it again.")
+    return np.array(records, RECORD), captions
+
+
+def _fail(path: Path, span: Span, error: Exception, faults: list[str] | None) -> None:
+    """Note what is wrong with a sample, or raise it."""
+    if faults is None:
+        raise ValueError(f"{printable(str(path))}: {printable(span.key)} cannot be indexed: {error}. Leave it out when packing.") from error
+    faults.append(f"{printable(path.name)}: {printable(span.key)} ({printable(reason(error))})")
+
+
+def _read(file: int, span: Span, path: Path) -> bytes:
+    """Return all that a sample spans; nothing where that is too much."""
+    length = span.end - span.start
+    if length > MAX_SAMPLE_BYTES:
+        return b""
+    body = os.pread(file, length, span.start)
+    if len(body) < length:
+        raise ValueError(f"{printable(str(path))}: it was cut while it was read. Pack or copy this shard again.")
+    return body
+
+
+def _array(span: Span) -> str:
+    """Return the extension of a side shard's array.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    found = next((extension for extension in span.files if extension == "npy" or extension.endswith(".npy")), None)
+    if found is None or span.fault:
+        raise ValueError(span.fault or f"no array: one of npy is needed beside {', '.join(span.files)}")
+    _check(span, found)
+    return found
+
+
+def _image(span: Span, wanted: str) -> str:
+    """Return the extension of a sample's image; "" where its files may be no sample at all.
+
+    Raises:
+        ValueError: the sample lost its image, has several, or cannot be read.
+    """
+    if not has_image(span.files, wanted):
+        why = why_no_image(span.key, span.files)
+        if why:
+            raise ValueError(span.fault or why)
+        return ""
+    if span.fault:
+        raise ValueError(span.fault)
+    found = image_among(span.files, wanted)
+    for text in TEXTS:
+        if text in span.files:
+            check_text_size(text, span.files[text].size)
+    _check(span, found)
+    return found
+
+
+def _check(span: Span, payload: str) -> None:
+    """Raise ValueError where a RECORD cannot say where a sample lies."""
+    member = span.files[payload]
+    if max(member.offset - span.start, span.end - member.end) // BLOCK > MAX_BLOCKS:
+        raise ValueError(f"the files beside its {payload} take more than 33 MB")
+    if span.end - span.start > MAX_SAMPLE_BYTES:
+        raise ValueError(f"its files take {span.end - span.start} bytes, at most {MAX_SAMPLE_BYTES} are read")
+    if span.end > BLOCK << 32:
+        raise ValueError("it lies more than 2 TB from the tar's beginning: pack several tars")
+
+
+def locate(body: bytes, offset: int, size: int, start: int) -> tuple[int, int, int, int, int, int]:
+    """Where a payload lies and what it and the rest of its sample hash to: the first six fields of a RECORD.
+
+    Args:
+        body: all that the sample spans.
+        offset, size: of the payload, bytes from the tar's beginning.
+        start: of the sample, likewise.
+    """
+    first, last = offset - start, offset - start + size
+    payload = body[first:last]
+    rest = crc32_of(body[last:], crc32_of(body[:first])) % PLAIN + PLAIN * is_plain(payload)
+    after = len(body) // BLOCK - (last + BLOCK - 1) // BLOCK
+    return offset // BLOCK, size, crc32_of(payload), first // BLOCK, after, rest
+
+
+def span_of(record: tuple[Any, ...]) -> tuple[int, int]:
+    """Return where a sample begins in its tar, and how many bytes it spans."""
+    block, size, _, before, after = record[:5]
+    return (block - before) * BLOCK, (before + after + -(-size // BLOCK)) * BLOCK
+
+
+def image_in(body: bytes, before: int, size: int) -> bytes:
+    """Return the image (or array) of a sample, the one that the index points at.
+
+    Args:
+        body: all that the sample spans.
+        before, size: fields of its RECORD, `before` and `bytes`.
+    """
+    return body[before * BLOCK : before * BLOCK + size]
+
+
+def unchanged(found: tuple[int, ...], record: tuple[Any, ...]) -> bool:
+    """Whether what `locate` finds is what a record says, except for `is_plain`, whose rule has changed since the first shards."""
+    return found[:5] == record[:5] and found[5] % PLAIN == record[5] % PLAIN
+
+
+def _bytes_of(span: Span, extension: str, body: bytes) -> bytes:
+    member = span.files[extension]
+    return body[member.offset - span.start : member.offset - span.start + member.size]
+
+
+def _size(image: bytes) -> tuple[int, int]:
+    """Width and height of an image file as it is shown upright, as far as two bytes hold them."""
+    width, height = upright_size(image)
+    return min(width, 65535), min(height, 65535)
+
+
+def index_path(tar: Path) -> Path:
+    """Where the index of a tar lies."""
+    return tar.with_suffix(".npy")
+
+
+def open_index(path: Path, shard: Shard, classes: int) -> np.ndarray:
+    """Return the index at `path`, one RECORD a sample, if it is the one that the manifest means.
+
+    It is read whole: a mapped file that is cut, or whose disk fails, ends the process by SIGBUS. What was right is not hashed again.
+
+    Args:
+        path: of the index.
+        shard: its line of the manifest.
+        classes: how many the manifest names.
+
+    Raises:
+        ValueError: it is another, or has a class that the manifest does not name.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        status = os.fstat(file.fileno())
+        known = hash((status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns, shard.index_sha256, classes))
+        try:
+            body = file.read(min(status.st_size, RECORD.itemsize * shard.samples + 4096))  # and what stands before the samples
+            found = np.lib.format.read_array(BytesIO(body), allow_pickle=False)
+        except (ValueError, EOFError, SyntaxError, TypeError, OverflowError, MemoryError) as error:  # whatever is no array
+            raise ValueError(f"its index is cut or no index ({status.st_size} bytes). Copy both or pack again.") from error
+        if known in _verified and len(body) == status.st_size:
+            return found
+        if found.shape != (shard.samples,):
+            raise ValueError(f"its index has {found.size} samples, the manifest says {shard.samples}. Copy both again.")
+        if hashlib.sha256(body).hexdigest() != shard.index_sha256:
+            raise ValueError("its index is not the one that the manifest means (another sha256). Copy both or pack again.")
+    if found.dtype != RECORD:
+        raise ValueError(f"its index has rows of {found.dtype}, which are no samples. Index the folder again.")
+    labels = found["label"][found["label"] != NO_LABEL]
+    if len(labels) and labels.max() >= classes:
+        raise ValueError(f"its index has class {labels.max()}, the manifest names {classes} classes. Pack or index the folder again.")
+    if len(_verified) >= REMEMBERED:
+        _verified.clear()
+    _verified.add(known)
+    return found
+
+
+def describe(
+    tar: Path,
+    split: str,
+    *,
+    like: np.ndarray | None = None,
+    faults: list[str] | None = None,
+    verify: Callable[[bytes], None] | None = None,
+    image_extension: str = "",
+    remarks: Remarks | None = None,
+) -> tuple[Shard, Tally]:
+    """Index a tar, write the index beside it; return its line of the manifest and what it holds. Arguments as `index_shard`."""
+    records, captions = index_shard(tar, like=like, faults=faults, verify=verify, image_extension=image_extension, remarks=remarks)
+    path = index_path(tar)
+    temporary = path.with_name(f".{os.getpid()}-{hash_of(path.name.encode('utf-8', 'surrogateescape')):016x}.npy")  # names may be long
+    with open_new(temporary) as file:
+        np.lib.format.write_array(file, records, allow_pickle=False)
+    os.replace(temporary, path)  # never in place, where another may read it
+    sizes = Counter(f"{w}x{h}" for w, h in zip(records["width"].tolist(), records["height"].tolist(), strict=True))
+    labels = Counter(str(label) for label in records["label"].tolist() if label != NO_LABEL)
+    shard = Shard(
+        name=tar.name,
+        split=split,
+        samples=len(records),
+        bytes=tar.stat().st_size,
+        sha256=sha256(tar),
+        index_sha256=sha256(path),
+    )
+    return shard, Tally() + Tally(sizes=sizes, labels=labels, captions=captions)
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

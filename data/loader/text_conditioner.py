@@ -1,0 +1,73 @@
+"""Captions on their way into a network: encoded before or now, some of them dropped, several encoders joined."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..encoders.fingerprint import differences
+from ..encoders.text import TextEncoder, TextFacts, encode_captions
+from ..encoders.text_states import TextStates, drop_text, join, layout
+from .batch import Batch
+from .build import Encoded
+
+
+class Words:
+    """The frozen text encoders of a run.
+
+    Args:
+        facts: of each encoder, in the recipe's order; at least one.
+        device: to compute on.
+        cached: what was encoded before, of each encoder; none encodes every batch's captions now.
+
+    Raises:
+        ValueError: encoders that cannot stand together, or cannot be loaded.
+    """
+
+    def __init__(self, facts: Sequence[TextFacts], device: torch.device | str = "cpu", cached: Sequence[Encoded] = ()) -> None:
+        self.facts, self.device, self.cached = tuple(facts), device, tuple(cached)
+        self.layout = layout(self.facts)
+        self.encoders = len(self.facts)
+
+    @cached_property
+    def networks(self) -> tuple[TextEncoder, ...]:
+        """The encoders themselves, loaded when the first caption comes."""
+        return tuple(TextEncoder(one.name, self.device, max_tokens=one.max_tokens, padding=one.padding) for one in self.facts)
+
+    @cached_property
+    def nulls(self) -> tuple[TextStates, ...]:
+        """Each encoder's encoding of "", one row."""
+        found = [one.null for one in (self.cached or self.networks)]
+        return tuple(null.to(self.device, torch.float32) for null in found if null is not None)
+
+    @property
+    def null(self) -> TextStates:
+        """What a network is told where there is no caption, one row."""
+        return join(self.nulls, self.layout)
+
+    @property
+    def cut(self) -> int:
+        """Captions of which an encoder read only the beginning, of all that were encoded now."""
+        return 0 if self.cached else sum(one.cut for one in self.networks)
+
+    def check(self, fingerprints: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError unless these are the encoders' own."""
+        for number, (one, wanted) in enumerate(zip(self.facts, fingerprints, strict=True)):
+            if one.fingerprint != wanted:
+                raise ValueError(
+                    f"data.text_encoder={one.name!r} is another encoder than number {number} of the run: "
+                    f"{'; '.join(differences(wanted, one.fingerprint, 'its'))}. Give the one that the model was trained with."
+                )
+
+    def read(self, captions: Sequence[str]) -> TextStates:
+        """Captions as a network takes them."""
+        return join(encode_captions(self.networks, captions), self.layout)
+
+    def told(self, batch: Batch, whole: Tensor, each: Tensor) -> TextStates:
+        """The captions of a micro-batch, some dropped: arguments as in `join.drop_text`."""
+        parts = batch.text or encode_captions(self.networks, batch.captions)
+        return join(drop_text([part.to(self.device, torch.float32) for part in parts], self.nulls, whole, each), self.layout)

@@ -1,0 +1,1 @@
+"""Make folders of shards: `python -m data.prepare imagefolder IMAGES --output SHARDS`."""

@@ -1,0 +1,317 @@
+"""Images in parquet files, on this machine or wherever fsspec reaches; row groups are read whole, one after the other."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from bisect import bisect
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import fsspec
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from condot.core.errors import reason
+from condot.core.printable import redact, redact_url
+from condot.core.regular_files import require_regular
+from condot.core.urls import last_name, shown
+
+from ..format.file_stamps import facts_of, stamp_of
+from .class_labels import Class, names_of, numbers_of, unused
+from .source import Fault, Record, Source, digest, ordered_splits, storable
+from .splits import ALL, SplitChoice, assign, check_rows, few, names_of_file, split_columns
+from .table_columns import Choice, Columns, choose, class_names_of, common_type, features_of, is_text_or_number, refuse_partitions
+
+READ_ERRORS = (OSError, ValueError, ImportError, pa.ArrowException)
+"""What fsspec and pyarrow raise for files that are missing, out of reach or damaged; ImportError where a protocol's package is missing."""
+ROWS_AT_ONCE = 64
+Result = TypeVar("Result")
+
+
+class File(NamedTuple):
+    """One parquet file: its address, and its row groups."""
+
+    url: str
+    bytes: int
+    rows: list[int]
+    image_bytes: list[int]
+    schema: pa.Schema
+    stamp: int
+    """Zero where nothing tells whether the file is as it was."""
+
+
+class Kept(NamedTuple):
+    """One row whose image lies in a scratch file."""
+
+    record: Record | Fault
+    at: int = 0
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class ParquetPart:
+    """Some rows: file, row group and row of each."""
+
+    urls: list[str]
+    names: list[str]
+    rows: np.ndarray
+    """(N, 3), int64: place in `urls`, row group, row within it."""
+    columns: Columns
+
+    def read(self, scratch: Path) -> Iterator[Record | Fault]:
+        """Row groups are read in the order of the file, rows given in the order asked for: a scratch file lies between."""
+        kept: dict[int, Kept] = {}
+        order = np.lexsort((self.rows[:, 2], self.rows[:, 1], self.rows[:, 0]))
+        with tempfile.TemporaryFile(dir=scratch) as spill:
+            for file in np.unique(self.rows[:, 0]).tolist():
+                mine = order[self.rows[order, 0] == file]
+                try:
+                    self._spill(file, mine, kept, spill)
+                except READ_ERRORS as error:
+                    why = redact(reason(error)).rstrip(".")
+                    raise ValueError(f"{redact_url(self.urls[file])} cannot be read as parquet: {why}. Copy it again.") from error
+            spill.flush()
+            for place in range(len(self.rows)):
+                record, at, size = kept.pop(place)
+                if isinstance(record, Record):
+                    spill.seek(at)
+                    record = record._replace(image=spill.read(size))
+                yield record
+
+    def _spill(self, file: int, places: np.ndarray, kept: dict[int, Kept], spill: Any) -> None:
+        numbers = numbers_of(self.columns.class_names, given=self.columns.class_names_given)
+        with fsspec.open(self.urls[file], "rb").open() as opened:
+            table = pq.ParquetFile(opened)
+            for group in np.unique(self.rows[places, 1]).tolist():
+                mine = places[self.rows[places, 1] == group]
+                wanted = dict(zip(self.rows[mine, 2].tolist(), mine.tolist(), strict=True))
+                at = 0
+                there = [name for name in self.columns.all if name in table.schema_arrow.names]
+                for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=there, use_threads=False):
+                    here = [row for row in range(at, at + len(batch)) if row in wanted]
+                    for row in here:
+                        values = batch.slice(row - at, 1).to_pylist()[0]
+                        kept[wanted[row]] = _kept(values, f"{self.names[file]}:{group}:{row}", self.columns, numbers, spill)
+                    at += len(batch)
+
+
+def _kept(values: dict[str, Any], name: str, columns: Columns, numbers: dict[Class, int], spill: Any) -> Kept:
+    try:
+        record = columns.record(values, name, numbers)
+    except ValueError as error:
+        return Kept(Fault(name, reason(error)))
+    at = spill.tell()
+    spill.write(record.image)
+    return Kept(record._replace(image=b""), at, len(record.image))
+
+
+def parquet(source: str, choice: Choice, splits: SplitChoice = ALL) -> Source:
+    """Return the rows of a parquet file, of those in a folder or that a pattern finds, by path or URL.
+
+    Args:
+        source: `photos.parquet`, `folder/`, `s3://bucket/data/*.parquet`, `hf://datasets/...`.
+        choice: columns that the user named.
+        splits: which files are packed, and as what.
+
+    Raises:
+        ValueError: nothing there, files that cannot be read or disagree, no image column, splits that cannot be known.
+    """
+    named = _reached(source, lambda: _addresses(source))
+    split_of, left_out = _splits(list(named.values()), splits, source)
+    urls = [url for url, name in named.items() if name in split_of]
+    names = [named[url] for url in urls]
+    with ThreadPoolExecutor(16) as pool:
+        files = _reached(source, lambda: list(pool.map(_file, urls)))
+    if not any(file.rows for file in files):
+        raise ValueError(f"source {redact_url(source)!r} holds no image: its {len(files)} parquet files have no rows.")
+    columns, notes = _columns(files, names, choice)
+    refuse_partitions(names, columns, choice, f"source {redact_url(source)!r}")
+    table = np.array([(f, g, rows) for f, file in enumerate(files) for g, rows in enumerate(file.rows)], np.int64)
+    starts = np.concatenate([[0], np.cumsum(table[:, 2])])
+
+    def places(numbers: np.ndarray) -> np.ndarray:
+        group = np.searchsorted(starts, numbers, side="right") - 1
+        return np.stack([table[group, 0], table[group, 1], numbers - starts[group]], 1)
+
+    begins, groups = starts.tolist(), table[:, :2].tolist()
+
+    def name(number: int) -> str:
+        at = bisect(begins, number) - 1
+        file, group = groups[at]
+        return f"{names[file]}:{group}:{number - begins[at]}"
+
+    for column in [] if splits.given else split_columns(columns.others):
+        for file, named_so in zip(files, names, strict=True):
+            check_rows(_values([file], column), split_of[named_so], named_so, column)
+    known = ordered_splits(split_of.values())
+    where = [known.index(split_of[name]) for name in names]
+    stamps = np.array([file.stamp and stamp_of(file.stamp, columns) for file in files], np.uint64)
+    facts = [(name, file.bytes, file.rows, split_of[name]) for name, file in zip(names, files, strict=True)]
+    return Source(
+        part=lambda numbers: ParquetPart(urls, names, places(numbers), columns),
+        name=name,
+        rows=table[:, 2],
+        bytes=np.array([size for file in files for size in file.image_bytes], np.int64),
+        identity=digest("parquet", facts, columns),
+        earlier=lambda: digest("parquet", [(f.url.rpartition("/")[2], f.bytes, f.rows) for f in files], columns.earlier),
+        splits=tuple(known),
+        split_of=np.array(where, np.int8)[table[:, 0]],
+        class_names=columns.class_names,
+        stamps=stamps[table[:, 0]],
+        settings=str((choice, splits)),
+        place=os.path.abspath(source) if "://" not in source else shown(source),
+        notes={
+            "columns": {"image": columns.image, "caption": columns.caption, "label": columns.label, "json": list(columns.others)},
+            "splits_left_out": left_out,
+            **notes,
+        },
+    )
+
+
+def _reached(source: str, read: Callable[[], Result]) -> Result:
+    """Return what reading brings.
+
+    Raises:
+        ValueError: the files are missing, out of reach or damaged.
+    """
+    try:
+        return read()
+    except READ_ERRORS as error:
+        why = redact(reason(error)).rstrip(".")
+        raise ValueError(
+            f"source {redact_url(source)!r} cannot be read as parquet: {why}. Check the address and your rights to it."
+        ) from error
+
+
+def _addresses(source: str) -> dict[str, str]:
+    """Return the parquet files, sorted by address: each with its name below the folder that the source names."""
+    system, path = fsspec.core.url_to_fs(source)
+    local = isinstance(system, LocalFileSystem)
+    root = path
+    if any(mark in _plain_name(path) for mark in "*?["):
+        found = system.glob(path)
+        root = re.split(r"[*?\[]", path, maxsplit=1)[0].rpartition("/")[0]
+    elif last_name(path).lower().endswith(".parquet") and not (local and system.isdir(path)):
+        found, root = [path], _plain_name(path).rpartition("/")[0]
+    else:
+        found = [name for name in system.find(path) if name.lower().endswith(".parquet") and not _hidden(name.removeprefix(path))]
+    if not found:
+        raise ValueError("it names no .parquet file")
+    if local:
+        for name in found:
+            require_regular(os.stat(name))
+    root = root.rstrip("/") + "/"
+    return {system.unstrip_protocol(name): storable(_plain_name(name).removeprefix(root)) for name in sorted(found)}
+
+
+def _hidden(name: str) -> bool:
+    """Return whether a file, or a folder that it lies in, is hidden or a Mac's own; `datasets` passes over these too."""
+    return any(part.startswith((".", "__")) for part in name.split("/"))
+
+
+def _plain_name(path: str) -> str:
+    """Return a file's path without the query of a URL, which may be a signature."""
+    return path.partition("?")[0] if path.startswith("http") else path
+
+
+def _splits(names: list[str], choice: SplitChoice, source: str) -> tuple[dict[str, str], dict[str, None]]:
+    """Return the split of each file that is packed, by the word in its name or in the nearest folder; and the files that are not."""
+    named = {name: names_of_file(name) for name in names}
+    assigned = assign(named, choice, f"source {redact_url(source)!r}")
+    if assigned is None:
+        return dict.fromkeys(names, "train"), {}
+    left = [name for name, split in assigned.items() if split is None]
+    return {name: split for name, split in assigned.items() if split is not None}, dict.fromkeys(left)
+
+
+def _file(url: str) -> File:
+    """Return what a file's last bytes say of it."""
+    with fsspec.open(url, "rb").open() as opened:
+        try:
+            meta = pq.ParquetFile(opened)
+        except pa.ArrowException as error:
+            raise ValueError(f"{redact_url(url)}: {reason(error)}") from error
+        groups = [meta.metadata.row_group(g) for g in range(meta.metadata.num_row_groups)]
+        sizes = [group.total_byte_size for group in groups]
+        size, rows = int(opened.size or 0) if hasattr(opened, "size") else 0, [g.num_rows for g in groups]
+        return File(url, size, rows, sizes, meta.schema_arrow, _stamp(url))
+
+
+VERSIONS = ("ETag", "etag", "md5", "md5Hash", "crc32c", "checksum", "content_md5", "sha256", "blob_id", "oid", "version_id", "generation")
+TIMES = ("LastModified", "last_modified", "last_commit", "updated", "mtime", "modified")
+
+
+def _stamp(url: str) -> int:
+    """What tells a file from the one that lay there before, without reading it."""
+    system, path = fsspec.core.url_to_fs(url)
+    if isinstance(system, LocalFileSystem):
+        return stamp_of(facts_of(os.stat(path)))
+    facts = system.info(path)
+    said = {key: str(facts[key]) for key in (*VERSIONS, *TIMES) if facts.get(key)}
+    return stamp_of(facts.get("size"), said) if said else 0
+
+
+def _columns(files: list[File], names: list[str], choice: Choice) -> tuple[Columns, dict[str, Any]]:
+    """Return the columns, of one kind in all files, with the names of classes from the metadata or from the values; and notes.
+
+    Raises:
+        ValueError: files that disagree, a label column whose values are no classes, rows of several splits in one file.
+    """
+    schema, lacking, odd = _one_schema(files)
+    features = features_of(files[0].schema)
+    columns = choose(schema, features, choice, names[0])
+    for name in columns.all:
+        file = odd.get(name) or (lacking.get(name) if name not in columns.others else None)
+        if file:
+            raise ValueError(f"{redact_url(file.url)}: column {name!r} is not as in other files. Pack files of one schema together.")
+    if not columns.label:
+        return columns, {}
+    for file in files[1:]:
+        theirs = class_names_of(features_of(file.schema), columns.label)
+        if theirs is not None and theirs != (columns.class_names if columns.class_names_given else None):
+            raise ValueError(
+                f"{redact_url(file.url)}: the classes of column {columns.label!r} are not named as in {redact_url(files[0].url)}. "
+                "Pack these files apart."
+            )
+    if columns.class_names:
+        return columns, {}
+    values = _values(files, columns.label)
+    columns = replace(columns, class_names=names_of(values, f"{few(names, 3)}, column {columns.label!r}"))
+    gaps = unused(values, numbers_of(columns.class_names, given=False))
+    return columns, {"classes_without_image": gaps} if gaps else {}
+
+
+def _one_schema(files: list[File]) -> tuple[pa.Schema, dict[str, File], dict[str, File]]:
+    """Return all columns with the types that all files have; and for those that some lack, or have of another type, one such file."""
+    kinds, lacking, odd = dict[str, pa.DataType](), dict[str, File](), dict[str, File]()
+    for file in files:
+        for field in file.schema:
+            common = common_type(kinds.get(field.name, field.type), field.type)
+            if common is None and not (is_text_or_number(kinds[field.name]) and is_text_or_number(field.type)):
+                odd.setdefault(field.name, file)
+            kinds[field.name] = kinds[field.name] if common is None else common
+    for file in files:
+        for name in kinds.keys() - set(file.schema.names):
+            lacking.setdefault(name, file)
+    doubled = [name for file in files for name in file.schema.names if file.schema.names.count(name) > 1]
+    return pa.schema([*kinds.items(), *((name, kinds[name]) for name in doubled)], files[0].schema.metadata), lacking, odd
+
+
+def _values(files: list[File], column: str) -> list[Any]:
+    """Return the values that a column has, each once where Arrow can tell."""
+    values: list[Any] = []
+    for file in files:
+        if column not in file.schema.names:
+            continue
+        with fsspec.open(file.url, "rb").open() as opened:
+            for batch in pq.ParquetFile(opened).iter_batches(1 << 16, columns=[column]):
+                part = batch.column(0)
+                values += (part if pa.types.is_nested(part.type) else part.unique()).to_pylist()
+    return values

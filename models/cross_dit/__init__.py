@@ -1,0 +1,1 @@
+"""A DiT that reads text by cross-attention (PixArt), and its forms in diffusers."""

@@ -1,0 +1,91 @@
+"""The cross-attention DiT as diffusers' PixArtTransformer2DModel, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import PixArtTransformer2DModel
+
+from ..common.weight_mapping import Source, Table, linear, mean_half, read, refuse, scaled, write
+from .model import CrossDiT
+
+
+def cross_dit_options(config: Mapping[str, Any], pooled_width: int = 1) -> dict[str, Any]:
+    """The arguments of CrossDiT for stock weights.
+
+    Args:
+        config: of the stock network.
+        pooled_width: which stock weights do not know, as they do not use it.
+
+    Raises:
+        ValueError: a configuration that ours cannot hold.
+    """
+    width, channels, side = config["num_attention_heads"] * config["attention_head_dim"], config["in_channels"], config["sample_size"]
+    more = config.get("use_additional_conditions")
+    given = {**config, "use_additional_conditions": side == 128 if more is None else more}
+    given["out_channels"] = channels if config.get("out_channels") in (None, 2 * channels) else config["out_channels"]
+    published = {
+        "activation_fn": "gelu-approximate", "attention_bias": True, "norm_type": "ada_norm_single", "norm_elementwise_affine": False,
+        "norm_eps": 1e-6, "attention_type": "default", "cross_attention_dim": width, "use_additional_conditions": False,
+        "out_channels": channels, "upcast_attention": False, "dropout": 0.0,
+    }  # fmt: skip
+    refuse("PixArtTransformer2DModel", given, published)
+    if config.get("caption_channels") is None:
+        raise ValueError("this PixArtTransformer2DModel has caption_channels=None: ours projects the text. It cannot be held.")
+    scale = config.get("interpolation_scale")
+    return {
+        "channels": channels, "resolution": side, "text_width": config["caption_channels"], "pooled_width": pooled_width,
+        "patch_size": config["patch_size"], "width": width, "depth": config["num_layers"], "heads": config["num_attention_heads"],
+        "interpolation_scale": None if scale == max(side // 64, 1) else scale,
+    }  # fmt: skip
+
+
+def cross_dit_table(depth: int) -> Table:
+    """Which stock tensors hold the numbers of each of ours."""
+    time = "adaln_single.emb.timestep_embedder"
+    table = {
+        **linear("time.enter", f"{time}.linear_1"), **linear("time.leave", f"{time}.linear_2"),
+        **linear("modulation", "adaln_single.linear"), **linear("enter", "pos_embed.proj", how="patch"),
+        **linear("text.enter", "caption_projection.linear_1"), **linear("text.leave", "caption_projection.linear_2"),
+        **linear("leave", "proj_out"), "table": Source(("scale_shift_table",)),
+    }  # fmt: skip
+    for i in range(depth):
+        b, s = f"blocks.{i}", f"transformer_blocks.{i}"
+        table |= {f"{b}.table": Source((f"{s}.scale_shift_table",))}
+        table |= linear(f"{b}.attention.qkv", *(f"{s}.attn1.to_{x}" for x in "qkv")) | linear(f"{b}.attention.out", f"{s}.attn1.to_out.0")
+        table |= linear(f"{b}.cross.q", f"{s}.attn2.to_q") | linear(f"{b}.cross.kv", f"{s}.attn2.to_k", f"{s}.attn2.to_v")
+        table |= linear(f"{b}.cross.out", f"{s}.attn2.to_out.0")
+        table |= linear(f"{b}.feed_forward.enter", f"{s}.ff.net.0.proj") | linear(f"{b}.feed_forward.leave", f"{s}.ff.net.2")
+    return table
+
+
+def cross_dit_from_stock(stock: PixArtTransformer2DModel, factor: float, pooled_width: int = 1) -> CrossDiT:
+    """A CrossDiT that gives `factor` times the same output; of one that also learned variances, the means."""
+    ours = CrossDiT(**cross_dit_options(stock.config, pooled_width))
+    state, _ = mean_half(read(cross_dit_table(len(ours.blocks)), stock.state_dict()), ours.channels, ours.patch_size)
+    ours.load_state_dict(scaled(state, "leave", factor))
+    return ours
+
+
+def cross_dit_unheld(model: CrossDiT) -> str:
+    """Why the stock class cannot hold a model; nothing where it can."""
+    more = [f"model.{field}=True" for field in ("micro_conditions", "qk_norm") if getattr(model, field)]
+    return f"{', '.join(more)}: PixArtTransformer2DModel has no place for it" if more else ""
+
+
+def cross_dit_to_stock(model: CrossDiT, factor: float) -> PixArtTransformer2DModel:
+    """A stock network that gives `factor` times the same output; a ValueError for what it cannot hold."""
+    refused = cross_dit_unheld(model)
+    if refused:
+        raise ValueError(f"{refused}. Give --export=false and sample with `sample.py --run`.")
+    width, heads = model.enter.out_features, int(model.blocks[0].cross.heads)  # type: ignore[union-attr, arg-type]
+    stock = PixArtTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=width // heads, in_channels=model.channels,
+        out_channels=model.outputs * model.channels,
+        num_layers=len(model.blocks), cross_attention_dim=width, sample_size=model.resolution, patch_size=model.patch_size,
+        interpolation_scale=model.interpolation_scale,  # type: ignore[arg-type]
+        use_additional_conditions=False, caption_channels=model.text.enter.in_features,
+    )  # fmt: skip
+    stock.load_state_dict(write(cross_dit_table(len(model.blocks)), scaled(model.state_dict(), "leave", factor), stock.state_dict()))
+    return stock.eval()

@@ -1,0 +1,1 @@
+"""DiT, the diffusion transformer with adaLN-zero, and its forms in diffusers."""

@@ -1,0 +1,1 @@
+"""MM-DiT, Stable Diffusion 3's transformer, and its forms in diffusers."""

@@ -1,0 +1,1 @@
+"""diffusers' U-Nets behind the interface of our networks."""

@@ -1,0 +1,111 @@
+"""The U-Nets as diffusers' UNet2DModel and UNet2DConditionModel, and back.
+
+Ours holds the stock network itself; only the table of classes differs, as the
+stock pipeline calls the null class 1000.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from torch import Tensor
+
+from ..common.conditioning import FREQUENCIES, SIZES
+from ..common.weight_mapping import STOCK_NULL, padded, scaled
+from .model import LAYOUTS, UNet
+
+CLASSES = "net.class_embedding.weight"
+
+
+def unet_options(config: Mapping[str, Any], text: bool, num_classes: int | None = None, pooled_width: int = 1) -> dict[str, Any]:
+    """The arguments of UNet for stock weights.
+
+    Args:
+        config: of the stock network, complete.
+        text: whether it is a UNet2DConditionModel.
+        num_classes: None for as many as the table has beside the null row.
+        pooled_width: which stock weights without sizes do not know.
+
+    Raises:
+        ValueError: a configuration that ours cannot hold.
+    """
+    channels = tuple(config["block_out_channels"])
+    where = tuple(i for i, kind in enumerate(config["down_block_types"]) if "Attn" in kind)
+    heads = config["attention_head_dim"]
+    if text:
+        heads = [heads] * len(channels) if isinstance(heads, int) else heads
+        widths = {c // n for c, n in zip(channels, heads, strict=True)} if set(heads) != {1} else {0}
+        heads = widths.pop() if len(widths) == 1 else -1
+    layout = next((name for name, facts in reversed(LAYOUTS.items()) if all(config.get(k) == v for k, v in facts.items())), "plain")
+    rows = config["num_class_embeds"] or 1
+    options = {
+        "channels": config["in_channels"], "resolution": config["sample_size"], "condition": "text" if text else "class",
+        "block_channels": channels, "layers_per_block": config["layers_per_block"], "attention_at": where, "attention_levels": len(where),
+        "head_width": heads or 0, "layout": layout,
+    }  # fmt: skip
+    if not text:
+        options["num_classes"] = rows - 1 if num_classes is None else num_classes
+    else:
+        sizes = config["addition_embed_type"] == "text_time"
+        pooled = config["projection_class_embeddings_input_dim"] - SIZES * FREQUENCIES if sizes else pooled_width
+        options |= {"text_width": config["cross_attention_dim"], "pooled_width": pooled, "micro_conditions": sizes}
+    _compare(options, config)
+    return options
+
+
+def _compare(options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Raises ValueError naming every field in which the network of these options is not the stock one."""
+    who = "UNet2DConditionModel" if options["condition"] == "text" else "UNet2DModel"
+    if options["head_width"] < 0 or not isinstance(options["layers_per_block"], int) or not isinstance(options["resolution"], int):
+        raise ValueError(
+            f"this {who} has attention_head_dim={config['attention_head_dim']}, layers_per_block={config['layers_per_block']}, "
+            f"sample_size={config['sample_size']}: ours has heads of one width, as many layers at each level, square images. "
+            f"It cannot be held."
+        )
+    with torch.device("meta"):
+        ours = UNet(**options).net.config
+    free = {"sample_size", "num_class_embeds", *(k for k in config if k.startswith("_"))}
+    other = [f"{k}={config[k]!r} (ours {ours[k]!r})" for k in config if k not in free and k in ours and not _same(config[k], ours[k])]
+    if other:
+        raise ValueError(f"this {who} has {', '.join(other)}: model.kind=unet has no such form. It cannot be held.")
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Lists are tuples, none is 0, and one number for all levels is that number for each."""
+    a, b = (tuple(v) if isinstance(v, (list, tuple)) else v or 0 for v in (a, b))
+    if isinstance(a, tuple) != isinstance(b, tuple):
+        many, one = (a, b) if isinstance(a, tuple) else (b, a)
+        return set(many) == {one}
+    return bool(a == b)
+
+
+def unet_state(state: Mapping[str, Tensor], num_classes: int) -> dict[str, Tensor]:
+    """Our tensors from the stock ones; of a table of 1001 classes or fewer the first ones, and the last row for none."""
+    ours = {f"net.{name}": value for name, value in state.items()}
+    if CLASSES in ours and num_classes < len(ours[CLASSES]) - 1:
+        ours[CLASSES] = torch.cat([ours[CLASSES][:num_classes], ours[CLASSES][-1:]])
+    return ours
+
+
+def unet_from_stock(
+    stock: UNet2DModel | UNet2DConditionModel, factor: float, num_classes: int | None = None, pooled_width: int = 1
+) -> UNet:
+    """A UNet that gives `factor` times the same output."""
+    ours = UNet(**unet_options(stock.config, isinstance(stock, UNet2DConditionModel), num_classes, pooled_width))
+    ours.load_state_dict(scaled(unet_state(stock.state_dict(), ours.num_classes), "net.conv_out", factor))
+    return ours
+
+
+def unet_to_stock(model: UNet, factor: float) -> UNet2DModel | UNet2DConditionModel:
+    """A stock network that gives `factor` times the same output; without classes a plain one, as DDPMPipeline takes it."""
+    state = scaled(model.net.state_dict(), "conv_out", factor)
+    config = dict(model.net.config)
+    if model.num_classes:
+        config["num_class_embeds"] = STOCK_NULL + 1
+        state["class_embedding.weight"] = padded(state["class_embedding.weight"])
+    stock = type(model.net).from_config(config)
+    stock.load_state_dict(state)
+    return stock.eval()

@@ -1,0 +1,1 @@
+"""How good samples are, and of which weights a figure is."""

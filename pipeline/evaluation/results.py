@@ -1,0 +1,155 @@
+"""Figures that `sample.py evaluate` and `retrieve` left, told by the model card of exactly the weights they are of: tables, and results."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from condot.core.printable import say
+
+from .markdown import code, plain
+from .provenance import Provenance
+
+EVALUATED = (
+    "samples", "accuracy", "accuracy_of_held_out", "diversity", "diversity_of_real", "nearest", "nearest_of_held_out",
+    "frechet", "frechet_of_train", "feature_width", "few", "guidance_scale", "solver", "steps",
+)  # fmt: skip
+"""What `sample.py evaluate` leaves in evaluation.json."""
+RETRIEVED = (
+    "samples",
+    "candidates",
+    "top1",
+    "top1_interval",
+    "top5",
+    "top5_interval",
+    "mean_reciprocal_rank",
+    "chance",
+    "chance_of_five",
+    "chance_of_rank",
+)
+"""What `sample.py retrieve` leaves in retrieval.json, and the card tells."""
+
+
+def figures_of(places: Sequence[Path], name: str, keys: tuple[str, ...], provenance: Provenance | None) -> dict[str, Any]:
+    """Return what was measured on exactly these weights; empty if nothing was. What is left out is told, with the reason.
+
+    Args:
+        places: folders where the file may lie.
+        name: of the file.
+        keys: what it must hold.
+        provenance: of the weights.
+    """
+    for path in (folder / name for folder in dict.fromkeys(places)):
+        if not path.is_file():
+            continue
+        try:
+            figures = json.loads(path.read_text())
+            fault = _fault(figures, keys, provenance)
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            fault = f"it cannot be read ({type(error).__name__})"
+        if not fault:
+            return dict(figures)
+        say(f"{path} is left out of the card: {fault}.")
+    return {}
+
+
+def _fault(figures: Any, keys: tuple[str, ...], provenance: Provenance | None) -> str:
+    """Why figures cannot be told of these weights; "" if they can."""
+    lacking = [key for key in keys if key not in figures]
+    if not isinstance(figures, dict) or lacking:
+        return f"it lacks {', '.join(lacking)}"
+    odd = [key for key in keys if not _sound(key, figures[key])]
+    if odd:
+        return f"{odd[0]}={figures[odd[0]]!r:.60} is no figure"
+    if "weights_sha256" not in figures:
+        return "it does not name the weights that it is of, as older ones did not: measure again"
+    if provenance is None or not provenance.fits(figures):
+        here = f", and these are of step {provenance.step}" if provenance and provenance.step is not None else ""
+        return f"it is of other weights (step {figures.get('step')!s:.20}, {figures.get('ema') or 'the first average'!s:.40}){here}"
+    return ""
+
+
+def _sound(key: str, value: Any) -> bool:
+    """Return whether a value can stand in a table: a finite number, two for an interval, a short name of a solver."""
+    if key == "solver":
+        return isinstance(value, str) and len(value) < 100
+    if key.endswith("_interval"):
+        return isinstance(value, list) and len(value) == 2 and all(_sound("", one) for one in value)
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def results_of(evaluation: dict[str, Any], retrieval: dict[str, Any], task: str, source: str) -> list[EvalResult]:
+    """The main figures as the head of a card holds them; `source` names the real images."""
+    found: list[tuple[str, str, float]] = []
+    if evaluation:
+        frechet = f"Frechet distance to held-out images, {evaluation['feature_width']} features"
+        found.append(("accuracy", "share of samples that a classifier puts into their class", evaluation["accuracy"]))
+        found.append(("frechet_distance", frechet, evaluation["frechet"]))
+    if retrieval:
+        name = f"samples nearest to their caption's image among {retrieval['candidates']}"
+        found.append(("top1_retrieval", name, retrieval["top1"]))
+    return [
+        EvalResult(
+            task_type=task, dataset_type=source, dataset_name=source, metric_type=kind, metric_name=name, metric_value=round(value, 5)
+        )
+        for kind, name, value in found
+    ]
+
+
+def tables_of(evaluation: dict[str, Any], retrieval: dict[str, Any]) -> str:
+    """A section with what was measured and the settings; empty if nothing was."""
+    tables = [
+        f"{table(figures)}\n\n{_measured_on(figures)}" for table, figures in ((_classes, evaluation), (_captions, retrieval)) if figures
+    ]
+    return "\n\n".join(["## Evaluation", *tables]) if tables else ""
+
+
+def _measured_on(figures: dict[str, Any]) -> str:
+    """Return of which weights figures are, and by which others their samples were guided."""
+    step = f"of step {figures['step']}, " if isinstance(figures.get("step"), int) else ""
+    guide = (
+        f" The samples were guided by another, weaker model ({code(str(figures['guide_sha256']))})." if figures.get("guide_sha256") else ""
+    )
+    return f"Measured on exactly these weights: {step}SHA-256 of their tensors {code(str(figures['weights_sha256']))}.{guide}"
+
+
+def _classes(e: dict[str, Any]) -> str:
+    """The table of `evaluate`."""
+    rows = [
+        ("a classifier puts it into its class", f"{e['accuracy']:.1%}", f"{e['accuracy_of_held_out']:.1%} of held-out images"),
+        ("mean distance within a class", f"{e['diversity']:.3f}", f"{e['diversity_of_real']:.3f} of real images"),
+        ("median distance to the nearest training image", f"{e['nearest']:.3f}", f"{e['nearest_of_held_out']:.3f} of held-out images"),
+        (
+            f"Frechet distance to held-out images, {e['feature_width']} features",
+            f"{e['frechet']:.3f}",
+            f"{e['frechet_of_train']:.3f} of training images",
+        ),
+    ]
+    few = " There are too few images for so many features: compare distances with one another only." if e["few"] else ""
+    how = f"{e['samples']:,} samples, solver {plain(e['solver'])}, {e['steps']} steps, guidance {e['guidance_scale']:g}.{few}"
+    return f"{how}\n\n{_table(rows)}"
+
+
+def _captions(r: dict[str, Any]) -> str:
+    """The table of `retrieve`."""
+    rows = [
+        ("nearest to its own caption's image", _share(r["top1"], r["top1_interval"]), f"{r['chance']:.1%} by chance"),
+        ("its own among the nearest five", _share(r["top5"], r["top5_interval"]), f"{r['chance_of_five']:.1%} by chance"),
+        ("mean reciprocal rank", f"{r['mean_reciprocal_rank']:.3f}", f"{r['chance_of_rank']:.3f} by chance"),
+    ]
+    return f"{r['samples']:,} samples of captions, each looked for among {r['candidates']:,} real images.\n\n{_table(rows)}"
+
+
+def _share(value: float, interval: tuple[float, float]) -> str:
+    """A share with its 95 % interval."""
+    return f"{value:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
+
+
+def _table(rows: list[tuple[str, str, str]]) -> str:
+    """Rows under the head that both tables have."""
+    return "\n".join(["| measure | samples | beside |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)])

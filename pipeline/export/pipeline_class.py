@@ -1,0 +1,212 @@
+"""Which pipeline class holds an exported model: a stock one wherever that draws exactly what was trained, else our own.
+
+Our own travels with every folder, for its solvers; here is chosen what loads by default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDPMPipeline,
+    DiTPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DModel,
+)
+
+from ..config.schema import FlowConfig
+from ..latent_space import Space
+from .identity_autoencoder import MOST_CHANNELS, identity_autoencoder
+from .runtime.pipeline_condot_v1 import NO_CLASS
+from .runtime.pipeline_condot_v2 import CondotPipeline
+from .scheduler_map import form_of, scheduler_of
+
+PROJECTED = "clip_text_model with projection"
+"""What `data.text_encoders` calls a CLIP of this kind."""
+PIXART_UNIT = 8
+"""PixArtSigmaPipeline refuses other sides than multiples of so many pixels, in pixels too."""
+SD3_TOKENS = 512
+"""StableDiffusion3Pipeline refuses a larger `max_sequence_length`."""
+
+
+EXACT = f", and there is no exact one of pixels with more than {MOST_CHANNELS} channels"
+"""Why a model of many bands takes our own pipeline, which needs none."""
+
+
+SQUARES = "data.aspect_ratios: stock pipelines on classes draw squares alone"
+"""Why a model of several shapes takes our own pipeline."""
+
+
+class Spoken(Protocol):
+    """A frozen text encoder: see data.text_encoders.TextEncoder."""
+
+    tokenizer: Any
+    model: Any
+    max_tokens: int
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def facts(self) -> Any: ...
+
+
+class Choice(NamedTuple):
+    """A pipeline, put together, and why this class."""
+
+    pipeline: Any
+    why: str
+    trust: bool
+    """Whether it loads with code of ours only."""
+
+    @property
+    def reason(self) -> str:
+        """What was chosen, in words."""
+        return f"with code of its own (trust_remote_code=True): {self.why}" if self.trust else "which stock diffusers holds exactly"
+
+    @property
+    def schedulers(self) -> str:
+        """Say which schedulers may take the place of the exported one, for the card."""
+        ours = "is tried on a normal law that is known in closed form, before any image, and refused where it cannot be right"
+        if isinstance(self.pipeline, CondotPipeline):
+            return f"Any scheduler may take this one's place, by `from_config(pipe.scheduler.config)`: it {ours}."
+        kind, config = type(self.pipeline).__name__, self.pipeline.scheduler.config
+        right = ["DPMSolverMultistep", "DPMSolverSinglestep"]
+        if not isinstance(self.pipeline, DDPMPipeline):  # which hands a generator to schedulers that take none
+            right += ["DEISMultistep"] if config.get("use_flow_sigmas") else ["DEISMultistep", "UniPCMultistep"]
+        right = ["the scheduler in this repository"] if "path" in config else right if config.use_flow_sigmas else [*right, "DDIM", "DDPM"]
+        scaling = " Euler, Heun, LMS, KDPM2 and EDM schedulers scale what the network sees, and this pipeline steps on that: wrong images,"
+        wrong = f"{scaling} without an error." if isinstance(self.pipeline, (DiTPipeline, DDPMPipeline)) else ""
+        return (
+            f"`{kind}` is right with {', '.join(right)}, by `from_config(pipe.scheduler.config)`.{wrong} In `CondotPipeline` each {ours}."
+        )
+
+    def calls(self, class_names: Sequence[str], captions: Sequence[str], guidance: float, bands: bool = False) -> tuple[str, str]:
+        """Arguments that draw an image: of this pipeline, and of our own; `bands`: as numbers, since no PIL image holds it."""
+        theirs, ours = self._calls(class_names, captions, guidance)
+        return (f'{theirs}, output_type="np"', f'{ours}, output_type="np"') if bands else (theirs, ours)
+
+    def _calls(self, class_names: Sequence[str], captions: Sequence[str], guidance: float) -> tuple[str, str]:
+        common = f"guidance_scale={guidance:g}, num_inference_steps=25"
+        if isinstance(self.pipeline, DDPMPipeline):
+            return "num_inference_steps=25", "num_inference_steps=25"
+        if getattr(self.pipeline, "text_encoder", None) is None:
+            return (f"class_labels=[{0 if class_names else NO_CLASS}], {common}",) * 2
+        ours = f"prompt={next(filter(None, captions), 'a picture')!r}, {common}"
+        if isinstance(self.pipeline, PixArtSigmaPipeline):
+            limit = self.pipeline.tokenizer.model_max_length  # its own is 300, more than some encoders read; it cleans where it can
+            return f"{ours}, use_resolution_binning=False, clean_caption=False, max_sequence_length={limit}", ours
+        if isinstance(self.pipeline, StableDiffusion3Pipeline):
+            return f"{ours}, max_sequence_length={self.pipeline.tokenizer_3.model_max_length}", ours
+        return ours, ours
+
+
+def check_two_outputs(space: Space, takes: str, why: str) -> None:
+    """Raises ValueError for a network of velocity and score that no pipeline here draws with: those of classes leave the second half out.
+
+    Args:
+        space: what the network works on.
+        takes: class or text.
+        why: no stock class holds it; "" if one does.
+    """
+    if why or takes == "text" or (not space.latent and space.channels > MOST_CHANNELS):
+        raise ValueError(
+            f"flow.objective=joint is exported of networks on classes that a stock class holds and DiTPipeline draws with, and here: "
+            f"{why or 'text, or too many channels'}. Give --export=false and sample with `sample.py --run`."
+        )
+
+
+def choose(
+    network: Any,
+    why: str,
+    flow: FlowConfig,
+    space: Space,
+    class_names: Sequence[str],
+    vae: Any,
+    spoken: Sequence[Spoken],
+    bucket_step: int = 0,
+) -> Choice:
+    """Put a pipeline together.
+
+    Args:
+        network: as `models.convert.to_exported` gives it.
+        why: it is not of a stock class; "" if it is.
+        flow: of the recipe.
+        space: what the network works on.
+        class_names: of a network on classes.
+        vae: as `fold.stock_autoencoder` gives it; None for pixels.
+        spoken: the text encoders of a network on text.
+        bucket_step: pixels of which the sides of all images are multiples, of a network that was trained on several shapes; 0 of squares.
+    """
+    form, scheduler = form_of(flow), scheduler_of(flow, pixels=vae is None)
+    own = bool(why) or not form.stock
+    if not why and not form.stock:
+        why = f"{flow.predict} on the path {flow.path} is followed by no stock scheduler"
+    wide = vae is None and space.channels > MOST_CHANNELS
+    kl = not wide and (vae is None or isinstance(vae, AutoencoderKL))
+    shown = vae if vae is not None or wide else identity_autoencoder(space.channels, space.height)
+    place = "unet" if hasattr(network, "conv_in") else "transformer"
+    if spoken:
+        parts, reason = _text_parts(spoken), _not_stock_text(network, spoken, flow, space, bucket_step)
+        if kl and not reason and isinstance(network, PixArtTransformer2DModel):
+            return Choice(PixArtSigmaPipeline(transformer=network, vae=shown, scheduler=scheduler, **parts), why, own)
+        if kl and not reason and isinstance(network, SD3Transformer2DModel):
+            shown.register_to_config(shift_factor=shown.config.get("shift_factor") or 0.0)
+            return Choice(StableDiffusion3Pipeline(transformer=network, vae=shown, scheduler=scheduler, **parts), why, own)
+        padding = spoken[0].facts.padding
+        pipeline = CondotPipeline(scheduler, vae=vae, padding=padding, **{place: network}, **parts)
+        return Choice(pipeline, why or reason or f"stock text pipelines decode with an AutoencoderKL{EXACT if wide else ''}", True)
+    names = dict(enumerate(class_names))
+    if bucket_step or wide or getattr(network.config, "micro_conditions", False):
+        reason = SQUARES if bucket_step else f"DiTPipeline decodes with an AutoencoderKL{EXACT}"
+        return Choice(CondotPipeline(scheduler, vae=vae, id2label=names, **{place: network}), why or reason, True)
+    if isinstance(network, UNet2DModel) and network.class_embedding is None and vae is None and form.stock and flow.objective != "joint":
+        return Choice(DDPMPipeline(unet=network, scheduler=scheduler), why, False)  # type: ignore[arg-type]
+    return Choice(DiTPipeline(transformer=labelled(network), vae=shown, scheduler=scheduler), why, own)  # type: ignore[arg-type]
+
+
+def _text_parts(spoken: Sequence[Spoken]) -> dict[str, Any]:
+    """Tokenizers, which remember where captions were cut, and encoders, by the names of their places."""
+    found = {}
+    for end, one in zip(("", "_2", "_3"), spoken, strict=False):
+        one.tokenizer.model_max_length = one.max_tokens
+        found[f"tokenizer{end}"], found[f"text_encoder{end}"] = one.tokenizer, one.model
+    return found
+
+
+def _not_stock_text(network: Any, spoken: Sequence[Spoken], flow: FlowConfig, space: Space, bucket_step: int) -> str:
+    """Why no stock pipeline shows a network the same text; "" if one does."""
+    kinds = [str(one.facts.fingerprint["class"]) for one in spoken]
+    if isinstance(network, PixArtTransformer2DModel):
+        if len(spoken) > 1 or spoken[0].kind == "clip" or spoken[0].facts.padding != "mask":
+            return "PixArtSigmaPipeline shows the last states of one encoder, padding masked"
+        if space.height * space.factor % PIXART_UNIT or bucket_step % PIXART_UNIT:
+            return f"PixArtSigmaPipeline draws multiples of {PIXART_UNIT} pixels"
+        return ""
+    if isinstance(network, SD3Transformer2DModel):
+        if kinds != [*[PROJECTED] * 2, "t5"] or spoken[0].facts.padding != "attend":
+            return "StableDiffusion3Pipeline shows two projected CLIPs and a T5, padding attended to"
+        if spoken[2].facts.width < spoken[0].facts.width + spoken[1].facts.width:
+            return "StableDiffusion3Pipeline cuts what CLIPs wider than the T5 say"
+        if spoken[2].max_tokens > SD3_TOKENS:
+            return f"StableDiffusion3Pipeline shows {SD3_TOKENS} tokens of the T5 at most"
+        if flow.path != "condot" or flow.predict != "velocity":
+            return "StableDiffusion3Pipeline follows velocities on the straight path"
+        return ""
+    return f"no stock pipeline draws with a {type(network).__name__} and these text encoders"
+
+
+def labelled(network: Any) -> Any:
+    """The network, with a place for the class that DiTPipeline always passes: a U-Net without classes gets a table of zeros."""
+    if not isinstance(network, UNet2DModel) or network.class_embedding is not None:
+        return network
+    facts = {key: value for key, value in network.config.items() if not key.startswith("_")}  # `_use_default_values` would undo the table
+    wider = UNet2DModel(**{**facts, "num_class_embeds": NO_CLASS + 1})
+    table = torch.zeros_like(wider.class_embedding.weight)
+    wider.load_state_dict({**network.state_dict(), "class_embedding.weight": table})
+    return wider.eval()

@@ -1,0 +1,300 @@
+"""The start of a process: how many there are, what they may use, and who owns the run's folder."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from accelerate.utils import AORecipeKwargs, DistributedDataParallelKwargs, KwargsHandler, gather_object, is_torchao_available
+
+from condot.core.atomic_files import open_lock
+from condot.core.process import processors
+
+from ..config.schema import Config
+from .launcher_env import check_recipe, sharding, take_over
+from .precision import Precision, settle
+from .rendezvous import Meeting, meet
+
+A_MONTH = timedelta(days=30)
+FP8_FROM = (8, 9)
+"""Compute capability of the first GPUs that multiply fp8: Ada; 9.0 is Hopper."""
+_met: Meeting | None = None
+
+
+def enter(config: Config) -> PartialState:
+    """Meet the other processes of this launch, if the launcher and this machine give what the recipe asks for.
+
+    Raises:
+        ValueError: another number of processes runs than the launcher was asked for; the launcher contradicts the recipe;
+            a precision that this hardware does not have.
+    """
+    check_recipe(config)
+    check_precision(_precision(config), sharding(config))
+    return join(config.train.cpu_threads or _share(), _patience(config.guard.hang_seconds))
+
+
+def _precision(config: Config) -> str:
+    """Of the recipe, or as launched."""
+    return config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def start(config: Config, group: PartialState, saved: Precision | None, measure: Callable[[int, torch.device], Precision]) -> Accelerator:
+    """Create the Accelerator, on the CPU where there is no GPU.
+
+    Args:
+        config: of the run.
+        group: that `enter` met.
+        saved: the precision that it began in, if it goes on.
+        measure: for `train.mixed_precision: auto`: the faster precision, for so many ranks, on this one's device.
+    """
+    precision = settle(config.train.mixed_precision, saved, partial(measure, group.num_processes, group.device))
+    warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # torch 2.13's new name for it is not in Accelerate 1.15
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
+    if _precision(config) == "fp8":
+        handlers.append(AORecipeKwargs(enable_fsdp_float8_all_gather=False))  # else weights are a tensor class of torchao's own
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision=precision,
+        gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+        project_dir=config.output_dir,
+        kwargs_handlers=handlers,
+    )
+
+
+def _patience(hang_seconds: float) -> timedelta:
+    """How long a rank waits for another before torch gives up: longer than the watch, which can say who stands where."""
+    return timedelta(seconds=1.5 * hang_seconds + 120) if hang_seconds else A_MONTH
+
+
+def check_precision(precision: str, layout: str = "none") -> None:
+    """Refuse a precision that this process's device does not compute in, or not with weights that lie so.
+
+    Args:
+        precision: of `train.mixed_precision`, or as launched.
+        layout: as `sharding` says.
+
+    Raises:
+        ValueError: fp16 or fp8 without the hardware, fp8 without its library or with sharded weights.
+    """
+    check_hardware(precision)
+    check_layout(precision, layout)
+
+
+def check_layout(precision: str, layout: str) -> None:
+    """Raises ValueError for fp8 with sharded weights."""
+    if precision == "fp8" and layout != "none":
+        raise ValueError(
+            f"mixed_precision=fp8 and train.sharding={layout}: fp8 is for whole weights on each rank. Use bf16, or sharding none."
+        )
+
+
+def check_hardware(precision: str) -> None:
+    """Raises ValueError for fp16 or fp8 without the hardware, and fp8 without its library."""
+    gpu = torch.cuda.is_available()
+    if precision == "fp16" and not gpu:
+        raise ValueError("mixed_precision=fp16 on a CPU: its gradients are scaled on GPUs only. Use bf16, which needs no scaling.")
+    if precision != "fp8":
+        return
+    capability = torch.cuda.get_device_capability() if gpu else None
+    if capability is None or capability < FP8_FROM:
+        has = f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}" if capability else "this machine has no GPU"
+        raise ValueError(f"mixed_precision=fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or higher, and {has}. Use bf16.")
+    if not is_torchao_available():
+        raise ValueError("mixed_precision=fp8 needs torchao, which is not installed: `pip install torchao`, or use bf16.")
+
+
+def join(threads: int = 0, patience: timedelta | None = None) -> PartialState:
+    """Meet the other processes of this launch, on GPUs where there are some; a process alone goes on alone.
+
+    Args:
+        threads: of this process on a CPU; 0 for torch's own number, or among several processes for its share of the processors.
+        patience: how long one may wait for another once all have met; by default torch's 10 to 30 minutes.
+
+    Raises:
+        ValueError: another number of processes runs than the launcher was asked for, or some did not come.
+    """
+    check_launcher()
+    take_over()
+    if not dist.is_initialized():
+        _begin_group(patience)
+    gpu = torch.cuda.is_available()
+    group = PartialState(cpu=not gpu)
+    if not gpu and (threads or "WORLD_SIZE" in os.environ):
+        torch.set_num_threads(threads or _share())
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if group.num_processes != asked:
+        raise ValueError(
+            f"WORLD_SIZE={asked} but {group.num_processes} process runs as one job: on CPUs start them with "
+            f"`accelerate launch --config_file configs/accelerate/cpu2.yaml` or torchrun."
+        )
+    return group
+
+
+def _begin_group(patience: timedelta | None) -> None:
+    """Create torch's process group below the keys of this attempt, before Accelerate would create one that a restart breaks."""
+    global _met
+    device = _device()
+    _met = meet()
+    if _met is None:
+        return
+    if device is not None:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device is not None else "gloo",
+        store=_met.keys,
+        rank=_met.rank,
+        world_size=_met.world,
+        timeout=patience,
+    )
+
+
+def _device() -> torch.device | None:
+    """This process's GPU, one for each process of the machine; None on a CPU.
+
+    Raises:
+        ValueError: torchrun or `accelerate launch` started more processes than the machine has GPUs.
+    """
+    if not torch.cuda.is_available():
+        return None
+    found, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if here > found and "TORCHELASTIC_RUN_ID" in os.environ:  # SLURM may show each process its own GPU only
+        raise ValueError(
+            f"{here} processes were started on a machine that shows {found} GPU(s), and each needs its own: "
+            f"start {found}, or train on the CPU with CUDA_VISIBLE_DEVICES=''."
+        )
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % found)
+
+
+def met() -> Meeting | None:
+    """Where the processes that `join` brought together find each other's keys; None for a process alone."""
+    return _met
+
+
+def _share() -> int:
+    """Processors for each process of this machine."""
+    return max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def alone(what: str) -> None:
+    """Raises ValueError where several processes were started for the work of one."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise ValueError(f"{what} is the work of one process, and {ranks} were started: run it with plain `python`.")
+
+
+def check_launcher() -> None:
+    """Refuse the launch that asks for several processes and silently starts one.
+
+    `accelerate launch --cpu --num_processes 2` names a meeting point for its
+    processes but starts one, without a rank.
+
+    Nor does `srun` give its tasks a rank: each would train alone.
+
+    Raises:
+        ValueError: that happened.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            "several processes were asked for and one was started: on CPUs `accelerate launch --num_processes N` starts no second one. "
+            "Use `accelerate launch --config_file configs/accelerate/cpu2.yaml "
+            "train.py ...`, or `torchrun --standalone --nproc_per_node N train.py ...`."
+        )
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if tasks > 1 and "WORLD_SIZE" not in os.environ:
+        raise ValueError(
+            f"SLURM_STEP_NUM_TASKS={tasks}: srun started {tasks} processes that do not know each other. "
+            f"Let it start one torchrun a machine: `srun --ntasks-per-node=1 torchrun ... train.py ...`, docs/cluster.md."
+        )
+
+
+def agree(name: str, fingerprint: str) -> None:
+    """Refuse to begin where ranks see different data, as they may while a folder is being written; all ranks together.
+
+    Raises:
+        ValueError: they do.
+    """
+    found = gather_object([fingerprint])
+    if len(set(found)) > 1:
+        which = next(rank for rank, other in enumerate(found) if other != found[0])
+        raise ValueError(
+            f"{name} is {found[0][:12]} on rank 0 and {found[which][:12]} on rank {which}: every rank must see the same finished folder. "
+            f"Wait until it is written everywhere, and start again."
+        )
+
+
+class FolderLock:
+    """A folder that is this process's own until it ends, wherever it is moved meanwhile.
+
+    Args:
+        folder: of a run, or of images.
+        file: its `.lock`, open and locked.
+        name: how messages call it.
+    """
+
+    def __init__(self, folder: Path, file: IO[str], name: str) -> None:
+        self.folder, self.file, self.name = folder, file, name
+        self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def lost(self) -> str:
+        """Return why what is written to the folder's path would not be in the folder that is locked; "" where it would be."""
+        if self._locks(self.folder):
+            return ""
+        other = "another folder stands there now" if self.folder.exists() else "it is not there any more"
+        return (
+            f"{self.name}={str(self.folder)!r} was moved or replaced while it was in use ({other}), and nothing more is written there: "
+            f"give the same command its new place."
+        )
+
+    def place(self) -> Path | None:
+        """Return where the locked folder is now; None where it was removed, or the system does not tell."""
+        try:
+            place = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
+        except OSError:
+            return None
+        return place if self._locks(place) else None
+
+    def _locks(self, folder: Path) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self.file.fileno()), os.lstat(folder / ".lock"))
+        except (OSError, ValueError):  # gone, or given back already
+            return False
+
+    def close(self) -> None:
+        """Give the folder back."""
+        os.close(self._descriptor)
+        self.file.close()
+
+
+def lock(folder: Path, name: str = "output_dir") -> FolderLock:
+    """Own a folder until the process ends.
+
+    Args:
+        folder: of a run, or of images.
+        name: how messages call it.
+
+    Returns:
+        What holds the lock; keep it.
+
+    Raises:
+        ValueError: another run owns the folder, or it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(open_lock(folder / ".lock"), "r+")
+    except OSError as error:
+        raise ValueError(f"{name}={str(folder)!r} cannot be written ({error.strerror}): give a folder of yours.") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"{name}={str(folder)!r} is in use by another run: wait for it, or give another folder.") from error
+    return FolderLock(folder, file, name)

@@ -1,0 +1,212 @@
+"""From a recipe's names to the mathematics: what is drawn for a sample, and what its loss is.
+
+Combinations that cannot be right are refused here, before training begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..config.schema import FlowConfig
+from ..flow import (
+    PATHS,
+    Condition,
+    CosMap,
+    Discrete,
+    JointObjective,
+    LinearPath,
+    LogitNormal,
+    LogNormalSigma,
+    Mode,
+    Objective,
+    Path,
+    Prior,
+    Purpose,
+    ScoreMatching,
+    Shifted,
+    TimeLaw,
+    Uniform,
+    UniformPrior,
+    couple,
+    draw_times,
+    infinite_times,
+    normal,
+    precondition,
+    rademacher,
+    uniform,
+)
+
+
+class Draws(NamedTuple):
+    """The random numbers of one micro-batch: functions of (seed, step, place in the global batch)."""
+
+    noise: Tensor
+    """(B, *S), from the prior."""
+    t: Tensor
+    """(B,), float32."""
+    drop: Tensor
+    """(B,), uniform: chance of losing the condition."""
+    probe: Tensor | None
+    """(B, *S), signs, for sliced score matching."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A recipe's section `flow` as mathematics.
+
+    Args:
+        flow: the section.
+        shape: of one sample as the network sees it, S.
+        batch_size: of the global batch, to stratify times over.
+
+    Raises:
+        ValueError: a combination that cannot be right, with the reason.
+    """
+
+    flow: FlowConfig
+    shape: tuple[int, ...]
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        flow = self.flow
+        if self.preconditioned and flow.predict != "data":
+            raise ValueError(
+                f"flow.predict={flow.predict} with Karras preconditioning (flow.path=edm, or flow.precondition): the scaled network "
+                f"predicts data. Set flow.predict=data and flow.weighting=edm."
+            )
+        if flow.prior != "normal" and (flow.path != "condot" or self.preconditioned):
+            raise ValueError(f"flow.prior={flow.prior} goes with the straight line: set flow.path=condot and no precondition.")
+        if flow.objective in ("explicit", "sliced") and flow.predict != "score":
+            raise ValueError(f"flow.objective={flow.objective} learns a score: set flow.predict=score.")
+        if flow.objective == "joint" and (flow.predict != "velocity" or flow.weighting != "none" or flow.prior != "normal"):
+            raise ValueError(
+                f"flow.objective=joint with flow.predict={flow.predict}, flow.weighting={flow.weighting}, flow.prior={flow.prior}: "
+                f"it learns a velocity and a score from normal noise. Set flow.predict=velocity, flow.weighting=none, flow.prior=normal."
+            )
+        if flow.coupling != "independent" and flow.coupling_group < 2:
+            raise ValueError(f"flow.coupling_group={flow.coupling_group}: an assignment is among at least two images. Use 32.")
+        self.objective.check(self.shape)
+        for t in infinite_times(self.objective, self.law):
+            raise ValueError(
+                f"flow.time={flow.time} trains at t={t:g}, where the loss of flow.predict={flow.predict} with flow.weighting="
+                f"{flow.weighting} on flow.path={flow.path} is infinite. Set flow.time=uniform, which stays inside, or {_remedy(flow)}."
+            )
+
+    def check_text(self) -> None:
+        """Raises ValueError for a recipe that goes with classes only."""
+        if self.flow.coupling != "independent":
+            raise ValueError(f"flow.coupling={self.flow.coupling} moves noise within a class, and every caption is one: set independent.")
+
+    def check_blocks(self, again: bool) -> None:
+        """Raises ValueError where blocks are computed again in the backward pass of a loss that needs an attention of its own."""
+        if again and self.flow.objective in ("explicit", "sliced"):
+            raise ValueError(
+                f"flow.objective={self.flow.objective} with model.gradient_checkpointing=true: the loss differentiates twice, through an "
+                f"attention that the second pass would not take. Set gradient_checkpointing=false and more accumulation."
+            )
+
+    @property
+    def preconditioned(self) -> bool:
+        """Whether the network is scaled the Karras way; always on the path EDM."""
+        return self.flow.precondition or self.flow.path == "edm"
+
+    @property
+    def path(self) -> Path:
+        """The Gaussian path; with a uniform prior, the coefficients of the straight line."""
+        return PATHS[self.flow.path]()
+
+    @property
+    def prior(self) -> Prior | None:
+        """Where the path starts, unless at N(0, I)."""
+        return prior_of(self.flow)
+
+    @property
+    def law(self) -> TimeLaw:
+        """Where on the path the network is trained."""
+        flow = self.flow
+        laws: dict[str, Callable[[], TimeLaw]] = {
+            "uniform": Uniform,
+            "logit_normal": lambda: LogitNormal(flow.time_mean, flow.time_std),
+            "mode": lambda: Mode(flow.time_scale),
+            "cosmap": CosMap,
+            "log_normal_sigma": lambda: LogNormalSigma(flow.time_mean, flow.time_std, self.path),
+            "discrete": Discrete,
+        }
+        law = laws[flow.time]()
+        return law if flow.time_shift == 1 else Shifted(flow.time_shift, law)
+
+    @property
+    def objective(self) -> Objective | JointObjective | ScoreMatching:
+        """The loss."""
+        flow = self.flow
+        if flow.objective == "joint":
+            return JointObjective(self.path, flow.joint_balance)
+        path = self.path if self.prior is None else LinearPath(self.prior)
+        regression = Objective(path, flow.predict, flow.weighting, flow.min_snr_gamma, flow.sigma_data)
+        return regression if flow.objective == "regression" else ScoreMatching(self.path, sliced=flow.objective == "sliced")
+
+    def network(self, model: Callable[..., Tensor]) -> Callable[..., Any]:
+        """Return what the recipe makes of a bare network, `(x, t, labels)` -> the prediction, or a pair of them."""
+        return scaled(model, self.flow)
+
+    def draw(self, seed: int, step: int, places: Tensor, shape: tuple[int, ...] | None = None) -> Draws:
+        """Noise, times, chances and probes of the samples at `places`, (B,), of a step's global batch; of another shape S if given."""
+        shape = shape or self.shape
+        return Draws(
+            normal(seed, Purpose.NOISE, step, places, shape) if self.prior is None else self.prior.draw(seed, step, places, shape),
+            draw_times(self.law, seed, step, places, self.batch_size if self.flow.stratified else None).float(),
+            uniform(seed, Purpose.CONDITION_DROP, step, places),
+            rademacher(seed, Purpose.PROBE, step, places, shape) if self.flow.objective == "sliced" else None,
+        )
+
+    def losses(self, model: Callable[..., Tensor], data: Tensor, draws: Draws, *condition: Condition) -> Tensor:
+        """The loss of each sample, (B,).
+
+        Args:
+            model: the bare network, as it is wrapped for training.
+            data: z, (B, *S).
+            draws: of these samples.
+            condition: what else the network takes, each (B, ...): labels or text, null where it is dropped; sizes.
+        """
+        noise = self.paired(data, draws.noise, condition[0])
+        network = self.network(model)
+        if not isinstance(self.objective, ScoreMatching):
+            return self.objective(network, data, noise, draws.t, *condition)
+        with sdpa_kernel(SDPBackend.MATH):  # the fast attentions have no second derivative
+            return self.objective(network, data, noise, draws.t, *condition, probe=draws.probe)
+
+    def paired(self, data: Tensor, noise: Tensor, labels: Condition) -> Tensor:
+        """The noise of each datum under the recipe's coupling: in groups of fixed places, so that ranks do not change it."""
+        size = self.flow.coupling_group
+        if self.flow.coupling == "independent":
+            return noise
+        if len(data) % size:
+            raise ValueError(f"flow.coupling_group={size} does not divide the micro-batch of {len(data)} images: use a divisor of it.")
+        groups = zip(data.split(size), noise.split(size), labels.split(size), strict=True)
+        return torch.cat([couple(z, eps, y) for z, eps, y in groups])
+
+
+def _remedy(flow: FlowConfig) -> str:
+    """Return which other field makes the loss finite at the ends of the path."""
+    return (
+        "flow.weighting=none" if flow.weighting != "none" and not (flow.path == "vp" and flow.predict == "velocity") else "flow.predict=v"
+    )
+
+
+def prior_of(flow: FlowConfig) -> Prior | None:
+    """The prior of a recipe, if it is not normal: uniform, of unit variance."""
+    return UniformPrior(-(3**0.5), 3**0.5) if flow.prior == "uniform" else None
+
+
+def scaled(model: Callable[..., Tensor], flow: FlowConfig) -> Callable[..., Any]:
+    """Return a bare network as a predictor: itself, scaled the Karras way, or its two halves as a pair (velocity, score)."""
+    if flow.objective == "joint":
+        return lambda x, t, *condition: tuple(model(x, t, *condition).chunk(2, dim=1))
+    wanted = flow.precondition or flow.path == "edm"
+    return precondition(model, PATHS[flow.path](), flow.sigma_data) if wanted else model

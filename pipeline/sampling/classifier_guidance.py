@@ -1,0 +1,154 @@
+"""Classifier guidance of a model by a small classifier that learns noisy images on the spot, from labelled shards.
+
+The classifier is that of `classifier`, told the noise level as one more
+channel. It is asked about x_t itself, so one more backward pass through it is
+all that guidance costs; and it can tell classes to a model that knows none.
+Source: Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis, section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from condot.core.printable import say
+
+from ..evaluation.classifier import SEEN, Classifier, fit_classifier
+from ..flow import Condition, Path, interpolate, widen
+from ..flow.field import ConditionalField
+from .source import Judge, Source
+
+FIRST = 1e-3
+"""Where on the path the classifier begins to learn: before, no image is left."""
+MOST_LOG_SNR = 14.0
+"""A level beyond is told as this one: its image is clean, or lost, to the eye of 8 bits."""
+
+
+class NoiseClassifier(nn.Module):
+    """`log p(y | x_t)` of images on a path.
+
+    Args:
+        channels: of the images.
+        classes: how many.
+        path: the Gaussian path that makes the noise.
+    """
+
+    def __init__(self, channels: int, classes: int, path: Path) -> None:
+        super().__init__()
+        self.network, self.path = Classifier(channels + 1, classes), path
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """Log-probabilities, (B, classes), of points (B, C, H, W) at times (B,)."""
+        c = self.path(widen(t, x))
+        level = self.path.log_snr(t.double()).clamp(-MOST_LOG_SNR, MOST_LOG_SNR).to(x) / MOST_LOG_SNR
+        told = torch.cat([x / torch.sqrt(c.a**2 + c.b**2), level.reshape(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])], 1)
+        return F.log_softmax(self.network(told)[1], 1)
+
+
+def train_noise_classifier(images: Tensor, labels: Tensor, path: Path, *, seed: int = 0) -> NoiseClassifier:
+    """Learn the classes of real images at every noise level of a path, each batch at levels of its own.
+
+    Args:
+        images: (N, C, H, W), -1..1, sides of 8 and more.
+        labels: (N,), 0 and up.
+        path: a Gaussian path.
+        seed: of the weights, the order and the noise.
+
+    Raises:
+        ValueError: fewer than two classes, or images that are too small.
+    """
+
+    def noisy(network: NoiseClassifier, rows: Tensor) -> Tensor:
+        t = FIRST + (1 - FIRST) * torch.rand(len(rows))
+        x, _ = interpolate(path, images[rows], torch.randn(images[rows].shape), t)
+        return F.nll_loss(network(x, t), labels[rows])
+
+    return fit_classifier(lambda classes: NoiseClassifier(images.shape[1], classes, path), labels, noisy, seed)
+
+
+def check_classified(source: Source, classes: int) -> None:
+    """Raise ValueError for a source that a classifier of so many classes cannot lead: of latents, text, another prior or other classes."""
+    if source.read or source.pixels:
+        what = "takes text" if source.read else f"works in latents of {source.shape}"
+        raise ValueError(f"--classifier_reference of a model that {what}: the classifier sees noisy pixels and tells classes.")
+    if source.prior is not None:
+        raise ValueError("--classifier_reference of a model whose path begins at a uniform prior: it has no score to add to. Use condot.")
+    if source.num_classes not in (0, classes):
+        raise ValueError(
+            f"the model has {source.num_classes} classes, --classifier_reference {classes}: give shards of the classes it was trained on."
+        )
+
+
+def classified(source: Source, classifier: NoiseClassifier, classes: int, digest: str = "") -> Source:
+    """Return the source, led to its labels by a classifier; one without classes takes the classifier's then.
+
+    Args:
+        source: of samples that are images, with a normal prior.
+        classifier: of its images on its path.
+        classes: how many the classifier knows.
+        digest: of what it has learned from.
+
+    Raises:
+        ValueError: as `check_classified`.
+    """
+    check_classified(source, classes)
+    alone = source.num_classes == 0
+    classifier = classifier.to(source.device)
+
+    def told(labels: Condition) -> Callable[[Tensor, Tensor], Tensor]:
+        known = (labels >= 0) & (labels < classes)  # what stands for none is no class of the classifier's: 0 of all of them
+
+        def log_likelihood(x: Tensor, t: Tensor) -> Tensor:
+            of_label = classifier(x.float(), t).gather(1, labels.clamp(0, classes - 1)[:, None])[:, 0]
+            return torch.where(known, of_label, 0).to(x.dtype)
+
+        return log_likelihood
+
+    judged = replace(source, classifier=Judge(told, alone, digest))
+    if not alone:
+        return judged
+    null, weak = source.null, source.weak
+    assert isinstance(null, int), "it takes no text"
+    return replace(judged, num_classes=classes, null=classes, field=_blind(source.field, null), weak=weak and _blind(weak, null))
+
+
+class LabelledShards(Protocol):
+    """What is asked of a folder of labelled shards: see data.shards.Shards."""
+
+    @property
+    def counts(self) -> Sequence[int]: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def manifest(self) -> Any: ...
+
+
+def led_by_classifier(source: Source, shards: LabelledShards, read: Callable[..., tuple[Tensor, Tensor]], reference: str) -> Source:
+    """Return the source, led by a classifier that learns labelled images now: all of them, or SEEN of many, evenly spaced.
+
+    Args:
+        source: the model.
+        shards: of the images.
+        read: of (shards, channels, pixels a side, numbers, bit_depth=...): images, (N, C, H, W), -1..1, and their classes, (N,).
+        reference: what the user calls them.
+
+    Raises:
+        ValueError: as `check_classified` and `train_noise_classifier`.
+    """
+    classes, total = len(shards.manifest.class_names), sum(shards.counts)
+    check_classified(source, classes)
+    numbers = range(0, total, max(1, math.ceil(total / SEEN)))
+    images, labels = read(shards, source.shape[0], source.shape[-1], numbers, bit_depth=source.bit_depth)
+    say(f"a classifier learns {len(images):,} images of {reference} at every noise level")
+    return classified(source, train_noise_classifier(images, labels, source.path), classes, shards.fingerprint)
+
+
+def _blind(field: ConditionalField, null: int) -> ConditionalField:
+    """Return a field that is told no class, whatever is asked for."""
+    return lambda x, t, labels: field(x, t, torch.full_like(labels, null))

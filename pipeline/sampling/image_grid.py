@@ -1,0 +1,74 @@
+"""Images on one sheet, and a sheet as a file, written whole or not at all."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from condot.core.atomic_files import open_regular
+
+from .image_files import on_white, quantise, to_picture
+
+OPAQUE = (".jpg", ".jpeg", ".gif")
+"""Files that cannot hold a picture's alpha, or of a GIF a bit of it."""
+
+
+def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
+    """Images side by side on white, a gap of one of their pixels between them.
+
+    Args:
+        images: (N, C, H, W), -1..1.
+        columns: images in a row.
+        scale: each pixel becomes so many a side.
+
+    Returns:
+        (C, height, width), -1..1.
+    """
+    count, channels, height, width = images.shape
+    rows = math.ceil(count / columns)
+    sheet = torch.ones(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)
+    for i in range(count):
+        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
+        sheet[:, top : top + height, left : left + width] = images[i]
+    return sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+
+
+def picture(image: Tensor) -> Image.Image:
+    """(C, H, W), -1..1, with 8 bits a channel, to be looked at: gray, RGB, either with its alpha; of five bands or more the first three."""
+    return to_picture(quantise(image))
+
+
+def save_image(image: Tensor, path: Path) -> None:
+    """Write (C, H, W), -1..1, as an image file, whole or not at all; the folder is made. A JPEG has no alpha: it is laid on white."""
+    shown = picture(image)
+    with whole(path) as temporary:
+        (on_white(shown) if path.suffix.lower() in OPAQUE else shown).save(temporary)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name of the same suffix, which becomes `path` at the end, or nothing after an error; the folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.unlink(missing_ok=True)  # never written through a link that somebody planted
+    os.close(open_regular(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL))
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def side_by_side(above: Tensor, below: Tensor, scale: int) -> Tensor:
+    """Two batches of as many images, (N, C, H, W), in rows of at most ten: a row of one, below it the other's; `scale` as in `grid`."""
+    columns = min(10, len(above))
+    white = above.new_ones(-len(above) % columns, *above.shape[1:])
+    halves = (torch.cat([part, white]).split(columns) for part in (above, below))
+    return grid(torch.cat([row for pair in zip(*halves, strict=True) for row in pair]), columns, scale)
