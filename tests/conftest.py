@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,10 +17,7 @@ SHARED = ROOT.parent / "shared"
 
 sys.path.insert(0, str(ROOT))
 from condot.cli import train  # noqa: E402
-from condot.core.process import SIGNALS  # noqa: E402
 
-for _number in SIGNALS:  # importing train took them
-    signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 torch.set_num_threads(1)
 
 

@@ -15,6 +15,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from condot.core.process import take_signals
+from condot.core.standard_streams import guard_streams
+
+guard_streams()
+take_signals("the same command goes on from the last checkpoint")
+
 from condot.cli import train
 from condot.data.loader.batch import Loader
 from condot.pipeline.checkpoint import rank_file as rankfile
@@ -76,7 +82,7 @@ def loading(self, plan):
 
 
 loop.advance, loop.loss_of, Loader.load = stepping, losing, loading
-for module in [m for name, m in sys.modules.items() if name.startswith("pipeline.") and getattr(m, "write_file", None) is write_file]:
+for module in [m for name, m in sys.modules.items() if name.startswith("condot.pipeline.") and getattr(m, "write_file", None) is write_file]:
     module.write_file = writing
 if where == "sampling":
     generate = preview.generate
@@ -89,5 +95,4 @@ if where == "sampling":
     preview.generate = drawing
 
 if __name__ == "__main__":
-    train.is_program(__name__)
-    train.leave(train.main(WORDS))
+    train.program(WORDS)

@@ -17,7 +17,6 @@ from conftest import ROOT
 from torch.distributed import TCPStore
 
 from condot.core.process import processors
-from condot.data.prepare import worker_pool
 from condot.pipeline.config.schema import Config, DiTConfig, GuardConfig, TrainConfig
 from condot.pipeline.launch import distributed, launcher_env, rendezvous
 
@@ -197,16 +196,15 @@ def test_processes_of_a_machine_share_its_processors(monkeypatch):
     assert taken == [3, 2, 5]
 
 
-@pytest.mark.parametrize("ask", [processors, worker_pool.processors], ids=["pipeline", "data"])
-def test_processors_are_those_that_may_be_used_or_where_no_affinity_exists_all(ask, monkeypatch):
+def test_processors_are_those_that_may_be_used_or_where_no_affinity_exists_all(monkeypatch):
     """A Mac has no affinity, and Python there no function of the name; it may not know the number either."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert ask() == 2
+    assert processors() == 2
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert ask() == 6
+    assert processors() == 6
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert ask() == 1
+    assert processors() == 1
 
 
 def test_torch_waits_longer_than_the_watch():

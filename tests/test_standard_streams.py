@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
 import os, sys
 sys.path.insert(0, {root!r})
-from {room}.standard_streams import guard_streams
-import {room}.standard_streams as streams
+from condot.core.standard_streams import guard_streams
+import condot.core.standard_streams as streams
 guard_streams()
 streams.PATIENCE = 0.2
 import logging, warnings
@@ -88,7 +88,7 @@ def test_a_loss_is_told_once_on_the_other_stream():
 COUNTED = """
 import os, resource, sys
 sys.path.insert(0, {root!r})
-from {room}.standard_streams import guard_streams
+from condot.core.standard_streams import guard_streams
 guard_streams()
 print("1234567", flush=True)
 hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
@@ -115,7 +115,7 @@ def test_what_a_full_disk_lost_is_counted_where_it_is_missing(tmp_path):
 WORDS = """
 import os, sys
 sys.path.insert(0, {root!r})
-from {room}.standard_streams import guard_streams
+from condot.core.standard_streams import guard_streams
 guard_streams()
 print("caf\\u00e9 \\u2603 \\udc80")
 sys.stdout.close()

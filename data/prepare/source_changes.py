@@ -15,13 +15,15 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from condot.core.process import processors
+
 from ..format.file_stamps import facts_of, name_hash, stamp_of
 from ..format.index import index_path, sha256
 from ..format.tar_writer import commit_json
 from .pack_state import INPUT, Entry, Packed, content_of, inputs_path
 from .shard_plan import Planned
 from .source import Part, Source
-from .worker_pool import Progress, crew, processors
+from .worker_pool import Progress, crew
 
 BYTES_A_WORKER = 64_000_000
 """Less than this is read before another process has started."""

@@ -80,7 +80,8 @@ def standing_alone(path: Path) -> str:
             parts.append(_comment(source, "" if source is order[-1] else source.about))
         parts += _grouped(own)
     root = order[-1]
-    head = f'{HEAD.format(file=f"{path.parent.name}/{path.name}")}\n"""{root.about}"""'
+    room = next((part for part in path.parts if part in ("pipeline", "models")), path.parent.name)
+    head = f'{HEAD.format(file=f"{room}/{path.name}")}\n"""{root.about}"""'
     return "\n\n".join([head, *([FUTURE] if root.future else []), _import_block(imports)]) + "\n\n\n" + "\n\n\n".join(parts) + "\n"
 
 
