@@ -22,10 +22,10 @@ import oracles
 import torch
 from torch import Tensor
 
-from condot.pipeline.flow import PATHS, Purpose, coefficient, convert, denoise, grid, initial, normal, singular, velocity_field, widen
-from condot.pipeline.sampling.integrate import follow
+from condot.pipeline.flow import PATHS, Purpose, coefficient, convert, denoise, initial, normal, singular, time_grid, velocity_field, widen
+from condot.pipeline.sampling.flow_model import Source
 from condot.pipeline.sampling.sampler import Sampler
-from condot.pipeline.sampling.source import Source
+from condot.pipeline.sampling.solve import follow
 
 PATH_NAMES = ("condot", "cosine", "vp", "ddpm")
 GRIDS = ("uniform", "shifted", "rho", "log_snr")
@@ -86,7 +86,7 @@ def ode_table(evaluations: list[int]) -> None:
             known = {}
             for name in PATH_NAMES:
                 source = source_of(LAWS[law](), name, predict)
-                fine = Sampler("rk4", 600, given_times=tuple(grid("rho", 600, path=source.path).tolist()), clip="off")
+                fine = Sampler("rk4", 600, given_times=tuple(time_grid("rho", 600, path=source.path).tolist()), clip="off")
                 known[name] = (source, solve(source, fine, 400)[0])
             print(f"\n{law}, predicts {predict}: {'solver':14s} {'grid':9s}" + "".join(f"{n:>9d}" for n in evaluations))
             for solver, per in ODE.items():
@@ -138,7 +138,7 @@ def variance(solver: Callable[..., object], name: str, steps: int, sigma: str, s
     path = PATHS[name]()
     coefficients = lambda t: tuple(v.item() for v in path(torch.tensor(t, dtype=DOUBLE)))  # noqa: E731
     field = oracles.gaussian([0.7], [[std**2]]).field(coefficients)
-    times, x = grid("uniform", steps), torch.zeros(steps + 2, 1, dtype=DOUBLE)
+    times, x = time_grid("uniform", steps), torch.zeros(steps + 2, 1, dtype=DOUBLE)
     x[1] = path(times[:1]).b
 
     def unit(k: int) -> Tensor:

@@ -82,7 +82,9 @@ def loading(self, plan):
 
 
 loop.advance, loop.loss_of, Loader.load = stepping, losing, loading
-for module in [m for name, m in sys.modules.items() if name.startswith("condot.pipeline.") and getattr(m, "write_file", None) is write_file]:
+for module in [
+    m for name, m in sys.modules.items() if name.startswith("condot.pipeline.") and getattr(m, "write_file", None) is write_file
+]:
     module.write_file = writing
 if where == "sampling":
     generate = preview.generate

@@ -120,8 +120,8 @@ class Export:
         from condot.models.dit.model import DiT
         from condot.pipeline.config.parse import build
         from condot.pipeline.config.schema import Config
-        from condot.pipeline.export.card import Card
         from condot.pipeline.export.load import open_folder
+        from condot.pipeline.export.model_card import Card
         from condot.pipeline.export.write import write_folder
         from condot.pipeline.latent_space import Space
 

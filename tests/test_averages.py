@@ -19,7 +19,7 @@ from condot.pipeline.ema.averages import Averages, laws
 from condot.pipeline.ema.posthoc import BOUND, combine, exponent_of, power_decay, products, width_of
 from condot.pipeline.ema.snapshots import count, due, forget, kept_of, rebuild, snapshot, store_of
 from condot.pipeline.ema.weight_selection import Wanted, read_wanted, read_weights
-from condot.pipeline.export.card import Card
+from condot.pipeline.export.model_card import Card
 from condot.pipeline.sampling.options import Images
 
 # --- the laws

@@ -23,9 +23,9 @@ from condot.pipeline.checkpoint.store import averages, load_state, raw_weights
 from condot.pipeline.config.parse import build
 from condot.pipeline.config.schema import Config
 from condot.pipeline.evaluation.provenance import Provenance, digest, provenance_of
-from condot.pipeline.export.card import Card, own_parts, readme
 from condot.pipeline.export.load import open_folder
 from condot.pipeline.export.loss_plot import SIZE, draw_curve, log_ticks, running_mean, ticks
+from condot.pipeline.export.model_card import Card, own_parts, readme
 
 
 @pytest.fixture

@@ -39,16 +39,16 @@ from condot.pipeline.config.model import CrossDiTConfig, DiTConfig, MMDiTConfig,
 from condot.pipeline.config.parse import as_mapping
 from condot.pipeline.config.parse import build as fill_config
 from condot.pipeline.config.schema import Config, FlowConfig
-from condot.pipeline.evaluation.evaluate import check_features
-from condot.pipeline.export.card import beyond_pil
+from condot.pipeline.evaluation.metrics import check_features
 from condot.pipeline.export.identity_autoencoder import MOST_CHANNELS, identity_autoencoder
 from condot.pipeline.export.load import open_folder, pipeline_source
+from condot.pipeline.export.model_card import beyond_pil
 from condot.pipeline.export.pipeline_class import choose
 from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
 from condot.pipeline.latent_space import Space
 from condot.pipeline.sampling.animation import save_animation
 from condot.pipeline.sampling.bulk import Files
-from condot.pipeline.sampling.image_files import encode_image, file_extension, quantise
+from condot.pipeline.sampling.image_encoding import encode_image, file_extension, quantise
 from condot.pipeline.sampling.image_grid import grid, save_image
 from condot.pipeline.sampling.images import described
 from condot.pipeline.sampling.likelihood import bits

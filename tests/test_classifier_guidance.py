@@ -9,12 +9,12 @@ from test_methods import gaussian_source
 
 from condot.cli import sample
 from condot.pipeline.flow import PATHS, CondOT, classifier_guide, convert, heun, uniform_grid, widen
-from condot.pipeline.flow.linear import UniformPrior
+from condot.pipeline.flow.linear_path import UniformPrior
 from condot.pipeline.sampling.classifier_guidance import NoiseClassifier, classified, train_noise_classifier
+from condot.pipeline.sampling.flow_model import led_by
 from condot.pipeline.sampling.generate import check_sampler, generate
 from condot.pipeline.sampling.restore import Remedy, measurement, restore
 from condot.pipeline.sampling.sampler import Sampler
-from condot.pipeline.sampling.source import led_by
 
 MIXTURE = oracles.three()
 CLASSES = [oracles.gaussian(m.tolist(), s.tolist()) for m, s in zip(MIXTURE.means, MIXTURE.covariances, strict=True)]

@@ -20,16 +20,16 @@ from condot.pipeline.flow import (
     dpmpp_2m,
     dpmpp_2m_sde,
     exponential,
-    grid,
     heun,
     initial,
     log_snr_grid,
-    simulate,
+    simulate_sde,
+    time_grid,
     uniform_grid,
     velocity_field,
     widen,
 )
-from condot.pipeline.flow.dpmpp import HALF_LOG_SNR, extrapolation
+from condot.pipeline.flow.dpm_solver import HALF_LOG_SNR, extrapolation
 from condot.pipeline.flow.sde import exponential_plan, follow_plan
 
 MIXTURE = oracles.three()
@@ -169,7 +169,7 @@ def test_log_snr_grid_is_even_in_it():
     times = log_snr_grid(12, CondOT(), 0.05, 20.0)
     levels = CondOT().log_snr(times[1:-1])
     torch.testing.assert_close(levels.diff(), torch.full((10,), 2 * math.log(400) / 12, dtype=torch.float64))
-    torch.testing.assert_close(grid("log_snr", 9, path=PATHS["ve"](), start=0.2, end=0.7).diff(), uniform_grid(9, 0.2, 0.7).diff()[:9])
+    torch.testing.assert_close(time_grid("log_snr", 9, path=PATHS["ve"](), start=0.2, end=0.7).diff(), uniform_grid(9, 0.2, 0.7).diff()[:9])
 
 
 # churn
@@ -251,7 +251,7 @@ def test_ornstein_uhlenbeck_process():
         x[:, 0] = 2.0
         x[1] = 3.0
         unit = lambda k, n=n: torch.eye(n + 2, dtype=torch.float64)[:, k + 2 : k + 3]  # noqa: E731
-        found = simulate(lambda x, t: -theta * x, x, uniform_grid(n), lambda t: torch.full_like(t, sigma), unit)
+        found = simulate_sde(lambda x, t: -theta * x, x, uniform_grid(n), lambda t: torch.full_like(t, sigma), unit)
         assert found.evaluations == n
         psi = (found.x[1] - found.x[0]).item()
         variance = (found.x[2:, 0] - found.x[0]).square().sum().item()
@@ -261,9 +261,9 @@ def test_ornstein_uhlenbeck_process():
 
 
 def test_without_noise_a_plain_sde_is_eulers_and_with_a_flows_drift_it_leaves_the_marginals():
-    still = simulate(FIELD, START, uniform_grid(9), torch.zeros_like, None).x
+    still = simulate_sde(FIELD, START, uniform_grid(9), torch.zeros_like, None).x
     torch.testing.assert_close(still, euler_by_ddim(9))
-    wide = moments(lambda f, x, t, p, s, noise: simulate(f, x, t, torch.ones_like, noise), "condot", 200, None)[1]
+    wide = moments(lambda f, x, t, p, s, noise: simulate_sde(f, x, t, torch.ones_like, noise), "condot", 200, None)[1]
     assert wide > 1.3 * 0.3  # the score term is what would have kept it at 0.3
 
 
@@ -299,7 +299,7 @@ BAD = {
     "churn": (lambda: churned(FIELD, START, uniform_grid(3), CondOT(), None, churn=-1.0), r"churn=-1\.0"),
     "levels": (lambda: churned(FIELD, START, uniform_grid(3), CondOT(), None, churn=1.0, low=2.0, high=1.0), r"levels 2\.0 and 1\.0"),
     "grid": (lambda: log_snr_grid(5, CondOT(), 2.0, 1.0), r"levels 2\.0 to 1\.0"),
-    "plain": (lambda: simulate(FIELD, START, uniform_grid(3), lambda t: -t, None), r"sigma_t=-0\.3.*not negative"),
+    "plain": (lambda: simulate_sde(FIELD, START, uniform_grid(3), lambda t: -t, None), r"sigma_t=-0\.3.*not negative"),
 }
 
 

@@ -11,8 +11,8 @@ from condot.cli import sample
 from condot.data.loader.read_samples import read_images
 from condot.data.storage.shard_reader import Shards
 from condot.pipeline.evaluation.classifier import _batches, train_classifier
-from condot.pipeline.evaluation.evaluate import Report, diversity, evaluate, load_features, nearest
 from condot.pipeline.evaluation.frechet import Moments, frechet
+from condot.pipeline.evaluation.metrics import Report, diversity, evaluate, load_features, nearest
 from condot.pipeline.sampling.generate import Samples
 from condot.pipeline.sampling.sampler import Sampler
 

@@ -9,11 +9,11 @@ import torch
 from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 from condot.pipeline.flow import CondOT, autoguide, convert, guide, widen
-from condot.pipeline.flow.linear import UniformPrior
+from condot.pipeline.flow.linear_path import UniformPrior
+from condot.pipeline.sampling.flow_model import led_by
 from condot.pipeline.sampling.generate import check_sampler, generate, guided
-from condot.pipeline.sampling.integrate import start
 from condot.pipeline.sampling.sampler import Sampler
-from condot.pipeline.sampling.source import led_by
+from condot.pipeline.sampling.solve import start
 
 MIXTURE = oracles.three()
 CLASSES = [oracles.gaussian(m.tolist(), s.tolist()) for m, s in zip(MIXTURE.means, MIXTURE.covariances, strict=True)]

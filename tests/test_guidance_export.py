@@ -15,10 +15,10 @@ from condot.pipeline.export.load import pipeline_source
 from condot.pipeline.export.runtime.guidance_v2 import Guidance, Guide, cfg_zero_star_scale
 from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
 from condot.pipeline.export.scheduler_map import NAMES, form_of, scheduler_of
+from condot.pipeline.sampling.flow_model import network_source
 from condot.pipeline.sampling.generate import generate
-from condot.pipeline.sampling.integrate import start
 from condot.pipeline.sampling.sampler import Sampler
-from condot.pipeline.sampling.source import network_source
+from condot.pipeline.sampling.solve import start
 
 MEANS = (-0.6, 0.6, 0.0)
 

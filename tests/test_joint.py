@@ -16,9 +16,9 @@ from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.export.load import open_folder
 from condot.pipeline.flow import PATHS, JointObjective, widen
 from condot.pipeline.objectives.training_objective import Method
+from condot.pipeline.sampling.flow_model import network_source
 from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.sampler import Sampler
-from condot.pipeline.sampling.source import network_source
 
 JOINT = FlowConfig(objective="joint", joint_balance=0.5)
 MEAN, STD = 0.3, 0.4

@@ -27,8 +27,8 @@ from condot.pipeline.flow import (
     velocity_field,
     widen,
 )
+from condot.pipeline.sampling.flow_model import Source
 from condot.pipeline.sampling.likelihood import bits
-from condot.pipeline.sampling.source import Source
 
 MIXTURE = oracles.three()
 FIELD = MIXTURE.field(oracles.condot)

@@ -11,9 +11,9 @@ from condot.cli import sample
 from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.flow import PATHS, WEIGHTINGS, support
 from condot.pipeline.objectives.training_objective import Draws, Method
+from condot.pipeline.sampling.flow_model import Source
 from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.sampler import Sampler
-from condot.pipeline.sampling.source import Source
 
 PREDICTIONS = ("velocity", "noise", "data", "score", "v")
 LAWS = ("uniform", "logit_normal", "mode", "cosmap", "log_normal_sigma", "discrete")

@@ -52,7 +52,7 @@ def test_charts_are_drawn(tmp_path):
 def test_a_small_network_learns_the_moons():
     """200 steps, two seconds: samples of the ODE lie nearer to the moons than noise does, by a factor of three."""
     from condot.pipeline.flow import heun, normal, uniform_grid
-    from condot.pipeline.flow.random import Purpose
+    from condot.pipeline.flow.counter_rng import Purpose
 
     model = scenes.train(scenes.moons, 200, batch=512)
     start = normal(0, Purpose.INITIAL, 0, torch.arange(500), (2,))

@@ -11,10 +11,10 @@ from test_methods import gaussian_source
 
 from condot.cli import sample
 from condot.pipeline.flow import PATHS, CondOT, convert, widen
-from condot.pipeline.flow.linear import UniformPrior
+from condot.pipeline.flow.linear_path import UniformPrior
+from condot.pipeline.sampling.flow_model import led_by
 from condot.pipeline.sampling.restore import Remedy, measurement, restore
 from condot.pipeline.sampling.sampler import Sampler
-from condot.pipeline.sampling.source import led_by
 
 HALF = torch.zeros(8, 8, dtype=torch.bool)
 HALF[:, 4:] = True

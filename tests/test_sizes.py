@@ -24,10 +24,10 @@ from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
 from condot.pipeline.export.scheduler_map import form_of
 from condot.pipeline.flow import ODE_SOLVERS, guide, repeat
 from condot.pipeline.latent_space import Space
+from condot.pipeline.sampling.flow_model import network_source
 from condot.pipeline.sampling.generate import generate
-from condot.pipeline.sampling.integrate import start
 from condot.pipeline.sampling.sampler import Sampler
-from condot.pipeline.sampling.source import network_source
+from condot.pipeline.sampling.solve import start
 
 SMALL = {"width": 32, "depth": 2, "heads": 2, "patch_size": 2}
 NETWORKS = {

@@ -17,13 +17,13 @@ from condot.pipeline.flow import (
     Cosine,
     dormand_prince,
     euler,
-    grid,
     heun,
     initial,
     landed,
     multistep,
     rho_grid,
     shifted_grid,
+    time_grid,
     uniform_grid,
     velocity_field,
 )
@@ -227,7 +227,7 @@ def test_shapes_and_half_precision(name, shape):
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("path", [CondOT(), Cosine(), VP(), EDM(), PATHS["ve"](), PATHS["ddpm"]()], ids=lambda p: type(p).__name__)
 def test_grids_rise_from_end_to_end(name, path):
-    times = grid(name, 11, path=path)
+    times = time_grid(name, 11, path=path)
     assert len(times) == 12 and times[0] == 0 and times[-1] == 1 and bool((times.diff() > 0).all()) and times.dtype == torch.float64
 
 
@@ -246,7 +246,7 @@ def test_rho_grid_has_even_roots_of_the_noise():
 
 def test_grids_keep_their_ends():
     for name in GRIDS:
-        times = grid(name, 5, start=0.01, end=0.99)
+        times = time_grid(name, 5, start=0.01, end=0.99)
         assert times[0] == 0.01 and times[-1] == 0.99 and bool((times.diff() > 0).all())
 
 
@@ -257,7 +257,7 @@ BAD = {
     "ends": (lambda: uniform_grid(5, 0.5, 0.5), r"0\.5 to 0\.5"),
     "shift": (lambda: shifted_grid(5, 0.0), r"shift=0\.0"),
     "rho": (lambda: rho_grid(5, CondOT(), rho=-1), r"rho=-1"),
-    "grid": (lambda: grid("cosine", 5), r"'cosine' is unknown: choose one of uniform"),
+    "grid": (lambda: time_grid("cosine", 5), r"'cosine' is unknown: choose one of uniform"),
     "one time": (lambda: euler(FIELD, START, torch.tensor([0.5])), r"no grid"),
     "falling": (lambda: euler(FIELD, START, torch.tensor([0.0, 0.6, 0.5])), r"rising strictly"),
     "outside": (lambda: multistep(FIELD, START, torch.tensor([0.0, 1.5])), r"inside \[0, 1\]"),

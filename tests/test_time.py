@@ -25,7 +25,7 @@ from condot.pipeline.flow import (
     resolution_shift,
     uniform,
 )
-from condot.pipeline.flow.time import shift_time
+from condot.pipeline.flow.timestep_distribution import shift_time
 
 LAWS = {
     "uniform": Uniform(),
@@ -137,7 +137,7 @@ STEEP = [*(law() for law in TIME_LAWS.values()), LogitNormal(20.0, 3.0), LogitNo
 def test_times_of_a_law_with_a_density_stay_inside_in_float32(law, monkeypatch):
     """The largest uniform numbers round to 1.0, and steep laws push others there or to 0: 2^-60 and 1 - 2^-24 are the ends."""
     shares = torch.tensor([2.0**-53, 1e-9, 0.5, 1 - 1e-9, 1 - 2.0**-53], dtype=torch.float64)
-    monkeypatch.setattr("condot.pipeline.flow.time.uniform", lambda *named: shares)
+    monkeypatch.setattr("condot.pipeline.flow.timestep_distribution.uniform", lambda *named: shares)
     t = draw_times(law, 0, 0, torch.arange(5))
     plain = law.quantile(shares).float()
     inside = (plain > 2.0**-60) & (plain < 1)

@@ -36,17 +36,18 @@ from condot.pipeline.config.model import model_options
 from condot.pipeline.config.parse import build, parse
 from condot.pipeline.config.schema import Config
 from condot.pipeline.ema.weight_selection import read_wanted, read_weights
-from condot.pipeline.evaluation.evaluate import check_features, evaluate, load_features
+from condot.pipeline.evaluation.metrics import check_features, evaluate, load_features
 from condot.pipeline.evaluation.provenance import Provenance, digest, provenance_of
 from condot.pipeline.evaluation.retrieval import retrieve
-from condot.pipeline.export.card import Card
 from condot.pipeline.export.load import open_folder, read_index
+from condot.pipeline.export.model_card import Card
 from condot.pipeline.export.scheduler_map import form_of
 from condot.pipeline.export.write import write_folder
 from condot.pipeline.hub.publish import check_repository, publish
 from condot.pipeline.latent_space import Space
 from condot.pipeline.launch import distributed
 from condot.pipeline.sampling.classifier_guidance import led_by_classifier
+from condot.pipeline.sampling.flow_model import Source, check_labels, led_by, need_pixels, network_source
 from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.image_grid import save_image, side_by_side
 from condot.pipeline.sampling.images import draw_folder, draw_picture
@@ -54,7 +55,6 @@ from condot.pipeline.sampling.likelihood import affordable, bits
 from condot.pipeline.sampling.options import Evaluate, Export, Images, Likelihood, Model, Restore, Retrieve, Sampling
 from condot.pipeline.sampling.requests import asked
 from condot.pipeline.sampling.restore import check_options, restore_file
-from condot.pipeline.sampling.source import Source, check_labels, led_by, need_pixels, network_source
 from condot.pipeline.training.resume_rules import lines_of
 
 STOPPER = stopper_of_program()

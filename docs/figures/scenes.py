@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from condot.pipeline.flow import CondOT, Objective, Purpose, draw_times, normal, uniform
-from condot.pipeline.flow.time import Uniform
+from condot.pipeline.flow.timestep_distribution import Uniform
 
 Sampler = Callable[[int, Tensor], Tensor]  # (step, index) -> points (B, 2)
 

@@ -13,7 +13,7 @@ from ..checkpoint.disk_space import lacking
 from ..checkpoint.store import Store
 from ..config.parse import parse_all
 from ..config.schema import ALIASES, Config
-from ..export.card import kind_of
+from ..export.model_card import kind_of
 from . import estimate
 from .error_collector import Mistakes
 from .estimate import amount, count, size

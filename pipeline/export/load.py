@@ -21,7 +21,7 @@ from ..config.schema import Config, FlowConfig
 from ..flow import PATHS, Condition, velocity_field
 from ..hub.checksums import check_folder
 from ..objectives.training_objective import scaled
-from ..sampling.source import Source
+from ..sampling.flow_model import Source
 from ..training.best_effort import is_out_of_memory
 from .runtime.captions_v1 import Captions
 from .runtime.inputs_v2 import ONE_SIZE, largest_of, unit_of

@@ -29,9 +29,9 @@ from ..sampling.image_grid import grid, save_image
 from ..sampling.sampler import Sampler
 from .autoencoder import stock_autoencoder
 from .bundle import standing_alone
-from .card import Card, beyond_pil, readme
 from .load import open_folder
 from .loss_plot import draw_curve
+from .model_card import Card, beyond_pil, readme
 from .pipeline_class import Spoken, choose
 from .runtime.pipeline_condot_v1 import NO_CLASS
 from .runtime.pipeline_condot_v2 import CondotPipeline

@@ -9,34 +9,34 @@ it. `guidance` sharpens the field, by one of the methods of `guiders`, and
 follow it, `likelihood`, `log_prob` and `inverse` ask it questions; `random` names every random number.
 """
 
-from .churn import churned
 from .classifier_guidance import classifier_guide
 from .condition import Condition, count, each, repeat, stack
+from .counter_rng import Purpose, normal, rademacher, uniform
 from .coupling import COUPLINGS, assign, couple
-from .ddpm import DDPM, VARIANCES, step_variances
-from .diffusion import EDM, PATHS, VE, VP, SubVP
+from .ddpm_path import DDPM, VARIANCES, step_variances
+from .diffusion_paths import EDM, PATHS, VE, VP, SubVP
 from .divergence import EXACT_LIMIT, divergence
-from .dpmpp import dpmpp_2m, dpmpp_2m_sde
+from .dpm_solver import dpmpp_2m, dpmpp_2m_sde
+from .edm_sampler import churned
 from .field import Field, clipped, denoise, score_field, shift_data, shift_score, singular, velocity_field
-from .grid import GRIDS, grid, log_snr_grid, rho_grid, shifted_grid, uniform_grid
 from .guidance import autoguide, guide
-from .guiders import APG, CFGZeroStar, optimal_scale, projected, rescale_factor
-from .inverse import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction, replacement
+from .guidance_methods import APG, CFGZeroStar, optimal_scale, projected, rescale_factor
+from .inverse_problems import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction, replacement
 from .langevin import annealed_langevin, langevin, predictor_corrector
 from .likelihood import Density, Estimate, bits_per_dimension, dequantise, estimate, last_time, log_density
-from .linear import LinearPath, NormalPrior, Prior, UniformPrior, finite_field
-from .log_prob import step_law, step_log_prob, trajectory_log_prob
-from .matching import ScoreMatching
+from .linear_path import LinearPath, NormalPrior, Prior, UniformPrior, finite_field
 from .objective import JointObjective, Objective, infinite_times
 from .parameterisation import PREDICTIONS, Prediction, change, convert, target
 from .path import Coefficients, CondOT, Cosine, Path, initial, interpolate, widen
 from .precondition import precondition
-from .random import Purpose, normal, rademacher, uniform
 from .registry import ODE_SOLVERS, SDE_SOLVERS
+from .score_matching import ScoreMatching
 from .sde import COEFFICIENTS, Diffusion, coefficient, euler_maruyama, exponential, noising, stochastic_heun
-from .simulate import simulate
+from .simulate_sde import simulate
 from .solver import Solution, dormand_prince, euler, heun, landed, midpoint, multistep, rk4
-from .time import (
+from .step_log_prob import step_law, step_log_prob, trajectory_log_prob
+from .time_grid import GRIDS, grid, log_snr_grid, rho_grid, shifted_grid, uniform_grid
+from .timestep_distribution import (
     TIME_LAWS,
     CosMap,
     Discrete,

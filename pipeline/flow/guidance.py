@@ -27,7 +27,7 @@ from torch import Tensor
 
 from .condition import Condition, count, stack
 from .field import ConditionalField, Field
-from .guiders import APG, CFGZeroStar, Momentum, optimal_scale, projected, rescale_factor
+from .guidance_methods import APG, CFGZeroStar, Momentum, optimal_scale, projected, rescale_factor
 from .parameterisation import Prediction, change, check_kind
 from .path import Coefficients, Path, widen
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from .field import Field, velocity_and_score
-from .grid import intervals
 from .parameterisation import change
 from .path import Path
 from .sde import Coefficient, Noise, exponential_plan
 from .solver import After, Solution, at, begin, finish
+from .time_grid import intervals
 
 
 def langevin(score: Callable[[Tensor], Tensor], x: Tensor, step: float, steps: int, noise: Noise) -> Solution:

@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .linear import LinearPath, require_gaussian
-from .matching import ScoreMatching
+from .linear_path import LinearPath, require_gaussian
 from .parameterisation import Prediction, check_kind, target
 from .path import Path, interpolate
-from .time import TimeLaw, support
+from .score_matching import ScoreMatching
+from .timestep_distribution import TimeLaw, support
 from .weighting import Weighting, check_weighting, weight
 
 

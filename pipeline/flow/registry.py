@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .dpmpp import dpmpp_2m, dpmpp_2m_sde
+from .dpm_solver import dpmpp_2m, dpmpp_2m_sde
 from .sde import euler_maruyama, exponential, stochastic_heun
 from .solver import Solution, dormand_prince, euler, heun, midpoint, multistep, rk4
 

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor
 
 from .field import Field, velocity_and_score
-from .grid import intervals
 from .parameterisation import change
 from .path import Coefficients, Path
 from .solver import After, Solution, at, begin, finish
+from .time_grid import intervals
 
 Coefficient = Callable[[Tensor, Coefficients], Tensor]  # of (t, coefficients there), of t's shape, >= 0
 Noise = Callable[[int], Tensor]  # of the step's number, standard normal, (B, *S)

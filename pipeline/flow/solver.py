@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from .field import Field, denoise, velocity_and_score
-from .grid import intervals
 from .path import Path, require_finite
+from .time_grid import intervals
 
 LANDING = 1e-3
 """Where the last step along the data prediction begins: so long before the end, or later, at so much noise for the signal."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .divergence import check_exact
-from .linear import NormalPrior, Prior
+from .linear_path import NormalPrior, Prior
 from .objective import square_error
 from .path import require_finite, widen
 

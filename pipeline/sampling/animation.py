@@ -10,10 +10,10 @@ from torch import Tensor
 
 from ..flow import denoise
 from ..flow.field import Field
-from .image_files import on_white
+from .flow_model import Source
+from .image_encoding import on_white
 from .image_grid import grid, picture, whole
 from .sampler import Sampler
-from .source import Source
 
 FIRST, ALL_BETWEEN, LAST = 600, 3000, 2000
 """Milliseconds: of the first frame, of those between together, of the last."""

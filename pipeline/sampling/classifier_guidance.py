@@ -22,7 +22,7 @@ from condot.core.printable import say
 from ..evaluation.classifier import SEEN, Classifier, fit_classifier
 from ..flow import Condition, Path, interpolate, widen
 from ..flow.field import ConditionalField
-from .source import Judge, Source
+from .flow_model import Judge, Source
 
 FIRST = 1e-3
 """Where on the path the classifier begins to learn: before, no image is left."""

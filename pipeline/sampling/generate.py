@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..flow import Condition, Solution, autoguide, classifier_guide, clipped, count, denoise, each, guide, repeat
 from ..flow.field import ConditionalField, Field
-from ..flow.grid import intervals
-from .integrate import follow, start
+from ..flow.time_grid import intervals
+from .flow_model import Source, check_labels
 from .sampler import Sampler
-from .source import Source, check_labels
+from .solve import follow, start
 
 Watch = Callable[[Tensor, float, Field], None]
 """Sees points (B, *S), their time, and the guided field that leads on from there."""

@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..flow import APG, ODE_SOLVERS, CFGZeroStar
-from .source import Source
+from .flow_model import Source
 
 
 @dataclass(frozen=True, kw_only=True)

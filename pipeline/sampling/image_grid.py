@@ -14,7 +14,7 @@ from torch import Tensor
 
 from condot.core.atomic_files import open_regular
 
-from .image_files import on_white, quantise, to_picture
+from .image_encoding import on_white, quantise, to_picture
 
 OPAQUE = (".jpg", ".jpeg", ".gif")
 """Files that cannot hold a picture's alpha, or of a GIF a bit of it."""

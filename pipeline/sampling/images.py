@@ -14,12 +14,12 @@ from condot.core.process import Stopper, leave_group
 from ..launch.distributed import join
 from .animation import Film, save_animation
 from .bulk import Files, Keeper, Made, collect, fingerprint
+from .flow_model import Source
 from .generate import check_sampler, generate
-from .image_files import encode_image, file_extension
+from .image_encoding import encode_image, file_extension
 from .image_grid import grid, save_image
 from .options import Images
 from .requests import Asked
-from .source import Source
 
 UNASKED = 16
 """Images of a model without conditions, unless another number is given."""

@@ -25,8 +25,8 @@ from ..flow import (
     uniform,
     uniform_grid,
 )
+from .flow_model import Source
 from .sampler import NEAR_NOISE
-from .source import Source
 
 SOLVERS = ("dormand_prince", "rk4", "heun", "midpoint")
 """What likelihoods are solved with: by tolerance, or on a uniform grid."""

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from ..flow import Condition
+from .flow_model import Source
 from .options import Images
-from .source import Source
 
 
 @dataclass(frozen=True)

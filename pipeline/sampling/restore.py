@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from ..flow import Colourisation, Condition, Inpainting, Measurement, Solution, SuperResolution, each, reconstruction, repeat, replacement
+from .flow_model import Source, check_labels, need_pixels
 from .generate import Samples, bounded, check_sampler, cleaned, guided, led
 from .image_grid import grid, save_image
-from .integrate import follow, start
 from .options import Restore
 from .sampler import NEAR_NOISE, Sampler
-from .source import Source, check_labels, need_pixels
+from .solve import follow, start
 
 Read = Callable[[Path, int, int], Tensor]  # an image of so many channels and pixels a side, (C, H, W), -1..1
 

@@ -8,12 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..flow import ODE_SOLVERS, SDE_SOLVERS, coefficient, singular
-from ..flow import grid as time_grid
-from ..flow.churn import check_churn
+from ..flow import ODE_SOLVERS, SDE_SOLVERS, coefficient, singular, time_grid
+from ..flow.edm_sampler import check_churn
 from ..flow.sde import Coefficient
+from .flow_model import Source
 from .guidance_options import GuidanceOptions
-from .source import Source
 
 LAST_LEVEL = 0.99
 """Where Langevin dynamics end: at the last time the score is finite at, nearly; the noise left there is taken off at once."""

@@ -14,10 +14,10 @@ from condot.core.printable import one_line
 from ..flow import Condition, count
 from ..latent_space import Space
 from ..launch.parallel import in_step, reset
+from ..sampling.flow_model import network_source
 from ..sampling.generate import generate
 from ..sampling.image_grid import grid, save_image
 from ..sampling.sampler import Sampler
-from ..sampling.source import network_source
 from .best_effort import SideFailure, free_memory, is_out_of_memory
 from .run import Run, Told
 

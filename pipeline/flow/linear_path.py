@@ -17,9 +17,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .counter_rng import Purpose, normal, uniform
 from .parameterisation import Prediction
 from .path import require_finite, widen
-from .random import Purpose, normal, uniform
 
 
 class Prior(Protocol):

@@ -19,7 +19,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from .ddpm import DDPM, variance_preserving
+from .ddpm_path import DDPM, variance_preserving
 from .path import Coefficients, CondOT, Cosine, Path
 
 

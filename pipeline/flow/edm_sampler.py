@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from .field import Field, velocity_and_score
-from .grid import intervals
 from .parameterisation import change
 from .path import Path
 from .sde import Noise, checked_grid
 from .solver import After, Solution, at, begin, finish
+from .time_grid import intervals
 
 
 def check_churn(churn: float, low: float, high: float, inflation: float) -> None:

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from .field import Field, velocity_and_score
-from .grid import intervals
 from .sde import Noise
 from .solver import After, Solution, at, begin, finish
+from .time_grid import intervals
 
 
 def simulate(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .path import CondOT, Path
-from .time import shift_time
+from .timestep_distribution import shift_time
 
 GRIDS = ("uniform", "shifted", "rho", "log_snr")
 

@@ -17,8 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .counter_rng import Purpose, uniform
 from .path import CondOT, Path
-from .random import Purpose, uniform
 
 
 class TimeLaw(Protocol):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .divergence import Mode, check_exact, divergence
-from .linear import require_gaussian
+from .linear_path import require_gaussian
 from .path import Path, interpolate
 
 

@@ -24,14 +24,14 @@ from ..flow import (
     normal,
     predictor_corrector,
     score_field,
-    simulate,
+    simulate_sde,
     singular,
 )
 from ..flow.field import Field
 from ..flow.langevin import settling
 from ..flow.solver import After
+from .flow_model import Source
 from .sampler import Sampler
-from .source import Source
 
 
 def start(source: Source, seed: int, index: Tensor, t: float) -> Tensor:
@@ -81,7 +81,7 @@ def follow(
         snr, corrections = sampler.snr, sampler.corrections or 1
         return predictor_corrector(field, x, times, source.path, sigma, noise, snr=snr, corrections=corrections, after=after)
     if sampler.drift == "plain":
-        return simulate(field, x, times, lambda t: sigma(t, source.path(t)), noise, after=after)
+        return simulate_sde(field, x, times, lambda t: sigma(t, source.path(t)), noise, after=after)
     return SDE_SOLVERS[sampler.solver](field, x, times, source.path, sigma, noise, after=after)
 
 
