@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from condot.pipeline.checkpoint.store import Store
+from condot.pipeline.checkpoint.store import CheckpointManager
 
 GOAL = 0.10
 """Of the time of a save that waits."""
@@ -66,9 +66,9 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     folder = Path(tempfile.mkdtemp(dir=options.folder, prefix="checkpoint-benchmark-"))
     state = state_of(options.megabytes)
-    store, step, number = Store(folder, keep=1), step_of(state), 0
-    ready = Store(folder / "ready", keep=1)
-    ready.reserve(state)
+    store, step, number = CheckpointManager(folder, keep=1), step_of(state), 0
+    ready = CheckpointManager(folder / "ready", keep=1)
+    ready.reserve_memory(state)
     waits, begins, ends, alone, beside, spans = [], [], [], [], [], []
     try:
         time.sleep(3)  # the thread takes the memory
@@ -78,12 +78,12 @@ def main() -> int:
             alone += [step() for _ in range(20)]
             begins.append(timed(store.begin, number := number + 1, state, {}))
             start, steps = time.perf_counter(), []
-            while store.busy():
+            while store.is_writing():
                 steps.append(step())
             spans.append(time.perf_counter() - start)
             beside += steps if turn else []
             ends.append(timed(store.finish))
-            store.settle()
+            store.wait_for_cleanup()
             waits.append(timed(store.save, number := number + 1, state, {}))
     finally:
         shutil.rmtree(folder)

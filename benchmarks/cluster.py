@@ -39,11 +39,11 @@ def memory(what: str) -> float:
 
 def simulate(folder: Path, count: int) -> None:
     """So many shards that are one."""
-    from condot.data.format.index import describe
+    from condot.data.format.index import index_tar
     from condot.data.format.manifest import Manifest, Tally, write_manifest
 
     first = one_shard(folder, EACH)
-    shard, _ = describe(first, "train")
+    shard, _ = index_tar(first, "train")
     base, lines = first, []
     for number in range(count):
         if number % NAMES == 0:

@@ -23,8 +23,8 @@ from torch import Tensor
 
 import sample
 from condot.pipeline.evaluation.retrieval import retrieve
-from condot.pipeline.sampling.image_grid import grid, save_image
-from condot.pipeline.sampling.options import Retrieve
+from condot.pipeline.sampling.image_grid import make_grid, save_image
+from condot.pipeline.sampling.options import RetrieveOptions
 
 
 def prepare(output: Path) -> None:
@@ -65,14 +65,14 @@ def report(run: Path, shards: Path, scales: list[float], splits: list[str], seed
     print(f"{'captions':8} {'guidance':>8} {'by':8} {'nearest':>18} {'among five':>11} {'chance':>7}")
     for split in splits:
         for scale in scales:
-            asked = Retrieve(run=str(run), reference=str(shards), split=split, guidance_scale=scale, seed=seed)
-            real, made, *_ = sample.captioned(asked)
+            asked = RetrieveOptions(run=str(run), reference=str(shards), split=split, guidance_scale=scale, seed=seed)
+            real, made, *_ = sample.sample_captions(asked)
             for name, of in (("pixels", lambda x: x), ("features", features)):
                 found = retrieve(of(made), of(real), torch.arange(len(real)))
                 low, high = found.top1_interval
                 print(f"{split:8} {scale:8g} {name:8} {found.top1:6.0%} ({low:.0%} to {high:.0%}) {found.top5:11.0%} {found.chance:7.0%}")
             rows = [part for pair in zip(real.split(10), made.split(10), strict=True) for part in pair]
-            save_image(grid(torch.cat(rows), 10, scale=max(1, 64 // real.shape[-1])), run / f"retrieval-{split}-{scale:g}.png")
+            save_image(make_grid(torch.cat(rows), 10, scale=max(1, 64 // real.shape[-1])), run / f"retrieval-{split}-{scale:g}.png")
 
 
 def main() -> None:

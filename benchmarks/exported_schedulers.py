@@ -20,7 +20,7 @@ from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.export.identity_autoencoder import identity_autoencoder
 from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
 from condot.pipeline.export.runtime.scheduling_flow_ode_v2 import FlowODEScheduler
-from condot.pipeline.export.scheduler_map import NAMES, form_of, scheduler_of
+from condot.pipeline.export.scheduler_map import PREDICTION_TYPES, build_scheduler, export_form
 from condot.pipeline.flow import dormand_prince, uniform_grid
 
 logging.set_verbosity_error()  # of words that a scheduler does not know
@@ -41,13 +41,13 @@ def flow_of(recipe):
 
 def prediction_of(recipe):
     flow = flow_of(recipe)
-    form = form_of(flow)
-    return "velocity" if flow.predict == "velocity" and not form.stock else NAMES[form.predict]
+    form = export_form(flow)
+    return "velocity" if flow.predict == "velocity" and not form.stock else PREDICTION_TYPES[form.predict]
 
 
 def candidates(recipe):
     """Name and maker of each scheduler that could be exported."""
-    base = scheduler_of(flow_of(recipe), pixels=False)
+    base = build_scheduler(flow_of(recipe), pixels=False)
     if recipe in OWN:
         return {
             solver: lambda solver=solver: FlowODEScheduler.from_config(base.config, solver=solver) for solver in FlowODEScheduler.solvers
@@ -136,7 +136,7 @@ def by_pipeline():
         cells = []
         for recipe in recipes:
             network = ExactNetwork(recipe.split()[0], prediction_of(recipe), std=0.25, in_channels=3, sample_size=8)
-            scheduler = scheduler_of(flow_of(recipe), pixels=False)
+            scheduler = build_scheduler(flow_of(recipe), pixels=False)
             dit = DiTPipeline(network, identity_autoencoder(3, 8), scheduler)
             cells.append(ratio(dit, recipe, name, class_labels=[0] * 64, guidance_scale=1.0))
             cells.append(ratio(DDPMPipeline(network, scheduler), recipe, name, batch_size=64))

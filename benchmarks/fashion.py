@@ -24,8 +24,8 @@ from torch import Tensor
 from condot.data.loader.read_samples import read_images
 from condot.data.storage.shard_reader import Shards
 from condot.pipeline.evaluation.classifier import train_classifier
-from condot.pipeline.evaluation.frechet import Moments, frechet
-from condot.pipeline.export.load import open_folder
+from condot.pipeline.evaluation.frechet import FeatureMoments, frechet_distance
+from condot.pipeline.export.load import load_flow_model
 from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.sampler import Sampler
 
@@ -44,7 +44,7 @@ ROWS = (
 def draw(folder: Path, solver: str, steps: int, guidance: float, labels: Tensor) -> Tensor:
     """Samples (N, 1, 28, 28) in -1..1: by our solvers, or by stock diffusers alone."""
     if solver != "stock DPM++":
-        return generate(open_folder(folder), labels, Sampler(solver, steps, guidance), seed=0, batch_size=250).images.clamp(-1, 1)
+        return generate(load_flow_model(folder), labels, Sampler(solver, steps, guidance), seed=0, batch_size=250).images.clamp(-1, 1)
     pipe = DiTPipeline.from_pretrained(folder)
     assert isinstance(pipe.scheduler, DPMSolverMultistepScheduler)
     pipe.set_progress_bar_config(disable=True)
@@ -70,18 +70,21 @@ def main() -> int:
     judge = train_classifier(*train)
     right = (judge.predict(held_out[0]) == held_out[1]).double().mean()
     print(f"classifier: {right:.1%} of held-out images, learnt in {time.perf_counter() - start:.0f} s\n", flush=True)
-    fresh, labels = Moments.of(judge.features(held_out[0])), torch.arange(options.num_images) % 10
+    fresh, labels = FeatureMoments.from_features(judge.features(held_out[0])), torch.arange(options.num_images) % 10
     print(f"{'model':6} {'solver':12} {'steps':>5} {'guidance':>8} {'Frechet':>9} {'accuracy':>9} {'seconds':>8}")
     for name, solver, steps, guidance in ROWS:
         start = time.perf_counter()
         made = draw(getattr(options, name), solver, steps, guidance, labels)
-        seconds, far = time.perf_counter() - start, frechet(Moments.of(judge.features(made)), fresh)
+        seconds, far = time.perf_counter() - start, frechet_distance(FeatureMoments.from_features(judge.features(made)), fresh)
         accuracy = (judge.predict(made) == labels).double().mean()
         print(f"{name:6} {solver:12} {steps:5} {guidance:8} {far:9.3f} {accuracy:9.1%} {seconds:8.0f}", flush=True)
     as_many = torch.randperm(len(train[0]), generator=torch.Generator().manual_seed(0))[: options.num_images]
     real = train[0][as_many]
     accuracy = (judge.predict(real) == train[1][as_many]).double().mean()
-    print(f"{'real':6} {'training images':27} {frechet(Moments.of(judge.features(real)), fresh):9.3f} {accuracy:9.1%}")
+    print(
+        f"{'real':6} {'training images':27}"
+        f" {frechet_distance(FeatureMoments.from_features(judge.features(real)), fresh):9.3f} {accuracy:9.1%}"
+    )
     return 0
 
 

@@ -32,9 +32,9 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from condot.core.data_options import Options
-from condot.data.format.index import NO_LABEL, RECORD, describe
+from condot.data.format.index import NO_LABEL, RECORD, index_tar
 from condot.data.format.manifest import Manifest, Tally, write_manifest
-from condot.data.loader.build import Encoded, build
+from condot.data.loader.build import EncodedCache, build
 from condot.data.loader.stream import Share
 from condot.data.storage.shard_reader import Shards
 
@@ -64,7 +64,7 @@ def shards_of(folder: Path, size: int) -> Path:
                         tar.addfile(info, io.BytesIO(content))
     lines, tally, began, samples = [], Tally(), time.process_time(), 0
     for tar in sorted(folder.glob("*.tar")):
-        shard, held = describe(tar, "train")
+        shard, held = index_tar(tar, "train")
         lines, tally, samples = [*lines, shard], tally + held, samples + shard.samples
     print(
         f"{size} px: {samples} samples, strict indexing with hashes {samples / (time.process_time() - began):,.0f} samples per CPU-second"
@@ -253,14 +253,14 @@ def latents(folder: Path, rounds: int) -> None:
     like = np.zeros(4000, RECORD)
     like["width"] = like["height"] = 512
     like["label"] = NO_LABEL
-    shard, tally = describe(path, "train", like=like)
+    shard, tally = index_tar(path, "train", like=like)
     encoding = {"flips": ["plain"], "moments": ["mean"], "latent_channels": 4, "factor": 8}
     write_manifest(folder, Manifest(shards=(shard,), tally=tally, encoding=encoding))
 
     def our_latents(workers):
         options = Options(shards=(str(folder),), resolution=512, workers=workers)
         shards = Shards(folder)
-        stream = build(options, seed=0, share=Share(batch_size=BATCH), images=shards, latents=Encoded(shards, encoding))
+        stream = build(options, seed=0, share=Share(batch_size=BATCH), images=shards, latents=EncodedCache(shards, encoding))
         try:
             yield from stream
         finally:

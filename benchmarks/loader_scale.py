@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from condot.core.data_options import Options
-from condot.data.format.index import describe
+from condot.data.format.index import index_tar
 from condot.data.format.manifest import Manifest, Tally, write_manifest
 from condot.data.loader.build import build, open_shards
 from condot.data.loader.stream import Share
@@ -49,7 +49,7 @@ def one_shard(folder: Path, count: int) -> Path:
 def scale(scratch: Path) -> None:
     """Print what opening, beginning, and going on cost."""
     first = one_shard(scratch, EACH)
-    shard, _ = describe(first, "train")
+    shard, _ = index_tar(first, "train")
     folder = scratch / "billion"
     folder.mkdir()
     lines = []
@@ -118,7 +118,7 @@ def million(folder: Path, tar: Path) -> None:
     lines, tally = [], Tally()
     for number in range(20):
         shutil.copy(tar, folder / f"train-{number:06d}.tar")
-        shard, held = describe(folder / f"train-{number:06d}.tar", "train")
+        shard, held = index_tar(folder / f"train-{number:06d}.tar", "train")
         lines, tally = [*lines, shard], tally + held
     write_manifest(folder, Manifest(shards=tuple(lines), tally=tally))
     stream = build(Options(shards=(str(folder),), resolution=8, workers=2), seed=1, share=Share(batch_size=256))

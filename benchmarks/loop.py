@@ -25,7 +25,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from condot.cli import train
 from condot.data.prepare.command import main as prepare
-from condot.pipeline.checkpoint.store import Store
+from condot.pipeline.checkpoint.store import CheckpointManager
 from condot.pipeline.config.parse import parse
 from condot.pipeline.config.schema import ALIASES, Config
 from condot.pipeline.launch import distributed
@@ -40,14 +40,16 @@ def assembled(options: argparse.Namespace, scratch: Path):
     rest = "--data.resolution=8 --data.channels=1 --data.workers=1 --log.report_to=none --log.sample_every=0 --export=false"
     words = [f"--data.shards={scratch / 'shards'}", f"--output_dir={scratch / 'run'}", f"--train.batch_size={options.batch}"]
     config = parse(Config, [*words, *size.split(), *rest.split(), "--checkpoint.every=1000000", *options.more], ALIASES)
-    sources, space = train.see(config)
-    accelerator = distributed.start(config, distributed.enter(config), None, partial(train.measure, config, sources, space))
+    sources, space = train.open_inputs(config)
+    accelerator = distributed.create_accelerator(
+        config, distributed.init_distributed(config), None, partial(train.benchmark_precision, config, sources, space)
+    )
     status = Status(scratch / "run", True)
     (scratch / "run").mkdir()
-    run = train.assemble(config, sources, space, accelerator, Store(scratch / "run", 1), status, fresh=True)
-    train.begin(run, None, space)
-    loop.begin(run)
-    run.settle()
+    run = train.build_run(config, sources, space, accelerator, CheckpointManager(scratch / "run", 1), status, fresh=True)
+    train.start_or_resume(run, None, space)
+    loop.prepare_first_step(run)
+    run.wait_for_checkpoint()
     return run
 
 
@@ -56,7 +58,7 @@ def bare(run):
     network, config = copy.deepcopy(run.network), run.config.train
     average = copy.deepcopy(network)
     optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, fused=True)
-    stream, null = run.open(0), len(run.about["class_names"])
+    stream, null = run.open_stream(0), len(run.metadata["class_names"])
     weights, means = list(network.parameters()), list(average.parameters())
 
     def step() -> None:
@@ -81,10 +83,10 @@ def ours(run):
     recent: loop.Recent = loop.deque(maxlen=2)
 
     def step() -> None:
-        recent.append((run.step, loop.advance(run)))
-        for beat in run.pulse.read(all=loop.due(run)):
-            assert not loop.judge(run, beat, recent)
-        loop.notify(run, 10**9)
+        recent.append((run.step, loop.train_step(run)))
+        for stats in run.step_reducer.read(all=loop.log_or_save_due(run)):
+            assert not loop.check_step(run, stats, recent)
+        loop.run_callbacks(run, 10**9)
 
     return step
 
@@ -110,7 +112,7 @@ def main() -> int:
                 spent[name] = time.perf_counter() - start
                 seconds[name].append(spent[name] / options.steps)
             ratios.append(spent["condot"] / spent["bare"])
-        run.watch.close()
+        run.watchdog.close()
         run.stream.close()
     quarter = statistics.quantiles(ratios, n=4)
     parameters = sum(p.numel() for p in run.network.parameters())

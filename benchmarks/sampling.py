@@ -23,9 +23,9 @@ from condot.models import registry
 from condot.models.convert import to_stock
 from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.export.identity_autoencoder import identity_autoencoder
-from condot.pipeline.export.load import pipeline_source
+from condot.pipeline.export.load import flow_model_from_pipeline
 from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
-from condot.pipeline.export.scheduler_map import scheduler_of
+from condot.pipeline.export.scheduler_map import build_scheduler
 from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.sampler import Sampler
 
@@ -41,12 +41,12 @@ def main() -> None:
     network = to_stock(registry.build("dit", **size), -1.0)
     flow = FlowConfig()
     names = {str(i): str(i) for i in range(10)}
-    pipe = CondotPipeline(scheduler_of(flow), transformer=network, vae=identity_autoencoder(3, 32), id2label=names)
+    pipe = CondotPipeline(build_scheduler(flow), transformer=network, vae=identity_autoencoder(3, 32), id2label=names)
     pipe.set_progress_bar_config(disable=True)
     if args.compile:
         network.compile()
     labels, both = list(range(args.batch)), torch.arange(2 * args.batch) % 10
-    source = pipeline_source(pipe, flow)
+    source = flow_model_from_pipeline(pipe, flow)
     x, t = torch.randn(2 * args.batch, 3, 32, 32), torch.full((2 * args.batch,), 500.0)
 
     @torch.no_grad()

@@ -22,10 +22,22 @@ import oracles
 import torch
 from torch import Tensor
 
-from condot.pipeline.flow import PATHS, Purpose, coefficient, convert, denoise, initial, normal, singular, time_grid, velocity_field, widen
-from condot.pipeline.sampling.flow_model import Source
+from condot.pipeline.flow import (
+    PATHS,
+    Purpose,
+    convert,
+    denoise,
+    diffusion_coefficient,
+    is_singular,
+    normal,
+    scale_initial_noise,
+    time_grid,
+    velocity_field,
+    widen,
+)
+from condot.pipeline.sampling.flow_model import FlowModel
 from condot.pipeline.sampling.sampler import Sampler
-from condot.pipeline.sampling.solve import follow
+from condot.pipeline.sampling.solve import integrate
 
 PATH_NAMES = ("condot", "cosine", "vp", "ddpm")
 GRIDS = ("uniform", "shifted", "rho", "log_snr")
@@ -45,7 +57,7 @@ def sharp() -> oracles.Mixture:
 LAWS: dict[str, Callable[[], oracles.Mixture]] = {"wide": oracles.three, "sharp": sharp}
 
 
-def source_of(law: oracles.Mixture, name: str, predict: str) -> Source:
+def source_of(law: oracles.Mixture, name: str, predict: str) -> FlowModel:
     """The exact prediction of a mixture on a path, as a source."""
     path = PATHS[name]()
 
@@ -56,24 +68,24 @@ def source_of(law: oracles.Mixture, name: str, predict: str) -> Source:
         return data if predict == "data" else convert(data, "data", predict, x, path(widen(t, x)))
 
     field = velocity_field(model, path, predict)
-    return Source(lambda x, t, y: field(x, t, y), path, (2,), 0, 0, torch.device("cpu"), lambda x: x, predict)
+    return FlowModel(lambda x, t, y: field(x, t, y), path, (2,), 0, 0, torch.device("cpu"), lambda x: x, predict)
 
 
-def solve(source: Source, sampler: Sampler, count: int, seed: int = 0) -> tuple[Tensor, int]:
+def solve(source: FlowModel, sampler: Sampler, count: int, seed: int = 0) -> tuple[Tensor, int]:
     """End points, (count, 2), and evaluations, noise that some paths end on taken off as `generate` does."""
     index = torch.arange(count)
     times = sampler.times(source)
-    x = initial(source.path, normal(seed, Purpose.INITIAL, 0, index, (2,)).double(), float(times[0]))
+    x = scale_initial_noise(source.path, normal(seed, Purpose.INITIAL, 0, index, (2,)).double(), float(times[0]))
     field = lambda x, t: source.field(x, t, index)  # noqa: E731
-    end, many = follow(source, field, x, times, sampler, seed, index)
+    end, many = integrate(source, field, x, times, sampler, seed, index)
     if source.path(times[-1]).b > 1e-6:
         end, many = denoise(field, end, float(times[-1]), source.path), many + 1
     return end, many
 
 
-def steps_for(solver: str, per_step: int, evaluations: int, source: Source) -> int:
+def steps_for(solver: str, per_step: int, evaluations: int, source: FlowModel) -> int:
     """As many steps as the evaluations pay for, with the last one of a field that is singular at the end."""
-    extra = solver in ("midpoint", "heun", "multistep", "rk4") and singular(source.path, source.predict, 1.0)
+    extra = solver in ("midpoint", "heun", "multistep", "rk4") and is_singular(source.path, source.predict, 1.0)
     if solver == "stochastic_heun":
         return max(1, (evaluations + 1) // 2)
     return max(1, (evaluations - extra) // per_step)
@@ -144,7 +156,7 @@ def variance(solver: Callable[..., object], name: str, steps: int, sigma: str, s
     def unit(k: int) -> Tensor:
         return torch.zeros(steps + 2, 1, dtype=DOUBLE).index_fill(0, torch.tensor([k + 2]), 1)
 
-    end = solver(field, x, times, path, coefficient(sigma), unit).x  # type: ignore[attr-defined]
+    end = solver(field, x, times, path, diffusion_coefficient(sigma), unit).x  # type: ignore[attr-defined]
     end = denoise(field, end, 1.0, path) if path(times[-1]).b > 1e-6 else end
     return (end[1:] - end[0]).square().sum().item() / std**2 - 1
 

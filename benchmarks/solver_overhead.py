@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from condot.pipeline.flow import ODE_SOLVERS, SDE_SOLVERS, CondOT, Purpose, coefficient, normal, predictor_corrector, uniform_grid
+from condot.pipeline.flow import ODE_SOLVERS, SDE_SOLVERS, CondOT, Purpose, diffusion_coefficient, normal, predictor_corrector, uniform_grid
 
 LIMIT = 150.0  # microseconds a step
 SHAPE = (4, 32, 32)
@@ -41,9 +41,9 @@ def main() -> int:
     ready = noise(0)
     cases = {name: (lambda s=solver: s(field, x, times)) for name, solver in ODE_SOLVERS.items()}
     for name, solver in SDE_SOLVERS.items():
-        cases[name] = lambda s=solver: s(field, x, times, path, coefficient("noise"), lambda k: ready)
-        cases[f"{name}, noise drawn"] = lambda s=solver: s(field, x, times, path, coefficient("noise"), noise)
-    cases["predictor_corrector"] = lambda: predictor_corrector(field, x, times, path, coefficient("noise"), lambda k: ready)
+        cases[name] = lambda s=solver: s(field, x, times, path, diffusion_coefficient("noise"), lambda k: ready)
+        cases[f"{name}, noise drawn"] = lambda s=solver: s(field, x, times, path, diffusion_coefficient("noise"), noise)
+    cases["predictor_corrector"] = lambda: predictor_corrector(field, x, times, path, diffusion_coefficient("noise"), lambda k: ready)
 
     t = torch.zeros(1)
     best, best_field, evaluations = dict.fromkeys(cases, float("inf")), float("inf"), {}

@@ -28,13 +28,13 @@ from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from condot.core.process import ALLOCATOR
+from condot.core.process import ALLOCATOR_ENV
 from condot.models import registry
 from condot.models.common.kernels import attend
 from condot.models.common.layers import modulate, sincos_positions
 from condot.pipeline.config.schema import EmaConfig, TrainConfig
-from condot.pipeline.ema.averages import Averages
-from condot.pipeline.launch.precision import choose
+from condot.pipeline.ema.averages import WeightAverages
+from condot.pipeline.launch.precision import pick_faster_precision
 from condot.pipeline.training.optimizer import adamw
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -131,7 +131,7 @@ def plain_update(network):
 
 def our_update(network):
     """The pipeline's."""
-    optimizer, ema = adamw(network, TrainConfig()), Averages(network, copy.deepcopy(network), EmaConfig())
+    optimizer, ema = adamw(network, TrainConfig()), WeightAverages(network, copy.deepcopy(network), EmaConfig())
 
     def update():
         optimizer.step()
@@ -227,10 +227,10 @@ def serve(link, options):
 def compare(options):
     """Two processes, one with the allocator's settings, and every case of each in turns; prints the table."""
     context, links, workers = multiprocessing.get_context("spawn"), {}, []
-    for name in ALLOCATOR:
+    for name in ALLOCATOR_ENV:
         os.environ.pop(name, None)
     for setting in ("system", "own"):
-        os.environ.update(ALLOCATOR if setting == "own" else {})  # read when a process starts
+        os.environ.update(ALLOCATOR_ENV if setting == "own" else {})  # read when a process starts
         links[setting], theirs = context.Pipe()
         asked = options if setting == "own" else argparse.Namespace(**{**vars(options), "compile": False})
         workers.append(context.Process(target=serve, args=(theirs, asked), daemon=True))
@@ -294,7 +294,7 @@ def small(options):
                 if turn > 1:
                     figures[dtype].append(figure)
         plain, half = (statistics.median(figures[dtype]) for dtype in ("float32", "bf16"))
-        print(f"  {name}, batch {size:4}{'':31}{plain:9.1f} ms{half:9.1f} ms   {choose(network, inputs[:3])}")
+        print(f"  {name}, batch {size:4}{'':31}{plain:9.1f} ms{half:9.1f} ms   {pick_faster_precision(network, inputs[:3])}")
 
 
 def parts(options, device):
@@ -303,7 +303,7 @@ def parts(options, device):
     width, depth, heads = SIZES[letter]
     rows, network = (options.batch_size, (SIDE // int(patch)) ** 2), ours(width, 1, heads, int(patch)).to(device)
     whole = ours(width, depth, heads, int(patch)).to(device)
-    optimizer, ema = adamw(whole, TrainConfig()), Averages(whole, copy.deepcopy(whole), EmaConfig())
+    optimizer, ema = adamw(whole, TrainConfig()), WeightAverages(whole, copy.deepcopy(whole), EmaConfig())
     for p in whole.parameters():
         p.grad = torch.zeros_like(p)
     block = network.blocks[0]

@@ -21,17 +21,17 @@ from tqdm import tqdm
 
 from condot.core.data_options import Options, read_options
 from condot.core.printable import printable
-from condot.core.process import processors
-from condot.core.urls import Parser
+from condot.core.process import available_cpus
+from condot.core.urls import RedactingParser
 
 from .format.index import NO_LABEL
 from .format.manifest import Manifest
 from .loader.build import build, open_shards
-from .loader.captions import sentences_note
-from .loader.stream import Share, Stream
-from .prepare.report import contact_sheet, ratio_name, ratio_of
-from .prepare.verify import Check, check
-from .prepare.worker_pool import crew, quiet
+from .loader.captions import caption_warning
+from .loader.stream import BatchStream, Share
+from .prepare.report import contact_sheet, nearest_ratio, ratio_name
+from .prepare.verify import ShardCheck, check_shard
+from .prepare.worker_pool import run_jobs, silence_pillow
 from .storage.retry import one_line
 from .storage.shard_reader import LostShard, Shards
 
@@ -44,7 +44,7 @@ ALPHA_SUFFIXES = (".png", ".webp", ".avif", ".tif", ".tiff")
 
 def parser() -> argparse.ArgumentParser:
     """The command's options; those of the stream replace the recipe's."""
-    made = Parser(prog="python -m data.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = RedactingParser(prog="python -m data.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("shards", nargs="+", help="folders of shards")
     made.add_argument("--split", help="which split (default: the recipe's, else train)")
     made.add_argument("--samples", type=int, help="decode so many samples, evenly spaced, to find those that cannot be (default: all)")
@@ -62,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def options_of(args: argparse.Namespace) -> tuple[Options, int, int]:
+def resolve_options(args: argparse.Namespace) -> tuple[Options, int, int]:
     """The stream's options, its seed and batch size: the recipe's where the command does not say.
 
     Raises:
@@ -100,7 +100,7 @@ def describe_split(shards: Shards, split: str) -> list[str]:
     lines.append(f"  shorter side: {sides[0][0]} to {sides[-1][0]}, median {median}")
     ratios = Counter[float]()
     for (width, height), count in sizes.items():
-        ratios[ratio_of(width, height)] += count
+        ratios[nearest_ratio(width, height)] += count
     lines.append(f"  width / height, nearest: {', '.join(f'{ratio_name(r)} ({n:,})' for r, n in sorted(ratios.items()))}")
     names = shards.manifest.class_names
     shown = ", ".join(f"{names[i] if i < len(names) else i} ({n:,})" for i, n in labels.most_common(SHOWN))
@@ -132,17 +132,17 @@ def find_bad(shards: Shards, options: Options, samples: int | None, verify: bool
         here = chosen[(chosen >= starts[number]) & (chosen < starts[number] + counts[number])] - starts[number]
         if len(here) or verify:
             classes = len(folder.manifest.class_names)
-            job = Check(folder.file(shard), shard, here, classes, verify, options.caption, options.channels, options.bit_depth)
+            job = ShardCheck(folder.file(shard), shard, here, classes, verify, options.caption, options.channels, options.bit_depth)
             jobs.append(job)
     bad: list[str] = []
-    useful = min(len(jobs), workers or min(processors(), len(chosen) // 5000 + 1))
+    useful = min(len(jobs), workers or min(available_cpus(), len(chosen) // 5000 + 1))
     with tqdm(total=len(chosen), desc="checking", unit="image", mininterval=1) as bar:
-        for found in crew(check, jobs, useful, lambda done: bar.update(done)):
+        for found in run_jobs(check_shard, jobs, useful, lambda done: bar.update(done)):
             bad += found
     return len(chosen), sorted(bad)
 
 
-def throughput(stream: Stream) -> float:
+def throughput(stream: BatchStream) -> float:
     """Images a second that the stream gives here, with nothing to take them."""
     next(stream)
     count, began = 0, time.perf_counter()
@@ -151,7 +151,7 @@ def throughput(stream: Stream) -> float:
     return count / (time.perf_counter() - began)
 
 
-def picture(stream: Stream, names: tuple[str, ...]) -> Image.Image:
+def draw_first_batches(stream: BatchStream, names: tuple[str, ...]) -> Image.Image:
     """The first batches in a grid: pixels as the model gets them, with captions or classes."""
     tiles: list[tuple[Image.Image, str]] = []
     while len(tiles) < PICTURED:
@@ -182,13 +182,13 @@ def save(image: Image.Image, path: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status: 1 where something is wrong with the shards."""
     args = parser().parse_args(argv)
-    quiet()
+    silence_pillow()
     try:
-        options, seed, batch = options_of(args)
+        options, seed, batch = resolve_options(args)
         shards = open_shards(options)
         print("\n".join(map(printable, describe_split(shards, options.split))))
         print(describe_captions([folder.manifest for folder in shards.folders]))
-        if note := sentences_note(shards, options.caption):
+        if note := caption_warning(shards, options.caption):
             print(note)
         checked, bad = find_bad(shards, options, args.samples, args.verify, args.workers)
         print(f"checked: {checked:,} of {sum(shards.counts):,} images{' and all hashes' if args.verify else ''}, {len(bad):,} bad")
@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"  and {len(bad) - SHOWN:,} more")
         share = Share(batch_size=batch)
         first = build(options, seed=seed, share=share, captions=True, images=shards)
-        save(picture(first, shards.manifest.class_names), args.output)
+        save(draw_first_batches(first, shards.manifest.class_names), args.output)
         first.close()
         bands = f", the first three of {options.channels} bands" if options.channels > 4 else ""
         print(f"the first {PICTURED} images of training, seed {seed}{bands}: {args.output}")

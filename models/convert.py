@@ -12,31 +12,31 @@ from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transf
 from torch import nn
 
 from .common.weight_mapping import STOCK_NULL
-from .cross_dit.convert import cross_dit_from_stock, cross_dit_to_stock, cross_dit_unheld
+from .cross_dit.convert import cross_dit_from_stock, cross_dit_to_stock, cross_dit_unsupported_by_stock
 from .cross_dit.model import CrossDiT
-from .dit.convert import dit_from_stock, dit_to_stock, dit_unheld
+from .dit.convert import dit_from_stock, dit_to_stock, dit_unsupported_by_stock
 from .dit.model import DiT
-from .mmdit.convert import mmdit_from_stock, mmdit_to_stock, mmdit_unheld
+from .mmdit.convert import mmdit_from_stock, mmdit_to_stock, mmdit_unsupported_by_stock
 from .mmdit.model import MMDiT
-from .remote_code import OWN, code_of, from_own, to_own
+from .remote_code import CUSTOM_CLASSES, custom_code_file, from_custom, to_custom
 from .unet.convert import unet_from_stock, unet_to_stock
 from .unet.model import UNet
 
 __all__ = [
-    "OWN",
+    "CUSTOM_CLASSES",
     "STOCK_NULL",
-    "check_classes",
-    "code_of",
+    "check_num_classes",
+    "custom_code_file",
     "dit_from_stock",
-    "from_exported",
+    "from_diffusers",
     "from_stock",
-    "one_size",
-    "to_exported",
+    "has_fixed_size",
+    "to_diffusers",
     "to_stock",
 ]
 
 
-def unheld(model: nn.Module, masked: bool = False, bucketed: bool = False) -> str:
+def unsupported_by_stock(model: nn.Module, masked: bool = False, bucketed: bool = False) -> str:
     """Why no stock class can hold a model, as `model.rope: diffusers' DiTTransformer2DModel has no such option`; nothing where one can.
 
     Args:
@@ -46,51 +46,51 @@ def unheld(model: nn.Module, masked: bool = False, bucketed: bool = False) -> st
     """
     if isinstance(model, DiT):
         stretched = "data.aspect_ratios: diffusers' DiTTransformer2DModel stretches its positions over another shape, and training did not"
-        return dit_unheld(model) or (stretched if bucketed else "")
+        return dit_unsupported_by_stock(model) or (stretched if bucketed else "")
     if isinstance(model, MMDiT):
-        return mmdit_unheld(model, masked)
+        return mmdit_unsupported_by_stock(model, masked)
     if isinstance(model, CrossDiT):
-        return cross_dit_unheld(model)
+        return cross_dit_unsupported_by_stock(model)
     return "" if isinstance(model, UNet) else f"{type(model).__name__} has no stock class: DiT, MMDiT, CrossDiT and UNet have"
 
 
-def one_size(model: nn.Module, bucketed: bool) -> bool:
+def has_fixed_size(model: nn.Module, bucketed: bool) -> bool:
     """Return whether a model draws images of the size it was trained on alone: a DiT whose stock class would stretch its positions.
 
     Args:
         model: any.
-        bucketed: as in `unheld`.
+        bucketed: as in `unsupported_by_stock`.
     """
-    return isinstance(model, DiT) and not unheld(model, bucketed=bucketed)
+    return isinstance(model, DiT) and not unsupported_by_stock(model, bucketed=bucketed)
 
 
-def to_exported(model: nn.Module, factor: float, masked: bool = False, bucketed: bool = False) -> nn.Module:
-    """The network to export, which gives `factor` times the same output: stock where one holds it, or else ours with code (`code_of`).
+def to_diffusers(model: nn.Module, factor: float, masked: bool = False, bucketed: bool = False) -> nn.Module:
+    """The network to export, which gives `factor` times the same output: stock where one holds it, or else ours with its code.
 
     Args:
         model: a DiT, MMDiT, CrossDiT or UNet; on meta for one without values.
         factor: on the output layer.
-        masked, bucketed: as in `unheld`, which says why.
+        masked, bucketed: as in `unsupported_by_stock`, which says why.
 
     Raises:
         ValueError: another class, or for a stock class more classes than its pipeline can tell from none.
     """
-    return to_own(model, factor) if unheld(model, masked, bucketed) else to_stock(model, factor, masked)
+    return to_custom(model, factor) if unsupported_by_stock(model, masked, bucketed) else to_stock(model, factor, masked)
 
 
-def from_exported(exported: nn.Module, factor: float, *, num_classes: int | None = None, pooled_width: int = 1) -> nn.Module:
-    """What `to_exported` was given, of what it gave; without code from the folder where OWN's class of that name has read it.
+def from_diffusers(exported: nn.Module, factor: float, *, num_classes: int | None = None, pooled_width: int = 1) -> nn.Module:
+    """What `to_diffusers` was given, of what it gave; without code from the folder where CUSTOM_CLASSES's class of that name has read it.
 
     Args:
-        exported: a stock network, or one of OWN.
-        factor: that `to_exported` was given; it is undone.
+        exported: a stock network, or one of CUSTOM_CLASSES.
+        factor: that `to_diffusers` was given; it is undone.
         num_classes, pooled_width: as in `from_stock`; ours know them.
 
     Raises:
         ValueError: another class, or a configuration that ours cannot hold.
     """
-    if isinstance(exported, tuple(OWN.values())):
-        return from_own(exported, 1 / factor)
+    if isinstance(exported, tuple(CUSTOM_CLASSES.values())):
+        return from_custom(exported, 1 / factor)
     return from_stock(exported, 1 / factor, num_classes=num_classes, pooled_width=pooled_width)
 
 
@@ -100,13 +100,13 @@ def to_stock(model: nn.Module, factor: float, masked: bool = False) -> nn.Module
     Args:
         model: a DiT, MMDiT, CrossDiT or UNet.
         factor: on the output layer.
-        masked: as in `unheld`.
+        masked: as in `unsupported_by_stock`.
 
     Raises:
         ValueError: another class, options that no stock class has, or more
             classes than the stock pipeline can tell from none.
     """
-    check_classes(getattr(model, "num_classes", 0))
+    check_num_classes(getattr(model, "num_classes", 0))
     if isinstance(model, DiT):
         return dit_to_stock(model, factor)
     if isinstance(model, MMDiT):
@@ -115,7 +115,7 @@ def to_stock(model: nn.Module, factor: float, masked: bool = False) -> nn.Module
         return cross_dit_to_stock(model, factor)
     if isinstance(model, UNet):
         return unet_to_stock(model, factor)
-    raise ValueError(f"{unheld(model)}.")
+    raise ValueError(f"{unsupported_by_stock(model)}.")
 
 
 def from_stock(stock: nn.Module, factor: float, *, num_classes: int | None = None, pooled_width: int = 1) -> nn.Module:
@@ -144,7 +144,7 @@ def from_stock(stock: nn.Module, factor: float, *, num_classes: int | None = Non
     )
 
 
-def check_classes(num_classes: int) -> None:
+def check_num_classes(num_classes: int) -> None:
     """Raises ValueError for more classes than the stock pipeline can tell from none."""
     if num_classes > STOCK_NULL:
         raise ValueError(

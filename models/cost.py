@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from .common.conditioning import SIZES, Text
+from .common.conditioning import MICRO_CONDITIONS, TextCondition
 from .dit.presets import PRESETS, STYLES
 from .registry import build
 
@@ -34,7 +34,7 @@ EXAMPLES: list[tuple[str, str, dict[str, Any]]] = [
 """Title, kind and options of the networks whose activations are tabulated."""
 
 
-def example(
+def example_inputs(
     network: nn.Module, shape: Sequence[int], *, batch: int = 1, tokens: int = 77, text_width: int = 0, pooled_width: int = 0
 ) -> tuple[Any, ...]:
     """Arguments of a network's forward pass: normal noise, times spread over (0, 1), the first classes, or normal text.
@@ -48,18 +48,18 @@ def example(
     first = next(network.parameters())
     like: dict[str, Any] = {"device": first.device, "dtype": first.dtype}
     x, t = torch.randn(batch, *shape, **like), (torch.arange(batch, **like) + 0.5) / batch
-    if getattr(network, "takes", "class") == "text":
+    if getattr(network, "conditioning", "class") == "text":
         mask = torch.ones(batch, tokens, device=first.device, dtype=torch.bool)
-        condition: Any = Text(torch.randn(batch, tokens, text_width, **like), mask, torch.randn(batch, pooled_width, **like))
+        condition: Any = TextCondition(torch.randn(batch, tokens, text_width, **like), mask, torch.randn(batch, pooled_width, **like))
     else:
         condition = torch.arange(batch, device=first.device) % (int(network.num_classes) + 1)  # type: ignore[arg-type]
     if not getattr(network, "micro_conditions", False):
         return x, t, condition
-    return x, t, condition, torch.full((batch, SIZES), float(shape[1]), **like)
+    return x, t, condition, torch.full((batch, MICRO_CONDITIONS), float(shape[1]), **like)
 
 
 @torch.no_grad()
-def cost(network: nn.Module, shape: Sequence[int], **text: int) -> tuple[int, int]:
+def count_params_and_macs(network: nn.Module, shape: Sequence[int], **text: int) -> tuple[int, int]:
     """What one sample costs.
 
     Args:
@@ -74,15 +74,15 @@ def cost(network: nn.Module, shape: Sequence[int], **text: int) -> tuple[int, in
     held = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     meta = {name: torch.empty(value.shape, dtype=value.dtype, device="meta") for name, value in held.items()}
     with FlopCounterMode(display=False) as counter:  # on meta, where attention is products: fused kernels are not all counted
-        functional_call(network, meta, tuple(_to_meta(part) for part in example(network, shape, **text)))
+        functional_call(network, meta, tuple(_to_meta(part) for part in example_inputs(network, shape, **text)))
     return sum(parameter.numel() for parameter in network.parameters()), counter.get_total_flops() // 2
 
 
 def _to_meta(part: Any) -> Any:
-    return part.to("meta") if isinstance(part, Tensor) else Text(*(value.to("meta") for value in part))
+    return part.to("meta") if isinstance(part, Tensor) else TextCondition(*(value.to("meta") for value in part))
 
 
-def stages(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def named_blocks(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The blocks of a network by name, in order: the members of its lists of modules, the outermost ones only."""
     inside: list[str] = []
     for name, module in network.named_modules():
@@ -96,7 +96,7 @@ def stages(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 @torch.no_grad()
-def activations(network: nn.Module, *arguments: Any) -> dict[str, float]:
+def activation_rms(network: nn.Module, *arguments: Any) -> dict[str, float]:
     """Root mean square of what each block gives and, where it has them, its attention and its feed-forward net; '' is the output.
 
     Args:
@@ -114,7 +114,7 @@ def activations(network: nn.Module, *arguments: Any) -> dict[str, float]:
 
         return hook
 
-    blocks = [(name, module) for name, module in stages(network) if not name.startswith("conditions")]
+    blocks = [(name, module) for name, module in named_blocks(network) if not name.startswith("conditions")]
     branches = [
         (f"{name}.{part}", child)
         for name, block in blocks
@@ -142,7 +142,7 @@ def _presets() -> Iterator[str]:
     for preset, sizes in PRESETS.items():
         cells = [preset, *(str(sizes[name]) for name in ("width", "depth", "heads"))]
         for style in STYLES:
-            parameters, products = cost(build("dit", device="meta", preset=preset, style=style, **IMAGENET), (4, 32, 32))
+            parameters, products = count_params_and_macs(build("dit", device="meta", preset=preset, style=style, **IMAGENET), (4, 32, 32))
             cells += [f"{parameters / 1e6:.2f} M", f"{products / 1e9:.2f} G"]
         yield f"| {' | '.join(cells)} |"
 
@@ -153,8 +153,8 @@ def _activations() -> Iterator[str]:
         network = build(kind, seed=0, **options)
         torch.manual_seed(0)
         text = {"text_width": options.get("text_width", 0), "pooled_width": options.get("pooled_width", 0)}
-        found = activations(network, *example(network, (4, 32, 32), batch=4, **text))
-        names = {name for name, _ in stages(network)}
+        found = activation_rms(network, *example_inputs(network, (4, 32, 32), batch=4, **text))
+        names = {name for name, _ in named_blocks(network)}
         blocks = [name for name in found if name in names]
         parts = list(dict.fromkeys(name.removeprefix(f"{block}.") for block in blocks for name in found if name.startswith(f"{block}.")))
         yield from (f"`{title}`: the output {found['']:g}", "")

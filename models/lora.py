@@ -17,8 +17,8 @@ from .dit.model import DiT
 from .mmdit.model import MMDiT
 from .unet.model import UNet
 
-Group = Literal["attention", "feed_forward", "modulation"]
-LAYERS: dict[type[nn.Module], dict[Group, str]] = {
+LoraTarget = Literal["attention", "feed_forward", "modulation"]
+LORA_TARGETS: dict[type[nn.Module], dict[LoraTarget, str]] = {
     DiT: {
         "attention": r"blocks\.\d+\.attention\.(qkv|out)",
         "feed_forward": r"blocks\.\d+\.feed_forward\.(enter|leave)",
@@ -43,7 +43,7 @@ LAYERS: dict[type[nn.Module], dict[Group, str]] = {
 """The linear maps of each kind that adapters may stand beside, by their names. A map whose parts are joined has one adapter of the rank."""
 
 
-def add_lora(network: nn.Module, rank: int, alpha: float, targets: tuple[Group, ...] = ("attention",), seed: int = 0) -> int:
+def add_lora(network: nn.Module, rank: int, alpha: float, targets: tuple[LoraTarget, ...] = ("attention",), seed: int = 0) -> int:
     """Put adapters into a network, in place; from then on only they are trained. Its output stays as it was.
 
     Weights are loaded before (their names change), merged by `merge_lora` before conversion.
@@ -52,7 +52,7 @@ def add_lora(network: nn.Module, rank: int, alpha: float, targets: tuple[Group, 
         network: a DiT, MMDiT, CrossDiT or UNet.
         rank: of each adapter, at least 1.
         alpha: what an adapter adds counts alpha / rank times.
-        targets: which layers; see LAYERS.
+        targets: which layers; see LORA_TARGETS.
         seed: of the adapters' first halves; the second halves begin at zero.
 
     Returns:
@@ -61,28 +61,28 @@ def add_lora(network: nn.Module, rank: int, alpha: float, targets: tuple[Group, 
     Raises:
         ValueError: another class, no such layers, a rank below 1, adapters already there, or peft not installed.
     """
-    peft = _peft()
-    layers = next((groups for kind, groups in LAYERS.items() if isinstance(network, kind)), None)
+    peft = _import_peft()
+    layers = next((groups for kind, groups in LORA_TARGETS.items() if isinstance(network, kind)), None)
     if layers is None:
-        raise ValueError(f"{type(network).__name__} takes no LoRA: {', '.join(kind.__name__ for kind in LAYERS)} do.")
+        raise ValueError(f"{type(network).__name__} takes no LoRA: {', '.join(kind.__name__ for kind in LORA_TARGETS)} do.")
     if rank < 1 or alpha <= 0:
         raise ValueError(f"LoRA of rank {rank} and alpha {alpha}: both are positive. Use 16 and 16.")
     unknown = [group for group in targets if group not in layers]
     if unknown or not targets:
         raise ValueError(f"LoRA targets {targets} are unknown: choose of {', '.join(layers)}.")
-    if any(True for _ in _adapted(network)):
+    if any(True for _ in _adapted_layers(network)):
         raise ValueError("the network has LoRA adapters already: merge them first.")
     names = [name for name, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     chosen = {group: [re.escape(name) for name in names if re.fullmatch(layers[group], name)] for group in targets}
     for group in targets:
         if not chosen[group]:
             raise ValueError(f"LoRA target {group}: this {type(network).__name__} has no such layers. Leave it out.")
-    exactly = "|".join(name for group in chosen.values() for name in group)
-    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=f"({exactly})")
+    pattern = "|".join(name for group in chosen.values() for name in group)
+    config = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, bias="none", target_modules=f"({pattern})")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, network)
-    return sum(1 for _ in _adapted(network))
+    return sum(1 for _ in _adapted_layers(network))
 
 
 def merge_lora(network: nn.Module) -> nn.Module:
@@ -91,18 +91,18 @@ def merge_lora(network: nn.Module) -> nn.Module:
     Returns:
         The same network, with the names and shapes that it had before `add_lora`.
     """
-    for name, layer in list(_adapted(network)):
+    for name, layer in list(_adapted_layers(network)):
         layer.merge()
         owner, _, leaf = name.rpartition(".")
         setattr(network.get_submodule(owner), leaf, layer.get_base_layer())
     return network.requires_grad_(True)
 
 
-def _adapted(network: nn.Module) -> Iterator[tuple[str, Any]]:
+def _adapted_layers(network: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, layer) for name, layer in network.named_modules() if hasattr(layer, "lora_A") and hasattr(layer, "get_base_layer"))
 
 
-def _peft() -> Any:
+def _import_peft() -> Any:
     try:
         import peft
     except ImportError as error:

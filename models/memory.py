@@ -1,7 +1,7 @@
-"""What a step of training holds in memory beside weights, gradients and moments: foretold without computing, and measured.
+"""What a step of training holds in memory beside weights, gradients and moments: estimated without computing, and measured.
 
 A trace runs forward and backward on fake tensors, which have shapes and no
-values, and enters every storage that comes to life into a ledger until it
+values, and counts every storage that comes to life until it
 dies. So XL/2 needs no memory to be planned, and a step that computes its
 blocks again, or differentiates twice, is counted as it goes. What a kernel
 takes for itself while it runs is not seen, but for the largest such thing that
@@ -35,12 +35,12 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from .common import kernels
-from .cost import stages
+from .cost import named_blocks
 
-Kind = Literal["cpu", "gpu"]
+DeviceKind = Literal["cpu", "gpu"]
 Step = Callable[[Callable[..., Tensor], nn.Module], Tensor]
 """From a network as it is called in training, and the bare one, to the mean loss of a micro-batch that it makes itself."""
-WIDENED = {F.layer_norm, F.rms_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.interpolate}
+AUTOCAST_FLOAT32 = {F.layer_norm, F.rms_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, F.interpolate}
 """What autocast computes in float32 on a GPU and not on a CPU, of all that our networks call: ATen/autocast_mode.h, AT_FORALL_FP32."""
 CONVOLUTION, CONVOLUTION_BACKWARD = torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default
 
@@ -50,7 +50,7 @@ class Footprint(NamedTuple):
 
     activations: int
     """At most at one moment, in the forward or the backward pass, beside weights, their gradients and `copies`."""
-    kept: int
+    saved: int
     """Of these: from the forward to the backward pass."""
     copies: int
     """At most, of weights in half precision, which autocast makes and the backward pass wants again."""
@@ -58,7 +58,7 @@ class Footprint(NamedTuple):
     """Activations and copies at one moment."""
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """Bytes of the storages that came to life while it is entered, and live.
 
     Args:
@@ -66,14 +66,14 @@ class Ledger(TorchDispatchMode):
         kind: cpu, to count what this CPU's convolutions take while they run besides.
     """
 
-    def __init__(self, held: Iterable[Tensor] = (), kind: Kind = "gpu") -> None:
+    def __init__(self, held: Iterable[Tensor] = (), kind: DeviceKind = "gpu") -> None:
         super().__init__()
         self._kind = kind
         self._held = [tensor.untyped_storage() for tensor in held]
         self._weights = {storage._cdata for storage in self._held}
         self._living: dict[int, weakref.ref[Any]] = {}
-        self.now = {"activations": 0, "copies": 0}
-        self.most = {**self.now, "both": 0}
+        self.current = {"activations": 0, "copies": 0}
+        self.peak = {**self.current, "both": 0}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
@@ -82,28 +82,28 @@ class Ledger(TorchDispatchMode):
         copied = func is torch.ops.aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights
         for part in tree_iter(result):
             if isinstance(part, Tensor):
-                self._enter(part.untyped_storage(), "copies" if copied else "activations")
+                self._add(part.untyped_storage(), "copies" if copied else "activations")
         if self._kind == "cpu" and func in (CONVOLUTION, CONVOLUTION_BACKWARD):
-            self._note(_workspace(func, args))
+            self._update_peak(_workspace(func, args))
         return result
 
-    def _enter(self, storage: torch.UntypedStorage, sort: str) -> None:
+    def _add(self, storage: torch.UntypedStorage, sort: str) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._weights or key in self._living:
             return
-        self._living[key] = weakref.ref(storage, partial(self._leave, key, size, sort))
-        self.now[sort] += size
-        self.most["copies"] = max(self.most["copies"], self.now["copies"])
-        self._note()
+        self._living[key] = weakref.ref(storage, partial(self._remove, key, size, sort))
+        self.current[sort] += size
+        self.peak["copies"] = max(self.peak["copies"], self.current["copies"])
+        self._update_peak()
 
-    def _note(self, workspace: int = 0) -> None:
+    def _update_peak(self, workspace: int = 0) -> None:
         """Take this moment for the highest if it is, with bytes that are held for its length."""
-        self.most["activations"] = max(self.most["activations"], self.now["activations"] + workspace)
-        self.most["both"] = max(self.most["both"], sum(self.now.values()) + workspace)
+        self.peak["activations"] = max(self.peak["activations"], self.current["activations"] + workspace)
+        self.peak["both"] = max(self.peak["both"], sum(self.current.values()) + workspace)
 
-    def _leave(self, key: int, size: int, sort: str, _: Any) -> None:
+    def _remove(self, key: int, size: int, sort: str, _: Any) -> None:
         del self._living[key]
-        self.now[sort] -= size
+        self.current[sort] -= size
 
 
 def _workspace(func: Any, args: Sequence[Any]) -> int:
@@ -137,22 +137,22 @@ def _workspace(func: Any, args: Sequence[Any]) -> int:
     return max(columns * mask[1], widened * mask[2])
 
 
-class _AsOnGPU(TorchFunctionMode):
+class _GPUAutocast(TorchFunctionMode):
     """Autocast on a CPU with the list of float32 operations that a GPU has."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in WIDENED and torch.is_autocast_enabled("cpu"):
-            args = tuple(_widened(value) for value in args)
-            kwargs = {name: _widened(value) for name, value in kwargs.items()}
+        if func in AUTOCAST_FLOAT32 and torch.is_autocast_enabled("cpu"):
+            args = tuple(_to_float32(value) for value in args)
+            kwargs = {name: _to_float32(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
 
-def _widened(value: Any) -> Any:
+def _to_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16) else value
 
 
-def foretell(build: Callable[[], nn.Module], step: Step, precision: str, kind: Kind) -> Footprint:
+def estimate_memory(build: Callable[[], nn.Module], step: Step, precision: str, kind: DeviceKind) -> Footprint:
     """What a step takes on a device that need not be here.
 
     Args:
@@ -166,13 +166,13 @@ def foretell(build: Callable[[], nn.Module], step: Step, precision: str, kind: K
         needs for attention on a GPU.
     """
     network = build()
-    with FakeTensorMode(allow_non_fake_inputs=True), _traced(kind):
-        ledger = Ledger(_prepared(_faked(network)), kind)
-        with ledger, _AsOnGPU() if kind == "gpu" else nullcontext():
-            loss = step(_called(network, precision), network)
-            kept = ledger.now["activations"]
+    with FakeTensorMode(allow_non_fake_inputs=True), _kernels_of(kind):
+        tracker = MemoryTracker(_allocate_gradients(_replace_by_fakes(network)), kind)
+        with tracker, _GPUAutocast() if kind == "gpu" else nullcontext():
+            loss = step(_with_autocast(network, precision), network)
+            saved = tracker.current["activations"]
             _backward(loss)
-    return Footprint(ledger.most["activations"], kept, ledger.most["copies"], ledger.most["both"])
+    return Footprint(tracker.peak["activations"], saved, tracker.peak["copies"], tracker.peak["both"])
 
 
 def _backward(loss: Tensor) -> None:
@@ -180,15 +180,15 @@ def _backward(loss: Tensor) -> None:
     _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
-def measured(network: nn.Module, step: Step, precision: str) -> int:
+def measure_memory(network: nn.Module, step: Step, precision: str) -> int:
     """Bytes that a step took at most on this CPU beside weights and gradients, as torch's allocator tells its profiler.
 
     Args:
         network: with values.
-        step, precision: as of `foretell`.
+        step, precision: as of `estimate_memory`.
     """
-    _prepared(network)
-    model = _called(network, precision)
+    _allocate_gradients(network)
+    model = _with_autocast(network, precision)
     step(model, network).backward()  # what is made once is made
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it tells the terminal when it begins and ends
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -197,14 +197,14 @@ def measured(network: nn.Module, step: Step, precision: str) -> int:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    now = most = 0
+    current = peak = 0
     for event in sorted(events, key=lambda event: event["ts"]):
-        now += event["args"]["Bytes"]
-        most = max(most, now)
-    return most
+        current += event["args"]["Bytes"]
+        peak = max(peak, current)
+    return peak
 
 
-def _prepared(network: nn.Module) -> list[Tensor]:
+def _allocate_gradients(network: nn.Module) -> list[Tensor]:
     """Give every trained weight a gradient, as it has one between two micro-batches of a step; all that is then held."""
     weights, buffers = list(network.parameters()), list(network.buffers())
     for weight in weights:
@@ -213,7 +213,7 @@ def _prepared(network: nn.Module) -> list[Tensor]:
     return [*weights, *buffers, *(weight.grad for weight in weights if weight.grad is not None)]
 
 
-def _faked(network: nn.Module) -> nn.Module:
+def _replace_by_fakes(network: nn.Module) -> nn.Module:
     """Fake tensors of the CPU in place of those of the meta device, which autocast does not know; inside a FakeTensorMode."""
     made: dict[int, Tensor] = {}
     for module in network.modules():
@@ -225,7 +225,7 @@ def _faked(network: nn.Module) -> nn.Module:
     return network
 
 
-def _called(network: nn.Module, precision: str) -> Callable[..., Tensor]:
+def _with_autocast(network: nn.Module, precision: str) -> Callable[..., Tensor]:
     """A network as Accelerate calls it: under autocast, with an output of float32."""
 
     def model(*arguments: Any) -> Tensor:
@@ -237,7 +237,7 @@ def _called(network: nn.Module, precision: str) -> Callable[..., Tensor]:
 
 
 @contextmanager
-def _traced(kind: Kind) -> Iterator[None]:
+def _kernels_of(kind: DeviceKind) -> Iterator[None]:
     """Have the kernels take the forms of a kind of device whatever the tensors say, and go through no chunks, of which nothing is left."""
     before = kernels._on_cpu, kernels._chunks
     kernels._on_cpu, kernels._chunks = lambda x: kind == "cpu", lambda x, size: ()
@@ -247,7 +247,7 @@ def _traced(kind: Kind) -> Iterator[None]:
         kernels._on_cpu, kernels._chunks = before
 
 
-def at_work(network: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[int, int]:
+def inference_cost(network: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[int, int]:
     """What a frozen network costs while it computes.
 
     Args:
@@ -257,18 +257,18 @@ def at_work(network: nn.Module, call: Callable[[nn.Module], Any]) -> tuple[int, 
     Returns:
         Bytes at most beside its weights, and multiply-adds.
     """
-    with FakeTensorMode(), _traced("gpu"), torch.no_grad():
-        _faked(network)
-        with Ledger([*network.parameters(), *network.buffers()]) as ledger:
+    with FakeTensorMode(), _kernels_of("gpu"), torch.no_grad():
+        _replace_by_fakes(network)
+        with MemoryTracker([*network.parameters(), *network.buffers()]) as tracker:
             call(network)
-        with Ledger(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused kernels are not all counted
+        with MemoryTracker(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # fused kernels are not all counted
             call(network)
-    return ledger.most["activations"], counter.get_total_flops() // 2
+    return tracker.peak["activations"], counter.get_total_flops() // 2
 
 
-def units(network: nn.Module) -> list[list[tuple[int, ...]]]:
+def fsdp_units(network: nn.Module) -> list[list[tuple[int, ...]]]:
     """The shapes of the weights that FSDP2 gathers together: of each block, and last of all that stands in none."""
-    blocks = [module for name, module in stages(network) if not name.startswith("conditions")]
+    blocks = [module for name, module in named_blocks(network) if not name.startswith("conditions")]
     inside = {id(weight) for block in blocks for weight in block.parameters()}
     rest = [tuple(weight.shape) for weight in network.parameters() if id(weight) not in inside]
     return [*([tuple(weight.shape) for weight in block.parameters()] for block in blocks), rest]

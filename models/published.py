@@ -17,17 +17,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-CLASSES: dict[str, type[nn.Module]] = {
+STOCK_CLASSES: dict[str, type[nn.Module]] = {
     kind.__name__: kind
     for kind in (DiTTransformer2DModel, SD3Transformer2DModel, PixArtTransformer2DModel, UNet2DModel, UNet2DConditionModel)
 }
-LEGACY = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
+LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
 """What diffusers called Transformer2DModel, by its norm_type: so are the published DiT and PixArt-alpha."""
 ORIGINAL = "original"
 """Stands for the class of a checkpoint of DiT's or SiT's own code."""
-PARTS = ("transformer", "unet")
-FILES = (".pt", ".pth", ".safetensors")
-AGAIN = "Copy the weights again."
+SUBFOLDERS = ("transformer", "unet")
+CHECKPOINT_SUFFIXES = (".pt", ".pth", ".safetensors")
+COPY_AGAIN = "Copy the weights again."
 STEM = "diffusion_pytorch_model"
 VARIANTS = ("", "fp16", "bf16")
 """In the order in which they are taken: no variant is full; fp16 has more digits than bf16; others come last."""
@@ -35,16 +35,16 @@ WEIGHTS = re.compile(
     rf"{STEM}(?:\.(?P<variant>[\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?\.(?P<ending>safetensors|bin)(?:\.index(?:\.(?P<indexed>[\w-]+))?\.json)?"
 )
 """Names of files of weights and of their index, as diffusers writes them: a part's variant stands before its number, an index's behind."""
-NESTED = ("ema", "model", "state_dict")
+STATE_KEYS = ("ema", "model", "state_dict")
 """Where a checkpoint keeps its weights; the average is what was published figures were measured with."""
 
 
-class Found(NamedTuple):
+class PublishedWeights(NamedTuple):
     """Published weights, on the CPU, in float32."""
 
     name: str
     kind: str
-    """A key of CLASSES, or ORIGINAL."""
+    """A key of STOCK_CLASSES, or ORIGINAL."""
     config: Mapping[str, Any]
     """Complete, of the stock class; empty for an original."""
     state: Mapping[str, Tensor]
@@ -56,7 +56,7 @@ class Found(NamedTuple):
     """Of an original, `sit` or `original` as its training arguments say; "" where it holds none."""
 
 
-def find(name: str) -> Found:
+def load_published(name: str) -> PublishedWeights:
     """Locate and read weights.
 
     Args:
@@ -67,32 +67,34 @@ def find(name: str) -> Found:
         ValueError: nothing there, a class that ours cannot hold, damaged files, or tensors that the class does not have.
     """
     path = Path(name)
-    if path.suffix in FILES and path.is_file():
-        weights, clock = _checkpoint(path)
-        return Found(name, ORIGINAL, {}, _floats(weights), {}, clock=clock)
-    folder = _inner(path) if path.is_dir() else _inner(_of_hub(name))
+    if path.suffix in CHECKPOINT_SUFFIXES and path.is_file():
+        weights, clock = _read_checkpoint(path)
+        return PublishedWeights(name, ORIGINAL, {}, _to_float32(weights), {}, clock=clock)
+    folder = _network_folder(path) if path.is_dir() else _network_folder(_download(name))
     try:
         config = dict(json.loads((folder / "config.json").read_text()))
         schedule = folder.parent / "scheduler" / "scheduler_config.json"
-        scheduler = dict(json.loads(schedule.read_text())) if folder.name in PARTS and schedule.is_file() else {}
+        scheduler = dict(json.loads(schedule.read_text())) if folder.name in SUBFOLDERS and schedule.is_file() else {}
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"init_from={name!r}: the configuration cannot be read ({error}). Copy the weights again.") from error
     kind = str(config.get("_class_name", "none"))
-    kind = LEGACY.get(str(config.get("norm_type")), kind) if kind == "Transformer2DModel" else kind
-    if kind not in CLASSES:
-        raise ValueError(f"init_from={name!r} holds a {kind}: ours can hold {', '.join(CLASSES)}, and files of the original DiT and SiT.")
-    variant, files = _files(folder)
-    state = _floats({key: value for file in files for key, value in _tensors(file).items()})
+    kind = LEGACY_CLASSES.get(str(config.get("norm_type")), kind) if kind == "Transformer2DModel" else kind
+    if kind not in STOCK_CLASSES:
+        raise ValueError(
+            f"init_from={name!r} holds a {kind}: ours can hold {', '.join(STOCK_CLASSES)}, and files of the original DiT and SiT."
+        )
+    variant, files = _weight_files(folder)
+    state = _to_float32({key: value for file in files for key, value in _read_file(file).items()})
     _check_layers(name, config, len(state))
     try:
         with torch.device("meta"):
-            stock = stock_of(kind, config)
+            stock = build_stock(kind, config)
     except Exception as error:  # diffusers raises many kinds for what a stranger may write there
         raise ValueError(
-            f"init_from={name!r}: its configuration makes no {kind} ({' '.join(str(error).split())[:200]}). {AGAIN}"
+            f"init_from={name!r}: its configuration makes no {kind} ({' '.join(str(error).split())[:200]}). {COPY_AGAIN}"
         ) from error
-    check(name, f"its own {kind}", state, {key: value.shape for key, value in stock.state_dict().items()}, AGAIN)
-    return Found(name, kind, dict(stock.config), state, scheduler, variant)  # type: ignore[arg-type]
+    check_tensors(name, f"its own {kind}", state, {key: value.shape for key, value in stock.state_dict().items()}, COPY_AGAIN)
+    return PublishedWeights(name, kind, dict(stock.config), state, scheduler, variant)  # type: ignore[arg-type]
 
 
 def _check_layers(name: str, config: Mapping[str, Any], tensors: int) -> None:
@@ -100,16 +102,16 @@ def _check_layers(name: str, config: Mapping[str, Any], tensors: int) -> None:
     for key in ("num_layers", "layers_per_block", "num_single_layers", "transformer_layers_per_block"):
         value = config.get(key)
         if any(isinstance(count, int) and count > tensors for count in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"init_from={name!r}: {key}={str(value)[:60]} for {tensors} tensors. {AGAIN}")
+            raise ValueError(f"init_from={name!r}: {key}={str(value)[:60]} for {tensors} tensors. {COPY_AGAIN}")
 
 
-def stock_of(kind: str, config: Mapping[str, Any]) -> nn.Module:
+def build_stock(kind: str, config: Mapping[str, Any]) -> nn.Module:
     """A network of the stock class; what a configuration says beside its arguments is left aside."""
-    known = inspect.signature(CLASSES[kind].__init__).parameters
-    return CLASSES[kind](**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known})
+    known = inspect.signature(STOCK_CLASSES[kind].__init__).parameters
+    return STOCK_CLASSES[kind](**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known})
 
 
-def check(
+def check_tensors(
     name: str, what: str, state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], remedy: str = "Copy the weights again."
 ) -> None:
     """Raises ValueError listing all tensors of `state` that are missing, unexpected or misshapen beside `shapes`."""
@@ -128,24 +130,24 @@ def _few(keys: list[str]) -> str:
     return ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
 
 
-def _floats(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _to_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
-def _inner(folder: Path) -> Path:
+def _network_folder(folder: Path) -> Path:
     """The folder of the network in that of a pipeline."""
-    for inner in (folder, *(folder / part for part in PARTS)):
+    for inner in (folder, *(folder / part for part in SUBFOLDERS)):
         if (inner / "config.json").is_file():
             return inner
     raise ValueError(
         f"init_from={str(folder)!r} has no config.json, nor a transformer/ or unet/ with one: "
-        f"give a folder that `save_pretrained` writes, a Hub id as owner/model, or a file {', '.join(FILES)}."
+        f"give a folder that `save_pretrained` writes, a Hub id as owner/model, or a file {', '.join(CHECKPOINT_SUFFIXES)}."
     )
 
 
-def _of_hub(name: str) -> Path:
+def _download(name: str) -> Path:
     """Download the configuration and weights of a Hub id; safetensors where there are some."""
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(FILES):
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith(CHECKPOINT_SUFFIXES):
         raise ValueError(f"init_from={name!r}: there is no such folder or file. Give one, or a Hub id as owner/model.")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError
@@ -153,8 +155,8 @@ def _of_hub(name: str) -> Path:
     try:
         try:
             files = HfApi().list_repo_files(name)
-            under = next((f"{part}/" for part in PARTS if f"{part}/config.json" in files), "")
-            wanted = _chosen([file.removeprefix(under) for file in files if file.startswith(under)])[1]
+            under = next((f"{part}/" for part in SUBFOLDERS if f"{part}/config.json" in files), "")
+            wanted = _choose_files([file.removeprefix(under) for file in files if file.startswith(under)])[1]
             patterns = [f"{under}{file}" for file in ("config.json", *(wanted or ["*.safetensors"]))] + ["scheduler/scheduler_config.json"]
             return Path(snapshot_download(name, allow_patterns=patterns))
         except (OSError, HTTPError):
@@ -166,7 +168,7 @@ def _of_hub(name: str) -> Path:
         ) from error
 
 
-def _chosen(names: Iterable[str]) -> tuple[str, list[str]]:
+def _choose_files(names: Iterable[str]) -> tuple[str, list[str]]:
     """Choose among the names of a folder's files: the full weights, else those of a variant, fp16 first; safetensors before pickles.
 
     Returns:
@@ -183,9 +185,9 @@ def _chosen(names: Iterable[str]) -> tuple[str, list[str]]:
     return (key[1], found[key]) if key else ("", [])
 
 
-def _files(folder: Path) -> tuple[str, list[Path]]:
+def _weight_files(folder: Path) -> tuple[str, list[Path]]:
     """Return the variant and the files of a folder's weights, in one file or many."""
-    variant, names = _chosen(path.name for path in folder.iterdir())
+    variant, names = _choose_files(path.name for path in folder.iterdir())
     if not names:
         raise ValueError(f"init_from: {folder} holds no {STEM}.safetensors. Copy the weights again.")
     index = next((folder / name for name in names if name.endswith(".json")), None)
@@ -200,7 +202,7 @@ def _files(folder: Path) -> tuple[str, list[Path]]:
         raise ValueError(f"init_from: {index} cannot be read ({error}). Copy the weights again.") from error
 
 
-def _tensors(file: Path) -> dict[str, Any]:
+def _read_file(file: Path) -> dict[str, Any]:
     """What a file holds; of pickles only tensors and plain values are read, and a checkpoint's argparse.Namespace."""
     try:
         if file.suffix == ".safetensors":
@@ -217,11 +219,11 @@ def _tensors(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
+def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
     """Return the weights in a checkpoint, the average where there is one, without what wrappers put before their names; and their clock."""
-    held = _tensors(file)
+    held = _read_file(file)
     clock = _clock(held.get("args"))
-    for key in NESTED:
+    for key in STATE_KEYS:
         if isinstance(held.get(key), Mapping):
             held = dict(held[key])
             break
@@ -229,7 +231,7 @@ def _checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
     other = [key for key, value in state.items() if not isinstance(value, Tensor)]
     if other or not state:
         raise ValueError(
-            f"init_from={str(file)!r} holds no weights under {', '.join(NESTED)} or by themselves ({_few(other) or 'it is empty'}). "
+            f"init_from={str(file)!r} holds no weights under {', '.join(STATE_KEYS)} or by themselves ({_few(other) or 'it is empty'}). "
             f"Save the state dict alone."
         )
     return state, clock

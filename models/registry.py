@@ -2,7 +2,7 @@
 
 `x` is (B, C, H, W), `t` (B,) from 0 (noise) to 1 (data). The condition is
 labels, (B,) whole numbers where `num_classes` stands for no class, or
-`condition.Text`. Nothing here knows a loss, a path or a data set.
+`TextCondition`. Nothing here knows a loss, a path or a data set.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from .common.init import initialise
-from .common.kernels import quicken
+from .common.kernels import use_fast_gelu
 from .cross_dit.model import CrossDiT
 from .dit.model import DiT
-from .dit.presets import resolve
+from .dit.presets import resolve_options
 from .mmdit.model import MMDiT
 from .unet.model import UNet
 
@@ -39,7 +39,7 @@ def build(kind: str, *, seed: int | None = None, device: torch.device | str = "c
     if kind not in KINDS:
         raise ValueError(f"model.kind={kind!r} is unknown: choose one of {', '.join(KINDS)}.")
     with torch.device("meta"):
-        network = quicken(KINDS[kind](**resolve(kind, options)))
+        network = use_fast_gelu(KINDS[kind](**resolve_options(kind, options)))
     if torch.device(device).type == "meta":
         return network
     network = network.to_empty(device=device)

@@ -25,7 +25,7 @@ class Decoder(Protocol):
         ...
 
 
-class Latents(Protocol):
+class AutoencoderProperties(Protocol):
     """What is known of an autoencoder before it is built: see data.encoders.AutoencoderFacts."""
 
     @property
@@ -47,7 +47,7 @@ class Latents(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Space:
+class LatentSpace:
     """The shape of one sample, and how it comes from moments; kept in every checkpoint.
 
     Raises:
@@ -79,19 +79,19 @@ class Space:
                 )
 
     @classmethod
-    def of_pixels(cls, channels: int, resolution: int) -> Space:
+    def from_pixels(cls, channels: int, resolution: int) -> LatentSpace:
         """No autoencoder."""
         return cls(channels=channels, height=resolution, width=resolution, image_channels=channels)
 
     @classmethod
-    def of_latents(cls, known: Latents, resolution: int) -> Space:
+    def from_autoencoder(cls, autoencoder: AutoencoderProperties, resolution: int) -> LatentSpace:
         """An autoencoder's, with the scale and shift of its own configuration."""
-        side = resolution // known.factor
-        own = ("channels", "factor", "image_channels", "deterministic", "scale", "shift", "fingerprint")
-        return cls(height=side, width=side, autoencoder=known.name, **{name: getattr(known, name) for name in own})
+        side = resolution // autoencoder.factor
+        names = ("channels", "factor", "image_channels", "deterministic", "scale", "shift", "fingerprint")
+        return cls(height=side, width=side, autoencoder=autoencoder.name, **{name: getattr(autoencoder, name) for name in names})
 
     @classmethod
-    def of(cls, saved: dict[str, Any]) -> Space:
+    def from_checkpoint(cls, saved: dict[str, Any]) -> LatentSpace:
         """Return the space that a checkpoint keeps.
 
         Raises:
@@ -107,7 +107,7 @@ class Space:
         return space
 
     @property
-    def latent(self) -> bool:
+    def is_latent(self) -> bool:
         """Whether samples are latents."""
         return bool(self.autoencoder)
 
@@ -118,30 +118,30 @@ class Space:
 
     @property
     def pixels(self) -> tuple[int, ...]:
-        """Of an image, (C, H, W), where samples are latents; else empty, as `generate.Source` has it."""
-        return (self.image_channels, self.height * self.factor, self.width * self.factor) if self.latent else ()
+        """Of an image, (C, H, W), where samples are latents; else empty, as `sampling.flow_model.FlowModel` has it."""
+        return (self.image_channels, self.height * self.factor, self.width * self.factor) if self.is_latent else ()
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def resume_facts(self) -> dict[str, Any]:
         """On what a resumed run must agree; the autoencoder may have moved."""
         kept = {key: value for key, value in self.__dict__.items() if key != "autoencoder"}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
 
-    def measured(self, statistics: Mapping[str, Any]) -> Space:
+    def with_statistics(self, statistics: Mapping[str, Any]) -> LatentSpace:
         """With the mean and the deviation of each channel, as `data.encode` measured them."""
         return replace(self, scale=tuple(1 / s for s in statistics["std"]), shift=tuple(statistics["mean"]))
 
-    def given(self, scale: tuple[float, ...], shift: tuple[float, ...]) -> Space:
+    def with_overrides(self, scale: tuple[float, ...], shift: tuple[float, ...]) -> LatentSpace:
         """With the recipe's scale and shift, where it gives them."""
         return replace(self, scale=scale or self.scale, shift=shift or self.shift)
 
-    def draw(self, moments: Tensor, seed: int, step: int, places: Tensor) -> Tensor:
+    def sample_posterior(self, moments: Tensor, seed: int, step: int, batch_indices: Tensor) -> Tensor:
         """A draw from posteriors: the same for (seed, step, place), whoever computes it.
 
         Args:
             moments: (B, 2 C, h, w), means and standard deviations; or (B, C, h, w), where deterministic. float32.
             seed, step: of the run.
-            places: (B,), in the global batch.
+            batch_indices: (B,), in the global batch.
 
         Returns:
             (B, C, h, w), float32, about unit size.
@@ -149,22 +149,22 @@ class Space:
         latents = moments
         if not self.deterministic:
             mean, std = moments.chunk(2, dim=1)
-            latents = mean + std * normal(seed, Purpose.POSTERIOR, step, places, tuple(mean.shape[1:]))
-        return (latents - _wide(self.shift, latents)) * _wide(self.scale, latents)
+            latents = mean + std * normal(seed, Purpose.POSTERIOR, step, batch_indices, tuple(mean.shape[1:]))
+        return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
 
-    def raw(self, z: Tensor) -> Tensor:
+    def to_autoencoder_latents(self, z: Tensor) -> Tensor:
         """The autoencoder's own latents of a sample."""
-        return z / _wide(self.scale, z) + _wide(self.shift, z)
+        return z / _per_channel(self.scale, z) + _per_channel(self.shift, z)
 
     def decoder(self, load: Callable[[], Decoder]) -> Callable[[Tensor], Tensor]:
         """From samples, (B, C, h, w), to images, -1..1; the autoencoder is loaded when the first one comes."""
-        if not self.latent:
+        if not self.is_latent:
             return lambda x: x
         loaded = cache(load)
-        return lambda z: loaded().decode(self.raw(z))
+        return lambda z: loaded().decode(self.to_autoencoder_latents(z))
 
     def __str__(self) -> str:
-        if not self.latent:
+        if not self.is_latent:
             return f"{self.height} x {self.width} pixels, {self.channels} channel(s)"
         numbers = [", ".join(f"{v:.4g}" for v in values) for values in (self.shift, self.scale)]
         return (
@@ -173,5 +173,5 @@ class Space:
         )
 
 
-def _wide(values: tuple[float, ...], like: Tensor) -> Tensor:
+def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)

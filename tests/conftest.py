@@ -73,7 +73,7 @@ def arguments(shards: Path, output: Path, *more: str) -> list[str]:
 def fit(shards: Path, output: Path, *more: str) -> int:
     """Train in this process; returns the exit status."""
     AcceleratorState._reset_state(True)
-    train.STOPPER.received, train.STOPPER._deferred = None, False
+    train.INTERRUPT.received, train.INTERRUPT._deferred = None, False
     return train.main(arguments(shards, output, *more))
 
 

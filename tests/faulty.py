@@ -22,14 +22,21 @@ guard_streams()
 take_signals("the same command goes on from the last checkpoint")
 
 from condot.cli import train
-from condot.data.loader.batch import Loader
+from condot.data.loader.batch import BatchLoader
 from condot.pipeline.checkpoint import rank_file as rankfile
 from condot.pipeline.training import loop, preview
 
 FAULT, RANK, STEP, *WORDS = sys.argv[1:]
 HERE = int(os.environ.get("RANK", "0")) == int(RANK) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
 where, _, what = FAULT.rpartition(":")
-advance, write_file, loss_of, load, real_time, now = loop.advance, rankfile.write_file, loop.loss_of, Loader.load, time.time, 0
+train_step, write_file, compute_loss, load, real_time, now = (
+    loop.train_step,
+    rankfile.write_file,
+    loop.compute_loss,
+    BatchLoader.load,
+    time.time,
+    0,
+)
 
 
 def strike() -> None:
@@ -61,11 +68,11 @@ def stepping(run):
         strike()
     if HERE and what == "clock" and run.step >= int(STEP):
         time.time = lambda: real_time() + (-86_400 if run.step % 2 else 3e7)
-    return advance(run)
+    return train_step(run)
 
 
 def losing(run, batch):
-    loss = loss_of(run, batch)
+    loss = compute_loss(run, batch)
     return loss * math.nan if HERE and what == "nan" and run.step == int(STEP) else loss
 
 
@@ -81,7 +88,7 @@ def loading(self, plan):
     return load(self, plan)
 
 
-loop.advance, loop.loss_of, Loader.load = stepping, losing, loading
+loop.train_step, loop.compute_loss, BatchLoader.load = stepping, losing, loading
 for module in [
     m for name, m in sys.modules.items() if name.startswith("condot.pipeline.") and getattr(m, "write_file", None) is write_file
 ]:

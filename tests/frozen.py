@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from condot.data.format.index import describe
+from condot.data.format.index import index_tar
 from condot.data.format.manifest import Manifest, Tally, write_manifest
 
 SIZES = ((32, 32), (48, 32), (32, 48), (40, 33))
@@ -47,7 +47,7 @@ def shards(folder: Path, counts: tuple[int, ...] = (5, 3, 4), *, broken: tuple[i
                     info.size = len(body)
                     tar.addfile(info, io.BytesIO(body))
                 number += 1
-        shard, found = describe(path, "train")
+        shard, found = index_tar(path, "train")
         lines.append(shard)
         tally += found
     write_manifest(folder, Manifest(shards=tuple(lines), class_names=("even", "odd"), tally=tally))

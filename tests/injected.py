@@ -25,9 +25,9 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from condot.pipeline.checkpoint.store import Store, load_tensors
-from condot.pipeline.launch.distributed import lock
-from condot.pipeline.training.status import Status, read
+from condot.pipeline.checkpoint.store import CheckpointManager, load_tensors
+from condot.pipeline.launch.distributed import lock_folder
+from condot.pipeline.training.status import Status, read_status
 
 KILL_BEFORE, KILL_AFTER, TORN, ONCE, FROM_THEN_ON = range(1, 6)
 """Modes of fault.c."""
@@ -44,13 +44,13 @@ class Save:
         self.tensors = {step: {"model.a": torch.arange(6.0) + step, "optim.b": torch.ones(3) * step} for step in (1, 2)}
 
     def before(self, root):
-        Store(root, keep=1).save(1, self.tensors[1], {"step": 1})
+        CheckpointManager(root, keep=1).save(1, self.tensors[1], {"step": 1})
         Status(root).write("running", step=1)
 
     def act(self, root):
-        owned = lock(root)
-        store, status = Store(root, keep=1), Status(root)
-        store.sweep()
+        owned = lock_folder(root)
+        store, status = CheckpointManager(root, keep=1), Status(root)
+        store.remove_leftovers()
         errors = store.save(2, self.tensors[2], {"step": 2})
         status.write("running", step=2)
         owned.close()
@@ -58,12 +58,12 @@ class Save:
             raise OSError("; ".join(errors))
 
     def check(self, root):
-        found = Store(root, keep=1).latest()
+        found = CheckpointManager(root, keep=1).latest()
         assert found is not None, "no checkpoint is left"
         step = int(found.name.split("-")[1])
         held = load_tensors(found)
         assert all(held[name].equal(tensor) for name, tensor in self.tensors[step].items()), "another state"
-        assert (read(root) or {}).get("state") == "running", "status.json is torn"
+        assert (read_status(root) or {}).get("state") == "running", "status.json is torn"
 
     def same(self, root):
         """status.json tells the time."""
@@ -116,25 +116,25 @@ class Export:
     """An export in the place of an older one."""
 
     def __init__(self, work):
-        from condot.models.convert import to_exported
+        from condot.models.convert import to_diffusers
         from condot.models.dit.model import DiT
-        from condot.pipeline.config.parse import build
+        from condot.pipeline.config.parse import config_from_mapping
         from condot.pipeline.config.schema import Config
-        from condot.pipeline.export.load import open_folder
-        from condot.pipeline.export.model_card import Card
-        from condot.pipeline.export.write import write_folder
-        from condot.pipeline.latent_space import Space
+        from condot.pipeline.export.load import load_flow_model
+        from condot.pipeline.export.model_card import CardFacts
+        from condot.pipeline.export.write import export_pipeline
+        from condot.pipeline.latent_space import LatentSpace
 
-        self.write_folder, self.open_folder = write_folder, open_folder
-        self.config = build(Config, {"data": {"resolution": 4, "channels": 1}, "output_dir": "x"})
+        self.export_pipeline, self.load_flow_model = export_pipeline, load_flow_model
+        self.config = config_from_mapping(Config, {"data": {"resolution": 4, "channels": 1}, "output_dir": "x"})
         torch.manual_seed(0)
         own = DiT(channels=1, resolution=4, patch_size=2, width=16, depth=1, heads=2, num_classes=2)
-        self.network, self.space = to_exported(own.eval(), -1.0), Space.of_pixels(1, 4)
-        self.card = {title: Card.of(work, 100, 10, own, title=title) for title in ("old", "new")}
+        self.network, self.space = to_diffusers(own.eval(), -1.0), LatentSpace.from_pixels(1, 4)
+        self.card = {title: CardFacts.from_run(work, 100, 10, own, title=title) for title in ("old", "new")}
 
     def write(self, root, title):
         about = (self.network, self.config, ("a", "b"), self.card[title], self.space)
-        self.write_folder(root / "export", *about, progress=lambda text: None)
+        self.export_pipeline(root / "export", *about, progress=lambda text: None)
 
     def before(self, root):
         self.write(root, "old")
@@ -143,7 +143,7 @@ class Export:
         self.write(root, "new")
 
     def check(self, root):
-        self.open_folder(root / "export")
+        self.load_flow_model(root / "export")
         assert not {"# old", "# new"}.isdisjoint((root / "export/README.md").read_text().splitlines()), "no card"
 
     def same(self, root):
@@ -167,7 +167,7 @@ def forked(act):
         with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
             try:
                 act()
-            except (ValueError, OSError, SafetensorError) as error:  # as `pipeline.process.reported` has it
+            except (ValueError, OSError, SafetensorError) as error:  # as `pipeline.process.report_errors` has it
                 code = 3
                 print(f"{type(error).__name__}: {error}")
             except BaseException:  # an assertion, or a traceback that no user should see

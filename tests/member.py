@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from condot.core.process import Stopper, leave_group
+from condot.core.process import InterruptHandler, exit_if_distributed
 
-STOPPER = Stopper("nothing was to be lost")
+INTERRUPT = InterruptHandler("nothing was to be lost")
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ import torch.distributed as dist
 from condot.pipeline.config.schema import Config
 from condot.pipeline.launch import distributed
 from condot.pipeline.training.status import Status
-from condot.pipeline.training.watchdog import Watch
+from condot.pipeline.training.watchdog import Watchdog
 
 
 def fault(how: str, rank: int, step: int) -> None:
@@ -41,41 +41,41 @@ def main() -> int:
     parser.add_argument("--fault", default="none:0:0")
     parser.add_argument("--hang", type=float, default=0)
     given = parser.parse_args()
-    group = distributed.join(1)
+    group = distributed.join_process_group(1)
     rank = group.process_index
-    status, watch = Status(given.folder, rank == 0), None
-    watch = Watch(given.hang, status)
+    status, watchdog = Status(given.folder, rank == 0), None
+    watchdog = Watchdog(given.hang, status)
     if dist.is_initialized():  # the first reduction meets whatever a dead attempt left
         ranks = torch.tensor([1.0, float(rank)])
         dist.all_reduce(ranks)
         assert ranks.tolist() == [group.num_processes, group.num_processes * (group.num_processes - 1) / 2]
     status.write("running", step=0, of=given.steps)
     (given.folder / f"pid-{rank}").write_text(f"{os.getpid()} {os.getppid()}")
-    STOPPER.defer()
+    INTERRUPT.defer()
     step = 0
     while step < given.steps:
-        watch.beat(step, "reading data")
+        watchdog.heartbeat(step, "reading data")
         fault(given.fault, rank, step)
         time.sleep(0.1)
-        watch.beat(step, "reducing gradients")
-        stop = torch.tensor([float(STOPPER.requested)])
+        watchdog.heartbeat(step, "reducing gradients")
+        stop = torch.tensor([float(INTERRUPT.requested)])
         if dist.is_initialized():
             dist.all_reduce(stop, op=dist.ReduceOp.MAX)
         step += 1
         if stop.item():
             break
-    with watch.at("saving"):
+    with watchdog.phase("saving"):
         time.sleep(1)
         with open(given.folder / f"saved-{rank}", "a") as file:
             file.write(f"{step}\n")
     if dist.is_initialized():
         dist.barrier()
-    number = distributed.met().number if distributed.met() else 0
-    (given.folder / f"done-{rank}").write_text(f"{group.num_processes} {number} {distributed.sharding(Config())}")
-    status.write("finished" if step == given.steps else "stopped", step=step, signal=STOPPER.received, exit_status=STOPPER.exit_status)
-    watch.close()
-    leave_group(STOPPER.exit_status)
-    return STOPPER.exit_status
+    number = distributed.rendezvous_info().attempt if distributed.rendezvous_info() else 0
+    (given.folder / f"done-{rank}").write_text(f"{group.num_processes} {number} {distributed.resolve_sharding(Config())}")
+    status.write("finished" if step == given.steps else "stopped", step=step, signal=INTERRUPT.received, exit_status=INTERRUPT.exit_status)
+    watchdog.close()
+    exit_if_distributed(INTERRUPT.exit_status)
+    return INTERRUPT.exit_status
 
 
 if __name__ == "__main__":

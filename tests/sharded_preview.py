@@ -8,7 +8,7 @@ from torch import nn
 
 from condot.pipeline.launch import parallel
 from condot.pipeline.training import preview
-from condot.pipeline.training.best_effort import SideFailure
+from condot.pipeline.training.best_effort import BestEffortError
 from condot.pipeline.training.run import Run
 
 
@@ -33,7 +33,7 @@ def breaks_off():
     x = torch.randn(8, 6)
     with torch.no_grad():
         wanted = network(network(x))
-    parallel.shard(network, network.blocks, parallel.mesh_of("full", torch.device("cpu")))
+    parallel.shard_model(network, network.blocks, parallel.build_mesh("full", torch.device("cpu")))
     most, where = [3], [0]
 
     def strike(module, given):
@@ -42,13 +42,13 @@ def breaks_off():
 
     train = SimpleNamespace(batch_size=16, gradient_accumulation_steps=1)
     run = SimpleNamespace(config=SimpleNamespace(train=train), sharded=True, ema=SimpleNamespace(model=network))
-    run.stopper, run.accelerator = SimpleNamespace(requested=False), SimpleNamespace(num_processes=2, device=torch.device("cpu"))
-    run.told = lambda trouble=0: Run.told(run, trouble)
+    run.interrupt, run.accelerator = SimpleNamespace(requested=False), SimpleNamespace(num_processes=2, device=torch.device("cpu"))
+    run.check_interrupt = lambda failure=0: Run.check_interrupt(run, failure)
 
     def once(x):
-        if trouble := run.told():
-            raise preview.Elsewhere(trouble)
-        with parallel.in_step(network):
+        if failure := run.check_interrupt():
+            raise preview.PeerFailure(failure)
+        with parallel.finish_gathers_on_error(network):
             return network(x)
 
     @torch.no_grad()
@@ -59,15 +59,15 @@ def breaks_off():
     for block in network.blocks:
         hook = block.register_forward_pre_hook(strike)
         most[0] = 3
-        torch.testing.assert_close(preview.draw(run, make), wanted)
+        torch.testing.assert_close(preview.draw_within_memory(run, make), wanted)
         assert where[0] == 2
         most[0] = 0
         try:
-            preview.draw(run, make)
-        except SideFailure as error:
+            preview.draw_within_memory(run, make)
+        except BestEffortError as error:
             assert str(error) == ("MemoryError: no memory" if dist.get_rank() == 1 else "on another rank")
         else:
             raise AssertionError("it was drawn")
         hook.remove()
         dist.barrier()
-        torch.testing.assert_close(preview.draw(run, make), wanted)
+        torch.testing.assert_close(preview.draw_within_memory(run, make), wanted)

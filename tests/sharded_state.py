@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from condot.pipeline.checkpoint import manifest, saving
 from condot.pipeline.checkpoint.saving import NOT_FINITE
 from condot.pipeline.checkpoint.sharding import to_write
-from condot.pipeline.checkpoint.store import Store, load_into, load_tensors
-from condot.pipeline.launch.parallel import shard
+from condot.pipeline.checkpoint.store import CheckpointManager, load_into, load_tensors
+from condot.pipeline.launch.parallel import shard_model
 from condot.pipeline.training.optimizer import step_unless
 
 
@@ -78,7 +78,7 @@ def digest(state):
 
 
 def write(folder, kind):
-    store = Store(Path(folder), keep=1)
+    store = CheckpointManager(Path(folder), keep=1)
     assert store.save(1, spread(whole(2.0), kind), {"step": 1}) == []
     store.begin(2, spread(whole(), kind), {"step": 2})
     assert store.finish() == [] and not store.finish()
@@ -88,7 +88,7 @@ def write(folder, kind):
 def read(folders, kind):
     """Fill a state of zeros from each folder, whatever wrote it; and whole."""
     for folder in folders:
-        found = Store(Path(folder), keep=1).latest()
+        found = CheckpointManager(Path(folder), keep=1).latest()
         state = spread({name: torch.zeros_like(t) for name, t in whole().items()}, kind)
         assert load_into(found, state) == []
         assert digest(gathered(state)) == digest(whole()), folder
@@ -131,7 +131,7 @@ def state_of(network, optimizer):
 def write_trained(folder, kind):
     state = state_of(*trained(kind))
     assert len(state) == 16 + 5, sorted(state)
-    assert Store(Path(folder), keep=1).save(1, state, {"step": 1}) == []
+    assert CheckpointManager(Path(folder), keep=1).save(1, state, {"step": 1}) == []
     assert digest(load_tensors(Path(folder) / "checkpoint-1")) == digest(gathered(state))
 
 
@@ -155,7 +155,7 @@ def read_trained(folder, kind):
 
 def full_on_one(folder):
     """The second rank's disk fills up half-way; both say so, nothing is left, and the next save goes well."""
-    store, soft = Store(Path(folder), keep=1), resource.getrlimit(resource.RLIMIT_FSIZE)
+    store, soft = CheckpointManager(Path(folder), keep=1), resource.getrlimit(resource.RLIMIT_FSIZE)
     state = spread(whole(), "full") | {"big": distribute_tensor(torch.ones(200_000), mesh_of("full"), [Shard(0)])}
     assert store.save(1, state, {"step": 1}) == []
     if dist.get_rank() == 1:
@@ -170,7 +170,7 @@ def full_on_one(folder):
 
 def full_for_all(folder):
     """A small file system, full for both."""
-    store = Store(Path(folder), keep=1)
+    store = CheckpointManager(Path(folder), keep=1)
     assert store.save(1, spread(whole(), "full"), {"step": 1}) == []
     errors = store.save(2, spread(whole(), "full") | {"big": distribute_tensor(torch.ones(2_000_000), mesh_of("full"), [Shard(0)])}, {})
     assert errors and all("No space left on device" in error for error in errors)
@@ -181,12 +181,12 @@ def full_for_all(folder):
 
 def bad_on_one(folder):
     """NaN in the shard of the second rank alone, and no folder for it."""
-    store = Store(Path(folder), keep=1)
+    store = CheckpointManager(Path(folder), keep=1)
     state = spread(whole(), "full")
     if dist.get_rank() == 1:
         state["ema.a"].to_local()[0, 0, 0] = float("nan")
     assert store.save(1, state, {}) == [f"rank 1: ema.a {NOT_FINITE}"]
-    store = Store(Path("/proc/nowhere") if dist.get_rank() else Path(folder), keep=1)
+    store = CheckpointManager(Path("/proc/nowhere") if dist.get_rank() else Path(folder), keep=1)
     errors = store.save(1, spread(whole(), "full"), {})
     assert len(errors) == 1 and errors[0].startswith("rank 1: [Errno 2]")
     dist.barrier()
@@ -196,7 +196,7 @@ def bad_on_one(folder):
 def not_shared(folder):
     """Each rank writes in a folder of its own, as machines without a common one do."""
     mine = Path(folder) / str(dist.get_rank())
-    errors = Store(mine, keep=1).save(1, spread(whole(), "full"), {})
+    errors = CheckpointManager(mine, keep=1).save(1, spread(whole(), "full"), {})
     assert errors == [
         "rank 0: rank-00001.safetensors: written by other ranks and not seen by the first; output_dir must be a folder that all share"
     ]
@@ -205,7 +205,7 @@ def not_shared(folder):
 
 def other_names(folder):
     state = whole() | ({"more": torch.ones(3)} if dist.get_rank() else {})
-    errors = Store(Path(folder), keep=1).save(1, state, {})
+    errors = CheckpointManager(Path(folder), keep=1).save(1, state, {})
     dist.barrier()
     assert len(errors) == 1 and "ranks [1] named other tensors than the first" in errors[0], errors
     assert os.listdir(folder) == []
@@ -213,10 +213,10 @@ def other_names(folder):
 
 def check_together(folder):
     """Each file is hashed by one rank; a fault that one sees is the answer of both, and its name is printed once."""
-    store, hashed, fault = Store(Path(folder), keep=3), [], manifest._fault
+    store, hashed, fault = CheckpointManager(Path(folder), keep=3), [], manifest._fault
     for step in (1, 2):
         assert store.save(step, spread(whole(), "full"), {"step": step}) == []
-    manifest._fault = lambda path, seal: (hashed.append(path.name), fault(path, seal))[1]
+    manifest._fault = lambda path, digest: (hashed.append(path.name), fault(path, digest))[1]
     said = Path(folder) / f"said-{dist.get_rank()}"
     for damage in ("rank-00001.safetensors", "rank-00000.safetensors", "state.json"):
         assert store.latest().name == "checkpoint-2"
@@ -247,11 +247,11 @@ def die(folder, point, who):
     def kill(*_, **__):
         os.kill(os.getpid(), 9)
 
-    store = Store(Path(folder), keep=1)
+    store = CheckpointManager(Path(folder), keep=1)
     assert store.save(1, spread(whole(), "full"), {"step": 1}) == []
     if dist.get_rank() == who:
-        where = {"copy": saving.Host, "check_present": store, "sync": store}
-        where |= dict.fromkeys(("finish", "_commit", "_prune"), Store)
+        where = {"copy": saving.HostBuffer, "check_files_visible": store, "sync": store}
+        where |= dict.fromkeys(("finish", "_commit", "_prune"), CheckpointManager)
         setattr(where.get(point, saving), point, kill)
     store.save(2, spread(whole(2.0), "full"), {"step": 2})
     store.save(3, spread(whole(3.0), "full"), {"step": 3})
@@ -261,12 +261,12 @@ def train_beside(folder):
     """Collectives of training go on while a save is written, and nothing of the save waits for them."""
     gate, real = threading.Event(), saving.write_file
     saving.write_file = lambda *a: (gate.wait(30), real(*a))[1]
-    store, state = Store(Path(folder), keep=1), spread(whole(), "full")
+    store, state = CheckpointManager(Path(folder), keep=1), spread(whole(), "full")
     store.begin(1, state, {"step": 1})
     for _ in range(20):
         total = torch.ones(1)
         dist.all_reduce(total)
-        assert total.item() == dist.get_world_size() and store.busy()
+        assert total.item() == dist.get_world_size() and store.is_writing()
         for tensor in state.values():
             (tensor.to_local() if isinstance(tensor, DTensor) else tensor).zero_()
     gate.set()
@@ -297,7 +297,7 @@ def overflow_on_one():
     network = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
     for weight in network.parameters():
         torch.nn.init.constant_(weight, 0.1)
-    shard(network, list(network), init_device_mesh("cpu", (2,)))
+    shard_model(network, list(network), init_device_mesh("cpu", (2,)))
     run = Scaled(torch.optim.AdamW(network.parameters(), lr=0.1, fused=True))
     for step, (infinite, bad, moved, scale) in enumerate([(0, 0, True, 4), (1, 0, False, 2), (0, 1, False, 2), (0, 0, True, 2)]):
         run.scaler.scale(network(torch.ones(2, 4)).square().mean()).backward()

@@ -10,7 +10,7 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from condot.data.format.index import describe
+from condot.data.format.index import index_tar
 from condot.data.format.manifest import Manifest, Tally, write_manifest
 
 
@@ -55,7 +55,7 @@ def make(folder: Path, shards, *, classes=("a", "b", "c"), split="train") -> Pat
         with webdataset.TarWriter(str(path)) as sink:
             for sample in content:
                 sink.write(sample)
-        shard, held = describe(path, split)
+        shard, held = index_tar(path, split)
         lines.append(shard)
         tally = tally + held
     write_manifest(folder, Manifest(shards=tuple(lines), class_names=tuple(classes), tally=tally))

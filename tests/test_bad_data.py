@@ -13,7 +13,7 @@ import torch
 from condot.core.data_options import Options
 from condot.data.format.index import RECORD, index_path, index_shard
 from condot.data.format.tar_reader import members
-from condot.data.loader.batch import TRIES
+from condot.data.loader.batch import MAX_SUBSTITUTES
 from condot.data.loader.build import build
 from condot.data.loader.stream import Share
 from condot.data.storage.local import LocalFolder
@@ -116,7 +116,7 @@ def test_nothing_but_bad_samples_is_an_error(tmp_path):
     folder = make(tmp_path / "s", samples([12]))
     for number in range(12):
         flip(folder / "train-000000.tar", payload_of(folder, 0, number)[0] + 30)
-    with pytest.raises(ValueError, match=rf"{TRIES} bad samples in a row at position 0.*data.inspect"):
+    with pytest.raises(ValueError, match=rf"{MAX_SUBSTITUTES} bad samples in a row at position 0.*data.inspect"):
         next(stream(folder, workers=1))
 
 

@@ -11,12 +11,12 @@ import pytest
 from PIL import Image, ImageCms
 
 from condot.data.images.bands import resized
-from condot.data.images.decode import DECODE_ERRORS, decode_into, preview, upright, upright_size
+from condot.data.images.decode import DECODE_ERRORS, decode_into, decode_preview, decode_upright, upright_size
 from condot.data.images.downscale import deep_png
 from condot.data.images.formats import MAX_PIXELS
-from condot.data.images.orientation import turned
-from condot.data.prepare.shard_writer import prepared
-from condot.data.prepare.source import Fault, Record
+from condot.data.images.orientation import rotate_upright
+from condot.data.prepare.shard_writer import prepare_sample
+from condot.data.prepare.source import RawSample, UnreadableSample
 from tests.image_files import BRADFORD_SRGB, GAMMA, WIDE, gray_profile, matrix_profile, saved, srgb_of
 
 imagecodecs = pytest.importorskip("imagecodecs")
@@ -166,7 +166,7 @@ def test_bands_are_taken_as_they_are_exactly_so_many_or_refused(channels):
     for data in files:
         assert np.array_equal(into(data, channels), pixels)
         assert np.abs(into(data, channels, np.uint8) - pixels / 257).max() < 1  # Pillow cuts those of RGBA, others are rounded
-        assert preview(data).size == (7, 5)
+        assert decode_preview(data).size == (7, 5)
         with pytest.raises(ValueError, match=rf"has {channels} band|has \d channel"):
             into(data, 6)
     assert np.array_equal(into(bands((pixels >> 8).astype(np.uint8)), channels, np.uint8), pixels >> 8)
@@ -179,17 +179,17 @@ def test_bands_are_taken_as_they_are_exactly_so_many_or_refused(channels):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_bands_of_a_tiff_are_turned(orientation):
-    """As `turned`, which is Pillow's transposition in test_decode."""
+    """As `rotate_upright`, which is Pillow's transposition in test_decode."""
     tag = [(274, "H", 1, orientation, True)]
     for data, pixels in (
         (bands(DRAW[..., :6], extratags=tag), DRAW[..., :6]),
         (tif(DRAW[..., :3], photometric="rgb", extratags=tag), DRAW[..., :3]),
     ):
-        expected = turned(pixels, orientation)
+        expected = rotate_upright(pixels, orientation)
         assert upright_size(data) == expected.shape[1::-1] and np.array_equal(into(data, pixels.shape[2]), expected)
     image = Image.open(io.BytesIO(tif(DRAW[..., 0], extratags=tag)))
     assert np.array_equal(into(tif(DRAW[..., 0], extratags=tag), 1)[..., 0], np.asarray(image))
-    assert np.array_equal(np.asarray(image), turned(DRAW[..., 0], orientation))
+    assert np.array_equal(np.asarray(image), rotate_upright(DRAW[..., 0], orientation))
 
 
 def test_resizing_bands_is_pillows_lanczos_and_alpha_weighs_colours():
@@ -269,7 +269,7 @@ def test_bombs_are_refused_before_memory_is_taken():
         with pytest.raises(ValueError, match=f"more than {MAX_PIXELS}"):
             into(bytes(page), channels, size=(4, 4))
     with pytest.raises(DECODE_ERRORS):
-        upright(bands(DRAW[..., :6], compression="jpeg2000"), 3)
+        decode_upright(bands(DRAW[..., :6], compression="jpeg2000"), 3)
 
 
 def test_max_side_keeps_alpha_depth_and_bands():
@@ -280,15 +280,15 @@ def test_max_side_keeps_alpha_depth_and_bands():
     cases = [(imagecodecs.png_encode(waves[..., :channels].squeeze().copy()), "png", channels, "png") for channels in (1, 2, 3, 4)]
     cases += [(bands(waves), "tif", 6, "npy"), (npy(waves), "npy", 6, "npy"), (shallow, "webp", 4, "webp")]
     for data, extension, channels, kept in cases:
-        record, files = prepared(Record("x", data, extension), 30)
+        record, files = prepare_sample(RawSample("x", data, extension), 30)
         assert record.more["resized_from"] == [60, 40] and kept in files and upright_size(files[kept]) == (30, 20)
         found, expected = into(files[kept], channels).astype(int), into(data, channels, size=(30, 20)).astype(int)
         weight = expected[..., -1:] / 65535 if channels in (2, 4) else 1
         assert (np.abs(found - expected) * weight).max() <= (1 if kept != "webp" else 257 * 24), extension
     for data, extension in ((saved(Image.new("RGBA", (8, 8), (1, 2, 3, 4))), "jpg"), (saved(Image.new("P", (8, 8))), ""), (npy(waves), "")):
-        record, files = prepared(Record("x", data, extension), 4)
+        record, files = prepare_sample(RawSample("x", data, extension), 4)
         assert next(iter(files)) in ("png", "npy")
-    assert isinstance(prepared(Record("x", npy(waves.astype(np.int32)), "npy"), 0), Fault)
+    assert isinstance(prepare_sample(RawSample("x", npy(waves.astype(np.int32)), "npy"), 0), UnreadableSample)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -311,7 +311,7 @@ def test_colours_with_further_bands_are_both_before_and_after_max_side(count, op
     pixels = smooth.astype(np.uint16) if dtype == np.uint16 else (smooth / 257).astype(np.uint8)
     data = tif(pixels, **options)
     assert np.array_equal(into(data, count, dtype), pixels)
-    files = prepared(Record("x", data, "tif"), 30)[1]
+    files = prepare_sample(RawSample("x", data, "tif"), 30)[1]
     assert "tif" in files and upright_size(files["tif"]) == (30, 20)
     served = []
     for channels in range(1, 7):

@@ -11,14 +11,14 @@ from diffusers import DiTTransformer2DModel, UNet2DModel
 
 from condot.cli import sample, train
 from condot.core.data_options import Options
-from condot.data.loader.training_data import Sources
+from condot.data.loader.training_data import TrainingData
 from condot.models import registry
 from condot.models.convert import from_stock
 from condot.models.lora import add_lora
 from condot.pipeline.checkpoint.store import load_state, load_tensors
 from condot.pipeline.config.model import DiTConfig
 from condot.pipeline.config.schema import Config, LogConfig, TrainConfig
-from condot.pipeline.latent_space import Space
+from condot.pipeline.latent_space import LatentSpace
 from condot.pipeline.launch import distributed, precision
 
 SIZES = ("--model.width=32", "--model.depth=2", "--model.heads=2", "--model.patch_size=2")
@@ -137,7 +137,7 @@ def test_low_rank_additions_train_alone_resume_and_merge(digits, trained, tmp_pa
     moved = [name for name in after if "lora_B" in name]
     assert len(moved) == 4 and all(after[name].abs().max() > 0 for name in moved)
     assert sum("optim." in name and "base_layer" in name for name in one) == 0, "no moments of what is frozen"
-    network = sample.Trained(whole).network
+    network = sample.TrainedModel(whole).network
     average = weights(whole, 12, "ema")
     name = "blocks.0.attention.out"
     added = average[f"{name}.lora_B.default.weight"] @ average[f"{name}.lora_A.default.weight"] * (16 / 4)
@@ -167,7 +167,7 @@ def test_additions_begin_by_the_seed_of_the_run(digits, trained, tmp_path):
 def test_the_measured_precision_is_kept(digits, tmp_path, monkeypatch):
     """A resumed run computes as it began, whatever would be faster now."""
     answers = iter(["bf16", "no"])
-    monkeypatch.setattr(precision, "choose", lambda *given, **named: next(answers))
+    monkeypatch.setattr(precision, "pick_faster_precision", lambda *given, **named: next(answers))
     run = tmp_path / "run"
     assert fit(digits, run, "--train.mixed_precision=auto", "--train.max_steps=2") == 0
     assert load_state(run / "checkpoint-2")["precision"] == "bf16"
@@ -180,17 +180,17 @@ def test_the_measured_precision_is_kept(digits, tmp_path, monkeypatch):
 def test_precision_is_measured_on_the_device_that_trains(digits, monkeypatch):
     """meta stands for a device that is not the one networks are built on; four ranks of two portions share a batch of 32."""
     seen, asked = [], []
-    monkeypatch.setattr(precision, "choose", lambda network, inputs: seen.append((network, inputs)) or "no")
+    monkeypatch.setattr(precision, "pick_faster_precision", lambda network, inputs: seen.append((network, inputs)) or "no")
     small, quiet = DiTConfig(width=32, depth=2, heads=2), LogConfig(report_to=("none",))
     config = Config(
         model=small, log=quiet, train=TrainConfig(batch_size=32, gradient_accumulation_steps=2, mixed_precision="auto", cpu_threads=1)
     )
-    sources = Sources.open(Options(shards=(str(digits),), resolution=8, channels=1), False)
-    assert train.measure(config, sources, Space.of_pixels(1, 8), 4, torch.device("meta")) == "no"
+    sources = TrainingData.open(Options(shards=(str(digits),), resolution=8, channels=1), False)
+    assert train.benchmark_precision(config, sources, LatentSpace.from_pixels(1, 8), 4, torch.device("meta")) == "no"
     ((network, inputs),) = seen
     assert {p.device.type for p in network.parameters()} == {part.device.type for part in inputs} == {"meta"} and len(inputs[0]) == 4
     AcceleratorState._reset_state(True)
-    distributed.start(config, distributed.enter(config), None, lambda *given: asked.append(given) or "no")
+    distributed.create_accelerator(config, distributed.init_distributed(config), None, lambda *given: asked.append(given) or "no")
     assert asked == [(1, PartialState().device)]
 
 
@@ -212,7 +212,7 @@ def test_recipe_and_constructors_know_the_same_fields():
         for name, value in said.items():
             if name not in presets and value is not None and taken[name].default is not inspect.Parameter.empty:
                 assert value == taken[name].default, (section, name)
-    assert train.SHOWN == 32
+    assert train.PREVIEW_CAPTIONS == 32
 
 
 def test_a_network_that_is_told_sizes_trains_and_samples(digits, tmp_path):
@@ -220,8 +220,8 @@ def test_a_network_that_is_told_sizes_trains_and_samples(digits, tmp_path):
     run = tmp_path / "run"
     assert fit(digits, run, "--model.micro_conditions=true", "--log.sample_every=12", "--log.sample_steps=2") == 0
     assert (run / "samples" / "step-0000012.png").is_file()
-    source = sample.Trained(run).source("cpu")
-    network = sample.Trained(run).network
+    source = sample.TrainedModel(run).build_model("cpu")
+    network = sample.TrainedModel(run).network
     x, t, labels = torch.randn(3, 1, 8, 8), torch.full((3,), 0.5), torch.tensor([0, 1, 2])
     told = torch.tensor([[8.0, 8, 0, 0, 8, 8]]).expand(3, -1)
     with torch.no_grad():

@@ -10,7 +10,7 @@ import pytest
 from condot.core.data_options import Options
 from condot.data.loader.buckets import Buckets, Windows
 from condot.data.loader.build import build
-from condot.data.loader.shuffle import key_at
+from condot.data.loader.shuffle import hash_at
 from condot.data.loader.stream import Share
 from condot.data.storage.shard_reader import Shards
 from tests.shardmaker import flat, make, samples
@@ -54,7 +54,7 @@ def test_every_position_comes_once_in_a_batch_of_one_bucket(epoch, batch):
     """Windows are permutations of their positions; an epoch's whole batches hold its own samples only."""
 
     def bucket_of(positions):
-        return (key_at(positions, 99) % np.uint64(3)).astype(np.int64)
+        return (hash_at(positions, 99) % np.uint64(3)).astype(np.int64)
 
     windows = Windows(bucket_of, epoch=epoch, batch_size=batch, seed=1)
     windows.length = 10
@@ -80,7 +80,7 @@ def test_shares_follow_the_data_and_few_samples_are_moved():
     """Three buckets of 60, 30 and 10 %: of 256 batches as many, within the one that straddles; at most 2 * 64 / 2 moved of 16,384."""
 
     def bucket_of(positions):
-        return np.searchsorted([0.6, 0.9], (key_at(positions, 7) >> np.uint64(11)) * 2.0**-53)
+        return np.searchsorted([0.6, 0.9], (hash_at(positions, 7) >> np.uint64(11)) * 2.0**-53)
 
     windows = Windows(bucket_of, epoch=0, batch_size=64, seed=1)
     assert windows.length == 1024
@@ -165,7 +165,7 @@ def test_ten_million_samples_in_are_as_near_as_ten():
     """Buckets over a billion positions: a window is arranged in well under a second, wherever it lies."""
 
     def bucket_of(positions):
-        return (key_at(positions, 99) % np.uint64(9)).astype(np.int64)
+        return (hash_at(positions, 99) % np.uint64(9)).astype(np.int64)
 
     for number in (0, 10_000_000 // 256, 900_000_000 // 256):
         windows = Windows(bucket_of, epoch=10**9, batch_size=256, seed=1)

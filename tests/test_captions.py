@@ -13,26 +13,26 @@ import pytest
 import yaml
 from shardmaker import make, png
 
-from condot.core.caption_fields import MAX_ENTRIES, caption_of, captions_in, draw, parse_captions
+from condot.core.caption_fields import MAX_ENTRIES, draw_caption, draw_index, parse_captions, sample_captions
 from condot.core.data_options import Options, read_options
 from condot.data.encode import command
 from condot.data.encoders.text import TextEncoder, read_text_encoders
 from condot.data.inspect import main as inspect
-from condot.data.loader.build import build, open_shards, open_text
+from condot.data.loader.build import build, open_encoded_text, open_shards
 from condot.data.loader.captions import check_captions
-from condot.data.loader.encoded_cache import several_rows, text_of
+from condot.data.loader.encoded_cache import multi_caption_rows, read_text_rows
 from condot.data.loader.read_samples import read_captions
-from condot.data.loader.shuffle import share_at
+from condot.data.loader.shuffle import uniform_at
 from condot.data.loader.stream import Share
 from condot.data.loader.survey import survey
-from condot.data.loader.training_data import Sources
+from condot.data.loader.training_data import TrainingData
 from condot.data.prepare.command import main as prepare
 from condot.data.storage.local import LocalFolder
 from condot.data.storage.shard_reader import BadSample, Shards
-from condot.pipeline.config.parse import as_mapping, load, parse
-from condot.pipeline.config.parse import build as rebuilt
+from condot.pipeline.config.parse import config_from_mapping as rebuilt
+from condot.pipeline.config.parse import config_to_mapping, load_recipe, parse
 from condot.pipeline.config.schema import Config
-from condot.pipeline.training.resume_rules import facts_of
+from condot.pipeline.training.resume_rules import run_facts
 
 MIX = "txt=0.7,json.lines[*]=0.2,json.short=0.1"
 WORDS = frozen.WORDS[4:]
@@ -90,7 +90,7 @@ def test_both_readers_take_a_mapping_a_list_and_a_text(tmp_path, yaml_text, text
     path.write_text(f"data:\n  caption: {yaml_text}\n")
     config = parse(Config, ["--config", str(path)])
     assert config.data.caption == text == read_options(path)[0].caption
-    saved = yaml.safe_load(yaml.safe_dump(as_mapping(config)))
+    saved = yaml.safe_load(yaml.safe_dump(config_to_mapping(config)))
     assert rebuilt(Config, saved) == config
     words = text.split(",")
     assert parse(Config, ["--data.caption", *words]).data.caption == read_options(path, {"caption": words})[0].caption == text
@@ -99,15 +99,15 @@ def test_both_readers_take_a_mapping_a_list_and_a_text(tmp_path, yaml_text, text
 def test_a_mapping_replaces_that_of_the_recipe_it_extends(tmp_path):
     (tmp_path / "base.yaml").write_text("data: {caption: {txt: 1, json.a: 1}, resolution: 64}")
     (tmp_path / "over.yaml").write_text("extends: base.yaml\ndata: {caption: {json.b: 2, json.c: 1}}")
-    assert load(tmp_path / "over.yaml")["data"] == {"caption": {"json.b": 2, "json.c": 1}, "resolution": 64}
+    assert load_recipe(tmp_path / "over.yaml")["data"] == {"caption": {"json.b": 2, "json.c": 1}, "resolution": 64}
     path = str(tmp_path / "over.yaml")
     assert parse(Config, ["--config", path]).data.caption == read_options(path)[0].caption == "json.b=2,json.c=1"
 
 
 def test_shares_are_weights_over_their_sum_in_any_order():
     one, two = parse_captions("txt=7,json.a=2,json.b=1"), parse_captions("json.b=0.1,txt=0.7,json.a=0.2")
-    assert one.fields == two.fields == ("json.a", "json.b", "txt") and one.shares == pytest.approx([0.2, 0.1, 0.7]) == two.shares
-    assert parse_captions("txt,json.a").shares == (0.5, 0.5) and parse_captions("txt=3") == parse_captions("txt") and not one.fields[3:]
+    assert one.fields == two.fields == ("json.a", "json.b", "txt") and one.weights == pytest.approx([0.2, 0.1, 0.7]) == two.weights
+    assert parse_captions("txt,json.a").weights == (0.5, 0.5) and parse_captions("txt=3") == parse_captions("txt") and not one.fields[3:]
     assert not parse_captions("txt").several and parse_captions("json.a[*]").several and parse_captions("") == ((), ())
 
 
@@ -143,7 +143,7 @@ def test_an_empty_mapping_is_refused_by_both_readers(tmp_path):
 
 def test_a_resume_must_agree_on_shares_and_not_on_how_they_are_written():
     def fact(caption):
-        return facts_of(parse(Config, ["--model.kind=mmdit", f"--data.caption={caption}"]), "x")["data"]["caption"]
+        return run_facts(parse(Config, ["--model.kind=mmdit", f"--data.caption={caption}"]), "x")["data"]["caption"]
 
     assert fact("txt") == fact("txt=2") == "txt" and fact("json.a") == "json.a"
     assert fact("txt=0.7,json.a=0.3") == fact("json.a=3, txt=7") != fact("txt=0.6,json.a=0.4") != fact("txt,json.a")
@@ -161,7 +161,7 @@ def chi_square(counts, shares):
 def test_captions_come_as_often_as_their_weights_say():
     """Three fields, one of them a list of four, over 40,000 positions: 99.9 % of chi-square with 5 degrees of freedom is below 20.5."""
     numbers, shares = [0, 0, 0, 0, 1, 2], (0.2, 0.1, 0.7)
-    drawn = [draw(numbers, shares, share) for share in share_at(np.arange(40_000), 5, 10).tolist()]
+    drawn = [draw_index(numbers, shares, share) for share in uniform_at(np.arange(40_000), 5, 10).tolist()]
     counts = np.bincount(drawn, minlength=6)
     assert chi_square(counts, [0.05, 0.05, 0.05, 0.05, 0.1, 0.7]) < 20.5
     assert chi_square(counts, [0.2 / 4 + 0.01, 0.04, 0.05, 0.05, 0.1, 0.7]) > 20.5, "a hundredth would be seen"
@@ -169,11 +169,11 @@ def test_captions_come_as_often_as_their_weights_say():
 
 def test_what_a_sample_lacks_falls_to_the_others_in_proportion():
     """Of weights 0.2, 0.1 and 0.7 the first and second alone have 2/3 and 1/3; one alone is always drawn."""
-    shares = share_at(np.arange(30_000), 6, 10).tolist()
-    first = sum(draw([0, 1], (0.2, 0.1, 0.7), share) == 0 for share in shares)
+    shares = uniform_at(np.arange(30_000), 6, 10).tolist()
+    first = sum(draw_index([0, 1], (0.2, 0.1, 0.7), share) == 0 for share in shares)
     assert chi_square([first, 30_000 - first], [2 / 3, 1 / 3]) < 10.8
-    assert {draw([1], (0.2, 0.1, 0.7), share) for share in shares[:100]} == {0}
-    assert draw([0, 1], (0.5, 0.5), 0.0) == 0 and draw([0, 1], (0.5, 0.5), math.nextafter(1, 0)) == 1
+    assert {draw_index([1], (0.2, 0.1, 0.7), share) for share in shares[:100]} == {0}
+    assert draw_index([0, 1], (0.5, 0.5), 0.0) == 0 and draw_index([0, 1], (0.5, 0.5), math.nextafter(1, 0)) == 1
 
 
 def test_frequencies_of_a_stream(parts):
@@ -188,7 +188,7 @@ def test_frequencies_of_a_stream(parts):
     for position, n in enumerate((first[shards] + numbers).tolist()):
         if n % 4 != 3 and n % 5:
             counts[0 if found[position] in whole else 2 if found[position] in short else 1] += 1
-        assert found[position] in [text for _, text in captions_in(files_of(n), parse_captions(MIX).fields)]
+        assert found[position] in [text for _, text in sample_captions(files_of(n), parse_captions(MIX).fields)]
     assert chi_square(counts, [0.7, 0.2, 0.1]) < 13.8
 
 
@@ -213,9 +213,9 @@ def test_the_choice_is_a_function_of_seed_and_position(parts):
         assert len(found) >= 48 and found == {position: wanted[position] for position in found}
     for seed in (3, 4):
         batch = next(build(parts, seed=seed, share=Share(batch_size=96), captions=True))
-        shares = share_at(batch.positions.numpy(), seed, 10).tolist()
+        shares = uniform_at(batch.positions.numpy(), seed, 10).tolist()
         numbers = [int(key) for key in build(parts, seed=seed, share=Share(batch_size=8)).keys(batch)]
-        assert batch.captions == tuple(caption_of(files_of(n), MIX, share) for n, share in zip(numbers, shares, strict=True))
+        assert batch.captions == tuple(draw_caption(files_of(n), MIX, share) for n, share in zip(numbers, shares, strict=True))
 
 
 # --- encoded before
@@ -225,7 +225,7 @@ def test_the_cache_draws_what_is_drawn_now(parts):
     """To the bit: at each position the states and pooled vector are those that the cache holds of the caption that is read now."""
     options = replace(parts, encoding="cached")
     images, facts = open_shards(options), read_text_encoders(options)
-    text = open_text(options, images, facts)
+    text = open_encoded_text(options, images, facts)
     batch = next(build(options, seed=3, share=Share(batch_size=120), captions=True, images=images, text=text))
     alone = next(build(options, seed=3, share=Share(batch_size=120), images=images, text=text))
     assert alone.captions == () and batch.captions == tuple(shown(parts, 120).values())
@@ -235,7 +235,7 @@ def test_the_cache_draws_what_is_drawn_now(parts):
         encoder = TextEncoder(fact.name, max_tokens=12)
         for i, (shard, number) in enumerate(batch.samples.tolist()):
             rows = np.load(files_like(one.shards, shard, number)).view(np.uint16)
-            held = [caption for _, caption in captions_in(images.read(shard, number).files, fields)]
+            held = [caption for _, caption in sample_captions(images.read(shard, number).files, fields)]
             at = held.index(batch.captions[i])
             words = rows.ravel()
             count, lengths = int(words[0]), words[2 : 2 + 2 * int(words[0]) : 2].tolist()
@@ -263,10 +263,10 @@ def test_statistics_count_captions(parts):
 
 def test_weights_may_change_and_captions_may_not(parts):
     images, facts = open_shards(parts), read_text_encoders(parts)
-    open_text(replace(parts, caption="json.short=5,txt=0.1,json.lines[*]=1"), images, facts)
+    open_encoded_text(replace(parts, caption="json.short=5,txt=0.1,json.lines[*]=1"), images, facts)
     for other, said in (("txt", "txt"), ("txt,json.short", "json.short,txt"), ("json.lines[*]", r"json.lines\[\*\]")):
         with pytest.raises(ValueError, match=rf"caption is json.lines\[\*\],json.short,txt there and {said} here"):
-            open_text(replace(parts, caption=other), images, facts)
+            open_encoded_text(replace(parts, caption=other), images, facts)
 
 
 def test_a_cache_of_one_caption_stays_as_it_was(parts, tmp_path):
@@ -275,7 +275,7 @@ def test_a_cache_of_one_caption_stays_as_it_was(parts, tmp_path):
     section = {**vars(options), "text_encoder": parts.text_encoder}
     assert command.main(["--config", str(frozen.recipe(tmp_path / "r.json", **section))]) == 0
     images, facts = open_shards(options), read_text_encoders(options)
-    text = open_text(options, images, facts)
+    text = open_encoded_text(options, images, facts)
     assert [(one.encoding["version"], one.encoding["caption"]) for one in text] == [(2, "json.short")] * 2
     assert set(text[0].encoding["statistics"]) == {"samples", "tokens", "missing", "cut"}
     batch = next(build(options, seed=3, share=Share(batch_size=8), images=images, text=text))
@@ -298,7 +298,7 @@ def test_a_sample_without_any_caption_is_encoded_as_the_empty_one(parts, tmp_pat
     assert command.main(["--config", str(recipe)]) == 0
     options = read_options(recipe)[0]
     images = open_shards(options)
-    (text,) = open_text(options, images, read_text_encoders(options))
+    (text,) = open_encoded_text(options, images, read_text_encoders(options))
     batch = next(build(options, seed=0, share=Share(batch_size=8), captions=True, images=images, text=(text,)))
     empty = [i for i, caption in enumerate(batch.captions) if not caption]
     assert 0 < len(empty) < 8 and text.encoding["statistics"]["missing"] == 1
@@ -308,7 +308,7 @@ def test_a_sample_without_any_caption_is_encoded_as_the_empty_one(parts, tmp_pat
 
 def test_rows_of_several_captions_have_their_list_before_them():
     """Two captions of 2 and 3 rows in 3 columns: a list of five numbers fills two rows."""
-    rows = several_rows([(4, np.full((2, 3), 1, np.float16)), (0, np.full((3, 3), 2, np.float16))])
+    rows = multi_caption_rows([(4, np.full((2, 3), 1, np.float16)), (0, np.full((3, 3), 2, np.float16))])
     assert (
         rows.shape == (7, 3) and rows[:2].view(np.uint16).ravel().tolist() == [2, 4, 2, 0, 3, 0] and rows[2:, 0].tolist() == [1, 1, 2, 2, 2]
     )
@@ -332,7 +332,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_text_that_cannot_be_read_is_that_samples_fault(name):
     with pytest.raises(ValueError, match=r"^\.(txt|json): "):
-        captions_in(BAD[name], parse_captions(MIX).fields)
+        sample_captions(BAD[name], parse_captions(MIX).fields)
 
 
 @pytest.mark.parametrize(
@@ -353,7 +353,7 @@ def test_text_that_cannot_be_read_is_that_samples_fault(name):
     ],
 )
 def test_what_captions_are_read_as(files, field, caption):
-    assert caption_of(files, field) == caption
+    assert draw_caption(files, field) == caption
 
 
 @pytest.fixture
@@ -375,11 +375,11 @@ def test_bad_text_is_replaced_and_counted_the_same_from_a_cache(damaged, parts, 
     assert command.main(["--config", str(recipe)]) == 0
     options = replace(read_options(recipe)[0], encoding="cached")
     images = open_shards(options)
-    text = open_text(options, images, read_text_encoders(options))
+    text = open_encoded_text(options, images, read_text_encoders(options))
     bad = [line.split(" ")[1] for line in text[0].encoding["bad"]]
     assert bad == ["004", "012", "021"] and text[0].encoding["statistics"]["samples"] == 27 and text[0].shards.counts == [9, 11, 10]
     with pytest.raises(ValueError, match="could not be read"):
-        text_of(next(iter(text[0].shards.read(0, 4).files.values())), 16, 12)
+        read_text_rows(next(iter(text[0].shards.read(0, 4).files.values())), 16, 12)
     now = next(build(options, seed=3, share=Share(batch_size=90), captions=True, images=images))
     before = next(build(options, seed=3, share=Share(batch_size=90), images=images, text=text))
     assert [(f.position, f.key) for f in now.faults] == [(f.position, f.key) for f in before.faults]
@@ -390,8 +390,8 @@ def test_bad_text_is_replaced_and_counted_the_same_from_a_cache(damaged, parts, 
 
 def test_bad_text_stops_nothing_that_only_looks(damaged, parts, tmp_path, capsys):
     options = Options(shards=(str(damaged),), resolution=16, workers=0, caption=MIX, text_encoder=parts.text_encoder, max_tokens=(12,))
-    sources = Sources.open(options, True)
-    assert len(sources.examples(30)) == 27 and survey(options, True).mistakes == []
+    sources = TrainingData.open(options, True)
+    assert len(sources.example_captions(30)) == 27 and survey(options, True).mistakes == []
     with pytest.raises(BadSample, match=r"the caption of '004' cannot be read \(.txt: the text is no UTF-8"):
         read_captions(Shards(damaged), "txt", [3, 4])
     recipe = frozen.recipe(tmp_path / "r.json", caption=MIX, resolution=16, workers=0)

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from condot.cli import sample
 from condot.core.printable import printable
 from condot.pipeline.checkpoint.store import averages, load_state, raw_weights
-from condot.pipeline.config.parse import build
+from condot.pipeline.config.parse import config_from_mapping
 from condot.pipeline.config.schema import Config
-from condot.pipeline.evaluation.provenance import Provenance, digest, provenance_of
-from condot.pipeline.export.load import open_folder
-from condot.pipeline.export.loss_plot import SIZE, draw_curve, log_ticks, running_mean, ticks
-from condot.pipeline.export.model_card import Card, own_parts, readme
+from condot.pipeline.evaluation.provenance import Provenance, hash_tensors, read_provenance
+from condot.pipeline.export.load import load_flow_model
+from condot.pipeline.export.loss_plot import SIZE, log_ticks, plot_loss, running_mean, ticks
+from condot.pipeline.export.model_card import CardFacts, components_with_code, render_readme
 
 
 @pytest.fixture
@@ -48,14 +48,16 @@ CALL = "class_labels=[0], guidance_scale=2, num_inference_steps=25"
 WHY = "no stock scheduler follows it"
 
 
-OURS = Provenance(sha256="e" * 64, trained="a" * 64, step=12)
-EVALUATED, RETRIEVED = (figures | Provenance.of_run("a" * 64, 12, "").as_dict() for figures in (EVALUATION, RETRIEVAL))
+OURS = Provenance(sha256="e" * 64, trained_sha256="a" * 64, step=12)
+EVALUATED, RETRIEVED = (figures | Provenance.from_run("a" * 64, 12, "").as_dict() for figures in (EVALUATION, RETRIEVAL))
 """Figures of the weights that OURS names, as measured on the run."""
 
 
 def card_of(run, folder, config=None, names=("zero", "one"), **told):
-    card = Card.of(run, 192, 12, torch.nn.Linear(2, 3), **{"provenance": OURS, **told})
-    (folder / "README.md").write_text(readme(folder, config or Config(output_dir="/home/ann/runs/x"), names, card, 2.0, (CALL, CALL), WHY))
+    card = CardFacts.from_run(run, 192, 12, torch.nn.Linear(2, 3), **{"provenance": OURS, **told})
+    (folder / "README.md").write_text(
+        render_readme(folder, config or Config(output_dir="/home/ann/runs/x"), names, card, 2.0, (CALL, CALL), WHY)
+    )
     return ModelCard.load(folder / "README.md")
 
 
@@ -88,7 +90,7 @@ def evaluated(digits, *words):
 @pytest.fixture
 def quick(monkeypatch):
     """Figures in place of measured ones."""
-    report = types.SimpleNamespace(as_dict=lambda: EVALUATION, reaches=lambda *least: True)
+    report = types.SimpleNamespace(as_dict=lambda: EVALUATION, meets=lambda *least: True)
     monkeypatch.setattr(sample, "evaluate", lambda *given: report)
 
 
@@ -107,7 +109,7 @@ def test_figures_are_of_exactly_the_weights_on_the_card(trained, digits, tmp_pat
     evaluated(digits, "--run", str(run))
     figures = json.loads((run / "evaluation.json").read_text())
     state, tensors = load_state(run / "checkpoint-12"), averages(run / "checkpoint-12")
-    assert (figures["step"], figures["ema"], figures["weights_sha256"]) == (state["step"], "", digest(tensors))
+    assert (figures["step"], figures["ema"], figures["weights_sha256"]) == (state["step"], "", hash_tensors(tensors))
     assert on_card(run)
     assert "Measured on exactly these weights: of step 12, SHA-256" in (run / "export/README.md").read_text()
     for name in ("metrics.jsonl", "config.yaml"):
@@ -135,29 +137,29 @@ def test_figures_are_of_exactly_the_weights_on_the_card(trained, digits, tmp_pat
 def test_an_exported_folder_knows_its_weights(trained, digits, tmp_path, quick):
     """By the tensors in its files; figures stay with it, and are the run's too; weights that were changed are nobody's."""
     run = shutil.copytree(trained, tmp_path / "run")
-    found = provenance_of(run / "export")
+    found = read_provenance(run / "export")
     file = load_file(run / "export/transformer/diffusion_pytorch_model.safetensors")
-    assert (found.sha256, found.trained, found.step) == (digest(file), digest(averages(run / "checkpoint-12")), 12)
+    assert (found.sha256, found.trained_sha256, found.step) == (hash_tensors(file), hash_tensors(averages(run / "checkpoint-12")), 12)
     evaluated(digits, "--pipeline", str(run / "export"))
     for _ in range(2):
         kept = json.loads((run / "export/evaluation.json").read_text())
-        assert (kept["step"], kept["weights_sha256"], kept["trained_sha256"]) == (12, found.sha256, found.trained)
+        assert (kept["step"], kept["weights_sha256"], kept["trained_sha256"]) == (12, found.sha256, found.trained_sha256)
         assert on_card(run)
     file["pos_embed.proj.bias"] += 1
     save_file(file, run / "export/transformer/diffusion_pytorch_model.safetensors")
-    other = provenance_of(run / "export")
-    assert other.sha256 != found.sha256 and (other.trained, other.step) == ("", None)
+    other = read_provenance(run / "export")
+    assert other.sha256 != found.sha256 and (other.trained_sha256, other.step) == ("", None)
     (run / "export/evaluation.json").write_text(json.dumps(EVALUATION | other.as_dict()))
     assert not on_card(run)
     (run / "export/evaluation.json").write_text("{}")
-    open_folder(run / "export")
+    load_flow_model(run / "export")
 
 
 def test_samples_of_a_guide_are_told_so(trained, digits, tmp_path, quick):
     run = shutil.copytree(trained, tmp_path / "run")
     evaluated(digits, "--run", str(run), "--guide_run", str(trained), "--guide_ema", "raw")
     figures = json.loads((run / "evaluation.json").read_text())
-    assert figures["guide_sha256"] == digest(raw_weights(trained / "checkpoint-12")) != figures["weights_sha256"]
+    assert figures["guide_sha256"] == hash_tensors(raw_weights(trained / "checkpoint-12")) != figures["weights_sha256"]
     assert on_card(run) and "guided by another, weaker model" in (run / "export/README.md").read_text()
 
 
@@ -195,10 +197,12 @@ def test_strangers_words_are_only_words(trained, folder, word):
     """As names of classes, title, folder, split and recipe: CommonMark with GitHub's tables and links finds none but our own markup."""
     from markdown_it import MarkdownIt
 
-    config = build(Config, {"output_dir": "runs/x", "data": {"shards": [f"/data/{word}"], "split": word or "x"}})
+    config = config_from_mapping(Config, {"output_dir": "runs/x", "data": {"shards": [f"/data/{word}"], "split": word or "x"}})
     title = " ".join(word.split())
     card = card_of(trained, folder, config, names=(word, "one"), title=title)
-    plainly = card_of(trained, folder, build(Config, {"data": {"shards": ["/data/w"], "split": "w"}}), names=("w", "one"), title="w")
+    plainly = card_of(
+        trained, folder, config_from_mapping(Config, {"data": {"shards": ["/data/w"], "split": "w"}}), names=("w", "one"), title="w"
+    )
     reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
     mine, theirs = ([(t.type, t.tag) for t in flat(reader.parse(one.text))] for one in (card, plainly))
     assert mine == theirs, "the same headings, tables, links, code: a word is text and nothing else"
@@ -221,7 +225,7 @@ def test_the_head_holds_strangers_words_as_values(trained, folder):
     shutil.copytree(trained, folder.parent / "run")
     (folder.parent / "run/evaluation.json").write_text(json.dumps(EVALUATED))
     for word in ("a: [b", "--- x", "'#", "*x", "%y: &z", "tags: [evil]"):
-        config = build(Config, {"data": {"shards": [f"/data/{word}"]}})
+        config = config_from_mapping(Config, {"data": {"shards": [f"/data/{word}"]}})
         head = card_of(folder.parent / "run", folder, config, title=word).data
         assert head.model_name == word and head.eval_results[0].dataset_name == word and head.tags[0] == "condot"
 
@@ -232,7 +236,9 @@ def test_the_card_names_code_by_hash_and_both_ways_to_load(trained, folder):
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "scheduler/scheduling_x_v1.py").write_text("a = 1\n")
     (folder / "pipeline_condot_v1.py").write_text("b = 2\n")
-    assert own_parts(index) == ["scheduler"] and own_parts({"_class_name": ["pipeline_x", "X"], "vae": ["diffusers", "V"]}) == ["pipeline"]
+    assert components_with_code(index) == ["scheduler"] and components_with_code(
+        {"_class_name": ["pipeline_x", "X"], "vae": ["diffusers", "V"]}
+    ) == ["pipeline"]
     text = card_of(trained, folder).text
     assert f"| `scheduler/scheduling_x_v1.py` | `{hashlib.sha256(b'a = 1' + bytes([10])).hexdigest()}` |" in text
     assert f"| `pipeline_condot_v1.py` | `{hashlib.sha256(b'b = 2' + bytes([10])).hexdigest()}` |" in text
@@ -242,13 +248,13 @@ def test_the_card_names_code_by_hash_and_both_ways_to_load(trained, folder):
 
 def test_the_card_of_a_text_model_links_its_origins(trained, folder, tmp_path):
     given = {"model": {"kind": "cross_dit"}, "init_from": "ann/base", "data": {"text_encoder": ["openai/clip"], "autoencoder": "ann/vae"}}
-    card = card_of(trained, folder, build(Config, given))
+    card = card_of(trained, folder, config_from_mapping(Config, given))
     assert card.data.pipeline_tag == "text-to-image" and card.data.base_model == "ann/base"
     assert "captions, read by [openai/clip](https://huggingface.co/openai/clip)" in card.text and "the latents of [ann/vae]" in card.text
-    stage = card_of(trained, folder, build(Config, {"checkpoint": {"start_from": "/runs/*stage*"}}))
+    stage = card_of(trained, folder, config_from_mapping(Config, {"checkpoint": {"start_from": "/runs/*stage*"}}))
     assert "trained from the weights of another run, `*stage*` by condot" in stage.text and "from scratch" not in stage.text
     (tmp_path / "w").mkdir()
-    local = card_of(trained, folder, build(Config, given | {"init_from": str(tmp_path / "w")}))
+    local = card_of(trained, folder, config_from_mapping(Config, given | {"init_from": str(tmp_path / "w")}))
     assert local.data.base_model is None and str(tmp_path) not in local.content
 
 
@@ -258,8 +264,8 @@ def test_the_card_of_a_text_model_links_its_origins(trained, folder, tmp_path):
 def test_the_curve_lies_where_the_values_are(tmp_path):
     """A falling line: dark at its upper left and lower right, light where it is not; the same points give the same bytes."""
     points = [(i, 10.0 - i) for i in range(10)]
-    assert draw_curve(points, tmp_path / "a.png", x_label="images seen", y_label="loss")
-    assert draw_curve(points[::-1], tmp_path / "b.png", x_label="images seen", y_label="loss")
+    assert plot_loss(points, tmp_path / "a.png", x_label="images seen", y_label="loss")
+    assert plot_loss(points[::-1], tmp_path / "b.png", x_label="images seen", y_label="loss")
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     image = Image.open(tmp_path / "a.png")
     blue = torch.tensor(
@@ -268,7 +274,7 @@ def test_the_curve_lies_where_the_values_are(tmp_path):
     rows, columns = blue.nonzero().double().T
     assert image.size == SIZE and len(rows) > 500
     assert torch.corrcoef(torch.stack([rows, columns]))[0, 1] > 0.99, "down to the right, rows count from the top"
-    assert not draw_curve([(1, 2.0)], tmp_path / "c.png", x_label="", y_label="") and not (tmp_path / "c.png").exists()
+    assert not plot_loss([(1, 2.0)], tmp_path / "c.png", x_label="", y_label="") and not (tmp_path / "c.png").exists()
 
 
 def test_ticks_are_round_and_inside():

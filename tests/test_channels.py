@@ -22,38 +22,38 @@ from condot.cli import sample
 from condot.core.data_options import Options
 from condot.data.encoders.autoencoder import check_images
 from condot.data.format.manifest import Manifest
-from condot.data.images.decode import decode_into, preview
+from condot.data.images.decode import decode_into, decode_preview
 from condot.data.inspect import main as inspect
 from condot.data.inspect import shown
-from condot.data.loader.batch import Pixels
+from condot.data.loader.batch import PixelReader
 from condot.data.loader.build import build
-from condot.data.loader.encoded_cache import disagreements, wanted_latents
+from condot.data.loader.encoded_cache import encoding_differences, wanted_latents
 from condot.data.loader.read_samples import read_images
 from condot.data.loader.stream import Share, to_unit
 from condot.data.prepare.command import main as prepare
 from condot.data.storage.shard_reader import Shards
 from condot.models import registry
-from condot.models.convert import to_exported
-from condot.models.cost import example
-from condot.pipeline.config.model import CrossDiTConfig, DiTConfig, MMDiTConfig, UNetConfig, model_options
-from condot.pipeline.config.parse import as_mapping
-from condot.pipeline.config.parse import build as fill_config
+from condot.models.convert import to_diffusers
+from condot.models.cost import example_inputs
+from condot.pipeline.config.model import CrossDiTConfig, DiTConfig, MMDiTConfig, UNetConfig, build_model_kwargs
+from condot.pipeline.config.parse import config_from_mapping as fill_config
+from condot.pipeline.config.parse import config_to_mapping
 from condot.pipeline.config.schema import Config, FlowConfig
 from condot.pipeline.evaluation.metrics import check_features
-from condot.pipeline.export.identity_autoencoder import MOST_CHANNELS, identity_autoencoder
-from condot.pipeline.export.load import open_folder, pipeline_source
-from condot.pipeline.export.model_card import beyond_pil
-from condot.pipeline.export.pipeline_class import choose
+from condot.pipeline.export.identity_autoencoder import MAX_IDENTITY_CHANNELS, identity_autoencoder
+from condot.pipeline.export.load import flow_model_from_pipeline, load_flow_model
+from condot.pipeline.export.model_card import note_beyond_pil
+from condot.pipeline.export.pipeline_class import choose_pipeline
 from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
-from condot.pipeline.latent_space import Space
+from condot.pipeline.latent_space import LatentSpace
 from condot.pipeline.sampling.animation import save_animation
-from condot.pipeline.sampling.bulk import Files
+from condot.pipeline.sampling.bulk import FolderWriter
 from condot.pipeline.sampling.image_encoding import encode_image, file_extension, quantise
-from condot.pipeline.sampling.image_grid import grid, save_image
-from condot.pipeline.sampling.images import described
-from condot.pipeline.sampling.likelihood import bits
+from condot.pipeline.sampling.image_grid import make_grid, save_image
+from condot.pipeline.sampling.images import image_settings
+from condot.pipeline.sampling.likelihood import compute_bits_per_dimension
 from condot.pipeline.sampling.restore import measurement
-from condot.pipeline.training.resume_rules import compare, facts_of
+from condot.pipeline.training.resume_rules import find_differences, run_facts
 
 SIDE = 8
 KINDS = {
@@ -148,14 +148,14 @@ def test_units_on_a_gpu_are_those_of_the_cpu():
 @pytest.mark.parametrize(("channels", "depth"), [(1, 8), (3, 8), (4, 8), (3, 16)])
 def test_what_the_index_calls_plain_is_so_only_for_three_bytes_a_pixel(channels, depth):
     data = jpeg(1, (16, 8))
-    found, expected = Pixels(channels, depth).empty(1, (8, 16))[0], Pixels(channels, depth).empty(1, (8, 16))[0]
-    Pixels(channels, depth).fill(found, data, True, (0.5, 0.5), True)
+    found, expected = PixelReader(channels, depth).empty(1, (8, 16))[0], PixelReader(channels, depth).empty(1, (8, 16))[0]
+    PixelReader(channels, depth).fill(found, data, True, (0.5, 0.5), True)
     decode_into(expected, data, mirror=True)
     assert np.array_equal(found, expected)
 
 
 def test_a_batch_has_the_bytes_of_its_depth():
-    assert Pixels(3).empty(2, (4, 5)).nbytes == 120 and Pixels(5, 16).empty(2, (4, 5)).nbytes == 400
+    assert PixelReader(3).empty(2, (4, 5)).nbytes == 120 and PixelReader(5, 16).empty(2, (4, 5)).nbytes == 400
 
 
 # --- files and pictures
@@ -204,27 +204,27 @@ def test_bands_are_arrays(depth):
 def test_a_grid_keeps_alpha_where_its_file_can_and_lies_on_white_where_not(tmp_path):
     red = torch.tensor([1.0, -1.0, -1.0, -1.0]).reshape(1, 4, 1, 1).expand(2, 4, 2, 2)  # and transparent
     for suffix in (".png", ".webp"):
-        save_image(grid(red, 2), tmp_path / f"x{suffix}")
+        save_image(make_grid(red, 2), tmp_path / f"x{suffix}")
         image = Image.open(tmp_path / f"x{suffix}")
         assert image.mode == "RGBA" and image.getpixel((0, 0)) == (255,) * 4 and image.getpixel((1, 1))[3] == 0
     assert Image.open(tmp_path / "x.png").getpixel((1, 1)) == (255, 0, 0, 0), "the colour below is kept"
-    save_image(grid(red, 2, 8), tmp_path / "x.jpg")
+    save_image(make_grid(red, 2, 8), tmp_path / "x.jpg")
     assert np.asarray(Image.open(tmp_path / "x.jpg")).min() > 250
     gray = torch.tensor([-1.0, 0.0]).reshape(1, 2, 1, 1).expand(1, 2, 2, 2)  # black, half seen
-    save_image(grid(gray, 1), tmp_path / "gray.png")
+    save_image(make_grid(gray, 1), tmp_path / "gray.png")
     assert Image.open(tmp_path / "gray.png").mode == "LA" and Image.open(tmp_path / "gray.png").getpixel((1, 1)) == (0, 128)
     for suffix in (".gif", ".webp"):
-        save_animation([grid(gray, 1)[None], grid(-gray, 1)[None]], tmp_path / f"film{suffix}", 1)
+        save_animation([make_grid(gray, 1)[None], make_grid(-gray, 1)[None]], tmp_path / f"film{suffix}", 1)
         film = Image.open(tmp_path / f"film{suffix}")
         assert film.n_frames == 2 and abs(film.convert("RGB").getpixel((2, 2))[0] - 127) <= 1
-    save_image(grid(torch.cat([red[:, :3], torch.zeros(2, 4, 2, 2)], 1), 2), tmp_path / "bands.png")
+    save_image(make_grid(torch.cat([red[:, :3], torch.zeros(2, 4, 2, 2)], 1), 2), tmp_path / "bands.png")
     assert Image.open(tmp_path / "bands.png").mode == "RGB" and Image.open(tmp_path / "bands.png").getpixel((1, 1)) == (255, 0, 0)
 
 
 def test_a_folder_of_arrays_is_gone_on_with(tmp_path):
-    keeper = Files(tmp_path, "npy")
+    keeper = FolderWriter(tmp_path, "npy")
     keeper.put(1, {"npy": b"x"})
-    again = Files(tmp_path, "npy")
+    again = FolderWriter(tmp_path, "npy")
     assert again.there == 1 and again.missing(range(3)) == [0, 2] and (tmp_path / "000001.npy").read_bytes() == b"x"
 
 
@@ -237,28 +237,28 @@ def test_every_network_and_its_export_hold_any_number_of_channels(model, channel
     """Exported, -1 times the same output; and each channel of the input has its say in each of the output."""
     small = {"block_channels": (32,), "head_width": 32} if model is UNetConfig else {"width": 32, "depth": 2, "heads": 2}
     config, widths = model(**small), (16, 16)
-    network = shake(registry.build(seed=0, **model_options(config, (channels, 8, 8), 2, widths)))
-    text = {"tokens": 5, "text_width": 16, "pooled_width": 16} if config.takes == "text" else {}
-    x, t, *condition = example(network, (channels, 8, 8), batch=2, **text)
+    network = shake(registry.build(seed=0, **build_model_kwargs(config, (channels, 8, 8), 2, widths)))
+    text = {"tokens": 5, "text_width": 16, "pooled_width": 16} if config.conditioning == "text" else {}
+    x, t, *condition = example_inputs(network, (channels, 8, 8), batch=2, **text)
     x.requires_grad_(True)
     out = network(x, t, *condition)
     assert out.shape == x.shape
     for one in out.sum((0, 2, 3)):
         assert (torch.autograd.grad(one, x, retain_graph=True)[0].abs().amax((0, 2, 3)) > 0).all()
-    exported = to_exported(network, -1.0, masked=config.takes == "text").eval()
+    exported = to_diffusers(network, -1.0, masked=config.conditioning == "text").eval()
     assert exported.config.in_channels == exported.config.out_channels == channels
     place = "unet" if model is UNetConfig else "transformer"
     pipe = CondotPipeline(choose_scheduler(), **{place: exported})
-    if config.takes == "class":
+    if config.conditioning == "class":
         with torch.no_grad():
             labels = torch.where(condition[0] == 2, 1000, condition[0])
             torch.testing.assert_close(pipe.predict(x, 1000 * (1 - t), labels), -out, atol=1e-4, rtol=1e-4)
 
 
 def choose_scheduler():
-    from condot.pipeline.export.scheduler_map import scheduler_of
+    from condot.pipeline.export.scheduler_map import build_scheduler
 
-    return scheduler_of(FlowConfig())
+    return build_scheduler(FlowConfig())
 
 
 # --- runs
@@ -298,7 +298,7 @@ def test_a_stranger_draws_the_same_with_stock_diffusers(runs, tmp_path):
         pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, "solver_order": 1})
         pipe.scheduler.set_timesteps(7)
         noise = torch.randn(2, channels, SIDE, SIDE, generator=torch.manual_seed(5))
-        ours = ours_on_stock_schedule(sample.Trained(run), [0, 1], noise, pipe.scheduler.sigmas, 2.5)
+        ours = ours_on_stock_schedule(sample.TrainedModel(run), [0, 1], noise, pipe.scheduler.sigmas, 2.5)
         ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
         theirs = np.load(files[kind])
         assert theirs.shape == (2, SIDE, SIDE, channels) and np.abs(ours - theirs).max() < 1e-4
@@ -341,7 +341,7 @@ def test_cards_say_how_to_have_all_of_an_image(runs):
         assert f"images with {channels} channel(s)" in card and ("of 16 bits" in card) == (depth == 16)
         assert ('output_type="np").images[0]' in card) == (channels == 5)
         assert (f"(height, width, {channels}), to be multiplied by 65535." in card) == (depth == 16)
-    assert beyond_pil(3, 8) == "" and described(open_folder(runs["RGBA"] / "export")) == {"channels": 4}
+    assert note_beyond_pil(3, 8) == "" and image_settings(load_flow_model(runs["RGBA"] / "export")) == {"channels": 4}
 
 
 def test_a_run_goes_on_with_its_own_depth_alone(packed, runs, capsys):
@@ -352,21 +352,21 @@ def test_a_run_goes_on_with_its_own_depth_alone(packed, runs, capsys):
 def test_recipes_and_checkpoints_of_before_are_of_8_bits():
     config = fill_config(Config, {"data": {"channels": 1}})
     assert config.data.bit_depth == 8
-    old = facts_of(config, "x")
+    old = run_facts(config, "x")
     del old["data"]["bit_depth"]
     deep = replace(config, data=replace(config.data, bit_depth=16))
-    assert compare(old, facts_of(config, "x")) == []
-    assert compare(old, facts_of(deep, "x")) == ["data.bit_depth is 8 there and 16 here"]
-    assert fill_config(Config, as_mapping(deep)) == deep
+    assert find_differences(old, run_facts(config, "x")) == []
+    assert find_differences(old, run_facts(deep, "x")) == ["data.bit_depth is 8 there and 16 here"]
+    assert fill_config(Config, config_to_mapping(deep)) == deep
 
 
 def test_a_cache_of_latents_is_of_its_depth():
     options, images = Options(resolution=8), Manifest(shards=())
     eight, deep = wanted_latents(options, images), wanted_latents(replace(options, bit_depth=16), images)
     assert "bit_depth" not in eight, "as caches of before have it"
-    assert disagreements(eight, eight) == disagreements(deep, deep) == []
-    assert disagreements(eight, deep) == ["bit_depth is 8 there and 16 here"]
-    assert disagreements(deep, eight) == ["bit_depth is 16 there and 8 here"]
+    assert encoding_differences(eight, eight) == encoding_differences(deep, deep) == []
+    assert encoding_differences(eight, deep) == ["bit_depth is 8 there and 16 here"]
+    assert encoding_differences(deep, eight) == ["bit_depth is 16 there and 8 here"]
 
 
 # --- what else reads images
@@ -395,19 +395,19 @@ def test_what_is_shown_of_deep_pixels_and_of_bands():
     assert np.asarray(shown(bands.reshape(6, 1, 1))).ravel().tolist() == [10, 20, 30]
     buffer = BytesIO()
     np.save(buffer, bands.reshape(1, 1, 6))
-    assert np.asarray(preview(buffer.getvalue())).ravel().tolist() == [10, 20, 30]
+    assert np.asarray(decode_preview(buffer.getvalue())).ravel().tolist() == [10, 20, 30]
 
 
 def test_bits_of_a_finer_lattice(runs):
     """Of the same images 2 log 257 / 2 log 2 more: the same density, in bins 257 times as narrow."""
-    source = sample.Trained(runs["16-bit gray"]).source("cpu")
+    source = sample.TrainedModel(runs["16-bit gray"]).build_model("cpu")
     assert source.bit_depth == 16
     x, labels = to_unit(torch.from_numpy(np.full((4, 1, SIDE, SIDE), 128, np.uint8))), torch.zeros(4, dtype=torch.int64)
-    of = [bits(replace(source, bit_depth=depth), x, labels, tolerance=1e-3, seed=0, exact=True) for depth in (8, 16)]
+    of = [compute_bits_per_dimension(replace(source, bit_depth=depth), x, labels, tolerance=1e-3, seed=0, exact=True) for depth in (8, 16)]
     assert abs(of[1].mean - of[0].mean - np.log2(65535 / 255)) < 0.02 and "16-bit lattice" in str(of[1])
 
 
-@pytest.mark.parametrize("channels", [1, 2, 4, 5, MOST_CHANNELS])
+@pytest.mark.parametrize("channels", [1, 2, 4, 5, MAX_IDENTITY_CHANNELS])
 def test_the_identity_of_more_channels_is_exact_to_less_than_half_a_step_of_16_bits(channels):
     x = torch.cat([torch.rand(1, channels, 4, 4, generator=torch.manual_seed(0)) * 2 - 1, torch.ones(1, channels, 4, 4)])
     with torch.no_grad():
@@ -416,21 +416,25 @@ def test_the_identity_of_more_channels_is_exact_to_less_than_half_a_step_of_16_b
 
 def test_many_bands_take_the_pipeline_that_needs_no_autoencoder(monkeypatch):
     monkeypatch.setattr("condot.pipeline.export.pipeline_class.identity_autoencoder", lambda *_: pytest.fail("of gigabytes"))
-    channels = MOST_CHANNELS + 1
+    channels = MAX_IDENTITY_CHANNELS + 1
     config = DiTConfig(width=32, depth=1, heads=2)
-    network = to_exported(shake(registry.build(seed=0, **model_options(config, (channels, 4, 4), 2))), -1.0)
-    found = choose(network, "", FlowConfig(), Space.of_pixels(channels, 4), ("a", "b"), None, ())
-    assert type(found.pipeline) is CondotPipeline and found.trust and f"more than {MOST_CHANNELS} channels" in found.why
+    network = to_diffusers(shake(registry.build(seed=0, **build_model_kwargs(config, (channels, 4, 4), 2))), -1.0)
+    found = choose_pipeline(network, "", FlowConfig(), LatentSpace.from_pixels(channels, 4), ("a", "b"), None, ())
+    assert (
+        type(found.pipeline) is CondotPipeline
+        and found.needs_remote_code
+        and f"more than {MAX_IDENTITY_CHANNELS} channels" in found.why_not_stock
+    )
     images = found.pipeline(class_labels=["b"], num_inference_steps=2, output_type="np").images
-    assert images.shape == (1, 4, 4, channels) and pipeline_source(found.pipeline).shape == (channels, 4, 4)
+    assert images.shape == (1, 4, 4, channels) and flow_model_from_pipeline(found.pipeline).shape == (channels, 4, 4)
 
 
 def test_an_unconditional_unet_of_bands_is_a_stock_pipeline_without_autoencoder():
     config = UNetConfig(block_channels=(32,), head_width=32)
-    network = to_exported(shake(registry.build(seed=0, **model_options(config, (5, 8, 8), 0))), -1.0)
-    found = choose(network, "", FlowConfig(), Space.of_pixels(5, 8), (), None, ())
-    assert found.calls((), (), 1.0, bands=True)[0] == 'num_inference_steps=25, output_type="np"'
-    assert type(found.pipeline).__name__ == "DDPMPipeline" and not found.trust
+    network = to_diffusers(shake(registry.build(seed=0, **build_model_kwargs(config, (5, 8, 8), 0))), -1.0)
+    found = choose_pipeline(network, "", FlowConfig(), LatentSpace.from_pixels(5, 8), (), None, ())
+    assert found.example_calls((), (), 1.0, bands=True)[0] == 'num_inference_steps=25, output_type="np"'
+    assert type(found.pipeline).__name__ == "DDPMPipeline" and not found.needs_remote_code
     assert found.pipeline(num_inference_steps=2, output_type="np").images.shape == (1, 8, 8, 5)
 
 

@@ -17,11 +17,11 @@ from stocks import PIXART, PLAIN, SD3, shake
 
 from condot.data.encoders.text import TextEncoder
 from condot.pipeline.config.schema import FlowConfig
-from condot.pipeline.export.autoencoder import stock_autoencoder
-from condot.pipeline.export.load import pipeline_source
-from condot.pipeline.export.pipeline_class import choose
+from condot.pipeline.export.autoencoder import fold_latent_scaling
+from condot.pipeline.export.load import flow_model_from_pipeline
+from condot.pipeline.export.pipeline_class import choose_pipeline
 from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
-from condot.pipeline.latent_space import Space
+from condot.pipeline.latent_space import LatentSpace
 
 CLIPS = ("clip_projected", "clip_projected")
 CAPTIONS = ("", "big blue circle on the small green square and a red circle")
@@ -57,17 +57,17 @@ def network(kind, latents=False, side=0):
 def space_of(side, vae=""):
     made = {"kl": "AutoencoderKL", "tiny": "AutoencoderTiny"}.get(vae)
     if not made:
-        return Space.of_pixels(3, side)
+        return LatentSpace.from_pixels(3, side)
     how = {"factor": 4, "image_channels": 3, "scale": (0.7,), "autoencoder": "x", "fingerprint": {"class": made}}
-    return Space(channels=4, height=side, width=side, **how)
+    return LatentSpace(channels=4, height=side, width=side, **how)
 
 
 def autoencoder(folders, kind):
-    """As `fold.stock_autoencoder` gives it, with a scale of its own."""
+    """As `autoencoder.fold_latent_scaling` gives it, with a scale of its own."""
     if not kind:
         return None
     found = {"kl": AutoencoderKL, "tiny": AutoencoderTiny}[kind].from_pretrained(folders / kind)
-    return stock_autoencoder(found.eval(), space_of(8, kind))
+    return fold_latent_scaling(found.eval(), space_of(8, kind))
 
 
 def spoken(folders, kinds, padding, tokens):
@@ -82,7 +82,7 @@ def spoken(folders, kinds, padding, tokens):
 def chosen(folders, kind, encoders=(), padding="mask", vae="", side=0, class_names=(), tokens=(7, 7, 7), **flow):
     model = network(kind, bool(vae), side)
     space, parts = space_of(model.config.sample_size, vae), spoken(folders, encoders, padding, tokens)
-    return choose(model, "", FlowConfig(**flow), space, class_names, autoencoder(folders, vae), parts)
+    return choose_pipeline(model, "", FlowConfig(**flow), space, class_names, autoencoder(folders, vae), parts)
 
 
 SIGMA, THIRD, OURS = "PixArtSigmaPipeline", "StableDiffusion3Pipeline", "CondotPipeline"
@@ -121,7 +121,11 @@ def test_a_stock_class_is_chosen_where_its_source_does_the_same(folders, case):
     """By reading diffusers' `encode_prompt` and `__call__`; what is of stock classes in all its parts needs no trust."""
     kind, how, wanted, why = CASES[case]
     found = chosen(folders, kind, **how)
-    assert type(found.pipeline).__name__ == wanted and why in found.why and found.trust == bool(why) == bool(found.why)
+    assert (
+        type(found.pipeline).__name__ == wanted
+        and why in found.why_not_stock
+        and found.needs_remote_code == bool(why) == bool(found.why_not_stock)
+    )
 
 
 @pytest.mark.parametrize(("vae", "predict", "clipped"), [("", "noise", True), ("kl", "noise", False), ("", "v", False)])
@@ -155,7 +159,7 @@ def test_the_call_on_the_card_draws_what_our_own_pipeline_draws(folders, case, v
     drawn = []
     for pipe, call in zip(
         (found.pipeline, CondotPipeline(scheduler, **{place: model}, **text, **more)),
-        found.calls(names, CAPTIONS, 2.0 if names or text else 1.0),
+        found.example_calls(names, CAPTIONS, 2.0 if names or text else 1.0),
         strict=True,
     ):
         pipe.set_progress_bar_config(disable=True)
@@ -172,7 +176,7 @@ def test_the_call_on_the_card_draws_what_our_own_pipeline_draws(folders, case, v
 def test_a_field_takes_its_text_as_any_tuple(folders):
     """As `flow.condition` has it: by place, not by name."""
     pipe = chosen(folders, "pixart", ("clip",)).pipeline
-    source, x, t = pipeline_source(pipe), torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.7])
+    source, x, t = flow_model_from_pipeline(pipe), torch.randn(2, 3, 16, 16), torch.tensor([0.2, 0.7])
     told = pipe.encode_prompt(CAPTIONS)
     with torch.no_grad():
         assert torch.equal(source.field(x, t, tuple(told)), source.field(x, t, told))

@@ -10,10 +10,10 @@ from test_methods import gaussian_source
 from condot.cli import sample
 from condot.pipeline.flow import PATHS, CondOT, classifier_guide, convert, heun, uniform_grid, widen
 from condot.pipeline.flow.linear_path import UniformPrior
-from condot.pipeline.sampling.classifier_guidance import NoiseClassifier, classified, train_noise_classifier
-from condot.pipeline.sampling.flow_model import led_by
+from condot.pipeline.sampling.classifier_guidance import NoiseClassifier, train_noise_classifier, with_classifier
+from condot.pipeline.sampling.flow_model import with_autoguidance
 from condot.pipeline.sampling.generate import check_sampler, generate
-from condot.pipeline.sampling.restore import Remedy, measurement, restore
+from condot.pipeline.sampling.restore import RestorationMethod, measurement, restore
 from condot.pipeline.sampling.sampler import Sampler
 
 MIXTURE = oracles.three()
@@ -121,7 +121,7 @@ def learned():
     labels = torch.arange(600) % 2
     images = (labels - 0.5)[:, None, None, None] + 0.2 * torch.randn(600, 1, 8, 8, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("condot.pipeline.evaluation.classifier.MOST_EPOCHS", 20)
+        patch.setattr("condot.pipeline.evaluation.classifier.MAX_EPOCHS", 20)
         return train_noise_classifier(images, labels, CondOT())
 
 
@@ -140,7 +140,7 @@ def test_the_classifier_knows_what_noise_leaves(learned):
 @pytest.mark.parametrize("solver", ["heun", "exponential"])
 def test_a_model_without_classes_is_led_to_them(learned, solver):
     """A class for every sample, dark or bright; without the classifier as many of both, whatever is asked."""
-    source = classified(two_kinds("condot"), learned, 2)
+    source = with_classifier(two_kinds("condot"), learned, 2)
     labels = torch.arange(80) % 2
     made = generate(source, labels, Sampler(solver, 30, classifier_guidance_scale=1.5), seed=0).images.mean((1, 2, 3))
     assert ((made > 0).long() == labels).double().mean() > 0.95
@@ -154,24 +154,24 @@ def test_a_model_without_classes_is_led_to_them(learned, solver):
 
 def test_a_restored_image_is_led_to_its_class_too(learned):
     """Nothing of these images is seen but one value in the middle, 0: the class decides."""
-    source, mask = classified(two_kinds("condot"), learned, 2), torch.ones(8, 8, dtype=torch.bool)
+    source, mask = with_classifier(two_kinds("condot"), learned, 2), torch.ones(8, 8, dtype=torch.bool)
     mask[0, 0] = False
     measure = measurement("inpaint", (1, 8, 8), mask, 2)
     y = torch.zeros(1, 8, 8)
     for label in (0, 1):
-        made = restore(source, measure, y, Sampler("euler", 40), Remedy(noise_std=1.0), label=label, count=20, seed=3).images
+        made = restore(source, measure, y, Sampler("euler", 40), RestorationMethod(noise_std=1.0), label=label, count=20, seed=3).images
         assert ((made.mean((1, 2, 3)) > 0) == label).double().mean() > 0.9
     with pytest.raises(ValueError, match="--classifier_reference without --class_label"):
-        restore(source, measure, y, Sampler("euler", 40), Remedy(), count=1, seed=3)
+        restore(source, measure, y, Sampler("euler", 40), RestorationMethod(), count=1, seed=3)
 
 
 def test_a_conditional_model_is_led_too_and_none_is_no_class(learned):
     base = dataclasses.replace(gaussian_source("condot", "velocity"), num_classes=2, null=2)
-    source = classified(base, learned, 2)
+    source = with_classifier(base, learned, 2)
     x, t = torch.randn(3, 1, 8, 8, dtype=torch.float64), torch.full((3,), 0.5, dtype=torch.float64)
-    told = source.classifier.told(torch.tensor([0, 1, 2]))(x, t)
+    told = source.classifier.log_likelihood_of(torch.tensor([0, 1, 2]))(x, t)
     assert told[2] == 0 and told[:2].allclose(learned(x.float(), t).double()[[0, 1], [0, 1]])
-    weak = classified(led_by(two_kinds("condot"), two_kinds("condot")), learned, 2)
+    weak = with_classifier(with_autoguidance(two_kinds("condot"), two_kinds("condot")), learned, 2)
     assert weak.weak is not None and weak.weak(x, t, torch.tensor([0, 1, 2])).shape == x.shape, "the guide is told no class either"
 
 
@@ -179,15 +179,15 @@ def test_what_a_classifier_cannot_lead_is_refused(learned):
     base, text = gaussian_source("condot", "velocity"), lambda words: (torch.ones(len(words), 2),)
     for source, message in (
         (dataclasses.replace(base, pixels=(3, 16, 16)), "works in latents"),
-        (dataclasses.replace(base, read=text, null=text([""])), "takes text"),
+        (dataclasses.replace(base, encode_text=text, null=text([""])), "takes text"),
         (dataclasses.replace(base, prior=UniformPrior(-1, 1)), "begins at a uniform prior"),
         (dataclasses.replace(base, num_classes=10, null=10), "the model has 10 classes, --classifier_reference 2"),
     ):
         with pytest.raises(ValueError, match=message):
-            classified(source, learned, 2)
+            with_classifier(source, learned, 2)
     with pytest.raises(ValueError, match=r"classifier_guidance_scale=2\.0 without a classifier"):
         check_sampler(base, Sampler(classifier_guidance_scale=2.0))
-    source = classified(base, learned, 2)
+    source = with_classifier(base, learned, 2)
     with pytest.raises(ValueError, match=r"given_times begin at 0: a classifier knows nothing"):
         check_sampler(source, Sampler(given_times=(0.0, 1.0)))
     with pytest.raises(ValueError, match="1 class in the reference"):
@@ -196,7 +196,7 @@ def test_what_a_classifier_cannot_lead_is_refused(learned):
 
 def test_a_user_leads_a_run_by_labelled_shards(trained, digits, tmp_path, capsys, monkeypatch):
     """The command of the README; a folder of images goes on only where the classifier has learned the same."""
-    monkeypatch.setattr("condot.pipeline.evaluation.classifier.MOST_EPOCHS", 1)
+    monkeypatch.setattr("condot.pipeline.evaluation.classifier.MAX_EPOCHS", 1)
     words = ["--run", str(trained), "--class_labels", "3", "--num_images", "2", "--num_inference_steps", "2"]
     led = ["--classifier_reference", str(digits), "--classifier_guidance_scale", "2"]
     assert sample.main([*words, *led, "--output", str(tmp_path / "a.png")]) == 0

@@ -7,7 +7,7 @@ from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import get_timestep_embedding
 
 from condot.models import registry
-from condot.models.common.conditioning import sinusoids
+from condot.models.common.conditioning import sinusoidal_embedding
 from condot.models.common.layers import sincos_positions
 from condot.models.convert import to_stock
 from condot.models.dit.convert import dit_from_original, dit_from_stock
@@ -217,5 +217,5 @@ def test_clocks_are_those_of_diffusers_embedding(clock, shift):
     """`downscale_freq_shift` 1 in its DiT, 0 in the original: told apart by more than a hundredth at 999."""
     values = torch.tensor([0.0, 1.0, 37.5, 999.0])
     reference = get_timestep_embedding(values, 256, flip_sin_to_cos=True, downscale_freq_shift=shift)
-    torch.testing.assert_close(sinusoids(values, clock), reference, rtol=0, atol=2e-4)  # of angles to 1000 in float32
-    assert (sinusoids(values, "original" if shift else "diffusers") - reference)[3].abs().max() > 0.01
+    torch.testing.assert_close(sinusoidal_embedding(values, clock), reference, rtol=0, atol=2e-4)  # of angles to 1000 in float32
+    assert (sinusoidal_embedding(values, "original" if shift else "diffusers") - reference)[3].abs().max() > 0.01

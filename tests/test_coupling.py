@@ -7,7 +7,7 @@ import torch
 from scipy.optimize import linear_sum_assignment, linprog
 from scipy.sparse import csr_array
 
-from condot.pipeline.flow import assign, couple
+from condot.pipeline.flow import couple_by_optimal_transport, solve_assignment
 
 
 def draw(*shape, seed=0):
@@ -19,7 +19,7 @@ def draw(*shape, seed=0):
 def test_no_assignment_is_cheaper_by_the_linear_program_it_is(n, kind):
     """Duality: prices of rows and columns that no cost undercuts sum to the least cost. They come from a solver of linear programs."""
     cost = {"normal": draw(n, n), "integer": (draw(n, n) * 2).round(), "line": (draw(n, 1) - draw(1, n, seed=1)) ** 2}[kind]
-    columns = assign(cost)
+    columns = solve_assignment(cost)
     assert columns.dtype == torch.int64 and sorted(columns.tolist()) == list(range(n))
     pairs = torch.cartesian_prod(torch.arange(n), torch.arange(n)).reshape(-1, 2)
     members = torch.cat([torch.nn.functional.one_hot(pairs[:, 0], n), torch.nn.functional.one_hot(pairs[:, 1], n)], 1)
@@ -30,29 +30,29 @@ def test_no_assignment_is_cheaper_by_the_linear_program_it_is(n, kind):
 @pytest.mark.parametrize("cost", [torch.zeros(9, 9), (draw(12, 12) > 0).double(), torch.ones(8, 8).half(), draw(7, 7).float().T])
 def test_ties_are_decided_alike_each_time(cost):
     """Of assignments that cost the same the choice is a function of the cost; dtype, strides and gradients make no other."""
-    chosen = assign(cost)
+    chosen = solve_assignment(cost)
     assert sorted(chosen.tolist()) == list(range(len(cost)))
     for same in (cost.clone(), cost.double().requires_grad_(), cost.T.contiguous().T):
-        assert torch.equal(assign(same), chosen)
+        assert torch.equal(solve_assignment(same), chosen)
 
 
 def test_assignment_is_the_best_of_all_permutations():
     for seed in range(20):
         cost = draw(6, 6, seed=seed)
         best = min(sum(cost[i, j].item() for i, j in enumerate(order)) for order in itertools.permutations(range(6)))
-        assert abs(cost[torch.arange(6), assign(cost)].sum().item() - best) < 1e-12
+        assert abs(cost[torch.arange(6), solve_assignment(cost)].sum().item() - best) < 1e-12
 
 
 def test_coupling_on_a_line_sorts():
     """In one dimension optimal transport keeps the order."""
     data, noise = draw(33, 1), draw(33, 1, seed=1)
-    coupled = couple(data, noise)
+    coupled = couple_by_optimal_transport(data, noise)
     assert torch.equal(coupled[data[:, 0].argsort(), 0], noise[:, 0].sort().values)
 
 
 def test_every_noise_is_used_once_and_travel_is_shorter():
     data, noise = draw(40, 3, 2, 5), draw(40, 3, 2, 5, seed=1)
-    coupled = couple(data, noise)
+    coupled = couple_by_optimal_transport(data, noise)
     assert {tuple(row) for row in coupled.flatten(1).tolist()} == {tuple(row) for row in noise.flatten(1).tolist()}
     assert (data - coupled).square().sum() < (data - noise).square().sum()
 
@@ -60,24 +60,24 @@ def test_every_noise_is_used_once_and_travel_is_shorter():
 def test_noise_stays_in_its_class():
     """Then the noise of a class is what it was: a conditional model starts from N(0, I)."""
     data, noise, labels = draw(30, 2), draw(30, 2, seed=1), torch.arange(30) % 3
-    coupled = couple(data, noise, labels)
+    coupled = couple_by_optimal_transport(data, noise, labels)
     for label in range(3):
         mine = labels == label
         assert {tuple(row) for row in coupled[mine].tolist()} == {tuple(row) for row in noise[mine].tolist()}
-        assert torch.equal(coupled[mine], couple(data[mine], noise[mine]))
+        assert torch.equal(coupled[mine], couple_by_optimal_transport(data[mine], noise[mine]))
 
 
 def test_the_assignment_can_be_given():
     data, noise = draw(20, 2), draw(20, 2, seed=1)
-    theirs = couple(data, noise, assignment=lambda cost: torch.as_tensor(linear_sum_assignment(cost.numpy())[1]))
-    assert torch.equal(theirs, couple(data, noise))
+    theirs = couple_by_optimal_transport(data, noise, assignment=lambda cost: torch.as_tensor(linear_sum_assignment(cost.numpy())[1]))
+    assert torch.equal(theirs, couple_by_optimal_transport(data, noise))
 
 
 BAD = {
-    "shapes": (lambda: couple(draw(3, 2), draw(3, 1)), r"\(3, 2\) and noise \(3, 1\) differ"),
-    "labels": (lambda: couple(draw(3, 2), draw(3, 2), torch.zeros(2)), r"labels \(2,\)"),
-    "square": (lambda: assign(draw(3, 2)), r"\(3, 2\): a square matrix"),
-    "nan": (lambda: couple(draw(3, 2) * torch.nan, draw(3, 2)), r"finite numbers"),
+    "shapes": (lambda: couple_by_optimal_transport(draw(3, 2), draw(3, 1)), r"\(3, 2\) and noise \(3, 1\) differ"),
+    "labels": (lambda: couple_by_optimal_transport(draw(3, 2), draw(3, 2), torch.zeros(2)), r"labels \(2,\)"),
+    "square": (lambda: solve_assignment(draw(3, 2)), r"\(3, 2\): a square matrix"),
+    "nan": (lambda: couple_by_optimal_transport(draw(3, 2) * torch.nan, draw(3, 2)), r"finite numbers"),
 }
 
 

@@ -15,15 +15,15 @@ from test_training import digest
 
 import condot.data.storage.shard_reader
 from condot.core.data_options import Options
-from condot.core.process import NO_DATA
-from condot.data.loader.batch import Loader
+from condot.core.process import EXIT_DATA_ERROR
+from condot.data.loader.batch import BatchLoader
 from condot.data.loader.build import build
 from condot.data.loader.stream import Share
 from condot.data.storage import retry
-from condot.data.storage.retry import Disks
+from condot.data.storage.retry import DiskRetry
 from condot.data.storage.shard_reader import LostShard, Shards
 from condot.pipeline.checkpoint import saving
-from condot.pipeline.training.status import read
+from condot.pipeline.training.status import read_status
 from tests.shardmaker import make, samples
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +40,7 @@ def undisturbed(digits, tmp_path_factory):
 
 def same(run, undisturbed):
     """Saved at its last step, with the same weights, averages and moments, and the same lines."""
-    assert read(run)["state"] == "finished" and digest(run / "checkpoint-12") == digest(undisturbed / "checkpoint-12")
+    assert read_status(run)["state"] == "finished" and digest(run / "checkpoint-12") == digest(undisturbed / "checkpoint-12")
     curves = [[json.loads(line)["loss"] for line in (one / "metrics.jsonl").read_text().splitlines()] for one in (run, undisturbed)]
     assert curves[0] == curves[1] and len(curves[0]) == 12
     return True
@@ -51,14 +51,14 @@ def same(run, undisturbed):
 
 def failing(monkeypatch, position, kind, *given):
     """From that position on no micro-batch can be read."""
-    load = Loader.load
+    load = BatchLoader.load
 
     def loading(self, plan):
         if int(plan.positions.min()) >= position:
             raise kind(*given)  # a new one: an error that is kept keeps the run that it ended
         return load(self, plan)
 
-    monkeypatch.setattr(Loader, "load", loading)
+    monkeypatch.setattr(BatchLoader, "load", loading)
 
 
 ERRORS = {
@@ -80,8 +80,8 @@ def test_an_error_of_the_data_saves_the_last_whole_step_and_says_how_to_mend_it(
     whole, run = tmp_path / "whole", tmp_path / "run"
     with monkeypatch.context() as patch:
         failing(patch, 6 * 16 + 8, error, given)
-        assert fit(digits, run, *words) == NO_DATA == 5
-    said, err = read(run), capsys.readouterr().err
+        assert fit(digits, run, *words) == EXIT_DATA_ERROR == 5
+    said, err = read_status(run), capsys.readouterr().err
     assert says in err and "The state of step 6 is saved: mend that, and the same command goes on from there." in err
     assert (said["state"], said["step"], said["exit_status"]) == ("failed", 6, 5) and says in said["reason"]
     assert (run / "checkpoint-6").is_dir()
@@ -96,8 +96,8 @@ def test_too_many_bad_samples_end_the_run_saved(digits, tmp_path, capsys):
     shutil.copytree(digits, copy)
     for number in range(40):
         flip(copy / "train-000000.tar", payload_of(copy, 0, number)[0] + 30)
-    assert fit(copy, tmp_path / "run", *EACH, "--train.max_steps=40") == NO_DATA
-    err, step = capsys.readouterr().err, read(tmp_path / "run")["step"]
+    assert fit(copy, tmp_path / "run", *EACH, "--train.max_steps=40") == EXIT_DATA_ERROR
+    err, step = capsys.readouterr().err, read_status(tmp_path / "run")["step"]
     assert "data.max_bad_share=0.001" in err and f"The state of step {step} is saved" in err
     assert (tmp_path / f"run/checkpoint-{step}").is_dir()
     assert json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])["step"] == step, "its line is not missing"
@@ -114,7 +114,7 @@ def test_a_state_that_cannot_be_saved_either_is_said(digits, tmp_path, monkeypat
 
     failing(monkeypatch, 16 * 6, MemoryError, "x")
     monkeypatch.setattr(saving, "write_file", full)
-    assert fit(digits, tmp_path / "run", *EACH) == NO_DATA
+    assert fit(digits, tmp_path / "run", *EACH) == EXIT_DATA_ERROR
     assert "The state of step 6 could not be saved: mend that, and the same command goes on from step 0." in capsys.readouterr().err
 
 
@@ -125,9 +125,9 @@ def test_one_rank_without_data_ends_all_saved(digits, tmp_path, accumulation):
     words = arguments(digits, tmp_path / "run", *EACH, f"--train.gradient_accumulation_steps={accumulation}")
     two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     done = launch(*two, str(Path(__file__).parent / "faulty.py"), "reader", "1", "5", *words, timeout=600)
-    said = read(tmp_path / "run")
+    said = read_status(tmp_path / "run")
     assert done.returncode != 0
-    assert (said["state"], said["exit_status"]) == ("failed", NO_DATA) and "rank 1: " in said["reason"], done.stderr[-3000:]
+    assert (said["state"], said["exit_status"]) == ("failed", EXIT_DATA_ERROR) and "rank 1: " in said["reason"], done.stderr[-3000:]
     step = said["step"]
     assert 4 <= step <= 8 and (tmp_path / f"run/checkpoint-{step}").is_dir() and f"The state of step {step} is saved" in said["reason"]
     assert "no memory for a batch" in said["reason"] and "exitcode  : 5" in done.stderr
@@ -247,19 +247,19 @@ def test_what_is_no_stall_is_not_waited_for():
             raise error
 
         with pytest.raises(type(error)):
-            Disks().read(attempt, 0, "a file", 1e6)
+            DiskRetry().read(attempt, 0, "a file", 1e6)
 
 
 def test_a_disk_that_was_given_up_is_given_another_chance_later(monkeypatch):
     clock, slept = [100.0], []
     monkeypatch.setattr(retry.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(retry.time, "sleep", lambda seconds: (slept.append(seconds), clock.__setitem__(0, clock[0] + seconds)))
-    monkeypatch.setattr(retry, "say", lambda text: None)
+    monkeypatch.setattr(retry, "warn_limited", lambda text: None)
 
     def attempt():
         raise OSError(errno.EIO, "Input/output error")
 
-    disks, spent = Disks(), []
+    disks, spent = DiskRetry(), []
     for _ in range(3):
         slept.clear()
         with pytest.raises(ValueError, match="nothing new in 10 s"):
@@ -278,12 +278,12 @@ def test_a_disk_that_was_given_up_is_given_another_chance_later(monkeypatch):
 def test_a_run_whose_disk_stalls_is_the_run(digits, undisturbed, tmp_path, monkeypatch):
     from condot.pipeline.training import loop
 
-    stall, advance = Stall(monkeypatch, errno.ESTALE, 1.0), loop.advance
+    stall, train_step = Stall(monkeypatch, errno.ESTALE, 1.0), loop.train_step
 
     def stepping(run):
         if run.step == 5:
             stall.begin()
-        return advance(run)
+        return train_step(run)
 
-    monkeypatch.setattr(loop, "advance", stepping)
+    monkeypatch.setattr(loop, "train_step", stepping)
     assert fit(digits, tmp_path / "run", *EACH) == 0 and stall.hits and same(tmp_path / "run", undisturbed)

@@ -16,16 +16,16 @@ import torch
 from PIL import EpsImagePlugin, Image, ImageCms, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from condot.core.data_options import Options
-from condot.data.format.index import PLAIN, describe
+from condot.data.format.index import PLAIN, index_tar
 from condot.data.format.manifest import Manifest, write_manifest
 from condot.data.images import decode
-from condot.data.images.color import transform_of
-from condot.data.images.decode import DECODE_ERRORS, decode_image, decode_into, is_plain, preview, upright, upright_size
-from condot.data.images.downscale import smaller
-from condot.data.images.formats import MAX_RATIO, BadImage, extension_of
+from condot.data.images.color import srgb_transform
+from condot.data.images.decode import DECODE_ERRORS, decode_image, decode_into, decode_preview, decode_upright, is_plain, upright_size
+from condot.data.images.downscale import downscale
+from condot.data.images.formats import MAX_RATIO, BadImage, detect_extension
 from condot.data.loader.build import build
 from condot.data.loader.stream import Share
-from condot.data.prepare.verify import Check, check
+from condot.data.prepare.verify import ShardCheck, check_shard
 from condot.data.storage.shard_reader import Shards
 from tests.image_files import BRADFORD_SRGB, GAMMA, WIDE, XMP, cmyk_profile, exif_of, gray_profile, matrix_profile, saved, segment, srgb_of
 from tests.shardmaker import jpeg
@@ -51,10 +51,10 @@ def test_images_arrive_upright_opaque_and_in_eight_bits():
     turned.putpixel((1, 0), (0, 0, 255))
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to show
-    assert upright(saved(turned, exif=exif), 3).size == (1, 2)
+    assert decode_upright(saved(turned, exif=exif), 3).size == (1, 2)
     assert np.all(decode_image(saved(Image.new("RGBA", (2, 2), (0, 0, 0, 0))), 3, 2) == 255), "transparency lies on white"
     deep = Image.fromarray(np.array([[0, 32768, 65535]], np.uint16))
-    assert np.asarray(upright(saved(deep), 1)).tolist() == [[0, 128, 255]]
+    assert np.asarray(decode_upright(saved(deep), 1)).tolist() == [[0, 128, 255]]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -130,8 +130,8 @@ def test_odd_files_decode_or_are_refused(shared_data):
         fact = facts[json.loads(files[name.split(".")[0] + ".json"])["file"]]
         width, height = fact.get("upright_size") or (1, 1)
         if fact.get("to_rgb") and max(width, height) <= MAX_RATIO * min(width, height):
-            assert upright(body, 3).size == (width, height)
-            assert np.array_equal(into(body, height, width), np.asarray(upright(body, 3))), name
+            assert decode_upright(body, 3).size == (width, height)
+            assert np.array_equal(into(body, height, width), np.asarray(decode_upright(body, 3))), name
             assert decode_image(body, 3, 16).shape == (3, 16, 16)
             opened += 1
         else:
@@ -168,7 +168,7 @@ def test_every_format_is_turned_as_pillow_turns_it(kind, options, orientation):
     expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
     assert upright_size(data) == expected.shape[1::-1]
     assert np.array_equal(into(data, *expected.shape[:2]), expected)
-    assert np.array_equal(np.asarray(upright(data, 4))[..., :3], expected) and smaller(data, 12, "x")
+    assert np.array_equal(np.asarray(decode_upright(data, 4))[..., :3], expected) and downscale(data, 12, "x")
 
 
 def oriented(orientation, where):
@@ -198,7 +198,7 @@ def test_wherever_a_jpeg_states_its_orientation(where, orientation):
     expected = np.asarray(ImageOps.exif_transpose(bare))
     assert upright_size(data) == expected.shape[1::-1] and is_plain(data) == (orientation == 1)
     assert np.array_equal(into(data, *expected.shape[:2]), expected)
-    assert np.array_equal(np.asarray(preview(data)), expected)
+    assert np.array_equal(np.asarray(decode_preview(data)), expected)
 
 
 @pytest.mark.parametrize("quote", ["'", '"'])
@@ -277,7 +277,7 @@ def test_profiles_of_gray_and_of_ink():
 def test_an_xyb_photograph_has_the_colours_of_its_plain_copy(shared_data):
     """`indexed.png` of the same collection is the same picture in a palette of sRGB: their means agree, where before they did not."""
     files = odd(shared_data)
-    found, plain = (np.asarray(upright(files[name], 3)).reshape(-1, 3).mean(axis=0) for name in ("sample-xyb.jpg", "indexed.png"))
+    found, plain = (np.asarray(decode_upright(files[name], 3)).reshape(-1, 3).mean(axis=0) for name in ("sample-xyb.jpg", "indexed.png"))
     assert np.abs(found - plain).max() < 8
     assert np.abs(np.asarray(Image.open(io.BytesIO(files["sample-xyb.jpg"]))).reshape(-1, 3).mean(axis=0) - plain).max() > 20
 
@@ -288,7 +288,7 @@ def test_profiles_are_converted_alike_by_many_threads():
         for n, w in enumerate([*WIDE] * 3)
     ]
     once = [into(data, 48, 64) for data in files]
-    transform_of.cache_clear()
+    srgb_transform.cache_clear()
     with ThreadPoolExecutor(8) as pool:
         for number, found in enumerate(pool.map(lambda n: into(files[n % 9], 48, 64), range(180))):
             assert np.array_equal(found, once[number % 9])
@@ -325,7 +325,7 @@ def test_a_damaged_avif_is_a_fault():
 def test_no_program_is_run_for_a_postscript_file(monkeypatch):
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args, **options: pytest.fail("Ghostscript ran"))
     data = saved(Image.new("RGB", (8, 8)), "EPS")
-    for what in (lambda: into(data, 8, 8), lambda: upright_size(data), lambda: preview(data), lambda: extension_of(data)):
+    for what in (lambda: into(data, 8, 8), lambda: upright_size(data), lambda: decode_preview(data), lambda: detect_extension(data)):
         with pytest.raises(DECODE_ERRORS):
             what()
 
@@ -367,14 +367,14 @@ def test_the_records_of_older_shards_hold_but_their_plain_bit_is_not_believed(tm
         info = tarfile.TarInfo("a.jpg")
         info.size = len(data)
         tar.addfile(info, io.BytesIO(data))
-    describe(tmp_path / "train-000000.tar", "train")
+    index_tar(tmp_path / "train-000000.tar", "train")
     index = tmp_path / "train-000000.npy"
     records = np.load(index)
     assert records["rest"][0] < PLAIN
     records["rest"] += PLAIN
     np.save(index, records)
     changed = index.read_bytes()
-    shard = replace(describe(tmp_path / "train-000000.tar", "train")[0], index_sha256=hashlib.sha256(changed).hexdigest())
+    shard = replace(index_tar(tmp_path / "train-000000.tar", "train")[0], index_sha256=hashlib.sha256(changed).hexdigest())
     index.write_bytes(changed)
     for decoder in (1, 2):
         write_manifest(tmp_path, Manifest(shards=(shard,), decoder=decoder))
@@ -383,8 +383,8 @@ def test_the_records_of_older_shards_hold_but_their_plain_bit_is_not_believed(tm
             (tmp_path / "manifest.json").write_text(text.replace(' "decoder": 1,\n', ""))
         shards = Shards(tmp_path)
         assert shards.read(0, 0).files["jpg"] == data
-        assert check(Check(tmp_path / "train-000000.tar", shard, np.arange(1), 0, verify=False), lambda n: None) == []
-        assert shards.know_plain(np.array([0, 0])).tolist() == [decoder == 2] * 2
+        assert check_shard(ShardCheck(tmp_path / "train-000000.tar", shard, np.arange(1), 0, verify=False), lambda n: None) == []
+        assert shards.knows_plain(np.array([0, 0])).tolist() == [decoder == 2] * 2
     stream = build(Options(shards=(str(tmp_path),), resolution=16, workers=0), seed=0, share=Share(batch_size=1))
     wrong = next(stream).images
     (tmp_path / "manifest.json").write_text(text.replace(' "decoder": 1,\n', ""))

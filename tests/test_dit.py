@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from condot.models import registry
-from condot.models.common.layers import RMSNorm, SwiGLU, resized, rotate, rotations
-from condot.models.cost import activations, cost, example, stages
-from condot.models.dit.presets import PRESETS, resolve
+from condot.models.common.layers import RMSNorm, SwiGLU, apply_rotary, resize_positions, rotary_tables
+from condot.models.cost import activation_rms, count_params_and_macs, example_inputs, named_blocks
+from condot.models.dit.presets import PRESETS, resolve_options
 
 SIZE = {"kind": "dit", "channels": 3, "resolution": 8, "num_classes": 5, "patch_size": 2, "width": 32, "depth": 3, "heads": 4}
 OPTIONS = [
@@ -68,7 +68,7 @@ def test_every_option_is_its_formula(options, shape):
     model = shaken(**options)
     x, t, labels, *sizes = batch(model, *shape)
     output = model(x, t, labels, *sizes)
-    known = {**resolve("dit", options), "heads": 4, "patch_size": 2, "depth": 3}
+    known = {**resolve_options("dit", options), "heads": 4, "patch_size": 2, "depth": 3}
     for i in range(3):
         reference = plain_dit.ours(model.state_dict(), x[i], t[i], labels[i], sizes[0][i] if sizes else None, **known)
         assert (output[i] - reference).abs().max() < 1e-6 * reference.abs().max(), i
@@ -100,15 +100,15 @@ def test_rotated_products_depend_on_the_way_between_places():
     """q at (r, c) and k at (r', c') meet as at any other two places as far apart; the angle of a row is its number times a frequency."""
     generator = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16, generator=generator, dtype=torch.float64)
-    cosine, sine = (part.double() for part in rotations(16, 6, 7))
-    turned_q, turned_k = (rotate(x.expand(1, 1, 42, 16), cosine, sine)[0, 0].view(6, 7, 16) for x in (q, k))
+    cosine, sine = (part.double() for part in rotary_tables(16, 6, 7))
+    turned_q, turned_k = (apply_rotary(x.expand(1, 1, 42, 16), cosine, sine)[0, 0].view(6, 7, 16) for x in (q, k))
     torch.testing.assert_close(turned_q.norm(dim=2), q.norm().expand(6, 7), rtol=1e-6, atol=0)
     near = (turned_q[1, 2] * turned_k[3, 1]).sum()
     far = (turned_q[3, 6] * turned_k[5, 5]).sum()
     assert abs(near - far) < 1e-5 and abs(near - (turned_q[1, 2] * turned_k[3, 2]).sum()) > 1e-3
     angles = torch.atan2(*(part.view(6, 7, 8) for part in (sine, cosine)))
     assert abs(angles[3, 0, 0] - 3) < 1e-6 and angles[3, 0, 4:].abs().max() == 0 and abs(angles[0, 2, 5] - 2 / 10) < 1e-6
-    moved = rotations(16, 6, 7, before=2)
+    moved = rotary_tables(16, 6, 7, before=2)
     assert torch.equal(moved[0][2:], cosine.float()) and moved[0][:2].min() == 1 and moved[1][:2].abs().max() == 0
 
 
@@ -153,8 +153,8 @@ def test_learned_positions_of_another_grid_are_resized():
     model = shaken(positions="learned")
     down, across = torch.arange(4.0, dtype=torch.float64), torch.tensor([-3.0, -1, 1, 3], dtype=torch.float64)
     model.positions.copy_((10 * down[:, None] + across)[..., None].expand(4, 4, 32))
-    wide = resized(model.positions, 4, 8)[..., 0] - 10 * down[:, None]
-    assert resized(model.positions, 4, 4) is model.positions
+    wide = resize_positions(model.positions, 4, 8)[..., 0] - 10 * down[:, None]
+    assert resize_positions(model.positions, 4, 4) is model.positions
     torch.testing.assert_close(wide, wide[:1].expand(4, 8))
     torch.testing.assert_close(wide, -wide.flip(1))
     assert bool((wide.diff() > 0).all()) and -1 < wide[0, 3] < 0 and -3.5 < wide[0, 0] < -2.5
@@ -198,7 +198,7 @@ def test_presets_cost_what_was_published():
         "L/2": 80.71, "L/4": 19.70, "L/8": 5.01, "XL/2": 118.64, "XL/4": 29.05, "XL/8": 7.39,
     }  # fmt: skip
     for preset, giga in published.items():
-        parameters, products = cost(
+        parameters, products = count_params_and_macs(
             registry.build("dit", preset=preset, channels=4, resolution=32, num_classes=1000, device="meta"), (4, 32, 32)
         )
         assert abs(products / 1e9 - giga) < 0.0055 + 3e-4 * giga, preset
@@ -211,17 +211,19 @@ def test_costs_are_the_closed_form_wherever_the_network_lies():
     model = registry.build("dit", preset="S/4", style="modern", registers=4, channels=3, resolution=32, num_classes=10, device="meta")
     n, d, inside = 8 * 8 + 4, 384, 1024
     tokens = 12 * (n * d * (4 * d + 3 * inside) + 2 * n * n * d) + 2 * 64 * d * 48
-    assert cost(model, (3, 32, 32))[1] == tokens + 12 * 6 * d * d + 2 * d * d + 256 * d + d * d
+    assert count_params_and_macs(model, (3, 32, 32))[1] == tokens + 12 * 6 * d * d + 2 * d * d + 256 * d + d * d
     small = registry.build("dit", **{k: v for k, v in SIZE.items() if k != "kind"})
-    assert cost(small, (3, 8, 8)) == cost(registry.build(**SIZE, device="meta"), (3, 8, 8)), "counted alike where it is computed"
+    assert count_params_and_macs(small, (3, 8, 8)) == count_params_and_macs(registry.build(**SIZE, device="meta"), (3, 8, 8)), (
+        "counted alike where it is computed"
+    )
 
 
 def test_presets_are_what_they_say_and_explicit_fields_win():
-    assert resolve("dit", {"preset": "XL/2", "style": "modern", "heads": 18, "rope": False, "width": None}) == {
+    assert resolve_options("dit", {"preset": "XL/2", "style": "modern", "heads": 18, "rope": False, "width": None}) == {
         "patch_size": 2, "width": 1152, "depth": 28, "heads": 18, "qk_norm": True, "rope": False, "swiglu": True, "rms_norm": True,
     }  # fmt: skip
-    assert resolve("dit", {}) == PRESETS["S/2"] == resolve("cross_dit", {"preset": "S/2"})
-    assert resolve("unet", {"preset": None}) == {"preset": None}
+    assert resolve_options("dit", {}) == PRESETS["S/2"] == resolve_options("cross_dit", {"preset": "S/2"})
+    assert resolve_options("unet", {"preset": None}) == {"preset": None}
     assert len(PRESETS) == 16
     with pytest.raises(ValueError, match=r"model.preset='M/2' is unknown: choose one of S/1, S/2.*XL/8"):
         registry.build("dit", preset="M/2", channels=4, resolution=32, num_classes=10)
@@ -233,9 +235,9 @@ def test_presets_are_what_they_say_and_explicit_fields_win():
 def test_activations_are_those_of_each_block():
     """At the start every block is the identity: root mean squares are those of what enters; each branch by Xavier's rule."""
     model = registry.build("dit", seed=0, preset="S/4", channels=4, resolution=32, num_classes=10)
-    assert [name for name, _ in stages(model)] == [f"blocks.{i}" for i in range(12)]
+    assert [name for name, _ in named_blocks(model)] == [f"blocks.{i}" for i in range(12)]
     torch.manual_seed(0)
-    found = activations(model, *example(model, (4, 32, 32), batch=2))
+    found = activation_rms(model, *example_inputs(model, (4, 32, 32), batch=2))
     assert found[""] == 0 and len({found[f"blocks.{i}"] for i in range(12)}) == 1
     expected = math.sqrt(0.5 + 2 * 64 / (64 + 384))  # sines and cosines; Xavier's variance 2 / (in + out) times fan-in
     assert abs(found["blocks.11"] / expected - 1) < 0.05

@@ -23,7 +23,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from condot.core.data_options import read_options
-from condot.data import front
 from condot.data.encode import encoded_writer, work_claims
 from condot.data.encode.command import main
 from condot.data.encoders.autoencoder import Autoencoder, read_autoencoder
@@ -32,7 +31,16 @@ from condot.data.encoders.text import TextEncoder, read_text_encoder, read_text_
 from condot.data.format.index import index_path
 from condot.data.format.manifest import write_manifest
 from condot.data.images.decode import decode_into
-from condot.data.loader.encoded_cache import check_encoding, latent_shape, latents_of, pooled, text_of, wanted_latents, wanted_text
+from condot.data.loader import build
+from condot.data.loader.encoded_cache import (
+    check_encoding,
+    latent_shape,
+    merge_encodings,
+    read_moments,
+    read_text_rows,
+    wanted_latents,
+    wanted_text,
+)
 from condot.data.loader.stream import to_unit
 from condot.data.storage.local import LocalFolder
 from condot.data.storage.shard_reader import Shards
@@ -109,16 +117,16 @@ def test_cached_moments_are_the_online_ones_rounded_to_float16(parts):
             online = vae.moments(x)[0]
             posterior = vae.model.encode(x).latent_dist
             assert torch.equal(online, torch.cat([posterior.mean, posterior.std], 1)[0])
-            cached = torch.from_numpy(latents_of(payload, shape, mirror).astype(np.float32))
+            cached = torch.from_numpy(read_moments(payload, shape, mirror).astype(np.float32))
             assert bool(((cached - online).abs() <= 2.0**-11 * online.abs() + 1e-5).all())
-            assert np.array_equal(np.load(io.BytesIO(payload))[int(mirror)], latents_of(payload, shape, mirror))
+            assert np.array_equal(np.load(io.BytesIO(payload))[int(mirror)], read_moments(payload, shape, mirror))
 
 
 def test_statistics_are_those_of_all_latents(parts):
     """Mean and deviation by channel over both flips of every good sample; a draw's variance is that of the means plus E[std^2]."""
     encoding, found = opened(parts, "latents")
     arrays = [
-        np.stack([latents_of(payload, latent_shape(encoding, 32, 32), m) for m in (False, True)]).astype(np.float64)
+        np.stack([read_moments(payload, latent_shape(encoding, 32, 32), m) for m in (False, True)]).astype(np.float64)
         for _, _, key, payload in walk(found)
         if key != "00006"
     ]
@@ -132,7 +140,7 @@ def test_statistics_are_those_of_all_latents(parts):
     parts_of = [
         {"statistics": {"mean": v[:4].mean(1), "mean_std": v[:4].std(1), "std": v[:4].std(1), "values": v.shape[1]}} for v in halves
     ]
-    np.testing.assert_allclose(pooled(parts_of)["statistics"]["std"], values[:4].std(1), rtol=1e-9)
+    np.testing.assert_allclose(merge_encodings(parts_of)["statistics"]["std"], values[:4].std(1), rtol=1e-9)
 
 
 def test_text_is_what_transformers_gives(parts):
@@ -147,13 +155,13 @@ def test_text_is_what_transformers_gives(parts):
         caption = images.read(s, n).files.get("txt", b"").decode()
         with torch.no_grad():
             wanted = model(**tokenizer(caption, return_tensors="pt")).last_hidden_state[0].numpy()
-        cached, mean = (part.astype(np.float32) for part in text_of(payload, encoding["width"], encoding["pooled"]))
+        cached, mean = (part.astype(np.float32) for part in read_text_rows(payload, encoding["width"], encoding["pooled"]))
         assert cached.shape == wanted.shape and np.abs(cached - wanted).max() <= 2.0**-11 * np.abs(wanted).max() + 1e-5
         assert np.abs(mean - wanted.mean(0)).max() <= 2.0**-11 * np.abs(mean).max() + 1e-5
         assert key != "00002" or len(cached) == 2  # [CLS] [SEP]
     assert encoding["statistics"]["missing"] == 1
     options, _ = read_options(parts / "recipe.yaml")
-    (cache,) = front.open_text(options, front.open_shards(options), read_text_encoders(options))
+    (cache,) = build.open_encoded_text(options, build.open_shards(options), read_text_encoders(options))
     assert cache.shards.counts == images.counts and cache.encoding["width"] == 16
     null = TextEncoder(str(parts / "text"), max_tokens=12).encode([""])
     assert torch.equal(cache.null.mask, null.mask) and cache.null.states.dtype == cache.null.pooled.dtype == torch.float16
@@ -162,13 +170,13 @@ def test_text_is_what_transformers_gives(parts):
 
 def test_a_split_that_is_not_encoded_is_named(parts, tmp_path):
     options, _ = read_options(parts / "recipe.yaml")
-    images, known = front.open_shards(options), read_autoencoder(options.autoencoder)
-    assert front.open_latents(options, images, known).shards.counts == images.counts
+    images, known = build.open_shards(options), read_autoencoder(options.autoencoder)
+    assert build.open_encoded_latents(options, images, known).shards.counts == images.counts
     shutil.copytree(parts / "encoded", tmp_path / "encoded")
     manifest = LocalFolder(parts / "encoded/latents").manifest
     write_manifest(tmp_path / "encoded/latents", replace(manifest, shards=manifest.shards[:2]))
     with pytest.raises(ValueError, match=r"lacks 1 shards of split 'train': run .* --splits train"):
-        front.open_latents(replace(options, encoded=str(tmp_path / "encoded")), images, known)
+        build.open_encoded_latents(replace(options, encoded=str(tmp_path / "encoded")), images, known)
 
 
 def test_webdataset_reads_side_shards(parts):
@@ -184,7 +192,7 @@ def test_a_bad_image_keeps_its_place_and_is_listed(parts):
     assert len(encoding["bad"]) == 1 and encoding["bad"][0].startswith("train-000001.tar: 00006 (image file is truncated")
     payload = next(body for _, _, key, body in walk(found) if key == "00006")
     with pytest.raises(ValueError, match="could not be encoded"):
-        latents_of(payload, latent_shape(encoding, 32, 32))
+        read_moments(payload, latent_shape(encoding, 32, 32))
 
 
 def test_too_many_bad_images_stop_it_with_the_list(parts, tmp_path, capsys):
@@ -207,7 +215,7 @@ def test_buckets_are_encoded_at_their_own_size(parts, tmp_path):
             pixels = np.zeros((*shape, 3), np.uint8)
             decode_into(pixels, images.read(s, n).files["png"])
             online = vae.moments(to_unit(torch.from_numpy(pixels).permute(2, 0, 1)[None]))[0].numpy()
-            np.testing.assert_allclose(latents_of(payload, latent_shape(encoding, *shape)), online, rtol=2**-11, atol=1e-5)
+            np.testing.assert_allclose(read_moments(payload, latent_shape(encoding, *shape)), online, rtol=2**-11, atol=1e-5)
 
 
 # --- encoders
@@ -294,7 +302,7 @@ def test_token_states_do_not_depend_on_their_company(tmp_path, kind):
     encoder = TextEncoder(str(frozen.text(tmp_path / kind, kind)), max_tokens=8)
     captions = ["", "a red square", "big " * 20]
     states, mask, pooled = encoder.encode(captions)
-    assert encoder.cut == 1 and pooled.shape == (3, encoder.pooled_width)
+    assert encoder.truncated == 1 and pooled.shape == (3, encoder.pooled_width)
     assert states.shape == (3, 8, encoder.width) and mask.sum(1).tolist()[2] == 8 and mask[:, 0].all()
     assert not states[~mask].any() and encoder.tokens(captions)[2] == 1
     for caption, row, vector, length in zip(captions, states, pooled, mask.sum(1).tolist(), strict=True):
@@ -408,10 +416,10 @@ def test_killed_and_taken_up_by_two_it_is_bitwise_the_same(parts, tmp_path):
     slow = tmp_path / "slow"
     slow.mkdir()
     (slow / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('HALT'):\n import data.side as s, time\n add = s.Writer.add\n"
+        "import os\nif os.environ.get('HALT'):\n import data.side as s, time\n add = s.ArrayTarWriter.add\n"
         " def slow(self, name, array):\n"
         "  if name.startswith('00006'):\n   open(os.environ['HALT'], 'w').close(); time.sleep(60)\n"
-        "  add(self, name, array)\n s.Writer.add = slow\n"
+        "  add(self, name, array)\n s.ArrayTarWriter.add = slow\n"
     )
     halt = tmp_path / "halted"
     process = start(parts, tmp_path / "out", PYTHONPATH=f"{slow}:{ROOT}", HALT=str(halt))
@@ -436,11 +444,11 @@ def test_killed_and_taken_up_by_two_it_is_bitwise_the_same(parts, tmp_path):
 
 def test_a_signal_ends_it_with_one_line(parts, tmp_path):
     """In this process, so that it falls while a shard is written: status 128 + the signal's number, the claim given back."""
-    encode = sys.modules["condot.data.encode.targets"].Latents.encode
+    encode = sys.modules["condot.data.encode.targets"].LatentTarget.encode
     words = ["--config", str(parts / "recipe.yaml"), "--output", str(tmp_path), "--data.text_encoder="]
     for number in (signal.SIGTERM, signal.SIGINT):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("condot.data.encode.targets.Latents.encode", lambda *a, n=number: os.kill(os.getpid(), n) or encode(*a))
+            patch.setattr("condot.data.encode.targets.LatentTarget.encode", lambda *a, n=number: os.kill(os.getpid(), n) or encode(*a))
             assert main(words) == 128 + number
         assert not list((tmp_path / "latents/.work").glob("claim-*")) and not list((tmp_path / "latents").glob("**/*.tar"))
     assert main(words) == 0
@@ -451,9 +459,9 @@ def test_others_that_still_work_are_not_waited_for(parts, tmp_path, capsys):
     words = ["--config", str(parts / "recipe.yaml"), "--output", str(tmp_path), "--data.text_encoder=", "--batch_size=2"]
     work = tmp_path / "latents/.work"
     work.mkdir(parents=True)
-    held = work_claims.take(work / "claim-train-000002.tar")
+    held = work_claims.claim_work(work / "claim-train-000002.tar")
     assert main(words) == 0 and "others still encode 1 of 3 shards" in capsys.readouterr().out
-    assert not (tmp_path / "latents/manifest.json").exists() and held.held
+    assert not (tmp_path / "latents/manifest.json").exists() and held.is_held
     with held:
         pass
     assert main(words) == 0 and (tmp_path / "latents/manifest.json").exists()
@@ -462,23 +470,23 @@ def test_others_that_still_work_are_not_waited_for(parts, tmp_path, capsys):
 def test_claims(tmp_path):
     """Exclusive; taken over from the dead of this machine at once, from others when they were silent for long, and then lost to them."""
     path = tmp_path / "claim"
-    first = work_claims.take(path)
-    assert first.held and work_claims.take(path) is None
+    first = work_claims.claim_work(path)
+    assert first.is_held and work_claims.claim_work(path) is None
     dead = subprocess.Popen([sys.executable, "-c", "pass"])
     dead.wait()
     facts = json.loads(path.read_text())
     path.write_text(json.dumps({**facts, "pid": dead.pid}))
-    assert not first.held
-    second = work_claims.take(path)
-    assert second is not None and second.held
+    assert not first.is_held
+    second = work_claims.claim_work(path)
+    assert second is not None and second.is_held
     path.write_text(json.dumps({**facts, "host": f"not-{socket.gethostname()}"}))
-    assert work_claims.take(path) is None
+    assert work_claims.claim_work(path) is None
     os.utime(path, (time.time() - 700,) * 2)
-    third = work_claims.take(path)
-    assert third.held and not second.held
+    third = work_claims.claim_work(path)
+    assert third.is_held and not second.is_held
     os.utime(path, (time.time() - 700,) * 2)
     third.touch(every=0)
-    assert work_claims.take(path) is None, "touched"
+    assert work_claims.claim_work(path) is None, "touched"
     with third:
         pass
     assert not path.exists() and not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
@@ -487,23 +495,23 @@ def test_claims(tmp_path):
 def test_a_sleeper_that_lost_its_claim_writes_nothing(parts, tmp_path):
     images = LocalFolder(parts / "images")
     shard = images.manifest.shards[0]
-    into = encoded_writer.Side(tmp_path / "latents", {"form": "latents"}, images.manifest)
+    into = encoded_writer.EncodedWriter(tmp_path / "latents", {"form": "latents"}, images.manifest)
     lost = into.claim(shard)
     records = np.load(index_path(images.file(shard)))
-    with into.writing(shard, lost, records, dict) as writer:
+    with into.open_shard(shard, lost, records, dict) as writer:
         for n in range(5):
             writer.add(f"{n:05d}.moments.npy", np.zeros((1, 1, 1, 1), np.float16))
         (into.work / f"claim-{shard.name}").unlink()
-    assert not into.done(shard) and not list((tmp_path / "latents").glob("*.tar")) and not list(into.work.glob("*.tar"))
+    assert not into.is_done(shard) and not list((tmp_path / "latents").glob("*.tar")) and not list(into.work.glob("*.tar"))
 
 
 def test_another_number_of_samples_is_no_shard(parts, tmp_path):
     images = LocalFolder(parts / "images")
     shard = images.manifest.shards[0]
-    into = encoded_writer.Side(tmp_path / "latents", {"form": "latents"}, images.manifest)
+    into = encoded_writer.EncodedWriter(tmp_path / "latents", {"form": "latents"}, images.manifest)
     with (
         pytest.raises(ValueError, match="samples, the images' shard 5"),
-        into.writing(shard, into.claim(shard), np.load(index_path(images.file(shard))), dict) as writer,
+        into.open_shard(shard, into.claim(shard), np.load(index_path(images.file(shard))), dict) as writer,
     ):
         writer.add("00000.moments.npy", np.zeros((1, 1, 1, 1), np.float16))
-    assert not into.done(shard)
+    assert not into.is_done(shard)

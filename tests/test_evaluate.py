@@ -11,8 +11,8 @@ from condot.cli import sample
 from condot.data.loader.read_samples import read_images
 from condot.data.storage.shard_reader import Shards
 from condot.pipeline.evaluation.classifier import _batches, train_classifier
-from condot.pipeline.evaluation.frechet import Moments, frechet
-from condot.pipeline.evaluation.metrics import Report, diversity, evaluate, load_features, nearest
+from condot.pipeline.evaluation.frechet import FeatureMoments, frechet_distance
+from condot.pipeline.evaluation.metrics import EvaluationResult, diversity, evaluate, load_features, nearest
 from condot.pipeline.sampling.generate import Samples
 from condot.pipeline.sampling.sampler import Sampler
 
@@ -34,7 +34,7 @@ def pixels(images):
 @pytest.fixture
 def quick(monkeypatch):
     """Two classes far apart are learnt in a few epochs."""
-    monkeypatch.setattr("condot.pipeline.evaluation.classifier.MOST_EPOCHS", 4)
+    monkeypatch.setattr("condot.pipeline.evaluation.classifier.MAX_EPOCHS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +88,10 @@ def test_the_frechet_distance_is_to_held_out_images_beside_as_many_training_ones
     train, held_out, samples = blobs(400, 0), blobs(100, 1), blobs(300, 2)
     half = samples[0][samples[1] == 1][:50], samples[1][samples[1] == 1][:50]
     report = evaluate(*half, train, held_out, pixels)
-    fresh = Moments.of(pixels(held_out[0]))
-    assert report.frechet == pytest.approx(frechet(Moments.of(pixels(half[0])), fresh), rel=1e-9)
+    fresh = FeatureMoments.from_features(pixels(held_out[0]))
+    assert report.frechet == pytest.approx(frechet_distance(FeatureMoments.from_features(pixels(half[0])), fresh), rel=1e-9)
     known = pixels(train[0][torch.randperm(400, generator=torch.Generator().manual_seed(0))[:50]])
-    assert report.frechet_of_train == pytest.approx(frechet(Moments.of(known), fresh), rel=1e-9)
+    assert report.frechet_of_train == pytest.approx(frechet_distance(FeatureMoments.from_features(known), fresh), rel=1e-9)
     assert report.frechet > 10 * report.frechet_of_train and report.frechet == pytest.approx(4 * 0.5**2 + 4 * 0.5**2, rel=0.2)
 
 
@@ -126,11 +126,15 @@ def test_the_classifier_is_as_good_a_judge_as_a_support_vector_machine(real):
     again = train_classifier(*few), torch.rand(1), train_classifier(*few)
     assert torch.equal(again[0].features(fresh), again[2].features(fresh))
     noisy = images[:180] + 0.6 * torch.randn(180, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    known, held_out = Moments.of(judge.features(images[:180])), Moments.of(judge.features(fresh[::2]))
-    other = Moments.of(judge.features(fresh[1::2]))
-    assert frechet(known, held_out) < 1.5 * frechet(other, held_out), "having learnt from images makes them hardly farther"
-    assert frechet(Moments.of(judge.features(noisy)), held_out) > 3 * frechet(known, held_out)
-    assert frechet(Moments.of(judge.features(fresh[1::2][expected[1::2] < 5])), held_out) > 10 * frechet(known, held_out)
+    known, held_out = FeatureMoments.from_features(judge.features(images[:180])), FeatureMoments.from_features(judge.features(fresh[::2]))
+    other = FeatureMoments.from_features(judge.features(fresh[1::2]))
+    assert frechet_distance(known, held_out) < 1.5 * frechet_distance(other, held_out), (
+        "having learnt from images makes them hardly farther"
+    )
+    assert frechet_distance(FeatureMoments.from_features(judge.features(noisy)), held_out) > 3 * frechet_distance(known, held_out)
+    assert frechet_distance(
+        FeatureMoments.from_features(judge.features(fresh[1::2][expected[1::2] < 5])), held_out
+    ) > 10 * frechet_distance(known, held_out)
 
 
 @pytest.mark.parametrize(("count", "steps", "size"), [(50, 300, 5), (1437, 420, 100), (60_000, 1200, 100), (200_000, 2000, 100)])
@@ -176,7 +180,7 @@ def test_evaluate_compares_what_the_command_names_and_fails_below_its_goals(trai
     seen, asked = [], []
     figures = {"samples": 25, "accuracy": 0.5, "accuracy_of_held_out": 1.0, "diversity": 1.2, "diversity_of_real": 2.0, "nearest": 2.1,
                "nearest_of_held_out": 3.0, "frechet": 1.0, "frechet_of_train": 1.0, "feature_width": 4, "few": False}  # fmt: skip
-    monkeypatch.setattr(sample, "evaluate", lambda *given: seen.append(given) or Report(**figures))
+    monkeypatch.setattr(sample, "evaluate", lambda *given: seen.append(given) or EvaluationResult(**figures))
 
     def bright(source, labels, sampler, **more):
         asked.append((sampler, more))

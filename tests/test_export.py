@@ -17,13 +17,13 @@ from condot.cli import sample
 from condot.pipeline.checkpoint.store import load_tensors
 from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.export.identity_autoencoder import identity_autoencoder
-from condot.pipeline.export.load import open_folder
-from condot.pipeline.export.pipeline_class import labelled
+from condot.pipeline.export.load import load_flow_model
+from condot.pipeline.export.pipeline_class import with_class_embedding
 from condot.pipeline.export.runtime.scheduling_flow_ode_v1 import FlowODEScheduler
-from condot.pipeline.export.scheduler_map import form_of, scheduler_of
-from condot.pipeline.flow import convert, euler, guide, initial, velocity_field, widen
+from condot.pipeline.export.scheduler_map import build_scheduler, export_form
+from condot.pipeline.flow import convert, euler, guide, scale_initial_noise, velocity_field, widen
 from condot.pipeline.sampling.generate import generate
-from condot.pipeline.sampling.image_grid import grid
+from condot.pipeline.sampling.image_grid import make_grid
 from condot.pipeline.sampling.sampler import Sampler
 
 STRANGER = """
@@ -77,7 +77,7 @@ def pipeline_run(folder, labels, steps, guidance, seed):
 
 def ours_on_stock_schedule(trained, labels, noise, sigmas, guidance):
     """Our network and Euler steps on the pipeline's sigmas; the pipeline tells its network the time in whole thousandths."""
-    source, labels = trained.source("cpu"), torch.tensor(labels)
+    source, labels = trained.build_model("cpu"), torch.tensor(labels)
 
     def rounded(x, t, y):
         return trained.network(x, 1 - torch.floor(1000 * (1 - t.double()) + 1e-6).float() / 1000, y)
@@ -101,10 +101,10 @@ def test_our_sampler_and_the_pipeline_draw_the_same(digits, tmp_path, kind):
     assert fit(digits, tmp_path / "run", "--export=true", "--train.learning_rate=1e-2", *KINDS[kind]) == 0
     labels = [0, 3, 9]
     theirs, noise, sigmas = pipeline_run(tmp_path / "run/export", labels, 7, 2.5, 5)
-    trained = sample.Trained(tmp_path / "run")
+    trained = sample.TrainedModel(tmp_path / "run")
     assert_equal_draws(ours_on_stock_schedule(trained, labels, noise, sigmas, 2.5), theirs)
     assert (ours_on_stock_schedule(trained, labels, noise.flip(0), sigmas, 2.5) - theirs).abs().max() > 0.1 * theirs.abs().max()
-    mine, folder = trained.source("cpu"), open_folder(tmp_path / "run/export")
+    mine, folder = trained.build_model("cpu"), load_flow_model(tmp_path / "run/export")
     t, y = torch.tensor([0.01, 0.5, 0.9]), torch.tensor(labels)
     with torch.no_grad():
         torch.testing.assert_close(folder.field(noise, t, y), mine.field(noise, t, y), atol=1e-4, rtol=1e-4)
@@ -129,8 +129,8 @@ def test_paths_of_unit_variance_run_under_ddim(digits, tmp_path, kind):
         pipe.scheduler.config, timestep_spacing="leading", clip_sample=False, thresholding=False, set_alpha_to_one=True
     )
     theirs = drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=5, guidance_scale=1.0, generator=torch.manual_seed(2))
-    trained = sample.Trained(tmp_path / "run")
-    source, labels = trained.source("cpu"), torch.tensor([0, 3, 9])
+    trained = sample.TrainedModel(tmp_path / "run")
+    source, labels = trained.build_model("cpu"), torch.tensor([0, 3, 9])
     x = torch.randn(3, 1, 8, 8, generator=torch.manual_seed(2)).double()
     alphas = pipe.scheduler.alphas_cumprod.double().sqrt()
     steps = [800, 600, 400, 200, 0]
@@ -144,7 +144,7 @@ def test_paths_of_unit_variance_run_under_ddim(digits, tmp_path, kind):
             z, eps = (convert(out, source.predict, form, x, c) for form in ("data", "noise"))
             x = z if after is None else alphas[after] * z + (1 - alphas[after] ** 2).sqrt() * eps
     assert_equal_draws(x, theirs)
-    folder = open_folder(tmp_path / "run/export")
+    folder = load_flow_model(tmp_path / "run/export")
     t = torch.tensor([0.05, 0.5, 0.9])
     with torch.no_grad():
         point = torch.randn(3, 1, 8, 8)
@@ -152,7 +152,7 @@ def test_paths_of_unit_variance_run_under_ddim(digits, tmp_path, kind):
 
 
 def test_the_exported_network_is_ours_to_rounding(trained):
-    mine, theirs = sample.Trained(trained).source("cpu"), open_folder(trained / "export")
+    mine, theirs = sample.TrainedModel(trained).build_model("cpu"), load_flow_model(trained / "export")
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 0.2, 0.9, 1.0])
     with torch.no_grad():
         a = mine.field(x, t, torch.tensor([0, 4, 9, mine.null]))
@@ -188,12 +188,12 @@ def test_another_checkpoint_is_exported_where_one_is_named(trained, tmp_path):
     assert sample.main(words) == 0
     assert "128 images seen" in (tmp_path / "out/README.md").read_text()
     averaged = {k.removeprefix("ema."): v for k, v in load_tensors(trained / "checkpoint-8").items() if k.startswith("ema.")}
-    last = sample.Trained(trained)
+    last = sample.TrainedModel(trained)
     x, t, labels = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 4, 9])
     with torch.no_grad():
-        newest = last.source("cpu").field(x, t, labels)
+        newest = last.build_model("cpu").field(x, t, labels)
         last.network.load_state_dict(averaged)
-        wanted, found = last.source("cpu").field(x, t, labels), open_folder(tmp_path / "out").field(x, t, labels)
+        wanted, found = last.build_model("cpu").field(x, t, labels), load_flow_model(tmp_path / "out").field(x, t, labels)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
     assert (newest - wanted).abs().max() > 1e-3
 
@@ -214,7 +214,7 @@ def test_an_export_that_fails_leaves_the_older_one(trained, tmp_path, monkeypatc
 
 def test_what_no_stock_pipeline_starts_from_is_refused():
     with pytest.raises(ValueError, match="stock pipelines start from normal noise"):
-        form_of(FlowConfig(prior="uniform"))
+        export_form(FlowConfig(prior="uniform"))
 
 
 OWN_KINDS = {
@@ -242,11 +242,11 @@ def test_every_other_recipe_takes_a_scheduler_of_its_own_along(digits, tmp_path,
     euler = {**default, "clip_sample": False, "solver": "euler"}  # as is written out below
     pipe.scheduler = type(pipe.scheduler).from_config(euler)
     theirs = drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=6, guidance_scale=2.0, generator=torch.manual_seed(2))
-    trained = sample.Trained(tmp_path / "run")
-    source, labels = trained.source("cpu"), torch.tensor([0, 3, 9])
+    trained = sample.TrainedModel(tmp_path / "run")
+    source, labels = trained.build_model("cpu"), torch.tensor([0, 3, 9])
     field = guide(source.field, labels, torch.full_like(labels, source.null), 2.0)
     times = (1 - pipe.scheduler.timesteps.double() / 1000).tolist()
-    x = initial(source.path, torch.randn(3, 1, 8, 8, generator=torch.manual_seed(2)), times[0])
+    x = scale_initial_noise(source.path, torch.randn(3, 1, 8, 8, generator=torch.manual_seed(2)), times[0])
     with torch.no_grad():
         for t, after in zip(times, [*times[1:], None], strict=True):
             now = torch.full((3,), t)
@@ -264,7 +264,7 @@ def test_every_other_recipe_takes_a_scheduler_of_its_own_along(digits, tmp_path,
         pipe.scheduler = scheduler
         found.append(drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=6, guidance_scale=2.0, generator=torch.manual_seed(2)))
     assert_equal_draws(*found)
-    reopened, point = open_folder(folder), torch.randn(3, 1, 8, 8)
+    reopened, point = load_flow_model(folder), torch.randn(3, 1, 8, 8)
     t = torch.tensor([0.05, 0.5, 0.9])
     with torch.no_grad():
         torch.testing.assert_close(reopened.field(point, t, labels), source.field(point, t, labels), atol=1e-3, rtol=1e-4)
@@ -274,7 +274,7 @@ def test_every_other_recipe_takes_a_scheduler_of_its_own_along(digits, tmp_path,
 def test_the_table_of_a_ddpm_path_is_diffusers_own(name):
     theirs = DDPMScheduler(beta_schedule="squaredcos_cap_v2" if name == "cosine" else name)
     path = "ddpm" if name == "linear" else f"ddpm_{name}"
-    ours = scheduler_of(FlowConfig(path=path, predict="noise"))
+    ours = build_scheduler(FlowConfig(path=path, predict="noise"))
     torch.testing.assert_close(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=2e-6, atol=1e-7)
 
 
@@ -292,7 +292,7 @@ def test_the_identity_autoencoder_is_one(channels):
 
 @pytest.mark.parametrize("solver", ["euler", "heun", "euler_maruyama", "exponential"])
 def test_an_image_is_a_function_of_seed_and_index(trained, solver):
-    source, labels = open_folder(trained / "export"), torch.arange(7)
+    source, labels = load_flow_model(trained / "export"), torch.arange(7)
     sampler = Sampler(solver, 5, 2.0)
     whole = generate(source, labels, sampler, seed=3).images
     parts = generate(source, labels, sampler, seed=3, batch_size=3).images
@@ -303,7 +303,7 @@ def test_an_image_is_a_function_of_seed_and_index(trained, solver):
 
 
 def test_zero_diffusion_is_eulers_method(trained):
-    source, labels = open_folder(trained / "export"), torch.arange(3)
+    source, labels = load_flow_model(trained / "export"), torch.arange(3)
     ode, zero, sde = (
         generate(source, labels, Sampler(*how), seed=0).images
         for how in (("euler", 6), ("euler_maruyama", 6, 1.0, "zero"), ("euler_maruyama", 6))
@@ -314,7 +314,7 @@ def test_zero_diffusion_is_eulers_method(trained):
 
 def test_a_grid_puts_images_where_they_belong():
     images = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 1, 2, 2)
-    sheet = grid(images, 3, scale=2)
+    sheet = make_grid(images, 3, scale=2)
     assert sheet.shape == (1, 14, 20) and sheet[0, 2, 2] == -1 and sheet[0, 8, 8] == 1 and sheet[0, 8, 2] == 0.5 and sheet[0, 0, 0] == 1
 
 
@@ -439,6 +439,6 @@ def test_a_unet_without_classes_does_not_mind_the_class_that_the_pipeline_passes
     network = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, block_out_channels=(32,), attention_head_dim=32,
         down_block_types=("AttnDownBlock2D",), up_block_types=("AttnUpBlock2D",)).eval()  # fmt: skip
     x, t = torch.randn(3, 1, 8, 8), torch.tensor([0, 400, 999])
-    passed = labelled(network)(x, t, class_labels=torch.tensor([1000, 0, 7])).sample
+    passed = with_class_embedding(network)(x, t, class_labels=torch.tensor([1000, 0, 7])).sample
     assert torch.equal(passed, network(x, t).sample)
-    assert labelled(labelled(network)).class_embedding.weight.shape[0] == 1001
+    assert with_class_embedding(with_class_embedding(network)).class_embedding.weight.shape[0] == 1001

@@ -12,9 +12,9 @@ from test_text_training import fit
 
 from condot.cli import sample
 from condot.data.encode.command import main as encode
-from condot.pipeline.export.load import open_folder
+from condot.pipeline.export.load import load_flow_model
 from condot.pipeline.export.runtime.scheduling_flow_ode_v1 import FlowODEScheduler
-from condot.pipeline.flow import ODE_SOLVERS, guide, repeat
+from condot.pipeline.flow import ODE_SOLVERS, guide, repeat_condition
 
 CASES = {
     "sd3": ("mmdit", ("clip_projected", "clip_projected", "t5"), "attend", "StableDiffusion3Pipeline"),
@@ -64,7 +64,7 @@ def drawn(pipe, noise, **more):
 
 def nothing(source):
     """What guidance leads away from, of two images."""
-    return repeat(source.null, 2)
+    return repeat_condition(source.null, 2)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -79,19 +79,21 @@ def test_every_text_model_draws_what_the_trainer_draws(tmp_path, shards, case):
             DiffusionPipeline.from_pretrained(run / "export")
     pipe = DiffusionPipeline.from_pretrained(run / "export", trust_remote_code=code)
     pipe.scheduler = FlowODEScheduler.from_config(pipe.scheduler.config, solver="heun")
-    source, noise = sample.Trained(run).source("cpu"), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    source, noise = sample.TrainedModel(run).build_model("cpu"), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     for negative in ("", "small circle"):
         theirs = drawn(pipe, noise, guidance_scale=3.0, negative_prompt=negative)
-        field = guide(source.field, source.read(PROMPTS), repeat(source.read([negative]), 2), 3.0)
+        field = guide(source.field, source.encode_text(PROMPTS), repeat_condition(source.encode_text([negative]), 2), 3.0)
         with torch.no_grad():
             ours = ODE_SOLVERS["heun"](field, noise, 1 - pipe.scheduler.sigmas).x
         scale = max(1.0, ours.abs().max().item())
         assert (theirs - ours).abs().max() < 1e-4 * scale
     assert (drawn(pipe, noise.flip(0), guidance_scale=3.0) - theirs).abs().max() > 1e-2 * scale
-    read = open_folder(run / "export", own=sample.OWN)
+    read = load_flow_model(run / "export", own_classes=sample.CUSTOM_CLASSES)
     point, t = torch.randn(2, 3, 16, 16), torch.tensor([0.1, 0.8])
     with torch.no_grad():
-        told, untold = ([one.field(point, t, how(one)) for one in (source, read)] for how in (lambda one: one.read(PROMPTS), nothing))
+        told, untold = (
+            [one.field(point, t, how(one)) for one in (source, read)] for how in (lambda one: one.encode_text(PROMPTS), nothing)
+        )
     torch.testing.assert_close(*told, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(*untold, atol=1e-4, rtol=1e-4)
     assert (run / "export/samples.png").is_file()

@@ -16,8 +16,8 @@ from test_prepare import contents, everything, picture, refused
 
 from condot.core.regular_files import open_regular, read_regular
 from condot.data.prepare.command import main
-from condot.data.prepare.metadata_tables import rows_of
-from condot.data.prepare.scan_folder import Found, walk
+from condot.data.prepare.metadata_tables import read_rows
+from condot.data.prepare.scan_folder import FolderScan, walk
 from condot.data.prepare.tar_sources import find_tars
 from condot.data.storage.shard_reader import Shards
 
@@ -105,7 +105,7 @@ def test_tables_that_cannot_be_read_are_refused(tmp_path, capsys, body, message)
 
 def test_lines_of_json_that_are_bombs_are_refused(tmp_path):
     (tmp_path / "t.jsonl").write_bytes(b'{"file_name": "0.png"}\n' + b"[" * 200_000 + b"\n")
-    rows = rows_of(tmp_path / "t.jsonl")
+    rows = read_rows(tmp_path / "t.jsonl")
     assert next(rows) == (1, {"file_name": "0.png"})
     with pytest.raises(ValueError, match=r"t\.jsonl:2 is no JSON object"):
         next(rows)
@@ -241,7 +241,7 @@ def test_images_keep_the_order_of_names_folder_by_folder(tmp_path):
 
 def test_arrays_beside_as_many_images_are_left_out_in_linear_time():
     """A mask, or features, beside each of very many images: quadratic code takes minutes here, and hours for a million."""
-    found, status = Found(), os.stat(__file__)
+    found, status = FolderScan(), os.stat(__file__)
     for number in range(60_000):
         found.add(f"{number:06d}.png", status)
         found.add(f"{number:06d}.npy", status)

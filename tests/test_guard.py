@@ -11,15 +11,15 @@ from conftest import fit
 from test_scale import BUCKETS, shapes  # noqa: F401  the fixture
 
 from condot.core.data_options import Options
-from condot.core.process import DIVERGED
+from condot.core.process import EXIT_DIVERGED
 from condot.data.loader.build import build
 from condot.data.loader.stream import Share
 from condot.pipeline.checkpoint import saving
 from condot.pipeline.checkpoint.store import load_tensors
 from condot.pipeline.config.schema import GuardConfig
 from condot.pipeline.training import loop
-from condot.pipeline.training.guard import Evidence, Guard
-from condot.pipeline.training.step_stats import Beat, Pulse
+from condot.pipeline.training.guard import Guard, IncidentLog
+from condot.pipeline.training.step_stats import StepReducer, StepStats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LOG = ("--log.every=1", "--checkpoint.every=4", "--checkpoint.keep=9")
@@ -41,8 +41,8 @@ def keys(digits, position):
     return stream.keys(next(stream))
 
 
-def beat(step=0, loss=1.0, norm=1.0, bad=False):
-    return Beat(step, loss, norm, bad, False, False)
+def make_stats(step=0, loss=1.0, norm=1.0, bad=False):
+    return StepStats(step, loss, norm, bad, False, False)
 
 
 @pytest.fixture
@@ -51,36 +51,36 @@ def poison(monkeypatch):
 
     def plant(where, *steps, by=math.nan):
         count = -1
-        advance, loss_of, clip = loop.advance, loop.loss_of, loop.clip
+        train_step, compute_loss, clip_gradients = loop.train_step, loop.compute_loss, loop.clip_gradients
 
         def counted(run):
             nonlocal count
             count += 1
             if where == "weight" and count in steps:
                 next(run.network.parameters()).data.view(-1)[3] = by
-            return advance(run)
+            return train_step(run)
 
         def loss(run, batch):
             if where == "overflow" and count in steps:
                 first = next(run.network.parameters())  # a gradient of it that is added in the backward pass, before it is looked at
-                return loss_of(run, batch) + (first.view(-1)[0] - first.view(-1)[0].detach()) * 1e38
+                return compute_loss(run, batch) + (first.view(-1)[0] - first.view(-1)[0].detach()) * 1e38
             if where == "batch" and count in steps:
                 encode = run.encode
                 run.encode = lambda b, s: encode(b, s).index_fill(0, torch.tensor([1]), by)
                 try:
-                    return loss_of(run, batch)
+                    return compute_loss(run, batch)
                 finally:
                     run.encode = encode
-            return loss_of(run, batch) * (by if where == "loss" and count in steps else 1)
+            return compute_loss(run, batch) * (by if where == "loss" and count in steps else 1)
 
         def clipped(run):
             if where == "gradient" and count in steps:
                 next(p for p in run.network.parameters() if p.grad is not None).grad.view(-1)[0] = by
-            return clip(run)
+            return clip_gradients(run)
 
-        monkeypatch.setattr(loop, "advance", counted)
-        monkeypatch.setattr(loop, "loss_of", loss)
-        monkeypatch.setattr(loop, "clip", clipped)
+        monkeypatch.setattr(loop, "train_step", counted)
+        monkeypatch.setattr(loop, "compute_loss", loss)
+        monkeypatch.setattr(loop, "clip_gradients", clipped)
 
     return plant
 
@@ -97,16 +97,16 @@ def test_a_bad_step_is_skipped_and_its_samples_are_named(digits, tmp_path, poiso
     assert [row["skipped_steps"] for row in found] == [0] * 5 + [1] * 7 and not (tmp_path / "run/rollbacks.jsonl").exists()
     assert all(math.isfinite(row["loss"]) for row in found if row["step"] != 6)
     monkeypatch.undo()
-    apply = loop.apply
+    optimizer_step = loop.optimizer_step
 
     def idle(run, loss):
         step = run.optimizer.optimizer.step
         if run.step == 5:
             run.optimizer.optimizer.step = lambda *a: None
-        apply(run, loss)
+        optimizer_step(run, loss)
         run.optimizer.optimizer.step = step
 
-    monkeypatch.setattr(loop, "apply", idle)
+    monkeypatch.setattr(loop, "optimizer_step", idle)
     assert fit(digits, tmp_path / "idle", *LOG) == 0
     assert equal(tmp_path / "run/checkpoint-12", tmp_path / "idle/checkpoint-12")
 
@@ -218,7 +218,7 @@ def test_a_rollback_waits_for_the_checkpoint_under_way(digits, tmp_path, poison,
 
 def test_what_rollbacks_do_not_cure_ends_with_a_status_of_its_own_and_the_evidence(digits, tmp_path, poison, capsys):
     poison("batch", *range(6, 1000))
-    assert fit(digits, tmp_path / "run", *LOG, "--guard.rollbacks=2", "--guard.skips=1") == DIVERGED == 3
+    assert fit(digits, tmp_path / "run", *LOG, "--guard.rollbacks=2", "--guard.skips=1") == EXIT_DIVERGED == 3
     text = "".join(capsys.readouterr())
     assert "after 2 rollback(s), guard.rollbacks=2" in text and "Lower train.learning_rate=0.001" in text
     assert len(lines(tmp_path / "run/rollbacks.jsonl")) == 2 and lines(tmp_path / "run/bad_steps.jsonl")
@@ -230,47 +230,55 @@ def test_what_rollbacks_do_not_cure_ends_with_a_status_of_its_own_and_the_eviden
 
 def test_a_fresh_run_forgets_the_evidence_of_another(tmp_path):
     (tmp_path / "rollbacks.jsonl").write_text('{"to_step": 0, "cursor": 99}\n{"torn')
-    evidence = Evidence(tmp_path, main=False, start=0, fresh=False)
-    assert evidence.cursor(0) == 99
-    evidence.rolled_back({"to_step": 0, "cursor": 200})
-    evidence.rolled_back({"to_step": 5, "cursor": 300})
-    assert (evidence.cursor(0), evidence.cursor(5), evidence.cursor(3)) == (200, 300, 0), "the last way back from a step passes over most"
+    incidents = IncidentLog(tmp_path, main=False, start=0, fresh=False)
+    assert incidents.cursor_after_rollback(0) == 99
+    incidents.record_rollback({"to_step": 0, "cursor": 200})
+    incidents.record_rollback({"to_step": 5, "cursor": 300})
+    assert (incidents.cursor_after_rollback(0), incidents.cursor_after_rollback(5), incidents.cursor_after_rollback(3)) == (200, 300, 0), (
+        "the last way back from a step passes over most"
+    )
     (tmp_path / "bad_steps.jsonl").write_text("".join(f'{{"step": {n}, "keys": []}}\n' for n in (2, 3, 4)))
-    Evidence(tmp_path, main=True, start=3, fresh=False)
+    IncidentLog(tmp_path, main=True, start=3, fresh=False)
     assert [line["step"] for line in lines(tmp_path / "bad_steps.jsonl")] == [2], "step 3 is the first to come again"
-    assert Evidence(tmp_path, main=True, start=0, fresh=True).cursor(0) == 0 and not (tmp_path / "rollbacks.jsonl").exists()
+    assert (
+        IncidentLog(tmp_path, main=True, start=0, fresh=True).cursor_after_rollback(0) == 0 and not (tmp_path / "rollbacks.jsonl").exists()
+    )
 
 
-def test_the_judgement():
+def test_the_checks_of_a_step():
     """Bounds are over the median, which a spike before does not move; a window must be full; good steps end a row of bad ones."""
     guard = Guard(GuardConfig(window=4, loss_spike=3.0, norm_spike=6.0, skips=2))
-    assert [guard.judge(beat(loss=value)) for value in (1.0, 50.0, 1.2, 0.8)] == [""] * 4
-    assert "3.4 is over 3 times the median 1.1 of the last 4 steps" in guard.judge(beat(loss=3.4)) and guard.judge(beat(loss=3.2)) == ""
-    assert "gradient's norm 6.1 is over 6" in guard.judge(beat(norm=6.1)) and guard.judge(beat(norm=5.9)) == ""
-    assert [bool(guard.judge(beat(bad=bad))) for bad in (True, True, False, True, True, True)] == [False] * 5 + [True]
+    assert [guard.check(make_stats(loss=value)) for value in (1.0, 50.0, 1.2, 0.8)] == [""] * 4
+    assert (
+        "3.4 is over 3 times the median 1.1 of the last 4 steps" in guard.check(make_stats(loss=3.4))
+        and guard.check(make_stats(loss=3.2)) == ""
+    )
+    assert "gradient's norm 6.1 is over 6" in guard.check(make_stats(norm=6.1)) and guard.check(make_stats(norm=5.9)) == ""
+    assert [bool(guard.check(make_stats(bad=bad))) for bad in (True, True, False, True, True, True)] == [False] * 5 + [True]
     assert guard.skipped == 5
     other = Guard(GuardConfig(window=4))
     other.restore(json.loads(json.dumps(guard.state())))
     assert other.state() == guard.state() and list(other.losses) == list(guard.losses)
     other.restore({"losses": [3.0], "row": 1})
     assert other.state() == {"losses": [3.0], "norms": [], "row": 1, "overflows": 0, "skipped": 0}, "nothing of the course that was undone"
-    assert not Guard(GuardConfig(window=2, loss_spike=0, norm_spike=0)).judge(beat(loss=1e9))
+    assert not Guard(GuardConfig(window=2, loss_spike=0, norm_spike=0)).check(make_stats(loss=1e9))
 
 
-def test_the_pulse_tells_a_bad_step_on_the_device():
-    pulse = Pulse(torch.device("cpu"), 1)
+def test_the_step_reducer_marks_a_bad_step_on_the_device():
+    reducer = StepReducer(torch.device("cpu"), 1)
     one, nan = torch.tensor(1.0), torch.tensor(math.nan)
     flags = [
-        float(pulse.beat(i, a, b, stop=i == 3, writing=False)) for i, (a, b) in enumerate([(one, one), (nan, one), (one, nan), (one, one)])
+        float(reducer.reduce(i, a, b, stop=i == 3, writing=False))
+        for i, (a, b) in enumerate([(one, one), (nan, one), (one, nan), (one, one)])
     ]
     assert flags == [0, 1, 1, 0]
-    assert [(b.step, b.bad, b.stop) for b in pulse.read()] == [(0, False, False), (1, True, False), (2, True, False), (3, False, True)]
-    assert pulse.read() == []
-    scaled = Pulse(torch.device("cpu"), 1, scaled=True)
-    assert float(scaled.beat(0, one, nan, stop=False, writing=False)) == 0, "fp16's scaler skips those itself"
+    assert [(b.step, b.bad, b.stop) for b in reducer.read()] == [(0, False, False), (1, True, False), (2, True, False), (3, False, True)]
+    assert reducer.read() == []
+    scaled = StepReducer(torch.device("cpu"), 1, scaled=True)
+    assert float(scaled.reduce(0, one, nan, stop=False, writing=False)) == 0, "fp16's scaler skips those itself"
 
 
-def test_the_pulse_of_three_ranks(monkeypatch):
+def test_the_step_reducer_of_three_ranks(monkeypatch):
     """Means of losses and norms; bad, told to stop, still writing, without data: if any rank is."""
     one = torch.tensor(1.0)
     for others, said in (
@@ -281,21 +289,21 @@ def test_the_pulse_of_three_ranks(monkeypatch):
         ([5.0, 2.0, 0, 0, 0, 1], (2.0, 1.0, False, False, False, True)),
     ):
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda facts, others=others: facts.add_(torch.tensor(others)))
-        pulse = Pulse(torch.device("cpu"), 3)
-        assert bool(pulse.beat(7, one, one, stop=False, writing=False)) == said[2]
-        assert pulse.read() == [Beat(7, *said)]
+        reducer = StepReducer(torch.device("cpu"), 3)
+        assert bool(reducer.reduce(7, one, one, stop=False, writing=False)) == said[2]
+        assert reducer.read() == [StepStats(7, *said)]
 
 
 def test_on_a_gpu_the_newest_step_is_not_waited_for():
-    pulse, one = Pulse(torch.device("cpu"), 1), torch.tensor(1.0)
+    reducer, one = StepReducer(torch.device("cpu"), 1), torch.tensor(1.0)
     for step in range(3):
-        pulse.beat(step, one, one, stop=False, writing=False)
-    pulse.device = torch.device("cuda")
-    assert [b.step for b in pulse.read()] == [0, 1] and pulse.read() == [] and [b.step for b in pulse.read(all=True)] == [2]
-    pulse.device = torch.device("cpu")
-    pulse.beat(3, one, one, stop=False, writing=False)
-    pulse.forget()
-    assert pulse.read(all=True) == []
+        reducer.reduce(step, one, one, stop=False, writing=False)
+    reducer.device = torch.device("cuda")
+    assert [b.step for b in reducer.read()] == [0, 1] and reducer.read() == [] and [b.step for b in reducer.read(all=True)] == [2]
+    reducer.device = torch.device("cpu")
+    reducer.reduce(3, one, one, stop=False, writing=False)
+    reducer.clear()
+    assert reducer.read(all=True) == []
 
 
 def test_no_step_of_a_sound_run_is_called_a_spike(digits, tmp_path):

@@ -10,10 +10,10 @@ from diffusers.guiders.guider_utils import rescale_noise_cfg
 
 from condot.pipeline.flow import CondOT, autoguide, convert, guide, widen
 from condot.pipeline.flow.linear_path import UniformPrior
-from condot.pipeline.sampling.flow_model import led_by
-from condot.pipeline.sampling.generate import check_sampler, generate, guided
+from condot.pipeline.sampling.flow_model import with_autoguidance
+from condot.pipeline.sampling.generate import check_sampler, generate, guided_field
 from condot.pipeline.sampling.sampler import Sampler
-from condot.pipeline.sampling.solve import start
+from condot.pipeline.sampling.solve import initial_point
 
 MIXTURE = oracles.three()
 CLASSES = [oracles.gaussian(m.tolist(), s.tolist()) for m, s in zip(MIXTURE.means, MIXTURE.covariances, strict=True)]
@@ -61,15 +61,15 @@ def test_a_negative_condition_takes_the_place_of_none():
 
 def test_guidance_in_an_interval_acts_inside_and_saves_outside():
     sizes, watched = counted()
-    guided = guide(watched, LABELS, NONE, 3.0, interval=(0.2, 0.7))
+    guided_field = guide(watched, LABELS, NONE, 3.0, interval=(0.2, 0.7))
     always = guide(field, LABELS, NONE, 3.0)
-    torch.testing.assert_close(guided(X, T), always(X, T))
+    torch.testing.assert_close(guided_field(X, T), always(X, T))
     late = torch.full_like(T, 0.71)
-    assert torch.equal(guided(X, late), field(X, late, LABELS))
+    assert torch.equal(guided_field(X, late), field(X, late, LABELS))
     assert sizes == [12, 6]
     mixed = torch.tensor([0.1, 0.2, 0.5, 0.7, 0.8, 0.9], dtype=torch.float64)
     inside = torch.tensor([False, True, True, True, False, False])[:, None]
-    torch.testing.assert_close(guided(X, mixed), torch.where(inside, always(X, mixed), field(X, mixed, LABELS)))
+    torch.testing.assert_close(guided_field(X, mixed), torch.where(inside, always(X, mixed), field(X, mixed, LABELS)))
 
 
 def test_rescaling_brings_back_the_conditional_deviation():
@@ -113,11 +113,11 @@ def test_a_source_is_led_by_a_weaker_one():
 
     source = gaussian_source("condot", "velocity")
     shifted = lambda x, t, c: source.field(x - 0.5 * t[:, None, None, None], t, c) + 0.5  # noqa: E731  mean 0.8
-    led = led_by(source, replace(source, field=shifted))
+    led = with_autoguidance(source, replace(source, field=shifted))
     labels = torch.zeros(300, dtype=torch.int64)
     plain = generate(source, labels, Sampler("heun", 40), seed=1).images
-    guided = generate(led, labels, Sampler("heun", 40, 2.0), seed=1).images
-    torch.testing.assert_close(guided, plain - 0.5, atol=2e-3, rtol=0)
+    guided_field = generate(led, labels, Sampler("heun", 40, 2.0), seed=1).images
+    torch.testing.assert_close(guided_field, plain - 0.5, atol=2e-3, rtol=0)
     late = generate(led, labels, Sampler("heun", 40, 2.0, guidance_interval=(0.99, 1.0)), seed=1).images
     assert (late - plain).abs().max() < 0.05, "outside the interval the model alone"
 
@@ -130,10 +130,10 @@ def test_both_get_the_condition_and_no_class_is_each_ones_own():
     note = lambda name: lambda x, t, c: told[name].append(c.tolist()) or base.field(x, t, c)  # noqa: E731
     source = replace(base, field=note("good"), num_classes=3, null=3)
     weak = replace(base, field=note("weak"), num_classes=3, null=1000)
-    generate(led_by(source, weak), torch.tensor([2, 0]), Sampler("euler", 1, 2.0), seed=0)
+    generate(with_autoguidance(source, weak), torch.tensor([2, 0]), Sampler("euler", 1, 2.0), seed=0)
     assert told == {"good": [[2, 0]], "weak": [[2, 0]]}
     told["weak"].clear()
-    led_by(source, weak).weak(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.tensor([3, 1]))
+    with_autoguidance(source, weak).weak(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.tensor([3, 1]))
     assert told["weak"] == [[1000, 1]]
 
 
@@ -141,7 +141,7 @@ def test_a_guide_of_other_data_is_refused():
     from test_methods import gaussian_source
 
     source = gaussian_source("condot", "velocity")
-    text = {"read": lambda texts: (torch.ones(len(texts), 2),), "null": (torch.ones(1, 2),)}
+    text = {"encode_text": lambda texts: (torch.ones(len(texts), 2),), "null": (torch.ones(1, 2),)}
     latent = replace(source, pixels=(3, 16, 16), decode=lambda z: z)
     for good, weak, message in (
         (source, replace(source, shape=(1, 4, 4)), "samples of shape"),
@@ -155,9 +155,9 @@ def test_a_guide_of_other_data_is_refused():
         (latent, replace(latent, decode=lambda z: 1.1 * z), "decodes a latent to another image"),
     ):
         with pytest.raises(ValueError, match=message):
-            led_by(good, weak)
+            with_autoguidance(good, weak)
     for same in (source, replace(source, **text), latent, gaussian_source("condot", "noise")):
-        assert led_by(same, same).weak is not None
+        assert with_autoguidance(same, same).weak is not None
 
 
 # --- from a sampler's options to the field
@@ -189,7 +189,7 @@ def test_apg_reaches_the_samples_and_is_of_one_solve():
     assert (whole - made(replace(moving, apg_momentum=0.0))).abs().max() > 0.01
     torch.testing.assert_close(made(moving, batch_size=2), whole)
     looked = []
-    torch.testing.assert_close(made(moving, watch=lambda x, t, field: looked.append(field(x, torch.full((6,), t)))), whole)
+    torch.testing.assert_close(made(moving, on_step=lambda x, t, field: looked.append(field(x, torch.full((6,), t)))), whole)
     assert len(looked) == 10
 
 
@@ -198,9 +198,9 @@ def test_zero_init_steps_are_steps_of_the_samplers_grid():
     source, sampler = classes_of(), Sampler("euler", 8, 3.0, grid="shifted", guidance="cfg_zero_star", zero_init_steps=2)
     images = generate(source, ASKED, sampler, seed=1).images
     later = replace(sampler, zero_init_steps=0, given_times=tuple(sampler.times(source)[2:].tolist()))
-    begun = start(source, 1, torch.arange(6), 0.0)
+    begun = initial_point(source, 1, torch.arange(6), 0.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("condot.pipeline.sampling.generate.start", lambda *given: begun)
+        patch.setattr("condot.pipeline.sampling.generate.initial_point", lambda *given: begun)
         torch.testing.assert_close(images, generate(source, ASKED, later, seed=1).images)
 
 
@@ -211,12 +211,12 @@ def test_rescaling_in_samples_is_of_the_prediction(predict, share):
     wide = torch.where(torch.arange(8) < 4, 1.0, 0.4).double()  # else both have one deviation, and so has what is guided
     source = replace(base, field=lambda x, t, labels: base.field(x, t, labels) * torch.where((labels == 0)[:, None, None, None], 1, wide))
     sampler = Sampler("euler", given_times=(0.25, 0.75), guidance_scale=5.0, guidance_rescale=share, clip="off")
-    x = start(source, 1, torch.arange(6), 0.25).double()
+    x = initial_point(source, 1, torch.arange(6), 0.25).double()
     c = CondOT()(widen(t, x))
     mine, its = (convert(source.field(x, t, ASKED + k), "velocity", predict, x, c) for k in (0, 1))
     velocity = convert(rescale_noise_cfg(its + 5 * (mine - its), mine, share), predict, "velocity", x, c)
-    torch.testing.assert_close(guided(source, ASKED, sampler)(x, t), velocity, rtol=1e-5, atol=1e-5)
-    other = guided(replace(source, predict="velocity"), ASKED, sampler)(x, t)
+    torch.testing.assert_close(guided_field(source, ASKED, sampler)(x, t), velocity, rtol=1e-5, atol=1e-5)
+    other = guided_field(replace(source, predict="velocity"), ASKED, sampler)(x, t)
     assert (other - velocity).norm() / velocity.norm() > 0.02
 
 

@@ -9,16 +9,16 @@ from exact import ExactNetwork, quantiles
 from stocks import shake
 
 from condot.models import registry
-from condot.models.convert import to_exported
+from condot.models.convert import to_diffusers
 from condot.pipeline.config.schema import FlowConfig
-from condot.pipeline.export.load import pipeline_source
+from condot.pipeline.export.load import flow_model_from_pipeline
 from condot.pipeline.export.runtime.guidance_v2 import Guidance, Guide, cfg_zero_star_scale
 from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
-from condot.pipeline.export.scheduler_map import NAMES, form_of, scheduler_of
-from condot.pipeline.sampling.flow_model import network_source
+from condot.pipeline.export.scheduler_map import PREDICTION_TYPES, build_scheduler, export_form
+from condot.pipeline.sampling.flow_model import build_flow_model
 from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.sampler import Sampler
-from condot.pipeline.sampling.solve import start
+from condot.pipeline.sampling.solve import initial_point
 
 MEANS = (-0.6, 0.6, 0.0)
 
@@ -89,8 +89,8 @@ def test_cfg_zero_star_is_diffusers(rescale):
 
 def pipe_of(path, predict):
     flow = FlowConfig(path=path, predict=predict)
-    network = ExactNetwork(path, NAMES[form_of(flow).predict], means=MEANS, std=0.3)
-    pipe = CondotPipeline(scheduler_of(flow, pixels=False), transformer=network, id2label={0: "a", 1: "b"})
+    network = ExactNetwork(path, PREDICTION_TYPES[export_form(flow).predict], means=MEANS, std=0.3)
+    pipe = CondotPipeline(build_scheduler(flow, pixels=False), transformer=network, id2label={0: "a", 1: "b"})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -151,13 +151,13 @@ def test_run_folder_and_pipeline_agree(predict, kind):
     flow = FlowConfig(predict=predict)
     network = registry.build(kind="dit", channels=1, resolution=8, num_classes=3, width=32, depth=2, heads=2, patch_size=2)
     shaken = shake(network).eval()
-    exported = to_exported(shaken, form_of(flow).factor)
-    pipe = CondotPipeline(scheduler_of(flow), transformer=exported, id2label={0: "a", 1: "b", 2: "c"})
+    exported = to_diffusers(shaken, export_form(flow).factor)
+    pipe = CondotPipeline(build_scheduler(flow), transformer=exported, id2label={0: "a", 1: "b", 2: "c"})
     pipe.set_progress_bar_config(disable=True)
-    labels, run = torch.tensor([0, 2]), network_source(shaken, flow, (1, 8, 8), 3, lambda x: x)
+    labels, run = torch.tensor([0, 2]), build_flow_model(shaken, flow, (1, 8, 8), 3, lambda x: x)
     sampler = Sampler("euler", 6, 5.0, **how)
-    drawn = [generate(source, labels, sampler, seed=0).images for source in (run, pipeline_source(pipe, flow))]
-    noise = start(run, 0, torch.arange(2), 0.0)  # the scheduler makes it as loud as where it begins
+    drawn = [generate(source, labels, sampler, seed=0).images for source in (run, flow_model_from_pipeline(pipe, flow))]
+    noise = initial_point(run, 0, torch.arange(2), 0.0)  # the scheduler makes it as loud as where it begins
     how = {"solver": "euler", "num_inference_steps": 6, "guidance_scale": 5.0, "latents": noise, "output_type": "latent", **how}
     drawn.append(pipe([0, 2], **how).images)
     scale = drawn[0].abs().max().clamp(min=1)

@@ -12,9 +12,9 @@ from ranks import together
 from test_guard import LOG, equal, lines, poison  # noqa: F401  the fixture
 
 import condot.pipeline.launch.distributed
-from condot.core.process import DIVERGED
+from condot.core.process import EXIT_DIVERGED
 from condot.pipeline.checkpoint.store import load_tensors
-from condot.pipeline.training.guard import OVERFLOWS
+from condot.pipeline.training.guard import MAX_OVERFLOWS
 
 pytestmark = pytest.mark.usefixtures("one_thread", "scaled")
 HALF = (*LOG, "--train.mixed_precision=fp16", "--checkpoint.every=1", "--checkpoint.keep=99")
@@ -85,9 +85,9 @@ def test_an_overflow_halves_the_scale_and_is_no_bad_step(digits, tmp_path, poiso
 def test_a_gradient_that_no_scale_makes_finite_ends_the_run(digits, tmp_path, poison, capsys):  # noqa: F811
     poison("overflow", *range(4, 999))
     words = ("--train.max_steps=200", "--checkpoint.every=4", "--guard.rollbacks=1")
-    assert fit(digits, tmp_path / "run", *HALF, *words) == DIVERGED
+    assert fit(digits, tmp_path / "run", *HALF, *words) == EXIT_DIVERGED
     (line,) = lines(tmp_path / "run/rollbacks.jsonl")
-    assert f"{OVERFLOWS + 1} steps in a row" in line["reason"] and line["from_step"] == 4 + OVERFLOWS + 1
+    assert f"{MAX_OVERFLOWS + 1} steps in a row" in line["reason"] and line["from_step"] == 4 + MAX_OVERFLOWS + 1
 
 
 def test_an_overflow_on_one_rank_is_one_on_all_where_weights_are_shared_out():

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from condot.cli import sample
 from condot.data.encoders.autoencoder import Autoencoder
 from condot.data.encoders.text import TextEncoder, read_text_encoder
-from condot.models.published import find
+from condot.models.published import load_published
 from condot.pipeline.checkpoint import manifest
 from condot.pipeline.checkpoint.store import load_into, load_state, load_tensors
-from condot.pipeline.config.parse import build
+from condot.pipeline.config.parse import config_from_mapping
 from condot.pipeline.config.schema import Config
-from condot.pipeline.hub.checksums import check_folder
+from condot.pipeline.hub.checksums import check_checksums
 
 DEEP = "[" * 100_000
 SECRET = "secret.txt"
@@ -172,17 +172,17 @@ def test_a_list_of_hashes_that_was_cut_or_of_which_a_bit_flips_is_told(trained, 
     folder = shutil.copytree(trained / "export", tmp_path / "export")
     path, told = folder / "SHA256SUMS", 0
     body = path.read_bytes()
-    check_folder(folder)
+    check_checksums(folder)
     for at in range(0, len(body), 7):
         path.write_bytes(body[:at] + bytes([body[at] ^ 1 << at % 8]) + body[at + 1 :])
         with contextlib.suppress(ValueError):
-            check_folder(folder)
+            check_checksums(folder)
             told -= 1
         told += 1
     assert told == len(range(0, len(body), 7))
     path.write_bytes(body[: body.index(b"\n") + 1])
     with pytest.raises(ValueError, match=r"model_index\.json.* not in SHA256SUMS"):
-        check_folder(folder)
+        check_checksums(folder)
 
 
 def one_line(capsys, folder):
@@ -221,7 +221,7 @@ def reseal(folder, change=lambda said: None, files=lambda said: None):
         said["files"][name] = {"bytes": len(body), "sha256": manifest.hashlib.sha256(body).hexdigest()}
     change(said["tensors"])
     files(said["files"])
-    manifest.write(folder, 1, said["files"], said["tensors"])
+    manifest.write_manifest(folder, 1, said["files"], said["tensors"])
 
 
 def state(**changes):
@@ -319,7 +319,7 @@ def test_a_checkpoint_that_means_harm_is_one_line(trained, tmp_path, capsys, cas
     assert "Traceback" not in said.err and str(run) in said.out + line and len(line) < 2000
     with pytest.raises(ValueError):
         state = load_state(run / "checkpoint-12")
-        build(Config, state["config"])
+        config_from_mapping(Config, state["config"])
         tensors = {
             name: torch.zeros(shape)
             for name, (_, shape) in json.loads((run / "checkpoint-12/manifest.json").read_text())["tensors"].items()
@@ -429,7 +429,7 @@ def test_weights_to_begin_with_that_mean_harm_are_one_line(trained, tmp_path, ca
     shutil.copytree(trained / "export", tmp_path / "export")
     EXPORTED[case](tmp_path / "export")
     with pytest.raises(ValueError) as caught:
-        find(str(tmp_path / "export"))
+        load_published(str(tmp_path / "export"))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import launch
 
 from condot.models import registry
-from condot.models.common.init import begins, initialise
+from condot.models.common.init import initialise, register_init_rule
 
 SIZE = {"channels": 3, "resolution": 8, "num_classes": 5, "patch_size": 2, "width": 48, "depth": 2, "heads": 4}
 MODERN = {**SIZE, "style": "modern", "registers": 3, "positions": "learned", "shared_modulation": True, "micro_conditions": True}
@@ -76,7 +76,7 @@ class Line(torch.nn.Module):
             setattr(self, name, torch.nn.Linear(5, 7))
 
 
-begins(Line)(lambda name: "torch")
+register_init_rule(Line)(lambda name: "torch")
 
 
 def test_the_order_of_modules_does_not_matter():
@@ -139,7 +139,7 @@ def test_torchs_rule_is_torchs():
             self.linear, self.norm = torch.nn.Linear(400, 300), torch.nn.GroupNorm(2, 6)
             self.convolution, self.table = torch.nn.Conv2d(16, 64, 3), torch.nn.Embedding(200, 50)
 
-    begins(Layers)(lambda name: "torch")
+    register_init_rule(Layers)(lambda name: "torch")
     layers = Layers()
     initialise(layers, 0)
     for layer, fan in ((layers.linear, 400), (layers.convolution, 144)):

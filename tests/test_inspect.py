@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from condot.core.data_options import read_options
-from condot.data.inspect import main, options_of, parser
-from condot.data.prepare.report import MARGIN, SIDE, contact_sheet, ratio_name, ratio_of
+from condot.data.inspect import main, parser, resolve_options
+from condot.data.prepare.report import MARGIN, SIDE, contact_sheet, nearest_ratio, ratio_name
 from condot.data.storage.shard_reader import Shards
-from condot.pipeline.config.parse import load
+from condot.pipeline.config.parse import load_recipe
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_damage_is_named_by_shard_and_key(digits, tmp_path, capsys):
 def test_a_recipe_says_how_and_the_command_overrides_it(digits, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("seed: 5\ntrain: {batch_size: 12}\ndata: {resolution: 16, horizontal_flip: true, split: val}\n")
-    options, seed, batch = options_of(parser().parse_args([str(digits), "--config", str(recipe), "--resolution", "8"]))
+    options, seed, batch = resolve_options(parser().parse_args([str(digits), "--config", str(recipe), "--resolution", "8"]))
     assert (options.resolution, options.horizontal_flip, options.split, options.shards, seed, batch) == (
         8,
         True,
@@ -82,7 +82,7 @@ def test_what_cannot_be_inspected(digits, tmp_path, capsys):
 
 
 def test_ratios_and_sheets():
-    assert [ratio_name(ratio_of(*size)) for size in ((640, 480), (480, 640), (100, 100), (1920, 1080), (1080, 1920), (3000, 30))] == [
+    assert [ratio_name(nearest_ratio(*size)) for size in ((640, 480), (480, 640), (100, 100), (1920, 1080), (1080, 1920), (3000, 30))] == [
         "4:3",
         "3:4",
         "1:1",
@@ -99,7 +99,7 @@ def test_a_recipe_is_merged_section_by_section_and_typed(tmp_path):
     (tmp_path / "a.yaml").write_text("data: {shards: 2020, resolution: 64, max_bad_share: 1e-3}\ntrain: {batch_size: 24, max_steps: 9}\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\ndata: {resolution: 128, horizontal_flip: true}\ntrain: {max_steps: 5}\n")
     options, whole = read_options(tmp_path / "b.yaml")
-    assert whole["train"] == load(tmp_path / "b.yaml")["train"] == {"batch_size": 24, "max_steps": 5}
+    assert whole["train"] == load_recipe(tmp_path / "b.yaml")["train"] == {"batch_size": 24, "max_steps": 5}
     assert (options.shards, options.resolution, options.max_bad_share, options.horizontal_flip) == (("2020",), 128, 0.001, True)
     for text, message in (
         ("data: {resolution: 64.5}", "data.resolution=64.5: give int"),

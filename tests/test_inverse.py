@@ -13,13 +13,13 @@ from condot.pipeline.flow import (
     Inpainting,
     Purpose,
     SuperResolution,
-    coefficient,
+    diffusion_coefficient,
     euler,
     exponential,
     heun,
     normal,
-    reconstruction,
-    replacement,
+    reconstruction_guidance,
+    replacement_callback,
     uniform_grid,
 )
 
@@ -60,13 +60,13 @@ def test_measured_values_come_back_by_replacement(name, stochastic):
     """Whatever the field: A x = y at the end of a clean path."""
     measure, noise = MEASUREMENTS[name], draw(2, 3, 2, 4, seed=1)
     y = measure(draw(2, 3, 2, 4))
-    after = replacement(measure, y, CondOT(), noise)
+    after = replacement_callback(measure, y, CondOT(), noise)
     field = lambda x, t: torch.sin(3 * x) - x  # noqa: E731
     if stochastic:
         more = lambda k: draw(2, 3, 2, 4, seed=2 + k)  # noqa: E731
-        end = exponential(field, noise, uniform_grid(9), CondOT(), coefficient("noise"), more, after=after).x
+        end = exponential(field, noise, uniform_grid(9), CondOT(), diffusion_coefficient("noise"), more, step_callback=after).x
     else:
-        end = heun(field, noise, uniform_grid(9), after=after).x
+        end = heun(field, noise, uniform_grid(9), step_callback=after).x
     torch.testing.assert_close(measure(end), y, atol=1e-12, rtol=0)
     x = draw(2, 3, 2, 4, seed=9)
     half = after(x, 0.5)
@@ -86,7 +86,7 @@ def posterior_moments(measure, mean, covariance, y, noise_std, path, shape, **op
     """Mean and covariance of the guided ODE's end: the flow is affine, so its response to unit starts is all of it."""
     size = math.prod(shape)
     starts = torch.cat([torch.zeros(1, size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)]).reshape(-1, *shape)
-    field = reconstruction(
+    field = reconstruction_guidance(
         gaussian_field(mean, covariance, path), path, measure, y.expand(size + 1, *y.shape[1:]), noise_std=noise_std, **options
     )
     grid = uniform_grid(250, 1e-3)
@@ -141,7 +141,7 @@ def test_measured_values_come_back_by_reconstruction(name):
     root = draw(24, 24, seed=5) / 5
     field = gaussian_field(draw(24, seed=6), root @ root.T + 0.05 * torch.eye(24, dtype=torch.float64), CondOT())
     y = measure(draw(n, *shape, seed=1))
-    guided = reconstruction(field, CondOT(), measure, y, noise_std=0.02, data_std=1.0)
+    guided = reconstruction_guidance(field, CondOT(), measure, y, noise_std=0.02, data_std=1.0)
     end = euler(guided, normal(0, Purpose.INITIAL, 0, torch.arange(n), shape).double(), uniform_grid(400, 1e-3)).x
     assert (measure(end) - y).square().mean().sqrt() < 0.06
 
@@ -152,12 +152,12 @@ BAD = {
     "channels": (lambda: Colourisation()(X[:, :2]), r"\(2, 2, 4, 4\): colourisation takes"),
     "sides": (lambda: SuperResolution(3)(X), r"sides that 3 divides"),
     "factor": (lambda: SuperResolution(1), r"factor=1"),
-    "measurement": (lambda: replacement(SuperResolution(2), X, CondOT(), X), r"\(2, 3, 4, 4\) is not of the shape"),
-    "std": (lambda: reconstruction(lambda x, t: x, CondOT(), Colourisation(), X, noise_std=-1.0), r"noise_std=-1\.0"),
-    "iterations": (lambda: reconstruction(lambda x, t: x, CondOT(), Colourisation(), X, iterations=-1), r"iterations=-1"),
-    "shape": (lambda: reconstruction(lambda x, t: x, CondOT(), Colourisation(), X)(X, torch.full((2,), 0.5)), r"not of the shape"),
+    "measurement": (lambda: replacement_callback(SuperResolution(2), X, CondOT(), X), r"\(2, 3, 4, 4\) is not of the shape"),
+    "std": (lambda: reconstruction_guidance(lambda x, t: x, CondOT(), Colourisation(), X, noise_std=-1.0), r"noise_std=-1\.0"),
+    "iterations": (lambda: reconstruction_guidance(lambda x, t: x, CondOT(), Colourisation(), X, iterations=-1), r"iterations=-1"),
+    "shape": (lambda: reconstruction_guidance(lambda x, t: x, CondOT(), Colourisation(), X)(X, torch.full((2,), 0.5)), r"not of the shape"),
     "start": (
-        lambda: euler(reconstruction(lambda x, t: -x, CondOT(), SuperResolution(2), X[:, :, :2, :2]), X, uniform_grid(3)),
+        lambda: euler(reconstruction_guidance(lambda x, t: -x, CondOT(), SuperResolution(2), X[:, :, :2, :2]), X, uniform_grid(3)),
         r"Begin at 1e-3",
     ),
 }

@@ -10,13 +10,13 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 
 from condot.cli import sample
 from condot.models import registry
-from condot.models.convert import to_exported
-from condot.pipeline.config.model import DiTConfig, MMDiTConfig, UNetConfig, model_options
+from condot.models.convert import to_diffusers
+from condot.pipeline.config.model import DiTConfig, MMDiTConfig, UNetConfig, build_model_kwargs
 from condot.pipeline.config.schema import FlowConfig
-from condot.pipeline.export.load import open_folder
+from condot.pipeline.export.load import load_flow_model
 from condot.pipeline.flow import PATHS, JointObjective, widen
-from condot.pipeline.objectives.training_objective import Method
-from condot.pipeline.sampling.flow_model import network_source
+from condot.pipeline.objectives.training_objective import TrainingObjective
+from condot.pipeline.sampling.flow_model import build_flow_model
 from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.sampler import Sampler
 
@@ -48,21 +48,21 @@ def exact(path, x, t):
 def test_the_pair_that_is_learned_is_exact_where_it_can_be(path):
     """Gaussian data, an affine network: least squares by the loss's own Hessian, one Newton step from zero, gives both in closed form."""
     times = torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)
-    network, method = Affine(times), Method(replace(JOINT, path=path), (1, 4, 4), 8)
+    network, objective = Affine(times), TrainingObjective(replace(JOINT, path=path), (1, 4, 4), 8)
     data = MEAN + STD * torch.randn(3000, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     noise = torch.randn(3000, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    draws = method.draw(0, 0, torch.arange(3000))._replace(noise=noise, t=times[torch.arange(3000) % 3])
+    draws = objective.draw_random_inputs(0, 0, torch.arange(3000))._replace(noise=noise, t=times[torch.arange(3000) % 3])
 
     def loss(flat):
         wanted = torch.func.functional_call
         call = lambda *given: wanted(network, {"parts": flat.reshape(2, 2, 3)}, given)  # noqa: E731
-        return method.losses(call, data, draws, torch.zeros(3000, dtype=torch.int64)).mean()
+        return objective.losses(call, data, draws, torch.zeros(3000, dtype=torch.int64)).mean()
 
     zero = torch.zeros(12, dtype=torch.float64)
     best = -torch.linalg.solve(torch.func.hessian(loss)(zero), torch.func.grad(loss)(zero))
     network.parts.data = best.reshape(2, 2, 3)
     x = torch.linspace(-1, 1, 3, dtype=torch.float64).reshape(3, 1, 1, 1)
-    learned = method.network(network)(x, times, None)
+    learned = objective.build_predictor(network)(x, times, None)
     for mine, its in zip(learned, exact(PATHS[path](), x, times), strict=True):
         torch.testing.assert_close(mine, its, rtol=0.05, atol=0.05)
 
@@ -77,7 +77,7 @@ def test_the_sde_goes_by_the_learned_score_and_the_ode_by_the_velocity():
             return torch.cat([velocity, factor * score], 1)
 
         network.parameters = lambda: iter([torch.zeros(1)])
-        return network_source(network, JOINT, (1, 8, 8), 0, lambda x: x)
+        return build_flow_model(network, JOINT, (1, 8, 8), 0, lambda x: x)
 
     labels = torch.zeros(500, dtype=torch.int64)
     of = {
@@ -107,7 +107,7 @@ def test_a_recipe_trains_resumes_and_exports_both_outputs(joint, digits, tmp_pat
     assert list((joint / "samples").glob("*.png"))
     words = ("--flow.objective=joint",)
     assert fit(digits, tmp_path / "again", *words, "--train.max_steps=8") == 0 and fit(digits, tmp_path / "again", *words) == 0
-    whole, again = (sample.Trained(folder) for folder in (joint, tmp_path / "again"))
+    whole, again = (sample.TrainedModel(folder) for folder in (joint, tmp_path / "again"))
     for name, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[name]), name
     stock = DiTTransformer2DModel.from_pretrained(joint / "export" / "transformer")
@@ -121,7 +121,7 @@ def test_a_recipe_trains_resumes_and_exports_both_outputs(joint, digits, tmp_pat
 @pytest.mark.parametrize("solver", ["heun", "exponential"])
 def test_a_folder_read_back_draws_what_its_run_draws(joint, solver):
     """Velocity and score come back with the factor of the export undone: the ODE and the SDE by the learned score."""
-    run, folder = sample.Trained(joint).source("cpu"), open_folder(joint / "export")
+    run, folder = sample.TrainedModel(joint).build_model("cpu"), load_flow_model(joint / "export")
     labels, sampler = torch.tensor([0, 3, 7]), Sampler(solver, 6)
     mine, its = (generate(source, labels, sampler, seed=2).images for source in (run, folder))
     torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-4)
@@ -142,13 +142,15 @@ def test_every_network_gives_both_outputs(kind):
     text = {"text_width": 8, "pooled_width": 8}
     options = {"dit": {**small, "num_classes": 3}, "unet": {"block_channels": (32, 32), "num_classes": 3}}.get(kind, {**small, **text})
     one, two = (registry.build(kind, seed=0, channels=3, resolution=8, outputs=n, **options) for n in (1, 2))
-    condition = torch.tensor([0, 3]) if kind in ("dit", "unet") else registry.condition.Text(torch.randn(2, 4, 8), None, torch.randn(2, 8))
+    condition = (
+        torch.tensor([0, 3]) if kind in ("dit", "unet") else registry.condition.TextCondition(torch.randn(2, 4, 8), None, torch.randn(2, 8))
+    )
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.7])
     assert one(x, t, condition).shape == x.shape and two(x, t, condition).shape == (2, 6, 8, 8)
     torch.manual_seed(0)
     for parameter in two.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    exported = to_exported(two, -1.0)
+    exported = to_diffusers(two, -1.0)
     assert exported.config.out_channels == 6
     if kind == "dit":
         theirs = exported(x, timestep=1000 * (1 - t), class_labels=torch.tensor([0, 1000]), return_dict=False)[0]
@@ -167,13 +169,13 @@ def test_every_network_gives_both_outputs(kind):
 )
 def test_what_a_pair_cannot_be_is_refused(flow, message):
     with pytest.raises(ValueError, match=message):
-        Method(FlowConfig(objective="joint", **flow), (1, 4, 4), 8)
+        TrainingObjective(FlowConfig(objective="joint", **flow), (1, 4, 4), 8)
 
 
 def test_a_balance_is_finite_and_not_negative():
     with pytest.raises(ValueError, match=r"flow.joint_balance=-1"):
         FlowConfig(objective="joint", joint_balance=-1)
-    assert Method(JOINT, (1, 4, 4), 8).objective == JointObjective(PATHS["condot"](), 0.5)
+    assert TrainingObjective(JOINT, (1, 4, 4), 8).loss_function == JointObjective(PATHS["condot"](), 0.5)
 
 
 @pytest.mark.parametrize("words", [("--model.style=modern",), ("--model.micro_conditions=true",)])
@@ -186,19 +188,19 @@ def test_an_export_that_nothing_draws_with_is_refused_before_training(digits, tm
 
 def test_options_of_one_output_are_those_of_before():
     for config in (DiTConfig(), UNetConfig(), MMDiTConfig()):
-        plain = model_options(config, (3, 8, 8), 2, (8, 8))
-        assert "outputs" not in plain and model_options(config, (3, 8, 8), 2, (8, 8), "joint") == plain | {"outputs": 2}
+        plain = build_model_kwargs(config, (3, 8, 8), 2, (8, 8))
+        assert "outputs" not in plain and build_model_kwargs(config, (3, 8, 8), 2, (8, 8), "joint") == plain | {"outputs": 2}
 
 
 def test_the_first_half_is_the_velocity_and_the_second_the_score():
     """A network that gives both exactly, for a datum and a noise that are known, has no loss; with its halves swapped it has."""
-    method = Method(FlowConfig(objective="joint"), (2, 4, 4), 3)
+    objective = TrainingObjective(FlowConfig(objective="joint"), (2, 4, 4), 3)
     data = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
-    draws = method.draw(0, 0, torch.arange(3))
+    draws = objective.draw_random_inputs(0, 0, torch.arange(3))
     away = 1 - draws.t.reshape(-1, 1, 1, 1)
     velocity, score = data - draws.noise, -draws.noise / away
     labels = torch.zeros(3, dtype=torch.int64)
     losses = [
-        method.losses(lambda x, t, y, out=out: torch.cat(out, 1), data, draws, labels) for out in ((velocity, score), (score, velocity))
+        objective.losses(lambda x, t, y, out=out: torch.cat(out, 1), data, draws, labels) for out in ((velocity, score), (score, velocity))
     ]
     assert losses[0].max() < 1e-9 and losses[1].min() > 0.01

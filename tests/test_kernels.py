@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from condot.models import registry
 from condot.models.common import kernels
-from condot.models.common.kernels import TanhGELU, attend, gelu_tanh, quicken
+from condot.models.common.kernels import TanhGELU, attend, gelu_tanh, use_fast_gelu
 
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}
 """Half a unit in the last place, relative, of a result; of float32 and float64 some more, for their steps round too."""
@@ -17,13 +17,13 @@ ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 5e-4, torc
 @pytest.fixture(params=[(0, 5), (0, 2**18), (10**9, 0)], ids=["chunks of 5", "one chunk", "torch's own"])
 def paths(request, monkeypatch):
     """GELU's forms on a CPU; chunks that do not divide the tensor among them."""
-    monkeypatch.setattr(kernels, "FEW", request.param[0])
+    monkeypatch.setattr(kernels, "SMALL_INPUT", request.param[0])
     monkeypatch.setattr(kernels, "CHUNK", request.param[1])
 
 
 @pytest.fixture
 def in_chunks(monkeypatch):
-    monkeypatch.setattr(kernels, "FEW", 0)
+    monkeypatch.setattr(kernels, "SMALL_INPUT", 0)
     monkeypatch.setattr(kernels, "CHUNK", 5)
 
 
@@ -97,7 +97,7 @@ def test_gelu_differentiated_twice_forwards_and_through_functions(in_chunks):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_recomputed_activations_are_bitwise_the_same(monkeypatch, dtype):
     """Activation checkpointing runs forward twice, once without a graph."""
-    monkeypatch.setattr(kernels, "FEW", 0)
+    monkeypatch.setattr(kernels, "SMALL_INPUT", 0)
     x = torch.randn(2, 3, 8, 4, dtype=dtype)
 
     def part(x):
@@ -138,7 +138,7 @@ def tokens(dtype, others=7):
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_attention_is_softmax_of_products(monkeypatch, dtype, whole, masked):
     """Value and gradients to the dtype's rounding, on either path; keys that are masked get no gradient."""
-    monkeypatch.setattr(kernels, "_whole", lambda q, k: whole)
+    monkeypatch.setattr(kernels, "_materialises_scores", lambda q, k: whole)
     mask = torch.tensor([[True] * 4 + [False] * 3, [False] * 2 + [True] + [False] * 4]) if masked else None
     inputs = tokens(dtype)
     wide = [t.detach().double().requires_grad_() for t in inputs]
@@ -154,7 +154,7 @@ def test_attention_is_softmax_of_products(monkeypatch, dtype, whole, masked):
 
 
 def test_attention_is_differentiable_twice_where_scores_are_whole(monkeypatch):
-    monkeypatch.setattr(kernels, "_whole", lambda q, k: True)
+    monkeypatch.setattr(kernels, "_materialises_scores", lambda q, k: True)
     mask = torch.tensor([[True, True, False], [False, False, True]])
     inputs = [torch.randn(2, 2, n, 4, dtype=torch.float64, requires_grad=True) for n in (2, 3, 3)]
     assert torch.autograd.gradgradcheck(lambda q, k, v: attend(q, k, v, mask), inputs)
@@ -162,13 +162,17 @@ def test_attention_is_differentiable_twice_where_scores_are_whole(monkeypatch):
 
 def test_the_path_is_a_function_of_device_dtype_and_sizes(monkeypatch):
     q, k, _ = tokens(torch.bfloat16)
-    monkeypatch.setattr(kernels, "SCORES", 2 * 3 * 5 * 7)
-    assert kernels._whole(q, k) and not kernels._whole(q.float(), k.float()) and not kernels._whole(q.half(), k.half())
-    assert not kernels._whole(q.to("meta"), k.to("meta"))
+    monkeypatch.setattr(kernels, "MAX_SCORES", 2 * 3 * 5 * 7)
+    assert (
+        kernels._materialises_scores(q, k)
+        and not kernels._materialises_scores(q.float(), k.float())
+        and not kernels._materialises_scores(q.half(), k.half())
+    )
+    assert not kernels._materialises_scores(q.to("meta"), k.to("meta"))
     with torch.autocast("cpu", torch.bfloat16):
-        assert kernels._whole(q.float(), k.float())
-    monkeypatch.setattr(kernels, "SCORES", 2 * 3 * 5 * 7 - 1)
-    assert not kernels._whole(q, k)
+        assert kernels._materialises_scores(q.float(), k.float())
+    monkeypatch.setattr(kernels, "MAX_SCORES", 2 * 3 * 5 * 7 - 1)
+    assert not kernels._materialises_scores(q, k)
 
 
 def test_autocast_attends_in_its_dtype():
@@ -202,7 +206,7 @@ def test_networks_are_built_with_the_fast_form():
         assert sum(type(module) is TanhGELU for module in network.modules()) == count
         assert not [module for module in network.modules() if type(module) is torch.nn.GELU]
     pair = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Sequential(torch.nn.GELU("tanh")))
-    assert quicken(pair) is pair and [type(m) for m in pair.modules()][1::2] == [torch.nn.GELU, TanhGELU]
+    assert use_fast_gelu(pair) is pair and [type(m) for m in pair.modules()][1::2] == [torch.nn.GELU, TanhGELU]
 
 
 @torch.no_grad()

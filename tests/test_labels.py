@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from test_prepare import contents, picture, refused
 
-from condot.data.prepare.class_labels import class_of, label_of, names_of, natural, numbers_of
+from condot.data.prepare.class_labels import class_number, natural_sort_key, number_classes, parse_class, sort_class_names
 from condot.data.prepare.command import main
-from condot.data.prepare.table_columns import Choice, choose, common_type
+from condot.data.prepare.table_columns import ColumnChoice, choose_columns, common_type
 from condot.data.storage.shard_reader import Shards
 
 GAP = float("nan")
@@ -22,39 +22,44 @@ GAP = float("nan")
     "value", [10, 10.0, "10", "10.0", " 10 ", "+10", "010", np.int64(10), np.float32(10), Decimal("10.00"), [10], ("10",)]
 )
 def test_whole_numbers_are_one_class_however_they_are_written(value):
-    assert class_of(value) == 10
+    assert parse_class(value) == 10
 
 
 @pytest.mark.parametrize("value", [None, "", "  ", -1, "-1", -1.0, "-1.0", GAP, np.float64("nan"), Decimal("nan"), [], [None]])
 def test_nothing_is_no_label(value):
-    assert class_of(value) is None and label_of(value, {"a": 0}) is None
+    assert parse_class(value) is None and class_number(value, {"a": 0}) is None
 
 
 @pytest.mark.parametrize("value", [1.5, Decimal("1.5"), float("inf"), [1, 2], ["a", "b"], {"a": 1}, b"a", -2, 65535, "65535"])
 def test_what_is_no_class_is_refused(value):
     with pytest.raises(ValueError, match=r"here: .* with --label_column none\."):
-        names_of([value], "here")
+        sort_class_names([value], "here")
 
 
 def test_texts_that_are_fractions_are_no_names_unless_names_stand_beside_them():
     with pytest.raises(ValueError, match=r"'1.5' is no class"):
-        names_of(["1.5", "2"], "here")
-    assert names_of(["1.5", "v"], "here") == ("1.5", "v")
+        sort_class_names(["1.5", "2"], "here")
+    assert sort_class_names(["1.5", "v"], "here") == ("1.5", "v")
 
 
 def test_names_are_in_natural_order_without_blanks_and_composed():
-    assert names_of(["class10", " cat", "class2 ", "cat ", "cafe\u0301", "caf\u00e9"], "here") == ("caf\u00e9", "cat", "class2", "class10")
-    assert sorted(["10", "9", "1a10", "1a9", "01", "1"], key=natural) == ["01", "1", "1a9", "1a10", "9", "10"]
-    assert names_of([True, False, np.bool_(True)], "here") == ("False", "True")
-    assert names_of([2, "0", GAP, "nan"], "here") == ("0", "1", "2")
+    assert sort_class_names(["class10", " cat", "class2 ", "cat ", "cafe\u0301", "caf\u00e9"], "here") == (
+        "caf\u00e9",
+        "cat",
+        "class2",
+        "class10",
+    )
+    assert sorted(["10", "9", "1a10", "1a9", "01", "1"], key=natural_sort_key) == ["01", "1", "1a9", "1a10", "9", "10"]
+    assert sort_class_names([True, False, np.bool_(True)], "here") == ("False", "True")
+    assert sort_class_names([2, "0", GAP, "nan"], "here") == ("0", "1", "2")
 
 
 def test_numbers_are_places_among_names_that_the_source_gave():
     """A ClassLabel whose names are digits: 0 is the class called `1`."""
-    given = numbers_of(("1", "2", "3"), given=True)
-    assert [label_of(value, given) for value in (0, 2, 1.0)] == [0, 2, 1]
-    found = numbers_of(names_of(["cat", 3], "here"), given=False)
-    assert found == {"3": 0, 3: 0, "cat": 1} and [label_of(value, found) for value in (3, "3.0", "cat ")] == [0, 0, 1]
+    given = number_classes(("1", "2", "3"), given=True)
+    assert [class_number(value, given) for value in (0, 2, 1.0)] == [0, 2, 1]
+    found = number_classes(sort_class_names(["cat", 3], "here"), given=False)
+    assert found == {"3": 0, 3: 0, "cat": 1} and [class_number(value, found) for value in (3, "3.0", "cat ")] == [0, 0, 1]
 
 
 # --- as a user packs them
@@ -233,5 +238,5 @@ def test_captions_are_texts_or_refused(tmp_path, capsys):
         assert {files["txt"] for files in contents(out).values() if "txt" in files} == wanted
     schema = pa.schema([("image", pa.binary()), ("text", pa.struct([("en", pa.string())]))])
     with pytest.raises(ValueError, match=r"column 'text' holds struct<en: string>, not captions\. .* --caption_column none"):
-        choose(schema, {}, Choice(), "here")
-    assert choose(schema, {}, Choice(caption="none"), "here").caption == ""
+        choose_columns(schema, {}, ColumnChoice(), "here")
+    assert choose_columns(schema, {}, ColumnChoice(caption="none"), "here").caption == ""

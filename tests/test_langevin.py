@@ -12,17 +12,17 @@ from condot.pipeline.flow import (
     VE,
     CondOT,
     annealed_langevin,
-    coefficient,
     convert,
     denoise,
+    diffusion_coefficient,
     exponential,
-    initial,
     langevin,
     predictor_corrector,
+    scale_initial_noise,
     uniform_grid,
     widen,
 )
-from condot.pipeline.flow.langevin import settling
+from condot.pipeline.flow.langevin import langevin_steps_per_level
 
 MIXTURE = oracles.three()
 FIELD = MIXTURE.field(oracles.condot)
@@ -71,7 +71,7 @@ def test_annealed_langevin_finds_far_modes_in_proportion_where_plain_langevin_do
 def test_annealed_langevin_keeps_the_law_of_its_last_level():
     n, path, point = 4000, VE(0.1, 5.0), oracles.gaussian([0.7], [[0.04]])
     score = lambda x, t: point.score(x, 1.0, path(t[:1]).b.item())  # noqa: E731
-    x = annealed_langevin(score, initial(path, stream(9, n, 1)(-1)), uniform_grid(11), path, 0.002, 60, stream(10, n, 1)).x
+    x = annealed_langevin(score, scale_initial_noise(path, stream(9, n, 1)(-1)), uniform_grid(11), path, 0.002, 60, stream(10, n, 1)).x
     assert abs(x.mean().item() - 0.7) < 0.02 and abs(x.var().item() - 0.0505) < 0.0505 * 6 * math.sqrt(2 / n)
 
 
@@ -98,7 +98,7 @@ def test_annealed_langevin_follows_alpha_on_every_path(name):
     """
     path, field, score = law(name)
     times = uniform_grid(24, 0.0, 0.99)
-    many = settling(path, times, 0.5)
+    many = langevin_steps_per_level(path, times, 0.5)
 
     def solve(x, noise):
         end = annealed_langevin(score, x, times, path, 0.5 * path(times[-1]).b.item() ** 2, many, noise)
@@ -127,7 +127,7 @@ def test_predictor_and_corrector_end_on_the_law_on_every_path(name):
     path, field, _ = law(name)
 
     def solve(x, noise):
-        end = predictor_corrector(field, x, uniform_grid(160), path, coefficient("zero"), noise).x
+        end = predictor_corrector(field, x, uniform_grid(160), path, diffusion_coefficient("zero"), noise).x
         return denoise(field, end, 1.0, path) if path(torch.ones(1)).b > 1e-6 else end
 
     mean, variance = response(solve, path(torch.zeros(1, dtype=torch.float64)).b.item(), 159)
@@ -137,15 +137,15 @@ def test_predictor_and_corrector_end_on_the_law_on_every_path(name):
 @pytest.mark.parametrize("sigma", ["zero", "noise"])
 def test_predictor_corrector_keeps_the_marginals(sigma):
     x = stream(31)(-1)
-    solution = predictor_corrector(MIXTURE.field(oracles.condot), x, uniform_grid(100), CondOT(), coefficient(sigma), stream(32))
+    solution = predictor_corrector(MIXTURE.field(oracles.condot), x, uniform_grid(100), CondOT(), diffusion_coefficient(sigma), stream(32))
     assert worst_statistic(solution.x) < 3.2
 
 
 def test_a_corrector_mends_a_coarse_predictor():
     """Ten steps from the wrong start (half the spread): corrected samples come nearer to the law."""
     x, field = 0.5 * stream(33)(-1), MIXTURE.field(oracles.condot)
-    bare = exponential(field, x, uniform_grid(10), CondOT(), coefficient("zero"), None).x
-    mended = predictor_corrector(field, x, uniform_grid(10), CondOT(), coefficient("zero"), stream(34), snr=0.3, corrections=5).x
+    bare = exponential(field, x, uniform_grid(10), CondOT(), diffusion_coefficient("zero"), None).x
+    mended = predictor_corrector(field, x, uniform_grid(10), CondOT(), diffusion_coefficient("zero"), stream(34), snr=0.3, corrections=5).x
     assert worst_statistic(mended) < worst_statistic(bare) / 2
 
 
@@ -153,7 +153,7 @@ def test_evaluations_of_predictor_and_corrector_are_counted():
     field, x = FIELD, stream(1, 3)(0)
     seen = []
     counted = lambda x, t: seen.append(t) or field(x, t)  # noqa: E731
-    solution = predictor_corrector(counted, x, uniform_grid(6), CondOT(), coefficient("noise"), stream(2, 3), corrections=2)
+    solution = predictor_corrector(counted, x, uniform_grid(6), CondOT(), diffusion_coefficient("noise"), stream(2, 3), corrections=2)
     assert solution.evaluations == len(seen) == 6 + 5 * 2
 
 
@@ -162,8 +162,11 @@ BAD = {
     "langevin steps": (lambda: langevin(FAR.score, START, 0.1, 0, stream(1, 3)), r"steps=0"),
     "levels": (lambda: annealed_langevin(FIELD, START, torch.tensor([1.0, 0.0]), VE(), 0.1, 5, stream(1, 3)), r"no grid"),
     "numbers": (lambda: annealed_langevin(FIELD, START, uniform_grid(2), VE(), 0.1, [1, 2], stream(1, 3)), r"2 numbers of steps for 3"),
-    "share": (lambda: settling(VE(), uniform_grid(2), 2.0), r"langevin_step=2\.0"),
-    "snr": (lambda: predictor_corrector(FIELD, START, uniform_grid(2), CondOT(), coefficient("zero"), stream(1, 3), snr=0.0), r"step=0\.0"),
+    "share": (lambda: langevin_steps_per_level(VE(), uniform_grid(2), 2.0), r"langevin_step=2\.0"),
+    "snr": (
+        lambda: predictor_corrector(FIELD, START, uniform_grid(2), CondOT(), diffusion_coefficient("zero"), stream(1, 3), snr=0.0),
+        r"step=0\.0",
+    ),
     "diverged": (lambda: langevin(lambda x: x * 1e30, START + 1, 1.0, 50, stream(1, 3)), r"end point is not finite"),
 }
 

@@ -19,16 +19,16 @@ from condot.data.loader.buckets import Windows
 from condot.data.loader.build import build as stream_of
 from condot.data.loader.stream import Share, to_unit
 from condot.models import registry
-from condot.pipeline.checkpoint.store import Store, load_state, load_tensors
-from condot.pipeline.config.model import model_options
-from condot.pipeline.config.parse import as_mapping, build, parse
+from condot.pipeline.checkpoint.store import CheckpointManager, load_state, load_tensors
+from condot.pipeline.config.model import build_model_kwargs
+from condot.pipeline.config.parse import config_from_mapping, config_to_mapping, parse
 from condot.pipeline.config.schema import Config, DataConfig
-from condot.pipeline.export.autoencoder import check_export, stock_autoencoder
-from condot.pipeline.export.load import open_folder
+from condot.pipeline.export.autoencoder import check_export, fold_latent_scaling
+from condot.pipeline.export.load import load_flow_model
 from condot.pipeline.flow import Purpose, normal, uniform
-from condot.pipeline.latent_space import Space
-from condot.pipeline.objectives.training_objective import Method
-from condot.pipeline.sampling.options import Export
+from condot.pipeline.latent_space import LatentSpace
+from condot.pipeline.objectives.training_objective import TrainingObjective
+from condot.pipeline.sampling.options import ExportOptions
 
 
 def losses(folder):
@@ -80,7 +80,7 @@ def test_one_field_switches_and_nothing_else_changes(parts, tmp_path, capsys):
     for encoding in ("cached", "online"):
         assert fit(parts / "images", tmp_path / encoding, *words(parts, f"--data.encoding={encoding}")) == 0
     assert losses(tmp_path / "online") == pytest.approx(losses(tmp_path / "cached"), rel=2**-8)
-    spaces = [load_state(Store(tmp_path / name, 1).latest())["space"] for name in ("cached", "online")]
+    spaces = [load_state(CheckpointManager(tmp_path / name, 1).latest())["space"] for name in ("cached", "online")]
     assert spaces[0] == spaces[1] and len(spaces[0]["scale"]) == 4
     capsys.readouterr()
     assert fit(parts / "images", tmp_path / "online", *words(parts, "--data.encoded=", "--train.max_steps=14")) == 2
@@ -118,8 +118,8 @@ def test_latents_of_several_shapes(parts, tmp_path, monkeypatch):
     assert command.main(recipe) == 0
     more = (*buckets, "--train.max_steps=16", "--train.batch_size=4", *FIXED, f"--data.encoded={tmp_path / 'encoded'}")
     shapes = set()
-    draw = Space.draw
-    monkeypatch.setattr(Space, "draw", lambda *a: shapes.add(tuple(a[1].shape[2:])) or draw(*a))
+    draw = LatentSpace.sample_posterior
+    monkeypatch.setattr(LatentSpace, "sample_posterior", lambda *a: shapes.add(tuple(a[1].shape[2:])) or draw(*a))
     for encoding in ("online", "cached"):
         assert fit(parts / "images", tmp_path / encoding, *words(parts, *more, f"--data.encoding={encoding}")) == 0
         assert shapes == {(10, 6), (8, 8), (6, 10)}
@@ -155,8 +155,8 @@ def test_whole_batches_have_the_share_of_their_bucket():
 def test_what_the_network_is_shown_is_the_draw(parts, tmp_path, monkeypatch):
     """Measured statistics: unit size in each channel, over a hundred draws of 16; new ones at every step."""
     seen = []
-    draw = Space.draw
-    monkeypatch.setattr(Space, "draw", lambda *a: seen.append(draw(*a)) or seen[-1])
+    draw = LatentSpace.sample_posterior
+    monkeypatch.setattr(LatentSpace, "sample_posterior", lambda *a: seen.append(draw(*a)) or seen[-1])
     more = ("--train.max_steps=100", "--data.encoding=cached", "--checkpoint.every=1000")
     assert fit(parts / "images", tmp_path / "run", *words(parts, *more)) == 0
     z = torch.cat(seen[1:])  # the first is drawn to count what it costs
@@ -168,8 +168,8 @@ def test_what_the_network_is_shown_is_the_draw(parts, tmp_path, monkeypatch):
 def test_what_reaches_the_loss_is_named_by_seed_step_and_place(parts, tmp_path, monkeypatch, encoding):
     """Another seed than the usual one, and each batch in two portions: images in their order, posteriors, noise, dropped classes and
     first weights, each looked up by hand; and sizes in pixels, whatever the images are read from."""
-    seen, losses = [], Method.losses
-    monkeypatch.setattr(Method, "losses", lambda self, model, *given: seen.append(given) or losses(self, model, *given))
+    seen, losses = [], TrainingObjective.losses
+    monkeypatch.setattr(TrainingObjective, "losses", lambda self, model, *given: seen.append(given) or losses(self, model, *given))
     more = (
         "--seed=5",
         "--train.max_steps=2",
@@ -181,17 +181,17 @@ def test_what_reaches_the_loss_is_named_by_seed_step_and_place(parts, tmp_path, 
     assert fit(parts / "images", tmp_path / "run", *words(parts, *FIXED, *more, *told)) == 0
     names = {"shards": (str(parts / "images"),), "autoencoder": str(parts / "vae")}
     stream = stream_of(Options(**names, resolution=32, horizontal_flip=True, workers=0), seed=5, share=Share(batch_size=8))
-    trained, vae, places = sample.Trained(tmp_path / "run"), Autoencoder(str(parts / "vae")), torch.arange(8)
+    trained, vae, batch_indices = sample.TrainedModel(tmp_path / "run"), Autoencoder(str(parts / "vae")), torch.arange(8)
     for step in range(2):
         batch, (first, second) = next(stream), seen[2 * step : 2 * step + 2]
         moments = vae.moments(to_unit(batch.images))
         z, labels, sizes = (torch.cat([first[i], second[i]]) for i in (0, 2, 3))
-        torch.testing.assert_close(z, trained.space.draw(moments, 5, step, places), rtol=2**-9, atol=5e-3)
-        assert torch.equal(torch.cat([first[1].noise, second[1].noise]), normal(5, Purpose.NOISE, step, places, (4, 8, 8)))
-        lost = uniform(5, Purpose.CONDITION_DROP, step, places) < 0.5
+        torch.testing.assert_close(z, trained.space.sample_posterior(moments, 5, step, batch_indices), rtol=2**-9, atol=5e-3)
+        assert torch.equal(torch.cat([first[1].noise, second[1].noise]), normal(5, Purpose.NOISE, step, batch_indices, (4, 8, 8)))
+        lost = uniform(5, Purpose.CONDITION_DROP, step, batch_indices) < 0.5
         assert lost.any() and torch.equal(labels, torch.where(lost, 2, batch.labels))
         assert sizes.tolist() == [[*size, 32, 32] for size in batch.sizes.tolist()] and (batch.sizes[:, :2] != 32).any()
-    begun = registry.build(seed=5, **model_options(trained.config.model, (4, 8, 8), 2)).state_dict()
+    begun = registry.build(seed=5, **build_model_kwargs(trained.config.model, (4, 8, 8), 2)).state_dict()
     tensors = load_tensors(tmp_path / "run/checkpoint-2")
     for name, value in begun.items():
         torch.testing.assert_close(tensors[f"model.{name}"], value, rtol=0, atol=1e-20)
@@ -214,30 +214,32 @@ def test_the_preview_tells_the_sizes_of_whole_images_in_pixels(parts, tmp_path, 
 # --- the space
 
 
-SPACE = Space(
+SPACE = LatentSpace(
     channels=2, height=3, width=5, factor=4, image_channels=3, deterministic=False, scale=(2.0, 0.5), shift=(0.25, -1.0), autoencoder="x"
 )
 
 
 def test_a_draw_is_a_function_of_seed_step_and_place():
-    moments, places = torch.rand(6, 4, 3, 5), torch.arange(6)
-    z = SPACE.draw(moments, 7, 3, places)
-    noise = normal(7, Purpose.POSTERIOR, 3, places, (2, 3, 5))
+    moments, batch_indices = torch.rand(6, 4, 3, 5), torch.arange(6)
+    z = SPACE.sample_posterior(moments, 7, 3, batch_indices)
+    noise = normal(7, Purpose.POSTERIOR, 3, batch_indices, (2, 3, 5))
     for c in range(2):
         wanted = (moments[:, c] + moments[:, 2 + c] * noise[:, c] - SPACE.shift[c]) * SPACE.scale[c]
         torch.testing.assert_close(z[:, c], wanted)
-    assert torch.equal(SPACE.draw(moments[4:], 7, 3, places[4:]), z[4:]), "any rank"
-    assert not torch.equal(SPACE.draw(moments, 7, 4, places), z) and not torch.equal(SPACE.draw(moments, 8, 3, places), z)
-    assert not torch.equal(noise, normal(7, Purpose.NOISE, 3, places, (2, 3, 5)))
-    torch.testing.assert_close((SPACE.raw(z) - moments[:, :2]) / moments[:, 2:], noise, atol=1e-4, rtol=1e-4)
-    assert Space.of(json.loads(json.dumps(vars(SPACE)))) == SPACE and SPACE.pixels == (3, 12, 20)
-    assert Space.of_pixels(3, 8).pixels == () and Space.of_pixels(3, 8).decoder(lambda: pytest.fail("loaded"))(z) is z
+    assert torch.equal(SPACE.sample_posterior(moments[4:], 7, 3, batch_indices[4:]), z[4:]), "any rank"
+    assert not torch.equal(SPACE.sample_posterior(moments, 7, 4, batch_indices), z) and not torch.equal(
+        SPACE.sample_posterior(moments, 8, 3, batch_indices), z
+    )
+    assert not torch.equal(noise, normal(7, Purpose.NOISE, 3, batch_indices, (2, 3, 5)))
+    torch.testing.assert_close((SPACE.to_autoencoder_latents(z) - moments[:, :2]) / moments[:, 2:], noise, atol=1e-4, rtol=1e-4)
+    assert LatentSpace.from_checkpoint(json.loads(json.dumps(vars(SPACE)))) == SPACE and SPACE.pixels == (3, 12, 20)
+    assert LatentSpace.from_pixels(3, 8).pixels == () and LatentSpace.from_pixels(3, 8).decoder(lambda: pytest.fail("loaded"))(z) is z
 
 
 def test_scales_and_shifts_are_one_or_one_a_channel():
-    assert SPACE.given((3.0,), ()).scale == (3.0,) and SPACE.given((), (1.0,)).shift == (1.0,)
+    assert SPACE.with_overrides((3.0,), ()).scale == (3.0,) and SPACE.with_overrides((), (1.0,)).shift == (1.0,)
     with pytest.raises(ValueError, match=r"data.latent_scale has 3 numbers for latents of 2 channels: give one, or one a channel"):
-        SPACE.given((1.0, 2.0, 3.0), ())
+        SPACE.with_overrides((1.0, 2.0, 3.0), ())
 
 
 def test_recipe_and_room_know_the_same_fields():
@@ -246,8 +248,11 @@ def test_recipe_and_room_know_the_same_fields():
     assert vars(DataConfig()) == vars(Options())
     config = parse(Config, ["--data.shards", "a", "b", "--data.weights", "0.25", "0.75", "--data.latent_scale=0.5"])
     assert (config.data.shards, config.data.weights, config.data.latent_scale) == (("a", "b"), (0.25, 0.75), (0.5,))
-    assert build(Config, as_mapping(config)) == config and build(Config, as_mapping(Config())) == Config()
-    assert build(Config, {"data": {"shards": "a"}}).data.shards == ("a",)
+    assert (
+        config_from_mapping(Config, config_to_mapping(config)) == config
+        and config_from_mapping(Config, config_to_mapping(Config())) == Config()
+    )
+    assert config_from_mapping(Config, {"data": {"shards": "a"}}).data.shards == ("a",)
     assert Options(**vars(config.data)).weights == (0.25, 0.75)
 
 
@@ -264,8 +269,8 @@ def run(parts, tmp_path_factory):
 
 
 def test_the_checkpoint_knows_its_space(parts, run):
-    state = load_state(Store(run, 1).latest())
-    space, known = Space.of(state["space"]), Autoencoder(str(parts / "vae"))
+    state = load_state(CheckpointManager(run, 1).latest())
+    space, known = LatentSpace.from_checkpoint(state["space"]), Autoencoder(str(parts / "vae"))
     assert space.shape == (4, 8, 8) and space.fingerprint == known.fingerprint and len(space.scale) == 4 == len(set(space.shift))
     assert state["facts"]["space"]["fingerprint"] == known.fingerprint
     assert Image.open(run / "samples/step-0000004.png").size[0] > 2 * 32
@@ -279,26 +284,31 @@ def test_a_folded_autoencoder_decodes_what_the_network_draws(tmp_path, config, s
     A shift that the autoencoder came with is not the recipe's: some pipelines would add it (StableDiffusion3Pipeline, our own), some not.
     """
     vae = Autoencoder(str(frozen.kl(tmp_path / "vae", **config)))
-    space = Space(
+    space = LatentSpace(
         channels=4, height=8, width=8, factor=4, image_channels=3, deterministic=False, scale=scale[0], shift=scale[1],
         autoencoder="x", fingerprint=vae.fingerprint,
     )  # fmt: skip
-    stock_autoencoder(vae.model, space).save_pretrained(tmp_path / "folded")
+    fold_latent_scaling(vae.model, space).save_pretrained(tmp_path / "folded")
     stock = AutoencoderKL.from_pretrained(tmp_path / "folded")
     z, x = torch.randn(2, 4, 8, 8), torch.rand(2, 3, 32, 32) * 2 - 1
     assert not stock.config.shift_factor
     with torch.no_grad():
-        torch.testing.assert_close(stock.decode(z / stock.config.scaling_factor).sample, vae.decode(space.raw(z)), atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            stock.decode(z / stock.config.scaling_factor).sample, vae.decode(space.to_autoencoder_latents(z)), atol=2e-5, rtol=1e-5
+        )
         posterior = stock.encode(x).latent_dist
     mean, std = vae.moments(x).chunk(2, 1)
     torch.testing.assert_close(
         posterior.mean * stock.config.scaling_factor,
-        (mean - space.raw(z * 0)) / (space.raw(z * 0 + 1) - space.raw(z * 0)),
+        (mean - space.to_autoencoder_latents(z * 0)) / (space.to_autoencoder_latents(z * 0 + 1) - space.to_autoencoder_latents(z * 0)),
         atol=2e-5,
         rtol=1e-5,
     )
     torch.testing.assert_close(
-        posterior.std * stock.config.scaling_factor, std / (space.raw(z * 0 + 1) - space.raw(z * 0)), atol=2e-5, rtol=1e-4
+        posterior.std * stock.config.scaling_factor,
+        std / (space.to_autoencoder_latents(z * 0 + 1) - space.to_autoencoder_latents(z * 0)),
+        atol=2e-5,
+        rtol=1e-4,
     )
 
 
@@ -306,7 +316,7 @@ def test_stock_diffusers_loads_and_samples_the_export(parts, run):
     pipe = DiTPipeline.from_pretrained(run / "export")
     pipe.set_progress_bar_config(disable=True)
     assert pipe(class_labels=[1], num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0].size == (32, 32)
-    source, trained = open_folder(run / "export"), sample.Trained(run).source("cpu")
+    source, trained = load_flow_model(run / "export"), sample.TrainedModel(run).build_model("cpu")
     assert source.pixels == trained.pixels == (3, 32, 32) and source.shape == trained.shape == (4, 8, 8)
     x, t, labels = torch.randn(3, 4, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 1])
     with torch.no_grad():
@@ -362,9 +372,12 @@ def test_a_cache_of_another_autoencoder_is_refused(parts, tmp_path, capsys):
 
 def test_another_autoencoder_neither_decodes_nor_goes_into_an_export(run, tmp_path):
     """One that took the place of the first since: its latents are others."""
-    trained = sample.Trained(run)
+    trained = sample.TrainedModel(run)
     trained.space = replace(trained.space, autoencoder=str(frozen.kl(tmp_path / "vae", seed=1)))
-    for act in (lambda: trained.source("cpu").decode(torch.zeros(1, 4, 8, 8)), lambda: trained.export(tmp_path / "export", Export())):
+    for act in (
+        lambda: trained.build_model("cpu").decode(torch.zeros(1, 4, 8, 8)),
+        lambda: trained.export(tmp_path / "export", ExportOptions()),
+    ):
         with pytest.raises(ValueError, match=r"is another autoencoder: .*weights are"):
             act()
 
@@ -388,4 +401,4 @@ def test_what_no_stock_pipeline_decodes_is_refused_at_the_start(parts, tmp_path,
     assert type(pipe.vae).__name__ == "AutoencoderTiny" and pipe.vae.config.scaling_factor == 0.9
     z = torch.randn(1, 4, 8, 8)
     known = Autoencoder(str(tiny))
-    torch.testing.assert_close(open_folder(tmp_path / "run/export").decode(z), known.decode(z / 0.9), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(load_flow_model(tmp_path / "run/export").decode(z), known.decode(z / 0.9), atol=1e-5, rtol=1e-5)

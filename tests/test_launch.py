@@ -16,7 +16,7 @@ from accelerate.utils.launch import prepare_multi_gpu_env
 from conftest import ROOT
 from torch.distributed import TCPStore
 
-from condot.core.process import processors
+from condot.core.process import available_cpus
 from condot.pipeline.config.schema import Config, DiTConfig, GuardConfig, TrainConfig
 from condot.pipeline.launch import distributed, launcher_env, rendezvous
 
@@ -64,7 +64,7 @@ HYBRID = FSDP | {"FSDP_SHARDING_STRATEGY": "HYBRID_SHARD"}
     ],
 )
 def test_a_launcher_that_contradicts_the_recipe_is_named(said, train, names):
-    (found,) = launcher_env.contradictions(recipe(**train), said)
+    (found,) = launcher_env.find_conflicts(recipe(**train), said)
     assert all(name in found for name in names) and "\n" not in found
 
 
@@ -87,14 +87,14 @@ def test_a_launcher_that_contradicts_the_recipe_is_named(said, train, names):
     ],
 )
 def test_a_launcher_that_agrees_is_heard(said, train):
-    assert launcher_env.contradictions(recipe(**train), said) == []
+    assert launcher_env.find_conflicts(recipe(**train), said) == []
 
 
 def test_every_contradiction_is_told_at_once(monkeypatch):
     for name, value in (FSDP | {"FSDP_VERSION": "1", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "3"}).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"ACCUMULATION_STEPS=3 .*; FSDP_VERSION=1"):
-        distributed.enter(recipe())
+        distributed.init_distributed(recipe())
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_sharding_is_the_recipes_or_as_launched_and_accelerate_forgets_it(monkey
     for name, value in (said | {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "PARALLELISM_CONFIG_TP_SIZE": "1"}).items():
         monkeypatch.setenv(name, value)
     config = recipe(sharding=asked)
-    assert distributed.sharding(config) == known
-    launcher_env.take_over()
+    assert distributed.resolve_sharding(config) == known
+    launcher_env.consume_launcher_env()
     unsaid = ("FSDP_", "ACCELERATE_USE_FSDP", "ACCELERATE_DYNAMO_", "PARALLELISM_CONFIG_")
     assert not [name for name in os.environ if name.startswith(unsaid)]
-    assert distributed.sharding(config) == known, "remembered once the variables are gone"
-    launcher_env.take_over()
-    assert distributed.sharding(recipe()) == "none", "the next run in this process was launched without"
+    assert distributed.resolve_sharding(config) == known, "remembered once the variables are gone"
+    launcher_env.consume_launcher_env()
+    assert distributed.resolve_sharding(recipe()) == "none", "the next run in this process was launched without"
 
 
 def test_precisions_that_the_hardware_lacks(monkeypatch):
@@ -129,10 +129,10 @@ def test_precisions_that_the_hardware_lacks(monkeypatch):
         with pytest.raises(ValueError, match=rule):
             distributed.check_precision(precision)
         with pytest.raises(ValueError, match=rule):
-            distributed.enter(recipe(mixed_precision=precision))
+            distributed.init_distributed(recipe(mixed_precision=precision))
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
         with pytest.raises(ValueError, match=rule):
-            distributed.enter(recipe())
+            distributed.init_distributed(recipe())
         monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A100")
@@ -156,22 +156,22 @@ def test_each_process_of_a_machine_has_its_own_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert distributed._device() == torch.device("cuda", 3)
+    assert distributed._local_device() == torch.device("cuda", 3)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(ValueError, match=r"8 processes were started on a machine that shows 4 GPU.*start 4"):
-        distributed._device()
+        distributed._local_device()
     monkeypatch.delenv("TORCHELASTIC_RUN_ID")  # SLURM shows each task its own, as number 0
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert distributed._device() == torch.device("cuda", 0)
+    assert distributed._local_device() == torch.device("cuda", 0)
 
 
 def test_ranks_that_see_other_data_are_named(monkeypatch):
     """Rank 1 of three; the first and the last see the same."""
     monkeypatch.setattr(distributed, "gather_object", lambda mine: [*mine, "b" * 64, *mine])
     with pytest.raises(ValueError, match=r"data.shards is a{12} on rank 0 and b{12} on rank 1"):
-        distributed.agree("data.shards", "a" * 64)
+        distributed.check_same_data("data.shards", "a" * 64)
     monkeypatch.setattr(distributed, "gather_object", lambda mine: mine * 3)
-    distributed.agree("data.shards", "a" * 64)
+    distributed.check_same_data("data.shards", "a" * 64)
 
 
 def test_processes_of_a_machine_share_its_processors(monkeypatch):
@@ -179,20 +179,20 @@ def test_processes_of_a_machine_share_its_processors(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(8))
     for ranks, each in (("1", 8), ("3", 2), ("4", 2), ("16", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert distributed._share() == each
+        assert distributed._threads_per_process() == each
     taken = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch, "set_num_threads", taken.append)
-    monkeypatch.setattr(distributed, "_begin_group", lambda patience: None)
+    monkeypatch.setattr(distributed, "_init_process_group", lambda timeout: None)
     monkeypatch.setattr(distributed, "PartialState", lambda cpu: SimpleNamespace(num_processes=1))
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    distributed.join()
+    distributed.join_process_group()
     assert taken == [], "alone: torch's own number"
-    distributed.join(3)
+    distributed.join_process_group(3)
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    distributed.join()
-    distributed.join(5)
+    distributed.join_process_group()
+    distributed.join_process_group(5)
     assert taken == [3, 2, 5]
 
 
@@ -200,18 +200,18 @@ def test_processors_are_those_that_may_be_used_or_where_no_affinity_exists_all(m
     """A Mac has no affinity, and Python there no function of the name; it may not know the number either."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert processors() == 2
+    assert available_cpus() == 2
     monkeypatch.delattr(os, "sched_getaffinity")
-    assert processors() == 6
+    assert available_cpus() == 6
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert processors() == 1
+    assert available_cpus() == 1
 
 
 def test_torch_waits_longer_than_the_watch():
     """Else torch ends the run with its own words before the watch names the rank."""
-    assert distributed._patience(0) == distributed.A_MONTH
+    assert distributed._collective_timeout(0) == distributed.A_MONTH
     default = GuardConfig().hang_seconds
-    assert distributed._patience(default).total_seconds() > 1.15 * default + 100
+    assert distributed._collective_timeout(default).total_seconds() > 1.15 * default + 100
 
 
 def test_tasks_of_srun_that_do_not_know_each_other(monkeypatch):
@@ -239,12 +239,12 @@ def test_launch_files_say_what_they_are_named(name, processes, nodes, known):
     assert (args.nproc_per_node, getattr(args, "nnodes", "1")) == (str(processes), str(nodes))
     said = {key: value for key, value in said.items() if key not in os.environ}
     assert (
-        launcher_env.contradictions(recipe(), said) == [] == launcher_env.contradictions(recipe(mixed_precision="bf16", compile=True), said)
+        launcher_env.find_conflicts(recipe(), said) == [] == launcher_env.find_conflicts(recipe(mixed_precision="bf16", compile=True), said)
     )
-    assert (launcher_env._said_sharding(said) or "none") == known
+    assert (launcher_env._sharding_from_env(said) or "none") == known
 
 
-# --- the meeting
+# --- the rendezvous
 
 
 @pytest.fixture
@@ -254,7 +254,7 @@ def server():
 
 
 def attempt(server, ranks, world, seconds=10.0):
-    """What each of these ranks, a thread with its own connection, got from its meeting: a number or an error."""
+    """What each of these ranks, a thread with its own connection, got from its rendezvous: a number or an error."""
     found = {}
 
     def act(rank):
@@ -262,7 +262,9 @@ def attempt(server, ranks, world, seconds=10.0):
         patience = timedelta(seconds=seconds)
         try:
             call = (store, world, patience, "here")
-            found[rank] = rendezvous._receive(*call) if rank == 0 else rendezvous._arrive(store, rank, world, patience, "here")
+            found[rank] = (
+                rendezvous._serve_rendezvous(*call) if rank == 0 else rendezvous._join_rendezvous(store, rank, world, patience, "here")
+            )
         except ValueError as error:
             found[rank] = error
 
@@ -334,10 +336,10 @@ def test_a_port_that_is_taken_and_one_where_nobody_is(monkeypatch):
         with pytest.raises(
             ValueError, match=rf"MASTER_PORT={port}: rank 0 of 2 could not meet the others there \(.*in use.*give another port"
         ):
-            rendezvous.meet(timedelta(seconds=1))
+            rendezvous.next_rendezvous(timedelta(seconds=1))
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(ValueError, match=rf"MASTER_PORT={port}: rank 1 of 2 .*is rank 0 started"):
-        rendezvous.meet(timedelta(seconds=1))
+        rendezvous.next_rendezvous(timedelta(seconds=1))
 
 
 # --- on several processes

@@ -16,10 +16,10 @@ from condot.pipeline.flow import (
     Purpose,
     ScoreMatching,
     annealed_langevin,
-    initial,
     langevin,
     normal,
     rademacher,
+    scale_initial_noise,
     uniform,
     uniform_grid,
     velocity_field,
@@ -156,7 +156,7 @@ def test_ncsn_with_annealed_langevin_samples_far_modes_in_proportion():
     n, index = 2000, torch.arange(2000)
     noise = lambda k: normal(2, Purpose.DIFFUSION, k, index, (2,))  # noqa: E731
     with torch.no_grad():
-        start = initial(path, noise(-1))
+        start = scale_initial_noise(path, noise(-1))
         annealed = annealed_langevin(model, start, uniform_grid(11), path, 0.05, 15, noise).x
         modes = torch.where(index[:, None] % 2 == 0, -5.0, 5.0) + noise(-2)  # half of the samples near each mode: there they stay
         plain = langevin(lambda x: model(x, torch.ones(n)), modes, 0.05, 180, noise).x

@@ -14,10 +14,10 @@ from condot.pipeline.flow import (
     dequantise,
     divergence,
     dormand_prince,
-    estimate,
     heun,
-    last_time,
+    likelihood_end_time,
     log_density,
+    mean_and_standard_error,
     normal,
     rademacher,
     rk4,
@@ -27,8 +27,8 @@ from condot.pipeline.flow import (
     velocity_field,
     widen,
 )
-from condot.pipeline.sampling.flow_model import Source
-from condot.pipeline.sampling.likelihood import bits
+from condot.pipeline.sampling.flow_model import FlowModel
+from condot.pipeline.sampling.likelihood import compute_bits_per_dimension
 
 MIXTURE = oracles.three()
 FIELD = MIXTURE.field(oracles.condot)
@@ -45,7 +45,7 @@ def test_log_density_of_a_mixture_is_exact(mode):
     result = log_density(FIELD, X, uniform_grid(40), CondOT(), solver=rk4, mode=mode)
     torch.testing.assert_close(result.log_density, MIXTURE.log_density(X), rtol=0, atol=4e-4)
     assert result.evaluations == 160
-    forth = rk4(FIELD, result.origin, uniform_grid(40)).x
+    forth = rk4(FIELD, result.initial_point, uniform_grid(40)).x
     torch.testing.assert_close(forth, X, rtol=0, atol=4e-4)
 
 
@@ -89,8 +89,8 @@ def pixels(name, std, count=8):
         nats = (spread - mean) ** 2 / (2 * variance) + torch.log(2 * math.pi * variance) / 2
         return (nats.mean() / math.log(2) - math.log2(STEP)).item()
 
-    source = Source(velocity_field(network, path, kind), path, (1, 2, 3), 0, 0, torch.device("cpu"), lambda x: x, kind)
-    return source, x, exact, last_time(path, kind, STEP / 10)
+    source = FlowModel(velocity_field(network, path, kind), path, (1, 2, 3), 0, 0, torch.device("cpu"), lambda x: x, kind)
+    return source, x, exact, likelihood_end_time(path, kind, STEP / 10)
 
 
 @pytest.mark.parametrize("std", [1 / 255, 0.02])
@@ -103,7 +103,7 @@ def test_bits_of_sharp_pixels_are_exact_and_the_printed_error_covers_theirs(name
     source, x, exact, end = pixels(name, std)
     labels = torch.zeros(len(x), dtype=torch.int64)
     for how in ({"exact": True}, {"exact": False}, {"exact": False, "tolerance": 1e-3}, {"exact": False, "solver": "heun", "steps": 50}):
-        found = bits(source, x, labels, seed=0, **how)
+        found = compute_bits_per_dimension(source, x, labels, seed=0, **how)
         off = abs(found.mean - exact(end))
         assert off < found.solver_error + 0.004, (how, found.mean, exact(end), found.solver_error)
         if how in ({"exact": True}, {"exact": False}):
@@ -120,11 +120,11 @@ def test_the_log_density_of_a_sharp_mixture_is_exact(name):
     sharp = torch.tensor([[[1.0, 0.6], [0.6, 1.0]], [[1.0, 0.0], [0.0, 4.0]], [[400.0, 0.0], [0.0, 100.0]]], dtype=torch.float64)
     law = oracles.Mixture(MIXTURE.weights, MIXTURE.means / 2, sharp / 255**2)
     x, path, a_b = law.sample(12, torch.Generator().manual_seed(1)), PATHS[name](), oracles.BY_HAND[name]
-    end = last_time(path, "velocity", STEP / 10)
+    end = likelihood_end_time(path, "velocity", STEP / 10)
     assert (end < 1) == (name == "vp") and (name != "vp" or abs(a_b(end)[1] - STEP / 10) < 1e-9)
     ends = torch.tensor([0.0, end], dtype=torch.float64)
-    clock = "log_snr" if name in ("vp", "ve", "edm") else "time"
-    found = log_density(law.field(a_b), x, ends, path, clock=clock)
+    integration_variable = "log_snr" if name in ("vp", "ve", "edm") else "time"
+    found = log_density(law.field(a_b), x, ends, path, integration_variable=integration_variable)
     torch.testing.assert_close(found.log_density, law.log_density(x, *a_b(end)[:2]), rtol=0, atol=0.03 if name in ("ve", "edm") else 0.01)
 
 
@@ -185,16 +185,16 @@ def test_bits_of_a_discrete_law_are_bounded_from_above():
     law = oracles.gaussian([0.1], [[0.04]])
     pixels = (law.sample(4000, torch.Generator().manual_seed(1)) * 127.5 + 127.5).round() / 127.5 - 1
     spread = dequantise(pixels, uniform(0, Purpose.PROBE, 0, torch.arange(4000), (1,)))
-    bits = estimate(bits_per_dimension(law.log_density(spread), 1))
+    bits = mean_and_standard_error(bits_per_dimension(law.log_density(spread), 1))
     entropy = 0.5 * math.log2(2 * math.pi * math.e * 0.04) - math.log2(2 / 255)
-    assert abs(bits.mean.item() - entropy) < 5.5 * bits.error.item()
-    assert abs(bits.error.item() - math.sqrt(0.5) / math.log(2) / math.sqrt(4000)) < 0.002
+    assert abs(bits.mean.item() - entropy) < 5.5 * compute_bits_per_dimension.standard_error.item()
+    assert abs(bits.standard_error.item() - math.sqrt(0.5) / math.log(2) / math.sqrt(4000)) < 0.002
 
 
 def test_shapes_and_no_gradient_left():
     x = torch.randn(1, 1, 3, 3, generator=torch.Generator().manual_seed(0))
     result = log_density(wave, x, uniform_grid(5), CondOT(), solver=heun)
-    assert result.log_density.shape == (1,) and result.origin.shape == x.shape and not result.log_density.requires_grad
+    assert result.log_density.shape == (1,) and result.initial_point.shape == x.shape and not result.log_density.requires_grad
     net = torch.nn.Linear(3, 3)
     inside = log_density(lambda x, t: net(x), x, uniform_grid(5), CondOT())
     assert not inside.log_density.requires_grad and all(p.grad is None for p in net.parameters())
@@ -204,7 +204,7 @@ def test_shapes_and_no_gradient_left():
 
 BAD = {
     "clock": (
-        lambda: log_density(wave, torch.zeros(2, 3), uniform_grid(2), CondOT(), clock="log_snr"),
+        lambda: log_density(wave, torch.zeros(2, 3), uniform_grid(2), CondOT(), integration_variable="log_snr"),
         r"from t=0 to t=1, where it is -inf and inf",
     ),
     "size": (lambda: log_density(wave, torch.zeros(1, 3, 5, 5), uniform_grid(2), CondOT()), r"75 dimensions.*limit is 64.*Pass a probe"),
@@ -213,7 +213,7 @@ BAD = {
     "grid": (lambda: log_density(wave, torch.zeros(2, 3), torch.tensor([1.0, 0.0]), CondOT()), r"no grid"),
     "bits": (lambda: bits_per_dimension(torch.zeros(1), 0), r"dimensions=0"),
     "step": (lambda: bits_per_dimension(torch.zeros(1), 3, 0.0), r"step=0\.0"),
-    "estimate": (lambda: estimate(torch.zeros(1)), r"1 values have no standard error"),
+    "estimate": (lambda: mean_and_standard_error(torch.zeros(1)), r"1 values have no standard error"),
     "mode": (lambda: divergence(torch.sin, torch.zeros(1, 2), mode="both"), r"'both'"),
 }
 

@@ -7,9 +7,9 @@ from conftest import launch
 
 from condot.core.data_options import Options
 from condot.core.printable import printable, redact, redact_url
-from condot.core.urls import expanded, last_name, shown
-from condot.data.storage.resolve import open_folder
-from condot.pipeline.config.parse import as_mapping, build, parse
+from condot.core.urls import display_url, expand_path, last_name
+from condot.data.storage.resolve import open_shard_folder
+from condot.pipeline.config.parse import config_from_mapping, config_to_mapping, parse
 from condot.pipeline.config.schema import Config
 
 CASES = {
@@ -68,36 +68,36 @@ def test_a_place_that_is_a_whole_text():
         assert redact_url(f"http://ann:5{odd}E@h/x?5{odd}E") == redact_url(f"http://h/x?5{odd}E") == "http://h/x?…"
     assert redact_url("https:/ann:5E@h/x?sig=5E") == "https:/h/x?…", "as Path makes it"
     assert redact_url("pipe:curl http://u:5E@h/x?5E | cat") == "pipe:curl http://h/x?… | cat"
-    assert shown("http://u:p@h/x/?sig=1") == "http://h/x/" and shown("/data/x?y") == "/data/x?y"
+    assert display_url("http://u:p@h/x/?sig=1") == "http://h/x/" and display_url("/data/x?y") == "/data/x?y"
     assert last_name("http://u:p@h/x/photos.parquet?sig=1") == "photos.parquet" and last_name("/a/b?.parquet") == "b?.parquet"
 
 
 def test_what_the_environment_holds(monkeypatch, tmp_path):
     monkeypatch.setenv("SIG", "a%2Fb==")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert expanded("http://h/x?sig=${SIG}&y") == "http://h/x?sig=a%2Fb==&y" and expanded("~/shards") == f"{tmp_path}/shards"
-    assert expanded("a$b{c}~/d") == "a$b{c}~/d"
+    assert expand_path("http://h/x?sig=${SIG}&y") == "http://h/x?sig=a%2Fb==&y" and expand_path("~/shards") == f"{tmp_path}/shards"
+    assert expand_path("a$b{c}~/d") == "a$b{c}~/d"
     with pytest.raises(ValueError, match=r"the environment has no LACKING. Set it: `export LACKING="):
-        expanded("http://h/x?sig=${LACKING}")
+        expand_path("http://h/x?sig=${LACKING}")
     with pytest.raises(ValueError, match=r"^data.shards='http://h/x\?…' comes .* give the URL again"):
-        expanded("http://h/x?…")
+        expand_path("http://h/x?…")
     with pytest.raises(ValueError, match=r"^--output='\$\{LACKING\}/x': the environment"):
-        expanded("${LACKING}/x", "--output")
+        expand_path("${LACKING}/x", "--output")
 
 
 def test_a_recipe_keeps_the_name_and_not_the_value(monkeypatch):
     monkeypatch.setenv("SIG", "5ECRET")
     config = parse(Config, ["--data.shards", "http://h/a b/x?sig=${SIG}", "http://u:p@h/x?sig=5ECRET", "/local?a=1", "hf://datasets/u/n"])
-    kept = as_mapping(config)["data"]["shards"]
+    kept = config_to_mapping(config)["data"]["shards"]
     assert kept == ["http://h/a b/x?sig=${SIG}", "http://h/x?…", "/local?a=1", "hf://datasets/u/n"]
-    assert build(Config, as_mapping(config)).data.shards == tuple(kept)
+    assert config_from_mapping(Config, config_to_mapping(config)).data.shards == tuple(kept)
 
 
 def test_the_home_folder_may_be_written_short(digits, monkeypatch, tmp_path):
     """In a recipe, where no shell expands it; `~` within a name is a name."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "shards").symlink_to(digits)
-    folder, _ = open_folder("~/shards", Options())
+    folder, _ = open_shard_folder("~/shards", Options())
     assert folder.name == f"{tmp_path}/shards"
     config = parse(Config, ["--data.shards=~/shards", "--output_dir=~/runs/a~", "--data.encoded", "~/e"])
     assert (config.data.shards, config.output_dir, config.data.encoded) == ((f"{tmp_path}/shards",), f"{tmp_path}/runs/a~", f"{tmp_path}/e")

@@ -10,19 +10,19 @@ import torch
 from condot.pipeline.flow import (
     CondOT,
     Cosine,
-    coefficient,
+    diffusion_coefficient,
     euler_maruyama,
     exponential,
-    step_law,
+    step_distribution,
     step_log_prob,
     trajectory_log_prob,
     uniform_grid,
 )
-from condot.pipeline.flow.sde import euler_plan, exponential_plan
+from condot.pipeline.flow.sde import euler_maruyama_coefficients, exponential_coefficients
 
 DRAW = torch.Generator().manual_seed(2)
 X, MEAN = (torch.randn(3, 2, 5, generator=DRAW, dtype=torch.float64) for _ in range(2))
-SOLVERS = {"exponential": (exponential, exponential_plan), "euler_maruyama": (euler_maruyama, euler_plan)}
+SOLVERS = {"exponential": (exponential, exponential_coefficients), "euler_maruyama": (euler_maruyama, euler_maruyama_coefficients)}
 
 
 @pytest.mark.parametrize("std", [0.3, torch.tensor([0.1, 1.0, 7.0], dtype=torch.float64)[:, None, None]], ids=["one", "each"])
@@ -42,13 +42,13 @@ def test_many_values_are_summed_in_double_precision():
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_steps_law_is_that_of_its_draws(solver):
     """What a solver does in one step, with its noise and without: mean and deviation of the plan."""
-    solve, plan = SOLVERS[solver]
-    law, times, sigma = oracles.three(), torch.tensor([0.3, 0.45, 1.0], dtype=torch.float64), coefficient("noise", 0.8)
+    solve, step_coefficients = SOLVERS[solver]
+    law, times, sigma = oracles.three(), torch.tensor([0.3, 0.45, 1.0], dtype=torch.float64), diffusion_coefficient("noise", 0.8)
     seen, noise = [], torch.randn(5, 2, generator=DRAW, dtype=torch.float64)
     x = torch.randn(5, 2, generator=DRAW, dtype=torch.float64)
-    solve(law.field(oracles.condot), x, times, CondOT(), sigma, lambda k: noise, after=lambda x, t: seen.append(x) or x)
+    solve(law.field(oracles.condot), x, times, CondOT(), sigma, lambda k: noise, step_callback=lambda x, t: seen.append(x) or x)
     u, score = law.velocity(x, *oracles.condot(0.3)), law.score(x, 0.3, 0.7)
-    mean, std = step_law(plan(CondOT(), times, sigma), 0, x, u, score)
+    mean, std = step_distribution(step_coefficients(CondOT(), times, sigma), 0, x, u, score)
     torch.testing.assert_close(mean + std * noise, seen[0], rtol=1e-12, atol=1e-12)
 
 
@@ -56,7 +56,7 @@ def test_a_steps_law_is_that_of_its_draws(solver):
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_the_sum_over_a_trajectory_is_its_law_in_closed_form(solver, learned):
     """Gaussian data in one dimension make every step linear, so all noisy points are jointly normal given the start."""
-    gauss, times, sigma = oracles.gaussian([0.7], [[0.25]]), torch.linspace(0.1, 1, 5, dtype=torch.float64), coefficient("noise")
+    gauss, times, sigma = oracles.gaussian([0.7], [[0.25]]), torch.linspace(0.1, 1, 5, dtype=torch.float64), diffusion_coefficient("noise")
     coefficients = lambda t: tuple(part.item() for part in Cosine()(torch.tensor(t, dtype=torch.float64)))  # noqa: E731
 
     def field(x, t):
@@ -65,7 +65,7 @@ def test_the_sum_over_a_trajectory_is_its_law_in_closed_form(solver, learned):
 
     def ends(start, draws):
         points = [start]
-        SOLVERS[solver][0](field, start, times, Cosine(), sigma, lambda k: draws[k], after=lambda x, t: points.append(x) or x)
+        SOLVERS[solver][0](field, start, times, Cosine(), sigma, lambda k: draws[k], step_callback=lambda x, t: points.append(x) or x)
         return points
 
     start, zero = torch.full((1, 1), 0.4, dtype=torch.float64), torch.zeros(3, 1, 1, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_the_sum_over_a_trajectory_is_its_law_in_closed_form(solver, learned):
 def test_expected_gradients_are_zero_and_lead_uphill():
     """E[grad log p] = 0 over a policy's own draws; E[r grad log p] is the gradient of E[r], here of the mean of the last noisy point."""
     theta = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-    times, sigma, count = uniform_grid(3), coefficient("noise", 1.5), 100_000
+    times, sigma, count = uniform_grid(3), diffusion_coefficient("noise", 1.5), 100_000
     generator = torch.Generator().manual_seed(7)
 
     def field(x, t):
@@ -91,7 +91,7 @@ def test_expected_gradients_are_zero_and_lead_uphill():
     def points(noise):
         found = [torch.zeros(count if noise is None else 1, 1, dtype=torch.float64)]
         draw = lambda k: torch.randn(found[0].shape, generator=generator, dtype=torch.float64) if noise is None else noise  # noqa: E731
-        exponential(field, found[0], times, CondOT(), sigma, draw, after=lambda x, t: found.append(x) or x)
+        exponential(field, found[0], times, CondOT(), sigma, draw, step_callback=lambda x, t: found.append(x) or x)
         return found
 
     drawn = [x.detach() for x in points(None)]
@@ -124,12 +124,15 @@ BAD = {
     "wide": (lambda: step_log_prob(X, MEAN, torch.ones(3)), r"std \(3,\) beside mean \(3, 2, 5\): one number, or \(B, 1"),
     "reduction": (lambda: step_log_prob(X, MEAN, 1.0, reduction="max"), r"reduction='max' is unknown: choose one of sum, mean"),
     "points": (
-        lambda: trajectory_log_prob(lambda x, t: x, [X, X], GRID, CondOT(), coefficient("noise")),
+        lambda: trajectory_log_prob(lambda x, t: x, [X, X], GRID, CondOT(), diffusion_coefficient("noise")),
         r"2 points on a grid of 3 times",
     ),
-    "no noise": (lambda: trajectory_log_prob(lambda x, t: x, [X] * 3, GRID, CondOT(), coefficient("zero")), r"no step of this plan draws"),
+    "no noise": (
+        lambda: trajectory_log_prob(lambda x, t: x, [X] * 3, GRID, CondOT(), diffusion_coefficient("zero")),
+        r"no step of this plan draws",
+    ),
     "solver": (
-        lambda: trajectory_log_prob(lambda x, t: x, [X] * 3, GRID, CondOT(), coefficient("noise"), solver="stochastic_heun"),
+        lambda: trajectory_log_prob(lambda x, t: x, [X] * 3, GRID, CondOT(), diffusion_coefficient("noise"), solver="stochastic_heun"),
         r"solver='stochastic_heun' has no log-probability: choose one of exponential, euler_maruyama",
     ),
 }
@@ -146,6 +149,6 @@ def test_pairs_of_points_are_taken_as_given():
     """Gradients reach the field's parameters, not the points."""
     w = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     points = [p.clone().requires_grad_() for p in (X, MEAN, X)]
-    found = trajectory_log_prob(lambda x, t: w * x, points, GRID, CondOT(), coefficient("noise"))
+    found = trajectory_log_prob(lambda x, t: w * x, points, GRID, CondOT(), diffusion_coefficient("noise"))
     found.sum().backward()
     assert w.grad != 0 and all(p.grad is None for p, _ in pairwise(points))

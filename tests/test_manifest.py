@@ -14,9 +14,9 @@ from condot.data.format import manifest as reading
 from condot.data.format import shard_table
 from condot.data.format.index import NO_LABEL, RECORD, sha256
 from condot.data.format.manifest import VERSION, Manifest, Tally, parse_manifest, write_manifest
-from condot.data.format.shard_table import Shard, ShardList
-from condot.data.loader.shuffle import Order, permutation
-from condot.data.loader.survey import Listed
+from condot.data.format.shard_table import Shard, ShardTable
+from condot.data.loader.shuffle import ShuffledOrder, permutation
+from condot.data.loader.survey import ManifestFolder
 from condot.data.storage import local
 from condot.data.storage.local import LocalFolder
 from condot.data.storage.shard_reader import Shards
@@ -157,15 +157,15 @@ def test_a_shard_that_cannot_be_is_named(field, value):
 def test_a_list_is_a_sequence(few_at_once):
     """As a list of objects would be: numbers from both ends, slices, iteration, search, equality."""
     shards = lines_of(11)
-    columns = ShardList.of(shards)
+    columns = ShardTable.of(shards)
     assert len(columns) == 11 and list(columns) == shards and [columns[i] for i in range(-11, 11)] == shards * 2
     for part in (slice(3, 8), slice(None, None, -2), slice(20, 30), slice(-4, None)):
-        assert list(columns[part]) == shards[part] and columns[part] == ShardList.of(shards[part])
+        assert list(columns[part]) == shards[part] and columns[part] == ShardTable.of(shards[part])
         assert list(columns[part].names) == [s.name for s in shards[part]]
         assert columns[part].samples.tolist() == [s.samples for s in shards[part]]
         assert columns[part].bytes.tolist() == [s.bytes for s in shards[part]]
         assert columns[part].fingerprint == old_fingerprint(shards[part])
-    assert shards[4] in columns and columns.index(shards[4]) == 4 and not ShardList.of([]) and columns[np.int64(2)] == shards[2]
+    assert shards[4] in columns and columns.index(shards[4]) == 4 and not ShardTable.of([]) and columns[np.int64(2)] == shards[2]
     with pytest.raises(IndexError):
         columns[11]
     for field, value in (
@@ -176,8 +176,8 @@ def test_a_list_is_a_sequence(few_at_once):
         ("sha256", "0" * 64),
         ("index_sha256", "0" * 64),
     ):
-        assert columns != ShardList.of([*shards[:7], replace(shards[7], **{field: value}), *shards[8:]])
-    assert columns != ShardList.of(shards[:10]) and columns != columns[::-1] and columns == columns[:]
+        assert columns != ShardTable.of([*shards[:7], replace(shards[7], **{field: value}), *shards[8:]])
+    assert columns != ShardTable.of(shards[:10]) and columns != columns[::-1] and columns == columns[:]
 
 
 def test_parts_are_those_of_a_list(few_at_once):
@@ -195,10 +195,14 @@ def test_parts_are_those_of_a_list(few_at_once):
         )
     with pytest.raises(ValueError, match="split 'test' has no shard: the manifest has prüf, train, val"):
         manifest.split("test")
-    found, missing = manifest.shards.pick(["7-é.tar", "x", "0-é.tar", "19-é.tar", "y"])
+    found, missing = manifest.shards.select_names(["7-é.tar", "x", "0-é.tar", "19-é.tar", "y"])
     assert list(found) == [shards[7], shards[0], shards[19]] and missing == ["x", "y"]
-    renamed = ShardList.of([replace(s, sha256="0" * 64) for s in shards])
-    assert renamed.alike(manifest.shards) and not renamed[:-1].alike(manifest.shards) and not renamed[::-1].alike(manifest.shards)
+    renamed = ShardTable.of([replace(s, sha256="0" * 64) for s in shards])
+    assert (
+        renamed.has_same_names(manifest.shards)
+        and not renamed[:-1].has_same_names(manifest.shards)
+        and not renamed[::-1].has_same_names(manifest.shards)
+    )
     assert list(renamed.take([3, 1])) == [renamed[3], renamed[1]]
 
 
@@ -235,7 +239,7 @@ def folder_of(path, names, split="train"):
 
 
 def test_every_shard_is_looked_for(few_at_once, tmp_path):
-    """Names of any kind pass; the first that is gone, cut or without its index is named, and `Listed` names all."""
+    """Names of any kind pass; the first that is gone, cut or without its index is named, and `ManifestFolder` names all."""
     names = [*(f"train-{i}.tar" for i in range(8)), "no suffix", "ü.b.tar", ".tar", "inside/x.tar", "x.tgz", "last.tar"]
     good = folder_of(tmp_path / "good", names)
     assert list(LocalFolder(good).manifest.shards.names) == names
@@ -251,7 +255,7 @@ def test_every_shard_is_looked_for(few_at_once, tmp_path):
             spoil(folder / name)
         with pytest.raises(ValueError, match=rf"/train-7\..*{message}"):
             LocalFolder(folder)
-        faults = Listed(folder).faults
+        faults = ManifestFolder(folder).faults
         assert len(faults) == 2 and "train-7." in faults[0] and "/last." in faults[1] and all(message in fault for fault in faults)
 
 
@@ -277,11 +281,11 @@ def test_shards_of_several_folders_are_counted_through(tmp_path):
 def test_shards_near_a_position_are_its_block_and_the_next():
     """From the definition: an epoch permutes the shards, blocks of so many follow one another, the last is shorter."""
     counts, seed, size = np.array([3, 0, 4, 2, 5, 1, 2]), 8, 3
-    order = Order(counts, seed, size)
+    order = ShuffledOrder(counts, seed, size)
     for epoch in range(3):
         now, later = (permutation(7, seed, 1, e).tolist() for e in (epoch, epoch + 1))
         blocks = [now[:3], now[3:6], now[6:], later[:3]]
         for within in range(17):
             b = next(b for b in range(3) if within < counts[now[: 3 * b + 3]].sum())
-            assert order.ahead(17 * epoch + within) == blocks[b] + blocks[b + 1]
+            assert order.upcoming_shards(17 * epoch + within) == blocks[b] + blocks[b + 1]
             assert order(np.array([17 * epoch + within]))[0][0] in blocks[b]

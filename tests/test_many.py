@@ -18,18 +18,18 @@ from PIL import Image, ImageSequence
 from test_methods import gaussian_source
 
 from condot.cli import sample
-from condot.core.process import Stopper
+from condot.core.process import InterruptHandler
 from condot.data.loader.read_samples import read_captions, read_images
-from condot.data.prepare.generated import MadeShards
+from condot.data.prepare.generated import GeneratedShards
 from condot.data.storage.shard_reader import Shards
 from condot.pipeline.config.parse import parse
 from condot.pipeline.flow import Purpose, normal
-from condot.pipeline.sampling.bulk import Files, fill, runs, units
+from condot.pipeline.sampling.bulk import FolderWriter, consecutive_ranges, generate_missing, work_units
 from condot.pipeline.sampling.generate import generate
-from condot.pipeline.sampling.image_grid import grid, picture
-from condot.pipeline.sampling.images import draw_folder, draw_picture
-from condot.pipeline.sampling.options import Images
-from condot.pipeline.sampling.requests import Asked, asked
+from condot.pipeline.sampling.image_grid import make_grid, tensor_to_pil
+from condot.pipeline.sampling.images import generate_image_file, generate_image_folder
+from condot.pipeline.sampling.options import ImagesOptions
+from condot.pipeline.sampling.requests import ImageRequests, read_requests
 from condot.pipeline.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +39,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def signals():
     """Sampling a folder defers signals; the tests take them back."""
     yield
-    sample.STOPPER.received, sample.STOPPER._deferred = None, False
+    sample.INTERRUPT.received, sample.INTERRUPT._deferred = None, False
 
 
 def run(capsys, *words):
@@ -71,16 +71,16 @@ def ask(trained):
 
 def test_every_number_is_made_once_by_somebody():
     for count, size, ranks in itertools.product((1, 6, 7, 20), (1, 3, 20, 50), (1, 2, 5)):
-        shares = [units(count, size, rank, ranks) for rank in range(ranks)]
+        shares = [work_units(count, size, rank, ranks) for rank in range(ranks)]
         assert sorted(i for share in shares for unit in share for i in unit) == list(range(count))
         assert all(len(unit) <= size for share in shares for unit in share)
         assert max(map(len, shares)) - min(map(len, shares)) <= 1, "units are dealt out in turn"
-        assert sorted(itertools.chain(*shares), key=lambda unit: unit[0]) == units(count, size), "whoever they belong to"
+        assert sorted(itertools.chain(*shares), key=lambda unit: unit[0]) == work_units(count, size), "whoever they belong to"
 
 
 def test_runs_are_what_follows_one_another():
-    assert list(runs([0, 1, 2, 5, 6, 9], 2)) == [range(0, 2), range(2, 3), range(5, 7), range(9, 10)]
-    assert list(runs([4, 5, 6], 9)) == [range(4, 7)] and list(runs([], 9)) == []
+    assert list(consecutive_ranges([0, 1, 2, 5, 6, 9], 2)) == [range(0, 2), range(2, 3), range(5, 7), range(9, 10)]
+    assert list(consecutive_ranges([4, 5, 6], 9)) == [range(4, 7)] and list(consecutive_ranges([], 9)) == []
 
 
 @pytest.mark.parametrize("solver", [pytest.param("heun", marks=pytest.mark.faults), "euler_maruyama"])
@@ -98,14 +98,14 @@ def test_an_image_is_the_same_whoever_draws_it(ask, tmp_path, capsys, solver):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("13 images by") == 1 and "process 1 of 2" in done.stderr and "0 of them were there" in done.stdout
     assert close(one, read(tmp_path / "two")) and not hidden(tmp_path)
-    source = sample.opened(Images(pipeline=str(words[1]))).source
+    source = sample.load_models(ImagesOptions(pipeline=str(words[1]))).model
     made = generate(source, torch.arange(13) % 10, Sampler(solver, 3, 2.0), seed=5).images
-    assert close(one, {f"{i:06d}.png": np.asarray(picture(image)).astype(int) for i, image in enumerate(made)})
+    assert close(one, {f"{i:06d}.png": np.asarray(tensor_to_pil(image)).astype(int) for i, image in enumerate(made)})
 
 
 def test_one_picture_is_the_work_of_one_process(ask, capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("condot.core.process.leave_group", lambda status: None)
+    monkeypatch.setattr("condot.core.process.exit_if_distributed", lambda status: None)
     assert "is the work of one process, and 2 were started" in run(capsys, *ask, "--output", tmp_path / "a.png")[2]
     assert "evaluate is the work of one process" in run(capsys, "evaluate", *ask[:2])[2]
 
@@ -178,10 +178,10 @@ def test_a_batch_that_fails_leaves_no_half_shard(tmp_path):
         def update(self, images):
             pass
 
-    keeper = MadeShards(tmp_path, 10, ("a",))
+    keeper = GeneratedShards(tmp_path, 10, ("a",))
     with pytest.raises(ValueError, match="not finite"):
-        fill(keeper, units(20, 10), make, 4, lambda: False, Bar())
-    assert not hidden(tmp_path) and MadeShards(tmp_path, 10).there == 0
+        generate_missing(keeper, work_units(20, 10), make, 4, lambda: False, Bar())
+    assert not hidden(tmp_path) and GeneratedShards(tmp_path, 10).there == 0
 
 
 def picture_of(number):
@@ -226,9 +226,9 @@ def test_a_folder_of_others_is_left_alone_and_one_that_never_began_is_not(ask, t
 
 
 def test_two_commands_do_not_fill_one_folder(ask, tmp_path, capsys):
-    from condot.pipeline.launch.distributed import lock
+    from condot.pipeline.launch.distributed import lock_folder
 
-    with closing(lock(tmp_path / "a", "--output")):
+    with closing(lock_folder(tmp_path / "a", "--output")):
         assert f"--output={str(tmp_path / 'a')!r} is in use by another run" in run(capsys, *ask, "--output", tmp_path / "a")[2]
 
 
@@ -236,22 +236,32 @@ def test_two_commands_do_not_fill_one_folder(ask, tmp_path, capsys):
 
 
 def options_of(*words):
-    return parse(Images, [str(word) for word in words])
+    return parse(ImagesOptions, [str(word) for word in words])
 
 
 def test_lines_of_a_file_are_the_conditions_in_turn(ask, tmp_path, capsys):
     (tmp_path / "labels.txt").write_bytes(b"\xef\xbb\xbf7\r\n 2 \n9")
-    assert asked(options_of("--labels", tmp_path / "labels.txt")).labels == (7, 2, 9)
+    assert read_requests(options_of("--labels", tmp_path / "labels.txt")).labels == (7, 2, 9)
     assert run(capsys, *ask, "--labels", tmp_path / "labels.txt", "--num_images", 5, "--output", tmp_path / "a")[0] == 0
     assert run(capsys, *ask, "--class_labels", 7, 2, 9, 7, 2, "--output", tmp_path / "b")[0] == 0
     assert close(read(tmp_path / "a"), read(tmp_path / "b"))
     (tmp_path / "p.txt").write_text("a red apple\n  un chat noir \u2028et blanc\n")
-    wanted = asked(options_of("--prompts", tmp_path / "p.txt", "--negative_prompt", "blurred"))
-    assert wanted.prompts == ("a red apple", "un chat noir \u2028et blanc") and wanted.negatives == ("blurred", "blurred")
+    wanted = read_requests(options_of("--prompts", tmp_path / "p.txt", "--negative_prompt", "blurred"))
+    assert wanted.prompts == ("a red apple", "un chat noir \u2028et blanc") and wanted.negative_prompts == ("blurred", "blurred")
     (tmp_path / "p.jsonl").write_text('{"prompt": ""}\n{"prompt": "b", "negative_prompt": "c"}\n')
-    wanted = asked(options_of("--prompts", tmp_path / "p.jsonl"))
-    assert wanted.prompts == ("", "b") and wanted.negatives == ("", "c")
-    assert len({wanted.digest, Asked(prompts=("", "b")).digest, Asked(prompts=("b", ""), negatives=("", "c")).digest, Asked().digest}) == 4
+    wanted = read_requests(options_of("--prompts", tmp_path / "p.jsonl"))
+    assert wanted.prompts == ("", "b") and wanted.negative_prompts == ("", "c")
+    assert (
+        len(
+            {
+                wanted.digest,
+                ImageRequests(prompts=("", "b")).digest,
+                ImageRequests(prompts=("b", ""), negative_prompts=("", "c")).digest,
+                ImageRequests().digest,
+            }
+        )
+        == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -317,10 +327,10 @@ def test_a_model_without_classes_is_guided_by_a_weaker_one_alone(tmp_path):
     source = gaussian_source("condot", "velocity")
     options = options_of("--num_images", 3, "--num_inference_steps", 2, "--guidance_scale", 2, "--output", tmp_path / "a")
     with pytest.raises(ValueError, match="nothing to guide by"):
-        draw_folder(options, source, Asked().check(source, True), [], None, Stopper(""))
+        generate_image_folder(options, source, ImageRequests().check(source, True), [], None, InterruptHandler(""))
     assert not (tmp_path / "a").exists()
     weak = dataclasses.replace(source, weak=source.field)
-    assert draw_folder(options, weak, Asked().check(weak, False), [], None, Stopper("")) == 0
+    assert generate_image_folder(options, weak, ImageRequests().check(weak, False), [], None, InterruptHandler("")) == 0
 
 
 # --- shards
@@ -364,7 +374,7 @@ def lettered(**more):
     plain = gaussian_source("condot", "velocity")
     read = lambda texts: (torch.tensor([[float(len(text))] for text in texts]),)  # noqa: E731
     field = lambda x, t, c: (mean(c) - x) / (1 - t)[:, None, None, None].clamp(min=1e-3)  # noqa: E731
-    return dataclasses.replace(plain, field=field, read=read, null=read([""]), predict="data", **more)
+    return dataclasses.replace(plain, field=field, encode_text=read, null=read([""]), predict="data", **more)
 
 
 def test_captions_lie_beside_their_images(tmp_path):
@@ -373,8 +383,8 @@ def test_captions_lie_beside_their_images(tmp_path):
     words = ("--prompts", tmp_path / "p.jsonl", "--num_images", 7, "--guidance_scale", 2, "--num_inference_steps", 2, "--solver", "euler")
     options = options_of(*words, "--batch_size", 2, "--format", "shards", "--output", tmp_path / "tars")
     source = lettered()
-    wanted = asked(options).check(source, True)
-    assert draw_folder(options, source, wanted, [], lambda: MadeShards(tmp_path / "tars", 1000), Stopper("")) == 0
+    wanted = read_requests(options).check(source, True)
+    assert generate_image_folder(options, source, wanted, [], lambda: GeneratedShards(tmp_path / "tars", 1000), InterruptHandler("")) == 0
     shards = Shards(tmp_path / "tars")
     assert read_captions(shards, "txt") == ["xxx", "xxxx", "x"] * 2 + ["xxx"]
     images, labels = read_images(shards, 1, 8)
@@ -385,11 +395,11 @@ def test_captions_lie_beside_their_images(tmp_path):
     together = generate(source, condition, options.sampler(), seed=0, null=away, batch_size=3)
     torch.testing.assert_close(together.images.flatten(1).mean(1), expected, atol=0.01, rtol=0)
     with pytest.raises(ValueError, match="'yy' has no effect without guidance"):
-        asked(options).check(source, False)
+        read_requests(options).check(source, False)
     with pytest.raises(ValueError, match="--prompt is missing"):
-        Asked().check(source, True)
+        ImageRequests().check(source, True)
     with pytest.raises(ValueError, match="of a model that takes text"):
-        Asked(labels=(1,)).check(source, True)
+        ImageRequests(labels=(1,)).check(source, True)
 
 
 # --- animations
@@ -405,8 +415,8 @@ def test_an_animation_ends_in_the_grid(ask, tmp_path, capsys, name, solver):
     moving = Image.open(tmp_path / name)
     frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(moving)]
     assert len(frames) == 4 and np.array_equal(frames[-1], still) and not np.array_equal(frames[-2], still)
-    noise = grid(normal(5, Purpose.INITIAL, 0, torch.arange(3), (1, 8, 8)).clamp(-1, 1), 3, scale=8)
-    assert np.abs(frames[0].astype(int) - np.asarray(picture(noise)).astype(int)).max() <= 1
+    noise = make_grid(normal(5, Purpose.INITIAL, 0, torch.arange(3), (1, 8, 8)).clamp(-1, 1), 3, scale=8)
+    assert np.abs(frames[0].astype(int) - np.asarray(tensor_to_pil(noise)).astype(int)).max() <= 1
     if name == "a.gif":
         held = []
         for k in range(4):
@@ -421,7 +431,7 @@ def test_frames_are_the_path_and_what_it_leads_to(tmp_path, path):
     source = gaussian_source(path, "data" if path == "ve" else "velocity")
     for show in ("state", "prediction"):
         words = ("--num_images", 4, "--num_inference_steps", 6, "--show", show, "--output", tmp_path / f"{show}.webp")
-        assert draw_picture(options_of(*words), source, Asked()) == 0
+        assert generate_image_file(options_of(*words), source, ImageRequests()) == 0
         frames = [np.asarray(frame.convert("L")) for frame in ImageSequence.Iterator(Image.open(tmp_path / f"{show}.webp"))]
         first = frames[0][frames[0] < 255] / 127.5 - 1
         assert len(frames) == 7
@@ -432,6 +442,6 @@ def test_frames_are_the_path_and_what_it_leads_to(tmp_path, path):
 
 
 def test_files_keep_the_image_alone(tmp_path):
-    keeper = Files(tmp_path)
+    keeper = FolderWriter(tmp_path)
     keeper.put(1234567, {"png": b"x", "cls": b"3"})
-    assert [path.name for path in tmp_path.iterdir()] == ["1234567.png"] and Files(tmp_path).there == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["1234567.png"] and FolderWriter(tmp_path).there == 1

@@ -10,8 +10,8 @@ from conftest import fit
 from condot.cli import sample
 from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.flow import PATHS, WEIGHTINGS, support
-from condot.pipeline.objectives.training_objective import Draws, Method
-from condot.pipeline.sampling.flow_model import Source
+from condot.pipeline.objectives.training_objective import RandomInputs, TrainingObjective
+from condot.pipeline.sampling.flow_model import FlowModel
 from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.sampler import Sampler
 
@@ -37,12 +37,12 @@ def refused(path, predict, weighting, time):
     return time == "discrete" and (predict, weighting) in INFINITE.get(path, ())
 
 
-def loss_and_gradient(method, t, dtype):
+def loss_and_gradient(objective, t, dtype):
     """Of an affine network at one time."""
     part = torch.tensor([[[[0.3, -0.7], [1.1, 0.2]]]], dtype=dtype)
     weights = torch.nn.Parameter(torch.tensor([0.4, 0.2], dtype=dtype))
-    draws = Draws(part.flip(3), torch.tensor([t], dtype=dtype), torch.ones(1), torch.ones_like(part))
-    loss = method.losses(lambda x, t, y: weights[0] * x + weights[1], part / 2, draws, torch.zeros(1, dtype=torch.int64))
+    draws = RandomInputs(part.flip(3), torch.tensor([t], dtype=dtype), torch.ones(1), torch.ones_like(part))
+    loss = objective.losses(lambda x, t, y: weights[0] * x + weights[1], part / 2, draws, torch.zeros(1, dtype=torch.int64))
     return torch.cat([loss.detach(), torch.autograd.grad(loss[0], weights)[0]])
 
 
@@ -61,15 +61,15 @@ def test_at_the_ends_of_every_law_losses_are_finite_or_the_recipe_is_refused(pat
                 with pytest.raises(
                     ValueError, match=rf"flow.time=discrete trains at t=1, .*flow.weighting={weighting} on flow.path={path}"
                 ):
-                    Method(flow, (1, 2, 2), 6)
+                    TrainingObjective(flow, (1, 2, 2), 6)
                 continue
-            method = Method(flow, (1, 2, 2), 6)
-            ends = support(method.law)
+            objective = TrainingObjective(flow, (1, 2, 2), 6)
+            ends = support(objective.timestep_distribution)
             assert ends == ((torch.tensor(0.001).item(), 1.0) if time == "discrete" else (2.0**-60, 1 - 2.0**-24))
             for t, dtype in itertools.product((*ends, 1 - 2.0**-24), (torch.float32, torch.float64)):
-                assert bool(loss_and_gradient(method, t, dtype).isfinite().all()), (flow, t, dtype)
+                assert bool(loss_and_gradient(objective, t, dtype).isfinite().all()), (flow, t, dtype)
             if time == "discrete":
-                here, beside = (loss_and_gradient(method, t, torch.float64) for t in (1.0, 1 - 1e-9))
+                here, beside = (loss_and_gradient(objective, t, torch.float64) for t in (1.0, 1 - 1e-9))
                 torch.testing.assert_close(here, beside, rtol=1e-4, atol=1e-5)
 
 
@@ -83,24 +83,24 @@ def test_at_the_ends_of_every_law_losses_are_finite_or_the_recipe_is_refused(pat
 )
 def test_the_remedy_of_an_infinite_loss_is_one(flow, remedy):
     with pytest.raises(ValueError, match=f"Set flow.time=uniform, which stays inside, or {remedy}"):
-        Method(FlowConfig(time="discrete", **flow), (1, 2, 2), 6)
+        TrainingObjective(FlowConfig(time="discrete", **flow), (1, 2, 2), 6)
     name, value = remedy.removeprefix("flow.").split("=")
-    Method(FlowConfig(**{"time": "uniform", **flow}), (1, 2, 2), 6)
-    Method(FlowConfig(**{"time": "discrete", **flow, "weighting": "none", name: value}), (1, 2, 2), 6)
+    TrainingObjective(FlowConfig(**{"time": "uniform", **flow}), (1, 2, 2), 6)
+    TrainingObjective(FlowConfig(**{"time": "discrete", **flow, "weighting": "none", name: value}), (1, 2, 2), 6)
 
 
 @pytest.mark.parametrize(("path", "predict"), list(itertools.product(PATHS, PREDICTIONS)))
 def test_every_combination_has_finite_losses_and_gradients(path, predict):
-    """Path x prediction, each with every weighting and every law of t, on a linear network."""
+    """Path x prediction, each with every weighting and every timestep distribution, on a linear network."""
     torch.manual_seed(0)
     network = torch.nn.Conv2d(1, 1, 3, padding=1)
     data = torch.randn(6, 1, 5, 4) / 2
     for weighting, time in itertools.product(WEIGHTINGS, LAWS):
         if refused(path, "data" if path == "edm" else predict, weighting, time):
             continue
-        method = Method(flow_of(path, predict, weighting, time, stratified=True), (1, 5, 4), 6)
-        draws = method.draw(0, 3, torch.arange(6))
-        losses = method.losses(lambda x, t, y: network(x), data, draws, torch.zeros(6, dtype=torch.int64))
+        objective = TrainingObjective(flow_of(path, predict, weighting, time, stratified=True), (1, 5, 4), 6)
+        draws = objective.draw_random_inputs(0, 3, torch.arange(6))
+        losses = objective.losses(lambda x, t, y: network(x), data, draws, torch.zeros(6, dtype=torch.int64))
         assert losses.shape == (6,) and bool(losses.isfinite().all()) and bool((losses >= 0).all()), (weighting, time)
     network.zero_grad()
     losses.mean().backward()
@@ -120,7 +120,7 @@ def gaussian_source(path, predict):
         z = mean + c.a * std**2 / (c.a**2 * std**2 + c.b**2) * (x - c.a * mean)
         return convert(z, "data", predict, x, c) if predict != "data" else z
 
-    return Source(velocity_field(network, p, predict), p, (1, 8, 8), 0, 0, torch.device("cpu"), lambda x: x, predict)
+    return FlowModel(velocity_field(network, p, predict), p, (1, 8, 8), 0, 0, torch.device("cpu"), lambda x: x, predict)
 
 
 @pytest.mark.parametrize(("path", "predict"), [(p, k) for p in PATHS for k in PREDICTIONS if not (p == "edm" and k != "data")])
@@ -239,7 +239,7 @@ def test_plain_langevin_relaxes_to_the_density_of_its_time():
 )
 def test_what_cannot_be_right_is_refused_at_the_start(flow, message):
     with pytest.raises(ValueError, match=message):
-        Method(FlowConfig(**flow), (3, 16, 16), 8)
+        TrainingObjective(FlowConfig(**flow), (3, 16, 16), 8)
 
 
 @pytest.mark.parametrize(
@@ -259,12 +259,12 @@ def test_unusual_recipes_train_and_sample_from_their_runs(digits, tmp_path, caps
 
 def test_optimal_transport_straightens_and_keeps_ranks_alike():
     """Coupled pairs are nearer than drawn ones; groups of fixed places give the same pairs in one batch and in two."""
-    method = Method(FlowConfig(coupling="optimal_transport", coupling_group=4), (2, 2, 2), 16)
-    draws, data = method.draw(0, 1, torch.arange(16)), torch.randn(16, 2, 2, 2, generator=torch.Generator().manual_seed(0))
+    objective = TrainingObjective(FlowConfig(coupling="optimal_transport", coupling_group=4), (2, 2, 2), 16)
+    draws, data = objective.draw_random_inputs(0, 1, torch.arange(16)), torch.randn(16, 2, 2, 2, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(16) % 2
-    whole = method.paired(data, draws.noise, labels)
-    halves = torch.cat([method.paired(data[s], draws.noise[s], labels[s]) for s in (slice(0, 8), slice(8, 16))])
+    whole = objective.couple_noise(data, draws.noise, labels)
+    halves = torch.cat([objective.couple_noise(data[s], draws.noise[s], labels[s]) for s in (slice(0, 8), slice(8, 16))])
     assert torch.equal(whole, halves) and (data - whole).square().sum() < (data - draws.noise).square().sum()
     assert sorted(whole.flatten(1).sum(1).tolist()) == sorted(draws.noise.flatten(1).sum(1).tolist()), "no noise twice"
     with pytest.raises(ValueError, match="does not divide the micro-batch of 6 images"):
-        method.paired(data[:6], draws.noise[:6], labels[:6])
+        objective.couple_noise(data[:6], draws.noise[:6], labels[:6])

@@ -16,13 +16,13 @@ from safetensors.torch import load_file, save_file
 from stocks import inputs, shake
 
 from condot.models import registry
-from condot.models.common.conditioning import noise_clock
+from condot.models.common.conditioning import to_timestep
 from condot.models.common.diffusers_inputs import text_of, time_of
-from condot.models.convert import OWN, code_of, from_exported, to_exported, to_stock, unheld
+from condot.models.convert import CUSTOM_CLASSES, custom_code_file, from_diffusers, to_diffusers, to_stock, unsupported_by_stock
 from condot.pipeline.config.schema import FlowConfig
-from condot.pipeline.export.bundle import ALLOWED, standing_alone
+from condot.pipeline.export.bundle import ALLOWED_PACKAGES, bundle_module
 from condot.pipeline.export.identity_autoencoder import identity_autoencoder
-from condot.pipeline.export.scheduler_map import scheduler_of
+from condot.pipeline.export.scheduler_map import build_scheduler
 
 DIT = {"kind": "dit", "channels": 3, "resolution": 8, "num_classes": 5, "patch_size": 2, "width": 48, "depth": 2, "heads": 4}
 TEXT = {
@@ -85,12 +85,12 @@ def test_what_no_stock_class_holds_is_ours_behind_diffusers_interface(name, rect
     ours, words = network(name), asked(*given(name, rectangular))
     expected = ours(*given(name, rectangular))
     scale = expected.abs().max()
-    assert unheld(ours, masked=True)
-    exported = to_exported(ours, -1.0, masked=True)
-    assert type(exported) is OWN[type(exported).__name__] and exported.config.out_channels == exported.config.in_channels == 3
+    assert unsupported_by_stock(ours, masked=True)
+    exported = to_diffusers(ours, -1.0, masked=True)
+    assert type(exported) is CUSTOM_CLASSES[type(exported).__name__] and exported.config.out_channels == exported.config.in_channels == 3
     assert (exported(**words).sample + expected).abs().max() <= 1e-6 * scale, "the factor changes signs alone"
     assert torch.equal(exported(**words, return_dict=False)[0], exported(**words).sample)
-    third = to_exported(ours, 1 / 3, masked=True)
+    third = to_diffusers(ours, 1 / 3, masked=True)
     assert (3 * third(**words).sample - expected).abs().max() <= 1e-5 * scale
     assert (third(**words).sample - expected).abs().max() > 0.5 * scale, "without its factor it is another network"
     for word in words.keys() - ({"pooled_projections"} if name.startswith("cross") else set()):
@@ -104,7 +104,7 @@ def test_what_no_stock_class_holds_is_ours_behind_diffusers_interface(name, rect
 def test_back_from_the_exported_network_is_what_was_exported(name):
     ours = network(name)
     for factor in (-1.0, 1.0, 0.37):
-        back = from_exported(to_exported(ours, factor, masked=True), factor)
+        back = from_diffusers(to_diffusers(ours, factor, masked=True), factor)
         assert type(back) is type(ours) and back.state_dict().keys() == ours.state_dict().keys()
         for key, value in back.state_dict().items():
             assert torch.equal(value, ours.state_dict()[key]) or (factor == 0.37 and key.startswith("leave.")), key
@@ -114,8 +114,8 @@ def test_back_from_the_exported_network_is_what_was_exported(name):
 def test_networks_share_no_memory_on_the_way_there_and_back():
     ours = network("everything")
     before = ours.leave.weight.clone(), ours.enter.weight.clone()
-    exported = to_exported(ours, -1.0)
-    back = from_exported(exported, -1.0)
+    exported = to_diffusers(ours, -1.0)
+    back = from_diffusers(exported, -1.0)
     with torch.no_grad():
         for parameter in back.parameters():
             parameter.zero_()
@@ -135,43 +135,48 @@ def test_whether_a_stock_class_holds_it_is_said_with_the_reason():
         (
             MODERN,
             False,
-            OWN["CondotDiT"],
+            CUSTOM_CLASSES["CondotDiT"],
             "model.qk_norm, model.rope, model.swiglu, model.rms_norm: diffusers' DiTTransformer2DModel has no",
         ),
-        (MMDIT, True, OWN["CondotMMDiT"], "captions with masked padding: SD3Transformer2DModel has no attention mask"),
-        ({**MMDIT, "micro_conditions": True}, False, OWN["CondotMMDiT"], "model.micro_conditions=True: SD3Transformer2DModel has no place"),
-        ({**CROSS, "qk_norm": True}, True, OWN["CondotCrossDiT"], "model.qk_norm=True: PixArtTransformer2DModel has no place"),
+        (MMDIT, True, CUSTOM_CLASSES["CondotMMDiT"], "captions with masked padding: SD3Transformer2DModel has no attention mask"),
+        (
+            {**MMDIT, "micro_conditions": True},
+            False,
+            CUSTOM_CLASSES["CondotMMDiT"],
+            "model.micro_conditions=True: SD3Transformer2DModel has no place",
+        ),
+        ({**CROSS, "qk_norm": True}, True, CUSTOM_CLASSES["CondotCrossDiT"], "model.qk_norm=True: PixArtTransformer2DModel has no place"),
     ]
     for options, masked, kind, reason in cases:
         ours = registry.build(**options, seed=0)
-        assert unheld(ours, masked).startswith(reason) and bool(unheld(ours, masked)) == bool(reason)
-        exported = to_exported(ours, -1.0, masked)
-        assert type(exported) is kind and (code_of(exported) is None) == (not reason)
+        assert unsupported_by_stock(ours, masked).startswith(reason) and bool(unsupported_by_stock(ours, masked)) == bool(reason)
+        exported = to_diffusers(ours, -1.0, masked)
+        assert type(exported) is kind and (custom_code_file(exported) is None) == (not reason)
         if reason:
             with pytest.raises(ValueError, match=r"has no .*Give --export=false|has no .*or give --export=false"):
                 to_stock(ours, -1.0, masked)
         elif "num_classes" not in options or options["kind"] == "dit":
-            back = from_exported(exported, -1.0, num_classes=options.get("num_classes"), pooled_width=14)
+            back = from_diffusers(exported, -1.0, num_classes=options.get("num_classes"), pooled_width=14)
             assert all(torch.equal(value, ours.state_dict()[key]) for key, value in back.state_dict().items())
-    assert unheld(torch.nn.Linear(2, 2)).startswith("Linear has no stock class")
+    assert unsupported_by_stock(torch.nn.Linear(2, 2)).startswith("Linear has no stock class")
     with pytest.raises(ValueError, match="Linear has no class to travel in"):
-        to_exported(torch.nn.Linear(2, 2), 1.0)
+        to_diffusers(torch.nn.Linear(2, 2), 1.0)
 
 
 LABELLED = {"kind": "unet", "channels": 3, "resolution": 8, "num_classes": 5, "block_channels": (32, 64), "layers_per_block": 1}
 
 
 def test_a_network_on_meta_is_converted_without_values():
-    exported = to_exported(registry.build(**EVERYTHING, device="meta"), -1.0)
+    exported = to_diffusers(registry.build(**EVERYTHING, device="meta"), -1.0)
     assert all(parameter.is_meta for parameter in exported.parameters())
 
 
 def test_timesteps_reach_the_network_exactly():
     """Relative error of 1000 (1 - t) below 1e-9, down to a thousandth of a step: a timestep that goes through float32 errs 6e-5."""
     steps = torch.cat([torch.arange(1, 1001), torch.logspace(-3, 3, 500, dtype=torch.float64)])
-    told = noise_clock(time_of(steps, torch.empty(len(steps), 1)))
+    told = to_timestep(time_of(steps, torch.empty(len(steps), 1)))
     assert ((told - steps) / steps).abs().max() < 1e-9
-    assert noise_clock(time_of(0, torch.empty(1))) == 0
+    assert to_timestep(time_of(0, torch.empty(1))) == 0
     assert time_of(750.3, torch.empty(3, 1)).tolist() == pytest.approx([0.2497] * 3, abs=1e-15)
 
 
@@ -179,7 +184,7 @@ def test_timesteps_reach_the_network_exactly():
 @torch.no_grad()
 def test_a_timestep_is_said_in_any_form(name):
     """One for all or one each, whole or not, in any dtype that holds it."""
-    exported, words = to_exported(network(name), -1.0, masked=True), asked(*given(name))
+    exported, words = to_diffusers(network(name), -1.0, masked=True), asked(*given(name))
 
     def output(timestep):
         return exported(**{**words, "timestep": timestep}).sample
@@ -192,7 +197,7 @@ def test_a_timestep_is_said_in_any_form(name):
 
 @torch.no_grad()
 def test_every_label_from_the_number_of_classes_on_is_no_class():
-    exported, words = to_exported(network("qk_norm"), -1.0), asked(*given("qk_norm"))
+    exported, words = to_diffusers(network("qk_norm"), -1.0), asked(*given("qk_norm"))
 
     def output(labels):
         return exported(**{**words, "class_labels": labels}).sample
@@ -205,7 +210,7 @@ def test_every_label_from_the_number_of_classes_on_is_no_class():
 @pytest.mark.parametrize("name", ["mmdit", "cross_dit, qk_norm"])
 @torch.no_grad()
 def test_padding_is_never_looked_at(name):
-    exported, words = to_exported(network(name), -1.0, masked=True), asked(*given(name))
+    exported, words = to_diffusers(network(name), -1.0, masked=True), asked(*given(name))
     seen = words["encoder_attention_mask"].bool()
     garbage = torch.where(seen[..., None], words["encoder_hidden_states"], torch.tensor(1e3))
     assert torch.equal(exported(**{**words, "encoder_hidden_states": garbage}).sample, exported(**words).sample)
@@ -219,10 +224,10 @@ def test_they_are_called_as_stock_pipelines_call_them():
     """StableDiffusion3Pipeline and PixArtSigmaPipeline pass arguments of their own."""
     words = asked(*given("mmdit"))
     del words["sizes"]
-    exported = to_exported(network("mmdit"), -1.0, masked=True)
+    exported = to_diffusers(network("mmdit"), -1.0, masked=True)
     expected = exported(**words).sample
     assert torch.equal(exported(**words, joint_attention_kwargs=None, return_dict=False)[0], expected)
-    exported = to_exported(network("cross_dit, qk_norm"), -1.0)
+    exported = to_diffusers(network("cross_dit, qk_norm"), -1.0)
     del words["pooled_projections"]
     expected = exported(**words).sample
     assert torch.equal(exported(**words, added_cond_kwargs={"resolution": None, "aspect_ratio": None}, return_dict=False)[0], expected)
@@ -231,7 +236,7 @@ def test_they_are_called_as_stock_pipelines_call_them():
 @torch.no_grad()
 def test_wrong_calls_are_refused():
     x, _, text, _ = given("mmdit")
-    mm, cross = (to_exported(network(name), -1.0, masked=True) for name in ("mmdit", "cross_dit, qk_norm"))
+    mm, cross = (to_diffusers(network(name), -1.0, masked=True) for name in ("mmdit", "cross_dit, qk_norm"))
     with pytest.raises(ValueError, match="pooled_projections are needed"):
         mm(x, 500, text.states)
     with pytest.raises(ValueError, match="joint_attention_kwargs are not known"):
@@ -240,11 +245,11 @@ def test_wrong_calls_are_refused():
         cross(x, 500, text.states, added_cond_kwargs={"resolution": torch.ones(4, 2)})
     with pytest.raises(ValueError, match=r"\(4, 5\) for \(4, 6\) tokens"):
         cross(x, 500, text.states, text.mask[:, :5])
-    for kind in OWN.values():
+    for kind in CUSTOM_CLASSES.values():
         with pytest.raises(ValueError, match="out_channels=8: as many as in_channels=4"):
             kind(in_channels=4, out_channels=8)
     with pytest.raises(ValueError, match="micro_conditions takes"):
-        to_exported(network("micro-conditions"), -1.0)(x, 500)
+        to_diffusers(network("micro-conditions"), -1.0)(x, 500)
     assert text_of(text.states, None, None, 3).pooled.shape == (4, 3)
 
 
@@ -257,7 +262,7 @@ def test_wrong_calls_are_refused():
 @torch.no_grad()
 def test_it_is_loaded_in_any_precision(tmp_path, name, dtype, low):
     """Every weight rounded once; the output has the dtype of what it was asked about, and that of float32 to the weights' precision."""
-    exported, words = to_exported(network(name), -1.0, masked=True), asked(*given(name))
+    exported, words = to_diffusers(network(name), -1.0, masked=True), asked(*given(name))
     exported.save_pretrained(tmp_path)
     loaded = type(exported).from_pretrained(tmp_path, torch_dtype=dtype, low_cpu_mem_usage=low)
     assert loaded.state_dict().keys() == exported.state_dict().keys() and not loaded.training
@@ -274,7 +279,7 @@ def test_it_is_loaded_in_any_precision(tmp_path, name, dtype, low):
 
 @pytest.mark.parametrize("name", CASES)
 def test_saved_loaded_and_saved_again_it_is_the_same_file(tmp_path, name):
-    exported = to_exported(network(name), -1.0, masked=True)
+    exported = to_diffusers(network(name), -1.0, masked=True)
     exported.save_pretrained(tmp_path / "once")
     type(exported).from_pretrained(tmp_path / "once").save_pretrained(tmp_path / "again")
     weights = "diffusion_pytorch_model.safetensors"
@@ -288,7 +293,7 @@ def test_saved_loaded_and_saved_again_it_is_the_same_file(tmp_path, name):
 @torch.no_grad()
 def test_compiled_it_gives_the_same(name):
     """In one graph, positions made and kept inside; for another shape too."""
-    exported = to_exported(network(name), -1.0, masked=True)
+    exported = to_diffusers(network(name), -1.0, masked=True)
     torch._dynamo.reset()
     compiled = torch.compile(exported, backend="aot_eager", fullgraph=True)
     for rectangular in (False, True):
@@ -299,7 +304,7 @@ def test_compiled_it_gives_the_same(name):
 
 @pytest.mark.parametrize("name", ["everything", "mmdit", "cross_dit, qk_norm"])
 def test_gradient_checkpointing_is_switched_as_diffusers_does(monkeypatch, name):
-    exported, calls = to_exported(network(name), -1.0, masked=True).requires_grad_(True), []
+    exported, calls = to_diffusers(network(name), -1.0, masked=True).requires_grad_(True), []
     module = sys.modules[type(exported.network).__module__]
     kept = module.checkpoint
     monkeypatch.setattr(module, "checkpoint", lambda *a, **k: (calls.append(1), kept(*a, **k))[1])
@@ -321,11 +326,11 @@ FILES = [*(ROOT / f"models/{kind}/modeling_{kind}_v1.py" for kind in ("dit", "mm
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_file_that_travels_imports_nothing_of_ours(path, tmp_path):
     """Torch, diffusers and Python's own; no undefined or unused name; nothing of training; licence and docstring at its head."""
-    text = standing_alone(path)
+    text = bundle_module(path)
     tree = ast.parse(text)
     found = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     heads = {name.split(".")[0] for n in found for name in ([n.module] if isinstance(n, ast.ImportFrom) else [a.name for a in n.names])}
-    assert not [n for n in found if getattr(n, "level", 0)] and heads <= ALLOWED
+    assert not [n for n in found if getattr(n, "level", 0)] and heads <= ALLOWED_PACKAGES
     assert heads <= {"torch", "diffusers", "__future__", "math", "typing", "itertools", "collections", "dataclasses", "operator"}
     assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n# Licence: Apache-2.0. Written by condot's export from ")
     assert ast.get_docstring(tree) == ast.get_docstring(ast.parse(path.read_text()))
@@ -346,22 +351,22 @@ def test_the_file_that_travels_imports_nothing_of_ours(path, tmp_path):
 def test_names_of_files_carry_a_version_and_are_no_pipelines_of_diffusers():
     import diffusers.pipelines
 
-    for name, kind in OWN.items():
+    for name, kind in CUSTOM_CLASSES.items():
         path = ROOT / f"{kind.__module__.removeprefix('condot.').replace('.', '/')}.py"
         assert path.is_file() and path.stem.rpartition("_v")[2].isdigit() and not hasattr(diffusers.pipelines, path.stem)
         assert f"class {name}(" in path.read_text()
         with torch.device("meta"):
             assert kind().config.out_channels == kind().config.in_channels, "stock pipelines compare them"
-    assert len({kind.__module__ for kind in OWN.values()}) == len(OWN), "one class a file"
+    assert len({kind.__module__ for kind in CUSTOM_CLASSES.values()}) == len(CUSTOM_CLASSES), "one class a file"
 
 
 def write_export(folder, name, seed=0):
     """A DiTPipeline with a network of ours and its code; beside them a question and its answer."""
     ours = shake(registry.build(**CASES[name], seed=seed), seed)
-    exported = to_exported(ours, -1.0, masked=True)
-    DiTPipeline(transformer=exported, vae=identity_autoencoder(3, 8), scheduler=scheduler_of(FlowConfig())).save_pretrained(folder)
-    code = code_of(exported)
-    (folder / "transformer" / code.name).write_text(standing_alone(code))
+    exported = to_diffusers(ours, -1.0, masked=True)
+    DiTPipeline(transformer=exported, vae=identity_autoencoder(3, 8), scheduler=build_scheduler(FlowConfig())).save_pretrained(folder)
+    code = custom_code_file(exported)
+    (folder / "transformer" / code.name).write_text(bundle_module(code))
     index = json.loads((folder / "model_index.json").read_text())
     index["transformer"] = [code.stem, type(exported).__name__]
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -425,7 +430,7 @@ def test_strangers_load_them_beside_one_another(tmp_path):
     assert max(said["errors"] + said["again"]) <= 1e-6
     assert said["half"][0] == "torch.bfloat16" and 1e-6 < said["half"][1] < 0.1
     assert said["own"] == []
-    pipe = DiTPipeline(transformer=exported["modern"], vae=identity_autoencoder(3, 8), scheduler=scheduler_of(FlowConfig()))
+    pipe = DiTPipeline(transformer=exported["modern"], vae=identity_autoencoder(3, 8), scheduler=build_scheduler(FlowConfig()))
     pipe.set_progress_bar_config(disable=True)
     here = {"class_labels": [1, 4], "num_inference_steps": 4, "guidance_scale": 3.0, "generator": torch.manual_seed(0)}
     drawn = torch.as_tensor(pipe(**here, output_type="np").images).double().flatten()
@@ -436,8 +441,8 @@ def test_a_folder_is_read_back_without_its_code(tmp_path):
     """By the class of its name here; the file in the folder is not looked at."""
     write_export(tmp_path, *TRAVELLERS["mmdit"])
     (tmp_path / "transformer/modeling_mmdit_v1.py").write_text("raise RuntimeError('executed')\n")
-    kind = OWN[json.loads((tmp_path / "transformer/config.json").read_text())["_class_name"]]
-    ours = from_exported(kind.from_pretrained(tmp_path / "transformer", use_safetensors=True, local_files_only=True), -1.0)
+    kind = CUSTOM_CLASSES[json.loads((tmp_path / "transformer/config.json").read_text())["_class_name"]]
+    ours = from_diffusers(kind.from_pretrained(tmp_path / "transformer", use_safetensors=True, local_files_only=True), -1.0)
     answer = load_file(tmp_path / "asked.safetensors")["answer"]
     with torch.no_grad():
         assert (ours(*given("mmdit, dual attention, grid")) + answer).abs().max() <= 1e-6 * answer.abs().max()
@@ -454,7 +459,7 @@ FROZEN = {
 @pytest.mark.parametrize("name", FROZEN)
 def test_version_1_computes_what_it_always_did(name):
     """Exported weights outlive this code: who must change it writes a class of the next version, in its own file, and keeps this one."""
-    exported = to_exported(network(name), -1.0, masked=True)
+    exported = to_diffusers(network(name), -1.0, masked=True)
     with torch.no_grad():
         numbers = exported(**asked(*given(name))).sample.flatten()[:3].tolist()
     shapes = {key: list(value.shape) for key, value in exported.state_dict().items()}

@@ -5,8 +5,8 @@ import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 
 from condot.models import registry
-from condot.models.common.conditioning import FREQUENCIES, noise_clock, sinusoids
-from condot.models.common.layers import patches, sincos_positions, unpatch
+from condot.models.common.conditioning import FREQUENCY_CHANNELS, sinusoidal_embedding, to_timestep
+from condot.models.common.layers import patchify, sincos_positions, unpatchify
 from condot.models.convert import STOCK_NULL, dit_from_stock, to_stock
 from condot.models.dit.model import DiT
 
@@ -86,15 +86,15 @@ def test_parts_are_those_of_the_reference():
     assert torch.equal(sincos_positions(48, 3, 5).view(3, 5, 48), square.view(5, 5, 48)[:3]), "a place is told by its row and column alone"
     assert torch.equal(sincos_positions(48, 5, 2).view(5, 2, 48), square.view(5, 5, 48)[:, :2])
     assert torch.equal(square, torch.as_tensor(get_2d_sincos_pos_embed(48, 5, base_size=5, output_type="pt")).float())
-    clock = noise_clock(torch.rand(9))
-    reference = get_timestep_embedding(clock, FREQUENCIES, flip_sin_to_cos=True, downscale_freq_shift=1)
-    torch.testing.assert_close(sinusoids(clock), reference)
+    clock = to_timestep(torch.rand(9))
+    reference = get_timestep_embedding(clock, FREQUENCY_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=1)
+    torch.testing.assert_close(sinusoidal_embedding(clock), reference)
     x = torch.randn(2, 3, 6, 6)
     weight = torch.randn(10, 3, 2, 2)
     convolved = torch.nn.functional.conv2d(x, weight, stride=2).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(patches(x, 2) @ weight.flatten(1).T, convolved)
+    torch.testing.assert_close(patchify(x, 2) @ weight.flatten(1).T, convolved)
     tokens = torch.arange(9 * 4 * 3).reshape(1, 9, 12)
-    assert unpatch(tokens, 2, 3)[0, 1, 3, 4] == tokens[0, 3 * 1 + 2, 2 * 3 + 1], (
+    assert unpatchify(tokens, 2, 3)[0, 1, 3, 4] == tokens[0, 3 * 1 + 2, 2 * 3 + 1], (
         "row 3, column 4 is token (1, 2), its row 1, column 0, channel 1"
     )
 
@@ -119,12 +119,12 @@ def test_times_are_told_apart():
     """The embedding of [0, 1] unscaled has an effective rank near 1; that of the clock is far richer."""
 
     def rank(clock):
-        p = torch.linalg.svdvals(sinusoids(clock).double()).square()
+        p = torch.linalg.svdvals(sinusoidal_embedding(clock).double()).square()
         p = p / p.sum()
         return torch.exp(-(p * p.clamp_min(1e-300).log()).sum())
 
     t = torch.linspace(0, 1, 500)
-    assert rank(t) < 1.5 and rank(noise_clock(t)) > 20
+    assert rank(t) < 1.5 and rank(to_timestep(t)) > 20
 
 
 @pytest.mark.parametrize("options", [DIT, UNET])

@@ -24,7 +24,7 @@ from condot.pipeline.flow import (
     UniformPrior,
     convert,
     divergence,
-    infinite_times,
+    infinite_loss_times,
     interpolate,
     rademacher,
     target,
@@ -121,7 +121,7 @@ def test_a_score_is_weighed_as_noise_where_beta_vanishes(path):
     for objective in (Objective(path, "score"), Objective(LinearPath(), "score")):
         torch.testing.assert_close(objective(lambda x, t: 5 + x, data, noise, t), noise.square().mean(1))
     if path == PATHS["vp"]():
-        assert infinite_times(JointObjective(path), Discrete()) == (1.0,)
+        assert infinite_loss_times(JointObjective(path), Discrete()) == (1.0,)
         return
     c = path(t[:, None])
     wanted = target("velocity", data, noise, c).square().mean(1) + 0.3 * noise.square().mean(1)
@@ -130,9 +130,9 @@ def test_a_score_is_weighed_as_noise_where_beta_vanishes(path):
 
 def test_a_law_is_asked_whether_it_comes_where_a_loss_is_infinite():
     likely = Objective(CondOT(), "noise", "likelihood")
-    assert infinite_times(likely, Discrete(0, 1, 5)) == (0.0, 1.0) and infinite_times(likely, Discrete(0.1, 0.9, 5)) == ()
-    assert infinite_times(likely, Shifted(3.0, Discrete())) == (1.0,) and infinite_times(likely, Shifted(3.0, Uniform())) == ()
-    assert infinite_times(ScoreMatching(CondOT()), Discrete(0, 1, 5)) == ()
+    assert infinite_loss_times(likely, Discrete(0, 1, 5)) == (0.0, 1.0) and infinite_loss_times(likely, Discrete(0.1, 0.9, 5)) == ()
+    assert infinite_loss_times(likely, Shifted(3.0, Discrete())) == (1.0,) and infinite_loss_times(likely, Shifted(3.0, Uniform())) == ()
+    assert infinite_loss_times(ScoreMatching(CondOT()), Discrete(0, 1, 5)) == ()
 
 
 # the minimiser

@@ -10,12 +10,12 @@ from condot.pipeline.flow import (
     PATHS,
     PREDICTIONS,
     CondOT,
-    change,
-    clipped,
+    clip_data_prediction,
+    conversion_coefficients,
     convert,
     interpolate,
+    is_singular,
     precondition,
-    singular,
     target,
     velocity_field,
     widen,
@@ -78,7 +78,7 @@ def test_the_oracle_score_is_the_gradient_of_the_oracle_density():
 def test_a_noise_error_grows_by_the_stated_factor():
     """db - da b / a: an error d in eps is this much in the velocity."""
     c = CondOT()(torch.tensor([0.01, 0.3], dtype=torch.float64))
-    torch.testing.assert_close(change("noise", "velocity", c)[1], c.db - c.da * c.b / c.a)
+    torch.testing.assert_close(conversion_coefficients("noise", "velocity", c)[1], c.db - c.da * c.b / c.a)
 
 
 SINGULAR = {  # (path, prediction) -> at t = 0, at t = 1
@@ -99,8 +99,8 @@ SINGULAR = {  # (path, prediction) -> at t = 0, at t = 1
 @pytest.mark.parametrize(("name", "kind"), SINGULAR)
 def test_singularities_are_where_the_table_says(name, kind):
     path = PATHS[name]()
-    assert (singular(path, kind, 0.0), singular(path, kind, 1.0)) == SINGULAR[name, kind]
-    assert not singular(path, kind, 0.5)
+    assert (is_singular(path, kind, 0.0), is_singular(path, kind, 1.0)) == SINGULAR[name, kind]
+    assert not is_singular(path, kind, 0.5)
 
 
 GROWTH = {("data", "velocity"): (0, 1), ("data", "score"): (0, 2), ("noise", "velocity"): (1, 0), ("noise", "data"): (1, 0),
@@ -112,7 +112,7 @@ GROWTH = {("data", "velocity"): (0, 1), ("data", "score"): (0, 2), ("noise", "ve
 def test_errors_grow_as_fast_as_the_table_says(name, pair):
     """The power of 1 / t at the start and of 1 / (1 - t) at the end, read off two times."""
     path = PATHS[name]()
-    near = change(*pair, path(torch.tensor([1e-5, 1e-4, 1 - 1e-4, 1 - 1e-5], dtype=torch.float64)))[1].abs()
+    near = conversion_coefficients(*pair, path(torch.tensor([1e-5, 1e-4, 1 - 1e-4, 1 - 1e-5], dtype=torch.float64)))[1].abs()
     start, end = torch.log10(near[0] / near[1]).item(), torch.log10(near[3] / near[2]).item()
     assert abs(max(start, 0) - GROWTH[pair][0]) < 0.01 and abs(max(end, 0) - GROWTH[pair][1]) < 0.01
 
@@ -192,7 +192,7 @@ def test_a_clipped_field_goes_to_the_clamped_data(name):
     data = (x - c.b * noise) / c.a
     kept = data.clamp(-1, 1)
     wanted = c.da * kept + c.db * (x - c.a * kept) / c.b
-    got = clipped(field, path, 1.0)(x, t)
+    got = clip_data_prediction(field, path, 1.0)(x, t)
     assert (data != kept).double().mean() > 0.05
     torch.testing.assert_close(got, wanted, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(clipped(field, path, 1e6)(x, t), field(x, t), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(clip_data_prediction(field, path, 1e6)(x, t), field(x, t), rtol=1e-6, atol=1e-6)

@@ -16,10 +16,10 @@ from condot.pipeline.flow import (
     LinearPath,
     NormalPrior,
     UniformPrior,
-    finite_field,
+    empirical_velocity_field,
     heun,
-    initial,
     interpolate,
+    scale_initial_noise,
     step_variances,
     uniform_grid,
     widen,
@@ -52,7 +52,7 @@ def test_log_snr_rises_and_its_inverse_undoes_it(name):
     c, levels = path(INSIDE), path.log_snr(INSIDE)
     torch.testing.assert_close(levels, 2 * torch.log(c.a / c.b), rtol=1e-10, atol=1e-10)
     assert bool((levels.diff() > 0).all())
-    torch.testing.assert_close(path.time_of(levels), INSIDE, rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(path.time_from_log_snr(levels), INSIDE, rtol=1e-10, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -140,9 +140,9 @@ def test_half_precision_points_are_mixed_in_single():
 
 def test_a_solver_starts_where_the_path_does():
     noise = torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(initial(CondOT(), noise), noise)
-    torch.testing.assert_close(initial(VE(), noise), 50 * noise)
-    torch.testing.assert_close(initial(CondOT(), noise, 0.25), 0.75 * noise)
+    assert torch.equal(scale_initial_noise(CondOT(), noise), noise)
+    torch.testing.assert_close(scale_initial_noise(VE(), noise), 50 * noise)
+    torch.testing.assert_close(scale_initial_noise(CondOT(), noise, 0.25), 0.75 * noise)
 
 
 # the general linear path
@@ -155,8 +155,8 @@ def test_general_path_has_the_velocity_of_its_formula(prior):
     generator = torch.Generator().manual_seed(3)
     data, start = torch.rand(2, 5, 2, 3, generator=generator, dtype=torch.float64).unbind()
     t, h = torch.linspace(0.1, 0.8, 5, dtype=torch.float64), 1e-5
-    x, velocity, _ = path.bridge(data, start, t)
-    difference = (path.bridge(data, start, t + h)[0] - path.bridge(data, start, t - h)[0]) / (2 * h)
+    x, velocity, _ = path.interpolate_with_target(data, start, t)
+    difference = (path.interpolate_with_target(data, start, t + h)[0] - path.interpolate_with_target(data, start, t - h)[0]) / (2 * h)
     torch.testing.assert_close(velocity, difference, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(path.conditional_velocity(x, data, t), velocity)
 
@@ -166,16 +166,16 @@ def test_general_path_with_a_normal_prior_is_condot():
     data, noise = torch.randn(2, 6, 3, generator=generator, dtype=torch.float64).unbind()
     t = torch.rand(6, generator=generator, dtype=torch.float64)
     x, c = interpolate(CondOT(), data, noise, t)
-    torch.testing.assert_close(path.bridge(data, noise, t)[0], x)
+    torch.testing.assert_close(path.interpolate_with_target(data, noise, t)[0], x)
     torch.testing.assert_close(path.conditional_score(x, data, t), -noise / c.b)
     points = torch.randn(5, 3, generator=generator, dtype=torch.float64)
     exact = torch.cat([oracles.finite(points).velocity(x[i : i + 1], *oracles.condot(t[i].item())) for i in range(6)])
-    torch.testing.assert_close(finite_field(path, points)(x, t), exact)
+    torch.testing.assert_close(empirical_velocity_field(path, points)(x, t), exact)
 
 
 def test_a_score_with_another_prior_is_refused():
     x = torch.zeros(2, 3)
-    for ask in (lambda p: p.conditional_score(x, x, torch.rand(2)), lambda p: p.bridge(x, x, torch.rand(2), "score")):
+    for ask in (lambda p: p.conditional_score(x, x, torch.rand(2)), lambda p: p.interpolate_with_target(x, x, torch.rand(2), "score")):
         with pytest.raises(ValueError, match=r"prior UniformPrior.*Predict the velocity"):
             ask(LinearPath(UniformPrior(0, 2)))
 
@@ -185,7 +185,7 @@ def test_uniform_prior_example_ends_on_the_three_points():
     path = LinearPath(UniformPrior(0, 2, softness=1e-3))
     points = torch.tensor([[0.5], [0.5], [1.2], [1.7]], dtype=torch.float64)
     start = (torch.arange(400, dtype=torch.float64)[:, None] + 0.5) / 200
-    end = heun(finite_field(path, points), start, uniform_grid(400, end=0.999)).x
+    end = heun(empirical_velocity_field(path, points), start, uniform_grid(400, end=0.999)).x
     distance = (end - torch.tensor([[0.5, 1.2, 1.7]], dtype=torch.float64)).abs()
     assert distance.min(1).values.max() < 0.005
     share = torch.bincount(distance.argmin(1), minlength=3) / 400
@@ -196,7 +196,7 @@ def test_soft_edges_keep_the_density_normalised():
     x = torch.linspace(-4, 6, 200_001, dtype=torch.float64)[:, None]
     density = torch.exp(UniformPrior(0, 2, softness=0.1).log_density(x))
     assert abs(torch.trapezoid(density, x[:, 0]).item() - 1) < 1e-9
-    draws = UniformPrior(0, 2, softness=0.1).draw(0, 0, torch.arange(40_000), (1,)).double().sort(0).values
+    draws = UniformPrior(0, 2, softness=0.1).sample(0, 0, torch.arange(40_000), (1,)).double().sort(0).values
     cdf = torch.cumulative_trapezoid(density, x[:, 0])[torch.searchsorted(x[:, 0].contiguous(), draws[:, 0]) - 1]
     assert oracles.kolmogorov(draws[:, 0], cdf) < 3.2
 
@@ -206,7 +206,7 @@ def test_prior_densities():
     assert UniformPrior(0, 2).log_density(x).tolist() == [-2 * math.log(2), -math.inf]
     expected = torch.distributions.Normal(0.0, 1.0).log_prob(x).sum(1)
     torch.testing.assert_close(NormalPrior().log_density(x), expected)
-    draws = UniformPrior(-1, 3).draw(0, 0, torch.arange(4000), (2,))
+    draws = UniformPrior(-1, 3).sample(0, 0, torch.arange(4000), (2,))
     assert draws.shape == (4000, 2) and -1 < draws.min() < -0.99 and 2.99 < draws.max() < 3
     assert abs(draws.mean().item() - 1) < 6 * (4 / math.sqrt(12)) / math.sqrt(8000)
 
@@ -233,8 +233,8 @@ def bad_calls():
     yield "variance", lambda: DDPM(last=1.5), r"inside \(0, 1\)"
     yield "steps", lambda: DDPM(steps=1), r"two steps or more"
     yield "prior", lambda: UniformPrior(1, 1), r"low < high"
-    yield "kind", lambda: LinearPath().bridge(x, x, torch.zeros(3), "v"), r"'v' on a general"
-    yield "bridge", lambda: LinearPath().bridge(x, x[:2], torch.zeros(3)), r"differ"
+    yield "kind", lambda: LinearPath().interpolate_with_target(x, x, torch.zeros(3), "v"), r"'v' on a general"
+    yield "bridge", lambda: LinearPath().interpolate_with_target(x, x[:2], torch.zeros(3)), r"differ"
 
 
 @pytest.mark.parametrize(("call", "message"), [pytest.param(c, m, id=i) for i, c, m in bad_calls()])

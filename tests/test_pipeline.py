@@ -8,8 +8,8 @@ import torch
 from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 
 from condot.data.encoders.text import read_text_encoder
-from condot.data.loader.text_conditioner import Words
-from condot.pipeline.export.load import _pipeline, pipeline_source
+from condot.data.loader.text_conditioner import TextConditioner
+from condot.pipeline.export.load import _load_pipeline, flow_model_from_pipeline
 from condot.pipeline.export.pipeline_class import _text_parts
 from condot.pipeline.export.runtime import inputs_v2
 from condot.pipeline.export.runtime.captions_v1 import Captions, joined
@@ -25,7 +25,7 @@ from condot.pipeline.flow import ODE_SOLVERS, guide
 def pipe(trained):
     import json
 
-    made = _pipeline(trained / "export", json.loads((trained / "export/model_index.json").read_text()), {})
+    made = _load_pipeline(trained / "export", json.loads((trained / "export/model_index.json").read_text()), {})
     made.set_progress_bar_config(disable=True)
     with torch.no_grad():  # after twelve steps of training a class says next to nothing
         for name, value in made.transformer.named_parameters():
@@ -44,7 +44,7 @@ def noise(seed=0, count=3):
 ])  # fmt: skip
 def test_it_draws_what_our_solvers_draw(pipe, solver, guidance):
     """The same network, noise and times through flow/: to float32 rounding."""
-    source, labels = pipeline_source(pipe), torch.tensor([3, 1, 4])
+    source, labels = flow_model_from_pipeline(pipe), torch.tensor([3, 1, 4])
     made = pipe([3, 1, 4], num_inference_steps=5, solver=solver, latents=noise(), output_type="latent", **guidance).images
     more = {"interval": guidance.get("guidance_interval", (0.0, 1.0)), "rescale": guidance.get("guidance_rescale", 0.0)}
     field = guide(source.field, labels, torch.full((3,), NO_CLASS), guidance.get("guidance_scale", 1.0), **more)
@@ -154,7 +154,7 @@ def test_captions_are_what_training_showed(tmp_path, pipe, case, padding):
     if padding == "attend" and case == "no pad":
         pytest.skip("refused by the encoder: there is nothing to pad with")
     names = [frozen.text(tmp_path / str(i), kind, seed=i) for i, kind in enumerate(ENCODERS[case])]
-    words = Words([read_text_encoder(str(name), 7, padding) for name in names])
+    words = TextConditioner([read_text_encoder(str(name), 7, padding) for name in names])
     captions = ["a red square", "", "big blue circle on the small green square and a circle", "red"]
     ours = words.read(captions)
     pipe.register_to_config(padding=padding)
@@ -193,9 +193,9 @@ def test_sizes_are_told_in_pixels_of_whole_images(tmp_path, pipe, monkeypatch):
     pipe.vae, told = AutoencoderKL.from_pretrained(frozen.kl(tmp_path / "vae", channels=1)).eval(), []
     monkeypatch.setattr(CondotPipeline, "outputs", lambda self, x, t, condition, sizes=None: (told.append(sizes), x)[1])
     pipe([1], num_inference_steps=1, output_type="latent")
-    pipeline_source(pipe).field(noise(), torch.full((3,), 0.5), torch.tensor([1, 2, 3]))
+    flow_model_from_pipeline(pipe).field(noise(), torch.full((3,), 0.5), torch.tensor([1, 2, 3]))
     monkeypatch.setattr(inputs_v2, "ONE_SIZE", ())
     pipe([1], num_inference_steps=1, output_type="latent", height=48, original_size=(100, 90), crop=(1, 2))
-    pipeline_source(pipe).field(torch.zeros(1, 1, 8, 4), torch.full((1,), 0.5), torch.tensor([1]))
+    flow_model_from_pipeline(pipe).field(torch.zeros(1, 1, 8, 4), torch.full((1,), 0.5), torch.tensor([1]))
     assert [sizes.tolist() for sizes in told[:2]] == [[[32, 32, 0, 0, 32, 32]], [[32, 32, 0, 0, 32, 32]] * 3]
     assert [sizes.tolist() for sizes in told[2:]] == [[[100, 90, 1, 2, 48, 32]], [[32, 16, 0, 0, 32, 16]]]

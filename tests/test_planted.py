@@ -16,15 +16,15 @@ from shardmaker import make, png, samples
 from condot.core.atomic_files import open_regular, write_whole
 from condot.core.file_lock import open_lock, remove_unused
 from condot.data.encode import work_claims
-from condot.data.format.file_stamps import hash_of
+from condot.data.format.file_stamps import hash64
 from condot.data.prepare import command
-from condot.data.prepare.generated import MadeShards
-from condot.data.storage.cache import Cache, Item
+from condot.data.prepare.generated import GeneratedShards
+from condot.data.storage.cache import Cache, CacheItem
 from condot.data.storage.shard_reader import Shards
-from condot.pipeline.launch.distributed import lock
+from condot.pipeline.launch.distributed import lock_folder
 from condot.pipeline.sampling.image_grid import save_image
-from condot.pipeline.tracking.jsonl import Lines, read_lines
-from condot.pipeline.training.status import Status, read
+from condot.pipeline.tracking.jsonl import JsonlWriter, read_lines
+from condot.pipeline.training.status import Status, read_status
 
 KINDS = ("link", "dangling", "folder", "fifo", "device")
 
@@ -68,7 +68,7 @@ def untouched(victim, planted, kind):
 
 
 def fill(cache, name="file-0"):
-    return cache.fetch(Item(name, 1000, 1000), lambda file: file.write(bytes(1000)), patience=0.3)
+    return cache.fetch(CacheItem(name, 1000, 1000), lambda file: file.write(bytes(1000)), patience=0.3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -119,11 +119,11 @@ def test_who_may_write_the_folder_may_lock_it(tmp_path, folder, mode):
 OTHER = """
 import os, sys, random, secrets
 sys.path.insert(0, sys.argv[1])
-from data.cache import Cache, Item
+from data.cache import Cache, CacheItem
 os.setgroups([]); os.setgid(65534); os.setuid(65534)  # after the imports: it may read nothing of ours
 cache = Cache(sys.argv[2], 2500)
 for number in (0, 1, 5, 6):
-    print(cache.fetch(Item(f"file-{number}", 1000, 1000), lambda file: file.write(bytes(1000)), patience=5).name, flush=True)
+    print(cache.fetch(CacheItem(f"file-{number}", 1000, 1000), lambda file: file.write(bytes(1000)), patience=5).name, flush=True)
     cache.close()
 """
 
@@ -157,7 +157,7 @@ def test_claims(tmp_path, kind):
     work.mkdir()
     (work / "claim-a").write_text("[]")
     victim = plant(work / "takeover.lock", kind)
-    error = soon(lambda: work_claims.take(work / "claim-a"))
+    error = soon(lambda: work_claims.claim_work(work / "claim-a"))
     assert isinstance(error, ValueError) and "takeover.lock" in str(error)
     untouched(victim, work / "takeover.lock", kind)
 
@@ -167,7 +167,7 @@ def test_a_planted_claim(tmp_path, kind):
     work = tmp_path / "work"
     work.mkdir()
     victim = plant(work / "claim-a", kind)
-    error = soon(lambda: work_claims.take(work / "claim-a"))
+    error = soon(lambda: work_claims.claim_work(work / "claim-a"))
     assert isinstance(error, ValueError) and "claim-a" in str(error)
     untouched(victim, work / "claim-a", kind)
 
@@ -176,8 +176,8 @@ def test_a_planted_claim(tmp_path, kind):
 def test_a_claim_that_is_none_is_taken_over(tmp_path, text):
     (tmp_path / "claim-a").write_text(text)
     os.utime(tmp_path / "claim-a", (0, 0))
-    with soon(lambda: work_claims.take(tmp_path / "claim-a")) as mine:
-        assert mine.held
+    with soon(lambda: work_claims.claim_work(tmp_path / "claim-a")) as mine:
+        assert mine.is_held
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -185,17 +185,17 @@ def test_the_lock_of_a_run(tmp_path, kind):
     run = tmp_path / "run"
     run.mkdir()
     victim = plant(run / ".lock", kind)
-    error = soon(lambda: lock(run))
+    error = soon(lambda: lock_folder(run))
     assert isinstance(error, ValueError) and "output_dir" in str(error) and "move it" in str(error)
     untouched(victim, run / ".lock", kind)
 
 
 def test_the_lock_of_a_run_still_locks(tmp_path):
-    first = lock(tmp_path)
+    first = lock_folder(tmp_path)
     with pytest.raises(ValueError, match="in use by another run"):
-        lock(tmp_path)
+        lock_folder(tmp_path)
     first.close()
-    lock(tmp_path).close()
+    lock_folder(tmp_path).close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -204,22 +204,22 @@ def test_files_of_a_run(tmp_path, kind, capfd):
     run = tmp_path / "run"
     run.mkdir()
     victim = plant(run / "status.json", kind)
-    assert soon(lambda: read(run)) is None
+    assert soon(lambda: read_status(run)) is None
     soon(lambda: Status(run).write("running", step=3))
     if kind == "folder":
         untouched(victim, run / "status.json", kind)
         assert "could not be written" in capfd.readouterr().err
     else:
-        assert read(run)["step"] == 3 and victim.read_text() == "precious" and not victim.with_name("new").exists()
+        assert read_status(run)["step"] == 3 and victim.read_text() == "precious" and not victim.with_name("new").exists()
     assert not list(run.glob(".*")), "nothing is left half-written"
     victim = plant(run / "metrics.jsonl", kind)
-    assert "cannot be written" in soon(lambda: Lines(run / "metrics.jsonl").append([{"step": 1}]))
+    assert "cannot be written" in soon(lambda: JsonlWriter(run / "metrics.jsonl").append([{"step": 1}]))
     untouched(victim, run / "metrics.jsonl", kind)
 
 
 def test_a_reason_in_the_status_is_one_line_that_may_be_printed(tmp_path):
     Status(tmp_path).write("failed", reason="http://u:p@h/x?sig=1\n\x1b[2J")
-    assert read(tmp_path)["reason"] == "http://h/x?… \\x1b[2J"
+    assert read_status(tmp_path)["reason"] == "http://h/x?… \\x1b[2J"
 
 
 def test_what_is_no_file_of_ours_is_not_deleted(tmp_path):
@@ -271,7 +271,7 @@ def sources(folder):
 )
 def test_packing_writes_through_no_link(tmp_path, kind, name):
     """Names of temporary files can be foreseen: a link planted there is replaced."""
-    index = hash_of(f"tmp-{os.getpid()}-train-000000.npy".encode())
+    index = hash64(f"tmp-{os.getpid()}-train-000000.npy".encode())
     planted = tmp_path / "shards" / name.format(pid=os.getpid(), hash=f"{index:016x}")
     planted.parent.mkdir(parents=True)
     victim = tmp_path / "victim"
@@ -300,7 +300,7 @@ def test_indexing_writes_through_no_link(tmp_path):
     tars.mkdir()
     os.replace(tmp_path / "made/train-000000.tar", tars / "a.tar")
     (tmp_path / "victim").write_text("precious")
-    (tars / f".{os.getpid()}-{hash_of(b'a.npy'):016x}.npy").symlink_to(tmp_path / "victim")
+    (tars / f".{os.getpid()}-{hash64(b'a.npy'):016x}.npy").symlink_to(tmp_path / "victim")
     assert command.main(["webdataset", str(tars), "--workers", "0"]) == 0
     assert (tmp_path / "victim").read_text() == "precious" and sum(Shards(str(tars), "train").counts) == 2
 
@@ -324,7 +324,7 @@ def test_made_shards_are_written_through_no_link(tmp_path):
     making.mkdir(parents=True)
     (tmp_path / "victim").write_text("precious")
     (making / ".tmp-train-000000.tar").symlink_to(tmp_path / "victim")
-    keeper = MadeShards(tmp_path / "out", 2)
+    keeper = GeneratedShards(tmp_path / "out", 2)
     for number in range(2):
         keeper.put(number, {"png": png(number)})
     keeper.close(range(2))
@@ -333,7 +333,7 @@ def test_made_shards_are_written_through_no_link(tmp_path):
     (tmp_path / "linked").mkdir()
     (tmp_path / "linked/.making").symlink_to(tmp_path)
     with pytest.raises(ValueError, match="move it"):
-        MadeShards(tmp_path / "linked", 2)
+        GeneratedShards(tmp_path / "linked", 2)
 
 
 def test_a_log_that_is_a_link_or_a_pipe_is_neither_cut_nor_waited_for(tmp_path):
@@ -342,6 +342,6 @@ def test_a_log_that_is_a_link_or_a_pipe_is_neither_cut_nor_waited_for(tmp_path):
     os.symlink(tmp_path / "other", tmp_path / "link.jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
     for name in ("link.jsonl", "pipe.jsonl"):
-        assert "cannot be written" in Lines(tmp_path / name).keep(lambda line: line["step"] < 5)
+        assert "cannot be written" in JsonlWriter(tmp_path / name).filter(lambda line: line["step"] < 5)
     assert read_lines(tmp_path / "pipe.jsonl") == []
     assert (tmp_path / "other").read_text() == '{"step": 1}\n{"step": 9}\n'

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from condot.pipeline.launch.precision import choose, settle
+from condot.pipeline.launch.precision import pick_faster_precision, resolve_precision
 
 
 class Timed(nn.Module):
@@ -24,7 +24,7 @@ class Timed(nn.Module):
         return self.weight * x + torch.rand(())
 
     def choice(self, **options):
-        return choose(self, (torch.ones(3),), clock=lambda: self.now, **options)
+        return pick_faster_precision(self, (torch.ones(3),), clock=lambda: self.now, **options)
 
 
 @pytest.mark.parametrize(("plain", "half", "answer"), [(1.0, 0.5, "bf16"), (1.0, 0.94, "bf16"), (1.0, 0.96, "no"), (1.0, 5.0, "no")])
@@ -35,7 +35,7 @@ def test_the_faster_one_and_float32_where_bf16_gains_less_than_a_twentieth(plain
 def test_turns_are_interleaved_and_a_busy_moment_changes_nothing():
     """One pass of five takes a hundred times as long: medians do not see it; nor the first, which warms up."""
     network = Timed(1.0, lambda seen: 80.0 if seen == 3 else 0.8)
-    assert network.choice(patience=1e6) == "bf16"
+    assert network.choice(max_seconds=1e6) == "bf16"
     assert network.passes == [False, True] * 6
 
 
@@ -46,7 +46,7 @@ def test_a_long_first_pass_does_not_count():
 def test_large_networks_do_not_wait_long():
     """A warm-up and one round where those take longer than patience."""
     network = Timed(60.0, 20.0)
-    assert network.choice(patience=10) == "bf16" and len(network.passes) == 4
+    assert network.choice(max_seconds=10) == "bf16" and len(network.passes) == 4
 
 
 def test_what_does_not_fit_is_not_chosen():
@@ -64,24 +64,24 @@ def test_nothing_is_changed():
 
 
 def test_other_devices_compute_in_float32():
-    assert choose(nn.Linear(2, 2, device="meta"), (torch.ones(1, 2, device="meta"),)) == "no"
+    assert pick_faster_precision(nn.Linear(2, 2, device="meta"), (torch.ones(1, 2, device="meta"),)) == "no"
 
 
 def test_a_resumed_run_takes_the_saved_answer_and_others_what_they_ask():
     def never():
         raise AssertionError("nothing is measured")
 
-    assert [settle(asked, None, never) for asked in ("no", "bf16", "fp16", None)] == ["no", "bf16", "fp16", None]
-    assert settle("auto", "bf16", never) == "bf16" and settle("auto", "no", never) == "no"
-    assert settle("auto", None, lambda: "bf16") == "bf16"
+    assert [resolve_precision(asked, None, never) for asked in ("no", "bf16", "fp16", None)] == ["no", "bf16", "fp16", None]
+    assert resolve_precision("auto", "bf16", never) == "bf16" and resolve_precision("auto", "no", never) == "no"
+    assert resolve_precision("auto", None, lambda: "bf16") == "bf16"
 
 
 def test_rank_0_decides(monkeypatch):
     """Of two ranks that measured differently, the second takes the first's answer."""
     monkeypatch.setattr("condot.pipeline.launch.precision.broadcast_object_list", lambda answer: answer.__setitem__(0, "no"))
-    assert settle("auto", None, lambda: "bf16") == "no"
+    assert resolve_precision("auto", None, lambda: "bf16") == "no"
 
 
 def test_real_networks_are_measured():
-    answer = choose(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)), (torch.ones(2, 8),), rounds=2)
+    answer = pick_faster_precision(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)), (torch.ones(2, 8),), rounds=2)
     assert answer in ("no", "bf16")

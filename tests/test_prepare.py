@@ -22,17 +22,17 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from condot.core.data_options import bytes_of
+from condot.core.data_options import parse_size
 from condot.data.format.manifest import parse_manifest
-from condot.data.images.decode import upright
+from condot.data.images.decode import decode_upright
 from condot.data.prepare.command import main
 from condot.data.prepare.imagefolder import imagefolder
 from condot.data.prepare.pack import pack
 from condot.data.prepare.parquet import parquet
-from condot.data.prepare.shard_plan import Packing, plan
-from condot.data.prepare.table_columns import Choice
-from condot.data.prepare.verify import Check, check
-from condot.data.prepare.worker_pool import crew
+from condot.data.prepare.shard_plan import Packing, plan_shards
+from condot.data.prepare.table_columns import ColumnChoice
+from condot.data.prepare.verify import ShardCheck, check_shard
+from condot.data.prepare.worker_pool import run_jobs
 from condot.data.storage.shard_reader import Shards
 
 
@@ -117,7 +117,7 @@ def test_shards_are_shuffled_as_a_whole_and_keep_to_their_size(tmp_path):
     """Rank correlation of stored and source order within 5 sigma of none; every sample in one shard."""
     root = folder_of_images(tmp_path / "images", classes=("a",), count=400)
     source = imagefolder(root)
-    shards = plan(source, Packing(100_000, holdout=0.1, seed=4))
+    shards = plan_shards(source, Packing(100_000, holdout=0.1, seed=4))
     numbers = np.concatenate([shard.numbers for shard in shards])
     assert sorted(numbers.tolist()) == list(range(400)) and sum(len(s.numbers) for s in shards if s.split == "val") == 40
     order = np.concatenate([shard.numbers for shard in shards if shard.split == "train"])
@@ -149,7 +149,7 @@ def test_larger_images_are_made_smaller_in_their_own_family(tmp_path):
         image = Image.open(io.BytesIO(found[name][extension]))
         assert image.size == size and {"jpg": "JPEG"}.get(extension, extension.upper()) == image.format
         assert json.loads(found[name]["json"])["resized_from"] == ([20, 40] if name == "turned.jpeg" else [40, 20])
-        whole = upright((root / name).read_bytes(), 3).resize(size, Image.Resampling.LANCZOS)
+        whole = decode_upright((root / name).read_bytes(), 3).resize(size, Image.Resampling.LANCZOS)
         assert np.abs(np.asarray(image.convert("RGB"), int) - np.asarray(whole, int)).mean() < (40 if extension == "webp" else 25)
 
 
@@ -215,7 +215,7 @@ def test_killed_anywhere_and_with_any_workers_the_shards_are_the_same(tmp_path):
     assert len(journalled) >= 2, "finished shards are not done again"
 
 
-@pytest.mark.parametrize("point", ["commit_json", "draw", "write_manifest", "Manifest"])
+@pytest.mark.parametrize("point", ["commit_json", "draw_summary", "write_manifest", "Manifest"])
 def test_an_interrupted_packing_leaves_nothing_that_passes_for_whole(tmp_path, monkeypatch, capsys, point):
     root = folder_of_images(tmp_path / "images")
     words = ["imagefolder", str(root), "--output", str(tmp_path / "shards"), "--shard_size", "20kB", "--workers", "1"]
@@ -278,7 +278,7 @@ def test_half_packed_shards_of_another_request_are_refused(tmp_path, capsys, mon
     root = folder_of_images(tmp_path / "images")
     words = ["imagefolder", str(root), "--output", str(tmp_path / "shards"), "--workers", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("condot.data.prepare.pack.draw", lambda *a: (_ for _ in ()).throw(OSError("stopped here")))
+        patch.setattr("condot.data.prepare.pack.draw_summary", lambda *a: (_ for _ in ()).throw(OSError("stopped here")))
         assert "stopped here" in refused(capsys, *words)
     assert "holds half-packed shards of other images or settings" in refused(capsys, *words, "--seed", "1")
     assert main(words) == 0
@@ -287,8 +287,8 @@ def test_half_packed_shards_of_another_request_are_refused(tmp_path, capsys, mon
 def test_progress_of_all_processes_adds_up(digits):
     """Each sample is counted once, however often the counter is looked at."""
     shards, told = Shards(digits), []
-    jobs = [Check(digits / shard.name, shard, np.arange(shard.samples), 10, True) for shard in shards.shards]
-    assert all(bad == [] for bad in crew(check, jobs, 2, told.append)) and sum(told) == 1438
+    jobs = [ShardCheck(digits / shard.name, shard, np.arange(shard.samples), 10, True) for shard in shards.shards]
+    assert all(bad == [] for bad in run_jobs(check_shard, jobs, 2, told.append)) and sum(told) == 1438
 
 
 def test_a_second_process_is_refused(tmp_path, capsys):
@@ -306,7 +306,7 @@ def test_a_second_process_is_refused(tmp_path, capsys):
 
 @pytest.mark.parametrize(("text", "value"), [("256MB", 256_000_000), ("1GB", 10**9), ("1.5kB", 1500), ("77", 77), ("2k", 2000)])
 def test_sizes(text, value):
-    assert bytes_of(text, "--shard_size") == value
+    assert parse_size(text, "--shard_size") == value
 
 
 def table_of(root, rows, name="metadata.csv"):
@@ -493,7 +493,7 @@ def test_rows_keep_their_numbers(tmp_path):
 def test_a_large_row_group_is_cut_into_several_shards(tmp_path):
     written_by_datasets(tmp_path / "one.parquet", count=60)
     pq.write_table(pq.read_table(tmp_path / "one.parquet"), tmp_path / "big.parquet", row_group_size=60)
-    shards = plan(parquet(str(tmp_path / "big.parquet"), Choice()), Packing(50_000))
+    shards = plan_shards(parquet(str(tmp_path / "big.parquet"), ColumnChoice()), Packing(50_000))
     assert len(shards) > 3 and sorted(np.concatenate([s.numbers for s in shards]).tolist()) == list(range(60))
 
 

@@ -19,7 +19,7 @@ from condot.data.format.manifest import parse_manifest
 from condot.data.prepare import source_changes
 from condot.data.prepare.command import main
 from condot.data.prepare.pack_state import FOLDER
-from condot.data.prepare.shard_writer import fill
+from condot.data.prepare.shard_writer import write_shard
 from condot.data.storage.shard_reader import Shards
 
 
@@ -49,9 +49,9 @@ def filled(monkeypatch):
 
     def noted(job, progress):
         names.append(job.name)
-        return fill(job, progress)
+        return write_shard(job, progress)
 
-    monkeypatch.setattr("condot.data.prepare.pack.fill", noted)
+    monkeypatch.setattr("condot.data.prepare.pack.write_shard", noted)
     return names
 
 
@@ -291,7 +291,7 @@ def test_what_may_be_the_last_copy_is_not_overwritten(tmp_path, capsys):
     assert everything(out) == before and main(words) == 0 and everything(out) == before
 
 
-@pytest.mark.parametrize("point", ["fill", "_assemble", "draw", "write_packed", "write_manifest"])
+@pytest.mark.parametrize("point", ["write_shard", "_assemble", "draw_summary", "write_pack_state", "write_manifest"])
 def test_packing_again_goes_on_after_a_kill(tmp_path, monkeypatch, capsys, point):
     """Half-way it is no whole folder; another edit meanwhile counts; the end is that of one clean run."""
     root, out = captioned(tmp_path / "images", 30), tmp_path / "out"
@@ -304,7 +304,7 @@ def test_packing_again_goes_on_after_a_kill(tmp_path, monkeypatch, capsys, point
 
     def stops(*a, **k):
         calls.append(a)
-        if point != "fill" or len(calls) > 1:
+        if point != "write_shard" or len(calls) > 1:
             raise OSError("stopped here")
         return real(*a, **k)
 
@@ -324,7 +324,7 @@ def test_an_edit_before_the_first_packing_ended_counts(tmp_path, monkeypatch, ca
     root, out = captioned(tmp_path / "images"), tmp_path / "out"
     words = ["imagefolder", str(root), "--workers", "1", "--output"]
     with monkeypatch.context() as patch:
-        patch.setattr("condot.data.prepare.pack.draw", lambda *a: (_ for _ in ()).throw(OSError("stopped here")))
+        patch.setattr("condot.data.prepare.pack.draw_summary", lambda *a: (_ for _ in ()).throw(OSError("stopped here")))
         assert "stopped here" in refused(capsys, *words, out)
     edit_caption(root)
     assert main([*words, str(out)]) == 0 and main([*words, str(tmp_path / "clean")]) == 0
@@ -498,10 +498,10 @@ def test_a_journal_does_not_vouch_for_a_shard_that_was_written_after_it(tmp_path
     """Killed when all was done, edited back, and killed between a shard and its journal."""
     root, out = captioned(tmp_path / "images"), tmp_path / "out"
     words = ["imagefolder", str(root), "--workers", "1", "--output"]
-    for point, change in (("data.pack.draw", edit_caption), ("data.fill.commit_json", edit_image)):
+    for point, change in (("data.pack.draw_summary", edit_caption), ("data.fill.commit_json", edit_image)):
         with monkeypatch.context() as patch:
             patch.setattr(point, lambda *a: (_ for _ in ()).throw(OSError("stopped here")))
             assert "stopped here" in refused(capsys, *words, out)
-        change(root) if point == "data.pack.draw" else None
+        change(root) if point == "data.pack.draw_summary" else None
     assert main([*words, str(out)]) == 0 and main([*words, str(tmp_path / "clean")]) == 0
     assert everything(out) == everything(tmp_path / "clean")

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-from condot.core.process import ALLOCATOR, DRIVERS
+from condot.core.process import ALLOCATOR_ENV, GPU_DEVICE_FILES
 
 PROGRAM = """
 import json, os, sys
@@ -19,14 +19,14 @@ if sys.argv[2] == "elsewhere":
     platform.libc_ver = lambda: ("musl", "1.2")
 if sys.argv[2] == "gpu":
     import pipeline.process
-    pipeline.process.DRIVERS = ("/dev/null",)
-from pipeline.process import ALLOCATOR, Stopper, own_allocator
-stopper = Stopper("nothing is lost")
+    pipeline.process.GPU_DEVICE_FILES = ("/dev/null",)
+from pipeline.process import ALLOCATOR_ENV, InterruptHandler, restart_with_allocator
+stopper = InterruptHandler("nothing is lost")
 with open("starts", "a") as file:
     file.write(f"{os.getpid()} {os.getppid()}\\n")
 if __name__ == "__main__":
-    own_allocator()
-seen = {name: os.environ.get(name) for name in ALLOCATOR}
+    restart_with_allocator()
+seen = {name: os.environ.get(name) for name in ALLOCATOR_ENV}
 found = {"seen": seen, "arguments": sys.argv[3:], "prefix": sys.prefix, "flags": sys.flags.optimize, "module": __spec__ is not None}
 print(json.dumps(found), flush=True)
 print(sys.stdin.readline().strip(), flush=True)
@@ -34,7 +34,7 @@ sys.exit(7)
 """
 
 pytestmark = pytest.mark.skipif(
-    sys.platform != "linux" or any(map(os.path.exists, DRIVERS)), reason="GPUs and other systems keep the allocator they have"
+    sys.platform != "linux" or any(map(os.path.exists, GPU_DEVICE_FILES)), reason="GPUs and other systems keep the allocator they have"
 )
 
 
@@ -43,7 +43,7 @@ def program(tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
 
     def start(how="here", words=("a b", "--c=d"), run=("-O", "program.py"), **environment):
-        plain = {k: v for k, v in os.environ.items() if k not in (*ALLOCATOR, "CONDOT_ALLOCATOR")}
+        plain = {k: v for k, v in os.environ.items() if k not in (*ALLOCATOR_ENV, "CONDOT_ALLOCATOR")}
         return subprocess.Popen(
             [sys.executable, *run, str(ROOT), how, *words],
             cwd=tmp_path,
@@ -70,7 +70,7 @@ def test_it_starts_again_once_and_is_the_same_to_others(program, tmp_path, run):
     """Same process id, arguments, flags, virtual environment, standard input and exit status; the settings are there."""
     process = program(run=run)
     found = result(process)
-    known = {"seen": ALLOCATOR, "arguments": ["a b", "--c=d"], "prefix": sys.prefix, "flags": 1, "module": "-m" in run}
+    known = {"seen": ALLOCATOR_ENV, "arguments": ["a b", "--c=d"], "prefix": sys.prefix, "flags": 1, "module": "-m" in run}
     assert found == known
     assert (tmp_path / "starts").read_text() == f"{process.pid} {os.getpid()}\n" * 2
 
@@ -88,7 +88,7 @@ def test_it_starts_again_once_and_is_the_same_to_others(program, tmp_path, run):
 def test_it_stays_as_it_is(program, tmp_path, how, environment):
     """Where the user says so, has settings of their own, or the machine is another; nothing is added to those."""
     found = result(program(how, **environment))
-    assert found["seen"] == {name: environment.get(name) for name in ALLOCATOR}
+    assert found["seen"] == {name: environment.get(name) for name in ALLOCATOR_ENV}
     assert len((tmp_path / "starts").read_text().splitlines()) == 1
 
 
@@ -110,7 +110,10 @@ def test_signals_reach_it(program, number):
 @pytest.mark.parametrize(("world", "status", "said"), [(None, 7, "late"), ("1", 5, ""), ("2", 5, "")])
 def test_a_launched_process_ends_before_python_does(world, status, said):
     """Of one process, too: at the end of Python the group's library aborted 5 of 24 runs of torchrun that had nothing left to do."""
-    code = "import atexit, sys; from pipeline.process import leave_group; atexit.register(print, 'late'); leave_group(5); sys.exit(7)"
+    code = (
+        "import atexit, sys; from pipeline.process import exit_if_distributed; "
+        "atexit.register(print, 'late'); exit_if_distributed(5); sys.exit(7)"
+    )
     env = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"} | ({"WORLD_SIZE": world} if world else {})
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (status, said), done.stderr

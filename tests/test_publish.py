@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from test_export_text import run_of
 
 from condot.cli import sample
-from condot.pipeline.config.parse import as_mapping, build
+from condot.pipeline.config.parse import config_from_mapping, config_to_mapping
 from condot.pipeline.config.schema import Config
 from condot.pipeline.export.identity_autoencoder import identity_autoencoder
-from condot.pipeline.export.load import open_folder
-from condot.pipeline.hub.checksums import check_folder, stated_size, write_checksums
-from condot.pipeline.hub.publish import TRIES, publish
-from condot.pipeline.hub.secrets import leaks_in, scrubbed, without_origin
+from condot.pipeline.export.load import load_flow_model
+from condot.pipeline.hub.checksums import check_checksums, safetensors_size, write_checksums
+from condot.pipeline.hub.publish import MAX_ATTEMPTS, publish
+from condot.pipeline.hub.secrets import find_secrets, without_local_paths, without_origin
 
 
 @pytest.fixture(autouse=True)
@@ -256,9 +256,9 @@ def test_a_wrong_name_is_refused_without_a_request(hub, folder, name):
 
 @pytest.mark.parametrize("where", ["GET /api/whoami", "POST /api/repos/create", "GET /api/models", "POST /api/validate-yaml", "/commit/"])
 def test_it_tries_again_after_a_500(hub, folder, where):
-    hub.fail(where, 500, times=TRIES - 1)
+    hub.fail(where, 500, times=MAX_ATTEMPTS - 1)
     _, said = push(hub, folder)
-    assert sum("attempt" in text and "500 to" in text for text in said) == TRIES - 1
+    assert sum("attempt" in text and "500 to" in text for text in said) == MAX_ATTEMPTS - 1
     assert {name: data for name, data in hub.repositories["ann/digits"].files.items() if name != ".gitattributes"} == contents(folder)
 
 
@@ -266,9 +266,9 @@ def test_waits_double_and_end(hub, folder, monkeypatch):
     waits = []
     monkeypatch.setattr("condot.pipeline.hub.publish.time.sleep", waits.append)
     hub.fail("whoami", 503, times=100)
-    with pytest.raises(ValueError, match=f"no success in {TRIES} attempts.*503.*Run the same command again later"):
+    with pytest.raises(ValueError, match=f"no success in {MAX_ATTEMPTS} attempts.*503.*Run the same command again later"):
         push(hub, folder)
-    assert waits == [0.01 * 2**k for k in range(TRIES - 1)] and len(hub.requests) == TRIES
+    assert waits == [0.01 * 2**k for k in range(MAX_ATTEMPTS - 1)] and len(hub.requests) == MAX_ATTEMPTS
 
 
 def test_a_hub_that_is_not_there_is_one_clear_error(folder):
@@ -379,7 +379,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_folder_that_is_not_as_it_should_be_is_refused_without_a_request(hub, folder, fault, monkeypatch):
-    monkeypatch.setattr("condot.pipeline.hub.checksums.QUICK", 10_000)
+    monkeypatch.setattr("condot.pipeline.hub.checksums.QUICK_HASH_BYTES", 10_000)
     spoil, message = FAULTS[fault]
     spoil(folder)
     with pytest.raises(ValueError) as caught:
@@ -431,20 +431,20 @@ HARMLESS = [
 
 @pytest.mark.parametrize("text", SECRETS)
 def test_secrets_and_local_paths_are_found(text):
-    assert leaks_in(f"first line\n{text}\n")[0].startswith("line 2: ")
+    assert find_secrets(f"first line\n{text}\n")[0].startswith("line 2: ")
 
 
 @pytest.mark.parametrize("text", HARMLESS)
 def test_what_only_looks_like_one_is_left(text):
-    assert not leaks_in(text)
+    assert not find_secrets(text)
 
 
 def test_the_working_folder_is_a_local_path(tmp_path, monkeypatch):
     inner = tmp_path / "deep"
     inner.mkdir()
     monkeypatch.chdir(inner)
-    monkeypatch.setattr("condot.pipeline.hub.secrets.PATHS", {})
-    assert "the working folder" in leaks_in(f"in {inner}/x")[0] and not leaks_in(f"in {inner}er")
+    monkeypatch.setattr("condot.pipeline.hub.secrets.LOCAL_PATH_PATTERNS", {})
+    assert "the working folder" in find_secrets(f"in {inner}/x")[0] and not find_secrets(f"in {inner}er")
 
 
 # --- the folder itself
@@ -457,28 +457,28 @@ def test_sha256sum_verifies_the_list(folder):
 
 def test_a_changed_or_cut_folder_is_not_opened(folder, monkeypatch):
     (folder / "README.md").write_text("my own words")
-    open_folder(folder)
-    monkeypatch.setattr("condot.pipeline.hub.checksums.QUICK", 10_000)
+    load_flow_model(folder)
+    monkeypatch.setattr("condot.pipeline.hub.checksums.QUICK_HASH_BYTES", 10_000)
     weights = folder / "transformer/diffusion_pytorch_model.safetensors"
-    assert stated_size(weights) == weights.stat().st_size > 10_000
+    assert safetensors_size(weights) == weights.stat().st_size > 10_000
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-8])
     with pytest.raises(ValueError, match=r"transformer/diffusion_pytorch_model.safetensors changed"):
-        open_folder(folder)
+        load_flow_model(folder)
     weights.write_bytes(whole)
     (folder / "scheduler/scheduler_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"scheduler/scheduler_config.json changed"):
-        open_folder(folder)
+        load_flow_model(folder)
     (folder / "SHA256SUMS").unlink()
-    assert check_folder(folder) == {}
+    assert check_checksums(folder) == {}
 
 
 def test_an_export_tells_no_local_path(trained, folder, tmp_path):
     """The digits' run lies in a temporary folder, and its shards in another: neither is anywhere in its texts."""
     for name, data in contents(folder).items():
         if not name.endswith((".png", ".safetensors")):
-            assert str(trained.parent.parent).encode() not in data and not leaks_in(data.decode()), name
-    config = build(Config, yaml.safe_load((folder / "config.yaml").read_text()))
+            assert str(trained.parent.parent).encode() not in data and not find_secrets(data.decode()), name
+    config = config_from_mapping(Config, yaml.safe_load((folder / "config.yaml").read_text()))
     assert (config.output_dir, config.data.shards) == ("run", ("shards",)) and config.model.width == 32
 
 
@@ -511,13 +511,13 @@ def test_each_place_in_a_recipe_is_scrubbed_and_names_on_the_hub_stay(tmp_path):
         },
         "checkpoint": {"resume": "runs/x/checkpoints/5", "start_from": "/home/ann/runs/w"},
     }
-    settings = as_mapping(build(Config, given))
-    plain = scrubbed(settings)
+    settings = config_to_mapping(config_from_mapping(Config, given))
+    plain = without_local_paths(settings)
     assert settings["output_dir"] == "/home/ann/runs/x/", "the argument is left alone"
     assert (plain["output_dir"], plain["init_from"]) == ("x", "vae")
     assert plain["data"]["shards"] == ["train", "hf://datasets/ann/scans", "val"]
     assert [plain["data"][key] for key in ("encoded", "cache_dir", "autoencoder")] == ["latents", "c", "ann/vae"]
     assert plain["data"]["text_encoder"] == ["openai/clip", "t5"]
     assert plain["checkpoint"] | {"resume": "5", "start_from": "w"} == plain["checkpoint"]
-    assert build(Config, plain).data.resolution == 256
+    assert config_from_mapping(Config, plain).data.resolution == 256
     assert "/" not in json.dumps([plain["output_dir"], plain["init_from"], plain["checkpoint"]])

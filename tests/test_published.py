@@ -14,8 +14,8 @@ from condot.models import registry
 from condot.models.common.layers import sincos_positions
 from condot.models.convert import to_stock
 from condot.models.dit.convert import _original_names
-from condot.models.init_from import load_published, recipe_of
-from condot.models.published import _chosen, find
+from condot.models.init_from import init_from_published, recipe_of
+from condot.models.published import _choose_files, load_published
 
 DIT = {
     "num_attention_heads": 4, "attention_head_dim": 12, "in_channels": 3, "num_layers": 2, "sample_size": 8, "patch_size": 2,
@@ -29,12 +29,12 @@ def saved(tmp_path, name):
     return stock, str(tmp_path / "weights")
 
 
-def network_of(needs, **more):
+def network_of(required, **more):
     """As train.py builds it: the section `model`, and what the data say."""
-    data = dict(needs.data)
-    if needs.model["kind"] in ("mmdit", "cross_dit") or needs.model.get("condition") == "text":
+    data = dict(required.data)
+    if required.model["kind"] in ("mmdit", "cross_dit") or required.model.get("condition") == "text":
         data.setdefault("pooled_width", 14)
-    return registry.build(**{**needs.model, **data, **more}, seed=1)
+    return registry.build(**{**required.model, **data, **more}, seed=1)
 
 
 @pytest.fixture
@@ -60,11 +60,11 @@ X, T, LABELS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2
 def test_the_named_recipe_takes_the_weights(tmp_path, name):
     """A network built as recipe_of says gives the published output, times the sign of the flow."""
     stock, folder = saved(tmp_path, name)
-    needs = recipe_of(folder)
-    network = network_of(needs, **({"num_classes": 5} if name == "unet" else {}))
-    report = load_published(folder, network)
+    required = recipe_of(folder)
+    network = network_of(required, **({"num_classes": 5} if name == "unet" else {}))
+    report = init_from_published(folder, network)
     sign = -1 if name.startswith("sd3") else 1
-    assert needs.flow == {"sd3": {"path": "condot", "predict": "velocity"}}.get(
+    assert required.flow == {"sd3": {"path": "condot", "predict": "velocity"}}.get(
         name.split()[0].rstrip(",")[:3], {"path": "ddpm_scaled_linear" if "text" in name else "ddpm", "predict": "noise"}
     )
     given = setting(stock)
@@ -73,22 +73,22 @@ def test_the_named_recipe_takes_the_weights(tmp_path, name):
     assert report.tensors == len(network.state_dict())
     assert report.notes == (("the variances that the weights also predict are left out",) if "variances" in name else ())
     with pytest.raises(ValueError, match=r"no config\.json"):
-        load_published(str(tmp_path), network)
+        init_from_published(str(tmp_path), network)
 
 
 @torch.no_grad()
 def test_a_published_dit(dit):
     stock, folder = dit
-    needs = recipe_of(str(folder))
-    assert str(needs) == "model.kind=dit model.patch_size=2 model.width=48 model.depth=2 model.heads=4 model.clock=diffusers"
-    network = network_of(needs, num_classes=9)
-    assert load_published(str(folder), network).notes == ("the variances that the weights also predict are left out",)
+    required = recipe_of(str(folder))
+    assert str(required) == "model.kind=dit model.patch_size=2 model.width=48 model.depth=2 model.heads=4 model.clock=diffusers"
+    network = network_of(required, num_classes=9)
+    assert init_from_published(str(folder), network).notes == ("the variances that the weights also predict are left out",)
     assert (network(X, T, LABELS) - dit_output(stock, X, T, LABELS)).abs().max() < 1e-5
-    as_trained = network_of(needs, num_classes=9, clock="original")
-    load_published(str(folder), as_trained)
+    as_trained = network_of(required, num_classes=9, clock="original")
+    init_from_published(str(folder), as_trained)
     assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), as_trained.state_dict().values(), strict=True))
     with pytest.raises(ValueError, match=r"model\.clock=sit for diffusers"):
-        load_published(str(folder), network_of(needs, num_classes=9, clock="sit"))
+        init_from_published(str(folder), network_of(required, num_classes=9, clock="sit"))
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def test_other_classes_begin_afresh_and_null_stays(dit):
     stock, folder = dit
     network = network_of(recipe_of(str(folder)), num_classes=4)
     first = network.classes.weight[:4].clone()
-    report = load_published(str(folder), network)
+    report = init_from_published(str(folder), network)
     assert "4 classes begin afresh in place of the weights' 9; the null class is theirs" in report.notes
     assert torch.equal(network.classes.weight[:4], first)
     null = torch.full((4,), 4)
@@ -111,24 +111,24 @@ def test_what_we_exported_comes_back(tmp_path):
     to_stock(ours, -1.0).save_pretrained(tmp_path / "transformer")
     FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
     (tmp_path / "model_index.json").write_text("{}")
-    needs = recipe_of(str(tmp_path))
-    assert needs.flow == {"path": "condot", "predict": "velocity"}
-    network = network_of(needs, num_classes=5)
-    report = load_published(str(tmp_path), network)
+    required = recipe_of(str(tmp_path))
+    assert required.flow == {"path": "condot", "predict": "velocity"}
+    network = network_of(required, num_classes=5)
+    report = init_from_published(str(tmp_path), network)
     assert report.notes == ()
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), network.state_dict().values(), strict=True))
-    load_published(str(tmp_path), network, factor=1.0)
+    init_from_published(str(tmp_path), network, factor=1.0)
     assert torch.equal(network.leave.weight, -ours.leave.weight), "a factor that is given counts"
 
 
 def test_untied_blocks_need_their_own_conditions(tmp_path):
     torch.manual_seed(0)
     DiTTransformer2DModel(**DIT).save_pretrained(tmp_path)
-    needs = recipe_of(str(tmp_path))
-    assert needs.model["own_conditions"]
-    load_published(str(tmp_path), network_of(needs, num_classes=9))
+    required = recipe_of(str(tmp_path))
+    assert required.model["own_conditions"]
+    init_from_published(str(tmp_path), network_of(required, num_classes=9))
     with pytest.raises(ValueError, match=r"5 missing \(classes.weight.*10 unexpected .*model.own_conditions=true"):
-        load_published(str(tmp_path), network_of(needs, num_classes=9, own_conditions=False))
+        init_from_published(str(tmp_path), network_of(required, num_classes=9, own_conditions=False))
 
 
 def original(depth=2, width=48, classes=9):
@@ -157,23 +157,23 @@ def test_original_checkpoints(tmp_path, form):
         torch.save({"model": other, "ema": theirs, "opt": {"lr": 1e-4}, "args": args}, path)
     else:
         torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.items()}, "epoch": 3}, path)
-    needs = recipe_of(str(path))
+    required = recipe_of(str(path))
     clock = {"ema-of-the-other.pt": "sit", "named.pt": "original"}.get(form)
-    assert needs.model == {"kind": "dit", "patch_size": 2, "width": 48, "depth": 2} | ({"clock": clock} if clock else {})
-    assert needs.data == {"channels": 3, "resolution": 8}
+    assert required.model == {"kind": "dit", "patch_size": 2, "width": 48, "depth": 2} | ({"clock": clock} if clock else {})
+    assert required.data == {"channels": 3, "resolution": 8}
     flows = {"sit": {"path": "condot", "predict": "velocity"}, "original": {"path": "ddpm", "predict": "noise"}}
-    assert needs.flow == flows.get(clock, {})
-    network = network_of(needs, num_classes=9, heads=4) if clock else network_of(needs, num_classes=9, heads=4, clock="sit")
-    report = load_published(str(path), network)
+    assert required.flow == flows.get(clock, {})
+    network = network_of(required, num_classes=9, heads=4) if clock else network_of(required, num_classes=9, heads=4, clock="sit")
+    report = init_from_published(str(path), network)
     unsaid = "the file does not say whether it is DiT's or SiT's: it is read as model.clock=sit, as the recipe has it"
     assert report.notes == ("the variances that the weights also predict are left out", *([] if clock else [unsaid]))
-    assert ("the file does not say whose it is" in str(needs)) == (clock is None)
+    assert ("the file does not say whose it is" in str(required)) == (clock is None)
     state = network.state_dict()
     assert all(torch.equal(state[k], v) for k, v in ours.items() if not k.startswith("leave"))
     assert torch.equal(state["leave.weight"], torch.cat([ours["leave.weight"][6 * i : 6 * i + 3] for i in range(4)]))
     wrong = {"sit": "original", "original": "sit"}.get(clock, "diffusers")
     with pytest.raises(ValueError, match=rf"model.clock={wrong} for {clock or 'original or sit'}"):
-        load_published(str(path), network_of(needs, num_classes=9, heads=4, clock=wrong))
+        init_from_published(str(path), network_of(required, num_classes=9, heads=4, clock=wrong))
 
 
 class Trap:
@@ -193,15 +193,15 @@ def test_a_pickle_is_never_executed(tmp_path, capsys):
 
 def test_weights_that_do_not_fit_are_listed(dit):
     _, folder = dit
-    needs = recipe_of(str(folder))
+    required = recipe_of(str(folder))
     with pytest.raises(ValueError) as said:
-        load_published(str(folder), network_of(needs, num_classes=9, depth=3, width=96, qk_norm=True))
+        init_from_published(str(folder), network_of(required, num_classes=9, depth=3, width=96, qk_norm=True))
     text = str(said.value)
     assert "16 missing (blocks.0.attention.key_norm.weight, " in text and "30 misshapen (time.enter.weight (48, 256) for (96, 256)" in text
     assert "They fit with model.kind=dit model.patch_size=2 model.width=48 model.depth=2 model.heads=4" in text
     assert "3 channels of an image" in text
     with pytest.raises(ValueError, match=r"unexpected \(blocks.1.attention.out.bias, .* and 4 more\)"):
-        load_published(str(folder), network_of(needs, num_classes=9, depth=1))
+        init_from_published(str(folder), network_of(required, num_classes=9, depth=1))
 
 
 @pytest.mark.parametrize(("name", "change", "says"), [
@@ -218,9 +218,9 @@ def test_weights_that_do_not_fit_are_listed(dit):
 ])  # fmt: skip
 def test_what_does_not_fit_is_told(tmp_path, name, change, says):
     _, folder = saved(tmp_path, name)
-    needs = recipe_of(folder)
+    required = recipe_of(folder)
     with pytest.raises(ValueError, match=says):
-        load_published(folder, network_of(needs, **{**({"num_classes": 5} if name == "unet" else {}), **change}))
+        init_from_published(folder, network_of(required, **{**({"num_classes": 5} if name == "unet" else {}), **change}))
 
 
 def test_another_kind_is_told(tmp_path):
@@ -229,7 +229,7 @@ def test_another_kind_is_told(tmp_path):
     with pytest.raises(
         ValueError, match=r"holds a PixArtTransformer2DModel, which is no model.kind=dit. They fit with model.kind=cross_dit"
     ):
-        load_published(folder, other)
+        init_from_published(folder, other)
 
 
 @torch.no_grad()
@@ -238,7 +238,7 @@ def test_micro_conditions_may_be_added(tmp_path):
     for name in ("sd3, qk-norm", "pixart", "unet, text"):
         stock, folder = saved(tmp_path / name, name)
         network = network_of(recipe_of(folder), micro_conditions=True)
-        report = load_published(folder, network)
+        report = init_from_published(folder, network)
         assert any("know no micro-conditions" in note for note in report.notes)
         given = setting(stock)
         theirs = stock_output(stock, *given)
@@ -247,7 +247,7 @@ def test_micro_conditions_may_be_added(tmp_path):
 
 def test_another_resolution_is_told(dit):
     _, folder = dit
-    report = load_published(str(folder), network_of(recipe_of(str(folder)), num_classes=9, resolution=16))
+    report = init_from_published(str(folder), network_of(recipe_of(str(folder)), num_classes=9, resolution=16))
     assert "the weights were trained at a resolution of 8, which is 16 here" in report.notes
 
 
@@ -291,7 +291,7 @@ def test_forms_of_folders(tmp_path, dit, form):
             json.dumps({**config, "_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero", "old": 1})
         )
     network = network_of(recipe_of(str(other)), num_classes=9)
-    load_published(str(other), network)
+    init_from_published(str(other), network)
     assert all(p.dtype == torch.float32 for p in network.parameters())
     assert (network(X, T, LABELS) - dit_output(stock, X, T, LABELS)).abs().max() < (3e-2 if form == "half" else 1e-5)
 
@@ -342,14 +342,14 @@ def test_a_folder_of_a_variant_alone(tmp_path, safe, shards):
     half.save_pretrained(tmp_path, variant="fp16", safe_serialization=safe, **size)
     names = [path.name for path in tmp_path.iterdir()]
     assert (len(names) > 5) == shards and not any(name.startswith("diffusion_pytorch_model.safe") and "index" not in name for name in names)
-    found = find(str(tmp_path))
+    found = load_published(str(tmp_path))
     expected = half.state_dict()
     assert found.variant == "fp16" and found.state.keys() == expected.keys()
     assert all(value.dtype == torch.float32 and torch.equal(value, expected[key].float()) for key, value in found.state.items())
-    report = load_published(str(tmp_path), network_of(recipe_of(str(tmp_path)), num_classes=9))
+    report = init_from_published(str(tmp_path), network_of(recipe_of(str(tmp_path)), num_classes=9))
     assert "the full weights are not there, and those of the variant fp16 are taken" in report.notes
     stock.save_pretrained(tmp_path, safe_serialization=False)
-    whole = find(str(tmp_path))
+    whole = load_published(str(tmp_path))
     assert whole.variant == "" and all(torch.equal(whole.state[key], value) for key, value in stock.state_dict().items())
 
 
@@ -366,4 +366,4 @@ def test_files_of_a_repository_are_chosen_as_those_of_a_folder():
         (f"{stem}.safetensors.index.json", f"{stem}.non_ema.bin"): ("non_ema", [f"{stem}.non_ema.bin"]),
         ("model.safetensors", "README.md"): ("", []),
     }.items():  # fmt: skip
-        assert _chosen(names) == expected, names
+        assert _choose_files(names) == expected, names

@@ -7,10 +7,10 @@ import typing
 import pytest
 
 from condot.core.data_options import Options
-from condot.core.option_ranges import SEED, Real, Whole, Within, ranges_of
+from condot.core.option_ranges import SEED_RANGE, FloatRange, IntRange, NumberRange, ranges_of
 from condot.data.prepare.command import main as prepare
 from condot.pipeline.config.model import ModelConfig
-from condot.pipeline.config.parse import parse, parse_all
+from condot.pipeline.config.parse import parse, parse_collecting_errors
 from condot.pipeline.config.schema import ALIASES, Config
 from condot.pipeline.sampling import options
 
@@ -34,7 +34,7 @@ def numbers():
                 yield pytest.param(prefix, cls, name, id=f"{cls.__name__}.{name}")
 
 
-def outside(within: Within):
+def outside(within: NumberRange):
     """Numbers that no interval may hold, and those just beyond its ends."""
     beyond = [math.nan, math.inf, -math.inf] if within.kind is float else []
     step = 1 if within.kind is int else 1e-6
@@ -75,7 +75,7 @@ def test_the_command_line_names_the_option(words):
     with pytest.raises(ValueError, match=f"{name}={value}") as error:
         parse(Config, argv, ALIASES)
     assert "\n" not in str(error.value)
-    _, found = parse_all(Config, argv, ALIASES)
+    _, found = parse_collecting_errors(Config, argv, ALIASES)
     assert len(found) == 1 and f"{name}={value}" in found[0]
 
 
@@ -104,10 +104,10 @@ def test_data_s_own_options_are_finite(name):
 
 def test_intervals():
     """Brackets take their end in; no interval holds NaN; whole numbers have 64 bits with a sign, seeds 64 without."""
-    assert [Real("[0, 1)").holds(x) for x in (-1e-9, 0, 0.5, 1, math.nan)] == [False, True, True, False, False]
-    assert [Real("(-inf, inf)").holds(x) for x in (-1e308, math.inf, -math.inf, math.nan)] == [True, False, False, False]
-    assert [Whole("[1, inf)").holds(x) for x in (0, 1, 2**63 - 1, 2**63)] == [False, True, True, False]
-    assert [SEED.holds(x) for x in (-1, 0, 2**32, 2**64 - 1, 2**64)] == [False, True, True, True, False]
+    assert [FloatRange("[0, 1)").contains(x) for x in (-1e-9, 0, 0.5, 1, math.nan)] == [False, True, True, False, False]
+    assert [FloatRange("(-inf, inf)").contains(x) for x in (-1e308, math.inf, -math.inf, math.nan)] == [True, False, False, False]
+    assert [IntRange("[1, inf)").contains(x) for x in (0, 1, 2**63 - 1, 2**63)] == [False, True, True, False]
+    assert [SEED_RANGE.contains(x) for x in (-1, 0, 2**32, 2**64 - 1, 2**64)] == [False, True, True, True, False]
 
 
 def test_help_shows_the_range(capsys):

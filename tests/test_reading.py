@@ -5,7 +5,7 @@ import torch
 from shardmaker import make, png
 
 from condot.data.images.decode import decode_image
-from condot.data.loader.read_samples import places_of, read_captions, read_images
+from condot.data.loader.read_samples import locate_samples, read_captions, read_images
 from condot.data.loader.stream import to_unit
 from condot.data.storage.shard_reader import Shards
 
@@ -13,8 +13,8 @@ from condot.data.storage.shard_reader import Shards
 def test_numbers_count_through_all_shards(tmp_path):
     shards = Shards(frozen.shards(tmp_path / "shards", (5, 3, 4)), "train")
     every = [(0, n) for n in range(5)] + [(1, n) for n in range(3)] + [(2, n) for n in range(4)]
-    assert places_of(shards) == every
-    assert places_of(shards, [11, 0, 5, 7, 8, 4]) == [every[i] for i in (11, 0, 5, 7, 8, 4)]
+    assert locate_samples(shards) == every
+    assert locate_samples(shards, [11, 0, 5, 7, 8, 4]) == [every[i] for i in (11, 0, 5, 7, 8, 4)]
 
 
 def test_images_classes_and_captions_are_the_samples_own(tmp_path):
@@ -24,7 +24,7 @@ def test_images_classes_and_captions_are_the_samples_own(tmp_path):
     images, labels = read_images(shards, 3, 16, numbers)
     assert labels.tolist() == [1, 0, 1]
     for image, number in zip(images, numbers, strict=True):
-        sample = shards.read(*places_of(shards, [number])[0])
+        sample = shards.read(*locate_samples(shards, [number])[0])
         assert int(sample.key) == number
         assert torch.equal(image, to_unit(torch.from_numpy(decode_image(sample.files["png"], 3, 16))))
     assert len(read_images(shards, 3, 8)[0]) == 12

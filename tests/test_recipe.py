@@ -5,9 +5,9 @@ import re
 import pytest
 
 from condot.pipeline.config.model import DiTConfig, UNetConfig
-from condot.pipeline.config.parse import as_mapping, build, parse
+from condot.pipeline.config.parse import config_from_mapping, config_to_mapping, parse
 from condot.pipeline.config.schema import ALIASES, Config
-from condot.pipeline.training.resume_rules import compare, facts_of
+from condot.pipeline.training.resume_rules import find_differences, run_facts
 
 
 def recipe(tmp_path, text, name="a.yaml"):
@@ -72,7 +72,7 @@ def test_a_class_path_in_a_recipe_is_data_and_not_code(tmp_path):
 
 def test_a_saved_configuration_comes_back():
     config = parse(Config, ["--model.kind=unet", "--model.block_channels", "32", "64", "--train.mixed_precision=bf16", "--data.shards=a b"])
-    assert build(Config, as_mapping(config)) == config
+    assert config_from_mapping(Config, config_to_mapping(config)) == config
 
 
 def test_every_field_is_explained(capsys):
@@ -81,9 +81,9 @@ def test_every_field_is_explained(capsys):
         with pytest.raises(SystemExit):
             parse(Config, [f"--model.kind={kind}", "--help"], ALIASES)
         text = " ".join(capsys.readouterr().out.split())
-        for key in as_mapping(parse(Config, [f"--model.kind={kind}"])):
+        for key in config_to_mapping(parse(Config, [f"--model.kind={kind}"])):
             assert f"--{key}" in text
-        for name, section in as_mapping(parse(Config, [f"--model.kind={kind}"])).items():
+        for name, section in config_to_mapping(parse(Config, [f"--model.kind={kind}"])).items():
             for field in section if isinstance(section, dict) else ():
                 entry = re.search(rf"--{name}\.{field} (.*?)\(default: ", text.replace("│", " "))
                 explained = re.sub(r"^(\{.*?\}|\[?[A-Z][A-Z|{}]*\b[^a-z]*)", "", entry[1].strip()) if entry else ""
@@ -99,15 +99,15 @@ def test_shipped_recipes_parse():
 
 @pytest.mark.parametrize(("kind", "found"), [("mmdit", ["data.caption is txt there and json.name here"]), ("dit", [])])
 def test_captions_are_a_fact_of_runs_on_text(kind, found):
-    one, two = (facts_of(parse(Config, [f"--model.kind={kind}", *more]), "x") for more in ([], ["--data.caption=json.name"]))
-    assert compare(one, two) == found
+    one, two = (run_facts(parse(Config, [f"--model.kind={kind}", *more]), "x") for more in ([], ["--data.caption=json.name"]))
+    assert find_differences(one, two) == found
 
 
 def test_values_that_look_like_options_are_values(tmp_path):
     path = recipe(tmp_path, "data: {split: --seed=5, shards: [--x]}\nseed: 3")
     config = parse(Config, ["--config", path])
     assert (config.seed, config.data.split, config.data.shards) == (3, "--seed=5", ("--x",))
-    assert build(Config, as_mapping(config)) == config
+    assert config_from_mapping(Config, config_to_mapping(config)) == config
 
 
 @pytest.mark.parametrize("field", ["data: {shards: [--help, x]}", "data: {shards: [x, --seed, '5']}", "log: {report_to: [wandb, -h]}"])

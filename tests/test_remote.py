@@ -25,13 +25,13 @@ from PIL import Image
 from servers import Fault, serving
 
 from condot.core.data_options import Options
-from condot.data.format.index import describe, index_path
+from condot.data.format.index import index_path, index_tar
 from condot.data.format.manifest import Manifest, Tally, write_manifest
 from condot.data.storage import resolve as opening
-from condot.data.storage.cache import Cache, CacheFull, Item
-from condot.data.storage.local import expand
+from condot.data.storage.cache import Cache, CacheFull, CacheItem
+from condot.data.storage.local import expand_braces
 from condot.data.storage.remote import RemoteFolder
-from condot.data.storage.resolve import open_folder, open_sources
+from condot.data.storage.resolve import open_shard_folder, open_shard_folders
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 20.0
@@ -54,7 +54,7 @@ def packed(tmp_path_factory):
                 info = tarfile.TarInfo(f"{number}-{n:04d}.png")
                 info.size = buffer.tell()
                 tar.addfile(info, io.BytesIO(buffer.getvalue()))
-        shard, found = describe(folder / f"train-{number:06d}.tar", "train")
+        shard, found = index_tar(folder / f"train-{number:06d}.tar", "train")
         shards.append(shard)
         tally += found
     write_manifest(folder, Manifest(shards=tuple(shards), tally=tally))
@@ -358,7 +358,7 @@ def test_a_changed_shard_is_not_served_from_the_cache(packed, server, cache):
 
 
 def item(number, size=1000):
-    return Item(f"file-{number}", size, size)
+    return CacheItem(f"file-{number}", size, size)
 
 
 def fill(cache, number, size=1000):
@@ -476,11 +476,11 @@ def test_a_cache_that_is_too_small_is_refused_at_the_start(server, tmp_path, pac
     sizes = sorted((s.bytes for s in RemoteFolder(server.url, cache=Cache(tmp_path, 10), retry_seconds=1).manifest.shards), reverse=True)
     needed = sum(sizes[:3])
     options = Options(shards=(server.url,), shuffle_block=2, cache_dir=str(tmp_path), cache_size=str(needed))
-    assert open_sources(options)[0][1] is None
+    assert open_shard_folders(options)[0][1] is None
     with pytest.raises(
         ValueError, match=r"data.cache_size=.* is less than .* that 2 shards \(data.shuffle_block\) and the next one take. Use"
     ):
-        open_sources(replace(options, cache_size=str(needed - 1)))
+        open_shard_folders(replace(options, cache_size=str(needed - 1)))
     with pytest.raises(ValueError, match=r"data.cache_dir=.*cannot be used"):
         Cache(packed / "manifest.json" / "cache", 10)
 
@@ -667,33 +667,37 @@ def test_many_threads_ask_for_much_at_once(packed, server, tmp_path):
 
 
 def test_brace_patterns():
-    assert expand("s3://b/train-{008..011}.tar") == [f"s3://b/train-{n:03d}.tar" for n in (8, 9, 10, 11)]
-    assert expand("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"] and expand("plain") == ["plain"] and expand(r"C:\x") == [r"C:\x"]
+    assert expand_braces("s3://b/train-{008..011}.tar") == [f"s3://b/train-{n:03d}.tar" for n in (8, 9, 10, 11)]
+    assert (
+        expand_braces("{a,b}/{0..1}") == ["a/0", "a/1", "b/0", "b/1"]
+        and expand_braces("plain") == ["plain"]
+        and expand_braces(r"C:\x") == [r"C:\x"]
+    )
     for pattern, rule in (("a{b", "Unbalanced"), ("", "empty name"), ("train-*.tar", "wildcards are not expanded")):
         with pytest.raises(ValueError, match=rule):
-            expand(pattern)
+            expand_braces(pattern)
 
 
 def test_sources_as_they_are_written(packed, server, tmp_path):
     options = Options(cache_dir=str(tmp_path / "cache"), cache_size="100MB", retry_seconds=SECONDS)
     for place in (str(packed), server.url):
-        folder, names = open_folder(place, options)
+        folder, names = open_shard_folder(place, options)
         assert names is None and len(folder.manifest.shards) == 4
-        assert open_folder(f"{place}/train-{{000002..000001}}.tar", options)[1] == ("train-000002.tar", "train-000001.tar")
+        assert open_shard_folder(f"{place}/train-{{000002..000001}}.tar", options)[1] == ("train-000002.tar", "train-000001.tar")
         with pytest.raises(
             ValueError, match=r"has no train-000004.tar and 1 more of those named: its manifest lists train-000000.tar to .*, 4 shards"
         ):
-            open_folder(f"{place}/train-{{000003..000005}}.tar", options)
+            open_shard_folder(f"{place}/train-{{000003..000005}}.tar", options)
         with pytest.raises(ValueError, match=r"names train-000001.tar twice"):
-            open_folder(f"{place}/train-00000{{1,1}}.tar", options)
+            open_shard_folder(f"{place}/train-00000{{1,1}}.tar", options)
     (tmp_path / "other").symlink_to(packed)
     (tmp_path / "more").symlink_to(packed)
-    two = open_sources(replace(options, shards=(f"{tmp_path}/{{other,more}}", server.url)))
+    two = open_shard_folders(replace(options, shards=(f"{tmp_path}/{{other,more}}", server.url)))
     assert [f.name for f, _ in two] == [f"{tmp_path}/other", f"{tmp_path}/more", server.url]
     with pytest.raises(ValueError, match="names 2 folders where one is wanted"):
-        open_folder(f"{tmp_path}/{{other,more}}", options)
+        open_shard_folder(f"{tmp_path}/{{other,more}}", options)
     with pytest.raises(ValueError, match="is no folder"):
-        open_folder(str(tmp_path / "missing"), options)
+        open_shard_folder(str(tmp_path / "missing"), options)
 
 
 def test_where_the_cache_lies(monkeypatch):

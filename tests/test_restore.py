@@ -12,8 +12,8 @@ from test_methods import gaussian_source
 from condot.cli import sample
 from condot.pipeline.flow import PATHS, CondOT, convert, widen
 from condot.pipeline.flow.linear_path import UniformPrior
-from condot.pipeline.sampling.flow_model import led_by
-from condot.pipeline.sampling.restore import Remedy, measurement, restore
+from condot.pipeline.sampling.flow_model import with_autoguidance
+from condot.pipeline.sampling.restore import RestorationMethod, measurement, restore
 from condot.pipeline.sampling.sampler import Sampler
 
 HALF = torch.zeros(8, 8, dtype=torch.bool)
@@ -42,11 +42,11 @@ def test_the_exact_form_has_the_exact_posterior_of_correlated_data(monkeypatch, 
     field = gaussian_field(mean, covariance, CondOT())
     source = dataclasses.replace(gaussian_source("condot", "velocity"), shape=shape, field=lambda x, t, c: field(x, t))
     starts = torch.cat([torch.zeros(1, size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)]).reshape(-1, *shape)
-    monkeypatch.setattr("condot.pipeline.sampling.restore.start", lambda *given: starts)
+    monkeypatch.setattr("condot.pipeline.sampling.restore.initial_point", lambda *given: starts)
     exact = exact_posterior(measure, mean, covariance, y[None], 0.3, shape)
     wrong = []
     for iterations in (0, 8):
-        remedy = Remedy(noise_std=0.3, data_std=1.0, iterations=iterations)
+        remedy = RestorationMethod(noise_std=0.3, data_std=1.0, iterations=iterations)
         end = restore(source, measure, y, Sampler(solver, steps, tolerance=1e-6), remedy, count=size + 1, seed=0).images.double().flatten(1)
         response = end[1:] - end[0]
         wrong.append([(end[0] - exact[0]).abs().max(), (response.T @ response - exact[1]).abs().max()])
@@ -69,7 +69,7 @@ def test_paths_that_end_on_noise_end_clean(path, method):
     calls = []
     counted = dataclasses.replace(source, field=lambda *given: calls.append(1) or network(*given))
     y = MEASURE(torch.full((1, 1, 8, 8), 0.3))[0]
-    sampler, remedy = Sampler("euler", 60, grid="rho" if path != "ddpm" else "uniform"), Remedy(method=method)
+    sampler, remedy = Sampler("euler", 60, grid="rho" if path != "ddpm" else "uniform"), RestorationMethod(method=method)
     made, evaluations = restore(counted, MEASURE, y, sampler, remedy, count=20, seed=1)
     assert (hidden(made) - 0.3).abs().max() < 1e-3 and evaluations == len(calls) == 61
 
@@ -79,7 +79,7 @@ def test_paths_that_end_on_noise_end_clean(path, method):
 def test_clip_is_honoured(method, clip, predict, kept):
     """Of N(0.3, 0.4^2) 4 % lie beyond 1; bounded, none."""
     source = gaussian_source("condot", predict)
-    made = restore(source, MEASURE, SEEN, Sampler("euler", 40, clip=clip), Remedy(method=method), count=60, seed=1).images
+    made = restore(source, MEASURE, SEEN, Sampler("euler", 40, clip=clip), RestorationMethod(method=method), count=60, seed=1).images
     beyond = (hidden(made).abs() > 1 + 1e-4).double().mean()
     assert (beyond == 0) if kept else beyond > 0.01
 
@@ -89,7 +89,7 @@ def test_every_solver_that_is_allowed_restores_and_counts(solver):
     """The hidden half is the data's, the seen one agrees, and evaluations are counted as they happen."""
     source, calls = gaussian_source("condot", "velocity"), []
     counted = dataclasses.replace(source, field=lambda *given: calls.append(1) or source.field(*given))
-    remedy = Remedy(noise_std=0.05, data_std=0.4)
+    remedy = RestorationMethod(noise_std=0.05, data_std=0.4)
     made, evaluations = restore(counted, MEASURE, SEEN, Sampler(solver, 80), remedy, count=150, seed=1)
     assert evaluations == len(calls)
     assert (MEASURE(made) - SEEN).square().mean().sqrt() < 0.1
@@ -99,9 +99,11 @@ def test_every_solver_that_is_allowed_restores_and_counts(solver):
 def test_a_batch_is_as_large_as_asked_for_and_changes_nothing():
     source, sizes = gaussian_source("condot", "velocity"), []
     watched = dataclasses.replace(source, field=lambda x, t, c: sizes.append(len(x)) or source.field(x, t, c))
-    whole = restore(watched, MEASURE, SEEN, Sampler("euler", 5), Remedy(), count=7, seed=1).images
+    whole = restore(watched, MEASURE, SEEN, Sampler("euler", 5), RestorationMethod(), count=7, seed=1).images
     assert set(sizes) == {7}
-    torch.testing.assert_close(restore(watched, MEASURE, SEEN, Sampler("euler", 5), Remedy(), count=7, seed=1, batch_size=3).images, whole)
+    torch.testing.assert_close(
+        restore(watched, MEASURE, SEEN, Sampler("euler", 5), RestorationMethod(), count=7, seed=1, batch_size=3).images, whole
+    )
     assert set(sizes) == {7, 3, 1}
 
 
@@ -120,7 +122,9 @@ def shifted(text):
     read = (lambda words: (torch.tensor([[0.1 * len(word)] for word in words]),)) if text else None
     base = dataclasses.replace(gaussian_source("condot", "velocity"), field=network)
     return (
-        dataclasses.replace(base, read=read, null=read([""]), num_classes=0) if text else dataclasses.replace(base, num_classes=3, null=3)
+        dataclasses.replace(base, encode_text=read, null=read([""]), num_classes=0)
+        if text
+        else dataclasses.replace(base, num_classes=3, null=3)
     )
 
 
@@ -128,7 +132,7 @@ def shifted(text):
 def test_guidance_acts_on_what_is_hidden(method):
     """Two Gaussians of one spread: guided by w the mean is mean_0 + w (mean_c - mean_0); class 0 is a class."""
     for text, told in ((False, {"label": 2}), (True, {"prompt": "aa"})):
-        remedy = Remedy(method=method, noise_std=0.05, data_std=0.4)
+        remedy = RestorationMethod(method=method, noise_std=0.05, data_std=0.4)
         sampler = Sampler("euler", 60, guidance_scale=3.0)
         made = restore(shifted(text), MEASURE, SEEN, sampler, remedy, count=200, seed=1, **told).images
         assert abs(hidden(made).mean() - 0.6) < 0.03
@@ -142,8 +146,8 @@ def test_apg_begins_anew_with_every_batch():
     """Momentum is of one solve: images do not depend on how many went before them."""
     source = shifted(False)
     sampler = Sampler("euler", 8, guidance_scale=3.0, guidance="apg", apg_momentum=-0.5)
-    whole = restore(source, MEASURE, SEEN, sampler, Remedy(), label=1, count=4, seed=1).images
-    parts = restore(source, MEASURE, SEEN, sampler, Remedy(), label=1, count=4, seed=1, batch_size=2).images
+    whole = restore(source, MEASURE, SEEN, sampler, RestorationMethod(), label=1, count=4, seed=1).images
+    parts = restore(source, MEASURE, SEEN, sampler, RestorationMethod(), label=1, count=4, seed=1, batch_size=2).images
     torch.testing.assert_close(parts, whole)
 
 
@@ -155,7 +159,7 @@ def test_a_learned_score_is_guided_by_the_measurement_too():
         velocity = base.field(x, t, c)
         return velocity, convert(velocity, "velocity", "score", x.double(), CondOT()(widen(t.double().clamp(max=1 - 1e-6), x)))
 
-    remedy = Remedy(noise_std=0.05, data_std=0.4)
+    remedy = RestorationMethod(noise_std=0.05, data_std=0.4)
     one, other = (
         restore(dataclasses.replace(base, field=field), MEASURE, SEEN, Sampler("exponential", 60), remedy, count=20, seed=1).images
         for field in (base.field, pair)
@@ -194,14 +198,14 @@ def test_what_cannot_be_restored_is_refused_with_the_reason(case):
     how = {name: value for name, value in more.items() if name in ("method", "iterations", "noise_std", "data_std")}
     told = {name: value for name, value in more.items() if name not in how}
     with pytest.raises(ValueError, match=message):
-        restore(source, MEASURE, SEEN, sampler, Remedy(**how), **{"count": 1, "seed": 0} | told)
+        restore(source, MEASURE, SEEN, sampler, RestorationMethod(**how), **{"count": 1, "seed": 0} | told)
 
 
 def test_a_weaker_model_guides_without_a_class():
     """0.3 + (w - 1) (0.3 - 0.5): led away from a mean of 0.5."""
     weak = dataclasses.replace(SOURCE, field=lambda x, t, c: SOURCE.field(x - 0.2 * t[:, None, None, None], t, c) + 0.2)
-    sampler, remedy = Sampler("euler", 60, guidance_scale=2.0), Remedy(noise_std=0.05, data_std=0.4)
-    made = restore(led_by(SOURCE, weak), MEASURE, SEEN, sampler, remedy, count=200, seed=1).images
+    sampler, remedy = Sampler("euler", 60, guidance_scale=2.0), RestorationMethod(noise_std=0.05, data_std=0.4)
+    made = restore(with_autoguidance(SOURCE, weak), MEASURE, SEEN, sampler, remedy, count=200, seed=1).images
     assert abs(hidden(made).mean() - 0.1) < 0.03
 
 

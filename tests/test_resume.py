@@ -14,17 +14,26 @@ from condot.cli import sample
 from condot.core.option_ranges import ranges_of
 from condot.pipeline.checkpoint.store import averages, load_state, load_tensors
 from condot.pipeline.config.model import ModelConfig
-from condot.pipeline.config.parse import _keys, as_mapping, build
+from condot.pipeline.config.parse import _dotted_keys, config_from_mapping, config_to_mapping
 from condot.pipeline.config.schema import Config, TrainConfig
 from condot.pipeline.training.optimizer import learning_rate
-from condot.pipeline.training.resume_rules import FILE, RULES, Change, compare, facts_of, notes_of, resumed, rule_of
+from condot.pipeline.training.resume_rules import (
+    JOURNAL_FILE,
+    RESUME_RULES,
+    SettingsChange,
+    change_notes,
+    find_differences,
+    resume_config,
+    rule_of,
+    run_facts,
+)
 
 KINDS = {typing.get_args(typing.get_type_hints(kind)["kind"])[0]: kind for kind in typing.get_args(ModelConfig)}
 
 
 def fields():
     """Every field of a recipe, of every kind of network."""
-    return sorted({key for kind in KINDS.values() for key in _keys(Config(model=kind()))})
+    return sorted({key for kind in KINDS.values() for key in _dotted_keys(Config(model=kind()))})
 
 
 def changed(config, key):
@@ -40,7 +49,7 @@ def changed(config, key):
         other = (other,) if isinstance(value, tuple) else other
     elif (within := ranges_of(type(holder)).get(name)) is not None:
         tries = [within.kind(number) for number in ((7, 64) if "spike" in name else (0.0625, 0.25, 0.75, 2, 7, 64))]
-        other = next(one for one in tries if within.holds(one) and one != value and (one,) != value)
+        other = next(one for one in tries if within.contains(one) and one != value and (one,) != value)
         several = "tuple" in str(hint)
         other = (other, other + 1) if "line" in name else (other,) if several else other
     else:
@@ -52,7 +61,7 @@ def changed(config, key):
 def test_every_field_has_one_rule():
     for key in fields():
         rule_of(key)
-    listed = [key for keys in RULES.values() for key in keys]
+    listed = [key for keys in RESUME_RULES.values() for key in keys]
     assert len(set(listed)) == len(listed)
     assert {key for key in listed if not key.endswith("*")} <= set(fields()), "and no rule is of a field that is gone"
 
@@ -60,26 +69,26 @@ def test_every_field_has_one_rule():
 @pytest.mark.parametrize("key", [key for key in fields() if key != "model.kind"])
 def test_every_field_is_held_to_its_rule(key):
     """Recorded: in the journal, before and after. Refused: a fact that differs. Free: neither. A beginning: refused by itself."""
-    kind = next(kind for kind in KINDS.values() if key in _keys(Config(model=kind())))
+    kind = next(kind for kind in KINDS.values() if key in _dotted_keys(Config(model=kind())))
     base = Config(model=kind())
     new, rule = changed(base, key), rule_of(key)
-    assert as_mapping(new) != as_mapping(base)
-    facts = [facts_of(config, "x") | {"lora": [config.train.lora_rank, config.train.lora_alpha]} for config in (base, new)]
-    differ = compare(*facts)
-    state = {"step": 5, "images": 80, "config": as_mapping(base)}
+    assert config_to_mapping(new) != config_to_mapping(base)
+    facts = [run_facts(config, "x") | {"lora": [config.train.lora_rank, config.train.lora_alpha]} for config in (base, new)]
+    differ = find_differences(*facts)
+    state = {"step": 5, "images": 80, "config": config_to_mapping(base)}
     if rule == "beginning":
         with pytest.raises(ValueError, match=f"{key}=other: the run in runs/untitled began from scratch.*Leave --{key} out"):
-            resumed(new, state)
+            resume_config(new, state)
         return
-    _, change = resumed(new, state)
+    _, change = resume_config(new, state)
     assert bool(change) == (rule == "recorded") and bool(differ) == (
-        rule == "refused" or (key == "data.caption" and new.model.takes == "text")
+        rule == "refused" or (key == "data.caption" and new.model.conditioning == "text")
     )
     if change:
-        before, after = (value for config in (base, new) for value in [as_mapping(config)])
+        before, after = (value for config in (base, new) for value in [config_to_mapping(config)])
         section, name = key.split(".")
         assert dict(change.settings) == {key: (before[section][name], after[section][name])}
-        assert json.loads(json.dumps(change.as_dict()))["step"] == 5 and key in notes_of(change, new)[0]
+        assert json.loads(json.dumps(change.as_dict()))["step"] == 5 and key in change_notes(change, new)[0]
     if rule == "refused":
         assert key.rpartition(".")[2] in differ[0] or "lora" in differ[0]
 
@@ -88,39 +97,39 @@ def test_the_beginning_is_the_run_s_own(tmp_path):
     """What was left out is taken from the run, what is said again is compared, and another one is refused either way round."""
     (tmp_path / "w").mkdir()
     begun = Config(init_from=str(tmp_path / "w"))
-    state = {"step": 5, "images": 80, "config": as_mapping(begun)}
+    state = {"step": 5, "images": 80, "config": config_to_mapping(begun)}
     for given in ("", str(tmp_path / "w"), f"{tmp_path}/./w/"):
-        assert resumed(Config(init_from=given), state) == (begun, None)
+        assert resume_config(Config(init_from=given), state) == (begun, None)
     with pytest.raises(
         ValueError, match=r"init_from=facebook/DiT-XL-2-256: the run in runs/untitled began from init_from=.*w, and weights"
     ):
-        resumed(Config(init_from="facebook/DiT-XL-2-256"), state)
+        resume_config(Config(init_from="facebook/DiT-XL-2-256"), state)
     with pytest.raises(ValueError, match=r"checkpoint.start_from=runs/a: the run in .* began from init_from"):
-        resumed(build(Config, {"checkpoint": {"start_from": "runs/a"}}), state)
+        resume_config(config_from_mapping(Config, {"checkpoint": {"start_from": "runs/a"}}), state)
 
 
 def test_older_checkpoints_are_read_with_the_defaults_of_what_they_do_not_name():
-    saved = as_mapping(Config())
+    saved = config_to_mapping(Config())
     del saved["train"]["encoder_dropout"], saved["guard"]
     saved["ema"]["halflife"] = 2e6
-    assert resumed(Config(), {"step": 1, "config": saved})[1] is None
-    facts, older = facts_of(Config(), "x"), facts_of(Config(), "x")
+    assert resume_config(Config(), {"step": 1, "config": saved})[1] is None
+    facts, older = run_facts(Config(), "x"), run_facts(Config(), "x")
     del older["flow"]["coupling"], older["data"]["bit_depth"]
-    assert compare(older, facts) == []
+    assert find_differences(older, facts) == []
 
 
 @pytest.mark.parametrize("ramp", ["constant", "linear", "cosine"])
 def test_a_longer_run_says_how_the_rate_jumps(ramp):
     """Old and new rate from the formula: at the end of a cosine of 100 steps 1.5e-4 of 1e-4, half of a peak when 200 are asked for."""
     old, new = (Config(train=TrainConfig(max_steps=steps, lr_ramp=ramp)) for steps in (100, 200))
-    _, change = resumed(new, {"step": 100, "images": 1, "config": as_mapping(old)})
+    _, change = resume_config(new, {"step": 100, "images": 1, "config": config_to_mapping(old)})
     if ramp == "constant":
-        assert change.rate is None and len(notes_of(change, new)) == 1
+        assert change.rate is None and len(change_notes(change, new)) == 1
         return
     last = {"linear": 1e-6, "cosine": 1e-4 * (1 - torch.cos(torch.tensor(torch.pi * 0.01, dtype=torch.float64)).item()) / 2}[ramp]
     assert change.rate == pytest.approx((last, 5e-5), rel=1e-9)
-    assert f"the learning rate jumps: step 100 was taken at {last:.3g}, the next is at 5e-05" in notes_of(change, new)[1]
-    shorter = resumed(old, {"step": 50, "images": 1, "config": as_mapping(new)})[1]
+    assert f"the learning rate jumps: step 100 was taken at {last:.3g}, the next is at 5e-05" in change_notes(change, new)[1]
+    shorter = resume_config(old, {"step": 50, "images": 1, "config": config_to_mapping(new)})[1]
     assert shorter.rate == pytest.approx((learning_rate(49, new.train), learning_rate(50, old.train)))
 
 
@@ -131,14 +140,14 @@ def test_a_run_keeps_a_journal_and_its_averages_their_names(digits, trained, tmp
     assert fit(digits, run, *words, "--ema.halflife", "100", "30", "--train.max_steps=4") == 0
     second = averages(run / "checkpoint-4", "halflife=30")
     shutil.copytree(run, tmp_path / "twin")
-    assert not (run / FILE).exists()
+    assert not (run / JOURNAL_FILE).exists()
     capsys.readouterr()
     assert fit(digits, run, *words, "--ema.halflife=30", "--train.max_steps=8", "--train.learning_rate=2e-3") == 0
     out = capsys.readouterr().out
     assert "resumed with other settings, kept in settings.jsonl: " in out and "ema.halflife 100 30 -> 30" in out
     assert "the learning rate jumps: step 4 was taken at 0.000146, the next is at 0.001" in out
     state = load_state(run / "checkpoint-8")
-    (line,) = [json.loads(text) for text in (run / FILE).read_text().splitlines()]
+    (line,) = [json.loads(text) for text in (run / JOURNAL_FILE).read_text().splitlines()]
     assert line["changed"] == {
         "train.max_steps": [4, 8], "train.learning_rate": [0.001, 0.002], "ema.halflife": [[100.0, 30.0], [30.0]],
     }  # fmt: skip
@@ -148,7 +157,7 @@ def test_a_run_keeps_a_journal_and_its_averages_their_names(digits, trained, tmp
     assert all(torch.equal(one[name], two[name]) for name in second)
     assert not all(torch.equal(one[name], value) for name, value in averages(tmp_path / "twin/checkpoint-8", "halflife=100").items())
     assert fit(digits, run, *words, "--ema.halflife=30", "--train.max_steps=8", "--train.learning_rate=2e-3") == 0
-    assert len((run / FILE).read_text().splitlines()) == 1, "the same command again changes nothing"
+    assert len((run / JOURNAL_FILE).read_text().splitlines()) == 1, "the same command again changes nothing"
     assert sample.main(["export", "--run", str(run)]) == 0
     card = (run / "export/README.md").read_text()
     assert "Resumed with other settings: after step 4, `ema.halflife 100 30 -> 30`, `train.learning_rate 0.001 -> 0.002`" in card
@@ -165,7 +174,7 @@ def test_raw_weights_are_exported_raw_after_the_averages_were_left(digits, tmp_p
     assert fit(digits, run, "--train.max_steps=5", "--ema.enabled=false") == 0
     tensors = load_tensors(run / "checkpoint-5")
     assert all(torch.equal(value, tensors[f"ema.{name[6:]}"]) for name, value in tensors.items() if name.startswith("model."))
-    assert isinstance(Change(1, 1, {}), Change)
+    assert isinstance(SettingsChange(1, 1, {}), SettingsChange)
 
 
 def test_a_ramp_that_would_never_end_is_refused(digits, tmp_path, capsys):
@@ -174,4 +183,4 @@ def test_a_ramp_that_would_never_end_is_refused(digits, tmp_path, capsys):
         told = capsys.readouterr()
         assert "train.lr_warmup_steps=13 is more than train.max_steps=12" in told.err + told.out
     assert not (tmp_path / "run").exists()
-    build(Config, {"train": {"lr_warmup_steps": 13, "max_steps": 12}})
+    config_from_mapping(Config, {"train": {"lr_warmup_steps": 13, "max_steps": 12}})

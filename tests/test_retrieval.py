@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from condot.pipeline.evaluation.retrieval import retrieve, wilson
+from condot.pipeline.evaluation.retrieval import retrieve, wilson_interval
 
 LINE = torch.arange(50.0)[:, None]
 """Fifty images on a line, one apart."""
@@ -55,7 +55,7 @@ def test_distance_is_euclidean_over_all_values():
 @pytest.mark.parametrize(("hits", "trials"), [(0, 50), (50, 50), (1, 50), (31, 50), (3, 7)])
 def test_interval_is_wilsons(hits, trials):
     expected = binomtest(hits, trials).proportion_ci(method="wilson")
-    assert wilson(hits / trials, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert wilson_interval(hits / trials, trials) == pytest.approx((expected.low, expected.high), abs=1e-12)
 
 
 def test_the_report_says_chance_beside():
@@ -79,4 +79,4 @@ def test_what_does_not_fit_is_refused(samples, candidates, own, said):
     with pytest.raises(ValueError, match=said):
         retrieve(samples, candidates, own)
     with pytest.raises(ValueError, match="at least one trial"):
-        wilson(0.5, 0)
+        wilson_interval(0.5, 0)

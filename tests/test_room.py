@@ -14,8 +14,8 @@ from conftest import fit
 from condot.core import atomic_files
 from condot.core.atomic_files import exchange, folder_for, put_in_place, sweep, write_whole
 from condot.pipeline.checkpoint import disk_space
-from condot.pipeline.checkpoint.store import Store
-from condot.pipeline.launch.distributed import lock
+from condot.pipeline.checkpoint.store import CheckpointManager
+from condot.pipeline.launch.distributed import lock_folder
 from condot.pipeline.training import loop
 
 # --- room, before any work
@@ -61,18 +61,18 @@ def test_a_first_checkpoint_that_cannot_be_written_ends_the_run_untrained(digits
 
 def test_what_is_kept_and_what_is_written_must_fit_together(tmp_path, monkeypatch):
     """Of ten units a checkpoint: three more need thirty and their small files, whatever else is there."""
-    small = disk_space.SMALL
+    small = disk_space.METADATA_BYTES
     for free, fits in ((30 + 3 * small, True), (29 + 3 * small, False)):
         monkeypatch.setattr(os, "statvfs", lambda place, free=free: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=1))
-        assert (disk_space.lacking(tmp_path / "not" / "there", 10, 10, 3) == "") == fits
+        assert (disk_space.disk_shortage(tmp_path / "not" / "there", 10, 10, 3) == "") == fits
     monkeypatch.setattr(os, "statvfs", lambda place: SimpleNamespace(f_bavail=0, f_frsize=0, f_blocks=0))
-    assert disk_space.lacking(tmp_path, 10, 10, 3) == "", "a disk that does not say how large it is"
+    assert disk_space.disk_shortage(tmp_path, 10, 10, 3) == "", "a disk that does not say how large it is"
 
 
 def test_a_quota_is_asked_by_taking_the_room(tmp_path, monkeypatch):
     """More than any disk has is refused, and nothing of it stays."""
-    assert disk_space.reserve(tmp_path, 1 << 20) == "" and not list(tmp_path.iterdir())
-    said = disk_space.reserve(tmp_path, 1 << 60)
+    assert disk_space.try_reserve(tmp_path, 1 << 20) == "" and not list(tmp_path.iterdir())
+    said = disk_space.try_reserve(tmp_path, 1 << 60)
     assert said == "" or (("free some space, or raise your quota" in said and "No space left" in said) or "too large" in said)
     assert not list(tmp_path.iterdir())
 
@@ -81,15 +81,15 @@ def test_a_quota_is_asked_by_taking_the_room(tmp_path, monkeypatch):
 
 
 def moved_at(step, monkeypatch, act):
-    advance = loop.advance
+    train_step = loop.train_step
 
     def advancing(run):
-        seen = advance(run)
+        seen = train_step(run)
         if run.step == step:
             act()
         return seen
 
-    monkeypatch.setattr(loop, "advance", advancing)
+    monkeypatch.setattr(loop, "train_step", advancing)
 
 
 @pytest.mark.parametrize("other", [False, True])
@@ -100,7 +100,7 @@ def test_a_run_whose_folder_is_moved_ends_and_writes_to_nobody_elses(digits, tmp
     def move():
         os.rename(run, away)
         if other:
-            held.append(lock(run))
+            held.append(lock_folder(run))
             (run / "status.json").write_text("another's")
 
     held = []
@@ -113,10 +113,10 @@ def test_a_run_whose_folder_is_moved_ends_and_writes_to_nobody_elses(digits, tmp
     assert not other or (run / "status.json").read_text() == "another's"
     said = json.loads((away / "status.json").read_text())
     assert said["state"] == "failed" and "moved or replaced" in said["reason"] and said["step"] == 6
-    assert Store(away, 1).latest().name == "checkpoint-4"
+    assert CheckpointManager(away, 1).latest().name == "checkpoint-4"
     for one in held:
         one.close()
-    assert fit(digits, away) == 0 and Store(away, 1).latest().name == "checkpoint-12" and not list(away.glob(".tmp*"))
+    assert fit(digits, away) == 0 and CheckpointManager(away, 1).latest().name == "checkpoint-12" and not list(away.glob(".tmp*"))
 
 
 def test_a_run_ends_when_what_it_pruned_is_gone(digits, tmp_path, monkeypatch):
@@ -133,16 +133,16 @@ def test_a_run_ends_when_what_it_pruned_is_gone(digits, tmp_path, monkeypatch):
 
 
 def test_a_moved_folder_stays_locked(tmp_path):
-    held = lock(tmp_path / "run")
+    held = lock_folder(tmp_path / "run")
     os.rename(tmp_path / "run", tmp_path / "away")
-    assert held.place() == tmp_path / "away" and "it is not there any more" in held.lost()
+    assert held.current_path() == tmp_path / "away" and "it is not there any more" in held.lock_error()
     with pytest.raises(ValueError, match="in use by another run"):
-        lock(tmp_path / "away")
-    lock(tmp_path / "run").close()
-    assert "another folder stands there now" in held.lost()
+        lock_folder(tmp_path / "away")
+    lock_folder(tmp_path / "run").close()
+    assert "another folder stands there now" in held.lock_error()
     os.rename(tmp_path / "run", tmp_path / "third")
     os.rename(tmp_path / "away", tmp_path / "run")
-    assert held.lost() == "" and held.place() == tmp_path / "run", "moved back, it is its own again"
+    assert held.lock_error() == "" and held.current_path() == tmp_path / "run", "moved back, it is its own again"
     held.close()
 
 

@@ -9,9 +9,9 @@ from conftest import ROOT
 from condot.core.data_options import read_options
 from condot.core.safe_yaml import MOST_BYTES, MOST_DEPTH, read_yaml
 from condot.data.prepare.command import main as prepare
-from condot.pipeline.config.parse import load, parse, parse_all
+from condot.pipeline.config.parse import load_recipe, parse, parse_collecting_errors
 from condot.pipeline.config.schema import ALIASES, Config
-from condot.pipeline.export.load import open_folder
+from condot.pipeline.export.load import load_flow_model
 
 LAUGHS = "a0: &a0 [lol,lol,lol,lol,lol,lol,lol,lol,lol]\n" + "".join(
     f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 10)
@@ -43,7 +43,7 @@ def test_what_no_recipe_needs_is_refused_before_it_is_built(name, tmp_path):
     text, message = HOSTILE[name]
     path = tmp_path / "r.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    for read in (read_yaml, load, lambda p: read_options(p), lambda p: parse(Config, ["--config", str(p)])):
+    for read in (read_yaml, load_recipe, lambda p: read_options(p), lambda p: parse(Config, ["--config", str(p)])):
         tracemalloc.start()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
@@ -54,7 +54,7 @@ def test_what_no_recipe_needs_is_refused_before_it_is_built(name, tmp_path):
             assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000, "kilobytes, of C libraries too"
         finally:
             tracemalloc.stop()
-    assert parse_all(Config, ["--config", str(path)])[1], "a mistake of the dry run too"
+    assert parse_collecting_errors(Config, ["--config", str(path)])[1], "a mistake of the dry run too"
 
 
 def test_a_hostile_folder_is_refused(tmp_path):
@@ -71,10 +71,10 @@ def test_a_hostile_folder_is_refused(tmp_path):
         up_block_types=("UpBlock2D",), layers_per_block=1,
     ).save_pretrained(tmp_path / "unet")  # fmt: skip
     DDPMScheduler().save_pretrained(tmp_path / "scheduler")
-    open_folder(tmp_path)
+    load_flow_model(tmp_path)
     (tmp_path / "config.yaml").write_text(LAUGHS)
     with pytest.raises(ValueError, match="too many once aliases"):
-        open_folder(tmp_path)
+        load_flow_model(tmp_path)
     shutil.rmtree(tmp_path / "unet")
 
 
@@ -84,7 +84,7 @@ def test_aliases_and_merges_of_a_recipe_are_read(tmp_path):
     config = parse(Config, ["--config", str(path)])
     assert (config.log.every, config.log.sample_every, config.train.max_steps, config.train.batch_size) == (7, 7, 3, 8)
     path.write_text("")
-    assert load(path) == {} and read_yaml(path) is None
+    assert load_recipe(path) == {} and read_yaml(path) is None
 
 
 def test_the_two_rooms_read_alike():
@@ -110,7 +110,7 @@ def test_words_that_nobody_would_read_are_refused(words, message, tmp_path):
     argv = ["--config", str(tmp_path / "a.yaml"), *words]
     with pytest.raises(ValueError, match=message):
         parse(Config, argv, ALIASES)
-    assert len(parse_all(Config, argv, ALIASES)[1]) == 1
+    assert len(parse_collecting_errors(Config, argv, ALIASES)[1]) == 1
 
 
 def test_words_after_the_options_of_other_commands(tmp_path, capsys):

@@ -12,9 +12,9 @@ from condot.core.data_options import Options, read_options
 from condot.data.encode import command
 from condot.data.encoders.autoencoder import read_autoencoder
 from condot.data.encoders.text import TextEncoder, read_text_encoders
-from condot.data.loader.build import build, open_latents, open_shards, open_text
+from condot.data.loader.build import build, open_encoded_latents, open_encoded_text, open_shards
 from condot.data.loader.stream import Share
-from condot.pipeline.checkpoint.store import Store, load_tensors
+from condot.pipeline.checkpoint.store import CheckpointManager, load_tensors
 
 SIZES = [(8, 8), (16, 8), (8, 16), (12, 10)]
 
@@ -48,7 +48,7 @@ def test_batches_of_several_shapes_train_and_resume_bitwise(shapes, tmp_path):
     assert fit(shapes, tmp_path / "whole", *BUCKETS) == 0
     assert fit(shapes, tmp_path / "parts", *BUCKETS, "--train.max_steps=4") == 0
     assert fit(shapes, tmp_path / "parts", *BUCKETS) == 0
-    whole, parts = (load_tensors(Store(tmp_path / name, 1).latest()) for name in ("whole", "parts"))
+    whole, parts = (load_tensors(CheckpointManager(tmp_path / name, 1).latest()) for name in ("whole", "parts"))
     assert whole.keys() == parts.keys() and all(torch.equal(whole[k], parts[k]) for k in whole)
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
@@ -114,7 +114,7 @@ def test_three_stages_continue_one_another(shapes, tmp_path):
         "--ema.ramp=1e30",
     ]
     assert fit(shapes, tmp_path / "again", "--data.channels=3", *again) == 0
-    first, second = (load_tensors(Store(folder, 1).latest()) for folder in (stages / "256", tmp_path / "again"))
+    first, second = (load_tensors(CheckpointManager(folder, 1).latest()) for folder in (stages / "256", tmp_path / "again"))
     for name in first:
         if name.startswith("model."):
             assert torch.equal(first[name], second[name])
@@ -193,8 +193,8 @@ def test_latents_captions_and_encoded_captions_come_together(tmp_path):
     assert command.main(["--config", str(recipe)]) == 0
     options: Options = read_options(recipe)[0]
     images = open_shards(options)
-    latents = open_latents(options, images, read_autoencoder(options.autoencoder))
-    text = open_text(options, images, read_text_encoders(options))
+    latents = open_encoded_latents(options, images, read_autoencoder(options.autoencoder))
+    text = open_encoded_text(options, images, read_text_encoders(options))
     stream = build(options, seed=1, share=Share(batch_size=6), captions=True, images=images, latents=latents, text=text)
     encoder, faults = TextEncoder(options.text_encoder[0], max_tokens=8), 0
     for _ in range(5):

@@ -10,7 +10,7 @@ from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
 from condot.pipeline.export.runtime.scheduler_check_v2 import language
 from condot.pipeline.export.runtime.scheduling_flow_ode_v2 import FlowODEScheduler
 from condot.pipeline.export.runtime.scheduling_flow_sde_v2 import FlowSDEScheduler
-from condot.pipeline.export.scheduler_map import NAMES, form_of, scheduler_of
+from condot.pipeline.export.scheduler_map import PREDICTION_TYPES, build_scheduler, export_form
 
 OURS = {"FlowODEScheduler": FlowODEScheduler, "FlowSDEScheduler": FlowSDEScheduler}
 STRAIGHT = ["DEISMultistep", "DPMSolverMultistep", "DPMSolverSinglestep"]
@@ -54,9 +54,9 @@ def pipe_of(recipe, std=0.5, pixels=False, **more):
     """A perfect network of a recipe in our pipeline, under the scheduler that its export has."""
     path, predict = recipe.split()
     flow = FlowConfig(path=path, predict=predict, sigma_data=std)
-    form = form_of(flow)
-    kind = "karras" if path == "edm" else "velocity" if predict == "velocity" and not form.stock else NAMES[form.predict]
-    pipe = CondotPipeline(scheduler_of(flow, pixels), transformer=ExactNetwork(path, kind, std=std, **more), id2label={})
+    form = export_form(flow)
+    kind = "karras" if path == "edm" else "velocity" if predict == "velocity" and not form.stock else PREDICTION_TYPES[form.predict]
+    pipe = CondotPipeline(build_scheduler(flow, pixels), transformer=ExactNetwork(path, kind, std=std, **more), id2label={})
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -140,7 +140,7 @@ def test_a_network_with_two_outputs_gives_its_first():
 
 def test_a_word_that_a_class_does_not_know_says_nothing():
     """diffusers keeps unknown words in a configuration: DDIM made of a flow's has use_flow_sigmas, and no idea of it."""
-    scheduler = diffusers.DDIMScheduler.from_config(scheduler_of(FlowConfig()).config)
+    scheduler = diffusers.DDIMScheduler.from_config(build_scheduler(FlowConfig()).config)
     assert scheduler.config.use_flow_sigmas and language(scheduler) == ("flow_prediction", False)
     assert language(diffusers.FlowMatchEulerDiscreteScheduler.from_config({"prediction_type": "epsilon"})) == ("flow_prediction", True)
 

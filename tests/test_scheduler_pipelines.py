@@ -27,12 +27,12 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from condot.pipeline.export.bundle import standing_alone
-from condot.pipeline.export.load import open_folder
+from condot.pipeline.export.bundle import bundle_module
+from condot.pipeline.export.load import load_flow_model
 from condot.pipeline.export.runtime import scheduling_flow_sde_v1 as file
 from condot.pipeline.export.runtime.scheduling_flow_ode_v2 import FlowODEScheduler
 from condot.pipeline.export.runtime.scheduling_flow_sde_v2 import FlowSDEScheduler
-from condot.pipeline.flow import ODE_SOLVERS, SDE_SOLVERS, CondOT, coefficient
+from condot.pipeline.flow import ODE_SOLVERS, SDE_SOLVERS, CondOT, diffusion_coefficient
 
 SMALL = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1}
 DPM = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
@@ -177,7 +177,7 @@ def test_a_stock_pipeline_draws_our_sde(name, solver, monkeypatch):
     generator = torch.Generator().manual_seed(1)
     pipe(**how, num_inference_steps=4, generator=generator)
     assert len(noise) == 3 and set(seeds) == {generator if name in ("PixArt", "Sana") else pipe.scheduler.generator}
-    times, sigma = 1 - pipe.scheduler.sigmas, coefficient("noise")
+    times, sigma = 1 - pipe.scheduler.sigmas, diffusion_coefficient("noise")
     ours = SDE_SOLVERS[solver](recorded.field, recorded.points[0], times, CondOT(), sigma, lambda k: noise[k]).x
     torch.testing.assert_close(recorded.end, ours, rtol=1e-4, atol=1e-4)
 
@@ -221,7 +221,7 @@ def written(folder, kind, **config):
     pipe.scheduler = kind(prediction_type="sample", **config)
     pipe.save_pretrained(folder)
     code, index = Path(inspect.getfile(kind)), json.loads((folder / "model_index.json").read_text())
-    (folder / "scheduler" / code.name).write_text(standing_alone(code))
+    (folder / "scheduler" / code.name).write_text(bundle_module(code))
     index["scheduler"] = [code.stem, kind.__name__]
     (folder / "model_index.json").write_text(json.dumps(index))
     (folder / "config.yaml").write_text("flow: {path: vp, predict: data}\n")
@@ -239,7 +239,7 @@ def test_folders_of_both_versions_load_beside_each_other(name, tmp_path):
         pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
         loaded = type(pipe.scheduler)
         assert loaded.__name__ == kind.__name__ and loaded is not kind and loaded.solvers == kind.solvers
-        assert open_folder(folder).predict == "data"
+        assert load_flow_model(folder).predict == "data"
         here = DiTPipeline(pipe.transformer, pipe.vae, kind.from_config(pipe.scheduler.config))
         images = []
         for one in (pipe, here):
@@ -259,7 +259,7 @@ def test_both_second_versions_stand_in_one_file(tmp_path):
     )
     for part in Path(inspect.getfile(FlowODEScheduler)).parent.glob("scheduling_flow*.py"):
         (tmp_path / part.name).write_text(part.read_text())
-    text, names = standing_alone(tmp_path / "root.py"), {"__name__": "alone"}
+    text, names = bundle_module(tmp_path / "root.py"), {"__name__": "alone"}
     sys.modules["alone"] = types.ModuleType("alone")
     exec(compile(text, "alone", "exec"), names)
     for kind, here in zip(names["BOTH"], (FlowODEScheduler, FlowSDEScheduler), strict=True):

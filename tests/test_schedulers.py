@@ -16,10 +16,19 @@ from diffusers import (
 )
 from sampling import stream, worst_statistic
 
-from condot.pipeline.export.bundle import standing_alone
+from condot.pipeline.export.bundle import bundle_module
 from condot.pipeline.export.runtime.scheduling_flow_ode_v1 import FlowODEScheduler
 from condot.pipeline.export.runtime.scheduling_flow_sde_v1 import FlowSDEScheduler
-from condot.pipeline.flow import ODE_SOLVERS, PATHS, SDE_SOLVERS, CondOT, coefficient, dormand_prince, step_variances, uniform_grid
+from condot.pipeline.flow import (
+    ODE_SOLVERS,
+    PATHS,
+    SDE_SOLVERS,
+    CondOT,
+    diffusion_coefficient,
+    dormand_prince,
+    step_variances,
+    uniform_grid,
+)
 
 MIXTURE = oracles.three()
 FIELD = MIXTURE.field(oracles.condot)
@@ -57,15 +66,15 @@ def predicted(scheduler, kind, x, sigma, path="condot", sigma_data=0.0):
     return u * z + w * eps
 
 
-def drawn(scheduler, x, steps=None, path="condot", after=None, generator=None, **more):
+def drawn(scheduler, x, steps=None, path="condot", step_callback=None, generator=None, **more):
     """The loop of a pipeline with a perfect network, told the exact time, not its float32 timestep."""
     scheduler.set_timesteps(steps, **more)
     for t, point in zip(scheduler.timesteps, list(scheduler._points), strict=True):
         x = scheduler.scale_model_input(x, t)
         out = predicted(scheduler, scheduler.config.prediction_type, x, point.sigma, path, scheduler.config.sigma_data)
         x = scheduler.step(out, t, x, generator=generator).prev_sample
-        if after:
-            after(x)
+        if step_callback:
+            step_callback(x)
     return x
 
 
@@ -107,9 +116,9 @@ def test_every_point_is_that_of_our_own_solver(solver, kind):
     """Step for step on CondOT, to 1e-11, on an uneven grid; a network that predicts data ends on an Euler step, as ours does."""
     scheduler = FlowODEScheduler(solver, kind, shift=1.7)
     seen, ours = [], []
-    end = drawn(scheduler, START, 9, after=seen.append)
+    end = drawn(scheduler, START, 9, step_callback=seen.append)
     times = 1 - scheduler.sigmas
-    solution = ODE_SOLVERS[solver](FIELD, START, times, last_euler=kind == "sample", after=lambda x, t: ours.append(x) or x)
+    solution = ODE_SOLVERS[solver](FIELD, START, times, last_euler=kind == "sample", step_callback=lambda x, t: ours.append(x) or x)
     assert solution.evaluations == len(seen) == len(scheduler.timesteps) and scheduler.order == EVALUATIONS[solver]
     steps = [x for x, later in zip(seen, [*scheduler._moves[1:], None], strict=True) if later is None or later.begins]
     torch.testing.assert_close(torch.stack(steps), torch.stack(ours), rtol=1e-11, atol=1e-11)
@@ -145,10 +154,10 @@ def test_data_predictions_are_kept_in_range(path, make):
     levels = scheduler.sigmas.tolist()
     x = torch.randn(5, 2, 3, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     clamped = 0
-    for k, (level, after) in zip(scheduler.timesteps, pairwise(levels), strict=False):
+    for k, (level, step_callback) in zip(scheduler.timesteps, pairwise(levels), strict=False):
         x = scheduler.scale_model_input(x, k)
         a, b, *_ = scheduler.coefficients(level)
-        c, d, *_ = scheduler.coefficients(after)
+        c, d, *_ = scheduler.coefficients(step_callback)
         eps = torch.sin(3 * x)
         z = ((x - b * eps) / a).clamp(-0.5, 0.5)
         clamped += int((z.abs() == 0.5).sum())
@@ -225,7 +234,7 @@ def test_every_point_is_that_of_our_own_sde(solver, sigma_t, monkeypatch):
     monkeypatch.setattr("condot.pipeline.export.runtime.scheduling_flow_sde_v1.randn_tensor", lambda shape, **more: next(queue))
     sigmas = [0.93, 0.8, 0.55, 0.3, 0.12] if sigma_t == "forward" and solver != "exponential" else [1.0, 0.8, 0.55, 0.3, 0.12]
     if isinstance(sigma_t, str):
-        sigma = coefficient(sigma_t, 0.9)
+        sigma = diffusion_coefficient(sigma_t, 0.9)
     else:
         rows = torch.tensor(sigma_t, dtype=torch.float64)
 
@@ -234,9 +243,9 @@ def test_every_point_is_that_of_our_own_sde(solver, sigma_t, monkeypatch):
             return 0.9 * (rows[k] + (3 * t - k) * (rows[k + 1] - rows[k]))
 
     scheduler, seen, ours = FlowSDEScheduler(solver, sigma_t, 0.9), [], []
-    drawn(scheduler, START, sigmas=sigmas, after=seen.append)
+    drawn(scheduler, START, sigmas=sigmas, step_callback=seen.append)
     times = 1 - scheduler.sigmas
-    solution = SDE_SOLVERS[solver](FIELD, START, times, CondOT(), sigma, lambda k: draws[k], after=lambda x, t: ours.append(x) or x)
+    solution = SDE_SOLVERS[solver](FIELD, START, times, CondOT(), sigma, lambda k: draws[k], step_callback=lambda x, t: ours.append(x) or x)
     assert solution.evaluations == len(seen)
     steps = [x for x, later in zip(seen, [*scheduler._moves[1:], None], strict=True) if later is None or later.begins]
     torch.testing.assert_close(torch.stack(steps), torch.stack(ours), rtol=1e-11, atol=1e-11)
@@ -537,7 +546,7 @@ def test_the_file_that_travels_stands_alone(name, tmp_path):
     import ast
     import importlib.util
 
-    text = standing_alone(ROOT / f"pipeline/export/runtime/{name}.py")
+    text = bundle_module(ROOT / f"pipeline/export/runtime/{name}.py")
     heads = {alias.name.split(".")[0] for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for alias in n.names}
     heads |= {n.module.split(".")[0] for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and not n.level}
     assert not [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.ImportFrom) and n.level]

@@ -21,7 +21,7 @@ from condot.pipeline.export.runtime.scheduling_flow_ode_v1 import FlowODESchedul
 from condot.pipeline.export.runtime.scheduling_flow_ode_v2 import FlowODEScheduler
 from condot.pipeline.export.runtime.scheduling_flow_sde_v1 import FlowSDEScheduler as FirstSDE
 from condot.pipeline.export.runtime.scheduling_flow_sde_v2 import FlowSDEScheduler
-from condot.pipeline.flow import ODE_SOLVERS, PATHS, SDE_SOLVERS, CondOT, coefficient, landed
+from condot.pipeline.flow import ODE_SOLVERS, PATHS, SDE_SOLVERS, CondOT, diffusion_coefficient, solve_then_denoise
 
 ORDERS = {"euler": 1, "midpoint": 2, "heun": 2, "multistep": 2, "dpmpp_2m": 2, "rk4": 4}
 STEPS = {"euler": 80, "midpoint": 30, "heun": 30, "multistep": 60, "dpmpp_2m": 60, "rk4": 15}
@@ -78,7 +78,7 @@ def test_a_data_prediction_is_followed_as_our_own_solver_does(solver):
     """On CondOT to 1e-11: inside to t = 1 - 1e-3 by steps that leave a quarter or more, then one to the prediction."""
     scheduler = FlowODEScheduler(solver, "sample", shift=1.7)
     end = drawn(scheduler, START, 9)
-    ours = landed(ODE_SOLVERS[solver], FIELD, START, 1 - scheduler.sigmas, CondOT())
+    ours = solve_then_denoise(ODE_SOLVERS[solver], FIELD, START, 1 - scheduler.sigmas, CondOT())
     torch.testing.assert_close(end, ours.x, rtol=1e-11, atol=1e-11)
     assert len(scheduler.timesteps) == ours.evaluations > 9 * scheduler.order + 1
 
@@ -97,7 +97,7 @@ def test_levels_below_a_thousandth_end_with_one_step(solver):
 def test_paths_that_keep_noise_are_followed_to_their_end(path, kind):
     """To sigma = 0, then one evaluation more: on the data prediction there, as generate.py's `cleaned`."""
     scheduler, seen = FlowODEScheduler("heun", WORDS[kind], **path_of(path)), []
-    end = drawn(scheduler, START, 5, path, after=seen.append)
+    end = drawn(scheduler, START, 5, path, step_callback=seen.append)
     a, b, _, _ = scheduler.coefficients(0.0)
     torch.testing.assert_close(end, MIXTURE.data(seen[-2], a, b), rtol=2e-6, atol=2e-6)
     assert len(scheduler.timesteps) == 11 and scheduler.timesteps[-1] == 0
@@ -221,7 +221,7 @@ def test_two_step_methods_are_our_own(path, kind, monkeypatch):
         queue = iter(draws)
         monkeypatch.setattr(file, "randn_tensor", lambda *args, queue=queue, **more: next(queue))
         end = drawn(FlowSDEScheduler("dpmpp_2m_sde", sigma_t, 0.9, kind, **path_of(path)), START, path=path, sigmas=levels)
-        ours = SDE_SOLVERS["dpmpp_2m_sde"](field, START, times, law, coefficient(sigma_t, 0.9), lambda k: draws[k]).x
+        ours = SDE_SOLVERS["dpmpp_2m_sde"](field, START, times, law, diffusion_coefficient(sigma_t, 0.9), lambda k: draws[k]).x
         torch.testing.assert_close(end, clean(ours), rtol=1e-9, atol=1e-9)
 
 
@@ -298,7 +298,7 @@ def test_steps_may_be_asked_out_of_turn():
         out = predicted(scheduler, "flow_prediction", points[k], scheduler._points[k].sigma)
         again = scheduler.step(out, scheduler.timesteps[k], points[k], prev_sample=points[k + 1])
         assert torch.equal(again.log_prob, asked[k])
-    ours = flow.trajectory_log_prob(FIELD, points, 1 - scheduler.sigmas, CondOT(), coefficient("noise"))
+    ours = flow.trajectory_log_prob(FIELD, points, 1 - scheduler.sigmas, CondOT(), diffusion_coefficient("noise"))
     torch.testing.assert_close(torch.stack(asked), ours, rtol=1e-6, atol=1e-6)
     two = policy(solver="dpmpp_2m_sde")
     two.set_begin_index(2)

@@ -11,11 +11,11 @@ from PIL import Image
 from servers import serving
 
 from condot.core.data_options import Options
-from condot.data.format.index import describe, index_path
+from condot.data.format.index import index_path, index_tar
 from condot.data.format.manifest import Manifest, Tally, parse_manifest, write_manifest
 from condot.data.storage.cache import Cache
 from condot.data.storage.remote import RemoteFolder, _cached
-from condot.data.storage.resolve import open_folder
+from condot.data.storage.resolve import open_shard_folder
 from condot.data.storage.shard_reader import Shards
 
 NAMES = (
@@ -39,7 +39,7 @@ def packed(tmp_path_factory):
                 info = tarfile.TarInfo(f"{number}.{extension}")
                 info.size = len(body)
                 tar.addfile(info, io.BytesIO(body))
-        shard, found = describe(folder / name, "train")
+        shard, found = index_tar(folder / name, "train")
         shards.append(shard)
         tally += found
     write_manifest(folder, Manifest(shards=tuple(shards), tally=tally))
@@ -99,12 +99,12 @@ def test_each_can_be_named_alone(packed, cache, monkeypatch, tmp_path):
     with serving() as server:
         server.files = {quote(path.name, safe=""): path.read_bytes() for path in packed.iterdir()}
         for name in NAMES:
-            assert open_folder(f"{server.url}/{quote(name, safe='')}", options)[1] == (name,)
-        assert open_folder(f"{server.url}/a b.tar?sig=1", options)[1] == ("a b.tar",)
+            assert open_shard_folder(f"{server.url}/{quote(name, safe='')}", options)[1] == (name,)
+        assert open_shard_folder(f"{server.url}/a b.tar?sig=1", options)[1] == ("a b.tar",)
         with pytest.raises(ValueError, match=r"has no absent%20one\.tar"):
-            open_folder(f"{server.url}/absent%20one.tar", options)
-    assert open_folder(f"file://{packed}/what?.tar", options)[1] == ("what?.tar",)
-    assert open_folder(f"{packed}/100%25.tar", options)[1] == ("100%25.tar",), "a path is no URL"
+            open_shard_folder(f"{server.url}/absent%20one.tar", options)
+    assert open_shard_folder(f"file://{packed}/what?.tar", options)[1] == ("what?.tar",)
+    assert open_shard_folder(f"{packed}/100%25.tar", options)[1] == ("100%25.tar",), "a path is no URL"
 
 
 def test_names_in_the_cache(packed):
@@ -134,7 +134,7 @@ def test_what_is_no_name(packed, tmp_path, name):
     (tmp_path / "manifest.json").write_text(text)
     for place in (tmp_path.as_uri(), *[str(tmp_path)] * (name in LEADING)):
         with pytest.raises(ValueError, match="is no shard") as caught:
-            open_folder(place, Options(cache_dir=str(tmp_path / "cache"), retry_seconds=1))
+            open_shard_folder(place, Options(cache_dir=str(tmp_path / "cache"), retry_seconds=1))
         assert str(caught.value).isprintable(), "what it quotes is escaped"
 
 

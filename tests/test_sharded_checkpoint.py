@@ -12,9 +12,9 @@ from safetensors import safe_open
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import Replicate, Shard
 
-from condot.pipeline.checkpoint.rank_file import KEY
-from condot.pipeline.checkpoint.sharding import Box, deal, overlap, shard_box, to_write, within
-from condot.pipeline.checkpoint.store import Store, load_tensors
+from condot.pipeline.checkpoint.rank_file import METADATA_KEY
+from condot.pipeline.checkpoint.sharding import Box, assign_to_ranks, overlap, shard_box, slices_within, to_write
+from condot.pipeline.checkpoint.store import CheckpointManager, load_tensors
 
 # --- boxes
 
@@ -31,7 +31,7 @@ def test_boxes_are_those_of_torch_and_tile_the_tensor(shape, sizes, dims):
         box = shard_box(shape, sizes, dims, place)
         local, offset = _compute_local_shape_and_global_offset(shape, sizes, place.__getitem__, placements)
         assert box.shape == tuple(local) and (box.numel == 0 or box.offset == tuple(offset))
-        count[within(box, Box((0,) * len(shape), shape))] += 1
+        count[slices_within(box, Box((0,) * len(shape), shape))] += 1
     copies = torch.tensor([n for n, dim in zip(sizes, dims, strict=True) if dim is None]).prod()
     assert (count == copies).all()
 
@@ -41,17 +41,19 @@ def test_what_boxes_have_in_common():
     a, b = Box((1, 2), (4, 5)), Box((3, 0), (3, 4))
     common = overlap(a, b)
     assert common == Box((3, 2), (2, 2)) == overlap(b, a)
-    assert frame[1:5, 2:7][within(common, a)].equal(frame[3:5, 2:4]) and frame[3:6, 0:4][within(common, b)].equal(frame[3:5, 2:4])
+    assert frame[1:5, 2:7][slices_within(common, a)].equal(frame[3:5, 2:4]) and frame[3:6, 0:4][slices_within(common, b)].equal(
+        frame[3:5, 2:4]
+    )
     assert overlap(a, Box((5, 0), (1, 10))) is None and overlap(a, Box((1, 2), (0, 5))) is None, "neither neighbours nor empty ones"
-    assert overlap(Box((), ()), Box((), ())) == Box((), ()) and torch.tensor(3.0)[within(Box((), ()), Box((), ()))] == 3
+    assert overlap(Box((), ()), Box((), ())) == Box((), ()) and torch.tensor(3.0)[slices_within(Box((), ()), Box((), ()))] == 3
 
 
 def test_things_are_dealt_out_evenly_and_each_once():
     sizes = {f"{i}": (i * 37) % 101 for i in range(200)}
-    for hands in (1, 2, 7, 300):
-        dealt = deal(sizes, hands)
-        loads = [sum(sizes[name] for name, hand in dealt.items() if hand == h) for h in range(hands)]
-        assert dealt.keys() == sizes.keys() and max(loads) <= sum(sizes.values()) / hands + max(sizes.values())
+    for ranks in (1, 2, 7, 300):
+        dealt = assign_to_ranks(sizes, ranks)
+        loads = [sum(sizes[name] for name, rank in dealt.items() if rank == h) for h in range(ranks)]
+        assert dealt.keys() == sizes.keys() and max(loads) <= sum(sizes.values()) / ranks + max(sizes.values())
     parts = [to_write(ranks_do.whole(), rank, 3) for rank in range(3)]
     assert sorted(part.name for mine in parts for part in mine) == sorted(ranks_do.whole())
 
@@ -71,7 +73,7 @@ def test_a_checkpoint_of_any_ranks_is_read_by_any(tmp_path, kinds):
         counted = {name: torch.zeros(t.shape) for name, t in ranks_do.whole().items()}
         for path in (Path(folder) / "checkpoint-2").glob("*.safetensors"):
             with safe_open(path, framework="pt") as file:
-                parts = json.loads(file.metadata()[KEY])["parts"]
+                parts = json.loads(file.metadata()[METADATA_KEY])["parts"]
                 for name in file.keys():  # noqa: SIM118
                     shape, offset = file.get_slice(name).get_shape(), parts.get(name, {}).get("offset")
                     counted[name][tuple(slice(o, o + n) for o, n in zip(offset or [0] * len(shape), shape, strict=True))] += 1
@@ -118,8 +120,8 @@ def test_a_full_file_system(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-POINTS = ["copy", "write_file", "not_finite", "finish"]
-FIRST = ["check_present", "_commit", "write_text", "sync", "_prune"]
+POINTS = ["copy", "write_file", "find_nonfinite", "finish"]
+FIRST = ["check_files_visible", "_commit", "write_text", "sync", "_prune"]
 
 
 @pytest.mark.faults
@@ -128,6 +130,6 @@ def test_a_rank_killed_in_a_save_ends_the_others_and_leaves_a_good_one(tmp_path,
     """The other rank fails within the group's time-out, here at once; what was whole before is whole after."""
     found = outcomes(2, ranks_do.die, str(tmp_path), point, who, timeout=100)
     assert found[who][0] == -9 and found[1 - who][0] == 1, found
-    latest = Store(tmp_path, keep=1).latest()
+    latest = CheckpointManager(tmp_path, keep=1).latest()
     assert latest.name == ("checkpoint-2" if point == "_prune" else "checkpoint-1")
     assert ranks_do.digest(load_tensors(latest)) == ranks_do.digest(ranks_do.whole(2.0 if point == "_prune" else 1.0))

@@ -5,7 +5,7 @@ import codecs
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from condot.data.prepare.report import LONGEST, SIDE, _below, contact_sheet, shortened
+from condot.data.prepare.report import LONGEST, SIDE, _tile_label, contact_sheet, shortened
 
 TILE = Image.new("RGB", (8, 8))
 
@@ -63,4 +63,4 @@ def test_any_text_is_drawn():
     ],
 )
 def test_below_a_picture_stands_the_caption_as_training_reads_it_else_the_class(body, line):
-    assert _below({} if body is None else {"txt": body}, 1, ("dog", "cat")) == line
+    assert _tile_label({} if body is None else {"txt": body}, 1, ("dog", "cat")) == line

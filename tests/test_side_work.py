@@ -14,11 +14,11 @@ from ranks import together
 from test_tracking import Alone
 from test_training import digest
 
-from condot.pipeline.tracking.run_log import Log
+from condot.pipeline.tracking.run_log import RunLog
 from condot.pipeline.training import preview
-from condot.pipeline.training.best_effort import SideFailure, SideWork, is_out_of_memory
-from condot.pipeline.training.run import Run, Told
-from condot.pipeline.training.status import read
+from condot.pipeline.training.best_effort import BestEffort, BestEffortError, is_out_of_memory
+from condot.pipeline.training.run import Interrupted, Run
+from condot.pipeline.training.status import read_status
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PREVIEWS = ("--log.sample_every=4", "--log.sample_steps=2")
@@ -34,7 +34,7 @@ def undisturbed(digits, tmp_path_factory):
 
 def same(run, undisturbed):
     """It came to its end: saved, with the same weights, averages and moments, and the same losses."""
-    assert read(run)["state"] == "finished" and read(run)["step"] == 12
+    assert read_status(run)["state"] == "finished" and read_status(run)["step"] == 12
     assert digest(run / "checkpoint-12") == digest(undisturbed / "checkpoint-12")
     curves = [[json.loads(line)["loss"] for line in (one / "metrics.jsonl").read_text().splitlines()] for one in (run, undisturbed)]
     assert curves[0] == curves[1]
@@ -84,14 +84,14 @@ def test_tensorboard_on_a_full_disk_ends_nothing(digits, undisturbed, tmp_path, 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(RecordWriter, "write", full)
-    monkeypatch.setattr("condot.pipeline.tracking.run_log.finish", lambda given: trackers.finish(given, 0.5))
-    monkeypatch.setattr(trackers, "STUCK", [])
+    monkeypatch.setattr("condot.pipeline.tracking.run_log.finish_trackers", lambda given: trackers.finish_trackers(given, 0.5))
+    monkeypatch.setattr(trackers, "STUCK_TRACKERS", [])
     assert fit(digits, tmp_path / "run", *PREVIEWS, "--log.report_to=tensorboard") == 0 and same(tmp_path / "run", undisturbed)
 
 
 def test_nothing_of_a_log_raises(tmp_path, monkeypatch, capsys):
     """Whatever a bar, a tracker or the writer of lines raises, once for each of its kinds."""
-    log = Log(tmp_path, main=True, start=0, stop=9, accelerator=Alone())
+    log = RunLog(tmp_path, main=True, start=0, stop=9, accelerator=Alone())
 
     def broken(*given, **more):
         raise RuntimeError("broken")
@@ -102,7 +102,7 @@ def test_nothing_of_a_log_raises(tmp_path, monkeypatch, capsys):
         log.advance()
         log.write(step, 16, {"loss": 1.0})
         log.say("a line")
-        assert log.back(step) == []
+        assert log.rewind(step) == []
     log.close()
     assert capsys.readouterr().err.count("RuntimeError: broken") == 5, "advance, write, say, back, close"
 
@@ -127,8 +127,8 @@ def test_a_run_whose_preview_always_fails_is_the_run(digits, undisturbed, tmp_pa
     """At the default, where a step that is saved is drawn too: each is committed before, and the failure is told once."""
     saved, generate = [], preview.generate
     monkeypatch.setattr(preview, "generate", short_of_memory(0)[0])
-    settle = Run.settle
-    monkeypatch.setattr(Run, "settle", lambda run: (settle(run), saved.append(run.saved))[0])
+    wait_for_checkpoint = Run.wait_for_checkpoint
+    monkeypatch.setattr(Run, "wait_for_checkpoint", lambda run: (wait_for_checkpoint(run), saved.append(run.last_saved_step))[0])
     assert fit(digits, tmp_path / "run", *PREVIEWS) == 0 and generate is not preview.generate
     out = "".join(capsys.readouterr())
     assert out.count("the preview failed, and training goes on (OutOfMemoryError: CUDA out") == 1 and "3 times: the preview" in out
@@ -141,7 +141,7 @@ def test_whatever_a_preview_raises_ends_nothing(digits, undisturbed, tmp_path, m
     seen = []
 
     def look(run, text=None):
-        seen.append((run.step, run.saved))
+        seen.append((run.step, run.last_saved_step))
         raise error
 
     monkeypatch.setattr("train.preview", look)
@@ -159,11 +159,13 @@ def test_a_preview_that_lacks_memory_is_drawn_few_at_a_time(digits, undisturbed,
     assert len(pictures[0]) == 3 and pictures[0] == pictures[1]
 
 
-def drawing(*answers, told=lambda trouble: trouble):
+def drawing(*answers, check_interrupt=lambda failure: failure):
     """What `preview.draw` makes of a function that gives or raises these, one after the other."""
     train = SimpleNamespace(batch_size=16, gradient_accumulation_steps=2)
     two, ema = SimpleNamespace(num_processes=2), SimpleNamespace(model=torch.nn.Identity())
-    run = SimpleNamespace(config=SimpleNamespace(train=train), accelerator=two, ema=ema, told=lambda trouble=0: told(trouble))
+    run = SimpleNamespace(
+        config=SimpleNamespace(train=train), accelerator=two, ema=ema, check_interrupt=lambda failure=0: check_interrupt(failure)
+    )
     left, asked = list(answers), []
 
     def make(most):
@@ -173,7 +175,7 @@ def drawing(*answers, told=lambda trouble: trouble):
             raise answer
         return answer
 
-    return lambda: preview.draw(run, make), asked
+    return lambda: preview.draw_within_memory(run, make), asked
 
 
 MEMORY, PICTURE = MemoryError("no memory"), torch.zeros(3)
@@ -183,22 +185,22 @@ def test_ranks_that_draw_together_give_up_or_halve_together():
     """The rank that did well hears of the others' trouble, and does what they do."""
     draw, asked = drawing(MEMORY, PICTURE)
     assert draw() is PICTURE and asked == [4, 2]
-    heard = iter([preview.LACK, 0])
-    draw, asked = drawing(PICTURE, PICTURE, told=lambda trouble: next(heard))
+    heard = iter([preview.OUT_OF_MEMORY, 0])
+    draw, asked = drawing(PICTURE, PICTURE, check_interrupt=lambda failure: next(heard))
     assert draw() is PICTURE and asked == [4, 2]
-    draw, asked = drawing(preview.Elsewhere(preview.LACK), PICTURE)
+    draw, asked = drawing(preview.PeerFailure(preview.OUT_OF_MEMORY), PICTURE)
     assert draw() is PICTURE and asked == [4, 2]
-    for trouble in (RuntimeError("a bug"), preview.Elsewhere(preview.FAILED)):
-        draw, asked = drawing(trouble, PICTURE)
-        with pytest.raises(SideFailure, match=r"RuntimeError: a bug|on another rank"):
+    for failure in (RuntimeError("a bug"), preview.PeerFailure(preview.FAILED)):
+        draw, asked = drawing(failure, PICTURE)
+        with pytest.raises(BestEffortError, match=r"RuntimeError: a bug|on another rank"):
             draw()
         assert asked == [4]
     draw, asked = drawing(MEMORY, MEMORY, MEMORY)
-    with pytest.raises(SideFailure, match="MemoryError: no memory"):
+    with pytest.raises(BestEffortError, match="MemoryError: no memory"):
         draw()
     assert asked == [4, 2, 1]
-    draw, asked = drawing(Told(), PICTURE)
-    with pytest.raises(Told):
+    draw, asked = drawing(Interrupted(), PICTURE)
+    with pytest.raises(Interrupted):
         draw()
 
 
@@ -225,17 +227,17 @@ def test_lack_of_memory_is_known_by_what_torch_and_python_raise():
     assert is_out_of_memory(found.value)
 
 
-def test_side_work_tells_each_cause_once():
+def test_best_effort_reports_each_cause_once():
     said = []
-    side = SideWork(said.append)
-    assert side("a", lambda: 3) == 3
-    for error in (ValueError("x"), ValueError("x"), ValueError("y"), SideFailure("in words")):
+    best_effort = BestEffort(said.append)
+    assert best_effort("a", lambda: 3) == 3
+    for error in (ValueError("x"), ValueError("x"), ValueError("y"), BestEffortError("in words")):
 
         def act(error=error):
             raise error
 
-        assert side("a", act) is None
+        assert best_effort("a", act) is None
     assert len(said) == 3 and "(ValueError: x)" in said[0] and "(in words)" in said[2]
-    with pytest.raises(Told):
-        side("a", lambda: (_ for _ in ()).throw(Told()), passed=(Told,))
-    assert sum(side.failures.values()) == 4
+    with pytest.raises(Interrupted):
+        best_effort("a", lambda: (_ for _ in ()).throw(Interrupted()), reraise=(Interrupted,))
+    assert sum(best_effort.failures.values()) == 4

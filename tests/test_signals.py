@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT
 from test_launch import ACCELERATE, LAUNCH, MEMBER, TORCHRUN, start
 
-from condot.pipeline.training.status import read
+from condot.pipeline.training.status import read_status
 
 TWO = (*TORCHRUN, "--standalone", "--nproc_per_node=2")
 ACCELERATED = (*LAUNCH, str(ACCELERATE / "cpu2.yaml"))
@@ -30,9 +30,9 @@ ALONE = (
 PROGRAM = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-from pipeline.process import Stopper, is_program
-is_program("__main__")
-stopper = Stopper("nothing is lost")
+from pipeline.process import InterruptHandler, is_main_program
+is_main_program("__main__")
+stopper = InterruptHandler("nothing is lost")
 if sys.argv[2] == "late":
     stopper.defer()
 print(os.getpid(), flush=True)
@@ -194,7 +194,7 @@ def test_a_signal_to_the_launcher_saves_on_every_rank_and_leaves_nobody(tmp_path
     launcher.send_signal(getattr(signal, number))
     assert all(gone(member, 40) for member in members)
     assert launcher.wait(timeout=60) != 0
-    said = read(tmp_path)
+    said = read_status(tmp_path)
     assert (said["state"], said["step"]) == ("stopped", saved(tmp_path, ranks))
     forwarded = words is not ALONE and number in ("SIGTERM", "SIGHUP", "SIGINT")
     assert said["signal"] == (number if forwarded else "SIGTERM") and len(list(tmp_path.glob("done-*"))) == ranks
@@ -208,7 +208,7 @@ def test_a_signal_to_one_rank_saves_on_all(tmp_path, rank, number):
     members = ready(tmp_path, 2, launcher)
     os.kill(members[rank], number)
     assert all(gone(member, 40) for member in members) and launcher.wait(timeout=60) != 0
-    assert read(tmp_path)["state"] == "stopped" and saved(tmp_path, 2)
+    assert read_status(tmp_path)["state"] == "stopped" and saved(tmp_path, 2)
 
 
 @pytest.mark.faults
@@ -222,7 +222,7 @@ def test_a_second_signal_while_saving_changes_nothing(tmp_path, to):
             os.kill(one, number)
         time.sleep(0.4)
     assert all(gone(member, 40) for member in members) and launcher.wait(timeout=60) != 0
-    assert read(tmp_path)["state"] == "stopped" and saved(tmp_path, 2)
+    assert read_status(tmp_path)["state"] == "stopped" and saved(tmp_path, 2)
 
 
 @pytest.mark.faults

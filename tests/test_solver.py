@@ -18,11 +18,11 @@ from condot.pipeline.flow import (
     dormand_prince,
     euler,
     heun,
-    initial,
-    landed,
     multistep,
     rho_grid,
+    scale_initial_noise,
     shifted_grid,
+    solve_then_denoise,
     time_grid,
     uniform_grid,
     velocity_field,
@@ -118,20 +118,22 @@ def data_field(path, law=MIXTURE):
 def landed_truth(name):
     """The end of the ODE of data predictions from START: where the noise is a millionth, the data are the point itself."""
     path = PATHS[name]()
-    late = min(path.time_of(torch.tensor(2 * math.log(1e6), dtype=torch.float64)).item(), 1 - 1e-7)
+    late = min(path.time_from_log_snr(torch.tensor(2 * math.log(1e6), dtype=torch.float64)).item(), 1 - 1e-7)
     times = torch.cat([uniform_grid(120, 0.0, 0.999), torch.tensor([(0.999 + late) / 2, late])])
-    return runge_kutta(DORMAND_PRINCE, data_field(path), initial(path, START), times).x / path(torch.tensor(late)).a
+    return runge_kutta(DORMAND_PRINCE, data_field(path), scale_initial_noise(path, START), times).x / path(torch.tensor(late)).a
 
 
 @pytest.mark.parametrize("path", ["condot", "cosine", "vp", "sub_vp"])
 @pytest.mark.parametrize(("name", "order"), [("midpoint", 2), ("heun", 2), ("multistep", 2), ("rk4", 4)])
 def test_order_of_convergence_with_a_data_prediction(path, name, order, monkeypatch):
-    """`landed`: doubling the steps divides the error by 2^order on paths that end clean; the last step is too short to show."""
+    """`solve_then_denoise`: doubling the steps divides the error by 2^order on paths that end clean; the last step is too short to show."""
     truth, path = landed_truth(path), PATHS[path]()
-    field, x, coarse = data_field(path), initial(path, START), {"multistep": 160, "rk4": 50}.get(name, 80)
-    fine = landed(ODE_SOLVERS[name], field, x, uniform_grid(2 * coarse), path).x
-    monkeypatch.setattr("condot.pipeline.flow.solver.LANDING", 1e-5)
-    errors = [(landed(ODE_SOLVERS[name], field, x, uniform_grid(n), path).x - truth).norm().item() for n in (coarse, 2 * coarse)]
+    field, x, coarse = data_field(path), scale_initial_noise(path, START), {"multistep": 160, "rk4": 50}.get(name, 80)
+    fine = solve_then_denoise(ODE_SOLVERS[name], field, x, uniform_grid(2 * coarse), path).x
+    monkeypatch.setattr("condot.pipeline.flow.solver.FINAL_STEP", 1e-5)
+    errors = [
+        (solve_then_denoise(ODE_SOLVERS[name], field, x, uniform_grid(n), path).x - truth).norm().item() for n in (coarse, 2 * coarse)
+    ]
     assert math.log2(errors[0] / errors[1]) > order - 0.4
     if name == "rk4":  # from 1e-3 the last step costs 1e-5; a whole last interval by Euler loses two digits and the order
         whole = (ODE_SOLVERS[name](field, x, uniform_grid(2 * coarse), last_euler=True).x - truth).norm()
@@ -145,11 +147,11 @@ def test_a_landing_counts_what_it_evaluates_and_keeps_to_the_times_given(name, e
     """Of 7 intervals the last is four, each leaving 0.29 of the way to 1 - 1e-3; the hook sees the caller's times alone."""
     seen, hooked, path = [], [], CondOT()
     field = lambda x, t: seen.append(t[0].item()) or data_field(path)(x, t)  # noqa: E731
-    end = landed(ODE_SOLVERS[name], field, START, uniform_grid(7), path, after=lambda x, t: hooked.append(t) or x)
+    end = solve_then_denoise(ODE_SOLVERS[name], field, START, uniform_grid(7), path, step_callback=lambda x, t: hooked.append(t) or x)
     assert end.evaluations == len(seen) == evaluations and max(seen) == pytest.approx(1 - 1e-3)
     assert hooked == pytest.approx(uniform_grid(7)[1:].tolist())
     given, seen[:] = torch.tensor([0.0, 0.4, 0.9995, 1.0], dtype=torch.float64), []
-    assert landed(ODE_SOLVERS[name], field, START, given, path).evaluations == len(seen) and max(seen) == pytest.approx(0.9995)
+    assert solve_then_denoise(ODE_SOLVERS[name], field, START, given, path).evaluations == len(seen) and max(seen) == pytest.approx(0.9995)
 
 
 @pytest.mark.parametrize("name", ["heun", "rk4"])  # which take a slope at the end
@@ -160,18 +162,18 @@ def test_what_a_network_errs_is_not_multiplied_at_the_end(name):
     def erring(x, t):
         return exact(x, t) + 1e-2 * (t[0].item() > 0.95) / (1 - t[0].item())
 
-    ends = [landed(ODE_SOLVERS[name], field, START, uniform_grid(10), CondOT()).x for field in (exact, erring)]
+    ends = [solve_then_denoise(ODE_SOLVERS[name], field, START, uniform_grid(10), CondOT()).x for field in (exact, erring)]
     assert (ends[0] - ends[1]).abs().max() < 0.1
 
 
 def test_one_given_time_before_the_end_is_landed_from():
-    found = landed(heun, data_field(CondOT()), START, torch.tensor([0.9995, 1.0], dtype=torch.float64), CondOT())
+    found = solve_then_denoise(heun, data_field(CondOT()), START, torch.tensor([0.9995, 1.0], dtype=torch.float64), CondOT())
     assert found.evaluations == 1
     torch.testing.assert_close(found.x, MIXTURE.data(START, 0.9995, 0.0005))
 
 
 def test_an_adaptive_solution_lands_too():
-    end = landed(dormand_prince, data_field(CondOT()), START, uniform_grid(1), CondOT(), rtol=1e-8, atol=1e-8)
+    end = solve_then_denoise(dormand_prince, data_field(CondOT()), START, uniform_grid(1), CondOT(), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(end.x, fixed_dormand_prince(FIELD, START, uniform_grid(500)).x, rtol=0, atol=1e-4)
 
 
@@ -201,7 +203,7 @@ def test_adaptive_steps_are_free_on_a_still_field():
 def test_the_hook_sees_every_step():
     for name, solver in ODE_SOLVERS.items():
         seen = []
-        solver(FIELD, START, uniform_grid(4), after=lambda x, t, seen=seen: seen.append(t) or x)
+        solver(FIELD, START, uniform_grid(4), step_callback=lambda x, t, seen=seen: seen.append(t) or x)
         assert seen == [0.25, 0.5, 0.75, 1.0], name
 
 
@@ -269,7 +271,7 @@ BAD = {
     "tolerance": (lambda: dormand_prince(FIELD, START, uniform_grid(1), rtol=0.0), r"rtol=0\.0"),
     "single": (lambda: dormand_prince(lambda x, t: -x, START.float(), uniform_grid(1), rtol=1e-14, atol=1e-14), r"cannot be met.*Loosen"),
     "jump": (lambda: dormand_prince(lambda x, t: 1 / (t[:, None] - 0.501) ** 2 + 0 * x, START, uniform_grid(1)), r"cannot be met"),
-    "limit": (lambda: dormand_prince(FIELD, START, uniform_grid(1), rtol=1e-9, atol=1e-9, limit=50), r"of 50 evaluations"),
+    "limit": (lambda: dormand_prince(FIELD, START, uniform_grid(1), rtol=1e-9, atol=1e-9, max_evaluations=50), r"of 50 evaluations"),
 }
 
 

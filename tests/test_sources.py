@@ -10,7 +10,7 @@ from condot.core.data_options import Options
 from condot.data.encode.command import main as encode
 from condot.data.encoders.text import TextEncoder
 from condot.data.loader.stream import Share
-from condot.data.loader.training_data import Sources
+from condot.data.loader.training_data import TrainingData
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,7 +30,7 @@ def options(tmp_path_factory, one_thread):
 @pytest.mark.parametrize("encoding", ["online", "cached"])
 def test_a_network_on_text_reads_captions_or_their_encodings(options, encoding):
     """One of the two, never both: a caption that is not used is a read that is wasted. A cache that lies there is not read online."""
-    sources = Sources.open(replace(options, encoding=encoding), True)
+    sources = TrainingData.open(replace(options, encoding=encoding), True)
     assert sources.widths == (24, 12) and len(sources.text) == (2 if encoding == "cached" else 0)
     batch = next(sources.stream(0, Share(batch_size=4)))
     assert (len(batch.captions), len(batch.text)) == ((4, 0) if encoding == "online" else (0, 2))
@@ -39,22 +39,27 @@ def test_a_network_on_text_reads_captions_or_their_encodings(options, encoding):
 @pytest.mark.parametrize("encoding", ["online", "cached"])
 def test_a_network_on_classes_reads_no_captions(options, encoding):
     """Whatever the recipe says of text encoders, even one that is not there."""
-    sources = Sources.open(replace(options, encoding=encoding, text_encoder=("/nowhere",), caption="json.none"), False)
+    sources = TrainingData.open(replace(options, encoding=encoding, text_encoder=("/nowhere",), caption="json.none"), False)
     batch = next(sources.stream(0, Share(batch_size=4)))
-    assert sources.widths is None and sources.listen(torch.device("cpu")) is None and sources.shown(0, 4) is None and sources.cut == ""
+    assert (
+        sources.widths is None
+        and sources.build_text_conditioner(torch.device("cpu")) is None
+        and sources.preview_captions(0, 4) is None
+        and sources.truncation_note == ""
+    )
     assert (batch.captions, batch.text) == ((), ())
 
 
 @pytest.mark.parametrize("encoding", ["online", "cached"])
 def test_what_is_shown_are_the_first_captions_of_the_order(options, encoding):
     """Those of the first eight samples by the run's seed, whole, token for token as each encoder gives them alone; and no caption."""
-    sources = Sources.open(replace(options, encoding=encoding), True)
-    sources.listen(torch.device("cpu"))
-    shown, null = sources.shown(3, 8)
+    sources = TrainingData.open(replace(options, encoding=encoding), True)
+    sources.build_text_conditioner(torch.device("cpu"))
+    shown, null = sources.preview_captions(3, 8)
     batch = next(sources.stream(3, Share(batch_size=8)))
     captions = [sources.images.read(*sample).files.get("txt", b"").decode() for sample in batch.samples.tolist()]
     ours = [TextEncoder(name, max_tokens=12) for name in options.text_encoder]
-    assert len(set(captions)) > 4 and not torch.equal(sources.shown(4, 8)[0].pooled, shown.pooled)
+    assert len(set(captions)) > 4 and not torch.equal(sources.preview_captions(4, 8)[0].pooled, shown.pooled)
     for got, texts in ((shown, captions), (null, [""])):
         for row, caption in enumerate(texts):
             clip, t5 = (encoder.encode([caption]) for encoder in ours)
@@ -65,4 +70,4 @@ def test_what_is_shown_are_the_first_captions_of_the_order(options, encoding):
 
 def test_shards_without_the_captions_are_refused(options):
     with pytest.raises(ValueError, match=r"data.caption=json.name: none of the first 6 samples"):
-        Sources.open(replace(options, encoding="online", caption="json.name"), True)
+        TrainingData.open(replace(options, encoding="online", caption="json.name"), True)

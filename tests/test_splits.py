@@ -10,8 +10,8 @@ from test_adopt import shards_of
 from test_prepare import contents, picture, refused
 
 from condot.data.prepare.command import main
-from condot.data.prepare.source import split_named
-from condot.data.prepare.splits import SplitChoice, assign, kinds_of, parse_splits, words_of
+from condot.data.prepare.source import split_from_name
+from condot.data.prepare.splits import SplitChoice, assign_splits, parse_splits, split_name_words, splits_in_name
 from condot.data.storage.shard_reader import Shards
 
 
@@ -59,12 +59,12 @@ def splits_in(out):
     ],
 )
 def test_words_of_names_say_splits(name, kinds):
-    assert kinds_of(name) == kinds
-    assert split_named(f"train/{name}-00000-of-00001.tar") == (next(iter(kinds)) if len(kinds) == 1 else None)
+    assert splits_in_name(name) == kinds
+    assert split_from_name(f"train/{name}-00000-of-00001.tar") == (next(iter(kinds)) if len(kinds) == 1 else None)
 
 
 def test_words_begin_at_capitals_and_at_what_is_no_letter():
-    assert words_of("testA_SeenHTMLFile 2.Été") == ["test", "a", "seen", "html", "file", "été"]
+    assert split_name_words("testA_SeenHTMLFile 2.Été") == ["test", "a", "seen", "html", "file", "été"]
 
 
 @pytest.mark.parametrize(
@@ -138,8 +138,8 @@ def test_options_are_read_as_they_are_written():
         ("extra", "train"),
         ("a=b", "val"),
     )
-    assert parse_splits("None").ignored and parse_splits("").names == () and not parse_splits(" ").given
-    assert assign({"x": ["x"]}, SplitChoice(), "here") is None, "where no name says a split, all is training data"
+    assert parse_splits("None").ignored and parse_splits("").names == () and not parse_splits(" ").is_given
+    assert assign_splits({"x": ["x"]}, SplitChoice(), "here") is None, "where no name says a split, all is training data"
 
 
 def test_a_column_of_splits_in_a_table_is_kept_to(tmp_path, capsys):

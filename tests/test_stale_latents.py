@@ -72,7 +72,7 @@ def test_only_tars_newer_than_their_manifest_are_hashed(tmp_path, monkeypatch, c
 
     def look(shards=None):
         opened = LocalFolder(folder)
-        opened.check_rewritten(opened.manifest.shards if shards is None else opened.manifest.shards.pick(shards)[0])
+        opened.check_rewritten(opened.manifest.shards if shards is None else opened.manifest.shards.select_names(shards)[0])
         return [hashed.pop() for _ in range(len(hashed))]
 
     assert look() == []

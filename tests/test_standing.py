@@ -4,7 +4,7 @@ import ast
 
 import pytest
 
-from condot.pipeline.export.bundle import HEAD, standing_alone
+from condot.pipeline.export.bundle import HEADER, bundle_module
 
 LOW = '''"""The lowest floor.
 
@@ -93,7 +93,7 @@ def helper() -> str:
     return NOTE
 '''
 ALONE = (
-    HEAD.format(file="room/root.py")
+    HEADER.format(file="room/root.py")
     + '''
 """The root.
 
@@ -171,7 +171,7 @@ def room(folder, **files):
 
 
 def test_what_is_used_comes_along_as_it_was_written(tmp_path):
-    text = standing_alone(room(tmp_path))
+    text = bundle_module(room(tmp_path))
     assert text == ALONE
     names = {}
     exec(compile(text, "alone", "exec"), names)
@@ -180,26 +180,26 @@ def test_what_is_used_comes_along_as_it_was_written(tmp_path):
 
 def test_annotations_are_evaluated_or_not_as_in_the_root(tmp_path):
     path = room(tmp_path, root=ROOT.replace('"""\n\nfrom typing', '"""\n\nfrom __future__ import annotations\n\nfrom typing', 1))
-    text = standing_alone(path)
+    text = bundle_module(path)
     assert text.count("from __future__ import annotations\n\nimport math") == 1
     assert ast.get_docstring(ast.parse(text)) == "The root.\n\nOf two lines."
 
 
 def test_names_come_through_files_that_pass_them_on(tmp_path):
     """Imported from the middle, which has it from below."""
-    text = standing_alone(room(tmp_path, root='"""R."""\n\nfrom .middle import double\n\nX = double\n'))
+    text = bundle_module(room(tmp_path, root='"""R."""\n\nfrom .middle import double\n\nX = double\n'))
     assert "def double" in text and "class Base" not in text and "THREE = 2, 3" in text and "--- middle" not in text
 
 
 def test_a_file_with_no_neighbours_is_itself(tmp_path):
     body = '"""R."""\n\nimport math\n\n\ndef f() -> float:\n    return math.pi\n'
-    assert standing_alone(room(tmp_path, root=body)) == f"{HEAD.format(file='room/root.py')}\n{body}"
+    assert bundle_module(room(tmp_path, root=body)) == f"{HEADER.format(file='room/root.py')}\n{body}"
 
 
 def test_circles_end(tmp_path):
     path = room(tmp_path, root='"""R."""\n\nfrom .one import f\n\nX = f\n', one="from .two import g\n\n\ndef f():\n    return g\n",
                 two="from .one import f\n\n\ndef g():\n    return f\n")  # fmt: skip
-    assert standing_alone(path).count("def ") == 2
+    assert bundle_module(path).count("def ") == 2
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_what_cannot_be_carried_is_refused(tmp_path, root, says):
         else "from .low import double\n\n\ndef shadow():\n    double = 2\n    return double\n"
     )
     with pytest.raises(ValueError, match=f"(?s){says}"):
-        standing_alone(room(tmp_path, root=root, other=other))
+        bundle_module(room(tmp_path, root=root, other=other))
 
 
 FIRST = '''"""F."""
@@ -277,7 +277,7 @@ class Keeper(K):
 
 def test_a_second_version_stands_on_a_first_of_the_same_name(tmp_path):
     """It has the new name in the file that gave it, in its own and in a third that uses it; attributes keep theirs."""
-    text, names = standing_alone(room(tmp_path, root=SECOND, first=FIRST, third=THIRD)), {}
+    text, names = bundle_module(room(tmp_path, root=SECOND, first=FIRST, third=THIRD)), {}
     exec(compile(text, "alone", "exec"), names)
     keeper, first = names["Keeper"](), names["FirstThing"]
     assert names["Thing"]().say() == 2 and type(names["Thing"]().copy()) is first and issubclass(names["Thing"], first)
@@ -288,5 +288,5 @@ def test_a_second_version_stands_on_a_first_of_the_same_name(tmp_path):
 def test_what_is_imported_and_not_used_is_not_asked_for(tmp_path):
     """numpy in a neighbour's other half does not matter."""
     low = LOW.replace("import math\n", "import math\n\nimport numpy\n").replace("UNUSED = os.path.sep", "UNUSED = numpy.pi")
-    text = standing_alone(room(tmp_path, low=low))
+    text = bundle_module(room(tmp_path, low=low))
     assert "numpy" not in text and "os" not in text.split("# --- low")[0].replace("condot", "").split()

@@ -12,15 +12,15 @@ import webdataset
 from test_prepare import picture, refused
 from test_tar import add, tar_of
 
-from condot.data.format.index import NO_LABEL, index_path, index_shard, locate
+from condot.data.format.index import NO_LABEL, index_path, index_payload, index_shard
 from condot.data.format.manifest import Manifest, parse_manifest
 from condot.data.format.sample_files import parse_image_extension, parse_label
 from condot.data.format.tar_headers import BLOCK
 from condot.data.format.tar_reader import samples
 from condot.data.images.decode import decode_image
 from condot.data.prepare.command import main
-from condot.data.prepare.report import read
-from condot.data.prepare.verify import Check, check
+from condot.data.prepare.report import read_sample
+from condot.data.prepare.verify import ShardCheck, check_shard
 from condot.data.storage.local import LocalFolder
 from condot.data.storage.shard_reader import Shards
 
@@ -77,7 +77,7 @@ def test_an_index_of_before_still_gives_its_samples(tmp_path):
     for record, span in zip(records, samples(tar), strict=True):
         own = span.files["png"].offset - BLOCK
         assert record["before"] == 3 == (span.files["png"].offset - span.start) // BLOCK
-        old = locate(whole[own : span.end], own + BLOCK, int(record["bytes"]), own)
+        old = index_payload(whole[own : span.end], own + BLOCK, int(record["bytes"]), own)
         for name, value in zip(("payload", "bytes", "crc32", "before", "after", "rest"), old, strict=True):
             record[name] = value
     assert records["before"].tolist() == [1, 1, 1]
@@ -87,7 +87,7 @@ def test_an_index_of_before_still_gives_its_samples(tmp_path):
     (tmp_path / "manifest.json").write_text(manifest.replace(before, hashlib.sha256(index_path(tar).read_bytes()).hexdigest()))
     shards = Shards(tmp_path)
     assert [(shards.read(0, i).image, shards.read(0, i).label) for i in range(3)] == [(picture(i), i) for i in range(3)]
-    assert shards.key(0, 0) and read(tar, records[1])[2] == picture(1)
+    assert shards.key(0, 0) and read_sample(tar, records[1])[2] == picture(1)
 
 
 def test_names_cannot_write_to_the_screen(tmp_path, capsys):
@@ -132,8 +132,8 @@ def test_a_mac_leaves_no_trace(tmp_path, capsys):
     assert "not packed: 11 files that are hidden" in said
     shards = Shards(tmp_path)
     line = shards.manifest.shards[0]
-    assert check(Check(tar, line, np.arange(3), 0, True), lambda n: None) == []
-    assert [read(tar, r)[:2] for r in shards.records(0)] == kept
+    assert check_shard(ShardCheck(tar, line, np.arange(3), 0, True), lambda n: None) == []
+    assert [read_sample(tar, r)[:2] for r in shards.records(0)] == kept
 
 
 @pytest.mark.parametrize(
@@ -229,9 +229,9 @@ def test_of_two_images_the_one_that_is_named_is_trained_on(tmp_path, capsys, ord
         shards = Shards(out)
         for i, sample in enumerate(ours(out)):
             record = shards.records(0)[i]
-            assert sample.image == made(i) == read(out / "a.tar", record)[2] == shards.payload(0, *record.item()[:3])
+            assert sample.image == made(i) == read_sample(out / "a.tar", record)[2] == shards.payload(0, *record.item()[:3])
             assert np.array_equal(shards.pixels(0, i, 3, 7)[0], decode_image(made(i), 3, 7))
-        assert check(Check(out / "a.tar", shards.manifest.shards[0], np.arange(3), 0, True), lambda n: None) == []
+        assert check_shard(ShardCheck(out / "a.tar", shards.manifest.shards[0], np.arange(3), 0, True), lambda n: None) == []
         assert shards.manifest.image_extension == parse_image_extension(wanted)
         prints.append(shards.fingerprint)
         parts = Shards([LocalFolder(out), LocalFolder(out)])

@@ -18,8 +18,8 @@ from condot.data.loader.build import open_shards
 from condot.data.storage.cache import Cache
 from condot.data.storage.download import _get
 from condot.data.storage.remote import RemoteFolder
-from condot.data.storage.resolve import open_sources
-from condot.data.storage.retry import HttpError, one_line, say
+from condot.data.storage.resolve import open_shard_folders
+from condot.data.storage.retry import HttpError, one_line, warn_limited
 
 ESCAPES = "\x1b[2J\x1b]52;c;aGk=\x07\r\x9b31m\u202egnp.exe\x00"
 
@@ -124,7 +124,7 @@ def test_a_redirect_from_https_to_http_is_refused():
 
 def test_what_is_said(capfd, monkeypatch):
     monkeypatch.setattr("condot.data.storage.retry._said_at", -1e9)
-    say(f"http://u:5ECRET@h/x {ESCAPES}")
+    warn_limited(f"http://u:5ECRET@h/x {ESCAPES}")
     text = capfd.readouterr().err
     assert safe(text) and "5ECRET" not in text and "\\x1b[2J" in text and "\\u202e" in text
     assert safe(str(HttpError(500, ESCAPES * 1000, ""))) and len(str(HttpError(500, "x" * 10**6, ""))) < 1100
@@ -228,4 +228,4 @@ def test_a_depth_bomb_is_no_manifest(tmp_path):
     folder = frozen.shards(tmp_path / "images")
     (folder / "manifest.json").write_text("[" * 200_000)
     with pytest.raises(ValueError, match=r"manifest.json cannot be read"):
-        open_sources(Options(shards=(str(folder),)))
+        open_shard_folders(Options(shards=(str(folder),)))

@@ -46,7 +46,7 @@ def sequence(folder, steps, ranks, accumulation, workers, start=0, **more):
     for _ in range(steps):
         parts = [(s, next(s)) for s in streams for _ in range(accumulation)]
         names = flat(s.keys(part) for s, part in parts)
-        tensors = [torch.cat([getattr(p, name) for _, p in parts]).tolist() for name in ("places", "positions", "labels", "images")]
+        tensors = [torch.cat([getattr(p, name) for _, p in parts]).tolist() for name in ("batch_indices", "positions", "labels", "images")]
         batches.append((names, *tensors))
     for s in streams:
         assert not s.take_faults(), "nothing was replaced"

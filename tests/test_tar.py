@@ -12,7 +12,7 @@ import webdataset
 from PIL import Image
 
 from condot.data.format.tar_headers import BLOCK, pax_records
-from condot.data.format.tar_reader import REMEDIES, Remarks, _plain_files, files_of, members, samples
+from condot.data.format.tar_reader import REMEDIES, TarRemarks, _plain_files, members, parse_sample_files, samples
 from condot.data.format.tar_writer import TarWriter
 from condot.data.storage.shard_reader import Shards
 
@@ -76,7 +76,7 @@ def tarfiles(path, **more):
 def spans(path):
     """Key and files of every sample, each read from its own bytes alone."""
     body = path.read_bytes()
-    return [files_of(body[span.start : span.end]) for span in samples(path)]
+    return [parse_sample_files(body[span.start : span.end]) for span in samples(path)]
 
 
 def test_webdataset_reads_our_shards(digits):
@@ -253,7 +253,7 @@ def test_mutated_tars_end_in_an_error_or_in_files_that_are_there(tmp_path):
             for span in samples(tar):
                 alone = {e: bytes(body[m.offset : m.offset + m.size]) for e, m in span.files.items()}
                 if not span.fault:
-                    assert files_of(bytes(body[span.start : span.end])) == (span.key, alone)
+                    assert parse_sample_files(bytes(body[span.start : span.end])) == (span.key, alone)
         except ValueError as error:
             refused += 1
             assert "\n" not in str(error)
@@ -272,7 +272,7 @@ def test_tars_one_behind_another_are_all_read(tmp_path):
     """`cat a.tar b.tar`, with the zeros of whatever writer between: as GNU tar's --ignore-zeros; a mark ends a sample."""
     parts = [tar_of(tmp_path / f"{i}.tar", (f"{i // 2}.jpg", b"%d" % i * 600), (f"{i // 2}.txt", b"x")) for i in range(4)]
     (tmp_path / "empty.tar").write_bytes(bytes(10240))
-    tar, remarks = joined(tmp_path / "a.tar", parts[0], tmp_path / "empty.tar", *parts[1:]), Remarks()
+    tar, remarks = joined(tmp_path / "a.tar", parts[0], tmp_path / "empty.tar", *parts[1:]), TarRemarks()
     assert walked(tar) == tarfiles(tar, ignore_zeros=True)
     assert [span.key for span in samples(tar, remarks=remarks)] == ["0", "0", "1", "1"] and remarks.joined == 3
     assert [files["jpg"][:1] for _, files in spans(tar)] == [b"0", b"1", b"2", b"3"]
@@ -365,9 +365,9 @@ def test_plain_headers_are_read_as_all_headers_are(tmp_path, monkeypatch, form, 
             tar.addfile(info, io.BytesIO(body))
     span = path.read_bytes()[: -2 * BLOCK]
     for length in (len(span), 3 * BLOCK, 5):
-        taken = files_of(span[:length])
+        taken = parse_sample_files(span[:length])
         monkeypatch.setattr("condot.data.format.tar_reader._plain_files", lambda span: None)
-        assert files_of(span[:length]) == taken
+        assert parse_sample_files(span[:length]) == taken
         monkeypatch.undo()
 
 

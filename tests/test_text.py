@@ -10,15 +10,23 @@ import torch
 from safetensors.torch import load_file, save_file
 from shardmaker import make, png
 
-from condot.core.caption_fields import caption_of
+from condot.core.caption_fields import draw_caption
 from condot.core.data_options import Options, read_options
 from condot.data.encode import command
 from condot.data.encoders.text import TextEncoder, encode_captions, read_text_encoder, read_text_encoders
-from condot.data.encoders.text_states import STEP, TextFacts, TextStates, drop_text, join, layout, length_of
-from condot.data.loader.build import build, open_shards, open_text
+from condot.data.encoders.text_states import (
+    TOKEN_MULTIPLE,
+    TextFacts,
+    TextStates,
+    concat_text_states,
+    drop_captions,
+    padded_length,
+    text_layout,
+)
+from condot.data.loader.build import build, open_encoded_text, open_shards
 from condot.data.loader.captions import check_captions
 from condot.data.loader.stream import Share
-from condot.data.loader.text_conditioner import Words
+from condot.data.loader.text_conditioner import TextConditioner
 
 CAPTIONS = ["a red square and the blue circle", "", "green " * 40]
 KINDS = {"text_encoder": ("clip_projected", 16), "text_encoder_2": ("clip_projected", 24), "text_encoder_3": ("t5", 64)}
@@ -63,14 +71,14 @@ def test_three_encoders_are_those_of_stable_diffusion_3(pipe):
     with torch.no_grad():
         states, null_states, pooled, null_pooled = stock.encode_prompt(CAPTIONS, None, None, device="cpu", max_sequence_length=20)
     facts, ours = encoders(options(pipe, text_padding="attend"))
-    plan = layout(facts)
+    plan = text_layout(facts)
     assert (plan.width, plan.pooled_width, plan.tokens) == (64, 24, 52) and states.shape == (3, 52, 64)
-    got = join(encode_captions(ours, CAPTIONS), plan)
+    got = concat_text_states(encode_captions(ours, CAPTIONS), plan)
     assert torch.equal(got.states, states) and torch.equal(got.pooled, pooled) and got.mask.all()
-    nulls = join([encoder.null for encoder in ours], plan)
+    nulls = concat_text_states([encoder.null for encoder in ours], plan)
     torch.testing.assert_close(nulls.states.expand(3, -1, -1), null_states, rtol=1e-5, atol=1e-5)  # one row there, three here
     torch.testing.assert_close(nulls.pooled.expand(3, -1), null_pooled, rtol=1e-5, atol=1e-5)
-    assert [encoder.cut for encoder in ours] == [1, 1, 1]
+    assert [encoder.truncated for encoder in ours] == [1, 1, 1]
 
 
 def test_a_stock_pipeline_without_t5_sees_what_a_dropped_t5_gives(pipe):
@@ -89,7 +97,9 @@ def test_a_stock_pipeline_without_t5_sees_what_a_dropped_t5_gives(pipe):
         states, _, pooled, _ = stock.encode_prompt(CAPTIONS, None, None, device="cpu", max_sequence_length=20)
     facts, ours = encoders(options(pipe, text_padding="attend"))
     nulls, each = [encoder.null for encoder in ours], torch.tensor([[False, False, True]] * 3)
-    got = join(drop_text(encode_captions(ours, CAPTIONS), nulls, torch.zeros(3, dtype=torch.bool), each), layout(facts))
+    got = concat_text_states(
+        drop_captions(encode_captions(ours, CAPTIONS), nulls, torch.zeros(3, dtype=torch.bool), each), text_layout(facts)
+    )
     assert torch.equal(got.states, states) and torch.equal(got.pooled, pooled) and got.mask.all()
 
 
@@ -195,22 +205,22 @@ def part(count, length, width, pooled, start, seen=None):
     ],
 )
 def test_layouts(facts, found):
-    plan = layout([fact(*one) for one in facts])
-    assert (plan.width, plan.pooled_width, plan.tokens, plan.runs, plan.summaries) == found
+    plan = text_layout([fact(*one) for one in facts])
+    assert (plan.width, plan.pooled_width, plan.tokens, plan.groups, plan.pooled_from) == found
 
 
 def test_every_number_has_its_place():
     """Two CLIPs of 3 and 2 tokens' length side by side, another's tokens behind; each value where the layout says, and zero else."""
     facts = [fact("clip", 3, 2, 4), fact("clip", 4, 1, 4), fact("other", 5, 5, 6)]
     parts = [part(2, 3, 3, 2, 100, [3, 1]), part(2, 2, 4, 1, 200, [2, 2]), part(2, 2, 5, 5, 300, [1, 2])]
-    got = join(parts, layout(facts))
+    got = concat_text_states(parts, text_layout(facts))
     assert got.states.shape == (2, 5, 7) and got.pooled.shape == (2, 3)
     wanted = torch.zeros(2, 5, 7, dtype=torch.float64)
     wanted[:, :3, :3], wanted[:, :2, 3:7], wanted[:, 3:, :5] = (p.states for p in parts)
     assert torch.equal(got.states, wanted)
     assert got.mask.tolist() == [[True, True, True, True, False], [True, True, False, True, True]]
     assert got.pooled.tolist() == [[100, 101, 200], [102, 103, 201]]
-    only = join(parts[2:], layout(facts[2:]))
+    only = concat_text_states(parts[2:], text_layout(facts[2:]))
     assert torch.equal(only.states, parts[2].states) and torch.equal(only.pooled, parts[2].pooled)
 
 
@@ -218,9 +228,9 @@ def test_clips_that_read_different_lengths_are_refused():
     with pytest.raises(
         ValueError, match=r"data.max_tokens=77 64: CLIP encoders stand side by side.* 77 and 64. Give them the same number, 64"
     ):
-        layout([fact("clip", 3, 2, 77), fact("clip", 3, 2, 64)])
+        text_layout([fact("clip", 3, 2, 77), fact("clip", 3, 2, 64)])
     with pytest.raises(ValueError, match=r"data\.text_encoder is empty"):
-        layout([])
+        text_layout([])
 
 
 # --- dropped
@@ -233,7 +243,7 @@ def test_dropped_rows_are_exactly_the_null_or_zero():
     whole = torch.tensor([0, 1, 0, 0, 1]).bool()
     each = torch.tensor([[0, 0], [0, 0], [1, 0], [0, 1], [1, 0]]).bool()
     before = [[t.clone() for t in p] for p in (*parts, *nulls)]
-    first, second = drop_text(parts, nulls, whole, each)
+    first, second = drop_captions(parts, nulls, whole, each)
     assert first.states.shape == (5, 3, 2) and second.states.shape == (5, 4, 3), "as long as the longer of caption and null"
     for i, (which, counts) in enumerate([("kept", (3, 1)), ("null", (1, 3)), ("0", (1, 1)), ("1", (3, 3)), ("null", (1, 3))]):
         for k, (got, had, null) in enumerate(((first, parts[0], nulls[0]), (second, parts[1], nulls[1]))):
@@ -249,9 +259,13 @@ def test_dropped_rows_are_exactly_the_null_or_zero():
 def test_a_whole_drop_is_the_empty_caption(pipe):
     facts, ours = encoders(options(pipe))
     parts, nulls = encode_captions(ours, CAPTIONS), [encoder.null for encoder in ours]
-    dropped = drop_text(parts, nulls, torch.tensor([True, False, False]), torch.zeros(3, 3, dtype=torch.bool))
-    plan = layout(facts)
-    got, kept, empty = join(dropped, plan), join(parts, plan), join(encode_captions(ours, [""]), plan)
+    dropped = drop_captions(parts, nulls, torch.tensor([True, False, False]), torch.zeros(3, 3, dtype=torch.bool))
+    plan = text_layout(facts)
+    got, kept, empty = (
+        concat_text_states(dropped, plan),
+        concat_text_states(parts, plan),
+        concat_text_states(encode_captions(ours, [""]), plan),
+    )
     seen = got.mask[0]
     assert seen.sum() == empty.mask.sum() == 3 and torch.equal(got.mask[1:], kept.mask[1:]) and torch.equal(got.states[1:], kept.states[1:])
     torch.testing.assert_close(got.states[0][seen], empty.states[0][empty.mask[0]], rtol=1e-5, atol=1e-5)
@@ -261,7 +275,7 @@ def test_a_whole_drop_is_the_empty_caption(pipe):
 def test_half_precision_stays_half(pipe):
     _, ours = encoders(options(pipe))
     parts = [p.to(dtype=torch.float16) for p in encode_captions(ours, CAPTIONS)]
-    dropped = drop_text(parts, [e.null for e in ours], torch.tensor([1, 0, 0]).bool(), torch.zeros(3, 3).bool())
+    dropped = drop_captions(parts, [e.null for e in ours], torch.tensor([1, 0, 0]).bool(), torch.zeros(3, 3).bool())
     assert all(p.states.dtype == p.pooled.dtype == torch.float16 and p.mask.dtype == torch.bool for p in dropped)
 
 
@@ -288,7 +302,7 @@ def test_cached_is_online_rounded_to_float16(cache, padding, monkeypatch):
     options, _ = read_options(cache / f"{padding}.yaml")
     images, (facts, ours) = open_shards(options), encoders(options)
     monkeypatch.setattr(TextEncoder, "__init__", lambda *a, **k: pytest.fail("a text encoder was built"))
-    text = open_text(options, images, facts)
+    text = open_encoded_text(options, images, facts)
     assert [one.encoding["name"] for one in text] == list(names_of(facts)) and len({one.shards.folders[0].name for one in text}) == 3
     stream = build(options, seed=1, share=Share(batch_size=5), captions=True, images=images, text=text)
     for batch in (next(stream), next(stream)):
@@ -307,7 +321,11 @@ def names_of(facts):
 
 
 def test_the_length_of_a_batch_is_a_function_of_the_batch():
-    assert STEP == 16 and [length_of(n, 77) for n in (1, 16, 17, 64, 65, 77)] == [16, 16, 32, 64, 77, 77] and length_of(3, 8) == 8
+    assert (
+        TOKEN_MULTIPLE == 16
+        and [padded_length(n, 77) for n in (1, 16, 17, 64, 65, 77)] == [16, 16, 32, 64, 77, 77]
+        and padded_length(3, 8) == 8
+    )
 
 
 def test_cut_captions_are_counted_of_each_encoder(cache, tmp_path, capsys):
@@ -319,10 +337,13 @@ def test_cut_captions_are_counted_of_each_encoder(cache, tmp_path, capsys):
     assert command.main(["--config", str(cache / "mask.yaml"), "--output", str(tmp_path), *tokens]) == 0
     said = capsys.readouterr().out
     for folder, most in (("text", 2), ("text-1", 2), ("text-2", 4)):
-        cut = sum(n > most for n in words)
+        truncated = sum(n > most for n in words)
         manifest = json.loads((tmp_path / folder / "manifest.json").read_text())
-        assert manifest["encoding"]["statistics"]["cut"] == cut > 0
-        assert f"{tmp_path / folder}: " in said and f"{cut} captions cut to {4 if most == 2 else 5} tokens, 1 samples without one" in said
+        assert manifest["encoding"]["statistics"]["cut"] == truncated > 0
+        assert (
+            f"{tmp_path / folder}: " in said
+            and f"{truncated} captions cut to {4 if most == 2 else 5} tokens, 1 samples without one" in said
+        )
 
 
 def change_null(folder):
@@ -351,7 +372,7 @@ def test_a_damaged_or_old_cache_is_refused(cache, tmp_path, damage, message):
     damage(tmp_path / "encoded")
     options = replace(read_options(cache / "mask.yaml")[0], encoded=str(tmp_path / "encoded"))
     with pytest.raises(ValueError, match=message):
-        open_text(options, open_shards(options), read_text_encoders(options))
+        open_encoded_text(options, open_shards(options), read_text_encoders(options))
 
 
 def test_a_cache_of_another_encoder_width_padding_or_length_is_refused(cache, pipe, tmp_path):
@@ -369,7 +390,7 @@ def test_a_cache_of_another_encoder_width_padding_or_length_is_refused(cache, pi
     ):
         changed = replace(options, **change)
         with pytest.raises(ValueError, match=message):
-            open_text(changed, images, read_text_encoders(changed))
+            open_encoded_text(changed, images, read_text_encoders(changed))
 
 
 # --- at work
@@ -380,13 +401,19 @@ def test_what_a_network_is_told_is_the_same_from_the_cache_and_now(cache, paddin
     """Three encoders put together by hand; of five captions one is dropped whole, and of others one encoder or two."""
     options, _ = read_options(cache / f"{padding}.yaml")
     images, (facts, ours) = open_shards(options), encoders(options)
-    text = open_text(options, images, facts)
+    text = open_encoded_text(options, images, facts)
     batch = next(build(options, seed=1, share=Share(batch_size=5), captions=True, images=images, text=text))
     whole, each = torch.tensor([0, 1, 0, 0, 0]).bool(), torch.tensor([[0, 0, 0], [1, 0, 0], [0, 1, 1], [0, 0, 0], [1, 0, 0]]).bool()
     nulls = [encoder.null for encoder in ours]
-    wanted, none = join(drop_text(encode_captions(ours, batch.captions), nulls, whole, each), layout(facts)), join(nulls, layout(facts))
-    for words, seen in ((Words(facts, cached=text), batch._replace(captions=())), (Words(facts), batch._replace(text=()))):
-        for got, right in ((words.told(seen, whole, each), wanted), (words.null, none)):
+    wanted, none = (
+        concat_text_states(drop_captions(encode_captions(ours, batch.captions), nulls, whole, each), text_layout(facts)),
+        concat_text_states(nulls, text_layout(facts)),
+    )
+    for words, seen in (
+        (TextConditioner(facts, cached=text), batch._replace(captions=())),
+        (TextConditioner(facts), batch._replace(text=())),
+    ):
+        for got, right in ((words.build_condition(seen, whole, each), wanted), (words.null, none)):
             assert got.states.dtype == got.pooled.dtype == torch.float32 and torch.equal(got.mask, right.mask)
             torch.testing.assert_close(got.states, right.states, rtol=2**-10, atol=1e-3)
             torch.testing.assert_close(got.pooled, right.pooled, rtol=2**-10, atol=1e-3)
@@ -396,20 +423,22 @@ def test_words_come_to_the_device_of_the_network(cache):
     """meta stands for any device that is not the one that batches and caches are read on."""
     options, _ = read_options(cache / "mask.yaml")
     images, facts = open_shards(options), read_text_encoders(options)
-    text = open_text(options, images, facts)
-    words = Words(facts, "meta", text)
+    text = open_encoded_text(options, images, facts)
+    words = TextConditioner(facts, "meta", text)
     batch = next(build(options, seed=1, share=Share(batch_size=2), images=images, text=text))
     none = torch.zeros(2, 3, dtype=torch.bool)
-    assert all(part.device.type == "meta" for found in (words.null, *words.nulls, words.told(batch, none[:, 0], none)) for part in found)
+    assert all(
+        part.device.type == "meta" for found in (words.null, *words.nulls, words.build_condition(batch, none[:, 0], none)) for part in found
+    )
 
 
 def test_cut_captions_are_counted_of_all_encoders(pipe):
     """CLIP's two ends and 25 words are 27 tokens of 32; T5's one end and the words are 26, of 20."""
-    words = Words(read_text_encoders(options(pipe)))
+    words = TextConditioner(read_text_encoders(options(pipe)))
     words.read(["red " * 25, "red"])
-    assert words.cut == 1
+    assert words.truncated == 1
     words.read(["green " * 40])
-    assert words.cut == 4
+    assert words.truncated == 4
 
 
 # --- refused
@@ -473,7 +502,7 @@ def test_shards_without_such_captions_are_named_with_what_they_have(tmp_path):
     folder = make(tmp_path / "shards", content)
     images = open_shards(Options(shards=(str(folder),)))
     check_captions(images, "json.name")
-    assert caption_of({"json": b'{"words": ["red", "round"], "none": null}'}, "json.words") == "red, round"
+    assert draw_caption({"json": b'{"words": ["red", "round"], "none": null}'}, "json.words") == "red, round"
     for empty in ("json.tones", "json.other"):
         with pytest.raises(ValueError, match=rf"data.caption={empty}: none of the first 3"):
             check_captions(images, empty)

@@ -6,10 +6,10 @@ from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DCon
 from stocks import PIXART, PLAIN, SD3, STOCK, TEXTUAL, inputs, setting, shake, stock_network, stock_output
 
 from condot.models import registry
-from condot.models.common.conditioning import Text
+from condot.models.common.conditioning import TextCondition
 from condot.models.common.layers import sincos_positions
 from condot.models.convert import from_stock, to_stock
-from condot.models.mmdit.convert import line_of, mmdit_unused
+from condot.models.mmdit.convert import fit_position_line, mmdit_unused
 
 MMDIT = {
     "kind": "mmdit", "channels": 3, "resolution": 8, "text_width": 20, "pooled_width": 14, "width": 48, "depth": 3, "heads": 4,
@@ -103,7 +103,7 @@ def test_queries_of_the_last_text_are_not_looked_at():
 def test_stored_positions_are_read(first, way, dtype):
     """Published SD3 counts from -16 in quarters, where diffusers' class counts from 0; half precision tells both exactly."""
     table = sincos_positions(48, 9, 9, start=(first, first), spacing=(way, way))[None].to(dtype)
-    assert line_of(table, 9) == pytest.approx((first, way), abs=1e-9)
+    assert fit_position_line(table, 9) == pytest.approx((first, way), abs=1e-9)
     stock = stock_network("sd3")
     stock.pos_embed.pos_embed.copy_(table)
     given = setting(stock, rectangular=True)
@@ -220,10 +220,10 @@ def test_padding_is_as_good_as_absent(name):
     """A caption alone and cut to its length gives what it gives beside longer ones."""
     network = shake(registry.build(**KINDS[name])).double()
     x, t, text, _ = inputs()
-    x, t, text = x.double(), t.double(), Text(text.states.double(), text.mask, text.pooled.double())
+    x, t, text = x.double(), t.double(), TextCondition(text.states.double(), text.mask, text.pooled.double())
     together = network(x, t, text)
     for i, length in enumerate((6, 3, 1, 5)):
-        alone = Text(text.states[i : i + 1, :length], text.mask[i : i + 1, :length], text.pooled[i : i + 1])
+        alone = TextCondition(text.states[i : i + 1, :length], text.mask[i : i + 1, :length], text.pooled[i : i + 1])
         assert (network(x[i : i + 1], t[i : i + 1], alone) - together[i : i + 1]).abs().max() < 1e-6
 
 
@@ -234,11 +234,15 @@ def test_samples_do_not_know_one_another(name):
     options = SIZED_KINDS[name.removesuffix(", sizes")] if name.endswith("sizes") else KINDS[name]
     network = shake(registry.build(**options)).double()
     x, t, condition, sizes = inputs(labels="on" in name)
-    condition = Text(condition.states.double(), condition.mask, condition.pooled.double()) if isinstance(condition, Text) else condition
+    condition = (
+        TextCondition(condition.states.double(), condition.mask, condition.pooled.double())
+        if isinstance(condition, TextCondition)
+        else condition
+    )
     order = torch.tensor([2, 0, 3, 1])
 
     def output(which):
-        part = Text(*(v[which] for v in condition)) if isinstance(condition, Text) else condition[which]
+        part = TextCondition(*(v[which] for v in condition)) if isinstance(condition, TextCondition) else condition[which]
         return network(x[which].double(), t[which].double(), part, sizes[which])
 
     whole = output(torch.arange(4))
@@ -283,7 +287,7 @@ def test_built_on_meta_begins_alike(name):
     registry.initialise(shell, 5)
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), shell.state_dict().values(), strict=True))
     assert not [n for n, _ in shell.named_buffers()], "a buffer would have no value"
-    assert (shell.takes, shell.num_classes) == (("class", KINDS[name]["num_classes"]) if "on" in name else ("text", 0))
+    assert (shell.conditioning, shell.num_classes) == (("class", KINDS[name]["num_classes"]) if "on" in name else ("text", 0))
 
 
 @pytest.mark.parametrize(("kind", "change", "says"), [

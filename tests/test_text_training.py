@@ -18,11 +18,11 @@ from condot.data.encoders.text import TextEncoder, read_text_encoder
 from condot.data.loader.build import build
 from condot.data.loader.read_samples import read_images
 from condot.data.loader.stream import Share
-from condot.data.loader.text_conditioner import Words
+from condot.data.loader.text_conditioner import TextConditioner
 from condot.data.storage.shard_reader import Shards
 from condot.pipeline.checkpoint.store import load_tensors
 from condot.pipeline.launch import precision
-from condot.pipeline.sampling.options import Retrieve
+from condot.pipeline.sampling.options import RetrieveOptions
 
 NETWORKS = {
     "mmdit": ("--model.kind=mmdit", "--model.patch_size=4", "--model.width=32", "--model.depth=2", "--model.heads=2"),
@@ -76,7 +76,7 @@ def words(parts, output, *more, kind="mmdit", cached=True):
 
 def fit(*arguments, **named):
     AcceleratorState._reset_state(True)
-    train.STOPPER.received, train.STOPPER._deferred = None, False
+    train.INTERRUPT.received, train.INTERRUPT._deferred = None, False
     return train.main(words(*arguments, **named))
 
 
@@ -121,13 +121,13 @@ def test_two_processes_have_the_curve_of_one(parts, tmp_path):
 def test_the_network_is_shown_its_own_captions(parts, tmp_path, monkeypatch):
     """What reaches the network is what the encoders give of each sample's caption: looked up by hand, nothing dropped."""
     shown = []
-    told = Words.told
+    told = TextConditioner.build_condition
 
     def spy(self, batch, whole, each):
         shown.append((batch.captions, told(self, batch, whole, each)))
         return shown[-1][1]
 
-    monkeypatch.setattr(Words, "told", spy)
+    monkeypatch.setattr(TextConditioner, "build_condition", spy)
     assert (
         fit(parts, tmp_path / "run", "--train.condition_dropout=0", "--train.encoder_dropout=0", "--train.max_steps=2", cached=False) == 0
     )
@@ -186,8 +186,8 @@ def test_the_preview_shows_the_first_captions_of_the_order(parts, tmp_path, monk
     more = ("--seed=3", "--train.max_steps=1", "--log.sample_every=1", "--train.condition_dropout=0.9", "--train.encoder_dropout=0.9")
     assert fit(parts, tmp_path / "run", *more) == 0
     options = Options(shards=(str(parts["shards"]),), resolution=16, workers=0)
-    batch = next(build(options, seed=3, share=Share(batch_size=train.SHOWN), captions=True))
-    read = Words(tuple(read_text_encoder(str(name), 12) for name in parts["names"])).read
+    batch = next(build(options, seed=3, share=Share(batch_size=train.PREVIEW_CAPTIONS), captions=True))
+    read = TextConditioner(tuple(read_text_encoder(str(name), 12) for name in parts["names"])).read
     for got, captions in zip(shown[0], (batch.captions, [""]), strict=True):
         wanted = read(captions)
         assert torch.equal(got.mask.sum(1), wanted.mask.sum(1))
@@ -198,7 +198,7 @@ def test_the_preview_shows_the_first_captions_of_the_order(parts, tmp_path, monk
 def test_precision_is_measured_on_a_micro_batch_of_text(parts, tmp_path, monkeypatch):
     """As wide as the encoders, of images as many as one pass on one rank has."""
     seen = []
-    monkeypatch.setattr(precision, "choose", lambda network, inputs: seen.append((network, inputs)) or "no")
+    monkeypatch.setattr(precision, "pick_faster_precision", lambda network, inputs: seen.append((network, inputs)) or "no")
     more = ("--train.mixed_precision=auto", "--train.gradient_accumulation_steps=4", "--train.max_steps=1")
     assert fit(parts, tmp_path / "run", *more) == 0
     ((network, inputs),) = seen
@@ -247,8 +247,8 @@ def test_retrieval_pairs_each_caption_with_its_own_image(parts, tmp_path, capsys
     """The pictures are numbered through, and a number tells its caption; real images in place of samples are all found."""
     run = tmp_path / "run"
     assert fit(parts, run, "--train.max_steps=1") == 0
-    asked = Retrieve(run=str(run), reference=str(parts["shards"]), candidates=12, num_inference_steps=1)
-    real, made, captions, _ = sample.captioned(asked)
+    asked = RetrieveOptions(run=str(run), reference=str(parts["shards"]), candidates=12, num_inference_steps=1)
+    real, made, captions, _ = sample.sample_captions(asked)
     whole, _ = read_images(Shards(str(parts["shards"]), "train"), 3, 16)
     numbers = [int((whole - image).abs().flatten(1).sum(1).argmin()) for image in real]
     assert len(set(numbers)) == 12 and made.shape == real.shape
@@ -276,8 +276,8 @@ def test_retrieval_draws_captions_of_the_named_field_and_noise_by_the_seed(parts
     assert fit(parts, run, "--train.max_steps=1") == 0
     seeds, generate = [], sample.generate
     monkeypatch.setattr(sample, "generate", lambda *given, seed, **more: seeds.append(seed) or generate(*given, seed=seed, **more))
-    asked = Retrieve(run=str(run), reference=str(shards), candidates=8, num_inference_steps=1, caption="json.title")
-    first, again, other = (sample.captioned(replace(asked, seed=seed)) for seed in (0, 0, 7))
+    asked = RetrieveOptions(run=str(run), reference=str(shards), candidates=8, num_inference_steps=1, caption="json.title")
+    first, again, other = (sample.sample_captions(replace(asked, seed=seed)) for seed in (0, 0, 7))
     for real, _, captions, _ in (first, other):
         assert captions == [f"gray {level}" for level in ((real[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()]
     first, again, other = first[2], again[2], other[2]
@@ -287,9 +287,9 @@ def test_retrieval_draws_captions_of_the_named_field_and_noise_by_the_seed(parts
 def test_a_run_is_sampled_with_its_own_encoders_only(parts, tmp_path):
     facts = tuple(read_text_encoder(str(name), 12) for name in parts["names"])
     own = [one.fingerprint for one in facts]
-    Words(facts).check(own)
+    TextConditioner(facts).check(own)
     with pytest.raises(ValueError, match="another encoder than number 1 of the run"):
-        Words(facts).check([own[0], read_text_encoder(str(frozen.text(tmp_path / "t5", "t5", seed=1)), 12).fingerprint])
+        TextConditioner(facts).check([own[0], read_text_encoder(str(frozen.text(tmp_path / "t5", "t5", seed=1)), 12).fingerprint])
 
 
 def test_a_run_whose_encoder_was_replaced_is_not_sampled(parts, tmp_path, capsys):

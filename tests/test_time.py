@@ -1,4 +1,4 @@
-"""Laws of t: quantile, density and their agreement; strata; importance weights."""
+"""Timestep distributions: quantile, density and their agreement; strata; importance weights."""
 
 import math
 
@@ -7,7 +7,7 @@ import torch
 
 from condot.pipeline.flow import (
     EDM,
-    TIME_LAWS,
+    TIMESTEP_DISTRIBUTIONS,
     VE,
     VP,
     CondOT,
@@ -20,9 +20,9 @@ from condot.pipeline.flow import (
     Purpose,
     Shifted,
     Uniform,
-    draw_times,
-    importance,
+    importance_weight,
     resolution_shift,
+    sample_times,
     uniform,
 )
 from condot.pipeline.flow.timestep_distribution import shift_time
@@ -85,11 +85,11 @@ def test_shift_multiplies_the_noise_to_signal_ratio():
 def test_importance_weights_give_back_the_uniform_mean(name):
     """E_law[w(t) f(t)] is the mean of f under the uniform law; over the shares, by the midpoint rule."""
     n = 400_000
-    law = LAWS[name]
-    t = law.quantile((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    distribution = LAWS[name]
+    t = distribution.quantile((torch.arange(n, dtype=torch.float64) + 0.5) / n)
     bump = t**2 * (1 - t) ** 2  # vanishes at the ends, where weights grow
-    assert abs((importance(law, t) * bump).mean().item() - 1 / 30) < 1e-3 / 30
-    torch.testing.assert_close(importance(law, t, law), torch.ones_like(t))
+    assert abs((importance_weight(distribution, t) * bump).mean().item() - 1 / 30) < 1e-3 / 30
+    torch.testing.assert_close(importance_weight(distribution, t, distribution), torch.ones_like(t))
 
 
 def test_discrete_times_are_the_steps():
@@ -105,7 +105,7 @@ def test_discrete_times_are_the_steps():
 @pytest.mark.parametrize("step", [0, 1, 99])
 def test_strata_hold_one_sample_each(batch, step):
     """Sorted, the shares of a batch are one to each interval of width 1 / batch, up to a rotation of the circle."""
-    u = draw_times(Uniform(), 3, step, torch.arange(batch), batch).double()
+    u = sample_times(Uniform(), 3, step, torch.arange(batch), batch).double()
     rotation = uniform(3, Purpose.TIME, step, torch.tensor([-1])).item()
     strata = ((u - rotation) % 1 * batch).floor().long()
     assert sorted(strata.tolist()) == list(range(batch))
@@ -113,36 +113,43 @@ def test_strata_hold_one_sample_each(batch, step):
 
 def test_strata_depend_on_the_global_index_alone():
     """Two ranks, four ranks, any slice: bitwise the same times; and other steps give others."""
-    law, index = LogitNormal(), torch.arange(64)
-    whole = draw_times(law, 5, 7, index, 64)
+    distribution, index = LogitNormal(), torch.arange(64)
+    whole = sample_times(distribution, 5, 7, index, 64)
     for parts in (2, 4, 64):
-        assert torch.equal(torch.cat([draw_times(law, 5, 7, part, 64) for part in index.chunk(parts)]), whole)
-    assert not torch.equal(draw_times(law, 5, 8, index, 64), whole)
-    assert torch.equal(draw_times(law, 5, 7, index), law.quantile(uniform(5, Purpose.TIME, 7, index)).float())
+        assert torch.equal(torch.cat([sample_times(distribution, 5, 7, part, 64) for part in index.chunk(parts)]), whole)
+    assert not torch.equal(sample_times(distribution, 5, 8, index, 64), whole)
+    assert torch.equal(sample_times(distribution, 5, 7, index), distribution.quantile(uniform(5, Purpose.TIME, 7, index)).float())
 
 
 def test_strata_lower_the_variance_of_a_mean():
     """The mean of t over a batch of 64: standard deviation 0.036 independent, below 0.01 in strata; both unbiased."""
-    plain, strata = (torch.stack([draw_times(Uniform(), 1, k, torch.arange(64), b).mean() for k in range(400)]) for b in (None, 64))
+    plain, strata = (torch.stack([sample_times(Uniform(), 1, k, torch.arange(64), b).mean() for k in range(400)]) for b in (None, 64))
     assert abs(plain.std().item() - (1 / 12 / 64) ** 0.5) < 0.006 and strata.std() < 0.01
     assert abs(strata.mean().item() - 0.5) < 6 * strata.std().item() / 20
-    first = torch.cat([draw_times(Uniform(), 1, k, torch.arange(1), 64) for k in range(2000)])  # one position sees all times
+    first = torch.cat([sample_times(Uniform(), 1, k, torch.arange(1), 64) for k in range(2000)])  # one position sees all times
     assert abs(first.mean().item() - 0.5) < 6 * (1 / 12 / 2000) ** 0.5 and first.min() < 0.01 and first.max() > 0.99
 
 
-STEEP = [*(law() for law in TIME_LAWS.values()), LogitNormal(20.0, 3.0), LogitNormal(-900.0, 1.0), Mode(-1), Shifted(1e-12), Shifted(1e12)]
+STEEP = [
+    *(distribution() for distribution in TIMESTEP_DISTRIBUTIONS.values()),
+    LogitNormal(20.0, 3.0),
+    LogitNormal(-900.0, 1.0),
+    Mode(-1),
+    Shifted(1e-12),
+    Shifted(1e12),
+]
 
 
-@pytest.mark.parametrize("law", [*STEEP, LogNormalSigma(-30.0, 9.0), LogNormalSigma(3.0, 2.0, VP())], ids=repr)
-def test_times_of_a_law_with_a_density_stay_inside_in_float32(law, monkeypatch):
+@pytest.mark.parametrize("distribution", [*STEEP, LogNormalSigma(-30.0, 9.0), LogNormalSigma(3.0, 2.0, VP())], ids=repr)
+def test_times_of_a_law_with_a_density_stay_inside_in_float32(distribution, monkeypatch):
     """The largest uniform numbers round to 1.0, and steep laws push others there or to 0: 2^-60 and 1 - 2^-24 are the ends."""
     shares = torch.tensor([2.0**-53, 1e-9, 0.5, 1 - 1e-9, 1 - 2.0**-53], dtype=torch.float64)
     monkeypatch.setattr("condot.pipeline.flow.timestep_distribution.uniform", lambda *named: shares)
-    t = draw_times(law, 0, 0, torch.arange(5))
-    plain = law.quantile(shares).float()
+    t = sample_times(distribution, 0, 0, torch.arange(5))
+    plain = distribution.quantile(shares).float()
     inside = (plain > 2.0**-60) & (plain < 1)
     assert t.dtype == torch.float32 and torch.equal(t[inside], plain[inside])
-    if isinstance(law, Discrete):
+    if isinstance(distribution, Discrete):
         assert t.tolist()[-1] == 1.0
     else:
         assert (t.min() >= 2.0**-60) and (t.max() <= 1 - 2.0**-24)
@@ -152,12 +159,12 @@ def test_times_of_a_law_with_a_density_stay_inside_in_float32(law, monkeypatch):
 def test_densities_and_importance_weights_at_the_ends(dtype):
     """A density has a limit there, a weight is a number or, where the law has no density and never draws, infinite."""
     t = torch.tensor([0.0, 2.0**-60, 1 - 2.0**-24, 1.0], dtype=dtype)
-    laws = [*STEEP, LogNormalSigma(-3.0, 0.5, Cosine()), LogNormalSigma(path=VP()), LogNormalSigma(path=EDM())]
-    for law in laws:
-        assert bool((law.density(t) >= 0).all())
-        torch.testing.assert_close(importance(law, t, law), torch.ones(4, dtype=dtype))
-        assert not bool(importance(law, t).isnan().any()) and importance(law, t).dtype == dtype
-    assert importance(LogitNormal(), t)[[0, 3]].tolist() == [math.inf] * 2 and importance(CosMap(), t)[3] == math.pi / 2
+    distributions = [*STEEP, LogNormalSigma(-3.0, 0.5, Cosine()), LogNormalSigma(path=VP()), LogNormalSigma(path=EDM())]
+    for distribution in distributions:
+        assert bool((distribution.density(t) >= 0).all())
+        torch.testing.assert_close(importance_weight(distribution, t, distribution), torch.ones(4, dtype=dtype))
+        assert not bool(importance_weight(distribution, t).isnan().any()) and importance_weight(distribution, t).dtype == dtype
+    assert importance_weight(LogitNormal(), t)[[0, 3]].tolist() == [math.inf] * 2 and importance_weight(CosMap(), t)[3] == math.pi / 2
 
 
 BAD = {
@@ -167,7 +174,7 @@ BAD = {
     "shift": (lambda: Shifted(0.0), r"shift=0\.0"),
     "discrete": (lambda: Discrete(0.5, 0.5, 3), r"first < last"),
     "resolution": (lambda: resolution_shift(0), r"values=0"),
-    "index": (lambda: draw_times(Uniform(), 0, 0, torch.arange(9), 8), r"stratified over 8.*to 8"),
+    "index": (lambda: sample_times(Uniform(), 0, 0, torch.arange(9), 8), r"stratified over 8.*to 8"),
 }
 
 
@@ -179,5 +186,5 @@ def test_bad_input_is_refused_with_the_reason(case):
 
 
 def test_every_law_has_a_name_and_a_default():
-    for law in TIME_LAWS.values():
-        assert 0 <= law().quantile(torch.tensor([0.3], dtype=torch.float64)).item() <= 1
+    for distribution in TIMESTEP_DISTRIBUTIONS.values():
+        assert 0 <= distribution().quantile(torch.tensor([0.3], dtype=torch.float64)).item() <= 1

@@ -13,7 +13,7 @@ from test_tracking import Alone
 from condot.pipeline.tracking import trackers
 from condot.pipeline.tracking.jsonl import read_lines
 from condot.pipeline.tracking.run_log import loss_curve
-from condot.pipeline.tracking.trackers import Tracker, attach, check, finish, flat
+from condot.pipeline.tracking.trackers import BackgroundTracker, attach_trackers, check_installed, finish_trackers, flatten_settings
 
 # --- between the run and a server
 
@@ -46,24 +46,24 @@ def held():
     event = threading.Event()
     yield event
     event.set()
-    trackers.STUCK.clear()
+    trackers.STUCK_TRACKERS.clear()
 
 
 def told(server, lines, patience=5.0):
     """A tracker before that server, and what is said of it after so many lines and the end."""
-    tracker = Tracker("wandb", lambda: server)
+    tracker = BackgroundTracker("wandb", lambda: server)
     tracker.start()
     tracker.store_init_configuration({"a": 1})
     for step in range(1, lines + 1):
         tracker.log({"loss": 1 / step}, step=step)
-    return tracker, finish([tracker], patience)
+    return tracker, finish_trackers([tracker], patience)
 
 
 def test_a_tracker_gets_every_line_in_order_and_ends():
     server = Server()
     tracker, said = told(server, 300)
     assert server.got == [(step, {"loss": 1 / step}) for step in range(1, 301)] and server.ended and server.settings == {"a": 1}
-    assert said == [] and tracker.lost == 0 and not trackers.STUCK
+    assert said == [] and tracker.lost == 0 and not trackers.STUCK_TRACKERS
 
 
 def test_a_tracker_that_raises_is_said_once_and_counted_and_tried_again():
@@ -89,52 +89,54 @@ def test_a_tracker_that_does_not_start_is_left_out(error):
 @pytest.mark.parametrize("where", ["start", "log"])
 def test_a_tracker_that_hangs_holds_up_nothing(where, held, monkeypatch):
     """Every call returns while the server never answers; what waits is bounded, what is lost is counted, the process can leave."""
-    monkeypatch.setattr(trackers, "WAITING", 4)
-    monkeypatch.setattr(trackers, "SLOW", -1.0)
+    monkeypatch.setattr(trackers, "MAX_QUEUED", 4)
+    monkeypatch.setattr(trackers, "SLOW_CALL_SECONDS", -1.0)
     entered = threading.Event()
 
     def hang(*step):
         entered.set()
         held.wait()
 
-    tracker = Tracker("wandb", lambda: Server(**{where: hang}))
+    tracker = BackgroundTracker("wandb", lambda: Server(**{where: hang}))
     tracker.start()
     tracker.log({"loss": 1.0}, step=1)
     entered.wait()
     for step in range(2, 11):
         tracker.log({"loss": 1.0}, step=step)
     assert len(tracker._calls) == 4
-    said = finish([tracker], patience=0.01)
-    assert tracker.lost == 10 and trackers.STUCK == ["wandb"]
+    said = finish_trackers([tracker], timeout=0.01)
+    assert tracker.lost == 10 and trackers.STUCK_TRACKERS == ["wandb"]
     assert [sum(word in text for text in said) for word in ("not answered", "lines behind", "did not end", "missed 10 of 10")] == [1] * 4
     left = []
     monkeypatch.setattr(trackers.os, "_exit", left.append)
     with pytest.raises(SystemExit):
-        trackers.leave(7)
+        trackers.exit_process(7)
     assert left == [7]
     tracker._thread.join = lambda patience: pytest.fail("waited for a second time")
     tracker.finish()
 
 
 def test_one_tracker_that_hangs_does_not_keep_another_from_its_lines(held):
-    well, bad = Tracker("tensorboard", lambda: server), Tracker("wandb", lambda: Server(log=lambda step: held.wait()))
+    well, bad = BackgroundTracker("tensorboard", lambda: server), BackgroundTracker("wandb", lambda: Server(log=lambda step: held.wait()))
     server = Server()
     for step in range(3):
         for tracker in (bad, well):
             tracker.start() if step == 0 else tracker.log({"loss": 1.0}, step=step)
-    said = finish([bad, well], patience=0.3)
+    said = finish_trackers([bad, well], timeout=0.3)
     assert [step for step, _ in server.got] == [1, 2] and server.ended and all("wandb" in text for text in said)
 
 
 def test_a_process_leaves_as_usual_where_nothing_is_stuck(monkeypatch):
     monkeypatch.setattr(trackers.os, "_exit", lambda status: pytest.fail("at once"))
     with pytest.raises(SystemExit) as end:
-        trackers.leave(3)
+        trackers.exit_process(3)
     assert end.value.code == 3
 
 
 def test_settings_are_flat_and_of_the_types_that_trackers_hold():
-    found = flat({"seed": 0, "train": {"lr": 1e-4, "sharding": None, "compile": False}, "data": {"shards": ["a", "b"], "weights": []}})
+    found = flatten_settings(
+        {"seed": 0, "train": {"lr": 1e-4, "sharding": None, "compile": False}, "data": {"shards": ["a", "b"], "weights": []}}
+    )
     assert found == {
         "seed": 0,
         "train.lr": 1e-4,
@@ -179,9 +181,9 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, wandb):
     """The same id, and the step as the axis; a fresh run in the same folder is another."""
     for start in (0, 2, 0):
         accelerator = Alone()
-        attach(accelerator, ["wandb", "none", "wandb"], "condot", tmp_path, {"seed": 1}, start)
+        attach_trackers(accelerator, ["wandb", "none", "wandb"], "condot", tmp_path, {"seed": 1}, start)
         accelerator.log({"loss": 0.5}, step=start + 1)
-        assert finish(accelerator.trackers) == [] and len(accelerator.trackers) == 1
+        assert finish_trackers(accelerator.trackers) == [] and len(accelerator.trackers) == 1
     ids = [given["id"] for given in wandb.inits]
     assert ids[0] == ids[1] != ids[2] and all(given["resume"] == "allow" and given["name"] == tmp_path.name for given in wandb.inits)
     assert wandb.inits[0]["project"] == "condot" and wandb.inits[0]["config"] == {"seed": 1} and wandb.inits[0]["settings"].console == "off"
@@ -197,15 +199,15 @@ def test_a_missing_package_is_refused_at_start(tmp_path, digits, monkeypatch, ca
         return version(name)
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
-    check(["none"])
+    check_installed(["none"])
     with pytest.raises(ValueError, match="pip install trackio"):
-        check(["tensorboard", "trackio"])
+        check_installed(["tensorboard", "trackio"])
     assert fit(digits, tmp_path / "run", "--log.report_to", "tensorboard", "trackio") == 2
     assert "pip install trackio" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_a_run_whose_tracker_hangs_is_the_run_without_one(tmp_path, digits, trained, wandb, held, monkeypatch, capsys):
-    monkeypatch.setattr("condot.pipeline.tracking.run_log.finish", lambda given: finish(given, 0.05))
+    monkeypatch.setattr("condot.pipeline.tracking.run_log.finish_trackers", lambda given: finish_trackers(given, 0.05))
     wandb.answer = lambda values: held.wait()
     assert fit(digits, tmp_path / "run", "--log.report_to=wandb") == 0
     assert loss_curve(tmp_path / "run") == loss_curve(trained) and len(loss_curve(trained)) == 6

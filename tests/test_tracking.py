@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from condot.pipeline.tracking import run_log
-from condot.pipeline.tracking.jsonl import Lines, read_lines
-from condot.pipeline.tracking.mfu import Utilisation
-from condot.pipeline.tracking.run_log import BadSamples, Log, Meter, loss_curve, memory_gb
+from condot.pipeline.tracking.jsonl import JsonlWriter, read_lines
+from condot.pipeline.tracking.mfu import MfuEstimator
+from condot.pipeline.tracking.run_log import BadSamples, Meter, RunLog, loss_curve, memory_gb
 
 CPU = torch.device("cpu")
 
@@ -67,21 +67,21 @@ def files_of_at_most(size):
 
 
 def test_lines_wait_for_a_full_disk_and_follow_in_order(tmp_path):
-    lines = Lines(tmp_path / "a.jsonl")
+    lines = JsonlWriter(tmp_path / "a.jsonl")
     assert lines.append([{"n": 0}]) == ""
     before = lines.path.read_bytes()
     with files_of_at_most(len(before) + 4):  # half a line fits
         said = [lines.append([{"n": n}]) for n in (1, 2, 3)]
     assert lines.path.read_bytes() == before, "no half line is left"
-    assert "cannot be written" in said[0] and said[1:] == ["", ""] and len(lines.held) == 3
-    assert "3 lines" in lines.append([]) and lines.append([{"n": 4}]) == "" and not lines.held
+    assert "cannot be written" in said[0] and said[1:] == ["", ""] and len(lines.pending) == 3
+    assert "3 lines" in lines.append([]) and lines.append([{"n": 4}]) == "" and not lines.pending
     assert [line["n"] for line in read_lines(lines.path)] == [0, 1, 2, 3, 4]
 
 
 def test_what_waits_for_a_disk_is_bounded_and_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("condot.pipeline.tracking.jsonl.HELD", 3)
-    lines = Lines(tmp_path / "absent" / "a.jsonl")
-    lines.held = type(lines.held)(maxlen=3)
+    monkeypatch.setattr("condot.pipeline.tracking.jsonl.MAX_PENDING", 3)
+    lines = JsonlWriter(tmp_path / "absent" / "a.jsonl")
+    lines.pending = type(lines.pending)(maxlen=3)
     for n in range(5):
         lines.append([{"n": n}])
     lines.path.parent.mkdir()
@@ -90,22 +90,22 @@ def test_what_waits_for_a_disk_is_bounded_and_counted(tmp_path, monkeypatch):
 
 def test_lines_that_wait_for_a_disk_are_dropped_too(tmp_path):
     """A rollback while the disk is full: steps that are done again have one line each."""
-    lines = Lines(tmp_path / "a.jsonl")
+    lines = JsonlWriter(tmp_path / "a.jsonl")
     lines.append([{"step": 1}])
     with files_of_at_most(lines.path.stat().st_size):
         lines.append([{"step": n} for n in (2, 3, 4)])
-        lines.keep(lambda line: line["step"] <= 2)
+        lines.filter(lambda line: line["step"] <= 2)
         lines.append([{"step": 3}])
     lines.append([])
     assert [line["step"] for line in read_lines(lines.path)] == [1, 2, 3]
 
 
 def test_lines_behind_a_step_go_without_any_room(tmp_path):
-    lines = Lines(tmp_path / "a.jsonl")
+    lines = JsonlWriter(tmp_path / "a.jsonl")
     lines.append([{"step": n, "loss": n / 3} for n in range(1, 9)])
     lines.path.write_bytes(lines.path.read_bytes() + b'{"step": 9, "lo')  # torn by a kill
     with files_of_at_most(1):
-        lines.keep(lambda line: line["step"] <= 5)
+        lines.filter(lambda line: line["step"] <= 5)
     assert [line["step"] for line in read_lines(lines.path)] == [1, 2, 3, 4, 5]
     assert lines.path.read_bytes().endswith(b"\n") and list(tmp_path.iterdir()) == [lines.path]
 
@@ -113,8 +113,8 @@ def test_lines_behind_a_step_go_without_any_room(tmp_path):
 def test_a_torn_or_foreign_line_is_none_and_what_is_no_number_is_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1, "images": 4, "loss": 0.5}\n\xff\x00[1]\n17\n{"step": 2, "images": 8, "loss": 0.2}')
-    lines = Lines(path)
-    lines.keep(lambda line: line["step"])
+    lines = JsonlWriter(path)
+    lines.filter(lambda line: line["step"])
     lines.append([{"step": 3, "images": 12, "loss": math.nan, "grad_norm": math.inf}])
     assert [json.loads(line) for line in path.read_text().splitlines()][1:] == [
         {"step": 2, "images": 8, "loss": 0.2},
@@ -156,7 +156,7 @@ def test_an_interval_goes_on_from_a_checkpoint_and_back_to_one(monkeypatch):
             saved = json.loads(json.dumps(parts.state()))
             parts.add_step(torch.tensor(1e9), norm, GOOD)  # a step that is rolled back
             clock.now += 100
-            with parts.waiting():
+            with parts.data_wait():
                 clock.now += 100
             parts.restore(saved)
     clock.now += 3
@@ -171,9 +171,9 @@ def test_rates_and_waits_of_all_ranks_in_one_exchange(monkeypatch):
     clock = Clock(monkeypatch, run_log)
     accelerator = Alone([2.0, 1.0, 4.0, 1.0, 70.0, 0.0], [3.0, 1.0, 4.0, 9.0, 80.5, 4.0], [6.0, 2.0, 4.0, 3.0, 60.0, 0.0])
     monkeypatch.setattr(run_log, "memory_gb", lambda device: 50.0)
-    meter = Meter(accelerator, Utilisation(peak=1e12, model=2e9, encoders=1e9, counted=True))
+    meter = Meter(accelerator, MfuEstimator(peak_flops=1e12, flops_per_image=2e9, encoder_flops_per_image=1e9, counted=True))
     for _ in range(4):
-        with meter.waiting():
+        with meter.data_wait():
             clock.now += 0.75
         clock.now += 1.75
         meter.add_step(torch.tensor(1.0), torch.tensor(4.0), GOOD)
@@ -197,11 +197,11 @@ def test_rates_and_waits_of_all_ranks_in_one_exchange(monkeypatch):
 
 def test_a_wait_that_ends_in_an_error_counts_too(monkeypatch):
     clock, meter = Clock(monkeypatch, run_log), Meter(Alone())
-    meter.since = clock.now
-    with pytest.raises(StopIteration), meter.waiting():
+    meter.started_at = clock.now
+    with pytest.raises(StopIteration), meter.data_wait():
         clock.now += 2
         raise StopIteration
-    assert meter.waited == 2
+    assert meter.data_wait_seconds == 2
 
 
 def test_memory_is_the_most_that_this_process_held():
@@ -221,12 +221,12 @@ def test_memory_is_the_most_that_this_process_held():
 
 def test_lines_bar_and_trackers_of_a_log(tmp_path, capsys):
     accelerator = Alone()
-    log = Log(tmp_path, main=True, start=0, stop=8, accelerator=accelerator)
+    log = RunLog(tmp_path, main=True, start=0, stop=8, accelerator=accelerator)
     for step in (2, 4, 6):
         for _ in range(2):
             log.advance()
         log.write(step, 16 * step, {"loss": 1 / step, "mfu": None, "grad_norm": math.inf if step == 4 else 1.0, "images_per_second": 10.0})
-    log.back(4)
+    log.rewind(4)
     assert log.bar.n == 4
     log.write(6, 96, {"loss": 0.5, "images_per_second": 10.0})
     log.close()
@@ -234,23 +234,23 @@ def test_lines_bar_and_trackers_of_a_log(tmp_path, capsys):
     assert [(line["step"], line["loss"]) for line in kept] == [(2, 0.5), (4, 0.25), (6, 0.5)] and kept[1]["grad_norm"] is None
     assert accelerator.logged[1] == (4, {"images": 64, "loss": 0.25, "images_per_second": 10.0}), "what is no number is not sent"
     for start, left in ((4, [2, 4]), (3, [2])):
-        Log(tmp_path, main=True, start=start, stop=8, accelerator=accelerator).close()
+        RunLog(tmp_path, main=True, start=start, stop=8, accelerator=accelerator).close()
         assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == left
     assert "/8" in capsys.readouterr().err
 
 
 def test_other_processes_are_silent(tmp_path, capsys):
-    log = Log(tmp_path, main=False, start=0, stop=8, accelerator=Alone())
+    log = RunLog(tmp_path, main=False, start=0, stop=8, accelerator=Alone())
     log.advance()
     log.write(1, 16, {"loss": 1.0})
     log.say("hello")
-    log.back(0)
+    log.rewind(0)
     log.close()
     assert capsys.readouterr() == ("", "") and not list(tmp_path.iterdir())
 
 
 def test_training_goes_on_where_the_log_cannot_be_written(tmp_path, capsys):
-    log = Log(tmp_path, main=True, start=0, stop=8, accelerator=Alone())
+    log = RunLog(tmp_path, main=True, start=0, stop=8, accelerator=Alone())
     with files_of_at_most(10):
         for step in (1, 2, 3):
             log.write(step, step, {"loss": 1.0})

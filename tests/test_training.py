@@ -22,11 +22,11 @@ from condot.models import registry
 from condot.pipeline.checkpoint import saving
 from condot.pipeline.checkpoint.store import load_tensors
 from condot.pipeline.config.schema import EmaConfig, FlowConfig, TrainConfig
-from condot.pipeline.ema.averages import Averages, HalfLife, laws
-from condot.pipeline.objectives.training_objective import Method
+from condot.pipeline.ema.averages import HalfLifeProfile, WeightAverages, ema_profiles
+from condot.pipeline.objectives.training_objective import TrainingObjective
 from condot.pipeline.training import loop
 from condot.pipeline.training.optimizer import adamw, learning_rate
-from condot.pipeline.training.run import compare
+from condot.pipeline.training.resume_rules import compare_facts
 
 
 def curve(folder):
@@ -45,9 +45,11 @@ def digest(folder):
 
 def test_the_weights_are_those_of_adamw_by_its_formula(digits, tmp_path, monkeypatch):
     """Loshchilov and Hutter's algorithm 2 in float64, on the gradients that the run had; the young moments' correction counts from 1."""
-    seen, clip = [], loop.clip
+    seen, clip_gradients = [], loop.clip_gradients
     monkeypatch.setattr(
-        loop, "clip", lambda run: (seen.append({n: p.grad.clone() for n, p in run.network.named_parameters()}), clip(run))[1]
+        loop,
+        "clip_gradients",
+        lambda run: (seen.append({n: p.grad.clone() for n, p in run.network.named_parameters()}), clip_gradients(run))[1],
     )
     more = (
         "--train.weight_decay=0.1",
@@ -110,7 +112,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(digits, tmp_path, more):
         def count():
             advance()
             if run.step == at:
-                run.stopper.received = signal.SIGINT
+                run.interrupt.received = signal.SIGINT
 
         run.log.advance = count
         step(run, stop)
@@ -319,9 +321,9 @@ def test_more_classes_than_an_export_holds_are_refused_at_the_start(tmp_path, ca
 
 
 def test_two_runs_on_one_folder(digits, tmp_path, capsys):
-    from condot.pipeline.launch.distributed import lock
+    from condot.pipeline.launch.distributed import lock_folder
 
-    held = lock(tmp_path / "run")
+    held = lock_folder(tmp_path / "run")
     assert fit(digits, tmp_path / "run") == 2 and "in use by another run" in capsys.readouterr().err
     held.close()
 
@@ -361,7 +363,7 @@ def test_a_save_that_failed_is_tried_again_soon(digits, tmp_path, monkeypatch, c
 
 def test_training_goes_on_while_a_checkpoint_is_written(digits, tmp_path, monkeypatch):
     """The file of step 4 is held back until step 7 is done."""
-    gate, waits, write, advance = threading.Event(), [], saving.write_file, loop.advance
+    gate, waits, write, advance = threading.Event(), [], saving.write_file, loop.train_step
 
     def held(path, *rest):
         if path.parent.name.startswith(".tmp-4-"):
@@ -375,7 +377,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(digits, tmp_path, monkey
         return seen
 
     monkeypatch.setattr(saving, "write_file", held)
-    monkeypatch.setattr(loop, "advance", counted)
+    monkeypatch.setattr(loop, "train_step", counted)
     assert fit(digits, tmp_path / "run", "--checkpoint.keep=9") == 0 and waits == [True]
     assert {p.name for p in (tmp_path / "run").glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (0, 4, 8, 12)}
 
@@ -410,29 +412,29 @@ def test_the_average_is_on_an_image_clock():
     for batch in (10, 50):
         model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.zeros_(model.weight)
-        ema = Averages(model, copy.deepcopy(model), EmaConfig(halflife=(1000,), ramp=1e9))
+        ema = WeightAverages(model, copy.deepcopy(model), EmaConfig(halflife=(1000,), ramp=1e9))
         torch.nn.init.ones_(model.weight)
         for images in range(batch, 1001, batch):
             ema.update(model, images, batch)
         assert ema.model.weight.item() == pytest.approx(0.5, abs=1e-5)
-    assert HalfLife(1e9, 0.1).decay(1000, 100) == pytest.approx(0.5), "at first the half-life is a share of the images seen"
-    assert laws(EmaConfig(enabled=False))[0].decay(1000, 100) == 0
+    assert HalfLifeProfile(1e9, 0.1).decay(1000, 100) == pytest.approx(0.5), "at first the half-life is a share of the images seen"
+    assert ema_profiles(EmaConfig(enabled=False))[0].decay(1000, 100) == 0
 
 
 @pytest.mark.parametrize(
     "flow", [{}, {"stratified": True, "time": "mode"}, {"prior": "uniform"}, {"objective": "sliced", "predict": "score"}]
 )
 def test_draws_are_a_function_of_seed_step_and_place(flow):
-    method, places = Method(FlowConfig(**flow), (2, 3), 6), torch.arange(6)
-    whole, part = method.draw(0, 3, places), method.draw(0, 3, places[4:])
+    method, batch_indices = TrainingObjective(FlowConfig(**flow), (2, 3), 6), torch.arange(6)
+    whole, part = method.draw_random_inputs(0, 3, batch_indices), method.draw_random_inputs(0, 3, batch_indices[4:])
     assert all(torch.equal(a[4:], b) for a, b in zip(whole, part, strict=True) if a is not None)
-    assert not torch.equal(whole.noise, method.draw(0, 4, places).noise)
-    assert not torch.equal(whole.noise, method.draw(1, 3, places).noise)
+    assert not torch.equal(whole.noise, method.draw_random_inputs(0, 4, batch_indices).noise)
+    assert not torch.equal(whole.noise, method.draw_random_inputs(1, 3, batch_indices).noise)
     assert abs(torch.corrcoef(torch.stack([whole.t.double(), whole.drop]))[0, 1]) < 0.99
 
 
 def test_compare_lists_every_difference():
-    assert compare({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}) == [
+    assert compare_facts({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}) == [
         "a.c is 2 there and 5 here",
         "d is 3 there and None here",
         "e is None there and 4 here",

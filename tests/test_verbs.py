@@ -13,11 +13,11 @@ from test_methods import gaussian_source
 from condot.cli import sample
 from condot.data.loader.read_samples import read_images
 from condot.data.storage.shard_reader import Shards
-from condot.pipeline.flow import count
+from condot.pipeline.flow import num_samples
 from condot.pipeline.sampling.generate import Samples
-from condot.pipeline.sampling.likelihood import affordable, bits
-from condot.pipeline.sampling.options import Model, Sampling
-from condot.pipeline.sampling.restore import Remedy, measurement, restore
+from condot.pipeline.sampling.likelihood import compute_bits_per_dimension, is_exact_affordable
+from condot.pipeline.sampling.options import ModelOptions, SamplingOptions
+from condot.pipeline.sampling.restore import RestorationMethod, measurement, restore
 from condot.pipeline.sampling.sampler import Sampler
 
 STEP = 2 / 255
@@ -37,11 +37,15 @@ def test_bits_of_gaussian_data(path, predict, exact):
     mean, std = 0.3, 0.4
     nats = ((images - mean) ** 2 + STEP**2 / 12) / (2 * std**2) + math.log(std * math.sqrt(2 * math.pi))
     expected = nats.mean().item() / math.log(2) - math.log2(STEP)
-    found = bits(gaussian_source(path, predict), images.double(), torch.zeros(16, dtype=torch.int64), seed=0, exact=exact)
+    found = compute_bits_per_dimension(
+        gaussian_source(path, predict), images.double(), torch.zeros(16, dtype=torch.int64), seed=0, exact=exact
+    )
     assert found.mean == pytest.approx(expected, abs=0.005)
-    again = bits(gaussian_source(path, predict), images.double(), torch.zeros(16, dtype=torch.int64), seed=1, exact=exact)
+    again = compute_bits_per_dimension(
+        gaussian_source(path, predict), images.double(), torch.zeros(16, dtype=torch.int64), seed=1, exact=exact
+    )
     assert 0 < abs(found.mean - again.mean) < 0.1, "each seed spreads the images over their bins anew"
-    assert found.exact is exact and found.dimensions == 16 and affordable((1, 8, 8)) and not affordable((3, 8, 8))
+    assert found.exact is exact and found.dimensions == 16 and is_exact_affordable((1, 8, 8)) and not is_exact_affordable((3, 8, 8))
 
 
 def test_likelihood_of_held_out_digits(trained, digits, capsys):
@@ -80,7 +84,7 @@ def test_what_is_measured_comes_back(task, method):
     assert task != "inpaint" or measure(torch.ones(1, 1, 8, 8))[0, 0].equal((~mask).float()), "white is filled in, black is kept"
     torch.manual_seed(0)
     y = measure(0.3 + 0.4 * torch.randn(1, 3, 8, 8))[0]
-    made, evaluations = restore(source, measure, y, Sampler("euler", 150), Remedy(method=method), count=200, seed=1)
+    made, evaluations = restore(source, measure, y, Sampler("euler", 150), RestorationMethod(method=method), count=200, seed=1)
     assert evaluations == 150
     assert (measure(made) - y).square().mean().sqrt() < 0.05
     if task == "inpaint":
@@ -98,7 +102,7 @@ def test_replacement_on_paths_of_other_scales(path, predict):
     measure = measurement("inpaint", (1, 8, 8), mask, 2)
     y = measure(torch.full((1, 1, 8, 8), 0.6))[0]
     sampler = Sampler("euler", 200, clip="off")
-    made, evaluations = restore(source, measure, y, sampler, Remedy(method="replacement"), count=300, seed=1)
+    made, evaluations = restore(source, measure, y, sampler, RestorationMethod(method="replacement"), count=300, seed=1)
     assert evaluations == 200 + (path != "vp"), "what is left of the noise is taken off in one more"
     assert (measure(made) - y).abs().max() < 1e-6
     assert abs(made[..., 4:].mean() - 0.3) < 0.05 and abs(made[..., 4:].std() - 0.4) < 0.05
@@ -141,13 +145,15 @@ WITH = {
 
 def test_every_option_of_sampling_reaches_the_sampler():
     """Under its own name; steps are `num_inference_steps` to users. What else a model has is asked of other rooms."""
-    elsewhere = {f.name for f in fields(Model)} | {"guide_pipeline", "guide_run", "guide_ema", "classifier_reference"}
-    assert OTHER.keys() == {f.name for f in fields(Sampling)} - elsewhere | {"num_inference_steps"}
-    assert Sampling().sampler() == Sampler()
+    elsewhere = {f.name for f in fields(ModelOptions)} | {"guide_pipeline", "guide_run", "guide_ema", "classifier_reference"}
+    assert OTHER.keys() == {f.name for f in fields(SamplingOptions)} - elsewhere | {"num_inference_steps"}
+    assert SamplingOptions().sampler() == Sampler()
     for name, value in OTHER.items():
         field = {"num_inference_steps": "steps", "sigma_t_values": "sigma_t"}.get(name, name)
         more = WITH.get(name, {})
-        assert Sampling(**{name: value}, **more).sampler() == replace(Sampler(), **{field: value}, **more) != replace(Sampler(), **more)
+        assert (
+            SamplingOptions(**{name: value}, **more).sampler() == replace(Sampler(), **{field: value}, **more) != replace(Sampler(), **more)
+        )
 
 
 def test_settings_of_a_folder_name_what_is_new_only_where_it_is_used():
@@ -168,7 +174,7 @@ def test_settings_of_a_folder_name_what_is_new_only_where_it_is_used():
 )
 def test_options_that_go_ill_together_are_refused_before_a_model_is_loaded(words, message):
     with pytest.raises(ValueError, match=message):
-        Sampling(**words).sampler()
+        SamplingOptions(**words).sampler()
 
 
 @pytest.fixture
@@ -178,7 +184,7 @@ def asked(monkeypatch):
 
     def gray(source, condition, sampler, **more):
         found.append((condition.tolist(), sampler, more))
-        return Samples(torch.zeros(count(condition), *source.shape), 1)
+        return Samples(torch.zeros(num_samples(condition), *source.shape), 1)
 
     for place in ("sample", "pipeline.draw"):
         monkeypatch.setattr(f"{place}.generate", gray)
@@ -198,7 +204,7 @@ def test_images_are_asked_for_as_the_command_says(trained, tmp_path, capsys, ask
 
 def test_likelihood_is_asked_of_the_images_that_the_command_names(trained, digits, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(sample, "bits", lambda source, *given, **more: seen.append((*given, more)) or "bits")
+    monkeypatch.setattr(sample, "compute_bits_per_dimension", lambda source, *given, **more: seen.append((*given, more)) or "bits")
     words = ["likelihood", "--run", str(trained), "--reference", str(digits), "--num_images", "7"]
     more = ["--split", "train", "--seed", "3", "--batch_size", "4", "--num_inference_steps", "5", "--estimate", "true"]
     more += ["--solver", "rk4", "--tolerance", "1e-4"]
@@ -226,7 +232,7 @@ def test_restoring_is_asked_for_as_the_command_says(trained, tmp_path, capsys, m
     assert status == 0 and "2 samples by euler, 9 evaluations each, with 5 backward passes in each" in out
     ((measure, y, sampler, remedy, more),) = seen
     assert more == {"label": known, "prompt": "", "negative_prompt": "", "count": 2, "seed": 4, "batch_size": 5}
-    assert remedy == Remedy(noise_std=0.1, data_std=0.4, iterations=3) and sampler == Sampler("euler", 9)
+    assert remedy == RestorationMethod(noise_std=0.1, data_std=0.4, iterations=3) and sampler == Sampler("euler", 9)
     image = torch.from_numpy(pixels).float()[None] / 127.5 - 1
     torch.testing.assert_close(y, image * torch.from_numpy(mask == 0))
     assert torch.equal(measure(image[None])[0], y)
@@ -235,7 +241,7 @@ def test_restoring_is_asked_for_as_the_command_says(trained, tmp_path, capsys, m
 def test_retrieval_looks_samples_up_among_real_images(tmp_path, monkeypatch):
     """On a line: 0.6 and 0.7 are nearest to 1, the second image; the other way round each would be found."""
     real, made = (torch.tensor(places).view(3, 1, 1, 1) for places in ((0.0, 1.0, -1.0), (0.6, 0.7, -1.0)))
-    monkeypatch.setattr(sample, "captioned", lambda options: (real, made, ["none", "one", "less"], {}))
+    monkeypatch.setattr(sample, "sample_captions", lambda options: (real, made, ["none", "one", "less"], {}))
     assert sample.main(["retrieve", "--output", str(tmp_path / "r.png")]) == 0
     figures = json.loads((tmp_path / "r.json").read_text())
     assert figures["top1"] == pytest.approx(2 / 3) and figures["captions"] == ["none", "one", "less"]
@@ -245,7 +251,7 @@ def test_the_picture_of_retrieval_has_samples_below_their_images(tmp_path, monke
     """Twelve of each, ten a row: the last two of both begin rows of their own, with white behind them."""
     real = (torch.arange(12) / 20 - 1).view(12, 1, 1, 1)
     made = real + 0.9
-    monkeypatch.setattr(sample, "captioned", lambda options: (real, made, ["a"] * 12, {}))
+    monkeypatch.setattr(sample, "sample_captions", lambda options: (real, made, ["a"] * 12, {}))
     assert sample.main(["retrieve", "--output", str(tmp_path / "r.png")]) == 0
     cells = np.asarray(Image.open(tmp_path / "r.png"))[64::128, 64::128]  # 64 pixels a cell, and as many between two
     above, below = (((half.flatten() + 1) * 127.5).round().numpy() for half in (real, made))

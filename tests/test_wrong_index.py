@@ -118,7 +118,7 @@ def test_a_sample_whose_headers_no_longer_can_be_read_is_a_bad_one_without_a_nam
     info.type, info.size = tarfile.GNUTYPE_LONGNAME, 1
     body = info.tobuf(tarfile.GNU_FORMAT) + bytes(512)
     (tmp_path / "shard.tar").write_bytes(body)
-    record = np.array([(*indexing.locate(body, 512, 1, 0), 0, 1, 1)], indexing.RECORD)[0]
+    record = np.array([(*indexing.index_payload(body, 512, 1, 0), 0, 1, 1)], indexing.RECORD)[0]
     with open(tmp_path / "shard.tar", "rb") as file:
         key, why = _sample(file.fileno(), record, "", np.empty((4, 4, 3), np.uint8))
     assert key == "" and "a long name of no length" in why

@@ -10,7 +10,7 @@ from importlib import import_module, metadata
 from typing import NamedTuple, NoReturn
 
 from condot.core.printable import guard_output
-from condot.core.process import own_allocator, take_signals
+from condot.core.process import restart_with_allocator, take_signals
 from condot.core.standard_streams import guard_streams
 
 
@@ -25,7 +25,7 @@ class Command(NamedTuple):
     interrupted: str = ""
     """What an interruption leaves the user with while the slow imports run; empty where Python's own way will do."""
     allocator: bool = False
-    """It frees and takes gigabytes at every step: see `own_allocator`."""
+    """It frees and takes gigabytes at every step: see `restart_with_allocator`."""
 
 
 WHOLE = "no file was left half-written"
@@ -70,7 +70,7 @@ def start(name: str, argv: list[str]) -> NoReturn:
     if command.interrupted:
         take_signals(command.interrupted)
     if command.allocator:
-        own_allocator()
+        restart_with_allocator()
     module, _, function = command.target.partition(":")
     sys.exit(getattr(import_module(module), function)([*command.words, *argv]))
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from .text_files import caption_text, decode_text, parse_json
 
-FORMS = "choose `txt`, `json.KEY`, or `json.KEY[*]` for one entry of a list; several with weights as txt=0.7,json.KEY=0.3"
-ENTRIES = "[*]"
+CAPTION_SYNTAX = "choose `txt`, `json.KEY`, or `json.KEY[*]` for one entry of a list; several with weights as txt=0.7,json.KEY=0.3"
+ALL_ENTRIES = "[*]"
 MAX_ENTRIES = 64
 """A list with more captions is refused: a cache holds an encoding of each."""
-PURPOSE = 10
+CAPTION_PURPOSE = 10
 """Of the draw, among the numbers that hashes are named by; see `order.share_at`."""
 
 
@@ -26,16 +26,16 @@ class CaptionFields(NamedTuple):
     """What `data.caption` names, in the order of its fields' names, so that a recipe may list them in any."""
 
     fields: tuple[str, ...]
-    shares: tuple[float, ...]
+    weights: tuple[float, ...]
     """Of each field; they sum to 1."""
 
     @property
     def several(self) -> bool:
         """Whether a sample can have more than one caption."""
-        return len(self.fields) > 1 or any(field.endswith(ENTRIES) for field in self.fields)
+        return len(self.fields) > 1 or any(field.endswith(ALL_ENTRIES) for field in self.fields)
 
 
-def spell_captions(value: Any) -> Any:
+def format_caption_fields(value: Any) -> Any:
     """Return a mapping of fields to weights, or a list of fields, as the one text that `data.caption` is kept as; all else as it is."""
     if isinstance(value, Mapping) and value:
         return ",".join(f"{field}={weight}" for field, weight in value.items())
@@ -71,11 +71,11 @@ def parse_captions(text: str) -> CaptionFields:
 
 
 def _check_field(field: str, text: str) -> None:
-    key = field.removeprefix("json.").removesuffix(ENTRIES)
-    if field == f"txt{ENTRIES}":
+    key = field.removeprefix("json.").removesuffix(ALL_ENTRIES)
+    if field == f"txt{ALL_ENTRIES}":
         raise ValueError(f"data.caption={text}: a .txt is one caption; only a list in JSON has entries. Use txt, or json.KEY[*].")
     if field != "txt" and not (field.startswith("json.") and key):
-        raise ValueError(f"data.caption={text}: {field or '(empty)'!s} is no field of a sample: {FORMS}.")
+        raise ValueError(f"data.caption={text}: {field or '(empty)'!s} is no field of a sample: {CAPTION_SYNTAX}.")
 
 
 def _weight(word: str, text: str) -> float:
@@ -88,7 +88,7 @@ def _weight(word: str, text: str) -> float:
     return weight
 
 
-def captions_in(files: Mapping[str, bytes], fields: Sequence[str]) -> list[tuple[int, str]]:
+def sample_captions(files: Mapping[str, bytes], fields: Sequence[str]) -> list[tuple[int, str]]:
     """Return a sample's captions, none of them blank, each with the number of its field, in the order of fields.
 
     Args:
@@ -119,8 +119,8 @@ def captions_in(files: Mapping[str, bytes], fields: Sequence[str]) -> list[tuple
 
 def _texts(parsed: Any, key: str) -> list[str]:
     """Return the captions under a key of JSON: the entries of a list where the key ends in `[*]`, else one, a list joined with commas."""
-    entries = key.endswith(ENTRIES)
-    name = key.removesuffix(ENTRIES) if entries else key
+    entries = key.endswith(ALL_ENTRIES)
+    name = key.removesuffix(ALL_ENTRIES) if entries else key
     value = parsed.get(name) if isinstance(parsed, dict) else None
     if not isinstance(value, list):
         return [_text(value, name)]
@@ -144,65 +144,65 @@ def _text(value: Any, name: str) -> str:
     return text
 
 
-def draw(numbers: Sequence[int], shares: Sequence[float], share: float) -> int:
+def draw_index(numbers: Sequence[int], weights: Sequence[float], uniform: float) -> int:
     """Return which of a sample's captions is drawn.
 
     Args:
         numbers: of each caption's field, at least one.
-        shares: of each field; those of fields that the sample lacks fall to
+        weights: of each field; those of fields that the sample lacks fall to
             the others in proportion, and captions of one field have equal odds.
-        share: of the position, from 0 to below 1.
+        uniform: of the position, from 0 to below 1.
     """
     counts = Counter(numbers)
-    left = share * math.fsum(shares[number] for number in counts)
+    left = uniform * math.fsum(weights[number] for number in counts)
     for i, number in enumerate(numbers):
-        left -= shares[number] / counts[number]
+        left -= weights[number] / counts[number]
         if left < 0:
             return i
     return len(numbers) - 1  # by rounding
 
 
-def caption_of(files: Mapping[str, bytes], caption: str, share: float = 0.0) -> str:
+def draw_caption(files: Mapping[str, bytes], caption: str, uniform: float = 0.0) -> str:
     """Return the caption that a sample is shown with.
 
     Args:
         files: of the sample, by extension.
         caption: as `data.caption` has it.
-        share: of the position, see `draw`.
+        uniform: of the position, see `draw_index`.
 
     Returns:
         "" where it has none; the entries of a list with commas between, unless `[*]` asks for one.
 
     Raises:
-        ValueError: see `captions_in`.
+        ValueError: see `sample_captions`.
     """
-    return caption_reader(caption)(files, share)
+    return caption_reader(caption)(files, uniform)
 
 
 @lru_cache
 def caption_reader(caption: str) -> Callable[[Mapping[str, bytes], float], str]:
-    """Return `caption_of` for one `data.caption`, without what need not be done for each sample."""
+    """Return `draw_caption` for one `data.caption`, without what need not be done for each sample."""
     named = parse_captions(caption)
     if not named.fields:
-        return lambda files, share: ""
+        return lambda files, uniform: ""
     if named.several:
         return partial(_drawn, named)
     return _plain if named.fields == ("txt",) else partial(_keyed, named.fields[0].removeprefix("json."))
 
 
-def _drawn(named: CaptionFields, files: Mapping[str, bytes], share: float) -> str:
-    found = captions_in(files, named.fields)
-    return found[draw([number for number, _ in found], named.shares, share)][1] if found else ""
+def _drawn(named: CaptionFields, files: Mapping[str, bytes], uniform: float) -> str:
+    found = sample_captions(files, named.fields)
+    return found[draw_index([number for number, _ in found], named.weights, uniform)][1] if found else ""
 
 
-def _plain(files: Mapping[str, bytes], share: float) -> str:
+def _plain(files: Mapping[str, bytes], uniform: float) -> str:
     try:
         return decode_text(files["txt"]) if "txt" in files else ""
     except ValueError as error:
         raise ValueError(f".txt: {error}") from error
 
 
-def _keyed(key: str, files: Mapping[str, bytes], share: float) -> str:
+def _keyed(key: str, files: Mapping[str, bytes], uniform: float) -> str:
     try:
         return _texts(parse_json(files["json"]), key)[0] if "json" in files else ""
     except ValueError as error:

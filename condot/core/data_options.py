@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from .caption_fields import parse_captions, spell_captions
+from .caption_fields import format_caption_fields, parse_captions
 from .safe_yaml import read_yaml
 from .urls import redact_url
 
@@ -82,7 +82,7 @@ class Options:
             if "://" in place:
                 raise ValueError(f"data.{name}={redact_url(place)!r}: it is written to, so give a folder of this machine.")
         _require(self.retry_seconds > 0, "retry_seconds", self.retry_seconds, "a positive number of seconds.")
-        bytes_of(self.cache_size, "data.cache_size")
+        parse_size(self.cache_size, "data.cache_size")
         self._check_buckets()
         self._check_weights()
         self._check_encoding()
@@ -139,10 +139,10 @@ class Options:
     @property
     def cache_bytes(self) -> int:
         """Bytes that cached shards may take."""
-        return bytes_of(self.cache_size, "data.cache_size")
+        return parse_size(self.cache_size, "data.cache_size")
 
 
-def bytes_of(text: str, name: str) -> int:
+def parse_size(text: str, name: str) -> int:
     """`256MB` as a number of bytes; a ValueError that calls the value `name` for what is no size."""
     number = text.strip().upper().rstrip("KMGTB")
     unit = text.strip().upper()[len(number) :].strip()
@@ -169,7 +169,7 @@ def read_options(recipe: str | Path, over: dict[str, Any] | None = None) -> tupl
         if key not in known:
             near = difflib.get_close_matches(key, known, 1, 0.5)
             raise ValueError(f"unknown key 'data.{key}'" + (f": did you mean 'data.{near[0]}'?" if near else "."))
-        section[key] = _typed(key, spell_captions(value) if key == "caption" else value, known[key])
+        section[key] = _typed(key, format_caption_fields(value) if key == "caption" else value, known[key])
     return Options(**section), whole
 
 

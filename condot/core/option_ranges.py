@@ -20,11 +20,11 @@ from typing import Any
 from tyro.constructors import PrimitiveConstructorSpec
 
 INTERVAL = re.compile(r"([\[(]) *([^ ,]+) *, *([^ ,\])]+) *([\])])")
-LARGEST = 2**63 - 1
+INT64_MAX = 2**63 - 1
 """Whole numbers are kept in 64 bits with a sign, unless an interval says more."""
 
 
-class Within(PrimitiveConstructorSpec):
+class NumberRange(PrimitiveConstructorSpec):
     """The interval in which an option's number lies; metadata of `Annotated`, which tyro reads the number by.
 
     Args:
@@ -48,7 +48,7 @@ class Within(PrimitiveConstructorSpec):
         for name, value in (("kind", kind), ("low", low), ("high", high), ("interval", interval)):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "closed", (found[1] == "[", found[4] == "]"))
-        object.__setattr__(self, "rule", rule or f"{self._in_words()}.")
+        object.__setattr__(self, "rule", rule or f"{self._describe()}.")
 
     kind: type[int] | type[float]
     low: float
@@ -60,15 +60,15 @@ class Within(PrimitiveConstructorSpec):
     def __repr__(self) -> str:
         return f"a number in {self.interval}"
 
-    def holds(self, value: float) -> bool:
+    def contains(self, value: float) -> bool:
         """Return whether a number lies in the interval; NaN lies in none."""
-        if self.kind is int and math.isinf(self.high) and value > LARGEST:
+        if self.kind is int and math.isinf(self.high) and value > INT64_MAX:
             return False
         above = self.low <= value if self.closed[0] else self.low < value
         below = value <= self.high if self.closed[1] else value < self.high
         return above and below
 
-    def _in_words(self) -> str:
+    def _describe(self) -> str:
         low, high = self.low, self.high
         number = "a whole number" if self.kind is int else "a number"
         if math.isinf(low) and math.isinf(high):
@@ -78,35 +78,35 @@ class Within(PrimitiveConstructorSpec):
         return f"{number} {' and '.join(part for part in (first, last) if part)}{', and finite' if not last and self.kind is float else ''}"
 
 
-class Real(Within):
+class FloatRange(NumberRange):
     """The interval of a real number."""
 
     def __init__(self, interval: str, rule: str = "") -> None:
         super().__init__(float, interval, rule)
 
 
-class Whole(Within):
+class IntRange(NumberRange):
     """The interval of a whole number."""
 
     def __init__(self, interval: str, rule: str = "") -> None:
         super().__init__(int, interval, rule)
 
 
-SEED = Whole("[0, 18446744073709551616)", "a seed is a whole number from 0 to 2^64 - 1. Use 0, or any other.")
+SEED_RANGE = IntRange("[0, 18446744073709551616)", "a seed is a whole number from 0 to 2^64 - 1. Use 0, or any other.")
 """Of every seed: the numbers that all our streams and torch's generators take for different ones."""
 
 
 @functools.cache
-def ranges_of(cls: type) -> dict[str, Within]:
+def ranges_of(cls: type) -> dict[str, NumberRange]:
     """Return the intervals that a dataclass declares, by field: of the number, or of each of several."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {item.name: found for item in dataclasses.fields(cls) if (found := next(_declared(hints[item.name]), None))}
 
 
-def _declared(hint: Any) -> Iterator[Within]:
+def _declared(hint: Any) -> Iterator[NumberRange]:
     """Yield the intervals inside a type such as `tuple[Annotated[float, ...], ...] | None`."""
     if typing.get_origin(hint) is typing.Annotated:
-        yield from (one for one in hint.__metadata__ if isinstance(one, Within))
+        yield from (one for one in hint.__metadata__ if isinstance(one, NumberRange))
     for inner in typing.get_args(hint):
         if not dataclasses.is_dataclass(inner):
             yield from _declared(inner)
@@ -123,9 +123,9 @@ def check_numbers(options: Any, prefix: str) -> None:
         ValueError: the first that lies outside, by its option.
     """
     kind: Any = type(options)
-    for name, within in ranges_of(kind).items():
+    for name, number_range in ranges_of(kind).items():
         value = getattr(options, name)
         for number in value if isinstance(value, (tuple, list)) else () if value is None else (value,):
-            if not within.holds(number):
-                shown = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else number
-                raise ValueError(f"{prefix}{name}{' ' if prefix == '--' else '='}{shown}: {within.rule}")
+            if not number_range.contains(number):
+                given = " ".join(map(str, value)) if isinstance(value, (tuple, list)) else number
+                raise ValueError(f"{prefix}{name}{' ' if prefix == '--' else '='}{given}: {number_range.rule}")

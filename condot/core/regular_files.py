@@ -48,10 +48,10 @@ def open_regular(path: str | Path) -> BinaryIO:
 def require_regular(status: os.stat_result) -> None:
     """Raise a ValueError unless this is the status of a regular file."""
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"it is {kind_of(status)}, and only regular files are read")
+        raise ValueError(f"it is {describe_file_kind(status)}, and only regular files are read")
 
 
-def kind_of(status: os.stat_result) -> str:
+def describe_file_kind(status: os.stat_result) -> str:
     """Return what is no regular file, in words."""
     return KINDS.get(stat.S_IFMT(status.st_mode), "something else")
 

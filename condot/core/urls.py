@@ -10,7 +10,7 @@ from typing import NoReturn
 from .printable import CUT, printable, redact, redact_url
 
 
-def shown(url: str) -> str:
+def display_url(url: str) -> str:
     """Return the URL of a folder as messages call it: without user, query and fragment; any other place as it is."""
     return redact_url(url).partition("?")[0] if "://" in url else url
 
@@ -20,7 +20,7 @@ def last_name(url: str) -> str:
     return (url.partition("?")[0] if "://" in url else url).rstrip("/").rpartition("/")[2]
 
 
-def expanded(place: str, option: str = "data.shards") -> str:
+def expand_path(place: str, option: str = "data.shards") -> str:
     """Return a place with `~/` and each `${NAME}` replaced by what the environment holds.
 
     Args:
@@ -44,7 +44,7 @@ def expanded(place: str, option: str = "data.shards") -> str:
     return re.sub(r"\$\{(\w+)\}", value, os.path.expanduser(place) if place.startswith("~/") else place)
 
 
-class Parser(argparse.ArgumentParser):
+class RedactingParser(argparse.ArgumentParser):
     """A parser of words whose errors, which repeat what was typed, may be printed."""
 
     def error(self, message: str) -> NoReturn:

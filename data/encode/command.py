@@ -1,7 +1,7 @@
 """Encode shards once: `accelerate launch -m data.encode --config recipe.yaml`; the same command goes on, and more may join.
 
 Writes latents and text embeddings, whichever encoders the recipe names, into
-side shards below `data.encoded`. A shard is the unit of work, claimed by
+encoded shards below `data.encoded`. A shard is the unit of work, claimed by
 whoever is free; nobody waits for anybody.
 """
 
@@ -24,24 +24,24 @@ from tqdm import tqdm
 from condot.core.caption_fields import parse_captions
 from condot.core.data_options import Options, read_options
 from condot.core.printable import printable
-from condot.core.process import processors
-from condot.core.urls import Parser
+from condot.core.process import available_cpus
+from condot.core.urls import RedactingParser
 
 from ..encoders.autoencoder import Autoencoder, read_autoencoder
 from ..encoders.text import TextEncoder, read_text_encoders
-from ..format.shard_table import Shard, ShardList
+from ..format.shard_table import Shard, ShardTable
 from ..loader.captions import check_captions
-from ..loader.encoded_cache import EXTENSIONS, side_folder, text_name
-from ..storage.local import Folder
-from ..storage.resolve import open_sources
+from ..loader.encoded_cache import EXTENSIONS, encoded_folder, text_cache_name
+from ..storage.local import ShardFolder
+from ..storage.resolve import open_shard_folders
 from ..storage.retry import one_line
 from ..storage.shard_reader import Shards
-from .encoded_writer import Side
-from .targets import Form, Item, Latents, Text
+from .encoded_writer import EncodedWriter
+from .targets import EncodeItem, EncodeTarget, LatentTarget, TextTarget
 from .work_claims import Claim
 
 
-class Interrupted(BaseException):
+class EncodeInterrupted(BaseException):
     """A signal came."""
 
 
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     before = {number: signal.signal(number, _interrupt) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        return run(*_words(sys.argv[1:] if argv is None else argv))
-    except Interrupted as signalled:
+        return run(*_parse_arguments(sys.argv[1:] if argv is None else argv))
+    except EncodeInterrupted as signalled:
         print("\ninterrupted: finished shards are kept; the same command goes on.", file=sys.stderr, flush=True)
         return 128 + int(signalled.args[0])
     except (ValueError, OSError) as error:
@@ -69,12 +69,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise Interrupted(number)
+    raise EncodeInterrupted(number)
 
 
-def _words(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
+def _parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The command's own options, and the fields of the recipe's section `data` that `--data.key=value` replaces."""
-    parser = Parser(
+    parser = RedactingParser(
         prog="python -m data.encode",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -114,9 +114,9 @@ def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
     output = args.output or options.encoded
     if not output:
         raise ValueError("data.encoded is empty: name the folder of the cache there, or with --output.")
-    made = _forms(args, options)
-    sources = open_sources(options)
-    plans = list[tuple[Folder, list[Shard]]]()
+    targets = _build_targets(args, options)
+    sources = open_shard_folders(options)
+    plans = list[tuple[ShardFolder, list[Shard]]]()
     for folder, names in sources:
         splits = [split for split in args.splits.split(",") if split] or folder.manifest.shards.splits
         chosen = None if names is None else set(names)
@@ -125,32 +125,34 @@ def run(args: argparse.Namespace, over: dict[str, Any]) -> int:
     if options.text_encoder:
         _check_captions(plans, options.caption)
     for number, (folder, wanted) in enumerate(plans):
-        for name, form in made.items():
-            side = Side(side_folder(output, name, number, len(sources)), form.facts(folder.manifest), folder.manifest)
-            encode(folder, wanted, name, form, side, options)
+        for name, target in targets.items():
+            encoded_writer = EncodedWriter(
+                encoded_folder(output, name, number, len(sources)), target.facts(folder.manifest), folder.manifest
+            )
+            encode(folder, wanted, name, target, encoded_writer, options)
     return 0
 
 
-def _check_captions(plans: list[tuple[Folder, list[Shard]]], caption: str) -> None:
+def _check_captions(plans: list[tuple[ShardFolder, list[Shard]]], caption: str) -> None:
     """Raise ValueError where a folder has no captions; of several fields each folder may have its own, and each field must be in one."""
-    firsts = [Shards([folder], wanted[0].split, [ShardList.of(wanted[:1])]) for folder, wanted in plans if wanted]
+    firsts = [Shards([folder], wanted[0].split, [ShardTable.of(wanted[:1])]) for folder, wanted in plans if wanted]
     groups = [firsts] if parse_captions(caption).several and firsts else [[one] for one in firsts]
     for note in dict.fromkeys(check_captions(group, caption) for group in groups):
         if note:
             print(note, flush=True)
 
 
-def _forms(args: argparse.Namespace, options: Options) -> dict[str, Form]:
+def _build_targets(args: argparse.Namespace, options: Options) -> dict[str, EncodeTarget]:
     """What the recipe's encoders make, the networks still to be built."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        torch.set_num_threads(max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
-    made: dict[str, Form] = {}
+    targets: dict[str, EncodeTarget] = {}
     if options.autoencoder:
         mirrored = options.horizontal_flip if args.flips is None else args.flips == "both"
-        made["latents"] = Latents(
+        targets["latents"] = LatentTarget(
             options,
             read_autoencoder(options.autoencoder),
             lambda: Autoencoder(options.autoencoder, device, dtype),
@@ -160,13 +162,15 @@ def _forms(args: argparse.Namespace, options: Options) -> dict[str, Form]:
         )
     for number, known in enumerate(read_text_encoders(options)):
         load = partial(TextEncoder, known.name, device, dtype, known.max_tokens, known.padding)
-        made[text_name(number)] = Text(options, known, load, args.batch_size, args.dtype)
-    if not made:
+        targets[text_cache_name(number)] = TextTarget(options, known, load, args.batch_size, args.dtype)
+    if not targets:
         raise ValueError("neither data.autoencoder nor data.text_encoder is named: there is nothing to encode. Name one in the recipe.")
-    return made
+    return targets
 
 
-def encode(folder: Folder, wanted: list[Shard], name: str, form: Form, side: Side, options: Options) -> None:
+def encode(
+    folder: ShardFolder, wanted: list[Shard], name: str, target: EncodeTarget, encoded_writer: EncodedWriter, options: Options
+) -> None:
     """Encode the shards of one folder that are neither done nor claimed; whoever finds all done writes the manifest.
 
     Raises:
@@ -177,53 +181,56 @@ def encode(folder: Folder, wanted: list[Shard], name: str, form: Form, side: Sid
     turned = wanted[rank * len(wanted) // ranks :] + wanted[: rank * len(wanted) // ranks]  # ranks begin apart, so that they seldom meet
     samples = sum(shard.samples for shard in wanted)
     bad: list[str] = []
-    again = True
-    todo = [shard for shard in turned if not side.done(shard)]
+    found_work = True
+    todo = [shard for shard in turned if not encoded_writer.is_done(shard)]
     worked = bool(todo)
     title = f"{name}{f' (rank {rank})' if ranks > 1 else ''}"
     with (
         tqdm(total=samples, initial=samples - sum(s.samples for s in todo), desc=title, unit="sample", mininterval=1, position=rank) as bar,
         ThreadPoolExecutor(max(1, options.workers), "decode") as pool,
     ):
-        while again:
-            again = False
+        while found_work:
+            found_work = False
             for number, shard in enumerate(todo):
                 folder.prefetch(todo[number : number + 2])
-                claim = None if side.done(shard) else side.claim(shard)
+                claim = None if encoded_writer.is_done(shard) else encoded_writer.claim(shard)
                 if claim is None:
                     continue
                 with claim:
-                    if not side.done(shard):
-                        again = True
-                        _encode_shard(folder, shard, form, side, claim, pool, bar)
-                        bad += side.note(shard)["sums"]["bad"]
+                    if not encoded_writer.is_done(shard):
+                        found_work = True
+                        _encode_shard(folder, shard, target, encoded_writer, claim, pool, bar)
+                        bad += encoded_writer.read_note(shard)["sums"]["bad"]
                 _check_bad(bad, samples, options.max_bad_share)
-    left = [shard for shard in wanted if not side.done(shard)]
+    left = [shard for shard in wanted if not encoded_writer.is_done(shard)]
     if left:
-        print(f"{side.folder}: others still encode {len(left)} of {len(wanted)} shards; the last of them writes the manifest.", flush=True)
+        print(
+            f"{encoded_writer.folder}: others still encode {len(left)} of {len(wanted)} shards; the last of them writes the manifest.",
+            flush=True,
+        )
     else:
-        _finish(side, form, wanted, options, worked)
+        _finish(encoded_writer, target, wanted, options, worked)
 
 
-def _finish(side: Side, form: Form, wanted: list[Shard], options: Options, worked: bool) -> None:
+def _finish(encoded_writer: EncodedWriter, target: EncodeTarget, wanted: list[Shard], options: Options, worked: bool) -> None:
     """Write the manifest, unless it is there already."""
-    manifest = side.manifest()
+    manifest = encoded_writer.manifest()
     names = set(manifest.shards.names) if manifest else set()
     if manifest is None or worked or not {shard.name for shard in wanted} <= names:
-        bad = [text for shard in wanted for text in side.note(shard)["sums"]["bad"]]
+        bad = [text for shard in wanted for text in encoded_writer.read_note(shard)["sums"]["bad"]]
         _check_bad(bad, sum(shard.samples for shard in wanted), options.max_bad_share)
-        extra = form.extra(side.folder)
-        manifest = side.finish(lambda total: form.describe(total) | extra)
+        extra = target.write_extra(encoded_writer.folder)
+        manifest = encoded_writer.finish(lambda total: target.summarize_sums(total) | extra)
     count, size = int(manifest.shards.samples.sum()), int(manifest.shards.bytes.sum())
     bad_count = len(manifest.encoding["bad"])
     already = "" if worked else "already "
-    print(f"{side.folder}: {count:,} samples {already}encoded, {size:,} bytes, {bad_count} of them undecodable.", flush=True)
-    if side.facts["form"] == "text":
-        said, most = manifest.encoding["statistics"], side.facts["encoder"]["max_tokens"]
+    print(f"{encoded_writer.folder}: {count:,} samples {already}encoded, {size:,} bytes, {bad_count} of them undecodable.", flush=True)
+    if encoded_writer.facts["form"] == "text":
+        said, most = manifest.encoding["statistics"], encoded_writer.facts["encoder"]["max_tokens"]
         shares = f"{said['captions']:,} captions, " if "captions" in said else ""
         encoded = said["captions"] + said["missing"] if "captions" in said else said["samples"]
         shares += f"{said['tokens'] / max(1, encoded):.1f} tokens a caption; {said['cut']:,} captions cut to {most} tokens"
-        print(f"{side.folder}: {shares}, {said['missing']:,} samples without one.", flush=True)
+        print(f"{encoded_writer.folder}: {shares}, {said['missing']:,} samples without one.", flush=True)
 
 
 def _check_bad(bad: list[str], samples: int, most: float) -> None:
@@ -235,27 +242,31 @@ def _check_bad(bad: list[str], samples: int, most: float) -> None:
         )
 
 
-def _encode_shard(folder: Folder, shard: Shard, form: Form, side: Side, claim: Claim, pool: ThreadPoolExecutor, bar: Any) -> None:
-    """One shard from its tar to its side shard."""
+def _encode_shard(
+    folder: ShardFolder, shard: Shard, target: EncodeTarget, encoded_writer: EncodedWriter, claim: Claim, pool: ThreadPoolExecutor, bar: Any
+) -> None:
+    """One shard from its tar to its encoded shard."""
 
-    images = Shards([folder], shard.split, [ShardList.of([shard])])
+    images = Shards([folder], shard.split, [ShardTable.of([shard])])
     records = np.array(images.records(0))
-    extension = EXTENSIONS[side.facts["form"]]
-    form.sums()
-    with side.writing(shard, claim, records, form.sums) as writer:
-        for items, prepared in _ahead(images, records, form, pool, WINDOW * form.batch_size):
-            for item, array in zip(items, form.encode(items, prepared), strict=True):
+    extension = EXTENSIONS[encoded_writer.facts["form"]]
+    target.take_sums()
+    with encoded_writer.open_shard(shard, claim, records, target.take_sums) as writer:
+        for items, prepared in _prefetch_windows(images, records, target, pool, WINDOW * target.batch_size):
+            for item, array in zip(items, target.encode(items, prepared), strict=True):
                 writer.add(f"{item.key}.{extension}", array)
             claim.touch()
             bar.update(len(items))
 
 
-def _ahead(images: Shards, records: Any, form: Form, pool: ThreadPoolExecutor, size: int) -> Iterator[tuple[list[Item], list[Any]]]:
+def _prefetch_windows(
+    images: Shards, records: Any, target: EncodeTarget, pool: ThreadPoolExecutor, size: int
+) -> Iterator[tuple[list[EncodeItem], list[Any]]]:
     """Windows of a shard, in order, the next one read and prepared by threads while this one is encoded."""
 
-    def one(number: int) -> tuple[Item, Any]:
-        item = _item(images, number, records[number])
-        return item, form.prepare(item)
+    def one(number: int) -> tuple[EncodeItem, Any]:
+        item = _read_item(images, number, records[number])
+        return item, target.prepare(item)
 
     def begin(first: int) -> list[Any]:
         return [pool.submit(one, number) for number in range(first, min(first + size, len(records)))]
@@ -266,9 +277,9 @@ def _ahead(images: Shards, records: Any, form: Form, pool: ThreadPoolExecutor, s
         yield [item for item, _ in ready], [prepared for _, prepared in ready]
 
 
-def _item(images: Shards, number: int, record: Any) -> Item:
+def _read_item(images: Shards, number: int, record: Any) -> EncodeItem:
     """One sample, its bytes checked."""
 
     sample = images.read(0, number)
     where = f"{images.shards[0].name}: {printable(sample.key)}"
-    return Item(sample.key, where, sample.image, sample.files, int(record["width"]), int(record["height"]))
+    return EncodeItem(sample.key, where, sample.image, sample.files, int(record["width"]), int(record["height"]))

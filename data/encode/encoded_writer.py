@@ -1,4 +1,4 @@
-"""A folder of side shards while it is made: one shard at a time, each whole or not there, by any number of processes.
+"""A folder of encoded shards while it is made: one shard at a time, each whole or not there, by any number of processes.
 
 What is being made is written into `.work` of the folder and renamed: the tar,
 its index, then a note that it is done. The manifest comes last, from the notes.
@@ -21,18 +21,18 @@ import numpy as np
 
 from condot.core.file_lock import make_folder
 
-from ..format.index import describe, index_path
+from ..format.index import index_path, index_tar
 from ..format.manifest import Manifest, Tally, parse_manifest, write_manifest
-from ..format.shard_table import Shard, ShardList
-from ..format.tar_writer import commit, commit_json, once
-from ..loader.encoded_cache import disagreements
-from .work_claims import Claim, take
+from ..format.shard_table import Shard, ShardTable
+from ..format.tar_writer import commit, commit_json, write_once
+from ..loader.encoded_cache import encoding_differences
+from .work_claims import Claim, claim_work
 
 Sums = dict[str, Any]
 """What was counted while a shard was made: numbers, or lists of them, that add up; and lists of texts, that join."""
 
 
-class Writer:
+class ArrayTarWriter:
     """A tar that grows array by array."""
 
     def __init__(self, tar: tarfile.TarFile) -> None:
@@ -50,8 +50,8 @@ class Writer:
         self.samples += 1
 
 
-class Side:
-    """The side shards of one folder of images.
+class EncodedWriter:
+    """The encoded shards of one folder of images.
 
     Args:
         folder: where they go; made if need be.
@@ -67,31 +67,31 @@ class Side:
         if folder.is_dir() and any(folder.glob("*.tar")) and not (self.work / "request.json").exists():
             raise ValueError(f"{folder} holds tars that were not encoded here: give another --output.")
         make_folder(self.work)
-        once(self.work / "request.json", json.dumps(facts).encode())
+        write_once(self.work / "request.json", json.dumps(facts).encode())
         begun = json.loads((self.work / "request.json").read_text())
-        found = disagreements(begun, {key: value for key, value in facts.items() if key != "flips"})
+        found = encoding_differences(begun, {key: value for key, value in facts.items() if key != "flips"})
         if begun.get("flips") != facts.get("flips"):
             found.append(f"flips are {begun.get('flips')} there and {facts.get('flips')} here")
         if found:
             raise ValueError(f"{folder} was encoded otherwise: {'; '.join(found)}. Give another --output, or the settings of then.")
 
-    def done(self, shard: Shard) -> bool:
+    def is_done(self, shard: Shard) -> bool:
         """Whether a shard is encoded, and its files are still there."""
         if not self._note(shard.name).exists():
             return False
-        tar, size = self.folder / shard.name, self.note(shard)["shard"]["bytes"]
+        tar, size = self.folder / shard.name, self.read_note(shard)["shard"]["bytes"]
         return tar.exists() and tar.stat().st_size == size and index_path(tar).exists()
 
-    def note(self, shard: Shard) -> dict[str, Any]:
+    def read_note(self, shard: Shard) -> dict[str, Any]:
         """What is known of an encoded shard: its line of the manifest, its tally and its sums."""
         return dict(json.loads(self._note(shard.name).read_text()))
 
     def claim(self, shard: Shard) -> Claim | None:
         """The right to encode a shard, or None where another does."""
-        return take(self.work / f"claim-{shard.name}")
+        return claim_work(self.work / f"claim-{shard.name}")
 
     @contextmanager
-    def writing(self, shard: Shard, claim: Claim, records: np.ndarray, sums: Callable[[], Sums]) -> Iterator[Writer]:
+    def open_shard(self, shard: Shard, claim: Claim, records: np.ndarray, sums: Callable[[], Sums]) -> Iterator[ArrayTarWriter]:
         """Write a shard's tar; at the end it is indexed like the images' `records` and put in its place.
 
         Raises:
@@ -102,16 +102,16 @@ class Side:
         temporary = self.work / f"{shard.name}.{secrets.token_hex(4)}.tar"
         try:
             with open(temporary, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
-                yield Writer(tar)
-            line, tally = describe(temporary, shard.split, like=records)
+                yield ArrayTarWriter(tar)
+            line, tally = index_tar(temporary, shard.split, like=records)
             note = {"shard": asdict(replace(line, name=shard.name)), "tally": asdict(tally), "sums": sums()}
-            if not claim.held:
+            if not claim.is_held:
                 return  # another took it over while this process slept, and has written it, or will
             commit(index_path(temporary), index_path(self.folder / shard.name))
             commit(temporary, self.folder / shard.name)
             commit_json(note, self._note(shard.name))
         except FileNotFoundError:
-            if claim.held:
+            if claim.is_held:
                 raise
         finally:
             temporary.unlink(missing_ok=True)
@@ -123,10 +123,10 @@ class Side:
         Args:
             describe_sums: from the sums of all shards to facts for the manifest.
         """
-        notes = [self.note(shard) for shard in self.images.shards if self.done(shard)]
-        shards = ShardList.of([Shard(**note["shard"]) for note in notes])
+        notes = [self.read_note(shard) for shard in self.images.shards if self.is_done(shard)]
+        shards = ShardTable.of([Shard(**note["shard"]) for note in notes])
         tally = sum((Tally(**note["tally"]) for note in notes), Tally())
-        encoding = {**self.facts, **describe_sums(add([note["sums"] for note in notes]))}
+        encoding = {**self.facts, **describe_sums(add_sums([note["sums"] for note in notes]))}
         manifest = Manifest(shards=shards, class_names=self.images.class_names, tally=tally, encoding=encoding)
         write_manifest(self.folder, manifest)
         return manifest
@@ -140,7 +140,7 @@ class Side:
         return self.work / f"done-{name}.json"
 
 
-def add(parts: list[Sums]) -> Sums:
+def add_sums(parts: list[Sums]) -> Sums:
     """Sums of several shards; exact, so that the order does not matter."""
     total: Sums = {}
     for key in parts[0] if parts else ():

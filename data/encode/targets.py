@@ -1,6 +1,6 @@
 """What becomes of a sample in an encoded cache: its image as moments of latents, or its caption as token states.
 
-A form turns the samples of a shard, in order, into one float16 array each, and
+A target turns the samples of a shard, in order, into one float16 array each, and
 counts while it does.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condot.core.caption_fields import FORMS, captions_in, parse_captions
+from condot.core.caption_fields import CAPTION_SYNTAX, parse_captions, sample_captions
 from condot.core.data_options import Options
 
 from ..encoders.autoencoder import Autoencoder, AutoencoderFacts, check_images
@@ -24,13 +24,13 @@ from ..encoders.text import TextEncoder, TextFacts
 from ..format.manifest import Manifest
 from ..images.decode import DECODE_ERRORS, decode_into
 from ..loader.buckets import Buckets
-from ..loader.encoded_cache import several_rows, text_rows, wanted_latents, wanted_text, write_null
+from ..loader.encoded_cache import multi_caption_rows, text_rows, wanted_latents, wanted_text, write_null
 from ..loader.stream import to_unit
 from .encoded_writer import Sums
 
 
 @dataclass(frozen=True)
-class Item:
+class EncodeItem:
     """One sample as it lies in the images' shard."""
 
     key: str
@@ -43,8 +43,8 @@ class Item:
     """Of the upright image, pixels."""
 
 
-class Form(Protocol):
-    """One kind of side shard."""
+class EncodeTarget(Protocol):
+    """One kind of encoded shard."""
 
     batch_size: int
 
@@ -52,33 +52,33 @@ class Form(Protocol):
         """What it is made from and how."""
         ...
 
-    def prepare(self, item: Item) -> Any:
+    def prepare(self, item: EncodeItem) -> Any:
         """What a thread can do ahead."""
         ...
 
-    def encode(self, items: list[Item], prepared: list[Any]) -> list[np.ndarray]:
+    def encode(self, items: list[EncodeItem], prepared: list[Any]) -> list[np.ndarray]:
         """One array a sample, float16."""
         ...
 
-    def sums(self) -> Sums:
+    def take_sums(self) -> Sums:
         """What was counted since the last call."""
         ...
 
-    def describe(self, total: Sums) -> dict[str, Any]:
+    def summarize_sums(self, total: Sums) -> dict[str, Any]:
         """The sums of all shards as the manifest has them."""
         ...
 
-    def extra(self, folder: Path) -> dict[str, Any]:
+    def write_extra(self, folder: Path) -> dict[str, Any]:
         """Write what lies beside the shards; gives facts of it for the manifest."""
         ...
 
 
-class Latents:
+class LatentTarget:
     """Images as posterior moments, plain and, if wanted, mirrored.
 
     Args:
         options: of the recipe.
-        known: the autoencoder's facts.
+        encoder_facts: the autoencoder's facts.
         load: builds it, when the first image comes.
         mirrored: encode the mirrored image too.
         batch_size: images at once.
@@ -86,12 +86,18 @@ class Latents:
     """
 
     def __init__(
-        self, options: Options, known: AutoencoderFacts, load: Callable[[], Autoencoder], mirrored: bool, batch_size: int, computed: str
+        self,
+        options: Options,
+        encoder_facts: AutoencoderFacts,
+        load: Callable[[], Autoencoder],
+        mirrored: bool,
+        batch_size: int,
+        computed: str,
     ) -> None:
         self.buckets = Buckets(options.aspect_ratios, options.resolution, options.bucket_step)
         for shape in self.buckets.shapes:
-            check_images(known, options.channels, *shape)
-        self.options, self.known, self._load, self.batch_size, self.computed = options, known, load, batch_size, computed
+            check_images(encoder_facts, options.channels, *shape)
+        self.options, self.encoder_facts, self._load, self.batch_size, self.computed = options, encoder_facts, load, batch_size, computed
         self.flips = ["plain", "mirrored"] if mirrored else ["plain"]
         self._start()
 
@@ -103,21 +109,21 @@ class Latents:
     def _start(self) -> None:
         self._bad: list[str] = []
         self._counts = np.zeros(2, np.int64)
-        self._totals = np.zeros((3, self.known.channels))
+        self._totals = np.zeros((3, self.encoder_facts.channels))
 
     def facts(self, images: Manifest) -> dict[str, Any]:
         return {
-            **wanted_latents(self.options, images, self.known.fingerprint),
-            "name": self.known.name,
+            **wanted_latents(self.options, images, self.encoder_facts.fingerprint),
+            "name": self.encoder_facts.name,
             "flips": self.flips,
-            "moments": ["value"] if self.known.deterministic else ["mean", "std"],
-            "latent_channels": self.known.channels,
-            "factor": self.known.factor,
+            "moments": ["value"] if self.encoder_facts.deterministic else ["mean", "std"],
+            "latent_channels": self.encoder_facts.channels,
+            "factor": self.encoder_facts.factor,
             "dtype": "float16",
             "computed": self.computed,
         }
 
-    def prepare(self, item: Item) -> np.ndarray | str:
+    def prepare(self, item: EncodeItem) -> np.ndarray | str:
         """The image as training sees it, (C, H, W), uint8 or uint16, or why there is none."""
         bucket = self.buckets.nearest(np.array([item.width]), np.array([item.height]))[0]
         out = np.empty((*self.buckets.shapes[bucket], self.options.channels), f"uint{self.options.bit_depth}")
@@ -127,7 +133,7 @@ class Latents:
             return " ".join(str(error).split()) or type(error).__name__
         return np.ascontiguousarray(out.transpose(2, 0, 1))
 
-    def encode(self, items: list[Item], prepared: list[np.ndarray | str]) -> list[np.ndarray]:
+    def encode(self, items: list[EncodeItem], prepared: list[np.ndarray | str]) -> list[np.ndarray]:
         """(flips, moments x channels, h, w) each; without rows where the image cannot be decoded."""
         made: dict[int, np.ndarray] = {}
         shapes = [p.shape if isinstance(p, np.ndarray) else None for p in prepared]
@@ -136,8 +142,8 @@ class Latents:
             for first in range(0, len(places), self.batch_size):
                 batch = places[first : first + self.batch_size]
                 pixels = torch.from_numpy(np.stack([prepared[i] for i in batch]))
-                made |= zip(batch, half(self._moments(pixels), [items[i].where for i in batch]), strict=True)
-        rows = self.known.channels * (1 if self.known.deterministic else 2)
+                made |= zip(batch, to_float16(self._moments(pixels), [items[i].where for i in batch]), strict=True)
+        rows = self.encoder_facts.channels * (1 if self.encoder_facts.deterministic else 2)
         for i, reason in enumerate(prepared):
             if isinstance(reason, str):
                 self._bad.append(f"{items[i].where} ({reason})")
@@ -153,18 +159,18 @@ class Latents:
 
     def _count(self, array: np.ndarray) -> None:
         values = array.astype(np.float64)
-        mean, std = values[:, : self.known.channels], values[:, self.known.channels :]
+        mean, std = values[:, : self.encoder_facts.channels], values[:, self.encoder_facts.channels :]
         self._counts += (1, mean[:, 0].size)
         self._totals += [mean.sum((0, 2, 3)), (mean**2).sum((0, 2, 3)), (std**2).sum((0, 2, 3)) if std.size else 0 * self._totals[2]]
 
-    def sums(self) -> Sums:
+    def take_sums(self) -> Sums:
         count, values = self._counts.tolist()
         names = ("mean", "square", "variance")
         sums = {"count": count, "values": values, "bad": self._bad, **dict(zip(names, self._totals.tolist(), strict=True))}
         self._start()
         return sums
 
-    def describe(self, total: Sums) -> dict[str, Any]:
+    def summarize_sums(self, total: Sums) -> dict[str, Any]:
         """Mean and deviation of each channel: of the means, and of samples, whose variance is larger by E[std^2]."""
         if not total["values"]:
             raise ValueError(f"none of the {len(total['bad'])} images can be decoded: {'; '.join(total['bad'][:5])}. Pack them again.")
@@ -177,26 +183,26 @@ class Latents:
             "bad": total["bad"],
         }
 
-    def extra(self, folder: Path) -> dict[str, Any]:
+    def write_extra(self, folder: Path) -> dict[str, Any]:
         return {}
 
 
-class Text:
+class TextTarget:
     """Captions as one encoder's pooled vectors and states, all of a sample; without one it has the empty caption, the null condition.
 
     Args:
         options: of the recipe.
-        known: the encoder's facts.
+        encoder_facts: the encoder's facts.
         load: builds it, when the first caption comes.
         batch_size: captions at once.
         computed: name of the precision, for the facts.
     """
 
-    def __init__(self, options: Options, known: TextFacts, load: Callable[[], TextEncoder], batch_size: int, computed: str) -> None:
+    def __init__(self, options: Options, encoder_facts: TextFacts, load: Callable[[], TextEncoder], batch_size: int, computed: str) -> None:
         self.named = parse_captions(options.caption)
         if not self.named.fields:
-            raise ValueError(f"data.caption is empty beside data.text_encoder: {FORMS}.")
-        self.options, self.known, self._load, self.batch_size, self.computed = options, known, load, batch_size, computed
+            raise ValueError(f"data.caption is empty beside data.text_encoder: {CAPTION_SYNTAX}.")
+        self.options, self.encoder_facts, self._load, self.batch_size, self.computed = options, encoder_facts, load, batch_size, computed
         self._start()
 
     def _start(self) -> None:
@@ -209,19 +215,19 @@ class Text:
         return self._load()
 
     def facts(self, images: Manifest) -> dict[str, Any]:
-        said = {"width": self.known.width, "pooled": self.known.pooled_width, "padding": self.known.padding}
-        wanted = wanted_text(self.options, images, self.known.fingerprint)
-        return {**wanted, **said, "name": self.known.name, "dtype": "float16", "computed": self.computed}
+        said = {"width": self.encoder_facts.width, "pooled": self.encoder_facts.pooled_width, "padding": self.encoder_facts.padding}
+        wanted = wanted_text(self.options, images, self.encoder_facts.fingerprint)
+        return {**wanted, **said, "name": self.encoder_facts.name, "dtype": "float16", "computed": self.computed}
 
-    def prepare(self, item: Item) -> list[tuple[int, str]] | str:
+    def prepare(self, item: EncodeItem) -> list[tuple[int, str]] | str:
         """The captions, each with the number of its field, "" alone where there is none; or why they cannot be read."""
         try:
-            return captions_in(item.files, self.named.fields) or [(0, "")]
+            return sample_captions(item.files, self.named.fields) or [(0, "")]
         except ValueError as error:
             return str(error)
 
-    def encode(self, items: list[Item], prepared: list[list[tuple[int, str]] | str]) -> list[np.ndarray]:
-        """(1 + tokens, channels) each, as `text_rows` has them, without what the mask hides; of several captions as `several_rows`.
+    def encode(self, items: list[EncodeItem], prepared: list[list[tuple[int, str]] | str]) -> list[np.ndarray]:
+        """(1 + tokens, channels) each, as `text_rows` has them, without what the mask hides; of several captions as `multi_caption_rows`.
 
         An array without rows where the text cannot be read.
         """
@@ -231,12 +237,12 @@ class Text:
         for item, found in zip(items, prepared, strict=True):
             if isinstance(found, str):
                 self._bad.append(f"{item.where} ({found})")
-                made.append(np.zeros((0, max(self.known.width, self.known.pooled_width)), np.float16))
+                made.append(np.zeros((0, max(self.encoder_facts.width, self.encoder_facts.pooled_width)), np.float16))
                 continue
             own = rows[first : first + len(found)]
             first += len(found)
             made.append(
-                several_rows([(field, part) for (field, _), part in zip(found, own, strict=True)]) if self.named.several else own[0]
+                multi_caption_rows([(field, part) for (field, _), part in zip(found, own, strict=True)]) if self.named.several else own[0]
             )
             self._counts["count"] += 1
             self._counts["missing"] += not found[0][1]
@@ -246,33 +252,35 @@ class Text:
 
     def _rows(self, captions: list[str], where: list[str]) -> list[np.ndarray]:
         """The rows of each caption; `where` they are is for messages."""
-        made, before = [np.zeros(0)] * len(captions), self.encoder.cut
+        made, before = [np.zeros(0)] * len(captions), self.encoder.truncated
         order = sorted(range(len(captions)), key=lambda i: len(captions[i]))  # of like length together, for less padding
         for first in range(0, len(captions), self.batch_size):
             batch = order[first : first + self.batch_size]
             part, names = self.encoder.encode([captions[i] for i in batch]), [where[i] for i in batch]
             lengths = part.mask.sum(1).tolist()
             self._counts["tokens"] += sum(lengths)
-            for i, states, pooled, length in zip(batch, half(part.states, names), half(part.pooled, names), lengths, strict=True):
+            for i, states, pooled, length in zip(
+                batch, to_float16(part.states, names), to_float16(part.pooled, names), lengths, strict=True
+            ):
                 made[i] = text_rows(states[:length], pooled)
-        self._counts["cut"] += self.encoder.cut - before
+        self._counts["cut"] += self.encoder.truncated - before
         return made
 
-    def sums(self) -> Sums:
+    def take_sums(self) -> Sums:
         sums = {**self._counts, "bad": self._bad}
         self._start()
         return sums
 
-    def describe(self, total: Sums) -> dict[str, Any]:
+    def summarize_sums(self, total: Sums) -> dict[str, Any]:
         counted = {"samples": total["count"]} | {name: total[name] for name in ("captions", "tokens", "missing", "cut") if name in total}
         return {"statistics": counted, "bad": total["bad"]}
 
-    def extra(self, folder: Path) -> dict[str, Any]:
+    def write_extra(self, folder: Path) -> dict[str, Any]:
         """The encoding of the empty caption."""
         return {"null": write_null(folder, lambda: self.encoder.null)}
 
 
-def half(values: Tensor, where: list[str]) -> list[np.ndarray]:
+def to_float16(values: Tensor, where: list[str]) -> list[np.ndarray]:
     """Arrays in float16.
 
     Raises:

@@ -33,7 +33,7 @@ def _pid_space() -> str:
         return socket.gethostname()
 
 
-def _started(pid: int) -> str:
+def _process_start(pid: int) -> str:
     """When a process began, so that a number used again is not taken for it; empty where that cannot be known."""
     try:
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -49,7 +49,7 @@ class Claim:
         self._path, self._text, self._touched = path, text, time.monotonic()
 
     @property
-    def held(self) -> bool:
+    def is_held(self) -> bool:
         """Whether it is still ours: a worker that slept for long may have lost it."""
         try:
             return _read(self._path) == self._text
@@ -67,19 +67,19 @@ class Claim:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.held:
+        if self.is_held:
             self._path.unlink(missing_ok=True)
 
 
-def take(path: Path, stale_seconds: float = STALE_SECONDS) -> Claim | None:
+def claim_work(path: Path, stale_seconds: float = STALE_SECONDS) -> Claim | None:
     """Claim what `path` stands for, or None where another works on it."""
     claim = _create(path)
-    if claim is not None or not _abandoned(path, stale_seconds):
+    if claim is not None or not _is_abandoned(path, stale_seconds):
         return claim
     lock = open_lock(path.with_name("takeover.lock"))  # two that see the same dead claim must not both take it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if _abandoned(path, stale_seconds):
+        if _is_abandoned(path, stale_seconds):
             path.unlink(missing_ok=True)
     finally:
         os.close(lock)
@@ -94,7 +94,13 @@ def _read(path: Path) -> str:
 
 def _create(path: Path) -> Claim | None:
     """Write a claim beside its place and link it there: the link is exclusive, and the claim is never seen half-written."""
-    facts = {"host": _pid_space(), "pid": os.getpid(), "started": _started(os.getpid()), "time": time.time(), "nonce": secrets.token_hex(8)}
+    facts = {
+        "host": _pid_space(),
+        "pid": os.getpid(),
+        "started": _process_start(os.getpid()),
+        "time": time.time(),
+        "nonce": secrets.token_hex(8),
+    }
     text, temporary = json.dumps(facts), path.with_name(f".{path.name}.{facts['nonce']}")
     temporary.write_text(text)
     try:
@@ -106,7 +112,7 @@ def _create(path: Path) -> Claim | None:
     return Claim(path, text)
 
 
-def _abandoned(path: Path, stale_seconds: float) -> bool:
+def _is_abandoned(path: Path, stale_seconds: float) -> bool:
     """Whether the process that holds a claim is dead, or has not touched it for long."""
     try:
         text, touched = _read(path), path.stat().st_mtime
@@ -114,8 +120,8 @@ def _abandoned(path: Path, stale_seconds: float) -> bool:
         return True
     try:
         facts = json.loads(text)
-        here = facts["host"] == _pid_space() and _started(os.getpid()) != ""
-        dead = here and _started(facts["pid"]) != facts["started"]
+        here = facts["host"] == _pid_space() and _process_start(os.getpid()) != ""
+        dead = here and _process_start(facts["pid"]) != facts["started"]
     except (ValueError, KeyError, TypeError):
         return True  # nobody's: claims are never seen half-written
     return time.time() - touched > stale_seconds or dead

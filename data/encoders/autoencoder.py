@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from condot.core.model_folders import check_counts, check_model_folder, check_size, read_shapes
 
-from .fingerprint import config_hash, differences, locate, read_config, weight_files, weight_names, weights_hash
+from .fingerprint import config_hash, fingerprint_differences, read_config, resolve_encoder, weight_files, weight_names, weights_hash
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
 
@@ -43,7 +43,7 @@ class AutoencoderFacts:
 
 def read_autoencoder(name: str) -> AutoencoderFacts:
     """The facts of an autoencoder; arguments and errors as in `Autoencoder`."""
-    folder = locate(name, "data.autoencoder", "vae")
+    folder = resolve_encoder(name, "data.autoencoder", "vae")
     kind, config = _kind(folder)
     files = weight_files(folder)
     named = f"{kind} with pools" if kind == "AutoencoderTiny" and any(".pool." in name for name in weight_names(files)) else kind
@@ -108,10 +108,11 @@ class Autoencoder:
         self.deterministic = self.facts.deterministic
         if expected and expected != self.fingerprint:
             raise ValueError(
-                f"data.autoencoder={name!r} is another autoencoder: {'; '.join(differences(expected, self.fingerprint, 'its'))}. "
+                f"data.autoencoder={name!r} is another autoencoder: "
+                f"{'; '.join(fingerprint_differences(expected, self.fingerprint, 'its'))}. "
                 f"Give the one that the model was trained with."
             )
-        folder = locate(name, "data.autoencoder", "vae")
+        folder = resolve_encoder(name, "data.autoencoder", "vae")
         self.model: Any = _load(folder, self.fingerprint["class"].split()[0], dtype).to(device).eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ VOLATILE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "fo
 """Of a configuration: what does not change what the encoder gives; nor does what begins with an underscore."""
 
 
-def locate(name: str, field: str, part: str = "") -> Path:
+def resolve_encoder(name: str, field: str, part: str = "") -> Path:
     """The folder of an encoder: the one named, its sub-folder `part`, or a copy of the Hub's.
 
     Args:
@@ -141,7 +141,7 @@ def weight_names(files: list[Path]) -> list[str]:
         raise ValueError(f"{files[0].parent}: weights cannot be read ({error}): copy the encoder again.") from error
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], what: str) -> list[str]:
+def fingerprint_differences(there: Mapping[str, Any], here: Mapping[str, Any], what: str) -> list[str]:
     """Each fact of two fingerprints that is not the same, as `autoencoder weights are 12ab there and 34cd here`."""
     found = []
     for key in {**there, **here}:

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from .autoencoder import AutoencoderFacts
-from .fingerprint import locate, read_config
+from .fingerprint import read_config, resolve_encoder
 from .text import TextFacts, read_text_config
 
 
-def hollow_autoencoder(facts: AutoencoderFacts) -> nn.Module:
+def meta_autoencoder(facts: AutoencoderFacts) -> nn.Module:
     """An autoencoder of these facts; TAEF2's pools, which diffusers lacks, are left out.
 
     Raises:
@@ -20,7 +20,7 @@ def hollow_autoencoder(facts: AutoencoderFacts) -> nn.Module:
     """
     import diffusers
 
-    folder = locate(facts.name, "data.autoencoder", "vae")
+    folder = resolve_encoder(facts.name, "data.autoencoder", "vae")
     kind = getattr(diffusers, facts.fingerprint["class"].split()[0])
     known = inspect.signature(kind.__init__).parameters
     try:
@@ -31,7 +31,7 @@ def hollow_autoencoder(facts: AutoencoderFacts) -> nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def hollow_text_encoder(facts: TextFacts) -> nn.Module:
+def meta_text_encoder(facts: TextFacts) -> nn.Module:
     """A text encoder of these facts: of T5 the encoder alone, of a CLIP its text half.
 
     Raises:
@@ -39,7 +39,7 @@ def hollow_text_encoder(facts: TextFacts) -> nn.Module:
     """
     import transformers
 
-    folder = locate(facts.name, "data.text_encoder", "text_encoder")
+    folder = resolve_encoder(facts.name, "data.text_encoder", "text_encoder")
     config = read_text_config(folder)
     kinds = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
     try:

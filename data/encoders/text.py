@@ -21,8 +21,8 @@ from torch import Tensor
 from condot.core.data_options import Options
 from condot.core.model_folders import TEXT_MODELS, check_counts, check_model_folder, check_size, read_json, read_shapes
 
-from .fingerprint import config_hash, locate, read_config, weight_files, weights_hash
-from .text_states import TextFacts, TextStates, length_of, padded
+from .fingerprint import config_hash, read_config, resolve_encoder, weight_files, weights_hash
+from .text_states import TextFacts, TextStates, pad_tokens, padded_length
 
 CLIP = ("clip", "clip_text_model")
 """What CLIP's configurations call their type."""
@@ -32,7 +32,7 @@ VOCABULARIES = ("tokenizer*", "vocab*", "*.model")
 
 def read_text_encoder(name: str, max_tokens: int, padding: str = "mask") -> TextFacts:
     """The facts of a text encoder; arguments and errors as in `TextEncoder`."""
-    folder = locate(name, "data.text_encoder", "text_encoder")
+    folder = resolve_encoder(name, "data.text_encoder", "text_encoder")
     config = _config(folder)
     tokenizer = _tokenizer(folder)
     limit = _limit(tokenizer, config)
@@ -40,7 +40,7 @@ def read_text_encoder(name: str, max_tokens: int, padding: str = "mask") -> Text
         raise ValueError(f"data.max_tokens={max_tokens}: {name} reads at most {limit} tokens. Use {limit} or fewer.")
     if padding == "attend" and tokenizer.pad_token_id is None:
         raise ValueError(f"data.text_padding=attend: the tokenizer of {name} has no pad token. Use mask.")
-    clip, projected = config.model_type in CLIP, _projected(folder)
+    clip, projected = config.model_type in CLIP, _is_projected(folder)
     width = int(config.hidden_size)
     pooled_width = int(config.projection_dim) if projected else width
     fingerprint = {
@@ -65,12 +65,12 @@ def _counts(options: Options) -> list[tuple[str, int]]:
     names, counts = options.text_encoder, options.max_tokens
     if len(counts) == len(names):
         return list(zip(names, counts, strict=True))
-    return [(name, min(counts[0], text_limit(name))) for name in names]
+    return [(name, min(counts[0], max_text_tokens(name))) for name in names]
 
 
-def text_limit(name: str) -> int:
+def max_text_tokens(name: str) -> int:
     """The most tokens that a text encoder reads."""
-    folder = locate(name, "data.text_encoder", "text_encoder")
+    folder = resolve_encoder(name, "data.text_encoder", "text_encoder")
     return _limit(_tokenizer(folder), _config(folder))
 
 
@@ -101,21 +101,21 @@ class TextEncoder:
         self.facts = read_text_encoder(name, max_tokens, padding)
         self.fingerprint, self.kind = self.facts.fingerprint, self.facts.kind
         self.width, self.pooled_width, self.max_tokens = self.facts.width, self.facts.pooled_width, max_tokens
-        folder = locate(name, "data.text_encoder", "text_encoder")
+        folder = resolve_encoder(name, "data.text_encoder", "text_encoder")
         self.tokenizer = _tokenizer(folder)
         self.model: Any = _load(folder, dtype).to(device).eval().requires_grad_(False)
-        self.cut = 0
+        self.truncated = 0
         """Captions that were longer than max_tokens, of all encoded so far."""
 
     def tokens(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, int]:
         """Token numbers and mask, (B, L), padded behind to the longest of the batch or to max_tokens, and how many captions were cut."""
         captions = list(captions)
         whole = self.tokenizer(captions)["input_ids"]
-        cut = sum(len(ids) > self.max_tokens for ids in whole)
+        truncated = sum(len(ids) > self.max_tokens for ids in whole)
         if self.facts.padding == "attend":
             ids = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt").input_ids
-            return ids, torch.ones(ids.shape, dtype=torch.bool), cut
-        rows = self.tokenizer(captions, truncation=True, max_length=self.max_tokens)["input_ids"] if cut else whole
+            return ids, torch.ones(ids.shape, dtype=torch.bool), truncated
+        rows = self.tokenizer(captions, truncation=True, max_length=self.max_tokens)["input_ids"] if truncated else whole
         spare = next(t for t in (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id, 0) if t is not None)
         rows = [row or [spare] for row in rows]  # "" is the null condition: a tokenizer that adds nothing to it still gives one token
         pad = self.tokenizer.pad_token_id
@@ -123,7 +123,7 @@ class TextEncoder:
         mask = torch.zeros(ids.shape, dtype=torch.bool)
         for i, row in enumerate(rows):
             ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), True
-        return ids, mask, cut
+        return ids, mask, truncated
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> TextStates:
@@ -134,8 +134,8 @@ class TextEncoder:
 
         Source: diffusers, StableDiffusion3Pipeline, for CLIP and for T5 under attend.
         """
-        ids, mask, cut = self.tokens(captions)
-        self.cut += cut
+        ids, mask, truncated = self.tokens(captions)
+        self.truncated += truncated
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         seen = mask.long() if self.facts.padding == "mask" else None
         if self.kind == "clip":
@@ -153,9 +153,11 @@ class TextEncoder:
 
 
 def encode_captions(encoders: Sequence[TextEncoder], captions: Sequence[str]) -> tuple[TextStates, ...]:
-    """What each encoder gives of a micro-batch's captions, padded as cached ones are; what was cut adds up in `encoder.cut`."""
+    """What each encoder gives of a micro-batch's captions, padded as cached ones are; what was cut adds up in `encoder.truncated`."""
     parts = [encoder.encode(captions) for encoder in encoders]
-    return tuple(padded(part, length_of(part.mask.shape[1], encoder.max_tokens)) for encoder, part in zip(encoders, parts, strict=True))
+    return tuple(
+        pad_tokens(part, padded_length(part.mask.shape[1], encoder.max_tokens)) for encoder, part in zip(encoders, parts, strict=True)
+    )
 
 
 def read_text_config(folder: Path) -> Any:
@@ -189,7 +191,7 @@ def _config(folder: Path) -> Any:
     return text
 
 
-def _projected(folder: Path) -> bool:
+def _is_projected(folder: Path) -> bool:
     """Whether an encoder is a CLIP whose pooled vector is projected: its class says so, and a whole CLIP's always is."""
     config = read_config(folder)
     made = str((config.get("architectures") or [""])[0])
@@ -203,18 +205,18 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     encoders = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
     config, more = _config(folder), {}
     if config.model_type in CLIP:
-        name, more = f"CLIPTextModel{'WithProjection' if _projected(folder) else ''}", {"config": config}
+        name, more = f"CLIPTextModel{'WithProjection' if _is_projected(folder) else ''}", {"config": config}
     else:
         name = encoders.get(config.model_type, "AutoModel")
     transformers.logging.disable_progress_bar()
     check_counts(folder / "config.json", read_json(folder / "config.json"), len(shapes := read_shapes(weight_files(folder))))
-    told = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
+    load_options = {"use_safetensors": True, "local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
     try:
-        with _silent():
+        with _quiet_transformers():
             with torch.device("meta"):
                 kind = getattr(transformers, name)
                 check_size(folder / "config.json", kind.from_config(config) if name == "AutoModel" else kind(config), shapes)
-            model, said = kind.from_pretrained(folder, dtype=dtype, **told, **more)
+            model, said = kind.from_pretrained(folder, dtype=dtype, **load_options, **more)
     except Exception as error:  # as above
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: the weights do not fit ({reason}): copy the text encoder again.") from error
@@ -225,7 +227,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def _quiet_transformers() -> Iterator[None]:
     """Without transformers' table of the weights that a whole model has beyond its text encoder."""
     from transformers import logging
 
@@ -247,8 +249,8 @@ def _tokenizer(folder: Path) -> Any:
     """The tokenizer beside an encoder, or in a pipeline's `tokenizer`."""
     import transformers
 
-    beside = folder.parent / folder.name.replace("text_encoder", "tokenizer")
-    place = beside if folder.name.startswith("text_encoder") and beside.is_dir() else folder
+    tokenizer_folder = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    place = tokenizer_folder if folder.name.startswith("text_encoder") and tokenizer_folder.is_dir() else folder
     try:
         if not any(file for kind in VOCABULARIES for file in place.glob(kind)):  # transformers may make one that knows no word
             raise ValueError(f"none of {', '.join(VOCABULARIES)} is there")

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-STEP = 16
+TOKEN_MULTIPLE = 16
 """Masked captions are padded to a multiple of so many tokens: few shapes, and little beyond the longest."""
 
 
@@ -52,7 +52,7 @@ class TextFacts:
 
 
 @dataclass(frozen=True)
-class Layout:
+class TextLayout:
     """Where the parts of several encoders stand."""
 
     width: int
@@ -60,13 +60,13 @@ class Layout:
     pooled_width: int
     tokens: int
     """At most, of a caption."""
-    runs: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
     """Encoders by number: those of one run stand side by side in channels, the runs one behind the other."""
-    summaries: tuple[int, ...]
+    pooled_from: tuple[int, ...]
     """The encoders whose pooled vectors count."""
 
 
-def layout(facts: Sequence[TextFacts]) -> Layout:
+def text_layout(facts: Sequence[TextFacts]) -> TextLayout:
     """Of encoders in the recipe's order.
 
     Raises:
@@ -74,36 +74,36 @@ def layout(facts: Sequence[TextFacts]) -> Layout:
     """
     if not facts:
         raise ValueError("data.text_encoder is empty: name the encoder of the captions, or several.")
-    runs: list[list[int]] = []
+    groups: list[list[int]] = []
     for number, one in enumerate(facts):
-        if runs and one.kind == "clip" == facts[number - 1].kind:
-            runs[-1].append(number)
+        if groups and one.kind == "clip" == facts[number - 1].kind:
+            groups[-1].append(number)
         else:
-            runs.append([number])
-    for run in runs:
-        read = [facts[number].max_tokens for number in run]
+            groups.append([number])
+    for group in groups:
+        read = [facts[number].max_tokens for number in group]
         if len(set(read)) > 1:
             raise ValueError(
                 f"data.max_tokens={' '.join(str(one.max_tokens) for one in facts)}: CLIP encoders stand side by side, token by token, "
                 f"and these read {' and '.join(map(str, read))}. Give them the same number, {min(read)}."
             )
     clips = tuple(number for number, one in enumerate(facts) if one.kind == "clip")
-    summaries = clips or tuple(range(len(facts)))
-    return Layout(
-        width=max(sum(facts[number].width for number in run) for run in runs),
-        pooled_width=sum(facts[number].pooled_width for number in summaries),
-        tokens=sum(facts[run[0]].max_tokens for run in runs),
-        runs=tuple(map(tuple, runs)),
-        summaries=summaries,
+    pooled_from = clips or tuple(range(len(facts)))
+    return TextLayout(
+        width=max(sum(facts[number].width for number in group) for group in groups),
+        pooled_width=sum(facts[number].pooled_width for number in pooled_from),
+        tokens=sum(facts[group[0]].max_tokens for group in groups),
+        groups=tuple(map(tuple, groups)),
+        pooled_from=pooled_from,
     )
 
 
-def join(parts: Sequence[TextStates], layout: Layout) -> TextStates:
+def concat_text_states(parts: Sequence[TextStates], text_layout: TextLayout) -> TextStates:
     """What a network sees of captions.
 
     Args:
         parts: of each encoder, for the same captions.
-        layout: of those encoders.
+        text_layout: of those encoders.
 
     Returns:
         States (B, L, width), zero where a narrower encoder has no channels;
@@ -114,32 +114,34 @@ def join(parts: Sequence[TextStates], layout: Layout) -> TextStates:
     Source: diffusers, StableDiffusion3Pipeline.encode_prompt.
     """
     rows = []
-    for run in layout.runs:
-        length = max(parts[number].mask.shape[1] for number in run)
-        side = [padded(parts[number], length) for number in run]
+    for group in text_layout.groups:
+        length = max(parts[number].mask.shape[1] for number in group)
+        side = [pad_tokens(parts[number], length) for number in group]
         states = torch.cat([part.states for part in side], dim=2)
         mask = torch.stack([part.mask for part in side]).any(0)
-        rows.append((F.pad(states, (0, layout.width - states.shape[2])), mask))
-    pooled = torch.cat([parts[number].pooled for number in layout.summaries], dim=1)
+        rows.append((F.pad(states, (0, text_layout.width - states.shape[2])), mask))
+    pooled = torch.cat([parts[number].pooled for number in text_layout.pooled_from], dim=1)
     return TextStates(torch.cat([states for states, _ in rows], dim=1), torch.cat([mask for _, mask in rows], dim=1), pooled)
 
 
-def drop_text(parts: Sequence[TextStates], nulls: Sequence[TextStates], whole: Tensor, each: Tensor) -> tuple[TextStates, ...]:
+def drop_captions(
+    parts: Sequence[TextStates], nulls: Sequence[TextStates], drop_all: Tensor, drop_encoders: Tensor
+) -> tuple[TextStates, ...]:
     """Captions of which some are dropped.
 
     Args:
         parts: of each encoder.
         nulls: of each encoder, one row: its encoding of "".
-        whole: (B,), bool: these samples become the encoding of "".
-        each: (B, encoders), bool: of these the encoder gives zeros where it
+        drop_all: (B,), bool: these samples become the encoding of "".
+        drop_encoders: (B, encoders), bool: of these the encoder gives zeros where it
             has tokens for "", as a stock pipeline without it does; whole goes first.
     """
     made = []
     for number, (part, null) in enumerate(zip(parts, nulls, strict=True)):
         length = max(part.mask.shape[1], null.mask.shape[1])
-        part, null = padded(part, length), padded(null.to(part.states.device, part.states.dtype), length)
-        all_of_it = whole.to(part.mask.device)
-        gone = each[:, number].to(part.mask.device) & ~all_of_it
+        part, null = pad_tokens(part, length), pad_tokens(null.to(part.states.device, part.states.dtype), length)
+        all_of_it = drop_all.to(part.mask.device)
+        gone = drop_encoders[:, number].to(part.mask.device) & ~all_of_it
         states, pooled = (
             torch.where(_wide(all_of_it, have), none, have) for have, none in ((part.states, null.states), (part.pooled, null.pooled))
         )
@@ -148,15 +150,15 @@ def drop_text(parts: Sequence[TextStates], nulls: Sequence[TextStates], whole: T
     return tuple(made)
 
 
-def padded(part: TextStates, length: int) -> TextStates:
+def pad_tokens(part: TextStates, length: int) -> TextStates:
     """With so many tokens, those behind zero and masked; as it is where it has them."""
     more = length - part.mask.shape[1]
     return TextStates(F.pad(part.states, (0, 0, 0, more)), F.pad(part.mask, (0, more)), part.pooled) if more else part
 
 
-def length_of(longest: int, max_tokens: int) -> int:
+def padded_length(longest: int, max_tokens: int) -> int:
     """Tokens to which the captions of a micro-batch are padded: a multiple of STEP, at most max_tokens."""
-    return min(max_tokens, -(-longest // STEP) * STEP)
+    return min(max_tokens, -(-longest // TOKEN_MULTIPLE) * TOKEN_MULTIPLE)
 
 
 def _wide(chosen: Tensor, like: Tensor) -> Tensor:

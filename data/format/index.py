@@ -1,7 +1,7 @@
 """What is in a shard: where each sample lies, how large it is, and what it must hash to.
 
 Beside `train-000000.tar` lies `train-000000.npy`, 24 bytes a sample. Latents and text
-embeddings lie in side shards: other folders of the same form, with the same keys in the same order.
+embeddings lie in encoded shards: other folders of the same form, with the same keys in the same order.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, three times as fast
 
-from condot.core.errors import reason
+from condot.core.errors import describe_error
 from condot.core.file_lock import open_new
 from condot.core.printable import printable
 
 from ..images.decode import DECODE_ERRORS, is_plain, upright_size
-from .file_stamps import hash_of
+from .file_stamps import hash64
 from .manifest import Tally
 from .sample_files import (
     NO_LABEL,
@@ -38,7 +38,7 @@ from .sample_files import (
 )
 from .shard_table import Shard
 from .tar_headers import BLOCK
-from .tar_reader import Remarks, Span, samples
+from .tar_reader import Span, TarRemarks, samples
 
 RECORD = np.dtype(
     [
@@ -74,13 +74,13 @@ def index_shard(
     faults: list[str] | None = None,
     verify: Callable[[bytes], None] | None = None,
     image_extension: str = "",
-    remarks: Remarks | None = None,
+    remarks: TarRemarks | None = None,
 ) -> tuple[np.ndarray, int]:
     """Read a tar once and describe its samples, in order.
 
     Args:
         path: the tar.
-        like: for side shards, the records of the images' shard, whose sizes
+        like: for encoded shards, the records of the images' shard, whose sizes
             and classes these take over.
         faults: where given, samples that cannot be indexed are left out and
             named here, instead of an error.
@@ -97,7 +97,7 @@ def index_shard(
             to 65,534, a text that cannot be read; another number of samples
             than `like`.
     """
-    remarks = Remarks() if remarks is None else remarks
+    remarks = TarRemarks() if remarks is None else remarks
     records, captions, beside, lone = [], 0, set[str](), list[Span]()
     with open(path, "rb", buffering=0) as file:
         for number, span in enumerate(samples(path, remarks=remarks, every=like is not None)):
@@ -120,7 +120,7 @@ def index_shard(
                 continue
             captions += captioned
             beside.update(span.files)
-            records.append((*locate(body, span.files[payload].offset, span.files[payload].size, span.start), label, width, height))
+            records.append((*index_payload(body, span.files[payload].offset, span.files[payload].size, span.start), label, width, height))
     for span in lone:
         if not beside.isdisjoint(span.files) and not is_about_the_data(span.key):
             _fail(path, span, ValueError(span.fault or no_image(span.files)), faults)
@@ -135,7 +135,7 @@ def _fail(path: Path, span: Span, error: Exception, faults: list[str] | None) ->
     """Note what is wrong with a sample, or raise it."""
     if faults is None:
         raise ValueError(f"{printable(str(path))}: {printable(span.key)} cannot be indexed: {error}. Leave it out when packing.") from error
-    faults.append(f"{printable(path.name)}: {printable(span.key)} ({printable(reason(error))})")
+    faults.append(f"{printable(path.name)}: {printable(span.key)} ({printable(describe_error(error))})")
 
 
 def _read(file: int, span: Span, path: Path) -> bytes:
@@ -150,7 +150,7 @@ def _read(file: int, span: Span, path: Path) -> bytes:
 
 
 def _array(span: Span) -> str:
-    """Return the extension of a side shard's array.
+    """Return the extension of an encoded shard's array.
 
     Raises:
         ValueError: there is none, or it cannot be read.
@@ -194,7 +194,7 @@ def _check(span: Span, payload: str) -> None:
         raise ValueError("it lies more than 2 TB from the tar's beginning: pack several tars")
 
 
-def locate(body: bytes, offset: int, size: int, start: int) -> tuple[int, int, int, int, int, int]:
+def index_payload(body: bytes, offset: int, size: int, start: int) -> tuple[int, int, int, int, int, int]:
     """Where a payload lies and what it and the rest of its sample hash to: the first six fields of a RECORD.
 
     Args:
@@ -209,13 +209,13 @@ def locate(body: bytes, offset: int, size: int, start: int) -> tuple[int, int, i
     return offset // BLOCK, size, crc32_of(payload), first // BLOCK, after, rest
 
 
-def span_of(record: tuple[Any, ...]) -> tuple[int, int]:
+def sample_span(record: tuple[Any, ...]) -> tuple[int, int]:
     """Return where a sample begins in its tar, and how many bytes it spans."""
     block, size, _, before, after = record[:5]
     return (block - before) * BLOCK, (before + after + -(-size // BLOCK)) * BLOCK
 
 
-def image_in(body: bytes, before: int, size: int) -> bytes:
+def slice_image(body: bytes, before: int, size: int) -> bytes:
     """Return the image (or array) of a sample, the one that the index points at.
 
     Args:
@@ -225,8 +225,8 @@ def image_in(body: bytes, before: int, size: int) -> bytes:
     return body[before * BLOCK : before * BLOCK + size]
 
 
-def unchanged(found: tuple[int, ...], record: tuple[Any, ...]) -> bool:
-    """Whether what `locate` finds is what a record says, except for `is_plain`, whose rule has changed since the first shards."""
+def is_unchanged(found: tuple[int, ...], record: tuple[Any, ...]) -> bool:
+    """Whether what `index_payload` finds is what a record says, except for `is_plain`, whose rule has changed since the first shards."""
     return found[:5] == record[:5] and found[5] % PLAIN == record[5] % PLAIN
 
 
@@ -285,7 +285,7 @@ def open_index(path: Path, shard: Shard, classes: int) -> np.ndarray:
     return found
 
 
-def describe(
+def index_tar(
     tar: Path,
     split: str,
     *,
@@ -293,12 +293,12 @@ def describe(
     faults: list[str] | None = None,
     verify: Callable[[bytes], None] | None = None,
     image_extension: str = "",
-    remarks: Remarks | None = None,
+    remarks: TarRemarks | None = None,
 ) -> tuple[Shard, Tally]:
     """Index a tar, write the index beside it; return its line of the manifest and what it holds. Arguments as `index_shard`."""
     records, captions = index_shard(tar, like=like, faults=faults, verify=verify, image_extension=image_extension, remarks=remarks)
     path = index_path(tar)
-    temporary = path.with_name(f".{os.getpid()}-{hash_of(path.name.encode('utf-8', 'surrogateescape')):016x}.npy")  # names may be long
+    temporary = path.with_name(f".{os.getpid()}-{hash64(path.name.encode('utf-8', 'surrogateescape')):016x}.npy")  # names may be long
     with open_new(temporary) as file:
         np.lib.format.write_array(file, records, allow_pickle=False)
     os.replace(temporary, path)  # never in place, where another may read it

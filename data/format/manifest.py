@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 from condot.core.file_lock import open_new
 
-from .shard_table import AT_ONCE, Columns, ShardList
+from .shard_table import AT_ONCE, ShardColumns, ShardTable
 
 SIZES_KEPT = 10_000
 VERSION = 2
@@ -65,14 +65,14 @@ class Tally:
 class Manifest:
     """A folder of shards: all of it, or the folder is refused."""
 
-    shards: ShardList
+    shards: ShardTable
     """Any sequence of shards becomes one."""
     class_names: tuple[str, ...] = ()
     tally: Tally = field(default_factory=Tally)
     source: str = ""
     """A hash of what was asked for when it was packed."""
     encoding: dict[str, Any] = field(default_factory=dict)
-    """For side shards: what they were made from and how; empty for images."""
+    """For encoded shards: what they were made from and how; empty for images."""
     image_extension: str = ""
     """Of the image, where samples have several that could be."""
     decoder: int = DECODER
@@ -80,10 +80,10 @@ class Manifest:
     version: int = VERSION
 
     def __post_init__(self) -> None:
-        if not isinstance(self.shards, ShardList):
-            object.__setattr__(self, "shards", ShardList.of(self.shards))
+        if not isinstance(self.shards, ShardTable):
+            object.__setattr__(self, "shards", ShardTable.of(self.shards))
 
-    def split(self, name: str) -> ShardList:
+    def split(self, name: str) -> ShardTable:
         """The shards of one split.
 
         Raises:
@@ -99,14 +99,14 @@ class Manifest:
         """A hash of every shard's content and order, independent of where the folder lies."""
         return self.fingerprint_of(self.shards)
 
-    def fingerprint_of(self, shards: ShardList) -> str:
+    def fingerprint_of(self, shards: ShardTable) -> str:
         """Return the `fingerprint` of some of the shards; which image of a sample is meant is part of it."""
         return shards.fingerprint + (f":{self.image_extension}" if self.image_extension else "")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write `manifest.json` under a temporary name and rename it: it is there whole or not at all."""
-    raw = asdict(replace(manifest, shards=ShardList.of(())))
+    raw = asdict(replace(manifest, shards=ShardTable.of(())))
     del raw["shards"]
     if not manifest.image_extension:  # a file that releases of before the field can read
         del raw["image_extension"]
@@ -137,7 +137,7 @@ def read_manifest(file: BinaryIO, where: str) -> Manifest:
     except FAULTS:
         file.seek(0)  # damaged, or laid out in another way: the whole of it will tell
     try:
-        return _manifest(json.loads(file.read()), Columns())
+        return _manifest(json.loads(file.read()), ShardColumns())
     except FAULTS as error:
         why = " ".join(str(error).split())[:1000]
         raise ValueError(f"{where} cannot be read ({why}): run `python -m data.prepare` again.") from error
@@ -145,7 +145,7 @@ def read_manifest(file: BinaryIO, where: str) -> Manifest:
 
 def _by_lines(file: BinaryIO) -> Manifest:
     """A manifest as `write_manifest` has it: shards go into columns as they come; what is left, with the last of them, is a manifest."""
-    left, end, columns = list[bytes](), list[bytes](), Columns()
+    left, end, columns = list[bytes](), list[bytes](), ShardColumns()
     for line in file:
         left.append(line)
         if line == LISTED.encode():
@@ -163,7 +163,7 @@ def _by_lines(file: BinaryIO) -> Manifest:
     return _manifest(raw, columns)
 
 
-def _manifest(raw: dict[str, Any], columns: Columns) -> Manifest:
+def _manifest(raw: dict[str, Any], columns: ShardColumns) -> Manifest:
     """From a manifest's JSON; its shards come after those that the columns hold already."""
     if raw["version"] != VERSION:
         raise ValueError(f"version {raw['version']}, this release reads {VERSION}")
@@ -175,7 +175,7 @@ def _manifest(raw: dict[str, Any], columns: Columns) -> Manifest:
         raise ValueError("class_names is a text, a list of them is needed")
     names, tally = tuple(listed), Tally(**raw.pop("tally"))
     raw["decoder"] = operator.index(raw.get("decoder", 1))
-    return Manifest(**raw, shards=ShardList(columns), class_names=names, tally=tally)
+    return Manifest(**raw, shards=ShardTable(columns), class_names=names, tally=tally)
 
 
 def check_foreign(manifest: Manifest, where: str, *, remote: bool) -> None:

@@ -35,7 +35,7 @@ AT_ONCE = 4096
 """Shards that are made objects together."""
 
 
-class Columns:
+class ShardColumns:
     """Lines of a manifest, one after the other; they grow until they are first read."""
 
     def __init__(self) -> None:
@@ -57,8 +57,8 @@ class Columns:
             if not isinstance(line, dict) or line.keys() != KEYS:
                 Shard(**line)  # says which field
         column = {key: [line[key] for line in lines] for key in KEYS}
-        if not _sound(column):
-            wrong = next(line for line in lines if not _sound({key: [line[key]] for key in KEYS}))
+        if not _are_valid(column):
+            wrong = next(line for line in lines if not _are_valid({key: [line[key]] for key in KEYS}))
             raise ValueError(f"{Shard(**wrong)} is no shard: a name, a split, two sha256 and two counts are needed")
         names = [name.encode("utf-8", "surrogatepass") for name in column["name"]]
         ends = len(self._held["name"]) + np.cumsum([len(name) for name in names], dtype=np.int64)
@@ -89,7 +89,7 @@ class Columns:
         return [text[i : i + 64] for i in range(0, len(text), 64)]
 
 
-def _sound(column: dict[str, list[Any]]) -> bool:
+def _are_valid(column: dict[str, list[Any]]) -> bool:
     """Whether the fields of some lines are what those of a shard are: texts, counts, hashes in lower case."""
     counts, hashes = column["samples"] + column["bytes"], column["sha256"] + column["index_sha256"]
     return (
@@ -101,7 +101,7 @@ def _sound(column: dict[str, list[Any]]) -> bool:
     )
 
 
-class ShardList(Sequence[Shard]):
+class ShardTable(Sequence[Shard]):
     """Shards in order.
 
     Args:
@@ -109,18 +109,18 @@ class ShardList(Sequence[Shard]):
         rows: (N,), int32: which lines, in which order; all where absent.
     """
 
-    def __init__(self, columns: Columns, rows: np.ndarray | None = None) -> None:
+    def __init__(self, columns: ShardColumns, rows: np.ndarray | None = None) -> None:
         self._columns = columns
         self._rows = np.arange(len(columns), dtype=np.int32) if rows is None else rows
 
     @classmethod
-    def of(cls, shards: Sequence[Shard]) -> ShardList:
+    def of(cls, shards: Sequence[Shard]) -> ShardTable:
         """A list of these shards.
 
         Raises:
             ValueError: one whose fields cannot be right.
         """
-        columns = Columns()
+        columns = ShardColumns()
         for first in range(0, len(shards), AT_ONCE):
             columns.extend([vars(shard) for shard in shards[first : first + AT_ONCE]])
         return cls(columns)
@@ -131,24 +131,24 @@ class ShardList(Sequence[Shard]):
     @overload
     def __getitem__(self, which: int) -> Shard: ...
     @overload
-    def __getitem__(self, which: slice) -> ShardList: ...
-    def __getitem__(self, which: int | slice) -> Shard | ShardList:
+    def __getitem__(self, which: slice) -> ShardTable: ...
+    def __getitem__(self, which: int | slice) -> Shard | ShardTable:
         if isinstance(which, slice):
-            return ShardList(self._columns, self._rows[which])
-        return next(self._made(self._rows[which, None]))
+            return ShardTable(self._columns, self._rows[which])
+        return next(self._shards_at(self._rows[which, None]))
 
     def __iter__(self) -> Iterator[Shard]:
         for first in range(0, len(self), AT_ONCE):
-            yield from self._made(self._rows[first : first + AT_ONCE])
+            yield from self._shards_at(self._rows[first : first + AT_ONCE])
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, ShardList):
+        if not isinstance(other, ShardTable):
             return NotImplemented
         if self._columns is other._columns:
             return np.array_equal(self._rows, other._rows)
         return len(self) == len(other) and all(mine == theirs for mine, theirs in zip(self, other, strict=True))
 
-    def _made(self, rows: np.ndarray) -> Iterator[Shard]:
+    def _shards_at(self, rows: np.ndarray) -> Iterator[Shard]:
         """Some lines as objects."""
         columns, splits = self._columns, list(self._columns.splits)
         names = columns.names(rows)
@@ -181,22 +181,22 @@ class ShardList(Sequence[Shard]):
         names = list(self._columns.splits)
         return sorted(names[code] for code in np.unique(self._columns.numbers("split")[self._rows]).tolist())
 
-    def split(self, name: str) -> ShardList:
+    def split(self, name: str) -> ShardTable:
         """The shards of one split; maybe none."""
         here = np.flatnonzero(self._columns.numbers("split")[self._rows] == self._columns.splits.get(name, -1))
         return self if len(here) == len(self) else self.take(here)
 
-    def take(self, numbers: np.ndarray | Sequence[int]) -> ShardList:
+    def take(self, numbers: np.ndarray | Sequence[int]) -> ShardTable:
         """The shards with these numbers, in their order."""
-        return ShardList(self._columns, self._rows[np.asarray(numbers, np.int64)])
+        return ShardTable(self._columns, self._rows[np.asarray(numbers, np.int64)])
 
-    def pick(self, names: Iterable[str]) -> tuple[ShardList, list[str]]:
+    def select_names(self, names: Iterable[str]) -> tuple[ShardTable, list[str]]:
         """The shards with these names, in the order of the names, and the names that no shard has."""
         wanted = list(names)
         here = dict(zip(self.names, range(len(self)), strict=True))
         return self.take([here[name] for name in wanted if name in here]), [name for name in wanted if name not in here]
 
-    def alike(self, other: ShardList) -> bool:
+    def has_same_names(self, other: ShardTable) -> bool:
         """Whether both have the same names in the same order."""
         return len(self) == len(other) and all(map(eq, self.names, other.names))
 

@@ -72,7 +72,7 @@ class Span(NamedTuple):
 
 
 @dataclass
-class Remarks:
+class TarRemarks:
     """What a walk through a tar finds beside samples."""
 
     unknown: Counter[str] = field(default_factory=Counter)
@@ -206,23 +206,23 @@ def _behind_mark(read: Callable[[int, int], bytes], mark: int, size: int, where:
 # --- samples
 
 
-def samples(path: Path, *, remarks: Remarks | None = None, every: bool = False) -> Iterator[Span]:
+def samples(path: Path, *, remarks: TarRemarks | None = None, every: bool = False) -> Iterator[Span]:
     """Walk the samples of a tar, in order.
 
     Args:
         path: the tar.
         remarks: where given, files that are no part of a sample are counted here.
-        every: take every file for part of a sample, as in side shards.
+        every: take every file for part of a sample, as in encoded shards.
 
     Raises:
         ValueError: as `members`.
     """
-    remarks = Remarks() if remarks is None else remarks
+    remarks = TarRemarks() if remarks is None else remarks
     key, files, start, end, archive, fault = "", dict[str, Member](), 0, 0, 0, ""
     for member in members(path):
         name, extension = key_and_extension(member.name)
         if not every and (not files or name != key or not extension):
-            kind = no_part(member.name)
+            kind = skip_reason(member.name)
             if kind:
                 remarks.unknown[member.special or kind] += 1
                 continue
@@ -241,7 +241,7 @@ def samples(path: Path, *, remarks: Remarks | None = None, every: bool = False) 
         yield Span(key, files, start, end, fault)
 
 
-def files_of(span: bytes) -> tuple[str, dict[str, bytes]]:
+def parse_sample_files(span: bytes) -> tuple[str, dict[str, bytes]]:
     """Return key and files of one sample from the bytes that it spans in its tar.
 
     Args:
@@ -254,7 +254,7 @@ def files_of(span: bytes) -> tuple[str, dict[str, bytes]]:
     key, files, strays = "", dict[str, bytes](), list[Member]()
     for member in _walk(lambda at, length: span[at : at + length], len(span)):
         name, extension = key_and_extension(member.name)
-        if (not files or name != key or not extension) and no_part(member.name):
+        if (not files or name != key or not extension) and skip_reason(member.name):
             strays.append(member)
         elif not member.special:
             key = name
@@ -266,7 +266,7 @@ def files_of(span: bytes) -> tuple[str, dict[str, bytes]]:
 
 
 def _plain_files(span: bytes) -> tuple[str, dict[str, bytes]] | None:
-    """Return what `files_of` returns for headers as our shards have them, in a third of its time; None where one says more than that."""
+    """Return what `parse_sample_files` returns for headers as our shards have them; None where one says more than that."""
     at, key, files = 0, b"", dict[str, bytes]()
     while at + BLOCK <= len(span):
         header = PLAIN_HEADER.match(span, at)
@@ -286,7 +286,7 @@ def key_and_extension(name: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", extension.lower()
 
 
-def no_part(name: str) -> str:
+def skip_reason(name: str) -> str:
     """Return why a file is no part of a sample, by its name: one of HIDDEN, META, BARE; "" where it is."""
     base = name[name.rfind("/") + 1 :]
     if name.startswith(".") or "/." in name or "__" in name:

@@ -78,7 +78,7 @@ def commit_json(raw: Any, final: Path) -> None:
     commit(temporary, final)
 
 
-def once(path: Path, body: bytes) -> None:
+def write_once(path: Path, body: bytes) -> None:
     """Write a file whole, unless somebody has written it already."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     temporary.write_bytes(body)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from .color import srgb_values
 from .formats import BadImage, check_size, open_image, parsing
-from .orientation import load_pixels, turned
+from .orientation import load_pixels, rotate_upright
 
 
 class Bands(NamedTuple):
@@ -36,7 +36,7 @@ class Bands(NamedTuple):
     """Of bands that may be read as colours too: the photometric interpretation and ExtraSamples of their TIFF file."""
 
 
-def limits_of(dtype: np.dtype, bits: int) -> tuple[float, float]:
+def value_limits(dtype: np.dtype, bits: int) -> tuple[float, float]:
     """Return black and white of whole numbers of so many bits, or of floats.
 
     Raises:
@@ -92,7 +92,7 @@ def as_channels(found: Bands, channels: int, dtype: type[np.unsignedinteger]) ->
     exact = np.uint16 if found.profile and found.values.dtype.itemsize > 1 else dtype  # dark colours of a wide profile grow twelvefold
     values = scaled(found, dtype if channels > 4 else exact)
     if found.colors == 0 or channels > 4:
-        return turned(values, found.orientation)
+        return rotate_upright(values, found.orientation)
     top = int(np.iinfo(dtype).max)
     color, opacity = values[..., : found.colors], values[..., found.colors : found.colors + 1] if found.alpha else None
     if found.premultiplied and opacity is not None:
@@ -112,7 +112,7 @@ def as_channels(found: Bands, channels: int, dtype: type[np.unsignedinteger]) ->
         color = color.repeat(3, axis=2)
     if channels in (2, 4):
         color = np.concatenate([color, np.full_like(color[..., :1], top) if opacity is None else opacity], axis=2)
-    return turned(color, found.orientation)
+    return rotate_upright(color, found.orientation)
 
 
 def resized(values: np.ndarray, size: tuple[int, int], box: tuple[float, float, float, float], alpha: bool) -> np.ndarray:
@@ -149,7 +149,7 @@ def read_array(data: bytes) -> Bands:
     if len(data) - start < count * dtype.itemsize:
         raise BadImage(f"its array of {shape} needs {count * dtype.itemsize} bytes, it has {len(data) - start}")
     values = np.frombuffer(data, dtype, count, start).reshape(shape, order="F" if fortran else "C")
-    return Bands(values if values.ndim == 3 else values[..., None], *limits_of(dtype, 8 * dtype.itemsize), 0)
+    return Bands(values if values.ndim == 3 else values[..., None], *value_limits(dtype, 8 * dtype.itemsize), 0)
 
 
 def array_size(data: bytes) -> tuple[int, int]:

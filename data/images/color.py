@@ -29,7 +29,7 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
         profile: an ICC profile; without one, or with a damaged one, gray and RGB count as sRGB.
     """
     mode = {"LA": "L", "RGBA": "RGB"}.get(image.mode, image.mode)
-    transform = transform_of(profile, mode) if profile else None
+    transform = srgb_transform(profile, mode) if profile else None
     if transform is None:
         return converted(image, "RGB") if mode == "CMYK" else image
     if mode == "L":
@@ -44,11 +44,11 @@ def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 def is_srgb(profile: bytes, mode: str) -> bool:
     """Return whether a profile leaves pixels of a mode (L or RGB) as they are."""
-    return transform_of(profile, mode) is None
+    return srgb_transform(profile, mode) is None
 
 
 @lru_cache(KEPT)
-def transform_of(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
     """Return littlecms's conversion to sRGB, safe to use by several threads; None where it would change nothing or cannot be made."""
     try:
         with BUILDING, parsing():
@@ -93,7 +93,7 @@ def srgb_values(values: np.ndarray, profile: bytes, dtype: type[np.unsignedinteg
         BadImage: the profile makes a difference to 16 bits that are kept, and imagecodecs, which converts those, is not installed.
     """
     mode, flat = ("L", values.squeeze(2)) if values.shape[2] == 1 else ("RGB", values)
-    if transform_of(profile, mode) is None:
+    if srgb_transform(profile, mode) is None:
         return values if values.dtype == dtype else np.round(values / 257).astype(dtype)
     if values.dtype == np.uint8:
         return np.asarray(to_srgb(Image.fromarray(np.ascontiguousarray(flat)), profile)).reshape(values.shape)

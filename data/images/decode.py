@@ -22,7 +22,7 @@ from .bands import Bands, array_size, as_channels, read_array, read_png, resized
 from .color import is_srgb, to_srgb
 from .formats import JPEG_MAGIC, NUMPY_MAGIC, PASSED, PNG_MAGIC, TIFF_MAGIC, BadImage, check_size, converted, open_image
 from .jpeg_header import jpeg_header
-from .orientation import IN_PNG, load_pixels, orientation_of, stated_orientation, swaps_sides, turned
+from .orientation import IN_PNG, load_pixels, read_orientation, rotate_upright, stated_orientation, swaps_sides
 from .tiff import needs_bands, read_tiff, tiff_size
 
 DECODE_ERRORS = PASSED
@@ -80,7 +80,7 @@ def _fitted(data: bytes, shape: tuple[int, ...], deep: bool, at: Sequence[float]
     return pixels * np.uint16(257) if deep else pixels
 
 
-def upright(data: bytes, channels: int) -> Image.Image:
+def decode_upright(data: bytes, channels: int) -> Image.Image:
     """Decode an image as gray (1 channel), gray with alpha (2), RGB (3) or RGBA (4), of 8 bits, upright, in sRGB.
 
     Without alpha, transparency is laid on white. Of an animation the first frame.
@@ -96,7 +96,7 @@ def upright(data: bytes, channels: int) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels.squeeze(2) if channels == 1 else pixels))
 
 
-def preview(data: bytes) -> Image.Image:
+def decode_preview(data: bytes) -> Image.Image:
     """Decode any image that can be trained on, with whatever number of channels, as RGB to look at: of bands the first three.
 
     Raises:
@@ -111,7 +111,7 @@ def preview(data: bytes) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(as_channels(bands, 3, np.uint8)))
 
 
-class Native(NamedTuple):
+class NativeImage(NamedTuple):
     """An image with all the channels and bits of its file, upright and in sRGB: as Pillow's, or as an array."""
 
     image: Image.Image | None
@@ -123,7 +123,7 @@ class Native(NamedTuple):
     form: tuple[int, ...] = ()
 
 
-def native(data: bytes) -> Native:
+def decode_native(data: bytes) -> NativeImage:
     """Decode an image with all the channels and bits that it has.
 
     Raises:
@@ -131,10 +131,10 @@ def native(data: bytes) -> Native:
     """
     bands, opened = _bands(data, None, True)
     if bands is None:
-        return Native(_eight_bits(data, None, opened), np.empty((0, 0, 0), np.uint8))
+        return NativeImage(_eight_bits(data, None, opened), np.empty((0, 0, 0), np.uint8))
     channels = bands.colors + bands.alpha if bands.colors else bands.values.shape[2]
     values = as_channels(bands, channels, np.uint8 if bands.values.dtype.itemsize == 1 else np.uint16)
-    return Native(None, values, bands.colors > 0, bands.alpha, bands.form)
+    return NativeImage(None, values, bands.colors > 0, bands.alpha, bands.form)
 
 
 def upright_size(data: bytes) -> tuple[int, int]:
@@ -160,7 +160,7 @@ def upright_size(data: bytes) -> tuple[int, int]:
         return tiff_size(data)
     width, height = image.size
     states = data[:8] != PNG_MAGIC or any(word in data for word in IN_PNG)  # or else a PNG would be decoded for nothing
-    return (height, width) if states and swaps_sides(orientation_of(image)) else (width, height)
+    return (height, width) if states and swaps_sides(read_orientation(image)) else (width, height)
 
 
 def _bands(data: bytes, channels: int | None, deep: bool) -> tuple[Bands | None, Image.Image | None]:
@@ -204,7 +204,7 @@ def _eight_bits(data: bytes, channels: int | None, image: Image.Image | None) ->
         decoded = image, load_pixels(image), image.info.get("icc_profile")
     pixels, orientation, profile = decoded
     pixels = _channels(to_srgb(_standard(pixels, data), profile), channels)
-    return pixels if orientation == 1 else Image.fromarray(np.ascontiguousarray(turned(np.asarray(pixels), orientation)))
+    return pixels if orientation == 1 else Image.fromarray(np.ascontiguousarray(rotate_upright(np.asarray(pixels), orientation)))
 
 
 def _jpeg(data: bytes) -> tuple[Image.Image, int, bytes | None] | None:

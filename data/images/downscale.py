@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from .bands import resized
-from .decode import native
+from .decode import decode_native
 from .formats import JPEG_NAMES, PNG_MAGIC
 
 SAVED_AS: dict[str, dict[str, Any]] = {"jpg": {"format": "JPEG", "quality": 95}, "webp": {"format": "WEBP", "quality": 95}}
@@ -20,7 +20,7 @@ COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
 """Of PNG, for gray, gray with alpha, RGB and RGBA."""
 
 
-def smaller(data: bytes, side: int, extension: str) -> tuple[str, bytes]:
+def downscale(data: bytes, side: int, extension: str) -> tuple[str, bytes]:
     """Return an image file whose longer side is `side`, upright and in sRGB, and its extension.
 
     JPEG and WebP stay such; other formats, and what they do not hold, become PNG; bands that are no colours become
@@ -34,7 +34,7 @@ def smaller(data: bytes, side: int, extension: str) -> tuple[str, bytes]:
     Raises:
         One of DECODE_ERRORS: it cannot be decoded.
     """
-    pixels = native(data)
+    pixels = decode_native(data)
     width, height = pixels.image.size if pixels.image else pixels.values.shape[1::-1]
     scale = side / max(width, height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))

@@ -96,7 +96,7 @@ def check_size(width: int, height: int, bands: int = 1) -> None:
         raise BadImage(f"{width} x {height} pixels: one side is more than {MAX_RATIO} times the other")
 
 
-def extension_of(data: bytes) -> str:
+def detect_extension(data: bytes) -> str:
     """Return the extension that the bytes of an image ask for.
 
     Raises:

@@ -38,7 +38,7 @@ def stated_orientation(exif: bytes, xmp: bytes) -> int:
     return _in_xmp(xmp) if stated is None else _known(stated)
 
 
-def orientation_of(image: Image.Image) -> int:
+def read_orientation(image: Image.Image) -> int:
     """Return the orientation, 1 to 8, in which an opened image lies in its `size`.
 
     A TIFF file's own tag counts as 1: Pillow gives such a file's size, and later its pixels, turned already. Of a PNG file,
@@ -65,16 +65,16 @@ def load_pixels(image: Image.Image) -> int:
     with parsing():
         orientation = 0
         if isinstance(image, TiffImagePlugin.TiffImageFile):
-            orientation = orientation_of(image)
+            orientation = read_orientation(image)
             image.info.pop("xmp", None)  # Pillow would turn it by some of what may stand there
         try:
             image.load()
         except (OSError, SyntaxError):
             image.load()  # passes where the pixels are whole and only what follows them is damaged, as viewers see it
-    return orientation or orientation_of(image)
+    return orientation or read_orientation(image)
 
 
-def turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
+def rotate_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
     """Return pixels, (H, W) or (H, W, C), upright; a view.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
-from .bands import Bands, limits_of
+from .bands import Bands, value_limits
 from .color import is_srgb
 from .formats import BadImage, check_size, parsing
 from .orientation import load_pixels
@@ -23,7 +23,7 @@ ALPHA = (1, 2, 999)
 """Of ExtraSamples: premultiplied alpha, alpha, and Corel's."""
 LOSSLESS = {1: "none", 5: "LZW", 8: "deflate", 32946: "deflate", 32773: "PackBits", 34925: "LZMA", 50000: "Zstandard"}
 """Compressions of TIFF that are read here: they cannot give more bytes than they are asked for."""
-logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is that sample's fault, and told there
+logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what is wrong with a file is that sample's fault, and reported there
 INSTALL = "`pip install tifffile imagecodecs`"
 
 
@@ -150,7 +150,7 @@ def _grays(values: np.ndarray, tags: dict[int, Any], orientation: int) -> Bands:
         if values.dtype.kind == "u" and bits <= 16:
             low, high = 0.0, 2.0**bits - 1
     else:
-        low, high = limits_of(values.dtype, bits)
+        low, high = value_limits(values.dtype, bits)
     if tags.get(PHOTOMETRIC, 1) == 0:  # white is zero
         low, high = high, low
     return Bands(values, low, high, 1, orientation=orientation)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from .shuffle import key_at, permutation, share_at
+from .shuffle import hash_at, permutation, uniform_at
 
 WINDOW_POSITIONS = 65_536
 WINDOW_BATCHES = 64
@@ -124,7 +124,7 @@ class Windows:
         size = self.batch_size
         positions = np.arange(batches.start * size, batches.stop * size)
         buckets = self.bucket_of(positions)
-        sort = np.lexsort((key_at(positions, self.seed, 5), buckets))
+        sort = np.lexsort((hash_at(positions, self.seed, 5), buckets))
         if self.whole:
             sort = self._whole(sort, buckets, batches.start)
         largest = np.array([np.bincount(row).argmax() for row in buckets[sort].reshape(-1, size)])
@@ -134,6 +134,6 @@ class Windows:
     def _whole(self, sort: np.ndarray, buckets: np.ndarray, first: int) -> np.ndarray:
         """Of a window's positions sorted by bucket, whole batches of each: shares are counted along one line with a random start."""
         counts = np.bincount(buckets)
-        ends = (np.cumsum(counts) + int(share_at(np.array([first]), self.seed, 9, 0)[0] * self.batch_size)) // self.batch_size
+        ends = (np.cumsum(counts) + int(uniform_at(np.array([first]), self.seed, 9, 0)[0] * self.batch_size)) // self.batch_size
         parts = zip(np.split(sort, np.cumsum(counts)[:-1]), np.diff(ends, prepend=0), strict=True)
         return np.concatenate([np.resize(part, batches * self.batch_size) for part, batches in parts if batches])

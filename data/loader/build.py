@@ -11,19 +11,28 @@ from ..encoders.autoencoder import AutoencoderFacts, check_images
 from ..encoders.text import TextFacts
 from ..encoders.text_states import TextStates
 from ..format.manifest import Tally
-from ..format.shard_table import ShardList
-from ..storage.local import Folder, LocalFolder
-from ..storage.resolve import open_sources
+from ..format.shard_table import ShardTable
+from ..storage.local import LocalFolder, ShardFolder
+from ..storage.resolve import open_shard_folders
 from ..storage.shard_reader import Shards
-from .batch import Loader, Look, Pixels
+from .batch import Augmentation, BatchLoader, PixelReader
 from .buckets import Buckets
-from .captions import Beside, Embeddings
-from .encoded_cache import Moments, check_encoding, pooled, read_null, side_folder, text_name, wanted_latents, wanted_text
-from .shuffle import Mixture, Order, Sequence
-from .stream import Planner, Share, Stream
+from .captions import CaptionReader, EncodedCaptions
+from .encoded_cache import (
+    MomentReader,
+    check_encoding,
+    encoded_folder,
+    merge_encodings,
+    read_null,
+    text_cache_name,
+    wanted_latents,
+    wanted_text,
+)
+from .shuffle import SampleOrder, ShuffledOrder, WeightedMixture
+from .stream import BatchPlanner, BatchStream, Share
 
 
-class Encoded(NamedTuple):
+class EncodedCache(NamedTuple):
     """What was encoded before: where it lies, and what its manifest says of it."""
 
     shards: Shards
@@ -40,9 +49,9 @@ def build(
     start: int = 0,
     captions: bool = False,
     images: Shards | None = None,
-    latents: Encoded | None = None,
-    text: tuple[Encoded, ...] = (),
-) -> Stream:
+    latents: EncodedCache | None = None,
+    text: tuple[EncodedCache, ...] = (),
+) -> BatchStream:
     """Open a stream of batches.
 
     Args:
@@ -52,22 +61,24 @@ def build(
         start: positions consumed so far by all ranks together: the whole cursor.
         captions: read them too.
         images: opened already, or None to open what `options` names.
-        latents: to stream instead of pixels, from `open_latents`.
-        text: encoded captions to stream as well, of each encoder, from `open_text`.
+        latents: to stream instead of pixels, from `open_encoded_latents`.
+        text: encoded captions to stream as well, of each encoder, from `open_encoded_text`.
 
     Raises:
         ValueError: shards that cannot be had, weights, shapes or a start that cannot be.
     """
     images = images or open_shards(options)
-    shards, reader = (latents.shards, Moments(latents.encoding)) if latents else (images, Pixels(options.channels, options.bit_depth))
+    shards, reader = (
+        (latents.shards, MomentReader(latents.encoding)) if latents else (images, PixelReader(options.channels, options.bit_depth))
+    )
     buckets = Buckets(options.aspect_ratios, options.resolution, options.bucket_step, whole=bool(options.autoencoder))
     buckets.check(sum((folder.manifest.tally for folder in shards.folders), Tally()).sizes)
-    order = order_of(shards, options, seed)
-    look = Look(seed, options.horizontal_flip, options.random_crop)
-    embeddings = [Embeddings(shards, said["encoder"]["max_tokens"], said["width"], said["pooled"]) for shards, said, _ in text]
-    beside = Beside(images, options.caption, embeddings, seed, captions) if captions or text else None
-    loader = Loader(shards, order, reader, look, buckets, beside, options.lost_shards == "skip")
-    return Stream(Planner(shards, order, buckets, share, look, start), loader, options.workers)
+    order = build_order(shards, options, seed)
+    augmentation = Augmentation(seed, options.horizontal_flip, options.random_crop)
+    embeddings = [EncodedCaptions(shards, said["encoder"]["max_tokens"], said["width"], said["pooled"]) for shards, said, _ in text]
+    caption_reader = CaptionReader(images, options.caption, embeddings, seed, captions) if captions or text else None
+    loader = BatchLoader(shards, order, reader, augmentation, buckets, caption_reader, options.lost_shards == "skip")
+    return BatchStream(BatchPlanner(shards, order, buckets, share, augmentation, start), loader, options.workers)
 
 
 def open_shards(options: Options) -> Shards:
@@ -76,7 +87,7 @@ def open_shards(options: Options) -> Shards:
     Raises:
         ValueError: none named, or one that cannot be opened.
     """
-    opened = open_sources(options)
+    opened = open_shard_folders(options)
     if options.weights and len(opened) != len(options.weights):
         raise ValueError(
             f"data.weights has {len(options.weights)} numbers, and the patterns of data.shards name {len(opened)} folders: give one each."
@@ -84,57 +95,58 @@ def open_shards(options: Options) -> Shards:
     return Shards([folder for folder, _ in opened], options.split, [names for _, names in opened])
 
 
-def open_latents(options: Options, images: Shards, known: AutoencoderFacts) -> Encoded | None:
+def open_encoded_latents(options: Options, images: Shards, facts: AutoencoderFacts) -> EncodedCache | None:
     """The encoded latents of some images, with the statistics of all of them; None where latents are encoded online and never were before.
 
     Args:
         options: the recipe's section `data`, with `encoded`.
         images: what they must have been made from.
-        known: what they must have been made with.
+        facts: what they must have been made with.
 
     Raises:
         ValueError: no such cache, or one of another making, with every difference.
     """
-    first = side_folder(options.encoded, "latents", 0, len(images.folders)) / "manifest.json"
+    first = encoded_folder(options.encoded, "latents", 0, len(images.folders)) / "manifest.json"
     if options.encoding == "online" and not (options.encoded and first.is_file()):
         return None
-    wanted = [wanted_latents(options, folder.manifest, known.fingerprint) for folder in images.folders]
-    return _open_side(options, images, "latents", wanted)
+    wanted = [wanted_latents(options, folder.manifest, facts.fingerprint) for folder in images.folders]
+    return _open_encoded(options, images, "latents", wanted)
 
 
-def open_text(options: Options, images: Shards, facts: tuple[TextFacts, ...]) -> tuple[Encoded, ...]:
-    """The encoded captions of some images, of each of the encoders with these facts; arguments and errors as in `open_latents`."""
+def open_encoded_text(options: Options, images: Shards, facts: tuple[TextFacts, ...]) -> tuple[EncodedCache, ...]:
+    """The encoded captions of some images, of each of the encoders with these facts; arguments and errors as in `open_encoded_latents`."""
     found = []
     for number, one in enumerate(facts):
         wanted = [wanted_text(options, folder.manifest, one.fingerprint) | {"name": one.name} for folder in images.folders]
-        cache = _open_side(options, images, text_name(number), wanted)
+        cache = _open_encoded(options, images, text_cache_name(number), wanted)
         found.append(cache._replace(null=read_null(cache.shards.folders[0].name, cache.encoding)))
     return tuple(found)
 
 
-def _open_side(options: Options, images: Shards, form: str, wanted: list[dict[str, Any]]) -> Encoded:
-    folders, chosen = list[Folder](), list[ShardList]()
+def _open_encoded(options: Options, images: Shards, cache_name: str, wanted: list[dict[str, Any]]) -> EncodedCache:
+    folders, chosen = list[ShardFolder](), list[ShardTable]()
     for number, (facts, part) in enumerate(zip(wanted, images.parts, strict=True)):
-        place = side_folder(options.encoded, form, number, len(wanted))
+        place = encoded_folder(options.encoded, cache_name, number, len(wanted))
         if not (place / "manifest.json").is_file():
             raise ValueError(
-                f"data.encoded={options.encoded!r}: {place} holds no finished {form}. Run `accelerate launch -m data.encode --config ...`."
+                f"data.encoded={options.encoded!r}: {place} holds no finished {cache_name}. "
+                f"Run `accelerate launch -m data.encode --config ...`."
             )
-        side = LocalFolder(place, options.retry_seconds)
-        check_encoding(side.manifest, facts, side.name)
-        found, missing = side.manifest.shards.split(options.split), list[str]()
-        if not found.alike(part):
-            found, missing = side.manifest.shards.pick(part.names)
+        cache = LocalFolder(place, options.retry_seconds)
+        check_encoding(cache.manifest, facts, cache.name)
+        found, missing = cache.manifest.shards.split(options.split), list[str]()
+        if not found.has_same_names(part):
+            found, missing = cache.manifest.shards.select_names(part.names)
         if missing:
             raise ValueError(
                 f"{place} lacks {len(missing)} shards of split {options.split!r}: run `data.encode` with --splits {options.split}."
             )
         if isinstance(of := images.folders[number], LocalFolder):
             of.check_rewritten(part)
-        folders.append(side)
+        folders.append(cache)
         chosen.append(found)
     encodings = [folder.manifest.encoding for folder in folders]
-    return Encoded(Shards(folders, options.split, chosen), pooled(encodings) if form == "latents" else encodings[0])
+    return EncodedCache(Shards(folders, options.split, chosen), merge_encodings(encodings) if cache_name == "latents" else encodings[0])
 
 
 def check_sides(options: Options, unit: int) -> None:
@@ -150,18 +162,18 @@ def check_sides(options: Options, unit: int) -> None:
             )
 
 
-def check_shapes(options: Options, known: AutoencoderFacts) -> None:
+def check_shapes(options: Options, facts: AutoencoderFacts) -> None:
     """Raises ValueError for images that an autoencoder does not read."""
     for shape in Buckets(options.aspect_ratios, options.resolution, options.bucket_step).shapes:
-        check_images(known, options.channels, *shape)
+        check_images(facts, options.channels, *shape)
 
 
-def order_of(shards: Shards, options: Options, seed: int) -> Sequence:
+def build_order(shards: Shards, options: Options, seed: int) -> SampleOrder:
     """The order of the samples: all shards shuffled together, or a mixture by weight."""
     if not options.weights:
-        return Order(shards.samples, seed, options.shuffle_block)
+        return ShuffledOrder(shards.samples, seed, options.shuffle_block)
     parts, first = [], 0
     for part in shards.parts:
-        parts.append((Order(part.samples, seed, options.shuffle_block), first))
+        parts.append((ShuffledOrder(part.samples, seed, options.shuffle_block), first))
         first += len(part)
-    return Mixture(parts, options.weights, seed)
+    return WeightedMixture(parts, options.weights, seed)

@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from condot.core.caption_fields import draw, parse_captions
+from condot.core.caption_fields import draw_index, parse_captions
 from condot.core.data_options import Options
 
-from ..encoders.fingerprint import differences
+from ..encoders.fingerprint import fingerprint_differences
 from ..encoders.text_states import TextStates
 from ..format.manifest import Manifest
-from ..format.tar_writer import once
+from ..format.tar_writer import write_once
 
 FormName = Literal["latents", "text"]
 EXTENSIONS: dict[FormName, str] = {"latents": "moments.npy", "text": "text.npy"}
@@ -37,13 +37,13 @@ TRANSFORM = "upright, on white, resized by the short side (Lanczos), cropped at 
 """What training makes of an image before the autoencoder sees it; a change of it is a change of this text."""
 
 
-def side_folder(encoded: str | Path, name: str, number: int = 0, count: int = 1) -> Path:
-    """Where the side shards of one of `count` sources lie; `name` is latents, or as `text_name` has it."""
+def encoded_folder(encoded: str | Path, name: str, number: int = 0, count: int = 1) -> Path:
+    """Where the encoded shards of one of `count` sources lie; `name` is latents, or as `text_cache_name` has it."""
     return Path(encoded) / name if count == 1 else Path(encoded) / f"source-{number}" / name
 
 
-def text_name(number: int) -> str:
-    """What the side shards of a text encoder are called: text, text-1, text-2."""
+def text_cache_name(number: int) -> str:
+    """What the encoded shards of a text encoder are called: text, text-1, text-2."""
     return f"text-{number}" if number else "text"
 
 
@@ -87,7 +87,7 @@ def check_encoding(manifest: Manifest, wanted: Mapping[str, Any], where: str) ->
     Raises:
         ValueError: it was made otherwise; every difference is named.
     """
-    found = disagreements(manifest.encoding, wanted)
+    found = encoding_differences(manifest.encoding, wanted)
     if found:
         raise ValueError(
             f"the encoded cache {where} is of another making: {'; '.join(found)}. Give another data.encoded and run "
@@ -95,7 +95,7 @@ def check_encoding(manifest: Manifest, wanted: Mapping[str, Any], where: str) ->
         )
 
 
-def disagreements(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def encoding_differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """Each fact in which a cache is not what is wanted. Mirrored latents that nobody wants are no fault."""
     found = []
     for key, here in {"bit_depth": 8, **wanted}.items():
@@ -103,7 +103,7 @@ def disagreements(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[s
         if key == "name":  # the same weights may lie elsewhere
             continue
         if key == "encoder":
-            differ = differences(had or {}, here, "autoencoder" if wanted["form"] == "latents" else "text encoder")
+            differ = fingerprint_differences(had or {}, here, "autoencoder" if wanted["form"] == "latents" else "text encoder")
             if differ and there.get("name") != wanted.get("name", there.get("name")):
                 found.append(f"it was made with {there['name']}, and {wanted['name']} is named here")
             found += differ
@@ -126,7 +126,7 @@ def _fields(caption: str | Sequence[str] | None) -> str:
     return caption if isinstance(caption, str) else ",".join(caption or ())
 
 
-def pooled(encodings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def merge_encodings(encodings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The encoding of several caches of one making, with the statistics of all their latents together."""
     counts = np.array([e["statistics"]["values"] for e in encodings], np.float64)[:, None]
     parts = {key: np.array([e["statistics"][key] for e in encodings]) for key in ("mean", "std", "mean_std")}
@@ -144,7 +144,7 @@ def latent_shape(encoding: Mapping[str, Any], height: int, width: int) -> tuple[
     return len(encoding["flips"]), rows, height // encoding["factor"], width // encoding["factor"]
 
 
-def latents_of(payload: bytes | memoryview, shape: tuple[int, int, int, int], mirror: bool = False) -> np.ndarray:
+def read_moments(payload: bytes | memoryview, shape: tuple[int, int, int, int], mirror: bool = False) -> np.ndarray:
     """The moments in the bytes of a `.moments.npy`, without a copy.
 
     Args:
@@ -175,7 +175,7 @@ def text_rows(states: np.ndarray, pooled: np.ndarray) -> np.ndarray:
     return rows
 
 
-def text_of(payload: bytes | memoryview, width: int, pooled_width: int) -> tuple[np.ndarray, np.ndarray]:
+def read_text_rows(payload: bytes | memoryview, width: int, pooled_width: int) -> tuple[np.ndarray, np.ndarray]:
     """The token states, (tokens, width), and the pooled vector, (pooled,), in the bytes of a `.text.npy`: float16, read-only, no copies.
 
     Raises:
@@ -195,7 +195,7 @@ def _rows(payload: bytes | memoryview, width: int, pooled_width: int) -> np.ndar
     return np.frombuffer(payload, "<f2", -1, start).reshape(-1, across)
 
 
-def several_rows(captions: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+def multi_caption_rows(captions: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
     """Return all captions of a sample as they are stored: a list of them, filled up to whole rows, then the rows of each.
 
     Args:
@@ -212,15 +212,15 @@ def several_rows(captions: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
     return np.concatenate([listed.view(np.float16), *(rows for _, rows in captions)])
 
 
-def drawn_text(
-    payload: bytes | memoryview, width: int, pooled_width: int, weights: Sequence[float], share: float
+def draw_text_rows(
+    payload: bytes | memoryview, width: int, pooled_width: int, weights: Sequence[float], uniform: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return one caption of those in the bytes of a `.text.npy`, as `text_of` does of the only one.
+    """Return one caption of those in the bytes of a `.text.npy`, as `read_text_rows` does of the only one.
 
     Args:
-        payload: the whole file, of an array as `several_rows` makes it.
+        payload: the whole file, of an array as `multi_caption_rows` makes it.
         width, pooled_width: of a state and of the pooled vector.
-        weights, share: what draws it, see `caption_fields.draw`.
+        weights, uniform: what draws it, see `caption_fields.draw_index`.
 
     Raises:
         ValueError: no such array.
@@ -232,7 +232,7 @@ def drawn_text(
     first = -(-(1 + 2 * count) // rows.shape[1])
     if not count or len(lengths) < count or first + sum(lengths) != len(rows) or max(fields) >= len(weights):
         raise ValueError(f"{len(payload)} bytes are no list of captions of width {width}: encode the captions again.")
-    at = draw(fields, weights, share)
+    at = draw_index(fields, weights, uniform)
     first += sum(lengths[:at])
     return rows[first + 1 : first + lengths[at], :width], rows[first, :pooled_width]
 
@@ -242,7 +242,7 @@ def write_null(folder: Path, make: Callable[[], TextStates]) -> str:
     path = folder / NULL
     if not path.exists():
         null = make().to("cpu", torch.float16)
-        once(path, save({name: part.contiguous() for name, part in null._asdict().items()}))
+        write_once(path, save({name: part.contiguous() for name, part in null._asdict().items()}))
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -262,7 +262,7 @@ def read_null(folder: str | Path, encoding: Mapping[str, Any]) -> TextStates:
         raise ValueError(f"{path} cannot be read ({' '.join(str(error).split())}): encode the captions again.") from error
 
 
-class Moments:
+class MomentReader:
     """Payloads of latents as the arrays of a micro-batch: a `batch.Reader`.
 
     Args:
@@ -278,7 +278,7 @@ class Moments:
 
     def fill(self, out: np.ndarray, payload: bytes, mirror: bool, corner: np.ndarray | tuple[float, float], plain: bool, /) -> None:
         """Copy a sample's moments; corner and plain say nothing here, for all were cropped at the centre."""
-        out[:] = latents_of(payload, (len(self.encoding["flips"]), *out.shape), mirror)
+        out[:] = read_moments(payload, (len(self.encoding["flips"]), *out.shape), mirror)
 
     def tensor(self, array: np.ndarray) -> Tensor:
         """As it is."""

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from condot.core.caption_fields import PURPOSE, caption_of
+from condot.core.caption_fields import CAPTION_PURPOSE, draw_caption
 
 from ..storage.shard_reader import BadSample, Shards
-from .shuffle import share_at
+from .shuffle import uniform_at
 from .stream import to_unit
 
 
-def places_of(shards: Shards, numbers: Sequence[int] | None = None) -> list[tuple[int, int]]:
+def locate_samples(shards: Shards, numbers: Sequence[int] | None = None) -> list[tuple[int, int]]:
     """Shard and number in it of samples counted through all shards; all of them by default."""
     first = [0, *np.cumsum(shards.samples).tolist()]
     chosen = range(first[-1]) if numbers is None else numbers
@@ -32,7 +32,7 @@ def read_images(
     Raises:
         BadSample: one that cannot be decoded.
     """
-    pairs = [shards.pixels(shard, number, channels, resolution, bit_depth=bit_depth) for shard, number in places_of(shards, numbers)]
+    pairs = [shards.pixels(shard, number, channels, resolution, bit_depth=bit_depth) for shard, number in locate_samples(shards, numbers)]
     return to_unit(torch.from_numpy(np.stack([pixels for pixels, _ in pairs]))), torch.tensor([label for _, label in pairs])
 
 
@@ -42,21 +42,21 @@ def read_captions(shards: Shards, caption: str, numbers: Sequence[int] | None = 
     Args:
         shards: of the samples.
         caption: as `data.caption` has it; of several each sample draws one, a function of (seed, number).
-        numbers: as in `places_of`.
+        numbers: as in `locate_samples`.
         seed: of that draw.
 
     Raises:
         BadSample: one whose text cannot be read.
     """
     chosen = range(int(shards.samples.sum())) if numbers is None else numbers
-    drawn = share_at(np.array(chosen, np.int64), seed, PURPOSE).tolist()
-    return [_caption(shards, *place, caption, share) for place, share in zip(places_of(shards, chosen), drawn, strict=True)]
+    drawn = uniform_at(np.array(chosen, np.int64), seed, CAPTION_PURPOSE).tolist()
+    return [_caption(shards, *place, caption, uniform) for place, uniform in zip(locate_samples(shards, chosen), drawn, strict=True)]
 
 
-def _caption(shards: Shards, shard: int, number: int, caption: str, share: float) -> str:
+def _caption(shards: Shards, shard: int, number: int, caption: str, uniform: float) -> str:
     sample = shards.read(shard, number)
     try:
-        return caption_of(sample.files, caption, share)
+        return draw_caption(sample.files, caption, uniform)
     except ValueError as error:
         raise BadSample(
             f"{shards.name(shard)}: the caption of {sample.key!r} cannot be read ({error}). Mend that text and pack the folder again."

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 
-def mix(x: np.ndarray) -> np.ndarray:
+def splitmix64(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finaliser over unsigned 64-bit integers."""
     with np.errstate(over="ignore"):
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -29,35 +29,35 @@ def _start(name: tuple[int, ...]) -> int:
     """Where the sequence that whole numbers name begins."""
     start = 0
     for part in name:
-        start = int(mix(np.array([((start ^ part) + GOLDEN) & (2**64 - 1)], np.uint64))[0])
+        start = int(splitmix64(np.array([((start ^ part) + GOLDEN) & (2**64 - 1)], np.uint64))[0])
     return start
 
 
-def keys(count: int, *name: int) -> np.ndarray:
+def hash_keys(count: int, *name: int) -> np.ndarray:
     """`count` hashed integers of the sequence that whole numbers name."""
     with np.errstate(over="ignore"):
         counter = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
-        return mix(counter + np.uint64(_start(name)))
+        return splitmix64(counter + np.uint64(_start(name)))
 
 
-def key_at(positions: np.ndarray, *name: int) -> np.ndarray:
+def hash_at(positions: np.ndarray, *name: int) -> np.ndarray:
     """One hashed integer for each position: `keys(1, *name, position)` of all of them at once."""
     with np.errstate(over="ignore"):
-        start = mix((positions.astype(np.uint64) ^ np.uint64(_start(name))) + np.uint64(GOLDEN))
-        return mix(start + np.uint64(GOLDEN))
+        start = splitmix64((positions.astype(np.uint64) ^ np.uint64(_start(name))) + np.uint64(GOLDEN))
+        return splitmix64(start + np.uint64(GOLDEN))
 
 
-def share_at(positions: np.ndarray, *name: int) -> np.ndarray:
+def uniform_at(positions: np.ndarray, *name: int) -> np.ndarray:
     """A number from 0 to 1 for each position, float64."""
-    return (key_at(positions, *name) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return (hash_at(positions, *name) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(count: int, *name: int) -> np.ndarray:
     """A permutation of range(count) that whole numbers name; no two keys are equal, so any way of sorting gives the same."""
-    return np.argsort(keys(count, *name))
+    return np.argsort(hash_keys(count, *name))
 
 
-class Sequence(Protocol):
+class SampleOrder(Protocol):
     """From positions in an endless stream to samples."""
 
     @property
@@ -67,12 +67,12 @@ class Sequence(Protocol):
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
-    def ahead(self, position: int) -> list[int]:
+    def upcoming_shards(self, position: int) -> list[int]:
         """The shards that a position and those soon after it come from, the nearest first."""
         ...
 
 
-class Order:
+class ShuffledOrder:
     """One set of shards, each sample once an epoch.
 
     Args:
@@ -117,7 +117,7 @@ class Order:
                 shards[here], numbers[here] = mixed[s], local - ends[s] + self.counts[mixed[s]]
         return shards, numbers
 
-    def ahead(self, position: int) -> list[int]:
+    def upcoming_shards(self, position: int) -> list[int]:
         """The shards of the position's block and of the next one, in the order of their epochs."""
         epoch, within = divmod(position, self.samples)
         order, starts = self._plan(epoch)
@@ -148,7 +148,7 @@ SLOTS = 10_000
 """Positions over which a mixture keeps its proportions exactly."""
 
 
-class Mixture:
+class WeightedMixture:
     """Several sequences, mixed in exact proportions: so many of every SLOTS positions belong to each, shuffled among them.
 
     Args:
@@ -163,7 +163,7 @@ class Mixture:
 
     epoch = 0
 
-    def __init__(self, parts: List[tuple[Order, int]], weights: List[float], seed: int) -> None:
+    def __init__(self, parts: List[tuple[ShuffledOrder, int]], weights: List[float], seed: int) -> None:
         self.parts, self.seed = parts, seed
         exact = np.asarray(weights) * SLOTS
         self.quota = np.floor(exact + 1e-6).astype(np.int64)
@@ -175,7 +175,7 @@ class Mixture:
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The samples at some positions: shard, counted over all parts, and number within it, each (B,), int64."""
-        which, within = self.places(positions)
+        which, within = self.locate(positions)
         shards, numbers = np.empty_like(positions), np.empty_like(positions)
         for i, (part, first) in enumerate(self.parts):
             here = which == i
@@ -184,7 +184,7 @@ class Mixture:
                 shards[here] += first
         return shards, numbers
 
-    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The part of each position, and the position within that part."""
         which, within = np.empty_like(positions), np.empty_like(positions)
         cycles, slots = np.divmod(positions, SLOTS)
@@ -195,10 +195,10 @@ class Mixture:
             within[here] = cycle * self.quota[which[here]] + rank[slots[here]]
         return which, within
 
-    def ahead(self, position: int) -> list[int]:
+    def upcoming_shards(self, position: int) -> list[int]:
         """The shards that come soon, of all parts."""
         cycle = position // SLOTS
-        return [first + s for i, (part, first) in enumerate(self.parts) for s in part.ahead(cycle * int(self.quota[i]))]
+        return [first + s for i, (part, first) in enumerate(self.parts) for s in part.upcoming_shards(cycle * int(self.quota[i]))]
 
     def _cycle(self, cycle: int) -> tuple[np.ndarray, np.ndarray]:
         """The part of each slot and its rank among that part's slots."""

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from ..format.index import PLAIN
 from ..storage.shard_reader import Shards
-from .batch import Batch, Fault, Loader, Look, Plan, crops, labels_of
+from .batch import Augmentation, Batch, BatchLoader, BatchPlan, ReplacedSample, read_labels, size_conditioning
 from .buckets import Buckets, Windows
-from .shuffle import Sequence
+from .shuffle import SampleOrder
 
 AHEAD = 4096
 """Positions of this rank that are looked up at once, which costs about 50 microseconds however few they are."""
@@ -58,25 +58,32 @@ class Share:
         """Images of one forward pass."""
         return self.batch_size // (self.ranks * self.accumulation)
 
-    def indices(self, portion: int) -> range:
-        """Places in the global batch of this rank's `portion`-th micro-batch, counted without end."""
-        start = self.rank * self.batch_size // self.ranks + portion % self.accumulation * self.micro_batch
+    def indices(self, micro_index: int) -> range:
+        """Places in the global batch of this rank's `micro_index`-th micro-batch, counted without end."""
+        start = self.rank * self.batch_size // self.ranks + micro_index % self.accumulation * self.micro_batch
         return range(start, start + self.micro_batch)
 
 
-class Planner:
+class BatchPlanner:
     """Says which samples make up this rank's n-th micro-batch.
 
     Args:
-        shards, order, buckets, share, look: the parts of the recipe.
+        shards, order, buckets, share, augmentation: the parts of the recipe.
         start: positions consumed so far.
 
     Raises:
         ValueError: with several shapes, a start that is no multiple of the batch size.
     """
 
-    def __init__(self, shards: Shards, order: Sequence, buckets: Buckets, share: Share, look: Look, start: int) -> None:
-        self.shards, self.order, self.buckets, self.share, self.look, self.start = shards, order, buckets, share, look, start
+    def __init__(self, shards: Shards, order: SampleOrder, buckets: Buckets, share: Share, augmentation: Augmentation, start: int) -> None:
+        self.shards, self.order, self.buckets, self.share, self.augmentation, self.start = (
+            shards,
+            order,
+            buckets,
+            share,
+            augmentation,
+            start,
+        )
         self.windows = None
         if len(buckets.shapes) > 1:
             if start % share.batch_size:
@@ -85,49 +92,51 @@ class Planner:
                     f"a run goes on with the batch size it began with."
                 )
             size = share.batch_size
-            self.windows = Windows(self._bucket_of, epoch=order.epoch, batch_size=size, seed=look.seed, whole=buckets.whole)
-        self._ahead: deque[Plan] = deque()
+            self.windows = Windows(self._bucket_of, epoch=order.epoch, batch_size=size, seed=augmentation.seed, whole=buckets.whole)
+        self._ahead: deque[BatchPlan] = deque()
         self._portion = 0
 
-    def next(self) -> Plan:
+    def next(self) -> BatchPlan:
         """The plan of the next micro-batch."""
         if not self._ahead:
             count = min(max(1, self._portion), max(1, AHEAD // self.share.micro_batch))  # the first soon, then more at once
-            self._ahead.extend(self._plans(range(self._portion, self._portion + count)))
+            self._ahead.extend(self._plan_batches(range(self._portion, self._portion + count)))
             self._portion += count
         return self._ahead.popleft()
 
-    def _plans(self, portions: range) -> list[Plan]:
+    def _plan_batches(self, micro_indices: range) -> list[BatchPlan]:
         """Several micro-batches, looked up together."""
-        places = np.stack([np.arange(r.start, r.stop) for r in map(self.share.indices, portions)])
-        chosen = [self._positions(portion, row) for portion, row in zip(portions, places, strict=True)]
+        batch_indices = np.stack([np.arange(r.start, r.stop) for r in map(self.share.indices, micro_indices)])
+        chosen = [self._positions(micro_index, row) for micro_index, row in zip(micro_indices, batch_indices, strict=True)]
         positions = np.stack([p for p, _ in chosen])
-        self.shards.prefetch(self.order.ahead(int(positions.min())))
+        self.shards.prefetch(self.order.upcoming_shards(int(positions.min())))
         shards, numbers = self.order(positions.ravel())
         records = self.shards.gather(shards, numbers, lost=True)  # who reads them says what becomes of a lost shard
-        corners, shapes = self.look.corners(positions.ravel()), [self.buckets.shapes[bucket] for _, bucket in chosen]
-        wanted = np.repeat(shapes, places.shape[1], axis=0)
+        corners, shapes = self.augmentation.corners(positions.ravel()), [self.buckets.shapes[bucket] for _, bucket in chosen]
+        wanted = np.repeat(shapes, batch_indices.shape[1], axis=0)
         plain = (records["rest"] >= PLAIN) & (records["height"] == wanted[:, 0]) & (records["width"] == wanted[:, 1])
-        plain &= self.shards.know_plain(shards)
-        samples, mirrored = np.stack([shards, numbers], axis=1), self.look.mirrored(positions.ravel())
-        columns = samples, records, labels_of(records), crops(records, corners, wanted), mirrored, corners, plain
-        rows = zip(places, positions, *(column.reshape(*places.shape, *column.shape[1:]) for column in columns), shapes, strict=True)
-        return [Plan(*row) for row in rows]
+        plain &= self.shards.knows_plain(shards)
+        samples, mirrored = np.stack([shards, numbers], axis=1), self.augmentation.mirrored(positions.ravel())
+        columns = samples, records, read_labels(records), size_conditioning(records, corners, wanted), mirrored, corners, plain
+        rows = zip(
+            batch_indices, positions, *(column.reshape(*batch_indices.shape, *column.shape[1:]) for column in columns), shapes, strict=True
+        )
+        return [BatchPlan(*row) for row in rows]
 
-    def _positions(self, portion: int, places: np.ndarray) -> tuple[np.ndarray, int]:
+    def _positions(self, micro_index: int, batch_indices: np.ndarray) -> tuple[np.ndarray, int]:
         """The positions at some places of the global batch of a portion, and their bucket."""
-        steps = portion // self.share.accumulation
+        steps = micro_index // self.share.accumulation
         if self.windows is None:
-            return self.start + steps * self.share.batch_size + places, 0
+            return self.start + steps * self.share.batch_size + batch_indices, 0
         positions, bucket = self.windows.batch(self.start // self.share.batch_size + steps)
-        return positions[places], bucket
+        return positions[batch_indices], bucket
 
     def _bucket_of(self, positions: np.ndarray) -> np.ndarray:
         records = self.shards.gather(*self.order(positions))
         return self.buckets.nearest(records["width"], records["height"])
 
 
-class Stream:
+class BatchStream:
     """An endless iterator of this rank's micro-batches; `data.build` makes one.
 
     Args:
@@ -136,16 +145,16 @@ class Stream:
         workers: threads that read ahead; 0 reads when asked.
     """
 
-    def __init__(self, planner: Planner, loader: Loader, workers: int) -> None:
+    def __init__(self, planner: BatchPlanner, loader: BatchLoader, workers: int) -> None:
         self.planner, self.loader = planner, loader
         self.shards, self.order = planner.shards, planner.order
-        self.faults: list[Fault] = []
+        self.faults: list[ReplacedSample] = []
         """What was replaced in the batches given out so far; `take_faults` empties it."""
         self._pool = ThreadPoolExecutor(workers, "stream") if workers else None
         self._ahead: deque[Future[Batch]] = deque()
         self._depth = max(1, 2 * workers)
 
-    def __iter__(self) -> Stream:
+    def __iter__(self) -> BatchStream:
         return self
 
     def __next__(self) -> Batch:
@@ -168,9 +177,9 @@ class Stream:
     def _read_ahead(self, count: int) -> None:
         """Begin to read until so many are under way."""
         while len(self._ahead) < count:
-            self._ahead.append(self._begin())
+            self._ahead.append(self._submit_next())
 
-    def _begin(self) -> Future[Batch]:
+    def _submit_next(self) -> Future[Batch]:
         """Return the next micro-batch, on its way; where it cannot even be planned, or there are no threads, at its end."""
         done = Future[Batch]()
         try:
@@ -182,7 +191,7 @@ class Stream:
             done.set_exception(error)
         return done
 
-    def take_faults(self) -> list[Fault]:
+    def take_faults(self) -> list[ReplacedSample]:
         """The samples replaced since this was last asked."""
         taken, self.faults = self.faults, []
         return taken

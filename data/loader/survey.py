@@ -12,23 +12,23 @@ import torch
 from torch import nn
 
 from condot.core.data_options import Options
-from condot.core.urls import expanded
+from condot.core.urls import expand_path
 
 from ..encoders.autoencoder import AutoencoderFacts, read_autoencoder
-from ..encoders.meta import hollow_autoencoder, hollow_text_encoder
+from ..encoders.meta import meta_autoencoder, meta_text_encoder
 from ..encoders.text import TextFacts, read_text_encoders
-from ..encoders.text_states import layout
+from ..encoders.text_states import text_layout
 from ..format.manifest import Tally
 from ..format.shard_table import Shard
-from ..storage.local import Folder, LocalFolder, expand
+from ..storage.local import LocalFolder, ShardFolder, expand_braces
 from ..storage.shard_reader import Shards
 from .buckets import Buckets
-from .build import Encoded, check_shapes, open_latents, open_shards, open_text
+from .build import EncodedCache, check_shapes, open_encoded_latents, open_encoded_text, open_shards
 from .captions import check_captions
 
 T = TypeVar("T")
 NAMED = 3
-"""Faults of a folder's shards that are told one by one."""
+"""Faults of a folder's shards that are reported one by one."""
 
 
 @dataclass
@@ -39,8 +39,8 @@ class Survey:
     takes_text: bool
     images: Shards | None = None
     autoencoder: AutoencoderFacts | None = None
-    latents: Encoded | None = None
-    spoken: tuple[TextFacts, ...] = ()
+    latents: EncodedCache | None = None
+    text_encoders: tuple[TextFacts, ...] = ()
     widths: tuple[int, int] | None = None
     """Channels of a token and of the pooled vector."""
     tokens: int = 0
@@ -51,7 +51,7 @@ class Survey:
     notes: list[str] = field(default_factory=list)
     """What is no mistake, and perhaps not meant."""
 
-    def tried(self, act: Callable[..., T], *arguments: Any) -> T | None:
+    def attempt(self, act: Callable[..., T], *arguments: Any) -> T | None:
         """What a function gives, or None and one mistake more."""
         try:
             return act(*arguments)
@@ -64,7 +64,7 @@ class Survey:
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width, pixels, of the largest batch's images."""
-        shapes = self.tried(Buckets, self.options.aspect_ratios, self.options.resolution, self.options.bucket_step)
+        shapes = self.attempt(Buckets, self.options.aspect_ratios, self.options.resolution, self.options.bucket_step)
         return max(shapes.shapes, key=lambda shape: shape[0] * shape[1]) if shapes else (self.options.resolution,) * 2
 
     @property
@@ -85,11 +85,11 @@ class Survey:
         """The frozen encoders that work in every step: name, network on the meta device, and what it computes of so many images."""
         if self.options.encoding != "online":
             return
-        autoencoder = self.tried(hollow_autoencoder, self.autoencoder) if self.autoencoder else None
+        autoencoder = self.attempt(meta_autoencoder, self.autoencoder) if self.autoencoder else None
         if autoencoder is not None and self.autoencoder:
             yield "autoencoder", autoencoder, partial(_encode, sample=(self.autoencoder.image_channels, *self.shape))
-        for one in self.spoken:
-            network = self.tried(hollow_text_encoder, one)
+        for one in self.text_encoders:
+            network = self.attempt(meta_text_encoder, one)
             if network is not None:
                 yield "text encoder", network, partial(_read, tokens=one.max_tokens)
 
@@ -107,19 +107,19 @@ def survey(options: Options, takes_text: bool) -> Survey:
     seen = Survey(options, takes_text)
     seen.images = _images(seen, options)
     if options.autoencoder:
-        seen.autoencoder = seen.tried(read_autoencoder, options.autoencoder)
+        seen.autoencoder = seen.attempt(read_autoencoder, options.autoencoder)
     if seen.autoencoder:
-        seen.tried(check_shapes, options, seen.autoencoder)
+        seen.attempt(check_shapes, options, seen.autoencoder)
     if seen.images and seen.autoencoder:
-        seen.latents = seen.tried(open_latents, options, seen.images, seen.autoencoder)
+        seen.latents = seen.attempt(open_encoded_latents, options, seen.images, seen.autoencoder)
     if takes_text:
-        seen.spoken = _encoders(seen, options)
+        seen.text_encoders = _encoders(seen, options)
         _text(seen, options)
     if seen.images:
-        buckets = seen.tried(Buckets, options.aspect_ratios, options.resolution, options.bucket_step)
+        buckets = seen.attempt(Buckets, options.aspect_ratios, options.resolution, options.bucket_step)
         sizes = sum((folder.manifest.tally for folder in seen.images.folders), Tally()).sizes
         if buckets:
-            seen.tried(buckets.check, sizes)
+            seen.attempt(buckets.check, sizes)
     return seen
 
 
@@ -131,19 +131,19 @@ def _images(seen: Survey, options: Options) -> Shards | None:
         return images
     except (ValueError, OSError) as error:
         first = " ".join(str(error).split())
-    found: list[Folder] = []
-    for place in [place for source in options.shards for place in seen.tried(expand, source) or []]:
+    found: list[ShardFolder] = []
+    for place in [place for source in options.shards for place in seen.attempt(expand_braces, source) or []]:
         if place.endswith(".tar") or "://" in place:
-            seen.tried(open_shards, replace(options, shards=(place,), weights=()))
-        elif folder := seen.tried(lambda place: Listed(expanded(place)), place):
-            seen.mistakes += folder.said()
+            seen.attempt(open_shards, replace(options, shards=(place,), weights=()))
+        elif folder := seen.attempt(lambda place: ManifestFolder(expand_path(place)), place):
+            seen.mistakes += folder.first_faults()
             found.append(folder)
     if not seen.mistakes:
         seen.mistakes.append(first)  # it is wrong with all together
-    return seen.tried(Shards, found, options.split) if found else None
+    return seen.attempt(Shards, found, options.split) if found else None
 
 
-class Listed(LocalFolder):
+class ManifestFolder(LocalFolder):
     """A folder of shards of which the manifest is read; the shards need not be here.
 
     Raises:
@@ -162,7 +162,7 @@ class Listed(LocalFolder):
             self.faults.append(str(error))
             return self.path / shard.name
 
-    def said(self) -> list[str]:
+    def first_faults(self) -> list[str]:
         """The first faults, and how many there are."""
         more = len(self.faults) - NAMED
         return [
@@ -173,12 +173,12 @@ class Listed(LocalFolder):
 
 def _encoders(seen: Survey, options: Options) -> tuple[TextFacts, ...]:
     """The text encoders; all or none, since a network's width hangs on all."""
-    found = seen.tried(read_text_encoders, options)
+    found = seen.attempt(read_text_encoders, options)
     if found is None and len(options.text_encoder) > 1:
         for number, name in enumerate(options.text_encoder):
             tokens = options.max_tokens if len(options.max_tokens) == 1 else options.max_tokens[number : number + 1]
-            seen.tried(read_text_encoders, replace(options, text_encoder=(name,), max_tokens=tokens))
-    plan = seen.tried(layout, found) if found else None
+            seen.attempt(read_text_encoders, replace(options, text_encoder=(name,), max_tokens=tokens))
+    plan = seen.attempt(text_layout, found) if found else None
     if plan:
         seen.widths, seen.tokens = (plan.width, plan.pooled_width), plan.tokens
     return found or ()
@@ -187,7 +187,7 @@ def _encoders(seen: Survey, options: Options) -> tuple[TextFacts, ...]:
 def _text(seen: Survey, options: Options) -> None:
     """Captions, and what was encoded of them before."""
     if seen.images and seen.here:
-        note = seen.tried(check_captions, seen.images, options.caption)
+        note = seen.attempt(check_captions, seen.images, options.caption)
         seen.notes += [note] if note else []
-    if seen.images and seen.spoken and options.encoding == "cached":
-        seen.tried(open_text, options, seen.images, seen.spoken)
+    if seen.images and seen.text_encoders and options.encoding == "cached":
+        seen.attempt(open_encoded_text, options, seen.images, seen.text_encoders)

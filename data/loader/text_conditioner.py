@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..encoders.fingerprint import differences
+from ..encoders.fingerprint import fingerprint_differences
 from ..encoders.text import TextEncoder, TextFacts, encode_captions
-from ..encoders.text_states import TextStates, drop_text, join, layout
+from ..encoders.text_states import TextStates, concat_text_states, drop_captions, text_layout
 from .batch import Batch
-from .build import Encoded
+from .build import EncodedCache
 
 
-class Words:
+class TextConditioner:
     """The frozen text encoders of a run.
 
     Args:
@@ -28,9 +28,9 @@ class Words:
         ValueError: encoders that cannot stand together, or cannot be loaded.
     """
 
-    def __init__(self, facts: Sequence[TextFacts], device: torch.device | str = "cpu", cached: Sequence[Encoded] = ()) -> None:
+    def __init__(self, facts: Sequence[TextFacts], device: torch.device | str = "cpu", cached: Sequence[EncodedCache] = ()) -> None:
         self.facts, self.device, self.cached = tuple(facts), device, tuple(cached)
-        self.layout = layout(self.facts)
+        self.layout = text_layout(self.facts)
         self.encoders = len(self.facts)
 
     @cached_property
@@ -46,13 +46,13 @@ class Words:
 
     @property
     def null(self) -> TextStates:
-        """What a network is told where there is no caption, one row."""
-        return join(self.nulls, self.layout)
+        """The text states that a network gets where there is no caption, one row."""
+        return concat_text_states(self.nulls, self.layout)
 
     @property
-    def cut(self) -> int:
+    def truncated(self) -> int:
         """Captions of which an encoder read only the beginning, of all that were encoded now."""
-        return 0 if self.cached else sum(one.cut for one in self.networks)
+        return 0 if self.cached else sum(one.truncated for one in self.networks)
 
     def check(self, fingerprints: Sequence[Mapping[str, Any]]) -> None:
         """Raises ValueError unless these are the encoders' own."""
@@ -60,14 +60,16 @@ class Words:
             if one.fingerprint != wanted:
                 raise ValueError(
                     f"data.text_encoder={one.name!r} is another encoder than number {number} of the run: "
-                    f"{'; '.join(differences(wanted, one.fingerprint, 'its'))}. Give the one that the model was trained with."
+                    f"{'; '.join(fingerprint_differences(wanted, one.fingerprint, 'its'))}. Give the one that the model was trained with."
                 )
 
     def read(self, captions: Sequence[str]) -> TextStates:
         """Captions as a network takes them."""
-        return join(encode_captions(self.networks, captions), self.layout)
+        return concat_text_states(encode_captions(self.networks, captions), self.layout)
 
-    def told(self, batch: Batch, whole: Tensor, each: Tensor) -> TextStates:
-        """The captions of a micro-batch, some dropped: arguments as in `join.drop_text`."""
+    def build_condition(self, batch: Batch, drop_all: Tensor, drop_encoders: Tensor) -> TextStates:
+        """The captions of a micro-batch, some dropped: arguments as in `concat_text_states.drop_captions`."""
         parts = batch.text or encode_captions(self.networks, batch.captions)
-        return join(drop_text([part.to(self.device, torch.float32) for part in parts], self.nulls, whole, each), self.layout)
+        return concat_text_states(
+            drop_captions([part.to(self.device, torch.float32) for part in parts], self.nulls, drop_all, drop_encoders), self.layout
+        )

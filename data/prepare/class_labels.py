@@ -25,13 +25,13 @@ def class_name(text: str) -> str:
     return unicodedata.normalize("NFC", text.strip())
 
 
-def natural(name: str) -> tuple[list[tuple[int, int, str]], str]:
+def natural_sort_key(name: str) -> tuple[list[tuple[int, int, str]], str]:
     """Return what sorts names as people count: `class2` before `class10`."""
     parts = re.split(r"([0-9]+)", name)
     return [(0, int(part), "") if i % 2 else (1, 0, part) for i, part in enumerate(parts) if part], name
 
 
-def class_of(value: Any) -> Class | None:
+def parse_class(value: Any) -> Class | None:
     """Return the class that a value says, a number or a name; None where it says none.
 
     No label is what `datasets` marks so, -1, and what tables hold where
@@ -43,7 +43,7 @@ def class_of(value: Any) -> Class | None:
     if isinstance(value, list | tuple):
         if len(value) > 1:
             raise ValueError(f"{_shown(value)} are several classes, and a sample has one")
-        return class_of(value[0]) if value else None
+        return parse_class(value[0]) if value else None
     if value is None or isinstance(value, str):
         return _class_of_text(value or "")
     if isinstance(value, bool) or type(value).__name__ in ("bool_", "bool"):
@@ -76,7 +76,7 @@ def _shown(value: Any) -> str:
     return shown if len(shown) <= 60 else f"{shown[:57]}..."
 
 
-def names_of(values: Iterable[Any], where: str) -> tuple[str, ...]:
+def sort_class_names(values: Iterable[Any], where: str) -> tuple[str, ...]:
     """Return class names from the values of a column: whole numbers count from 0, names are in natural order.
 
     Raises:
@@ -85,7 +85,7 @@ def names_of(values: Iterable[Any], where: str) -> tuple[str, ...]:
     found = set[Class]()
     for value in values:
         try:
-            said = class_of(value)
+            said = parse_class(value)
         except ValueError as error:
             raise ValueError(f"{where}: {error}. Name another column with --label_column, or none with --label_column none.") from error
         if said is not None:
@@ -105,10 +105,10 @@ def names_of(values: Iterable[Any], where: str) -> tuple[str, ...]:
             f"{where}: {len(found):,} classes, at most {MAX_CLASSES:,} are kept. Is this a caption? "
             "Name it with --caption_column, and the class with --label_column, or none with --label_column none."
         )
-    return tuple(sorted(map(str, found), key=natural))
+    return tuple(sorted(map(str, found), key=natural_sort_key))
 
 
-def numbers_of(names: Iterable[str], *, given: bool) -> dict[Class, int]:
+def number_classes(names: Iterable[str], *, given: bool) -> dict[Class, int]:
     """Return the number of each class.
 
     Args:
@@ -119,11 +119,11 @@ def numbers_of(names: Iterable[str], *, given: bool) -> dict[Class, int]:
     numbers: dict[Class, int] = {}
     for place, name in enumerate(names):
         numbers.setdefault(class_name(name), place)
-        numbers[place if given else class_of(name) or 0] = place  # a name such as `3`
+        numbers[place if given else parse_class(name) or 0] = place  # a name such as `3`
     return numbers
 
 
-def label_of(value: Any, numbers: Mapping[Class, int]) -> int | None:
+def class_number(value: Any, numbers: Mapping[Class, int]) -> int | None:
     """Return the class number of a value; None where it says no class.
 
     Raises:
@@ -131,7 +131,7 @@ def label_of(value: Any, numbers: Mapping[Class, int]) -> int | None:
     """
     if isinstance(value, str) and class_name(value) in numbers:
         return numbers[class_name(value)]
-    said = class_of(value)
+    said = parse_class(value)
     if said is None or (isinstance(said, str) and said.lower() == "nan" and said not in numbers):
         return None
     if said not in numbers:
@@ -139,7 +139,7 @@ def label_of(value: Any, numbers: Mapping[Class, int]) -> int | None:
     return numbers[said]
 
 
-def unused(values: Iterable[Any], numbers: Mapping[Class, int]) -> list[int]:
+def unused_labels(values: Iterable[Any], numbers: Mapping[Class, int]) -> list[int]:
     """Return the class numbers below the largest that no value has, as where whole numbers have gaps."""
-    seen = {label_of(value, numbers) for value in values}
+    seen = {class_number(value, numbers) for value in values}
     return sorted(set(numbers.values()) - seen)

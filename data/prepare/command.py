@@ -17,11 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from condot.core.data_options import bytes_of
-from condot.core.errors import reason
+from condot.core.data_options import parse_size
+from condot.core.errors import describe_error
 from condot.core.printable import printable, redact
 from condot.core.regular_files import read_regular
-from condot.core.urls import Parser, expanded
+from condot.core.urls import RedactingParser, expand_path
 
 from ..format.manifest import Manifest
 from ..format.sample_files import parse_image_extension
@@ -32,14 +32,14 @@ from .hub import hub
 from .imagefolder import imagefolder
 from .pack import pack
 from .parquet import parquet
-from .report import text
+from .report import summary_text
 from .shard_plan import Packing
-from .source import Source, split_named, storable
-from .splits import WORDS, SplitChoice, assign, is_split_name, names_of_file, parse_splits, words_of
-from .table_columns import Choice
+from .source import ImageSource, split_from_name, to_utf8
+from .splits import SPLIT_WORDS, SplitChoice, assign_splits, is_split_name, names_of_file, parse_splits, split_name_words
+from .table_columns import ColumnChoice
 from .tar_sources import find_tars
-from .webdataset import adopt
-from .worker_pool import quiet
+from .webdataset import pack_webdataset
+from .worker_pool import silence_pillow
 
 SHOWN = 20
 """Images left out that are named on the screen."""
@@ -53,7 +53,7 @@ MAX_NAMES_BYTES = 1 << 26
 
 def parser() -> argparse.ArgumentParser:
     """The command's options, each kind of source with its own."""
-    top = Parser(prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = RedactingParser(prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = top.add_subparsers(dest="kind", required=True, metavar="{imagefolder,parquet,hub,webdataset,digits}")
     folder = kinds.add_parser("imagefolder", help="image files in a folder")
     folder.add_argument("source", type=Path, help="a folder, or a .csv, .tsv, .jsonl or .parquet table of the image files to pack")
@@ -103,11 +103,11 @@ def _packing(kind: argparse.ArgumentParser, holdout: float) -> None:
     kind.add_argument("--drop_duplicates", action="store_true", help="keep only the first of images whose bytes are the same")
 
 
-def source_of(args: argparse.Namespace) -> Source:
+def open_source(args: argparse.Namespace) -> ImageSource:
     """The source that the options name."""
     if args.kind == "digits":
         return digits()
-    choice = Choice(getattr(args, "file_column", ""), getattr(args, "image_column", ""), args.caption_column, args.label_column)
+    choice = ColumnChoice(getattr(args, "file_column", ""), getattr(args, "image_column", ""), args.caption_column, args.label_column)
     splits = parse_splits(args.splits)
     if args.kind == "imagefolder":
         return imagefolder(args.source, choice, splits, skip=args.skip_corrupt)
@@ -151,7 +151,7 @@ def class_names(path: Path | None) -> tuple[str, ...]:
             numbered = {int(number): name for number, name in raw.items()}
             raw = [numbered[number] for number in range(len(numbered))]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        what = f"number {error} has no name" if isinstance(error, KeyError) else reason(error)
+        what = f"number {error} has no name" if isinstance(error, KeyError) else describe_error(error)
         raise ValueError(
             f"--class_names {path}: {what}. Write one name a line, a JSON list, or a JSON map of the numbers from 0 without gaps."
         ) from error
@@ -169,10 +169,10 @@ def splits_of_tars(tars: list[Path], choice: SplitChoice, source: str) -> tuple[
     top = Path(os.path.commonpath([tar.parent for tar in tars]))
     named = {str(tar.relative_to(top)): names_of_file(str(tar.relative_to(top))) for tar in tars}
     own = top.resolve().name  # counts where it is a split's name and nothing else: `val/`, not `my-test-shards/`
-    alone = WORDS[words_of(own)[0]] if is_split_name(own) else "train"
-    assigned = assign(named, choice, f"source {source!r}") or dict.fromkeys(named, "train" if choice.ignored else alone)
+    alone = SPLIT_WORDS[split_name_words(own)[0]] if is_split_name(own) else "train"
+    assigned = assign_splits(named, choice, f"source {source!r}") or dict.fromkeys(named, "train" if choice.ignored else alone)
     split_of = {tar: split for tar, split in zip(tars, assigned.values(), strict=True) if split is not None}
-    return split_of, [storable(name) for name, split in assigned.items() if split is None]
+    return split_of, [to_utf8(name) for name, split in assigned.items() if split is None]
 
 
 def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
@@ -182,7 +182,7 @@ def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
     split_of, left_out = (
         (dict.fromkeys(tars, args.split), []) if args.split else splits_of_tars(tars, parse_splits(args.splits), args.source)
     )
-    plain = all(split == (args.split or split_named(tar.name) or "train") for tar, split in split_of.items())
+    plain = all(split == (args.split or split_from_name(tar.name) or "train") for tar, split in split_of.items())
     folders = sorted({tar.parent for tar in tars})
     if args.output is None and len(folders) > 1:
         raise ValueError(
@@ -194,7 +194,7 @@ def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
     ):  # the mode counts for root too
         raise ValueError(f"{args.output} cannot be written, and indexes go beside the tars: give another folder as --output.")
     refuse_foreign(args.output, ["report.json", "summary.png"])
-    manifest, report = adopt(
+    manifest, report = pack_webdataset(
         list(split_of),
         args.output,
         class_names=class_names(args.class_names),
@@ -222,26 +222,26 @@ def folder_here(text: str) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parser().parse_args(argv)
-    quiet()
+    silence_pillow()
     try:
         for name, option in (("source", "source"), ("output", "--output")):
             place = getattr(args, name, None)
             if place is not None:
-                setattr(args, name, type(place)(expanded(str(place), option)))  # `~/`, and `${NAME}` of the environment
+                setattr(args, name, type(place)(expand_path(str(place), option)))  # `~/`, and `${NAME}` of the environment
         if args.workers < 0:
             raise ValueError(f"--workers {args.workers}: 0 or more processes. Leave it out for one a processor.")
         if args.kind == "webdataset":
             manifest, report = _webdataset(args)
         else:
             refuse_output(args)
-            packing = Packing(bytes_of(args.shard_size, "--shard_size"), args.holdout, args.seed, args.max_side, args.drop_duplicates)
-            manifest, report = pack(source_of(args), args.output, packing, skip=args.skip_corrupt, workers=args.workers)
+            packing = Packing(parse_size(args.shard_size, "--shard_size"), args.holdout, args.seed, args.max_side, args.drop_duplicates)
+            manifest, report = pack(open_source(args), args.output, packing, skip=args.skip_corrupt, workers=args.workers)
         bad = report["unreadable"]
         for fault in bad["list"][:SHOWN]:
             print(printable(f"left out: {fault}"))
         if bad["count"] > SHOWN:
             print(printable(f"left out: {bad['count'] - SHOWN} more, in {args.output / 'report.json'}"))
-        print(text(manifest, report, args.output))
+        print(summary_text(manifest, report, args.output))
         print(printable(f"  pictures: {args.output / 'summary.png'}"))
     except (ValueError, OSError) as error:
         full = ". Free some space and run the same command again: finished shards are kept." if _full(error) else ""

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .source import Record, Source, digest
+from .source import ImageSource, RawSample, digest
 
 
 @dataclass(frozen=True)
-class DigitsPart:
+class DigitsSubset:
     """Some scans, 1 kB each, so they travel themselves."""
 
     numbers: np.ndarray
@@ -22,14 +22,14 @@ class DigitsPart:
     """(N, 8, 8), float, 0 to 16."""
     labels: np.ndarray
 
-    def read(self, scratch: Path) -> Iterator[Record]:
+    def read(self, scratch: Path) -> Iterator[RawSample]:
         for number, scan, label in zip(self.numbers.tolist(), self.scans, self.labels.tolist(), strict=True):
             buffer = io.BytesIO()
             Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8)).save(buffer, "PNG")
-            yield Record(f"digits/{number}", buffer.getvalue(), "png", label, f"a handwritten {label}")
+            yield RawSample(f"digits/{number}", buffer.getvalue(), "png", label, f"a handwritten {label}")
 
 
-def digits() -> Source:
+def digits() -> ImageSource:
     """1,797 scans of 8 x 8 pixels in 17 grays, 10 classes.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten
@@ -45,8 +45,8 @@ def digits() -> Source:
             "the digits come with scikit-learn: install it with `pip install condot[demo]`, or `pip install scikit-learn`."
         ) from error
     bunch = load_digits()
-    return Source(
-        part=lambda numbers: DigitsPart(numbers, bunch.images[numbers], bunch.target[numbers]),
+    return ImageSource(
+        subset=lambda numbers: DigitsSubset(numbers, bunch.images[numbers], bunch.target[numbers]),
         name=lambda number: f"digits/{number}",
         rows=np.ones(len(bunch.images), np.int64),
         bytes=np.full(len(bunch.images), 110, np.int64),

@@ -18,14 +18,14 @@ from condot.core.file_lock import make_folder, open_new
 
 from ..format.index import index_path
 from ..format.manifest import Manifest, Tally, write_manifest
-from ..format.shard_table import Shard, ShardList
+from ..format.shard_table import Shard, ShardTable
 from ..format.tar_writer import TarWriter
 from .shard_writer import commit_shard, journal_path
 
 SPLIT = "train"
 
 
-class MadeShards:
+class GeneratedShards:
     """The shards of one folder, `train-000000.tar` and on; sample i has the key i, and lies in shard i // size.
 
     Args:
@@ -84,7 +84,7 @@ class MadeShards:
                     os.replace(path, self._folder / path.name)
         tally = sum((tally for _, tally in whole), Tally())
         write_manifest(
-            self._folder, Manifest(shards=ShardList.of([shard for shard, _ in whole]), class_names=self._class_names, tally=tally)
+            self._folder, Manifest(shards=ShardTable.of([shard for shard, _ in whole]), class_names=self._class_names, tally=tally)
         )
 
     def _whole(self) -> list[tuple[Shard, Tally]]:

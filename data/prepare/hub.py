@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from condot.core.errors import reason
+from condot.core.errors import describe_error
 from condot.core.regular_files import MAX_IMAGE_BYTES, read_regular, require_regular
 
-from ..format.file_stamps import Facts, facts_of, stamp_of
-from .class_labels import names_of, numbers_of, unused
-from .source import Fault, Record, Source, digest, ordered_splits
-from .splits import SplitChoice, assign, check_rows, split_columns
-from .table_columns import Choice, Columns, choose
+from ..format.file_stamps import Facts, compute_stamp, file_facts
+from .class_labels import number_classes, sort_class_names, unused_labels
+from .source import ImageSource, RawSample, UnreadableSample, digest, ordered_splits
+from .splits import SplitChoice, assign_splits, check_rows, split_columns
+from .table_columns import ColumnChoice, Columns, choose_columns
 
 SAVED = ("dataset_dict.json", "state.json")
 """What `save_to_disk` writes into the folder of a data set with splits, and into that of one split."""
@@ -33,7 +33,7 @@ ARROW_ERRORS = (OSError, ValueError, pa.ArrowException)
 
 
 @dataclass(frozen=True)
-class HubPart:
+class HubSubset:
     """Some rows of a data set; `datasets` pickles the paths of its memory-mapped files, not what is in them."""
 
     rows: Any
@@ -42,8 +42,8 @@ class HubPart:
     folders: tuple[str, ...]
     """Real paths of the folders of whose files a row may name one."""
 
-    def read(self, scratch: Path) -> Iterator[Record | Fault]:
-        numbers = numbers_of(self.columns.class_names, given=self.columns.class_names_given)
+    def read(self, scratch: Path) -> Iterator[RawSample | UnreadableSample]:
+        numbers = number_classes(self.columns.class_names, given=self.columns.class_names_given)
         for name, row in zip(self.names, self.rows, strict=True):
             try:
                 value = row[self.columns.image]
@@ -52,7 +52,7 @@ class HubPart:
                     row = {**row, self.columns.image: {**value, "bytes": self._read(path)}}
                 yield self.columns.record(row, name, numbers)
             except ARROW_ERRORS as error:
-                yield Fault(name, reason(error))
+                yield UnreadableSample(name, describe_error(error))
 
     def _read(self, path: str) -> bytes:
         if not _inside(path, self.folders):
@@ -73,7 +73,7 @@ def _inside(path: str, folders: Sequence[str]) -> bool:
     return any(real.startswith(folder.rstrip(os.sep) + os.sep) for folder in folders)
 
 
-def hub(source: str, subset: str | None, splits: SplitChoice, choice: Choice) -> Source:
+def hub(source: str, subset: str | None, splits: SplitChoice, choice: ColumnChoice) -> ImageSource:
     """Return the rows of a data set.
 
     Args:
@@ -95,13 +95,13 @@ def hub(source: str, subset: str | None, splits: SplitChoice, choice: Choice) ->
     try:
         loaded = _saved(source, datasets) if saved else datasets.load_dataset(source, subset)
     except errors as error:
-        why = reason(error).rstrip(".") + (f" ({reason(error.__cause__)})" if error.__cause__ else "")
+        why = describe_error(error).rstrip(".") + (f" ({describe_error(error.__cause__)})" if error.__cause__ else "")
         raise ValueError(f"source {source!r} cannot be loaded by `datasets`: {why}. Check its name, --subset and the network.") from error
     names = [str(name) for name in loaded]
-    split_of = assign({name: [name] for name in names}, splits, source, known=True) or dict.fromkeys(names, "train")
+    split_of = assign_splits({name: [name] for name in names}, splits, source, known=True) or dict.fromkeys(names, "train")
     chosen = {name: loaded[name] for name in names if split_of[name]}
     first = next(iter(chosen.values()))
-    columns = choose(first.features.arrow_schema, first.features.to_dict(), choice, source)
+    columns = choose_columns(first.features.arrow_schema, first.features.to_dict(), choice, source)
     for name, part in chosen.items():
         lacking = [column for column in columns.all if column not in part.column_names]
         if lacking:
@@ -109,10 +109,10 @@ def hub(source: str, subset: str | None, splits: SplitChoice, choice: Choice) ->
     notes: dict[str, Any] = {"splits_left_out": {name: len(loaded[name]) for name in names if name not in chosen}}
     if columns.label and not columns.class_names:
         values = [value for part in chosen.values() for value in _values(part, columns.label)]
-        columns = replace(columns, class_names=names_of(values, f"{source}, column {columns.label!r}"))
-        gaps = unused(values, numbers_of(columns.class_names, given=False))
+        columns = replace(columns, class_names=sort_class_names(values, f"{source}, column {columns.label!r}"))
+        gaps = unused_labels(values, number_classes(columns.class_names, given=False))
         notes |= {"classes_without_image": gaps} if gaps else {}
-    for column in [] if splits.given else split_columns(columns.others):
+    for column in [] if splits.is_given else split_columns(columns.others):
         for name, part in chosen.items():
             check_rows(_values(part, column), str(split_of[name]), name, column)
     parts = [_plain(part, columns, datasets) for part in chosen.values()]
@@ -168,7 +168,7 @@ def _plain(part: Any, columns: Columns, datasets: Any) -> Any:
     return part
 
 
-def _source(parts: list[Any], split_of: dict[str, str], columns: Columns, folders: tuple[str, ...], notes: dict[str, Any]) -> Source:
+def _source(parts: list[Any], split_of: dict[str, str], columns: Columns, folders: tuple[str, ...], notes: dict[str, Any]) -> ImageSource:
     """Return one source of all splits; a group is a row, since memory-mapped rows are read in any order."""
     import datasets
 
@@ -178,7 +178,7 @@ def _source(parts: list[Any], split_of: dict[str, str], columns: Columns, folder
     whole = datasets.concatenate_datasets(parts)
     versions = sorted({Path(file["filename"]).parent.name for file in whole.cache_files})
     cached = (os.path.realpath(datasets.config.HF_DATASETS_CACHE),)  # where `datasets` keeps tables under a hash of theirs
-    here = [facts_of(os.stat(file["filename"])) for file in whole.cache_files if not _inside(file["filename"], cached)]
+    here = [file_facts(os.stat(file["filename"])) for file in whole.cache_files if not _inside(file["filename"], cached)]
     tables = digest(versions, whole.data.nbytes, str(whole.features), columns, here)
     files = [_files(part, columns.image, folders) for part in parts]
 
@@ -187,20 +187,20 @@ def _source(parts: list[Any], split_of: dict[str, str], columns: Columns, folder
         return f"{names[which]}/{number - starts[which]}"
 
     facts = list(zip(split_of.items(), lengths, strict=True))
-    return Source(
-        part=lambda numbers: HubPart(whole.select(numbers), [name(number) for number in numbers.tolist()], columns, folders),
+    return ImageSource(
+        subset=lambda numbers: HubSubset(whole.select(numbers), [name(number) for number in numbers.tolist()], columns, folders),
         name=name,
         rows=np.ones(starts[-1], np.int64),
         bytes=np.concatenate([_sizes(part, found) for part, found in zip(parts, files, strict=True)]),
         identity=digest("hub", facts, versions, whole.data.nbytes, str(whole.features), columns),
-        earlier=lambda: digest(
-            "hub", list(zip(split_of, lengths, strict=True)), versions, whole.data.nbytes, str(whole.features), columns.earlier
+        legacy_identity=lambda: digest(
+            "hub", list(zip(split_of, lengths, strict=True)), versions, whole.data.nbytes, str(whole.features), columns.legacy_repr
         ),
         splits=tuple(known),
         split_of=np.repeat([known.index(split) for split in split_of.values()], lengths).astype(np.int8),
         class_names=columns.class_names,
         notes=notes,
-        stamps=np.array([stamp_of(tables, facts) for found in files for facts in found], np.uint64),
+        stamps=np.array([compute_stamp(tables, facts) for found in files for facts in found], np.uint64),
     )
 
 
@@ -212,7 +212,7 @@ def _files(part: Any, image: str, folders: tuple[str, ...]) -> list[Facts | None
 
 
 def _facts(path: str, folders: tuple[str, ...]) -> Facts | None:
-    return facts_of(os.stat(path)) if path and _inside(path, folders) and os.path.isfile(path) else None
+    return file_facts(os.stat(path)) if path and _inside(path, folders) and os.path.isfile(path) else None
 
 
 def _sizes(part: Any, files: list[Facts | None]) -> np.ndarray:

@@ -13,18 +13,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from condot.core.errors import reason, some
+from condot.core.errors import describe_error, summarize_list
 from condot.core.regular_files import MAX_IMAGE_BYTES, open_regular, read_regular
 from condot.core.text_files import MAX_TEXT_BYTES, decode_text
 
-from ..format.file_stamps import stamp_of
+from ..format.file_stamps import compute_stamp
 from ..images.formats import IMAGE_EXTENSIONS, JPEG_NAMES
-from .class_labels import class_name, label_of, names_of, natural, numbers_of, unused
-from .metadata_tables import Names, Row, is_meant, is_metadata, is_table, read_tables
-from .scan_folder import Found, extension, stem, walk
-from .source import Fault, Printed, Record, Source, digest, ordered_splits, storable
-from .splits import ALL, BESIDE, SplitChoice, assign, kinds_of, split_folders
-from .table_columns import NONE, Choice
+from .class_labels import class_name, class_number, natural_sort_key, number_classes, sort_class_names, unused_labels
+from .metadata_tables import ImageNames, Row, is_metadata, is_table, lists_images, read_tables
+from .scan_folder import FolderScan, extension, stem, walk
+from .source import ImageSource, RawRepr, RawSample, UnreadableSample, digest, ordered_splits, to_utf8
+from .splits import ALL, NO_FOLDER, SplitChoice, assign_splits, split_folders, splits_in_name
+from .table_columns import NONE, ColumnChoice
 
 KNOWN = f".{', .'.join(IMAGE_EXTENSIONS)}"
 
@@ -40,23 +40,23 @@ class Sample(NamedTuple):
 
 
 @dataclass(frozen=True)
-class FolderPart:
+class FolderSubset:
     """Some image files below a folder."""
 
     root: str
     samples: list[Sample]
 
-    def read(self, scratch: Path) -> Iterator[Record | Fault]:
+    def read(self, scratch: Path) -> Iterator[RawSample | UnreadableSample]:
         for sample in self.samples:
             try:
                 data = self._image(sample)
                 caption = self._caption(sample.sidecar) if sample.sidecar else sample.row.caption
             except (OSError, ValueError) as error:
-                yield Fault(storable(sample.name), reason(error))
+                yield UnreadableSample(to_utf8(sample.name), describe_error(error))
                 continue
             kind = extension(sample.name)
             known = kind if kind in IMAGE_EXTENSIONS and kind not in JPEG_NAMES else ""
-            yield Record(storable(sample.name), data, known, sample.row.label, caption, sample.row.more or {})
+            yield RawSample(to_utf8(sample.name), data, known, sample.row.label, caption, sample.row.more or {})
 
     def _image(self, sample: Sample) -> bytes:
         path = os.path.join(self.root, sample.name)
@@ -79,14 +79,14 @@ class FolderPart:
         try:
             return decode_text(read_regular(os.path.join(self.root, name), MAX_TEXT_BYTES)) or None
         except (OSError, ValueError) as error:
-            raise ValueError(f"its caption {name.rpartition('/')[2]}: {reason(error)}") from error
+            raise ValueError(f"its caption {name.rpartition('/')[2]}: {describe_error(error)}") from error
 
 
 UNKNOWN = Row()
 """Of an image of which nothing is known."""
 
 
-class Content(NamedTuple):
+class FolderContent(NamedTuple):
     """What is to be packed of a folder."""
 
     images: list[str]
@@ -100,7 +100,7 @@ class Content(NamedTuple):
     notes: dict[str, Any]
 
 
-def imagefolder(path: Path, choice: Choice | None = None, splits: SplitChoice = ALL, *, skip: bool = False) -> Source:
+def imagefolder(path: Path, choice: ColumnChoice | None = None, splits: SplitChoice = ALL, *, skip: bool = False) -> ImageSource:
     """Return the images below a folder, or those that a table names.
 
     Args:
@@ -114,25 +114,29 @@ def imagefolder(path: Path, choice: Choice | None = None, splits: SplitChoice = 
             both beside and inside class folders, a table that contradicts
             itself, splits that cannot be known.
     """
-    choice = choice or Choice()
+    choice = choice or ColumnChoice()
     selects = (is_table(path.name) or path.suffix.lower() == ".parquet") and not path.is_dir() and os.path.lexists(path)
     root = path.parent if selects else path
     if not root.is_dir():
         raise ValueError(f"source {str(path)!r} is no folder: give the folder that holds the images or one sub-folder a class.")
     found = walk(root)
     if not found.images:
-        raise ValueError(_nothing(path, found))
+        raise ValueError(_no_image_message(path, found))
     tables = [path.name] if selects else _tables_of(path, found, choice)
-    content = _described(path, root, found, tables, choice, splits, skip) if tables else _plain(path, found, choice, splits, skip)
+    content = (
+        _read_with_tables(path, root, found, tables, choice, splits, skip)
+        if tables
+        else _read_class_folders(path, found, choice, splits, skip)
+    )
     samples, splits_of, stamps, left = list[Sample](), list[str](), list[int](), Counter[str]()
     for name, split in zip(content.images, content.split_of, strict=True):
         if split is None:
-            left[storable(name.partition("/")[0]) if "/" in name else BESIDE] += 1
+            left[to_utf8(name.partition("/")[0]) if "/" in name else NO_FOLDER] += 1
             continue
         facts, row, sidecar = found.images[name], content.rows.get(name, UNKNOWN), content.sidecars.get(name, "")
         samples.append(Sample(name, facts.bytes if facts else 0, row, sidecar))
         splits_of.append(split)
-        stamps.append(stamp_of(facts, found.sidecar_facts.get(stem(sidecar)), row))
+        stamps.append(compute_stamp(facts, found.sidecar_facts.get(stem(sidecar)), row))
     notes = {
         "unknown_files": {kind: found.count[kind] for kind in sorted(found.count)},
         "splits_left_out": dict(left),
@@ -144,7 +148,7 @@ def imagefolder(path: Path, choice: Choice | None = None, splits: SplitChoice = 
     return replace(made, stamps=np.array(stamps, np.uint64), settings=settings, place=str(root.resolve()))
 
 
-def _nothing(path: Path, found: Found) -> str:
+def _no_image_message(path: Path, found: FolderScan) -> str:
     """Return why a folder without images is refused."""
     what = f"source {str(path)!r} holds no image: looked for {KNOWN} in it and its sub-folders"
     if found.sidecars or found.tables:
@@ -154,7 +158,7 @@ def _nothing(path: Path, found: Found) -> str:
     return f"{what}{f', and found {other}' if other else ''}. Convert other formats to PNG, JPEG or WebP."
 
 
-def _tables_of(path: Path, found: Found, choice: Choice) -> list[str]:
+def _tables_of(path: Path, found: FolderScan, choice: ColumnChoice) -> list[str]:
     """Return the tables that describe a folder: every `metadata.*` in it, or the only other one at its top that names images.
 
     Tables that describe no images are counted as files that are not packed.
@@ -165,21 +169,23 @@ def _tables_of(path: Path, found: Found, choice: Choice) -> list[str]:
     ignored = choice.file.lower() == NONE
     metadata = [name for name in found.tables if is_metadata(name) and not ignored]
     others = [name for name in found.tables if "/" not in name and not is_metadata(name) and not ignored]
-    meant = metadata or [name for name in others if is_meant(path / name, IMAGE_EXTENSIONS, choice)]
+    meant = metadata or [name for name in others if lists_images(path / name, IMAGE_EXTENSIONS, choice)]
     if not metadata and len(meant) > 1:
         raise ValueError(f"{path} holds the tables {', '.join(meant)}: which describes the images? Give that file as the source.")
     for name in found.tables:
         if name not in meant:
-            found.leave(name)
+            found.count_unpacked(name)
     return meant
 
 
-def _described(path: Path, root: Path, found: Found, tables: list[str], choice: Choice, splits: SplitChoice, skip: bool) -> Content:
+def _read_with_tables(
+    path: Path, root: Path, found: FolderScan, tables: list[str], choice: ColumnChoice, splits: SplitChoice, skip: bool
+) -> FolderContent:
     """Take captions, classes and the rest from tables; sub-folders are no classes then, as in `datasets`."""
     selects = root != path
     there = [name for name, facts in found.images.items() if facts or extension(name) in IMAGE_EXTENSIONS]
     rows, absent = read_tables(root, tables, there, choice)
-    listed = some([storable(name) for name in tables], 3)
+    listed = summarize_list([to_utf8(name) for name in tables], 3)
     if not rows and not absent:
         raise ValueError(f"{listed} has no rows. Fill it in, or pack the folder without it by --file_column none.")
     if absent and (not skip or not rows):
@@ -188,24 +194,26 @@ def _described(path: Path, root: Path, found: Found, tables: list[str], choice: 
             if rows
             else "Name images relative to the table, or pack the folder without it by --file_column none."
         )
-        raise ValueError(f"{len(absent)} rows of {listed} name no image that is there (captions without images): {some(absent)}. {remedy}")
+        raise ValueError(
+            f"{len(absent)} rows of {listed} name no image that is there (captions without images): {summarize_list(absent)}. {remedy}"
+        )
     values = [row.raw_label for row in rows.values()]
-    names = names_of(values, f"{listed}, column of labels")
-    numbers = numbers_of(names, given=False)
-    rows = {name: row._replace(label=label_of(row.raw_label, numbers)) for name, row in rows.items()}
+    names = sort_class_names(values, f"{listed}, column of labels")
+    numbers = number_classes(names, given=False)
+    rows = {name: row._replace(label=class_number(row.raw_label, numbers)) for name, row in rows.items()}
     images = [name for name in found.images if name in rows or not selects]
     notes = {
         "captions_without_image": absent[:1000],
         "images_not_in_table": len(found.images) - len(rows),
         "only_images_in_table": selects,
-        "classes_without_image": unused(values, numbers),
+        "classes_without_image": unused_labels(values, numbers),
     }
     for _ in _sidecars(found, root)[0]:
-        found.leave("", ".txt, since a table describes the images")
-    return Content(images, _splits_of_tables(images, rows, splits, path), rows, {}, names, notes)
+        found.count_unpacked("", ".txt, since a table describes the images")
+    return FolderContent(images, _splits_of_tables(images, rows, splits, path), rows, {}, names, notes)
 
 
-def _plain(path: Path, found: Found, choice: Choice, splits: SplitChoice, skip: bool) -> Content:
+def _read_class_folders(path: Path, found: FolderScan, choice: ColumnChoice, splits: SplitChoice, skip: bool) -> FolderContent:
     """Take classes from the folders, captions from sidecars.
 
     Raises:
@@ -216,10 +224,10 @@ def _plain(path: Path, found: Found, choice: Choice, splits: SplitChoice, skip: 
             raise ValueError(f"--{flag}_column {name!r}: {path} has no table of images. Put a metadata.csv there, or leave it out.")
     sidecars, orphans, rivals = _sidecars(found, path)
     if rivals:
-        raise ValueError(f"{len(rivals)} images have two captions: {some(rivals)}. Move one of the two away.")
+        raise ValueError(f"{len(rivals)} images have two captions: {summarize_list(rivals)}. Move one of the two away.")
     if orphans and sidecars and not skip:
         raise ValueError(
-            f"{len(orphans)} captions have no image: {some(orphans)}. "
+            f"{len(orphans)} captions have no image: {summarize_list(orphans)}. "
             "Add the images, move these files away, or leave them out with --skip_corrupt."
         )
     alive = [name for name, facts in found.images.items() if facts]
@@ -228,8 +236,8 @@ def _plain(path: Path, found: Found, choice: Choice, splits: SplitChoice, skip: 
     packed = {name: top for name, (split, top) in known.items() if split is not None and choice.label.lower() != NONE}
     classes = _classes(path, packed)
     numbers = {name: number for number, name in enumerate(classes)}
-    of_top = {top: Row(label=numbers[class_name(storable(top))]) for top in set(packed.values()) if top}
-    return Content(
+    of_top = {top: Row(label=numbers[class_name(to_utf8(top))]) for top in set(packed.values()) if top}
+    return FolderContent(
         list(found.images),
         [known[name][0] if name in known else "train" for name in found.images],
         {name: of_top[top] for name, top in packed.items() if top},
@@ -246,32 +254,32 @@ def _plain(path: Path, found: Found, choice: Choice, splits: SplitChoice, skip: 
     )
 
 
-def _sidecars(found: Found, root: Path) -> tuple[dict[str, str], list[str], list[str]]:
+def _sidecars(found: FolderScan, root: Path) -> tuple[dict[str, str], list[str], list[str]]:
     """Return the `.txt` of each image that has one, those of no image, and pairs of one image; NFC and NFD are one name."""
     images: dict[str, list[str]] = {}
     for name in found.images:
         images.setdefault(stem(name), []).append(name)
-    names, owner, orphans = Names(list(images)), dict[str, str](), list[str]()
+    names, owner, orphans = ImageNames(list(images)), dict[str, str](), list[str]()
     rivals = [f"{one} and {other}" for one, other in found.rivals if stem(one) in images]
     for base in sorted(found.sidecars):
         sidecar = found.sidecars[base]
         of = names.find(base, str(root / sidecar))
         if of is None:
-            orphans.append(storable(sidecar))
+            orphans.append(to_utf8(sidecar))
         elif of in owner:
             rivals.append(f"{owner[of]} and {sidecar}")
         else:
             owner[of] = sidecar
-    return {name: sidecar for base, sidecar in owner.items() for name in images[base]}, orphans, list(map(storable, rivals))
+    return {name: sidecar for base, sidecar in owner.items() for name in images[base]}, orphans, list(map(to_utf8, rivals))
 
 
 def _splits_of_tables(images: list[str], rows: dict[str, Row], splits: SplitChoice, path: Path) -> list[str | None]:
     """Return the split of each image, from a column `split` where the tables have one, else from its folders."""
     words = [rows[name].split if name in rows else "" for name in images]
-    if not any(map(kinds_of, words)):
+    if not any(map(splits_in_name, words)):
         return split_folders(images, splits, str(path))[0]
     named = {word or "(no split)": [word] for word in dict.fromkeys(words)}
-    assigned = assign(named, splits, f"{path}, column `split`")
+    assigned = assign_splits(named, splits, f"{path}, column `split`")
     return [assigned[word or "(no split)"] if assigned else "train" for word in words]
 
 
@@ -285,25 +293,25 @@ def _classes(root: Path, tops: dict[str, str]) -> list[str]:
     Raises:
         ValueError: some images lie in class folders and others beside them.
     """
-    classes = sorted({class_name(storable(top)) for top in set(tops.values()) if top}, key=natural)
+    classes = sorted({class_name(to_utf8(top)) for top in set(tops.values()) if top}, key=natural_sort_key)
     loose = next((name for name, top in tops.items() if not top), None)
     if classes and loose is not None:
         raise ValueError(
-            f"{root / loose} lies beside the class folders {some(classes, 3)}: put every image into a class, or none, "
+            f"{root / loose} lies beside the class folders {summarize_list(classes, 3)}: put every image into a class, or none, "
             "leave its split out with --splits, or pack without classes by --label_column none."
         )
     return classes
 
 
-def _source(root: Path, samples: list[Sample], splits: list[str], classes: Sequence[str], notes: dict[str, Any]) -> Source:
+def _source(root: Path, samples: list[Sample], splits: list[str], classes: Sequence[str], notes: dict[str, Any]) -> ImageSource:
     names = ordered_splits(splits)
-    return Source(
-        part=lambda numbers: FolderPart(str(root), [samples[i] for i in numbers.tolist()]),
-        name=lambda number: storable(samples[number].name),
+    return ImageSource(
+        subset=lambda numbers: FolderSubset(str(root), [samples[i] for i in numbers.tolist()]),
+        name=lambda number: to_utf8(samples[number].name),
         rows=np.ones(len(samples), np.int64),
         bytes=np.array([sample.bytes for sample in samples], np.int64),
         identity=digest("folder", samples, splits),
-        earlier=lambda: _earlier(samples, splits),
+        legacy_identity=lambda: _legacy_identity(samples, splits),
         splits=tuple(names),
         split_of=np.array([names.index(split) for split in splits], np.int8),
         class_names=tuple(classes),
@@ -311,8 +319,8 @@ def _source(root: Path, samples: list[Sample], splits: list[str], classes: Seque
     )
 
 
-def _earlier(samples: list[Sample], splits: list[str]) -> str:
+def _legacy_identity(samples: list[Sample], splits: list[str]) -> str:
     """Return the identity that the release 85bd0c6 gave a folder."""
-    rows = [Printed(f"Row({', '.join(f'{name}={getattr(sample.row, name)!r}' for name in Row._fields[:4])})") for sample in samples]
+    rows = [RawRepr(f"Row({', '.join(f'{name}={getattr(sample.row, name)!r}' for name in Row._fields[:4])})") for sample in samples]
     captioned = [bool(sample.sidecar) for sample in samples]
     return digest("folder", [sample.name for sample in samples], [sample.bytes for sample in samples], rows, captioned, splits)

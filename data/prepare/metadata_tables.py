@@ -14,15 +14,15 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from condot.core.errors import reason, some
+from condot.core.errors import describe_error, summarize_list
 from condot.core.printable import printable
 from condot.core.regular_files import open_regular
 from condot.core.text_files import MAX_TEXT_BYTES, parse_json
 
-from .class_labels import class_of
-from .source import storable
-from .splits import kinds_of, split_columns
-from .table_columns import CAPTION_COLUMNS, FILE_COLUMNS, LABEL_COLUMNS, Choice, column_of, first_text, known_column
+from .class_labels import parse_class
+from .source import to_utf8
+from .splits import split_columns, splits_in_name
+from .table_columns import CAPTION_COLUMNS, FILE_COLUMNS, LABEL_COLUMNS, ColumnChoice, find_column, first_text, match_column
 
 EXTENSIONS = (".csv", ".tsv", ".jsonl")
 DELIMITERS = (",", ";", "\t", "|")
@@ -38,7 +38,7 @@ class Row(NamedTuple):
     split: str = ""
 
 
-class Names:
+class ImageNames:
     """The images that are there, found by names as tables write them: composed or not (NFC, NFD), with slashes of either kind."""
 
     def __init__(self, images: Sequence[str]) -> None:
@@ -72,15 +72,15 @@ def is_metadata(name: str) -> bool:
     return PurePosixPath(name).stem.lower() == "metadata"
 
 
-def is_meant(path: Path, extensions: Sequence[str], choice: Choice) -> bool:
+def lists_images(path: Path, extensions: Sequence[str], choice: ColumnChoice) -> bool:
     """Return whether a table of any name speaks of image files: in a column of file names, or in the one that the user named.
 
     One that cannot be read counts as meant where its first line has such a
-    column, so that the reason is told.
+    column, so that the reason is reported.
     """
     names = {choice.file} if choice.file else set(FILE_COLUMNS)
     try:
-        for _, raw in rows_of(path, choice.file):
+        for _, raw in read_rows(path, choice.file):
             values = [raw[name] for name in names if name in raw]
             if any(isinstance(v, str) and "://" not in v and v.strip().rpartition(".")[2].lower() in extensions for v in values):
                 return True
@@ -94,7 +94,7 @@ def is_meant(path: Path, extensions: Sequence[str], choice: Choice) -> bool:
     return False
 
 
-def read_tables(root: Path, tables: list[str], images: Sequence[str], choice: Choice) -> tuple[dict[str, Row], list[str]]:
+def read_tables(root: Path, tables: list[str], images: Sequence[str], choice: ColumnChoice) -> tuple[dict[str, Row], list[str]]:
     """Return what tables say of images: a row for each image named, and the names that no image has.
 
     Args:
@@ -108,11 +108,11 @@ def read_tables(root: Path, tables: list[str], images: Sequence[str], choice: Ch
             names; rows without a name; images named twice; names that lead out.
     """
     rows, absent, twice, empty = dict[str, Row](), list[str](), list[str](), list[str]()
-    names, seen = Names(images), dict[str, None]()
+    names, seen = ImageNames(images), dict[str, None]()
     for table in tables:
         folder, columns = PurePosixPath(table).parent, dict[tuple[str, ...], tuple[str, str, str]]()
-        for line, raw in rows_of(root / table, choice.file):
-            where = f"{storable(table)}:{line}"
+        for line, raw in read_rows(root / table, choice.file):
+            where = f"{to_utf8(table)}:{line}"
             header = tuple(raw)
             if header not in columns:
                 columns[header] = _columns_of(header, choice, where)
@@ -124,32 +124,33 @@ def read_tables(root: Path, tables: list[str], images: Sequence[str], choice: Ch
                 continue
             name = names.find(_inside(root, folder, value.strip(), where), where)
             if name is None:
-                absent.append(storable(value))
+                absent.append(to_utf8(value))
             elif name in rows:
-                twice.append(storable(value))
+                twice.append(to_utf8(value))
             else:
                 rows[name] = _row(raw, file, caption, label, where)
     for flag, name in (("caption", choice.caption), ("label", choice.label)):
         if rows or absent:
-            column_of(flag, name, list(seen), some(tables, 3))
+            find_column(flag, name, list(seen), summarize_list(tables, 3))
     if empty:
         raise ValueError(
-            f"{len(empty)} rows name no image: {some(empty)}. Fill in the file names, or name another column with --file_column."
+            f"{len(empty)} rows name no image: {summarize_list(empty)}. Fill in the file names, or name another column with --file_column."
         )
     if twice:
         raise ValueError(
-            f"{len(twice)} images are listed twice: {some(twice)}. Give each image one row; several captions are a list in a .jsonl."
+            f"{len(twice)} images are listed twice: {summarize_list(twice)}. "
+            f"Give each image one row; several captions are a list in a .jsonl."
         )
     return rows, absent
 
 
-def _columns_of(header: tuple[str, ...], choice: Choice, where: str) -> tuple[str, str, str]:
+def _columns_of(header: tuple[str, ...], choice: ColumnChoice, where: str) -> tuple[str, str, str]:
     """Return the columns of file names, captions and classes; a line of JSON may lack the latter.
 
     Raises:
         ValueError: no column names the image.
     """
-    file = column_of("file", choice.file, header, where, FILE_COLUMNS)
+    file = find_column("file", choice.file, header, where, FILE_COLUMNS)
     if not file:
         raise ValueError(
             f"{where}: no column names the image: call one `file_name`, as `datasets` does, or name it with --file_column; "
@@ -166,7 +167,7 @@ def _columns_of(header: tuple[str, ...], choice: Choice, where: str) -> tuple[st
 def _named_or_known(name: str, known: Sequence[str], header: Sequence[str]) -> str:
     if name:
         return name if name in header else ""
-    return known_column(known, header)
+    return match_column(known, header)
 
 
 def _row(raw: dict[str, Any], file: str, caption: str, label: str, where: str) -> Row:
@@ -178,7 +179,7 @@ def _row(raw: dict[str, Any], file: str, caption: str, label: str, where: str) -
             f"{where}, column {caption!r}: {error}. Name another with --caption_column, or none with --caption_column none."
         ) from error
     try:
-        class_of(raw[label] if label else None)
+        parse_class(raw[label] if label else None)
     except ValueError as error:
         raise ValueError(
             f"{where}, column {label!r}: {error}. Name another with --label_column, or none with --label_column none."
@@ -187,7 +188,7 @@ def _row(raw: dict[str, Any], file: str, caption: str, label: str, where: str) -
     if isinstance(words, list):  # several captions of one image: the first is the caption, all are kept
         more[caption] = words
     said = [str(raw[name]).strip() for name in split_columns(more)]
-    return Row(raw[label] if label else None, None, text, more or None, next(filter(kinds_of, said), said[0] if said else ""))
+    return Row(raw[label] if label else None, None, text, more or None, next(filter(splits_in_name, said), said[0] if said else ""))
 
 
 def _inside(root: Path, folder: PurePosixPath, name: str, where: str) -> str:
@@ -201,7 +202,7 @@ def _inside(root: Path, folder: PurePosixPath, name: str, where: str) -> str:
     return str(folder / path)
 
 
-def rows_of(path: Path, file_column: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
+def read_rows(path: Path, file_column: str = "") -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the rows of a table as dictionaries, each with its line (its place, in parquet).
 
     Args:
@@ -220,10 +221,12 @@ def rows_of(path: Path, file_column: str = "") -> Iterator[tuple[int, dict[str, 
             else:
                 yield from _lines(file, path) if kind == ".jsonl" else _separated(file, path, file_column)
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} cannot be read as a table: {reason(error).rstrip('.')}. Save it as UTF-8 with a header line.") from error
+        raise ValueError(
+            f"{path} cannot be read as a table: {describe_error(error).rstrip('.')}. Save it as UTF-8 with a header line."
+        ) from error
     except (csv.Error, OSError, pa.ArrowException) as error:
         raise ValueError(
-            f"{path} cannot be read as a table: {reason(error).rstrip('.')}. Save it as CSV, JSON lines or parquet."
+            f"{path} cannot be read as a table: {describe_error(error).rstrip('.')}. Save it as CSV, JSON lines or parquet."
         ) from error
 
 

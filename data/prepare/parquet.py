@@ -18,16 +18,25 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from condot.core.errors import reason
+from condot.core.errors import describe_error
 from condot.core.printable import redact, redact_url
 from condot.core.regular_files import require_regular
-from condot.core.urls import last_name, shown
+from condot.core.urls import display_url, last_name
 
-from ..format.file_stamps import facts_of, stamp_of
-from .class_labels import Class, names_of, numbers_of, unused
-from .source import Fault, Record, Source, digest, ordered_splits, storable
-from .splits import ALL, SplitChoice, assign, check_rows, few, names_of_file, split_columns
-from .table_columns import Choice, Columns, choose, class_names_of, common_type, features_of, is_text_or_number, refuse_partitions
+from ..format.file_stamps import compute_stamp, file_facts
+from .class_labels import Class, number_classes, sort_class_names, unused_labels
+from .source import ImageSource, RawSample, UnreadableSample, digest, ordered_splits, to_utf8
+from .splits import ALL, SplitChoice, assign_splits, check_rows, names_of_file, shorten_list, split_columns
+from .table_columns import (
+    ColumnChoice,
+    Columns,
+    choose_columns,
+    common_type,
+    is_text_or_number,
+    read_class_names,
+    read_features,
+    refuse_partitions,
+)
 
 READ_ERRORS = (OSError, ValueError, ImportError, pa.ArrowException)
 """What fsspec and pyarrow raise for files that are missing, out of reach or damaged; ImportError where a protocol's package is missing."""
@@ -35,7 +44,7 @@ ROWS_AT_ONCE = 64
 Result = TypeVar("Result")
 
 
-class File(NamedTuple):
+class ParquetFileInfo(NamedTuple):
     """One parquet file: its address, and its row groups."""
 
     url: str
@@ -47,16 +56,16 @@ class File(NamedTuple):
     """Zero where nothing tells whether the file is as it was."""
 
 
-class Kept(NamedTuple):
+class SpilledRow(NamedTuple):
     """One row whose image lies in a scratch file."""
 
-    record: Record | Fault
+    record: RawSample | UnreadableSample
     at: int = 0
     size: int = 0
 
 
 @dataclass(frozen=True)
-class ParquetPart:
+class ParquetSubset:
     """Some rows: file, row group and row of each."""
 
     urls: list[str]
@@ -65,9 +74,9 @@ class ParquetPart:
     """(N, 3), int64: place in `urls`, row group, row within it."""
     columns: Columns
 
-    def read(self, scratch: Path) -> Iterator[Record | Fault]:
+    def read(self, scratch: Path) -> Iterator[RawSample | UnreadableSample]:
         """Row groups are read in the order of the file, rows given in the order asked for: a scratch file lies between."""
-        kept: dict[int, Kept] = {}
+        kept: dict[int, SpilledRow] = {}
         order = np.lexsort((self.rows[:, 2], self.rows[:, 1], self.rows[:, 0]))
         with tempfile.TemporaryFile(dir=scratch) as spill:
             for file in np.unique(self.rows[:, 0]).tolist():
@@ -75,18 +84,18 @@ class ParquetPart:
                 try:
                     self._spill(file, mine, kept, spill)
                 except READ_ERRORS as error:
-                    why = redact(reason(error)).rstrip(".")
+                    why = redact(describe_error(error)).rstrip(".")
                     raise ValueError(f"{redact_url(self.urls[file])} cannot be read as parquet: {why}. Copy it again.") from error
             spill.flush()
             for place in range(len(self.rows)):
                 record, at, size = kept.pop(place)
-                if isinstance(record, Record):
+                if isinstance(record, RawSample):
                     spill.seek(at)
                     record = record._replace(image=spill.read(size))
                 yield record
 
-    def _spill(self, file: int, places: np.ndarray, kept: dict[int, Kept], spill: Any) -> None:
-        numbers = numbers_of(self.columns.class_names, given=self.columns.class_names_given)
+    def _spill(self, file: int, places: np.ndarray, kept: dict[int, SpilledRow], spill: Any) -> None:
+        numbers = number_classes(self.columns.class_names, given=self.columns.class_names_given)
         with fsspec.open(self.urls[file], "rb").open() as opened:
             table = pq.ParquetFile(opened)
             for group in np.unique(self.rows[places, 1]).tolist():
@@ -102,17 +111,17 @@ class ParquetPart:
                     at += len(batch)
 
 
-def _kept(values: dict[str, Any], name: str, columns: Columns, numbers: dict[Class, int], spill: Any) -> Kept:
+def _kept(values: dict[str, Any], name: str, columns: Columns, numbers: dict[Class, int], spill: Any) -> SpilledRow:
     try:
         record = columns.record(values, name, numbers)
     except ValueError as error:
-        return Kept(Fault(name, reason(error)))
+        return SpilledRow(UnreadableSample(name, describe_error(error)))
     at = spill.tell()
     spill.write(record.image)
-    return Kept(record._replace(image=b""), at, len(record.image))
+    return SpilledRow(record._replace(image=b""), at, len(record.image))
 
 
-def parquet(source: str, choice: Choice, splits: SplitChoice = ALL) -> Source:
+def parquet(source: str, choice: ColumnChoice, splits: SplitChoice = ALL) -> ImageSource:
     """Return the rows of a parquet file, of those in a folder or that a pattern finds, by path or URL.
 
     Args:
@@ -147,26 +156,26 @@ def parquet(source: str, choice: Choice, splits: SplitChoice = ALL) -> Source:
         file, group = groups[at]
         return f"{names[file]}:{group}:{number - begins[at]}"
 
-    for column in [] if splits.given else split_columns(columns.others):
+    for column in [] if splits.is_given else split_columns(columns.others):
         for file, named_so in zip(files, names, strict=True):
             check_rows(_values([file], column), split_of[named_so], named_so, column)
     known = ordered_splits(split_of.values())
     where = [known.index(split_of[name]) for name in names]
-    stamps = np.array([file.stamp and stamp_of(file.stamp, columns) for file in files], np.uint64)
+    stamps = np.array([file.stamp and compute_stamp(file.stamp, columns) for file in files], np.uint64)
     facts = [(name, file.bytes, file.rows, split_of[name]) for name, file in zip(names, files, strict=True)]
-    return Source(
-        part=lambda numbers: ParquetPart(urls, names, places(numbers), columns),
+    return ImageSource(
+        subset=lambda numbers: ParquetSubset(urls, names, places(numbers), columns),
         name=name,
         rows=table[:, 2],
         bytes=np.array([size for file in files for size in file.image_bytes], np.int64),
         identity=digest("parquet", facts, columns),
-        earlier=lambda: digest("parquet", [(f.url.rpartition("/")[2], f.bytes, f.rows) for f in files], columns.earlier),
+        legacy_identity=lambda: digest("parquet", [(f.url.rpartition("/")[2], f.bytes, f.rows) for f in files], columns.legacy_repr),
         splits=tuple(known),
         split_of=np.array(where, np.int8)[table[:, 0]],
         class_names=columns.class_names,
         stamps=stamps[table[:, 0]],
         settings=str((choice, splits)),
-        place=os.path.abspath(source) if "://" not in source else shown(source),
+        place=os.path.abspath(source) if "://" not in source else display_url(source),
         notes={
             "columns": {"image": columns.image, "caption": columns.caption, "label": columns.label, "json": list(columns.others)},
             "splits_left_out": left_out,
@@ -184,7 +193,7 @@ def _reached(source: str, read: Callable[[], Result]) -> Result:
     try:
         return read()
     except READ_ERRORS as error:
-        why = redact(reason(error)).rstrip(".")
+        why = redact(describe_error(error)).rstrip(".")
         raise ValueError(
             f"source {redact_url(source)!r} cannot be read as parquet: {why}. Check the address and your rights to it."
         ) from error
@@ -208,7 +217,7 @@ def _addresses(source: str) -> dict[str, str]:
         for name in found:
             require_regular(os.stat(name))
     root = root.rstrip("/") + "/"
-    return {system.unstrip_protocol(name): storable(_plain_name(name).removeprefix(root)) for name in sorted(found)}
+    return {system.unstrip_protocol(name): to_utf8(_plain_name(name).removeprefix(root)) for name in sorted(found)}
 
 
 def _hidden(name: str) -> bool:
@@ -224,24 +233,24 @@ def _plain_name(path: str) -> str:
 def _splits(names: list[str], choice: SplitChoice, source: str) -> tuple[dict[str, str], dict[str, None]]:
     """Return the split of each file that is packed, by the word in its name or in the nearest folder; and the files that are not."""
     named = {name: names_of_file(name) for name in names}
-    assigned = assign(named, choice, f"source {redact_url(source)!r}")
+    assigned = assign_splits(named, choice, f"source {redact_url(source)!r}")
     if assigned is None:
         return dict.fromkeys(names, "train"), {}
     left = [name for name, split in assigned.items() if split is None]
     return {name: split for name, split in assigned.items() if split is not None}, dict.fromkeys(left)
 
 
-def _file(url: str) -> File:
+def _file(url: str) -> ParquetFileInfo:
     """Return what a file's last bytes say of it."""
     with fsspec.open(url, "rb").open() as opened:
         try:
             meta = pq.ParquetFile(opened)
         except pa.ArrowException as error:
-            raise ValueError(f"{redact_url(url)}: {reason(error)}") from error
+            raise ValueError(f"{redact_url(url)}: {describe_error(error)}") from error
         groups = [meta.metadata.row_group(g) for g in range(meta.metadata.num_row_groups)]
         sizes = [group.total_byte_size for group in groups]
         size, rows = int(opened.size or 0) if hasattr(opened, "size") else 0, [g.num_rows for g in groups]
-        return File(url, size, rows, sizes, meta.schema_arrow, _stamp(url))
+        return ParquetFileInfo(url, size, rows, sizes, meta.schema_arrow, _stamp(url))
 
 
 VERSIONS = ("ETag", "etag", "md5", "md5Hash", "crc32c", "checksum", "content_md5", "sha256", "blob_id", "oid", "version_id", "generation")
@@ -252,21 +261,21 @@ def _stamp(url: str) -> int:
     """What tells a file from the one that lay there before, without reading it."""
     system, path = fsspec.core.url_to_fs(url)
     if isinstance(system, LocalFileSystem):
-        return stamp_of(facts_of(os.stat(path)))
+        return compute_stamp(file_facts(os.stat(path)))
     facts = system.info(path)
     said = {key: str(facts[key]) for key in (*VERSIONS, *TIMES) if facts.get(key)}
-    return stamp_of(facts.get("size"), said) if said else 0
+    return compute_stamp(facts.get("size"), said) if said else 0
 
 
-def _columns(files: list[File], names: list[str], choice: Choice) -> tuple[Columns, dict[str, Any]]:
+def _columns(files: list[ParquetFileInfo], names: list[str], choice: ColumnChoice) -> tuple[Columns, dict[str, Any]]:
     """Return the columns, of one kind in all files, with the names of classes from the metadata or from the values; and notes.
 
     Raises:
         ValueError: files that disagree, a label column whose values are no classes, rows of several splits in one file.
     """
     schema, lacking, odd = _one_schema(files)
-    features = features_of(files[0].schema)
-    columns = choose(schema, features, choice, names[0])
+    features = read_features(files[0].schema)
+    columns = choose_columns(schema, features, choice, names[0])
     for name in columns.all:
         file = odd.get(name) or (lacking.get(name) if name not in columns.others else None)
         if file:
@@ -274,7 +283,7 @@ def _columns(files: list[File], names: list[str], choice: Choice) -> tuple[Colum
     if not columns.label:
         return columns, {}
     for file in files[1:]:
-        theirs = class_names_of(features_of(file.schema), columns.label)
+        theirs = read_class_names(read_features(file.schema), columns.label)
         if theirs is not None and theirs != (columns.class_names if columns.class_names_given else None):
             raise ValueError(
                 f"{redact_url(file.url)}: the classes of column {columns.label!r} are not named as in {redact_url(files[0].url)}. "
@@ -283,14 +292,14 @@ def _columns(files: list[File], names: list[str], choice: Choice) -> tuple[Colum
     if columns.class_names:
         return columns, {}
     values = _values(files, columns.label)
-    columns = replace(columns, class_names=names_of(values, f"{few(names, 3)}, column {columns.label!r}"))
-    gaps = unused(values, numbers_of(columns.class_names, given=False))
+    columns = replace(columns, class_names=sort_class_names(values, f"{shorten_list(names, 3)}, column {columns.label!r}"))
+    gaps = unused_labels(values, number_classes(columns.class_names, given=False))
     return columns, {"classes_without_image": gaps} if gaps else {}
 
 
-def _one_schema(files: list[File]) -> tuple[pa.Schema, dict[str, File], dict[str, File]]:
+def _one_schema(files: list[ParquetFileInfo]) -> tuple[pa.Schema, dict[str, ParquetFileInfo], dict[str, ParquetFileInfo]]:
     """Return all columns with the types that all files have; and for those that some lack, or have of another type, one such file."""
-    kinds, lacking, odd = dict[str, pa.DataType](), dict[str, File](), dict[str, File]()
+    kinds, lacking, odd = dict[str, pa.DataType](), dict[str, ParquetFileInfo](), dict[str, ParquetFileInfo]()
     for file in files:
         for field in file.schema:
             common = common_type(kinds.get(field.name, field.type), field.type)
@@ -304,7 +313,7 @@ def _one_schema(files: list[File]) -> tuple[pa.Schema, dict[str, File], dict[str
     return pa.schema([*kinds.items(), *((name, kinds[name]) for name in doubled)], files[0].schema.metadata), lacking, odd
 
 
-def _values(files: list[File], column: str) -> list[Any]:
+def _values(files: list[ParquetFileInfo], column: str) -> list[Any]:
     """Return the values that a column has, each once where Arrow can tell."""
     values: list[Any] = []
     for file in files:

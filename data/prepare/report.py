@@ -17,10 +17,10 @@ from condot.core.file_lock import open_new
 from condot.core.printable import printable
 from condot.core.text_files import decode_text
 
-from ..format.index import image_in, index_path, span_of
+from ..format.index import index_path, sample_span, slice_image
 from ..format.manifest import Manifest, Tally
-from ..format.tar_reader import files_of
-from ..images.decode import DECODE_ERRORS, preview
+from ..format.tar_reader import parse_sample_files
+from ..images.decode import DECODE_ERRORS, decode_preview
 
 SIDE, LINE, MARGIN = 128, 16, 8
 SHEET = 64
@@ -31,7 +31,7 @@ ASPECTS = (1 / 4, 1 / 3, 1 / 2, 9 / 16, 2 / 3, 3 / 4, 1, 4 / 3, 3 / 2, 16 / 9, 2
 SIDES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 4096)
 
 
-def text(manifest: Manifest, report: dict[str, Any], output: Path) -> str:
+def summary_text(manifest: Manifest, report: dict[str, Any], output: Path) -> str:
     """Return what was packed, in a few lines that may be printed."""
     tally = manifest.tally
     total = int(manifest.shards.samples.sum())
@@ -84,7 +84,7 @@ def findings(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def draw(folder: Path, manifest: Manifest, path: Path) -> None:
+def draw_summary(folder: Path, manifest: Manifest, path: Path) -> None:
     """Write the picture of a folder: two histograms above a sheet of samples."""
     sheet = contact_sheet(_sample(folder, manifest), 8)
     width = sheet.width
@@ -108,13 +108,13 @@ def _histograms(tally: Tally) -> tuple[dict[str, int], dict[str, int]]:
         if size == "other":
             continue
         width, height = map(int, size.split("x"))
-        aspects[ratio_name(ratio_of(width, height))] += count
+        aspects[ratio_name(nearest_ratio(width, height))] += count
         below = [side for side in SIDES if side * side <= width * height]
         sides[str(below[-1]) if below else f"<{SIDES[0]}"] += count
     return aspects, sides
 
 
-def ratio_of(width: int, height: int) -> float:
+def nearest_ratio(width: int, height: int) -> float:
     """The nearest of ASPECTS, on a log scale."""
     return min(ASPECTS, key=lambda value: abs(math.log(value * max(1, height) / max(1, width))))
 
@@ -185,27 +185,27 @@ def _sample(folder: Path, manifest: Manifest) -> list[tuple[Image.Image, str]]:
         s = int(np.searchsorted(ends, number, side="right"))
         tar = folder / manifest.shards[s].name
         record = np.load(index_path(tar), mmap_mode="r", allow_pickle=False)[number - int(ends[s] - counts[s])]
-        _, files, data = read(tar, record)
+        _, files, data = read_sample(tar, record)
         try:
-            image = preview(data)
+            image = decode_preview(data)
         except DECODE_ERRORS:
             image = Image.new("RGB", (SIDE, SIDE), "#cc3333")  # red: it cannot be decoded
-        tiles.append((image, _below(files, int(record["label"]), manifest.class_names)))
+        tiles.append((image, _tile_label(files, int(record["label"]), manifest.class_names)))
     return tiles
 
 
-def read(tar: Path, record: np.void) -> tuple[str, dict[str, bytes], bytes]:
+def read_sample(tar: Path, record: np.void) -> tuple[str, dict[str, bytes], bytes]:
     """Return key, files and image of one sample, by its line of the index."""
     fields: tuple[Any, ...] = tuple(record.item())
-    start, length = span_of(fields)
+    start, length = sample_span(fields)
     with open(tar, "rb", buffering=0) as file:
         body = os.pread(file.fileno(), length, start)
-    return *files_of(body), image_in(body, fields[3], fields[1])
+    return *parse_sample_files(body), slice_image(body, fields[3], fields[1])
 
 
-def _below(files: dict[str, bytes], label: int, names: Sequence[str]) -> str:
+def _tile_label(files: dict[str, bytes], label: int, names: Sequence[str]) -> str:
     """Return what to write below a sample: its caption, else its class."""
-    with suppress(ValueError):  # what cannot be read is told elsewhere
+    with suppress(ValueError):  # what cannot be read is reported elsewhere
         if caption := decode_text(files.get("txt", b"")):
             return caption
     return names[label] if 0 <= label < len(names) else ""

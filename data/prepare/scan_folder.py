@@ -8,10 +8,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..format.file_stamps import Facts, facts_of
+from ..format.file_stamps import Facts, file_facts
 from ..images.formats import IMAGE_EXTENSIONS
 from .metadata_tables import is_table
-from .source import storable
+from .source import to_utf8
 
 WRITTEN = ("manifest.json", "report.json", "summary.png")
 """What `data.prepare` writes beside its shards."""
@@ -22,7 +22,7 @@ MADE_BY_SYSTEMS = ("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Vol
 
 
 @dataclass
-class Found:
+class FolderScan:
     """What a walk through a folder finds; names are relative to it."""
 
     images: dict[str, Facts | None] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class Found:
 
     def add(self, name: str, status: os.stat_result | None) -> None:
         """Put a file where it belongs."""
-        kind, facts = extension(name), facts_of(status) if status else None
+        kind, facts = extension(name), file_facts(status) if status else None
         if kind in TEXT_EXTENSIONS:
             base = stem(name)
             if base in self.sidecars:
@@ -53,15 +53,15 @@ class Found:
         elif kind in IMAGE_EXTENSIONS or status is None:
             self.images[name] = facts
         else:
-            self.leave(name, "" if stat.S_ISREG(status.st_mode) else "that are FIFOs, sockets or devices")
+            self.count_unpacked(name, "" if stat.S_ISREG(status.st_mode) else "that are FIFOs, sockets or devices")
 
-    def leave(self, name: str, kind: str = "") -> None:
+    def count_unpacked(self, name: str, kind: str = "") -> None:
         """Count a file that is not packed."""
-        kind = storable(kind or (f".{extension(name)}" if extension(name) else "without extension"))
+        kind = to_utf8(kind or (f".{extension(name)}" if extension(name) else "without extension"))
         self.count[kind] += 1
         self.unknown.setdefault(kind, [])
         if len(self.unknown[kind]) < 3:
-            self.unknown[kind].append(storable(name))
+            self.unknown[kind].append(to_utf8(name))
 
     def sort(self) -> None:
         """Bring the images into their order: by name, those of a folder before those of its sub-folders.
@@ -70,25 +70,25 @@ class Found:
         """
         arrays = [name for name in self.images if extension(name) == "npy"]
         for name in arrays if len(arrays) < len(self.images) else ():
-            self.leave(name)
+            self.count_unpacked(name)
             del self.images[name]
         self.images = {name: self.images[name] for name in sorted(self.images, key=_place)}
         self.tables.sort(key=_place)
 
 
-def walk(root: Path) -> Found:
+def walk(root: Path) -> FolderScan:
     """Find everything below a folder but hidden files and what `data.prepare` wrote.
 
     Links to folders are followed, once each; a folder is read where it lies
     before it is read where a link shows it.
     """
-    found, above = Found(), os.path.realpath(root) + os.sep
+    found, above = FolderScan(), os.path.realpath(root) + os.sep
     seen, folders, links = dict[str, str](), [""], list[str]()
     while folders or links:
         at = folders.pop() if folders else links.pop(0)
         real = os.path.realpath(root / at)
         if real in seen or (at and above.startswith(real.rstrip(os.sep) + os.sep)):
-            found.repeated.append((storable(at.rstrip("/")), storable(seen.get(real, real))))
+            found.repeated.append((to_utf8(at.rstrip("/")), to_utf8(seen.get(real, real))))
             continue
         seen[real] = at.rstrip("/") or str(root)
         ours = _holds_shards(real)
@@ -107,14 +107,14 @@ def walk(root: Path) -> Found:
     return found
 
 
-def _count_hidden(entry: os.DirEntry[str], name: str, found: Found) -> None:
+def _count_hidden(entry: os.DirEntry[str], name: str, found: FolderScan) -> None:
     """Count a hidden image, or the images in a hidden folder; links to folders are not followed."""
     below = [name]
     if _is_folder(entry):
         below = [f"{name}/{file}" for _, _, files in os.walk(entry.path) for file in files if not entry.is_symlink()]
     for one in below:
         if extension(one) in IMAGE_EXTENSIONS and not one.rpartition("/")[2].startswith("._"):
-            found.leave(one, "that are hidden" if entry.name.startswith(".") else f"in {entry.name}")
+            found.count_unpacked(one, "that are hidden" if entry.name.startswith(".") else f"in {entry.name}")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..loader.shuffle import keys, permutation
-from .source import Source
+from ..loader.shuffle import hash_keys, permutation
+from .source import ImageSource
 
 OVERHEAD = 512 + 3 * 1024
 """Bytes that a sample takes in a tar beside its image: four headers, three small files."""
@@ -36,7 +36,7 @@ class Packing:
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedShard:
     """One shard to write."""
 
     name: str
@@ -46,7 +46,7 @@ class Planned:
     """(N,), int64: its samples, in the order in which they are stored."""
 
 
-def plan(source: Source, packing: Packing) -> list[Planned]:
+def plan_shards(source: ImageSource, packing: Packing) -> list[PlannedShard]:
     """Shuffle the groups, cut them into shards, shuffle each shard.
 
     Where a group is one sample (files) this is one shuffle of all; where
@@ -60,7 +60,7 @@ def plan(source: Source, packing: Packing) -> list[Planned]:
     group_of = np.repeat(np.arange(groups), source.rows)
     rank = np.empty(groups, np.int64)
     rank[permutation(groups, packing.seed, 0)] = np.arange(groups)
-    order = np.lexsort((keys(count, packing.seed, 1), rank[group_of]))
+    order = np.lexsort((hash_keys(count, packing.seed, 1), rank[group_of]))
     cost = np.ceil(source.bytes / np.maximum(source.rows, 1) / 512).astype(np.int64) * 512 + OVERHEAD
     splits = list(source.splits)
     split_of = np.zeros(count, np.int8) if source.split_of is None else source.split_of.astype(np.int8)[group_of]
@@ -81,7 +81,7 @@ def plan(source: Source, packing: Packing) -> list[Planned]:
         for number, (start, numbers) in enumerate(zip([0, *cuts.tolist()], np.split(chosen, cuts), strict=True)):
             if len(numbers):
                 mixed = numbers[permutation(len(numbers), packing.seed, 2, which, number)]
-                shards.append(Planned(f"{split}-{number:06d}.tar", split, start, mixed))
+                shards.append(PlannedShard(f"{split}-{number:06d}.tar", split, start, mixed))
     return shards
 
 

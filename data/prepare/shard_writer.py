@@ -15,24 +15,24 @@ from typing import Any
 
 import numpy as np
 
-from condot.core.errors import reason
+from condot.core.errors import describe_error
 from condot.core.file_lock import open_new
 from condot.core.text_files import MAX_TEXT_BYTES, decode_text
 
-from ..format.index import describe, index_path
+from ..format.index import index_path, index_tar
 from ..format.sample_files import NO_LABEL
 from ..format.tar_reader import samples
 from ..format.tar_writer import TarWriter, commit, commit_json
-from ..images.decode import DECODE_ERRORS, preview, upright_size
-from ..images.downscale import smaller
-from ..images.formats import IMAGE_EXTENSIONS, extension_of
-from .pack_state import content_of, inputs_path
-from .source import Fault, Part, Record
+from ..images.decode import DECODE_ERRORS, decode_preview, upright_size
+from ..images.downscale import downscale
+from ..images.formats import IMAGE_EXTENSIONS, detect_extension
+from .pack_state import hash_sample, inputs_path
+from .source import RawSample, SourceSubset, UnreadableSample
 from .worker_pool import Progress
 
 
 @dataclass(frozen=True)
-class Job:
+class ShardJob:
     """One shard to write."""
 
     folder: Path
@@ -41,12 +41,12 @@ class Job:
     first_key: int
     inputs: np.ndarray
     """Of each sample, with its name and stamp."""
-    part: Part
+    subset: SourceSubset
     max_side: int
 
 
 @dataclass(frozen=True)
-class Trim:
+class TrimJob:
     """One finished shard to write again without some samples."""
 
     folder: Path
@@ -60,23 +60,23 @@ def journal_path(tar: Path) -> Path:
     return tar.with_suffix(".json")
 
 
-def fill(job: Job, progress: Progress) -> str:
+def write_shard(job: ShardJob, progress: Progress) -> str:
     """Write one shard; returns its name.
 
     Raises:
         OSError: the disk is full, or the source cannot be reached.
     """
-    faults: list[Fault] = []
+    faults: list[UnreadableSample] = []
     inputs = job.inputs.copy()
     resized = 0
     temporary = job.folder / f"tmp-{os.getpid()}-{job.name}"
     with open_new(temporary) as file:
         writer = TarWriter(file)
-        for place, found in enumerate(job.part.read(job.folder)):
-            ready = found if isinstance(found, Fault) else prepared(found, job.max_side)
-            inputs[["text", "image", "packed"]][place] = content_of(found)
+        for place, found in enumerate(job.subset.read(job.folder)):
+            ready = found if isinstance(found, UnreadableSample) else prepare_sample(found, job.max_side)
+            inputs[["text", "image", "packed"]][place] = hash_sample(found)
             progress(1)
-            if isinstance(ready, Fault):
+            if isinstance(ready, UnreadableSample):
                 faults.append(ready)
                 inputs[place]["packed"] = False
                 continue
@@ -92,7 +92,7 @@ def fill(job: Job, progress: Progress) -> str:
     return job.name
 
 
-def trim(job: Trim, progress: Progress) -> str:
+def trim_shard(job: TrimJob, progress: Progress) -> str:
     """Write a shard again without some samples, beside it as `trimmed-NAME`; returns its name."""
     temporary = job.folder / f"tmp-{os.getpid()}-trimmed-{job.name}"
     with open(job.folder / job.name, "rb") as source, open_new(temporary) as file:
@@ -108,14 +108,14 @@ def trim(job: Trim, progress: Progress) -> str:
 
 def commit_shard(temporary: Path, final: Path, split: str, more: dict[str, Any]) -> None:
     """Index a tar and give it and all that belongs to it their names, the journal last."""
-    shard, tally = describe(temporary, split)
+    shard, tally = index_tar(temporary, split)
     commit(index_path(temporary), index_path(final))
     commit(temporary, final)
     shard = replace(shard, name=final.name.removeprefix("trimmed-"))
     commit_json({"shard": asdict(shard), "tally": asdict(tally), **more}, journal_path(final))
 
 
-def prepared(record: Record, max_side: int) -> tuple[Record, dict[str, bytes]] | Fault:
+def prepare_sample(record: RawSample, max_side: int) -> tuple[RawSample, dict[str, bytes]] | UnreadableSample:
     """A sample that decodes, with its files as they are stored; or why it does not.
 
     The record's image stays as it was read, for its hash.
@@ -124,18 +124,18 @@ def prepared(record: Record, max_side: int) -> tuple[Record, dict[str, bytes]] |
         size = upright_size(record.image)
         extension, stored = record.extension, record.image
         if extension not in IMAGE_EXTENSIONS:
-            extension = extension_of(record.image)
+            extension = detect_extension(record.image)
         if max_side and max(size) > max_side:
             record = record._replace(more={**record.more, "resized_from": list(size)})
-            extension, stored = smaller(stored, max_side, extension)
+            extension, stored = downscale(stored, max_side, extension)
         else:
-            preview(stored)  # to see that it decodes
+            decode_preview(stored)  # to see that it decodes
         return record, _files(record, extension, stored)
     except DECODE_ERRORS as error:
-        return Fault(record.name, reason(error))
+        return UnreadableSample(record.name, describe_error(error))
 
 
-def _files(record: Record, extension: str, stored: bytes) -> dict[str, bytes]:
+def _files(record: RawSample, extension: str, stored: bytes) -> dict[str, bytes]:
     files = {extension: stored}
     if record.label is not None:
         if not 0 <= record.label < NO_LABEL:

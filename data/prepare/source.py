@@ -12,11 +12,11 @@ import numpy as np
 
 from condot.core.printable import printable
 
-from ..format.file_stamps import hash_of
-from .splits import kinds_of
+from ..format.file_stamps import hash64
+from .splits import splits_in_name
 
 
-class Record(NamedTuple):
+class RawSample(NamedTuple):
     """One sample as it was read."""
 
     name: str
@@ -30,7 +30,7 @@ class Record(NamedTuple):
     """Further fields of its `.json`."""
 
 
-class Fault(NamedTuple):
+class UnreadableSample(NamedTuple):
     """One sample that cannot be read, and why."""
 
     name: str
@@ -40,10 +40,10 @@ class Fault(NamedTuple):
         return printable(f"{self.name} ({self.why})")
 
 
-class Part(Protocol):
+class SourceSubset(Protocol):
     """Some samples of a source; goes to another process by pickle, so it holds names and numbers, never images."""
 
-    def read(self, scratch: Path) -> Iterator[Record | Fault]:
+    def read(self, scratch: Path) -> Iterator[RawSample | UnreadableSample]:
         """Each sample, in the order in which the part was asked for.
 
         Args:
@@ -53,10 +53,10 @@ class Part(Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class ImageSource:
     """Samples 0 to n - 1, in groups that are best read together: a file, a row group."""
 
-    part: Callable[[np.ndarray], Part]
+    subset: Callable[[np.ndarray], SourceSubset]
     """The samples with these numbers, (N,) int64."""
     name: Callable[[int], str]
     rows: np.ndarray
@@ -78,7 +78,7 @@ class Source:
     """What of the identity the user chose, beside the source itself: columns, say."""
     place: str = ""
     """Where the source lies."""
-    earlier: Callable[[], str] | None = None
+    legacy_identity: Callable[[], str] | None = None
     """The identity as the release 85bd0c6 computed it; as today's where absent."""
 
     @property
@@ -88,11 +88,11 @@ class Source:
     @property
     def sample_stamps(self) -> np.ndarray:
         """(N,), uint64: the stamp of each sample."""
-        each = np.full(len(self.rows), hash_of(self.identity.encode()), np.uint64) if self.stamps is None else self.stamps
+        each = np.full(len(self.rows), hash64(self.identity.encode()), np.uint64) if self.stamps is None else self.stamps
         return np.repeat(each, self.rows)
 
 
-class Printed(str):
+class RawRepr(str):
     """What prints as itself, without quotes."""
 
     __slots__ = ()
@@ -116,9 +116,9 @@ def digest(*what: object) -> str:
     return total.hexdigest()
 
 
-def split_named(name: str) -> str | None:
+def split_from_name(name: str) -> str | None:
     """Return the split that a file's name says: `data/train-00001.parquet` is `train`; None where it says none, or several."""
-    kinds = kinds_of(Path(name).name)
+    kinds = splits_in_name(Path(name).name)
     return kinds.pop() if len(kinds) == 1 else None
 
 
@@ -127,7 +127,7 @@ def ordered_splits(splits: Iterable[str]) -> list[str]:
     return sorted(set(splits), key=lambda split: (split != "train", split))
 
 
-def storable(name: str) -> str:
+def to_utf8(name: str) -> str:
     r"""Return a file's name as text that can be stored: bytes of it that are no UTF-8 become `\xe9`."""
     try:
         return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

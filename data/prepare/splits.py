@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-WORDS = {
+SPLIT_WORDS = {
     **dict.fromkeys(("train", "training", "trainset"), "train"),
     **dict.fromkeys(("val", "valid", "validate", "validation", "valset", "dev", "devset", "eval", "evaluate", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing", "testset"), "test"),
@@ -21,19 +21,19 @@ WORDS = {
 SPLIT = re.compile(r"[a-z][a-z0-9_]*")
 SPLIT_COLUMNS = ("split", "splits", "set", "subset", "partition", "phase", "data set", "data_set", "dataset_split", "data_split")
 """Of a table, with a split for each sample, where its values say any; in letters of either case."""
-BESIDE = "."
+NO_FOLDER = "."
 """How `--splits` calls images that lie in no folder."""
 
 
-def words_of(name: str) -> list[str]:
+def split_name_words(name: str) -> list[str]:
     """Return the words of a name, in lower case: `valHard_2` has val and hard."""
     parts = re.findall(r"[^\W\d_]+", name)
     return [word.lower() for part in parts for word in re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", part).split()]
 
 
-def kinds_of(name: str) -> set[str]:
+def splits_in_name(name: str) -> set[str]:
     """Return the splits that a name speaks of: none, one, or several, which leaves open what is meant."""
-    return {WORDS[word] for word in words_of(name) if word in WORDS}
+    return {SPLIT_WORDS[word] for word in split_name_words(name) if word in SPLIT_WORDS}
 
 
 def names_of_file(path: str) -> list[str]:
@@ -45,8 +45,8 @@ def names_of_file(path: str) -> list[str]:
 
 def is_split_name(name: str) -> bool:
     """Return whether a name says a split and nothing else but numbers: `Test`, `train2017`."""
-    words = words_of(name)
-    return len(words) == 1 and words[0] in WORDS
+    words = split_name_words(name)
+    return len(words) == 1 and words[0] in SPLIT_WORDS
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SplitChoice:
     """`--splits none`: names say nothing about splits, all samples are training data."""
 
     @property
-    def given(self) -> bool:
+    def is_given(self) -> bool:
         return self.ignored or bool(self.names)
 
     def find(self, names: Sequence[str]) -> tuple[str, str] | None:
@@ -89,7 +89,7 @@ def parse_splits(text: str) -> SplitChoice:
     for entry in filter(None, (entry.strip() for entry in text.split(","))):
         name, given, split = (part.strip() for part in entry.rpartition("=")) if "=" in entry else (entry, "", "")
         if not given:
-            kinds = kinds_of(name)
+            kinds = splits_in_name(name)
             if len(kinds) != 1:
                 raise ValueError(f"--splits {name}: which split is that? Write {name}=train, {name}=val or {name}=test.")
             split = kinds.pop()
@@ -103,7 +103,7 @@ TRAINING = "packs all as training data"
 CLASSES = f"{TRAINING}, with the folders as classes"
 
 
-def assign(
+def assign_splits(
     named: Mapping[str, Sequence[str]], choice: SplitChoice, where: str, *, known: bool = False, otherwise: str = TRAINING
 ) -> dict[str, str | None] | None:
     """Return the split of each item of a source, None for those that `--splits` leaves out; None where no name says any.
@@ -124,11 +124,11 @@ def assign(
         return None
     if choice.names:
         return _chosen(named, choice, where)
-    said = {item: next((kinds for kinds in map(kinds_of, names) if kinds), set()) for item, names in named.items()}
+    said = {item: next((kinds for kinds in map(splits_in_name, names) if kinds), set()) for item, names in named.items()}
     if not known and not any(said.values()):
         return None
     if any(len(kinds) != 1 for kinds in said.values()):
-        raise ValueError(question(where, said, otherwise))
+        raise ValueError(ambiguity_message(where, said, otherwise))
     return {item: next(iter(kinds)) for item, kinds in said.items()}
 
 
@@ -137,16 +137,16 @@ def _chosen(named: Mapping[str, Sequence[str]], choice: SplitChoice, where: str)
     hits = {hit[0] for hit in found.values() if hit}
     for pattern, _ in choice.names:
         if pattern not in hits:
-            raise ValueError(f"--splits {pattern!r}: {where} has {few(list(named))}. Name what is there.")
+            raise ValueError(f"--splits {pattern!r}: {where} has {shorten_list(list(named))}. Name what is there.")
     return {item: hit[1] if hit else None for item, hit in found.items()}
 
 
-def question(where: str, said: Mapping[str, set[str]], otherwise: str) -> str:
+def ambiguity_message(where: str, said: Mapping[str, set[str]], otherwise: str) -> str:
     """Return what to ask of names that do not say their splits alike, with the option that answers."""
     clear = [item for item, kinds in said.items() if len(kinds) == 1]
     unclear = [item for item, kinds in said.items() if len(kinds) != 1]
-    known = f"{few([f'{item} ({next(iter(said[item]))})' for item in clear])} can be known, but " if clear else ""
-    doubtful = few([f"{item} ({' and '.join(sorted(said[item]))})" if said[item] else item for item in unclear])
+    known = f"{shorten_list([f'{item} ({next(iter(said[item]))})' for item in clear])} can be known, but " if clear else ""
+    doubtful = shorten_list([f"{item} ({' and '.join(sorted(said[item]))})" if said[item] else item for item in unclear])
     example = shlex.quote(",".join([*clear[:2], f"{unclear[0]}=train"]))
     return (
         f"{where}: which splits are these? {known}{doubtful} {'cannot' if clear else 'cannot be known'}. Say which to pack, and as what, "
@@ -163,15 +163,15 @@ def split_columns(names: Iterable[str]) -> list[str]:
 def check_rows(values: Iterable[object], split: str, where: str, column: str) -> None:
     """Raise a ValueError where a column of splits puts rows into another split than all rows of their file have."""
     words = {str(value) for value in values}
-    others = sorted(word for word in words if kinds_of(word) - {split})
+    others = sorted(word for word in words if splits_in_name(word) - {split})
     if others:
         raise ValueError(
-            f"{where}: its column {column!r} says {few(others)} of some rows, and all would be packed as {split}. "
+            f"{where}: its column {column!r} says {shorten_list(others)} of some rows, and all would be packed as {split}. "
             f"Write a file for each split, or pack all as training data with --splits none."
         )
 
 
-def few(items: Sequence[str], limit: int = 5) -> str:
+def shorten_list(items: Sequence[str], limit: int = 5) -> str:
     """Return the first few of a list, and how many more there are."""
     return ", ".join(items[:limit]) + (f" and {len(items) - limit:,} more" if len(items) > limit else "")
 
@@ -195,8 +195,8 @@ def split_folders(images: Sequence[str], choice: SplitChoice, where: str) -> tup
     if choice.names:
         return _listed_folders(paths, choice, where)
     depth = _depth(paths)
-    tops = [path[depth] if len(path) > depth else BESIDE for path in paths]
-    assigned = assign({top: [top] for top in dict.fromkeys(tops)}, choice, where, otherwise=CLASSES)
+    tops = [path[depth] if len(path) > depth else NO_FOLDER for path in paths]
+    assigned = assign_splits({top: [top] for top in dict.fromkeys(tops)}, choice, where, otherwise=CLASSES)
     if assigned is not None:
         _refuse_classes(assigned, paths, depth, where)
         return [assigned[top] for top in tops], _class_folders([path[depth + 1 :] for path in paths])
@@ -204,7 +204,7 @@ def split_folders(images: Sequence[str], choice: SplitChoice, where: str) -> tup
     if deep and not choice.ignored:
         names = sorted({path.rpartition("/")[2] for path in deep})
         raise ValueError(
-            f"{where}: folders inside of others are named like splits: {few(sorted(deep))}. Say --splits {','.join(names)} "
+            f"{where}: folders inside of others are named like splits: {shorten_list(sorted(deep))}. Say --splits {','.join(names)} "
             "to take them as splits, or --splits none to pack all as training data."
         )
     return ["train"] * len(images), _class_folders(paths)
@@ -223,7 +223,7 @@ def _refuse_classes(assigned: Mapping[str, str | None], paths: Sequence[tuple[st
     several = len(set(assigned.values())) < len(names) and not any(map(is_split_name, names))
     if several and all(len(path) == depth + 1 for path in paths):
         raise ValueError(
-            f"{where}: are {few(names)} splits, or classes? Take them as splits with --splits {shlex.quote(','.join(names))}, "
+            f"{where}: are {shorten_list(names)} splits, or classes? Take them as splits with --splits {shlex.quote(','.join(names))}, "
             "or as classes of training data with --splits none."
         )
 
@@ -234,7 +234,7 @@ def _depth(paths: Sequence[tuple[str, ...]]) -> int:
     said = next((i for i, name in enumerate(common) if is_split_name(name)), None)
     if said is not None:
         return said
-    return len(common) if any(kinds_of(path[len(common)]) for path in set(paths) if len(path) > len(common)) else 0
+    return len(common) if any(splits_in_name(path[len(common)]) for path in set(paths) if len(path) > len(common)) else 0
 
 
 def _common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
@@ -249,7 +249,7 @@ def _listed_folders(paths: Sequence[tuple[str, ...]], choice: SplitChoice, where
     said: dict[tuple[str, ...], tuple[str | None, tuple[str, ...]]] = {}
     hits = set[str]()
     for path in dict.fromkeys(paths):
-        levels = [(i, choice.find([name])) for i, name in enumerate(path or (BESIDE,))]
+        levels = [(i, choice.find([name])) for i, name in enumerate(path or (NO_FOLDER,))]
         level, hit = next(((i, hit) for i, hit in reversed(levels) if hit), (0, None))
         outside = next((other for _, other in levels if other and hit and other[1] != hit[1] == "train"), None)
         if outside:
@@ -261,8 +261,8 @@ def _listed_folders(paths: Sequence[tuple[str, ...]], choice: SplitChoice, where
         said[path] = (hit[1], path[level + 1 :] or path[outer:level]) if hit else (None, ())
     for pattern, _ in choice.names:
         if pattern not in hits:
-            tops = sorted({path[0] if path else BESIDE for path in said})
-            raise ValueError(f"--splits {pattern!r}: {where} has no such folder of images; it has {few(tops)}.")
+            tops = sorted({path[0] if path else NO_FOLDER for path in said})
+            raise ValueError(f"--splits {pattern!r}: {where} has no such folder of images; it has {shorten_list(tops)}.")
     inside = [rest for split, rest in said.values() if split]
     class_of = dict(zip(inside, _class_folders(inside), strict=True))
     return [said[path][0] for path in paths], [class_of.get(said[path][1], "") for path in paths]

@@ -12,8 +12,8 @@ import pyarrow as pa
 
 from condot.core.text_files import caption_text, decode_text
 
-from .class_labels import Class, label_of
-from .source import Printed, Record
+from .class_labels import Class, class_number
+from .source import RawRepr, RawSample
 
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "path")
 IMAGE_COLUMNS = ("image", "img", "jpg", "png")
@@ -24,7 +24,7 @@ NONE = "none"
 
 
 @dataclass(frozen=True)
-class Choice:
+class ColumnChoice:
     """Columns that the user named instead of those found; `none` for a sample without a caption or class."""
 
     file: str = ""
@@ -47,16 +47,16 @@ class Columns:
     """Kept in the sample's `.json`."""
 
     @property
-    def earlier(self) -> Printed:
+    def legacy_repr(self) -> RawRepr:
         """As the release 85bd0c6 printed them."""
         names = ("image", "caption", "label", "class_names", "others")
-        return Printed(f"Columns({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})")
+        return RawRepr(f"Columns({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})")
 
     @property
     def all(self) -> list[str]:
         return [name for name in (self.image, self.caption, self.label, *self.others) if name]
 
-    def record(self, row: Mapping[str, Any], name: str, numbers: Mapping[Class, int]) -> Record:
+    def record(self, row: Mapping[str, Any], name: str, numbers: Mapping[Class, int]) -> RawSample:
         """Return a row as a sample.
 
         Args:
@@ -77,7 +77,7 @@ class Columns:
         if isinstance(words, list):  # several captions of one image: the first is the caption, all are kept
             more[self.caption] = words
         extension = PurePath(path).suffix.lower().lstrip(".") if path else ""
-        return Record(name, data, extension, label_of(row.get(self.label) if self.label else None, numbers), first_text(words), more)
+        return RawSample(name, data, extension, class_number(row.get(self.label) if self.label else None, numbers), first_text(words), more)
 
 
 def first_text(value: Any) -> str | None:
@@ -95,7 +95,7 @@ def first_text(value: Any) -> str | None:
     return None
 
 
-def refuse_partitions(files: Sequence[str], columns: Columns, choice: Choice, where: str) -> None:
+def refuse_partitions(files: Sequence[str], columns: Columns, choice: ColumnChoice, where: str) -> None:
     """Raise a ValueError where captions or classes stand in names of folders, as `label=cat/0.parquet`, and are not in the files."""
     parts = [part.partition("=") for file in files for part in file.split("/")[:-1]]
     keys = list(dict.fromkeys(key for key, equals, _ in parts if equals))
@@ -103,7 +103,7 @@ def refuse_partitions(files: Sequence[str], columns: Columns, choice: Choice, wh
         ("caption", choice.caption, columns.caption, CAPTION_COLUMNS),
         ("label", choice.label, columns.label, LABEL_COLUMNS),
     ):
-        key = "" if found or given else known_column(known, keys)
+        key = "" if found or given else match_column(known, keys)
         if key:
             raise ValueError(
                 f"{where}: {key!r} is in the names of folders ({key}=...), which are not read as columns. Write it into the files "
@@ -111,7 +111,7 @@ def refuse_partitions(files: Sequence[str], columns: Columns, choice: Choice, wh
             )
 
 
-def features_of(schema: pa.Schema) -> dict[str, Any]:
+def read_features(schema: pa.Schema) -> dict[str, Any]:
     """What Hugging Face's `datasets` wrote beside a schema about its columns; nothing where it did not."""
     try:
         return dict(json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"])
@@ -119,7 +119,7 @@ def features_of(schema: pa.Schema) -> dict[str, Any]:
         return {}
 
 
-def choose(schema: pa.Schema, features: Mapping[str, Any], choice: Choice, where: str) -> Columns:
+def choose_columns(schema: pa.Schema, features: Mapping[str, Any], choice: ColumnChoice, where: str) -> Columns:
     """Find the columns of a table of images; class names come from `features` alone.
 
     Raises:
@@ -129,27 +129,29 @@ def choose(schema: pa.Schema, features: Mapping[str, Any], choice: Choice, where
     if twice:
         raise ValueError(f"{where}: two columns are called {twice[0]!r}. Rename one.")
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
-    image = column_of("image", choice.image, schema.names, where) or _image_column(schema, kinds, where)
+    image = find_column("image", choice.image, schema.names, where) or _image_column(schema, kinds, where)
     if not _holds_bytes(schema.field(image).type):
         raise ValueError(
             f"{where}: column {image!r} holds {schema.field(image).type}, not files of images. Name another by --image_column."
         )
     rest = [name for name in schema.names if name != image]
-    classes = [name for name in rest if class_names_of(features, name) is not None]
-    label = column_of("label", choice.label, schema.names, where, (*LABEL_COLUMNS, *classes), rest)
+    classes = [name for name in rest if read_class_names(features, name) is not None]
+    label = find_column("label", choice.label, schema.names, where, (*LABEL_COLUMNS, *classes), rest)
     rest = [name for name in rest if name != label]
-    caption = column_of("caption", choice.caption, schema.names, where, CAPTION_COLUMNS, rest)
+    caption = find_column("caption", choice.caption, schema.names, where, CAPTION_COLUMNS, rest)
     if caption and not _holds_text(schema.field(caption).type):
         raise ValueError(
             f"{where}: column {caption!r} holds {schema.field(caption).type}, not captions. "
             "Name another by --caption_column, or none with --caption_column none."
         )
-    names = class_names_of(features, label)
+    names = read_class_names(features, label)
     others = [f.name for f in schema if f.name not in (image, caption, label) and _says_something(f.type)]
     return Columns(image, caption, label, names or (), names is not None, tuple(others))
 
 
-def column_of(flag: str, name: str, names: Sequence[str], where: str, known: Sequence[str] = (), among: Sequence[str] | None = None) -> str:
+def find_column(
+    flag: str, name: str, names: Sequence[str], where: str, known: Sequence[str] = (), among: Sequence[str] | None = None
+) -> str:
     """Return the column that the option `--FLAG_column` names, else the first known one; empty where there is none.
 
     Args:
@@ -169,16 +171,16 @@ def column_of(flag: str, name: str, names: Sequence[str], where: str, known: Seq
         return ""
     if name:
         raise ValueError(f"--{flag}_column {name!r}: {where} has no such column, it has {', '.join(names)}.")
-    return known_column(known, names if among is None else among)
+    return match_column(known, names if among is None else among)
 
 
-def known_column(known: Sequence[str], names: Sequence[str]) -> str:
+def match_column(known: Sequence[str], names: Sequence[str]) -> str:
     """Return the column that has the first of some known names, in letters of either case where none has it exactly; else empty."""
     lower = {name.strip().lower(): name for name in reversed(names)}
     return next((c for c in known if c in names), "") or next((lower[c.lower()] for c in known if c.lower() in lower), "")
 
 
-def class_names_of(features: Mapping[str, Any], column: str) -> tuple[str, ...] | None:
+def read_class_names(features: Mapping[str, Any], column: str) -> tuple[str, ...] | None:
     """Return the names of the classes of a column, also of one that holds lists of one class; None where it has none.
 
     Raises:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from condot.core.errors import some
-from condot.core.regular_files import kind_of
+from condot.core.errors import summarize_list
+from condot.core.regular_files import describe_file_kind
 
 COMPRESSED = (".tar.gz", ".tgz")
 
@@ -32,7 +32,9 @@ def find_tars(source: str) -> list[Path]:
         raise ValueError(f"source {source!r} is no pattern: {error}. Write shards-{{000000..000009}}.tar.") from error
     missing = [name for name in names if not Path(name).is_file()]
     if missing:
-        raise ValueError(f"source {source!r}: {len(missing)} of {len(names)} tars are not there: {some(missing, 3)}. Check the pattern.")
+        raise ValueError(
+            f"source {source!r}: {len(missing)} of {len(names)} tars are not there: {summarize_list(missing, 3)}. Check the pattern."
+        )
     return [Path(name) for name in names]
 
 
@@ -46,7 +48,7 @@ def _tars_below(folder: Path) -> list[Path]:
     found = [folder / name for name in names if name.endswith((".tar", *COMPRESSED)) and not (folder / name).is_dir()]
     special = [f"{path} ({_kind(path)})" for path in found if not path.is_file()]
     if special:
-        raise ValueError(f"{some(special, 3)}: no files. Name the tars by a pattern that leaves them out.")
+        raise ValueError(f"{summarize_list(special, 3)}: no files. Name the tars by a pattern that leaves them out.")
     below = [folder / name for name in names if (folder / name).is_dir() and not (folder / name).is_symlink()]
     return found or [tar for inner in below for tar in _tars_below(inner)]
 
@@ -73,4 +75,4 @@ def _plain_name(name: str) -> str:
 
 
 def _kind(path: Path) -> str:
-    return kind_of(path.stat()) if path.exists() else "a link that leads to nothing"
+    return describe_file_kind(path.stat()) if path.exists() else "a link that leads to nothing"

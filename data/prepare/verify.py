@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from condot.core.caption_fields import caption_of
-from condot.core.errors import reason
+from condot.core.caption_fields import draw_caption
+from condot.core.errors import describe_error
 from condot.core.printable import printable
 
-from ..format.index import image_in, index_path, locate, open_index, sha256, span_of, unchanged
+from ..format.index import index_path, index_payload, is_unchanged, open_index, sample_span, sha256, slice_image
 from ..format.shard_table import Shard
 from ..format.tar_headers import BLOCK
-from ..format.tar_reader import files_of
+from ..format.tar_reader import parse_sample_files
 from ..images.decode import DECODE_ERRORS, decode_into
 from .worker_pool import Progress
 
@@ -26,7 +26,7 @@ CHANGED = "its bytes changed since it was indexed"
 
 
 @dataclass(frozen=True)
-class Check:
+class ShardCheck:
     """One shard to check."""
 
     tar: Path
@@ -44,7 +44,7 @@ class Check:
     """As a recipe's section `data` has them."""
 
 
-def check(job: Check, progress: Progress) -> list[str]:
+def check_shard(job: ShardCheck, progress: Progress) -> list[str]:
     """What is wrong with a shard: one line a sample, with shard and key."""
     bad = []
     if job.verify and sha256(job.tar) != job.shard.sha256:
@@ -53,7 +53,7 @@ def check(job: Check, progress: Progress) -> list[str]:
     try:
         records = open_index(index_path(job.tar), job.shard, job.classes)
     except (ValueError, OSError) as error:
-        return [*bad, f"{printable(index_path(job.tar).name)}: {reason(error)}"]  # what it says of samples means nothing
+        return [*bad, f"{printable(index_path(job.tar).name)}: {describe_error(error)}"]  # what it says of samples means nothing
     with open(job.tar, "rb", buffering=0) as file:
         for number in job.numbers.tolist():
             key, why = _sample(file.fileno(), records[number], job.caption, pixels)
@@ -67,18 +67,18 @@ def _sample(file: int, record: np.void, caption: str, pixels: np.ndarray) -> tup
     """Return the key of a sample and what is wrong with it, or nothing; its image is decoded into `pixels`."""
     fields: tuple[Any, ...] = tuple(record.item())
     payload, size, _, before = fields[:4]
-    start, length = span_of(fields)
+    start, length = sample_span(fields)
     body = os.pread(file, length, start)
-    if not unchanged(locate(body, payload * BLOCK, size, start), fields):
+    if not is_unchanged(index_payload(body, payload * BLOCK, size, start), fields):
         try:
-            return files_of(body[: (before + 1) * BLOCK])[0], CHANGED
+            return parse_sample_files(body[: (before + 1) * BLOCK])[0], CHANGED
         except ValueError:
             return "", CHANGED
     key = ""
     try:
-        key, files = files_of(body)
-        decode_into(pixels, image_in(body, before, size))
-        caption_of(files, caption)
+        key, files = parse_sample_files(body)
+        decode_into(pixels, slice_image(body, before, size))
+        draw_caption(files, caption)
     except DECODE_ERRORS as error:
-        return key, reason(error)
+        return key, describe_error(error)
     return key, ""

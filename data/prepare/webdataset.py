@@ -15,38 +15,46 @@ from typing import Any
 
 from tqdm import tqdm
 
-from condot.core.errors import reason, some
+from condot.core.errors import describe_error, summarize_list
 from condot.core.file_lock import open_new
 from condot.core.printable import printable
-from condot.core.process import processors
+from condot.core.process import available_cpus
 
-from ..format.file_stamps import facts_of, stamp_of
-from ..format.index import describe, index_path, sha256
+from ..format.file_stamps import compute_stamp, file_facts
+from ..format.index import index_path, index_tar, sha256
 from ..format.manifest import Manifest, Tally, write_manifest
-from ..format.shard_table import Shard, ShardList
-from ..format.tar_reader import Remarks, members
+from ..format.shard_table import Shard, ShardTable
+from ..format.tar_reader import TarRemarks, members
 from ..format.tar_writer import commit, commit_json
-from ..images.decode import DECODE_ERRORS, preview
+from ..images.decode import DECODE_ERRORS, decode_preview
 from ..images.formats import IMAGE_EXTENSIONS
-from .output_folder import check_files_kept, check_same, forget, locked, remembered, renew, say_again
-from .pack import REPORTED, Corrupt, already, complaint
-from .pack_state import Entry, PackRequest, write_packed
-from .report import draw
+from .output_folder import (
+    announce_repacking,
+    check_files_kept,
+    check_same_request,
+    load_pack_state,
+    lock_output,
+    remove_stale,
+    update_stamps,
+)
+from .pack import MAX_REPORTED, CorruptImages, finished_result, unreadable_message
+from .pack_state import PackedShard, PackRequest, write_pack_state
+from .report import draw_summary
 from .shard_writer import journal_path
-from .source import digest, split_named
-from .source_changes import compare_files, void
+from .source import digest, split_from_name
+from .source_changes import compare_files, invalidate
 from .tar_sources import COMPRESSED, output_names
-from .worker_pool import Progress, crew
+from .worker_pool import Progress, run_jobs
 
-MOST_INFLATION = 200
+MAX_INFLATION = 200
 """Times its compressed size: gzip makes at most 1,030 of zeros, and 5 to 20 of images with small texts and padding."""
 CHUNK = 1 << 20
-KINDS = 20
+MAX_KINDS = 20
 """Of files that are no part of a sample, which the report counts one by one."""
 
 
 @dataclass(frozen=True)
-class Indexing:
+class IndexJob:
     """One tar to index."""
 
     source: Path
@@ -62,7 +70,7 @@ class Indexing:
     image_extension: str = ""
 
 
-def adopt(
+def pack_webdataset(
     tars: list[Path],
     output: Path,
     *,
@@ -96,75 +104,77 @@ def adopt(
     names = output_names(tars, output)
     packed = [path.name for path in tars if path.name.endswith(COMPRESSED)]
     if packed and tars[0].parent.resolve() == output.resolve():
-        raise ValueError(f"{some(packed, 3)} cannot be read from the middle: give another folder as --output, where they are decompressed.")
+        raise ValueError(
+            f"{summarize_list(packed, 3)} cannot be read from the middle: give another folder as --output, where they are decompressed."
+        )
     more = [*([image_extension] if image_extension else []), *([sorted(split_of.values())] if split_of else [])]
-    asked = _asked(tars, class_names, split, verify, *more)
-    before, known = remembered(output), None
-    splits = [(split_of or {}).get(tar) or split or split_named(tar.name) or "train" for tar in tars]
+    request = _pack_request(tars, class_names, split, verify, *more)
+    before, known = load_pack_state(output), None
+    splits = [(split_of or {}).get(tar) or split or split_from_name(tar.name) or "train" for tar in tars]
     files = dict(zip(names, tars, strict=True))
     if (output / "manifest.json").exists():
-        check_same(output, asked, before)
+        check_same_request(output, request, before)
         known = compare_files(files, output / ".packing", output, before)
         if before and before.shards.keys() == known.kept.keys() == files.keys():
-            renew(output, asked, before, known)
-            return already(output, skip)
-    check_files_kept(output, asked, before, files, known.kept if known else {})
+            update_stamps(output, request, before, known)
+            return finished_result(output, skip)
+    check_files_kept(output, request, before, files, known.kept if known else {})
     if known:
-        say_again(output, before, len(known.kept), len(tars))
+        announce_repacking(output, before, len(known.kept), len(tars))
     ours = [name for name, tar in zip(names, tars, strict=True) if tar.parent.resolve() != output.resolve()]
-    with locked(output, asked, ours, before) as folder:
+    with lock_output(output, request, ours, before) as folder:
         (output / "manifest.json").unlink(missing_ok=True)
         known = known or compare_files(files, folder, output, before)
         jobs = [
-            Indexing(tar.resolve(), name, where, output, folder, verify, stamp_of(facts_of(tar.stat())), image_extension)
+            IndexJob(tar.resolve(), name, where, output, folder, verify, compute_stamp(file_facts(tar.stat())), image_extension)
             for tar, name, where in zip(tars, names, splits, strict=True)
         ]
         kept = {name: entry for name, entry in known.kept.items() if skip or not entry.journal["faults"]}  # they may have been mended
         _index([job for job in jobs if job.name not in kept], len(jobs), workers)
         journals = [kept[job.name].journal if job.name in kept else json.loads(journal_path(folder / job.name).read_text()) for job in jobs]
         _refuse_damaged(journals, folder)
-        manifest, report = _assemble(journals, class_names, asked.request, image_extension)
+        manifest, report = _assemble(journals, class_names, request.request, image_extension)
         if report["unreadable"]["count"] and (not skip or not report["samples"]):
             commit_json(report, output / "report.json")
-            raise Corrupt(complaint(report, output))
+            raise CorruptImages(unreadable_message(report, output))
         if not report["samples"]:
-            raise ValueError(_nothing(tars, report))
+            raise ValueError(_no_image_message(tars, report))
         commit_json(report, output / "report.json")
-        draw(output, manifest, output / "summary.png")
-        forget(output, before, names)
-        write_packed(output, asked, {job.name: Entry(journal) for job, journal in zip(jobs, journals, strict=True)})
+        draw_summary(output, manifest, output / "summary.png")
+        remove_stale(output, before, names)
+        write_pack_state(output, request, {job.name: PackedShard(journal) for job, journal in zip(jobs, journals, strict=True)})
         write_manifest(output, manifest)
         shutil.rmtree(folder, ignore_errors=True)
     return manifest, report
 
 
-def _asked(tars: list[Path], *settings: object) -> PackRequest:
+def _pack_request(tars: list[Path], *settings: object) -> PackRequest:
     """Return what is asked for: these tars, with these settings."""
     request = digest("webdataset", [(tar.name, tar.stat().st_size) for tar in tars], *settings)
     place = ", ".join(sorted({str(tar.parent.resolve()) for tar in tars}))
     return PackRequest(request, digest("webdataset", *settings), place)
 
 
-def _index(todo: list[Indexing], total: int, workers: int) -> None:
+def _index(todo: list[IndexJob], total: int, workers: int) -> None:
     """Index tars; what was known of them before counts no more."""
     for job in todo:
-        void(journal_path(job.folder / job.name))
-    useful = min(len(todo), workers or min(processors(), sum(job.source.stat().st_size for job in todo) // 64_000_000 + 1))
+        invalidate(journal_path(job.folder / job.name))
+    useful = min(len(todo), workers or min(available_cpus(), sum(job.source.stat().st_size for job in todo) // 64_000_000 + 1))
     with tqdm(total=total, initial=total - len(todo), desc="indexing", unit="shard", mininterval=1) as bar:
-        for _ in crew(index, todo, useful, lambda samples: None):
+        for _ in run_jobs(index, todo, useful, lambda samples: None):
             bar.update()
 
 
-def index(job: Indexing, progress: Progress) -> str:
+def index(job: IndexJob, progress: Progress) -> str:
     """Bring one tar to its place and index it; what is wrong with it goes into its journal."""
     tar = job.output / job.name
     faults: list[str] = []
-    remarks = Remarks()
+    remarks = TarRemarks()
     try:
         if job.source != tar.resolve():
-            _bring(job.source, tar)
+            _link_or_decompress(job.source, tar)
         verify = _decodes if job.verify else None
-        shard, tally = describe(tar, job.split, faults=faults, verify=verify, image_extension=job.image_extension, remarks=remarks)
+        shard, tally = index_tar(tar, job.split, faults=faults, verify=verify, image_extension=job.image_extension, remarks=remarks)
     except ValueError as error:
         commit_json({"damaged": str(error)}, journal_path(job.folder / job.name))
         return job.name
@@ -179,12 +189,12 @@ def index(job: Indexing, progress: Progress) -> str:
 
 def _decodes(image: bytes) -> None:
     try:
-        preview(image)
+        decode_preview(image)
     except DECODE_ERRORS as error:
-        raise ValueError(reason(error)) from error
+        raise ValueError(describe_error(error)) from error
 
 
-def _bring(source: Path, tar: Path) -> None:
+def _link_or_decompress(source: Path, tar: Path) -> None:
     """Link a plain tar, or decompress one, in pieces and under a temporary name.
 
     Raises:
@@ -196,13 +206,13 @@ def _bring(source: Path, tar: Path) -> None:
         temporary.symlink_to(source)
         os.replace(temporary, tar)
         return
-    limit, size = MOST_INFLATION * source.stat().st_size, 0
+    limit, size = MAX_INFLATION * source.stat().st_size, 0
     try:
         with gzip.open(source) as packed, open_new(temporary) as file:
             while piece := packed.read(CHUNK):
                 size += len(piece)
                 if size > limit:
-                    raise ValueError(f"{source}: more than {MOST_INFLATION} times its size when decompressed. Is it a tar of images?")
+                    raise ValueError(f"{source}: more than {MAX_INFLATION} times its size when decompressed. Is it a tar of images?")
                 file.write(piece)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{source}: cannot be decompressed ({error}). Copy it again.") from error
@@ -216,7 +226,7 @@ def _refuse_damaged(journals: list[dict[str, Any]], folder: Path) -> None:
         for path in folder.glob("*.json"):  # they may be mended: look at them again next time
             if "damaged" in json.loads(path.read_text() or "{}"):
                 path.unlink()
-        raise ValueError(f"{len(damaged)} of {len(journals)} tars are damaged: {some(damaged)}")
+        raise ValueError(f"{len(damaged)} of {len(journals)} tars are damaged: {summarize_list(damaged)}")
 
 
 def _assemble(
@@ -248,13 +258,13 @@ def _assemble(
     report = {
         "found": samples + len(faults),
         "samples": samples,
-        "unreadable": {"count": len(faults), "list": faults[:REPORTED]},
+        "unreadable": {"count": len(faults), "list": faults[:MAX_REPORTED]},
         "missing_captions": samples - tally.captions if tally.captions else 0,
-        "unknown_files": _few(unknown),
+        "unknown_files": _count_kinds(unknown),
         "joined_tars": sum(journal.get("joined", 0) for journal in journals),
     }
     manifest = Manifest(
-        shards=ShardList.of([shard for shard in shards if shard.samples]),
+        shards=ShardTable.of([shard for shard in shards if shard.samples]),
         class_names=names,
         tally=tally,
         source=request,
@@ -263,16 +273,16 @@ def _assemble(
     return manifest, report
 
 
-def _few(unknown: Counter[str]) -> dict[str, int]:
+def _count_kinds(unknown: Counter[str]) -> dict[str, int]:
     """Return counts by kind, at most KINDS of them: a stranger's tar may have a kind for each file."""
-    kept = dict(unknown.most_common(KINDS))
+    kept = dict(unknown.most_common(MAX_KINDS))
     rest = unknown.total() - sum(kept.values())
     if rest:
         kept["of other kinds"] = kept.get("of other kinds", 0) + rest
     return dict(sorted(kept.items()))
 
 
-def _nothing(tars: list[Path], report: dict[str, Any]) -> str:
+def _no_image_message(tars: list[Path], report: dict[str, Any]) -> str:
     """Return what to say of tars that hold no image."""
     found = "; ".join(f"{count:,} files {kind}" for kind, count in report["unknown_files"].items())
     return (

@@ -23,14 +23,14 @@ Progress = Callable[[int], object]
 _counter: Any = None
 
 
-def crew(work: Callable[[Job, Progress], Result], jobs: Iterable[Job], workers: int, progress: Progress) -> Iterator[Result]:
+def run_jobs(work: Callable[[Job, Progress], Result], jobs: Iterable[Job], workers: int, progress: Progress) -> Iterator[Result]:
     """Do jobs, in this process for one worker; results come in any order.
 
     Args:
         work: a function of a module, called with a job and its progress.
         jobs: taken as they are needed, so that they never lie in memory all.
         workers: processes.
-        progress: told in this process how many samples are done.
+        progress: called in this process with how many samples are done.
 
     Raises:
         ValueError: a worker was killed. What a job raises is raised here;
@@ -42,19 +42,19 @@ def crew(work: Callable[[Job, Progress], Result], jobs: Iterable[Job], workers: 
         return
     context = multiprocessing.get_context("forkserver")  # plain fork is unsafe beside threads, and `datasets` and tqdm have some
     context.set_forkserver_preload(["__main__", work.__module__])
-    counter, told = context.Value("q", 0), 0
+    counter, reported = context.Value("q", 0), 0
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, _begin, (counter,))
+    pool = ProcessPoolExecutor(workers, context, _init_worker, (counter,))
     queue, running = iter(jobs), set[Future[Result]]()
     try:
         while True:
-            running |= {pool.submit(_do, work, job) for job in islice(queue, 2 * workers - len(running))}
+            running |= {pool.submit(_run_job, work, job) for job in islice(queue, 2 * workers - len(running))}
             if not running:
                 break
             done, running = wait(running, 0.2, FIRST_COMPLETED)
             now = counter.value  # read once: what is added meanwhile is for the next time
-            progress(now - told)
-            told = now
+            progress(now - reported)
+            reported = now
             for future in done:
                 yield future.result()
         pool.shutdown()
@@ -68,17 +68,17 @@ def crew(work: Callable[[Job, Progress], Result], jobs: Iterable[Job], workers: 
         pool.shutdown(cancel_futures=True)
 
 
-def _begin(counter: Any) -> None:
+def _init_worker(counter: Any) -> None:
     """A worker starts: Ctrl-C is the parent's to answer, and it does not outlive the parent."""
     global _counter
     _counter = counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     guard_streams()
-    quiet()
+    silence_pillow()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
-def quiet() -> None:
+def silence_pillow() -> None:
     """Pillow's remarks about odd files say no more than what is reported, and never which file."""
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
@@ -90,10 +90,10 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _do(work: Callable[[Job, Progress], Result], job: Job) -> Result:
-    return work(job, _add)
+def _run_job(work: Callable[[Job, Progress], Result], job: Job) -> Result:
+    return work(job, _add_progress)
 
 
-def _add(samples: int) -> None:
+def _add_progress(samples: int) -> None:
     with _counter.get_lock():
         _counter.value += samples

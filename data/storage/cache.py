@@ -34,13 +34,13 @@ PART = re.compile(r"\..*\.(\d{1,20})\.part")
 """The name of a download under way, with the bytes that it takes."""
 
 
-class Item(NamedTuple):
+class CacheItem(NamedTuple):
     """A file that can be cached."""
 
     name: str
     """Holds the hash of its content."""
-    least: int
-    most: int
+    min_bytes: int
+    max_bytes: int
     """Bytes; the same where the size is known."""
 
 
@@ -65,8 +65,8 @@ class Cache:
         self._lock = threading.RLock()
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._alone():
-                self._sweep()
+            with self._exclusive():
+                self._remove_partial_files()
         except OSError as error:
             raise ValueError(
                 f"data.cache_dir={str(self.folder)!r} cannot be used: {error.strerror}. Choose a folder on a disk of this machine."
@@ -88,7 +88,7 @@ class Cache:
                 f"Use {_size(needed)} or more, or a smaller data.shuffle_block."
             )
 
-    def get(self, item: Item) -> Path | None:
+    def get(self, item: CacheItem) -> Path | None:
         """The file, held from now on, or None where it is not here."""
         path = self.folder / item.name
         with self._lock:
@@ -99,7 +99,7 @@ class Cache:
             if not held:
                 fcntl.flock(fd, fcntl.LOCK_SH)
             size = os.fstat(fd).st_size
-            there, fits = is_named(fd, path), item.least <= size <= item.most
+            there, fits = is_named(fd, path), item.min_bytes <= size <= item.max_bytes
             if not there or not fits:
                 self._held.pop(item.name, None)
                 os.close(fd)
@@ -111,7 +111,7 @@ class Cache:
             self._hold(item.name, fd, size)
         return path
 
-    def fetch(self, item: Item, write: Callable[[BinaryIO], None], *, patience: float = 60.0, wait: bool = True) -> Path | None:
+    def fetch(self, item: CacheItem, write: Callable[[BinaryIO], None], *, patience: float = 60.0, wait: bool = True) -> Path | None:
         """The file, from here or by `write`, held from now on.
 
         Args:
@@ -125,8 +125,8 @@ class Cache:
             ValueError: another's download stands still; the disk is full.
             CacheFull: all room is in use.
         """
-        self.require(item.most, "one shard takes")
-        part = self.folder / f".{item.name}.{item.most}.part"
+        self.require(item.max_bytes, "one shard takes")
+        part = self.folder / f".{item.name}.{item.max_bytes}.part"
         seen, since = -1.0, time.monotonic()
         while True:
             if (path := self.get(item)) is not None:
@@ -154,7 +154,7 @@ class Cache:
                         f"{part}: another process has been downloading it for {patience:g} s without a byte. End that process."
                     )
                 raise CacheFull(
-                    f"data.cache_size={_size(self.limit_bytes)}: no room for {_size(item.most)} in {self.folder}, "
+                    f"data.cache_size={_size(self.limit_bytes)}: no room for {_size(item.max_bytes)} in {self.folder}, "
                     f"all other files are in use. Raise it, or lower data.shuffle_block."
                 )
             time.sleep(POLL_SECONDS)
@@ -171,20 +171,20 @@ class Cache:
         for name in list(self._held):
             self.release(name)
 
-    def _write(self, fd: int, item: Item, part: Path, write: Callable[[BinaryIO], None]) -> None:
+    def _write(self, fd: int, item: CacheItem, part: Path, write: Callable[[BinaryIO], None]) -> None:
         """Fill a part, give it its name and hold it."""
         try:
             with open(fd, "wb", closefd=False) as file:
                 write(file)
         except OSError as error:
             raise ValueError(
-                f"{self.folder} cannot be written ({error.strerror or error}; {_size(item.most)} were wanted). "
+                f"{self.folder} cannot be written ({error.strerror or error}; {_size(item.max_bytes)} were wanted). "
                 f"Free space, or set data.cache_dir to another disk."
             ) from error
         size = os.fstat(fd).st_size
-        assert item.least <= size <= item.most, f"{item} was written with {size} bytes"
+        assert item.min_bytes <= size <= item.max_bytes, f"{item} was written with {size} bytes"
         held = os.dup(fd)  # the same open file, so the lock has no gap
-        with self._lock, self._alone():  # whoever counts the folder's bytes would miss a file that changes its name meanwhile
+        with self._lock, self._exclusive():  # whoever counts the folder's bytes would miss a file that changes its name meanwhile
             os.rename(part, self.folder / item.name)
             fcntl.flock(held, fcntl.LOCK_SH)
             if item.name in self._held:
@@ -200,20 +200,20 @@ class Cache:
         ):
             self.release(next(iter(self._held)))
 
-    def _make_room(self, fd: int, item: Item) -> bool:
+    def _make_room(self, fd: int, item: CacheItem) -> bool:
         """Evict, longest unused first, until the item fits under the limit and on the disk; then its room is taken.
 
         What this process itself holds goes last, longest unasked first: open
         files stay readable when their names are gone.
         """
-        with self._lock, self._alone():
-            self._sweep()
+        with self._lock, self._exclusive():
+            self._remove_partial_files()
             files = sorted(self._files())
             used = sum(size for _, size, _ in files)
 
             def fits() -> bool:
                 disk = os.statvfs(self.folder)
-                return used + item.most <= self.limit_bytes and item.most <= disk.f_bavail * disk.f_frsize
+                return used + item.max_bytes <= self.limit_bytes and item.max_bytes <= disk.f_bavail * disk.f_frsize
 
             for own in (False, True):
                 for _, size, name in files:
@@ -227,9 +227,10 @@ class Cache:
             if fits():
                 os.truncate(fd, 1)
                 return True
-            if used + item.most <= self.limit_bytes:
+            if used + item.max_bytes <= self.limit_bytes:
                 raise ValueError(
-                    f"{self.folder}: the disk is full ({_size(item.most)} are wanted). Free space, or set data.cache_dir to another disk."
+                    f"{self.folder}: the disk is full ({_size(item.max_bytes)} are wanted). "
+                    f"Free space, or set data.cache_dir to another disk."
                 )
             return False
 
@@ -245,13 +246,13 @@ class Cache:
             elif not entry.name.startswith(".") and stat.S_ISREG(status.st_mode):
                 yield status.st_mtime, status.st_size, entry.name
 
-    def _sweep(self) -> None:
+    def _remove_partial_files(self) -> None:
         """Delete what killed downloads left: parts that nobody locks."""
         for part in self.folder.glob(".*.part"):
             remove_unused(part)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive(self) -> Iterator[None]:
         """One process at a time looks for room."""
         fd = open_lock(self.folder / ".lock")
         try:

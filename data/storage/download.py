@@ -17,9 +17,9 @@ from fsspec.asyn import sync
 from yarl import URL
 
 from condot.core.printable import redact_url
-from condot.core.urls import shown
+from condot.core.urls import display_url
 
-from .retry import HttpError, Mismatch, OurDisk, Patience, one_line
+from .retry import ContentMismatch, FileRetry, HttpError, LocalDiskError, one_line
 
 PACKAGES = {
     "s3": "s3fs",
@@ -38,12 +38,12 @@ READ = 1 << 20
 STALL_SECONDS = 60.0
 
 
-class Expected(NamedTuple):
+class ExpectedFile(NamedTuple):
     """What a file must be."""
 
     sha256: str
-    least: int
-    most: int
+    min_bytes: int
+    max_bytes: int
     """Bytes."""
 
 
@@ -62,10 +62,10 @@ class Origin:
         parts = _split(url)
         if parts.scheme not in PACKAGES:
             raise ValueError(
-                f"data.shards={shown(url)!r}: {parts.scheme or url.partition(':')[0]}:// is not read. "
+                f"data.shards={display_url(url)!r}: {parts.scheme or url.partition(':')[0]}:// is not read. "
                 f"Use one of {', '.join(f'{p}://' for p in PACKAGES)}, or a path."
             )
-        self.name = shown(url).rstrip("/")
+        self.name = display_url(url).rstrip("/")
         self.retry_seconds = retry_seconds
         self.stall = min(STALL_SECONDS, retry_seconds / 3)
         self._web = parts.scheme in ("http", "https")
@@ -85,28 +85,28 @@ class Origin:
         if parts.scheme == "hf" and "@" not in self._path:  # else the first @ of a file's name would begin a revision
             self._path = re.sub(r"^((?:datasets/|spaces/)?[^/]+/[^/]+)", r"\1@main", self._path)
 
-    def text(self, name: str, most: int) -> bytes:
+    def text(self, name: str, max_bytes: int) -> bytes:
         """A small file, whole.
 
         Raises:
             FileNotFoundError: it is not there.
-            ValueError: it cannot be had, or has more than `most` bytes.
+            ValueError: it cannot be had, or has more than `max_bytes` bytes.
         """
         body = bytearray()
-        patience = Patience(f"{self.name}/{name}", self.retry_seconds)
+        retry = FileRetry(f"{self.name}/{name}", self.retry_seconds)
 
         def attempt() -> None:
             body.clear()
-            for _, piece in self._pieces(name, 0, 0, most + 1):
+            for _, piece in self._pieces(name, 0, 0, max_bytes + 1):
                 body.extend(piece)
-                patience.progress(len(body))
+                retry.progress(len(body))
 
-        patience(attempt, self._fs.invalidate_cache)
-        if len(body) > most:
-            raise ValueError(f"{self.name}/{name} has more than {most} bytes, too many for what it should be. Check the URL.")
+        retry(attempt, self._fs.invalidate_cache)
+        if len(body) > max_bytes:
+            raise ValueError(f"{self.name}/{name} has more than {max_bytes} bytes, too many for what it should be. Check the URL.")
         return bytes(body)
 
-    def download(self, name: str, expected: Expected, file: BinaryIO) -> None:
+    def download(self, name: str, expected: ExpectedFile, file: BinaryIO) -> None:
         """Write a file to `file`; on return its size and hash are what they must be.
 
         Args:
@@ -116,43 +116,43 @@ class Origin:
 
         Raises:
             ValueError: it is not there, cannot be had in time, or is another file.
-            OurDisk: `file` cannot be written.
+            LocalDiskError: `file` cannot be written.
         """
         done, digest = 0, hashlib.sha256()
-        patience = Patience(f"{self.name}/{name}", self.retry_seconds)
+        retry = FileRetry(f"{self.name}/{name}", self.retry_seconds)
 
         def attempt() -> None:
             nonlocal done, digest
-            for begin, body in self._pieces(name, done, expected.least, expected.most):
+            for begin, body in self._pieces(name, done, expected.min_bytes, expected.max_bytes):
                 if begin != done:  # a server that cannot skip starts again
                     done, digest = begin, hashlib.sha256()
                 _write(file, body, done)
                 digest.update(body)
                 done += len(body)
-                patience.progress(done)
+                retry.progress(done)
             size, found = done, digest.hexdigest()
-            if size < expected.least or found != expected.sha256:
+            if size < expected.min_bytes or found != expected.sha256:
                 done, digest = 0, hashlib.sha256()
-                raise Mismatch(
-                    f"{size} bytes, the manifest says {expected.least}"
-                    if size < expected.least
+                raise ContentMismatch(
+                    f"{size} bytes, the manifest says {expected.min_bytes}"
+                    if size < expected.min_bytes
                     else f"its {size} bytes hash to sha256 {found}, the manifest says {expected.sha256}"
                 )
             file.truncate(size)
 
         try:
-            patience(attempt, self._fs.invalidate_cache)
+            retry(attempt, self._fs.invalidate_cache)
         except FileNotFoundError as error:
             raise ValueError(f"{self.name}/{name} is not there, though the manifest lists it. Upload it again, or index again.") from error
 
-    def _pieces(self, name: str, start: int, least: int, most: int) -> Iterator[tuple[int, bytes]]:
-        """A file's bytes, each piece with its place: from `start`, or from 0 where the source cannot skip, to `most` or its end."""
+    def _pieces(self, name: str, start: int, min_bytes: int, max_bytes: int) -> Iterator[tuple[int, bytes]]:
+        """A file's bytes, each piece with its place: from `start`, or from 0 where the source cannot skip, to `max_bytes` or its end."""
         path = f"{self._path}/{name}"
         if self._web:
-            yield from self._streamed(f"{self._path}/{quote(name, safe='')}{self._query}", start, least, most)
+            yield from self._streamed(f"{self._path}/{quote(name, safe='')}{self._query}", start, min_bytes, max_bytes)
         elif self._fs.async_impl:  # s3, gs: a request can be aborted from outside
-            while start < most:
-                end = min(start + PIECE, most)
+            while start < max_bytes:
+                end = min(start + PIECE, max_bytes)
                 try:
                     body = self._fs.cat_file(path, start=start, end=end, timeout=self.stall)
                 except OSError as error:
@@ -166,21 +166,21 @@ class Origin:
         else:
             with self._fs.open(path, "rb", cache_type="none") as file:
                 file.seek(start)
-                while start < most and (body := file.read(min(PIECE, most - start))):
+                while start < max_bytes and (body := file.read(min(PIECE, max_bytes - start))):
                     yield start, body
                     start += len(body)
 
-    def _streamed(self, url: str, start: int, least: int, most: int) -> Iterator[tuple[int, bytes]]:
+    def _streamed(self, url: str, start: int, min_bytes: int, max_bytes: int) -> Iterator[tuple[int, bytes]]:
         """One GET, read as it comes: fsspec's own reads take whatever comes for the range that they asked for."""
         loop = self._fs.loop
         response = sync(loop, _get, self._fs, url, start, self.stall)
         try:
             at = start if response.status == 206 else 0
-            while at < most and (body := sync(loop, _read, response.content, min(READ, most - at))):
+            while at < max_bytes and (body := sync(loop, _read, response.content, min(READ, max_bytes - at))):
                 yield at, body
                 at += len(body)
-            if at < least and response.content_length is None:  # whether that was the end, nobody said
-                raise ConnectionError(f"the answer ended at byte {at} of {least}")
+            if at < min_bytes and response.content_length is None:  # whether that was the end, nobody said
+                raise ConnectionError(f"the answer ended at byte {at} of {min_bytes}")
         finally:
             loop.call_soon_threadsafe(response.close)
 
@@ -203,16 +203,16 @@ async def _get(fs: Any, url: str, start: int, stall: float) -> aiohttp.ClientRes
         return response
     response.close()
     if response.status == 416:
-        raise Mismatch(f"it ends at byte {start} or before")
+        raise ContentMismatch(f"it ends at byte {start} or before")
     raise HttpError(response.status, response.reason or "", response.headers.get("Retry-After", ""))
 
 
-async def _read(content: aiohttp.StreamReader, most: int) -> bytes:
-    """Up to `most` bytes; what came before a break is handed over first, and the next call meets the break."""
+async def _read(content: aiohttp.StreamReader, max_bytes: int) -> bytes:
+    """Up to `max_bytes` bytes; what came before a break is handed over first, and the next call meets the break."""
     out, size = list[bytes](), 0
-    while size < most:
+    while size < max_bytes:
         try:
-            part = await content.read(most - size)
+            part = await content.read(max_bytes - size)
         except Exception:
             if out:
                 break
@@ -229,7 +229,7 @@ def _write(file: BinaryIO, body: bytes, at: int) -> None:
         file.seek(at)
         file.write(body)
     except OSError as error:
-        raise OurDisk(error.errno, error.strerror) from error
+        raise LocalDiskError(error.errno, error.strerror) from error
 
 
 def _split(url: str) -> SplitResult:

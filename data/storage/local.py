@@ -13,13 +13,13 @@ from typing import Protocol
 
 from braceexpand import braceexpand
 
-from condot.core.errors import some
+from condot.core.errors import summarize_list
 from condot.core.printable import redact, redact_url
 
 from ..format.index import index_path, sha256
 from ..format.manifest import Manifest, check_foreign, read_manifest
-from ..format.shard_table import AT_ONCE, Shard, ShardList
-from .retry import STALLS
+from ..format.shard_table import AT_ONCE, Shard, ShardTable
+from .retry import TRANSIENT_ERRNOS
 
 PREPARE = "python -m data.prepare imagefolder IMAGES --output"
 LARGE = 1_000_000_000
@@ -28,7 +28,7 @@ LOOKS = 16
 """Threads that look whether a folder's shards are there."""
 
 
-class Folder(Protocol):
+class ShardFolder(Protocol):
     """What a folder of shards offers, local or remote."""
 
     @property
@@ -90,10 +90,10 @@ class LocalFolder:
         check_foreign(self.manifest, self.name, remote=False)
         self._newer: list[str] = []
         """Tars that were written after the manifest."""
-        for number in self._amiss(indexed):
+        for number in self._suspect_shards(indexed):
             self.file(self.manifest.shards[number])
 
-    def _amiss(self, indexed: int) -> Iterator[int]:
+    def _suspect_shards(self, indexed: int) -> Iterator[int]:
         """Shards that `file` may refuse, by number: a quick look, many at a time since network disks answer slowly."""
         shards, folder = self.manifest.shards, os.open(self.path, os.O_RDONLY)
 
@@ -134,7 +134,7 @@ class LocalFolder:
         try:
             return path.stat().st_size
         except OSError as error:
-            if error.errno in STALLS:
+            if error.errno in TRANSIENT_ERRNOS:
                 raise
         if not os.access(self.path / "manifest.json", os.F_OK):
             raise OSError(errno.ENOTCONN, "the folder is not there, nor its manifest", self.name)
@@ -148,7 +148,7 @@ class LocalFolder:
     def prefetch(self, shards: Sequence[Shard]) -> None:
         """Nothing to do: the files are here."""
 
-    def check_rewritten(self, shards: ShardList) -> None:
+    def check_rewritten(self, shards: ShardTable) -> None:
         """Hash those tars that were written after the manifest, for whoever trains on what was made of them and never reads them.
 
         A gigabyte takes about half a second of a processor. Where all are what the manifest says, it is given the time
@@ -161,7 +161,7 @@ class LocalFolder:
             ValueError: tars that are not what the manifest says.
         """
         began = time.time_ns()
-        newer, missing = shards.pick(self._newer)
+        newer, missing = shards.select_names(self._newer)
         if not newer:
             return
         if newer.bytes.sum() > LARGE:
@@ -171,7 +171,8 @@ class LocalFolder:
             changed = [shard.name for shard, right in zip(newer, same, strict=True) if not right]
         if changed:
             raise ValueError(
-                f"{self.name}: {some(changed, 3)} changed after they were indexed, and what was encoded from them is of what they "
+                f"{self.name}: {summarize_list(changed, 3)} changed after they were indexed, "
+                f"and what was encoded from them is of what they "
                 "were. Run the `python -m data.prepare` of this folder again, then `data.encode`."
             )
         self._newer = missing
@@ -190,7 +191,7 @@ def _written(folder: int, name: str, size: int) -> int:
         return -1
 
 
-def expand(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
     """What a brace pattern stands for, in order: `{000..009}` counts, `{a,b}` lists; a pattern without braces is itself.
 
     Raises:

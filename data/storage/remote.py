@@ -13,8 +13,8 @@ from typing import BinaryIO
 from ..format.index import RECORD, index_path
 from ..format.manifest import check_foreign, parse_manifest
 from ..format.shard_table import Shard
-from .cache import Cache, Item
-from .download import Expected, Origin
+from .cache import Cache, CacheItem
+from .download import ExpectedFile, Origin
 
 MANIFEST_BYTES = 1 << 30
 """A larger manifest is refused; 100,000 shards have one of about 30 MB."""
@@ -103,7 +103,7 @@ class RemoteFolder:
         """A tar with its index beside it; None where it is fetched ahead and another process is at it."""
         while True:
             self._index(shard, ahead)
-            path = self._fetch(Item(_cached(shard), shard.bytes, shard.bytes), shard.name, shard.sha256, ahead)
+            path = self._fetch(CacheItem(_cached(shard), shard.bytes, shard.bytes), shard.name, shard.sha256, ahead)
             if path is None or self.cache.get(_index_item(shard)):  # room for the tar may have cost the index
                 return path
 
@@ -112,12 +112,12 @@ class RemoteFolder:
         assert path is not None, "None is for those who do not wait"
         return path
 
-    def _fetch(self, item: Item, name: str, sha256: str, ahead: bool, wait: bool = False) -> Path | None:
+    def _fetch(self, item: CacheItem, name: str, sha256: str, ahead: bool, wait: bool = False) -> Path | None:
         def write(file: BinaryIO) -> None:
             if not ahead and (error := self._kept(item.name)):
                 raise error  # once: asking again means trying again
             try:
-                self._origin.download(name, Expected(sha256, item.least, item.most), file)
+                self._origin.download(name, ExpectedFile(sha256, item.min_bytes, item.max_bytes), file)
             except ValueError as error:
                 if ahead:
                     with self._lock:
@@ -144,6 +144,6 @@ def _cached(shard: Shard) -> str:
     return f"{stem}.{shard.sha256[:32]}.{shard.index_sha256[:16]}.tar"
 
 
-def _index_item(shard: Shard) -> Item:
+def _index_item(shard: Shard) -> CacheItem:
     records = shard.samples * RECORD.itemsize
-    return Item(index_path(Path(_cached(shard))).name, records, records + HEADER_BYTES)
+    return CacheItem(index_path(Path(_cached(shard))).name, records, records + HEADER_BYTES)

@@ -11,21 +11,21 @@ import numpy as np
 
 from condot.core.data_options import Options
 from condot.core.printable import redact_url
-from condot.core.urls import expanded
+from condot.core.urls import expand_path
 
 from .cache import Cache
-from .local import Folder, LocalFolder, expand
+from .local import LocalFolder, ShardFolder, expand_braces
 from .remote import RemoteFolder
 
-Opened = tuple[Folder, tuple[str, ...] | None]
+Opened = tuple[ShardFolder, tuple[str, ...] | None]
 """A folder, and the shards chosen from it in order; None for all of a split."""
 
 
-def open_sources(options: Options) -> list[Opened]:
+def open_shard_folders(options: Options) -> list[Opened]:
     """Everything that `data.shards` names, in order; a brace pattern of folders is several.
 
     Raises:
-        ValueError: as `open_folder`; a cache that holds less than one shuffled block.
+        ValueError: as `open_shard_folder`; a cache that holds less than one shuffled block.
     """
     if not options.shards:
         raise ValueError("data.shards is empty: name a folder that `python -m data.prepare` made, or a URL of one.")
@@ -37,7 +37,7 @@ def open_sources(options: Options) -> list[Opened]:
     return opened
 
 
-def open_folder(source: str, options: Options) -> Opened:
+def open_shard_folder(source: str, options: Options) -> Opened:
     """One source: a folder, a URL of one, or a pattern of tars inside one, as in `s3://b/data/train-{000000..000009}.tar`.
 
     Raises:
@@ -59,7 +59,7 @@ def cache_folder(options: Options) -> Path:
 def _parse(source: str) -> list[tuple[str, tuple[str, ...] | None]]:
     """Folders, each with the tars chosen from it, in the order they are written."""
     folders: dict[str, list[str]] = {}
-    for place in map(expanded, expand(source)):
+    for place in map(expand_path, expand_braces(source)):
         path, question, query = place.partition("?") if _is_web(place) else (place, "", "")
         folder, _, name = path.rpartition("/")
         is_tar = name.endswith(".tar")
@@ -79,7 +79,7 @@ def _is_web(place: str) -> bool:
 
 
 def _open(place: str, names: tuple[str, ...] | None, options: Options) -> Opened:
-    folder: Folder = (
+    folder: ShardFolder = (
         RemoteFolder(place, cache=_cache(options), retry_seconds=options.retry_seconds)
         if "://" in place
         else LocalFolder(place, options.retry_seconds)
@@ -87,22 +87,22 @@ def _open(place: str, names: tuple[str, ...] | None, options: Options) -> Opened
     there = folder.manifest.shards
     if names and "://" in place:  # a name in a URL may be written as URLs have it, on the web first of all
         ways = (unquote, str) if _is_web(place) else (str, unquote)
-        known = {shard.name for shard in there.pick([way(name) for way in ways for name in names])[0]}
+        known = {shard.name for shard in there.select_names([way(name) for way in ways for name in names])[0]}
         names = tuple(next((way(name) for way in ways if way(name) in known), name) for name in names)
-    missing = there.pick(names)[1] if names else []
+    missing = there.select_names(names)[1] if names else []
     if missing:
-        shown = f"{there[0].name} to {there[-1].name}, {len(there)} shards" if there else "none"
+        display_url = f"{there[0].name} to {there[-1].name}, {len(there)} shards" if there else "none"
         raise ValueError(
             f"{folder.name} has no {missing[0]}{f' and {len(missing) - 1} more of those named' if missing[1:] else ''}: "
-            f"its manifest lists {shown}. Name some of these, or the folder for all."
+            f"its manifest lists {display_url}. Name some of these, or the folder for all."
         )
     return folder, names
 
 
-def _block_bytes(folder: Folder, names: tuple[str, ...] | None, options: Options) -> int:
+def _block_bytes(folder: ShardFolder, names: tuple[str, ...] | None, options: Options) -> int:
     """What the largest block of a source takes, and the shard that comes next."""
     shards = folder.manifest.shards
-    chosen = shards.split(options.split) if names is None else shards.pick(names)[0]
+    chosen = shards.split(options.split) if names is None else shards.select_names(names)[0]
     return int(np.sort(chosen.bytes)[::-1][: options.shuffle_block + 1].sum())
 
 

@@ -23,7 +23,7 @@ from condot.core.printable import printable, redact
 T = TypeVar("T")
 NAMES = """EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ENOLCK ENOTCONN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET
     ECONNABORTED ECONNREFUSED ECONNRESET EREMOTEIO ECOMM ESHUTDOWN ENODEV EPROTO"""
-STALLS = frozenset(getattr(errno, name) for name in NAMES.split() if hasattr(errno, name))
+TRANSIENT_ERRNOS = frozenset(getattr(errno, name) for name in NAMES.split() if hasattr(errno, name))
 """What reading a file of a network disk that stalls, or of a mount that is gone for a while, ends in."""
 REMEMBERED = 10
 """Times its patience after which a disk that was given up is waited for once more."""
@@ -31,14 +31,14 @@ MISMATCHES = 3
 """Whole downloads of the wrong content before that is believed."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds; pauses double from one to the other, and each is shortened at random by up to half."""
-PASSING = (408, 425, 429)
+TRANSIENT_STATUSES = (408, 425, 429)
 """HTTP answers below 500 that may be another one next time."""
 LINES_A_SECOND = 1.0
 LONGEST = 1000
-"""Characters of an error that are told: a server may answer with kilobytes."""
+"""Characters of an error that are reported: a server may answer with kilobytes."""
 
 
-class Mismatch(Exception):
+class ContentMismatch(Exception):
     """All of a file arrived, and it is not the file."""
 
 
@@ -51,12 +51,12 @@ class HttpError(Exception):
         self.retry_after = float(retry_after) if re.fullmatch(r"\d{1,6}", retry_after) else 0.0
 
 
-class OurDisk(OSError):
+class LocalDiskError(OSError):
     """The file on this machine cannot be written: no fault of the source's."""
 
 
 @dataclass
-class Patience:
+class FileRetry:
     """Attempts at one file.
 
     Args:
@@ -85,7 +85,7 @@ class Patience:
 
         Raises:
             FileNotFoundError: it is not there.
-            OurDisk: it cannot be written here.
+            LocalDiskError: it cannot be written here.
             ValueError: it cannot be had.
         """
         self.since = time.monotonic() if self.since is None else self.since
@@ -93,23 +93,23 @@ class Patience:
             self.tries += 1
             try:
                 return attempt()
-            except (FileNotFoundError, OurDisk):
+            except (FileNotFoundError, LocalDiskError):
                 raise
             except Exception as error:  # the filesystems of many makers have errors of their own
-                if status_of(error) in (404, 410):
+                if http_status(error) in (404, 410):
                     raise FileNotFoundError(one_line(error)) from error
                 self._wait(error)
             between()
 
     def _wait(self, error: Exception) -> None:
-        if isinstance(error, Mismatch):
+        if isinstance(error, ContentMismatch):
             self.mismatches += 1
             if self.mismatches == MISMATCHES:
                 raise ValueError(
                     f"{self.what}: {one_line(error)}, {MISMATCHES} downloads in a row. It was changed or damaged: upload it again, "
                     f"or index the folder again."
                 ) from error
-        elif not may_pass(error):
+        elif not is_transient(error):
             raise ValueError(f"{self.what} cannot be read: {one_line(error)}. Check the URL and your rights.") from error
         assert self.since is not None, "an attempt was made"
         left = self.since + self.seconds - time.monotonic()
@@ -121,11 +121,11 @@ class Patience:
         pause = min(LONGEST_PAUSE, min(FIRST_PAUSE, self.seconds / 60) * 2**self.failures) * random.uniform(0.5, 1)
         pause = min(left, max(pause, getattr(error, "retry_after", 0.0)))
         self.failures += 1
-        say(f"{self.what}: {one_line(error)}; trying again in {pause:.1f} s, giving up in {left:.0f} s")
+        warn_limited(f"{self.what}: {one_line(error)}; trying again in {pause:.1f} s, giving up in {left:.0f} s")
         time.sleep(pause)
 
 
-class Disks:
+class DiskRetry:
     """Waits for disks that stall, each known by a number: what fails on them is tried again, as a remote source is."""
 
     def __init__(self) -> None:
@@ -148,7 +148,7 @@ class Disks:
         try:
             return attempt()
         except OSError as error:
-            if error.errno not in STALLS:
+            if error.errno not in TRANSIENT_ERRNOS:
                 raise
         now = time.monotonic()
         since = self._since.get(disk, -math.inf)
@@ -160,22 +160,22 @@ class Disks:
             try:
                 found.append(attempt())
             except (ValueError, OSError) as error:
-                if getattr(error, "errno", None) in STALLS:
+                if getattr(error, "errno", None) in TRANSIENT_ERRNOS:
                     raise
                 ended.append(error)
 
-        Patience(what, seconds, since, "its disk or mount")(again, lambda: None)
+        FileRetry(what, seconds, since, "its disk or mount")(again, lambda: None)
         if ended:
             raise ended[0]
         self._since.pop(disk, None)
         return found[0]
 
 
-def may_pass(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether the same request may succeed later."""
-    status = status_of(error)
+    status = http_status(error)
     if status:
-        return status >= 500 or status in PASSING
+        return status >= 500 or status in TRANSIENT_STATUSES
     if "Credentials" in type(error).__name__:  # botocore's, which is no error of rights to Python
         return False
     never = (
@@ -191,7 +191,7 @@ def may_pass(error: BaseException) -> bool:
     return not isinstance(error, never)
 
 
-def status_of(error: BaseException) -> int:
+def http_status(error: BaseException) -> int:
     """The HTTP status behind an error, wherever its library keeps it; 0 where there is none."""
     for holder, name in ((error, "status"), (error, "code"), (getattr(error, "response", None), "status_code")):
         found = str(getattr(holder, name, ""))
@@ -210,7 +210,7 @@ _lock = threading.Lock()
 _said_at, _unsaid = -1e9, 0
 
 
-def say(text: str) -> None:
+def warn_limited(text: str) -> None:
     """A line on stderr, at most one a second: a broken network breaks every download at once."""
     global _said_at, _unsaid
     with _lock:

@@ -17,14 +17,14 @@ from isal.isal_zlib import crc32 as crc32_of  # zlib's, several times as fast
 
 from condot.core.printable import printable
 
-from ..format.index import NO_LABEL, RECORD, image_in, locate, open_index, span_of, unchanged
+from ..format.index import NO_LABEL, RECORD, index_payload, is_unchanged, open_index, sample_span, slice_image
 from ..format.manifest import DECODER, Manifest
-from ..format.shard_table import Shard, ShardList
+from ..format.shard_table import Shard, ShardTable
 from ..format.tar_headers import BLOCK
-from ..format.tar_reader import files_of
+from ..format.tar_reader import parse_sample_files
 from ..images.decode import DECODE_ERRORS, decode_image
-from .local import Folder, LocalFolder
-from .retry import Disks
+from .local import LocalFolder, ShardFolder
+from .retry import DiskRetry
 
 OPEN_FILES = 64
 OPEN_INDEXES = 1024
@@ -37,7 +37,7 @@ LOST = np.array([(0, 0, 1, 0, 0, 0, NO_LABEL, 1, 1)], RECORD)
 T = TypeVar("T")
 
 
-class Sample(NamedTuple):
+class StoredSample(NamedTuple):
     """One sample as it lies in its shard."""
 
     key: str
@@ -54,7 +54,7 @@ class Sample(NamedTuple):
     @property
     def image(self) -> bytes:
         """The file that its index points at."""
-        return image_in(self.body, self.before, self.size)
+        return slice_image(self.body, self.before, self.size)
 
 
 class BadSample(ValueError):
@@ -80,21 +80,21 @@ class Shards:
 
     def __init__(
         self,
-        folders: str | Path | Sequence[Folder],
+        folders: str | Path | Sequence[ShardFolder],
         split: str = "train",
-        chosen: Sequence[ShardList | tuple[str, ...] | None] | None = None,
+        chosen: Sequence[ShardTable | tuple[str, ...] | None] | None = None,
     ) -> None:
         if isinstance(folders, (str, Path)):
             folders = [LocalFolder(folders)]
-        self.folders: list[Folder] = list(folders)
+        self.folders: list[ShardFolder] = list(folders)
         self.split = split
-        self.parts: list[ShardList] = []
+        self.parts: list[ShardTable] = []
         """Of each folder."""
         for folder, wanted in zip(self.folders, chosen or [None] * len(self.folders), strict=True):
             if not wanted:
                 wanted = folder.manifest.split(split)
-            elif not isinstance(wanted, ShardList):
-                wanted, missing = folder.manifest.shards.pick(wanted)
+            elif not isinstance(wanted, ShardTable):
+                wanted, missing = folder.manifest.shards.select_names(wanted)
                 if missing:
                     raise ValueError(f"{folder.name} has no {missing[0]}: its manifest does not list it. Name others.")
             self.parts.append(wanted)
@@ -102,7 +102,7 @@ class Shards:
         self._know_plain = np.array([folder.manifest.decoder >= DECODER for folder in self.folders])
         self._indexes: OrderedDict[int, np.ndarray] = OrderedDict()
         self._files: OrderedDict[int, FileIO] = OrderedDict()
-        self._disks = Disks()
+        self._disks = DiskRetry()
         self._lock = threading.Lock()
         self._check_classes()
 
@@ -151,7 +151,7 @@ class Shards:
         """All of them, for few: a million take 700 MB."""
         return [shard for part in self.parts for shard in part]
 
-    def _place(self, shard: int) -> tuple[Folder, Shard]:
+    def _place(self, shard: int) -> tuple[ShardFolder, Shard]:
         """Where a shard lies, and its line of the manifest."""
         part = bisect(self._ends, shard)
         return self.folders[part], self.parts[part][shard - self._ends[part]]  # the same counted from the part's end
@@ -177,11 +177,11 @@ class Shards:
         if found is None:
             folder, line = self._place(shard)
             classes = len(folder.manifest.class_names)
-            found = self._patiently(shard, lambda: open_index(folder.index(line), line, classes), f"{self.name(shard)}: ")
+            found = self._with_retry(shard, lambda: open_index(folder.index(line), line, classes), f"{self.name(shard)}: ")
             self._keep(self._indexes, shard, found, min(OPEN_INDEXES, 1 + INDEX_BYTES // max(1, found.nbytes)))
         return found
 
-    def know_plain(self, shards: np.ndarray) -> np.ndarray:
+    def knows_plain(self, shards: np.ndarray) -> np.ndarray:
         """Return whether indexes were made by the present rule of `decode.is_plain`, (N,), bool; older ones said it of too many."""
         return self._know_plain[np.searchsorted(self._ends, shards, side="right")]
 
@@ -212,7 +212,7 @@ class Shards:
     def _open(self, shard: int) -> FileIO:
         folder, line = self._place(shard)
         self.records(shard)  # a tar is of no use without its index, and a record of `gather` may be none
-        return self._keep(self._files, shard, self._patiently(shard, lambda: FileIO(folder.file(line))), OPEN_FILES)
+        return self._keep(self._files, shard, self._with_retry(shard, lambda: FileIO(folder.file(line))), OPEN_FILES)
 
     def payload(self, shard: int, block: int, size: int, crc32: int) -> bytes:
         """The image (or array) of a sample, from the first three fields of its record.
@@ -225,12 +225,12 @@ class Shards:
         try:
             body = os.pread(file.fileno(), size, block * BLOCK)
         except OSError:
-            body = self._again(shard, block * BLOCK, size)
+            body = self._reread(shard, block * BLOCK, size)
         if crc32_of(body) != crc32:
             raise BadSample(CHANGED)
         return body
 
-    def read(self, shard: int, number: int) -> Sample:
+    def read(self, shard: int, number: int) -> StoredSample:
         """One sample with all its files, checked against what was indexed.
 
         Raises:
@@ -239,28 +239,28 @@ class Shards:
         """
         record = self.records(shard)[number].item()
         block, size, _, before, _, _, label, _, _ = record
-        start, length = span_of(record)
+        start, length = sample_span(record)
         file = self._files.get(shard) or self._open(shard)
         try:
             body = os.pread(file.fileno(), length, start)
         except OSError:
-            body = self._again(shard, start, length)
-        if len(body) != length or not unchanged(locate(body, block * BLOCK, size, start), record):
+            body = self._reread(shard, start, length)
+        if len(body) != length or not is_unchanged(index_payload(body, block * BLOCK, size, start), record):
             raise BadSample(f"{self.name(shard)}, sample {number}: {CHANGED}.")
-        key, files = files_of(body)
-        return Sample(key, files, -1 if label == NO_LABEL else label, body, before, size)
+        key, files = parse_sample_files(body)
+        return StoredSample(key, files, -1 if label == NO_LABEL else label, body, before, size)
 
     def key(self, shard: int, number: int) -> str:
         """Return the name of a sample for messages, as far as it can still be read."""
         try:
             block, _, _, before, *_ = self.records(shard)[number].item()
             file = self._files.get(shard) or self._open(shard)
-            key = files_of(os.pread(file.fileno(), (before + 1) * BLOCK, (block - before) * BLOCK))[0]
+            key = parse_sample_files(os.pread(file.fileno(), (before + 1) * BLOCK, (block - before) * BLOCK))[0]
             return printable(key) or f"sample {number}"
         except (ValueError, OSError):
             return f"sample {number}"
 
-    def _again(self, shard: int, start: int, length: int) -> bytes:
+    def _reread(self, shard: int, start: int, length: int) -> bytes:
         """Return bytes of a file whose reading failed: opened and read again, for as long as its disk is waited for."""
         folder, line = self._place(shard)
 
@@ -269,9 +269,9 @@ class Shards:
             file = self._keep(self._files, shard, FileIO(folder.file(line)), OPEN_FILES)
             return os.pread(file.fileno(), length, start)
 
-        return self._patiently(shard, attempt, f"{self.name(shard)} cannot be read at byte {start}: ")
+        return self._with_retry(shard, attempt, f"{self.name(shard)} cannot be read at byte {start}: ")
 
-    def _patiently(self, shard: int, attempt: Callable[[], T], where: str = "") -> T:
+    def _with_retry(self, shard: int, attempt: Callable[[], T], where: str = "") -> T:
         """Return what an attempt at a file gives, tried again while its disk stalls; LostShard where it cannot be had."""
         folder = bisect(self._ends, shard)
         try:

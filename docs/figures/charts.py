@@ -1,4 +1,4 @@
-"""Charts: coefficients of the paths and laws of t; error against evaluations of every ODE solver."""
+"""Charts: coefficients of the paths and timestep distributions; error against evaluations of every ODE solver."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from condot.pipeline.flow import (
     Mode,
     Purpose,
     Shifted,
-    TimeLaw,
+    TimestepDistribution,
     Uniform,
     dormand_prince,
     normal,
@@ -27,7 +27,7 @@ from docs.figures.scenes import Network
 
 
 def schedules(output: Path) -> None:
-    """alpha and beta of every path, their log signal-to-noise ratio, and the laws of t."""
+    """alpha and beta of every path, their log signal-to-noise ratio, and the timestep distributions."""
     t = torch.linspace(0.002, 0.998, 400, dtype=torch.float64)
     names = {"condot": "CondOT", "cosine": "cosine", "vp": "VP", "sub_vp": "sub-VP", "ddpm_cosine": "DDPM cosine", "ve": "VE", "edm": "EDM"}
     figure, axes = plt.subplots(1, 4, figsize=(14.5, 3.3), gridspec_kw={"wspace": 0.28})
@@ -39,12 +39,12 @@ def schedules(output: Path) -> None:
             dashes = (4, 3) if name in ("sub_vp", "ddpm_cosine") else (1, 0)
             axes[0].plot(t, c.a, color=colour, linewidth=1.6, dashes=dashes)
             axes[1].plot(t, c.b, color=colour, linewidth=1.6, dashes=dashes)
-    laws: dict[str, TimeLaw] = {
+    distributions: dict[str, TimestepDistribution] = {
         "uniform": Uniform(), "logit-normal": LogitNormal(), "mode": Mode(),
         "cosmap": CosMap(), "shifted by 3": Shifted(3.0), "log-normal in sigma": LogNormalSigma(),
     }  # fmt: skip
-    for (label, law), colour in zip(laws.items(), style.SERIES, strict=False):
-        axes[3].plot(t, law.density(t), color=colour, label=label, linewidth=1.5)
+    for (label, distribution), colour in zip(distributions.items(), style.SERIES, strict=False):
+        axes[3].plot(t, distribution.density(t), color=colour, label=label, linewidth=1.5)
     for ax, title in zip(
         axes, ("signal $\\alpha_t$", "noise $\\beta_t$", "$\\log\\,(\\alpha_t^2 / \\beta_t^2)$", "laws of $t$: density"), strict=True
     ):
@@ -62,7 +62,7 @@ def convergence(model: Network, output: Path) -> None:
     """Error against evaluations, on the learned field in float64: the slope is the order."""
     field, index = model.double(), torch.arange(64)
     start = normal(9, Purpose.INITIAL, 0, index, (2,)).double()
-    exact = dormand_prince(field, start, uniform_grid(1), rtol=1e-11, atol=1e-11, limit=200_000).x
+    exact = dormand_prince(field, start, uniform_grid(1), rtol=1e-11, atol=1e-11, max_evaluations=200_000).x
     figure, ax = plt.subplots(figsize=(5.8, 4.1))
     labels = {
         "euler": "Euler (1)",
@@ -76,7 +76,9 @@ def convergence(model: Network, output: Path) -> None:
         spent, errors = [], []
         for k in range(9):
             if name == "dormand_prince":
-                end = dormand_prince(field, start, uniform_grid(1), rtol=10.0 ** -(k / 1.1 + 1), atol=10.0 ** -(k / 1.1 + 1), limit=100_000)
+                end = dormand_prince(
+                    field, start, uniform_grid(1), rtol=10.0 ** -(k / 1.1 + 1), atol=10.0 ** -(k / 1.1 + 1), max_evaluations=100_000
+                )
             else:
                 end = ODE_SOLVERS[name](field, start, uniform_grid(max(2, round((8 if name != "rk4" else 4) * 2 ** (k * 0.9)))))
             spent.append(end.evaluations)

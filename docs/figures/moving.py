@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from condot.pipeline.flow import CondOT, Purpose, coefficient, exponential, normal, uniform_grid
+from condot.pipeline.flow import CondOT, Purpose, diffusion_coefficient, exponential, normal, uniform_grid
 from docs.figures import style
 from docs.figures.scenes import Network
 from docs.figures.still import recorded, stream
@@ -23,7 +23,7 @@ def flow_movie(model: Network, output: Path, count: int = 4500, frames: int = 60
     start = normal(11, Purpose.INITIAL, 0, index, (2,))
     lines: list[Tensor] = []
     for name, scale in (("zero", 0.0), ("noise", 1.5)):
-        follow = partial(exponential, model, start, uniform_grid(steps), CondOT(), coefficient(name, scale), stream(12, index))
+        follow = partial(exponential, model, start, uniform_grid(steps), CondOT(), diffusion_coefficient(name, scale), stream(12, index))
         lines.append(recorded(follow, start)[::4])
     colour = torch.atan2(start[:, 1], start[:, 0])
     images = [_frame(lines, colour, k, k / (frames - 1), reach) for k in range(frames)]

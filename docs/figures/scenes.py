@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from condot.pipeline.flow import CondOT, Objective, Purpose, draw_times, normal, uniform
+from condot.pipeline.flow import CondOT, Objective, Purpose, normal, sample_times, uniform
 from condot.pipeline.flow.timestep_distribution import Uniform
 
 Sampler = Callable[[int, Tensor], Tensor]  # (step, index) -> points (B, 2)
@@ -88,7 +88,7 @@ def train(sample: Sampler, steps: int, batch: int = 1024, rate: float = 4e-3) ->
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = rate * min(1.0, 2 * (1 - step / steps)) * min(1.0, step / 50)
         data, noise = sample(step, index), normal(0, Purpose.NOISE, step, index, (2,))
-        loss = objective(model, data, noise, draw_times(Uniform(), 0, step, index, batch)).mean()
+        loss = objective(model, data, noise, sample_times(Uniform(), 0, step, index, batch)).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

@@ -19,14 +19,14 @@ from condot.pipeline.flow import (
     Purpose,
     UniformPrior,
     annealed_langevin,
-    coefficient,
+    diffusion_coefficient,
+    empirical_velocity_field,
     exponential,
-    finite_field,
-    initial,
     interpolate,
     langevin,
     normal,
     rk4,
+    scale_initial_noise,
     uniform,
     uniform_grid,
 )
@@ -108,7 +108,7 @@ def trajectories(model: Network, sample: Sampler, output: Path) -> None:
     index, few = torch.arange(20_000), 10
     start, times = normal(3, Purpose.INITIAL, 0, index, (2,)), uniform_grid(steps)
     for column, (name, scale, title) in enumerate(cases):
-        line = recorded(partial(exponential, model, start, times, CondOT(), coefficient(name, scale), stream(4, index)), start)
+        line = recorded(partial(exponential, model, start, times, CondOT(), diffusion_coefficient(name, scale), stream(4, index)), start)
         upper, lower = axes[:, column]
         upper.scatter(*line[-1, :3000].T, s=0.6, color="#dfe4ec", linewidths=0)
         for i in range(few):
@@ -138,7 +138,7 @@ def relaxation(output: Path) -> None:
         style.swarm(ax, x)
         ax.set_title(f"{stop} steps")
     path, times = VE(0.05, 3.0), uniform_grid(24)
-    start = initial(path, noise(-2))
+    start = scale_initial_noise(path, noise(-2))
 
     def score(y: Tensor, t: Tensor) -> Tensor:
         return scenes.score_of(scenes.five_modes(path(t[0]).b.item()))(y)
@@ -163,7 +163,7 @@ def uniform_prior(output: Path) -> None:
     """Straight lines from a uniform prior on [0, 2] to four data, two of them equal; left the bridges, right the marginal flow."""
     points, count = torch.tensor([[0.5], [0.5], [1.2], [1.7]], dtype=torch.float64), 48
     path = LinearPath(UniformPrior(0, 2, softness=1e-3))
-    field = finite_field(path, points)
+    field = empirical_velocity_field(path, points)
     times = uniform_grid(600, end=0.999)
     start = (2 * (torch.arange(count, dtype=torch.float64) + 0.5) / count)[:, None]
     line = recorded(partial(rk4, field, start, times), start)[..., 0]

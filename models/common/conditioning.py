@@ -9,16 +9,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-FREQUENCIES = 256
+FREQUENCY_CHANNELS = 256
 """Channels of the sinusoidal embedding of time."""
-SIZES = 6
+MICRO_CONDITIONS = 6
 """Numbers of a micro-condition: height and width of the original, top and left of the crop, height and width of the image."""
 Clock = Literal["diffusers", "original", "sit"]
 """How time is embedded. diffusers: of 1000 (1 - t), the last frequency 1 / 10000 itself, as its DiT has it. original: the last
 frequency one step short of that, as the original DiT, SD3 and PixArt have it. sit: the same frequencies of t itself."""
 
 
-class Text(NamedTuple):
+class TextCondition(NamedTuple):
     """Captions as a network takes them."""
 
     states: Tensor
@@ -29,7 +29,7 @@ class Text(NamedTuple):
     """(B, P), of the whole caption."""
 
     @property
-    def seen(self) -> Tensor | None:
+    def attention_mask(self) -> Tensor | None:
         """The mask; None where it hides nothing and asking costs nothing: a device would have to be waited for."""
         if self.mask is None:
             return None
@@ -37,7 +37,7 @@ class Text(NamedTuple):
         return None if free and bool(self.mask.all()) else self.mask
 
 
-def noise_clock(t: Tensor) -> Tensor:
+def to_timestep(t: Tensor) -> Tensor:
     """The time that networks embed: `1000 (1 - t)`, 0 at the data and 1000 at the noise; any shape.
 
     Times in [0, 1] unscaled would make all but one channel of the embedding
@@ -47,7 +47,7 @@ def noise_clock(t: Tensor) -> Tensor:
     return 1000 * (1 - t)
 
 
-def sinusoids(values: Tensor, clock: Clock = "diffusers") -> Tensor:
+def sinusoidal_embedding(values: Tensor, clock: Clock = "diffusers") -> Tensor:
     """Cosines, then sines, of numbers at geometric frequencies from 1 to about 1 / 10000.
 
     Args:
@@ -57,13 +57,13 @@ def sinusoids(values: Tensor, clock: Clock = "diffusers") -> Tensor:
     Returns:
         (B, FREQUENCIES), float32.
     """
-    half = FREQUENCIES // 2
+    half = FREQUENCY_CHANNELS // 2
     steps = torch.arange(half, device=values.device, dtype=torch.float32)
     angles = values.float()[:, None] * torch.exp(-math.log(10000) * steps / (half - 1 if clock == "diffusers" else half))
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class Embedder(nn.Module):
+class EmbeddingMLP(nn.Module):
     """Two linear maps with a SiLU between, (B, inputs) -> (B, width)."""
 
     def __init__(self, inputs: int, width: int) -> None:
@@ -75,43 +75,43 @@ class Embedder(nn.Module):
         return self.leave(F.silu(self.enter(x.to(self.enter.weight.dtype))))
 
 
-class Time(Embedder):
+class TimeEmbedding(EmbeddingMLP):
     """Times, (B,), 0 (noise) to 1 (data), to (B, width)."""
 
     def __init__(self, width: int, clock: Clock) -> None:
-        super().__init__(FREQUENCIES, width)
+        super().__init__(FREQUENCY_CHANNELS, width)
         self.clock: Clock = clock
 
     def forward(self, t: Tensor) -> Tensor:
-        return super().forward(sinusoids(t if self.clock == "sit" else noise_clock(t), self.clock))
+        return super().forward(sinusoidal_embedding(t if self.clock == "sit" else to_timestep(t), self.clock))
 
 
-class Sizes(Embedder):
+class SizeEmbedding(EmbeddingMLP):
     """Micro-conditions, (B, 6) pixels, to (B, width); each number as sinusoids.
 
     Source: Podell et al., SDXL, section 2.2.
     """
 
     def __init__(self, width: int) -> None:
-        super().__init__(SIZES * FREQUENCIES, width)
+        super().__init__(MICRO_CONDITIONS * FREQUENCY_CHANNELS, width)
 
     def forward(self, sizes: Tensor) -> Tensor:
-        return super().forward(sinusoids(sizes.flatten(), "original").view(len(sizes), -1))
+        return super().forward(sinusoidal_embedding(sizes.flatten(), "original").view(len(sizes), -1))
 
 
-class TimeAndClass(nn.Module):
+class TimeAndClassEmbedding(nn.Module):
     """Time, (B,), and class, (B,) int64, embedded and added, (B, width); class `num_classes` is none."""
 
     def __init__(self, width: int, num_classes: int, clock: Clock) -> None:
         super().__init__()
-        self.time = Time(width, clock)
+        self.time = TimeEmbedding(width, clock)
         self.classes = nn.Embedding(num_classes + 1, width)
 
     def forward(self, t: Tensor, labels: Tensor) -> Tensor:
         return self.time(t) + self.classes(labels)
 
 
-def check_text(text_width: int, pooled_width: int) -> None:
+def check_text_widths(text_width: int, pooled_width: int) -> None:
     """Raises ValueError where there is no text encoder to take captions from."""
     if text_width < 1 or pooled_width < 1:
         raise ValueError(
@@ -120,7 +120,7 @@ def check_text(text_width: int, pooled_width: int) -> None:
         )
 
 
-def given(sizes: Tensor | None) -> Tensor:
+def require_sizes(sizes: Tensor | None) -> Tensor:
     """Raises ValueError where a network with micro-conditions gets none."""
     if sizes is None:
         raise ValueError("sizes=None: a network with model.micro_conditions takes (B, 6) sizes in pixels. Give them, or switch it off.")

@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-Rule = Literal["zero", "one", "xavier", "normal", "torch"]
+InitMethod = Literal["zero", "one", "xavier", "normal", "torch"]
 """xavier: uniform, over fan-in and fan-out; normal: of deviation 0.02; torch: as torch's own layers begin."""
 
 
-RULES: dict[type[nn.Module], Callable[[str], Rule]] = {}
+INIT_RULES: dict[type[nn.Module], Callable[[str], InitMethod]] = {}
 """Of each class of network the rule of a parameter's name, as in `named_parameters`."""
 
 
-def begins(kind: type[nn.Module]) -> Callable[[Callable[[str], Rule]], Callable[[str], Rule]]:
+def register_init_rule(kind: type[nn.Module]) -> Callable[[Callable[[str], InitMethod]], Callable[[str], InitMethod]]:
     """Makes the decorated function the rules of a class: so they stand beside it, but do not travel with it when it is exported."""
 
-    def keep(rule: Callable[[str], Rule]) -> Callable[[str], Rule]:
-        RULES[kind] = rule
+    def keep(rule: Callable[[str], InitMethod]) -> Callable[[str], InitMethod]:
+        INIT_RULES[kind] = rule
         return rule
 
     return keep
@@ -39,15 +39,15 @@ def initialise(network: nn.Module, seed: int | None = None) -> None:
     """Give every parameter its first value; frozen and sharded ones too.
 
     Args:
-        network: of a class that `begins`, on any device but meta.
+        network: of a class that has an `init_rule`, on any device but meta.
         seed: None draws one from torch's own generator.
     """
     seed = int(torch.randint(2**62, ())) if seed is None else seed
-    rule = next(rule for kind, rule in RULES.items() if isinstance(network, kind))
+    rule = next(rule for kind, rule in INIT_RULES.items() if isinstance(network, kind))
     for owner, module in network.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{owner}.{leaf}" if owner else leaf
-            values = _draw(rule(name), module, parameter, _generator(seed, name))
+            values = _initial_values(rule(name), module, parameter, _generator(seed, name))
             if isinstance(parameter, DTensor):
                 values = distribute_tensor(values.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
             parameter.copy_(values)
@@ -58,16 +58,16 @@ def _generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
-def _draw(rule: Rule, module: nn.Module, parameter: Tensor, generator: torch.Generator) -> Tensor:
+def _initial_values(method: InitMethod, module: nn.Module, parameter: Tensor, generator: torch.Generator) -> Tensor:
     """First values, float32, on the CPU, of the whole parameter."""
     values = torch.empty(parameter.shape, dtype=torch.float32)
-    if rule == "zero":
+    if method == "zero":
         return values.zero_()
-    if rule == "one":
+    if method == "one":
         return values.fill_(1.0)
-    if rule == "normal":
+    if method == "normal":
         return values.normal_(std=0.02, generator=generator)
-    if rule == "xavier":
+    if method == "xavier":
         flat = values.flatten(1)
         bound = math.sqrt(6 / sum(flat.shape))
         return values.uniform_(-bound, bound, generator=generator)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .kernels import attend
 
-EPSILON = 1e-6
+NORM_EPSILON = 1e-6
 """Of every norm."""
 
 
@@ -39,15 +39,15 @@ def sincos_positions(
     return torch.cat([across, down], dim=2).reshape(rows * columns, width).float()
 
 
-def resized(table: Tensor, rows: int, columns: int) -> Tensor:
+def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
     """Learned positions, (R, C, D), for a grid of another shape, (rows, columns, D): bicubic; themselves for their own."""
     if table.shape[:2] == (rows, columns):
         return table
     return F.interpolate(table.permute(2, 0, 1)[None], (rows, columns), mode="bicubic")[0].permute(1, 2, 0)
 
 
-def rotations(width: int, rows: int, columns: int, *, before: int = 0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines that `rotate` turns the tokens of a grid by: half of the channels by the row, half by the column.
+def rotary_tables(width: int, rows: int, columns: int, *, before: int = 0) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that `apply_rotary` turns the tokens of a grid by: half of the channels by the row, half by the column.
 
     Args:
         width: of a head, a multiple of 4.
@@ -67,7 +67,7 @@ def rotations(width: int, rows: int, columns: int, *, before: int = 0) -> tuple[
     return angles.cos().float(), angles.sin().float()
 
 
-def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def apply_rotary(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Turn channel i and channel i + d / 2 of every token as one point of a plane.
 
     Args:
@@ -89,7 +89,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), EPSILON).to(x.dtype)
+        return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), NORM_EPSILON).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -112,14 +112,14 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """`rotation`: what `rotations` gives for the tokens; None for none."""
+        """`rotation`: what `rotary_tables` gives for the tokens; None for none."""
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:
             cosine, sine = (part.to(q.dtype) for part in rotation)
-            q, k = rotate(q, cosine, sine), rotate(k, cosine, sine)
+            q, k = apply_rotary(q, cosine, sine), apply_rotary(k, cosine, sine)
         return self.out(attend(q, k, v))
 
 
@@ -164,11 +164,11 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, rms: bool = False) -> Tens
         shift, scale: (B, 1, D); zero leaves the norm as it is.
         rms: division by the root mean square instead, the mean stays.
     """
-    norm = F.rms_norm(x, x.shape[-1:], eps=EPSILON) if rms else F.layer_norm(x, x.shape[-1:], eps=EPSILON)
+    norm = F.rms_norm(x, x.shape[-1:], eps=NORM_EPSILON) if rms else F.layer_norm(x, x.shape[-1:], eps=NORM_EPSILON)
     return torch.addcmul(shift, norm, 1 + scale)
 
 
-def patches(x: Tensor, size: int) -> Tensor:
+def patchify(x: Tensor, size: int) -> Tensor:
     """(B, C, H, W) to (B, N, C * size * size): tokens row by row, each its channels, then rows, then columns.
 
     The order in which a convolution of kernel and stride `size` reads them.
@@ -177,7 +177,7 @@ def patches(x: Tensor, size: int) -> Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
-def entered(linear: nn.Linear, x: Tensor, size: int) -> Tensor:
+def patch_embed(linear: nn.Linear, x: Tensor, size: int) -> Tensor:
     """The tokens of an image, (B, N, D), as precise as the weights are.
 
     Under autocast the products of every block are bf16, the sum that goes
@@ -185,15 +185,15 @@ def entered(linear: nn.Linear, x: Tensor, size: int) -> Tensor:
     errs 0.5 % instead of 1.3 %, its gradients 0.3 % instead of 0.6 %. That
     holds too where FSDP2 has gathered the weights in bf16.
     """
-    return linear(patches(x, size)).to(kept_in(linear, x))
+    return linear(patchify(x, size)).to(residual_dtype(linear, x))
 
 
-def kept_in(linear: nn.Linear, x: Tensor) -> torch.dtype:
+def residual_dtype(linear: nn.Linear, x: Tensor) -> torch.dtype:
     """The precision of what goes through all blocks: that of the weights, under autocast float32."""
     return torch.float32 if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type) else linear.weight.dtype
 
 
-def unpatch(x: Tensor, size: int, rows: int) -> Tensor:
+def unpatchify(x: Tensor, size: int, rows: int) -> Tensor:
     """(B, rows * columns, size * size * C) to (B, C, H, W): each token its rows, columns, channels, as DiT's last layer has it."""
     cut = x.unflatten(2, (size, size, -1)).unflatten(1, (rows, -1))  # B, rows, columns, size, size, C
     return cut.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -25,7 +25,7 @@ def check_sizes(*, resolution: int, patch_size: int, width: int, depth: int, hea
         raise ValueError(f"model.depth={depth}: a transformer has at least one block. Use 12.")
 
 
-class Positions:
+class PositionEmbedding:
     """Sines and cosines of places, of a whole grid whose middle an image takes, or stretched over every image.
 
     Args:
@@ -41,21 +41,21 @@ class Positions:
 
     def __init__(self, width: int, *, span: float = 0.0, grid: int = 0, line: tuple[float, float] = (0.0, 1.0)) -> None:
         self.width, self.span, self.grid, self.line = width, span, grid, line
-        self.made: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
+        self.cache: dict[tuple[int, int, torch.device, torch.dtype], Tensor] = {}
 
-    def of(self, rows: int, columns: int, like: Tensor) -> Tensor:
+    def for_grid(self, rows: int, columns: int, like: Tensor) -> Tensor:
         """(rows * columns, width), as `like` is.
 
         Raises:
             ValueError: an image larger than the grid.
         """
         key = rows, columns, like.device, like.dtype
-        if key not in self.made:
+        if key not in self.cache:
             with torch.inference_mode(False):  # what is made while sampling serves training too
-                self.made[key] = self._make(rows, columns).to(like)
-        return self.made[key]
+                self.cache[key] = self._compute(rows, columns).to(like)
+        return self.cache[key]
 
-    def _make(self, rows: int, columns: int) -> Tensor:
+    def _compute(self, rows: int, columns: int) -> Tensor:
         if not self.grid:
             return sincos_positions(self.width, rows, columns, spacing=(self.span / rows, self.span / columns))
         if max(rows, columns) > self.grid:
@@ -63,6 +63,6 @@ class Positions:
                 f"an image of {rows} x {columns} tokens is larger than model.position_grid={self.grid}: "
                 f"use at least {max(rows, columns)}, or 0 for no limit."
             )
-        first, way = self.line
-        top, left = (first + way * ((self.grid - n) // 2) for n in (rows, columns))
-        return sincos_positions(self.width, rows, columns, start=(top, left), spacing=(way, way))
+        first, spacing = self.line
+        top, left = (first + spacing * ((self.grid - n) // 2) for n in (rows, columns))
+        return sincos_positions(self.width, rows, columns, start=(top, left), spacing=(spacing, spacing))

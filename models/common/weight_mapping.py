@@ -8,64 +8,64 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-How = Literal["same", "joined", "swapped", "patch"]
+Transform = Literal["same", "joined", "swapped", "patch"]
 """joined: several, one after another; swapped: scale, then shift, where ours has shift first; patch: a convolution where ours is linear."""
 STOCK_NULL = 1000
 """The label that DiTPipeline passes for no class."""
 
 
-class Source(NamedTuple):
+class StockSource(NamedTuple):
     """What of a stock network makes one tensor of ours."""
 
     names: tuple[str, ...]
-    how: How = "same"
+    transform: Transform = "same"
 
 
-Table = dict[str, Source]
+WeightMap = dict[str, StockSource]
 """For each of our tensors its source."""
 
 
-def linear(ours: str, *stock: str, how: How | None = None) -> Table:
+def map_layer(ours: str, *stock: str, transform: Transform | None = None) -> WeightMap:
     """The rows of a table for one of our linear maps, weight and bias; several stock ones are joined."""
-    how = how or ("joined" if len(stock) > 1 else "same")
-    ways: dict[str, How] = {"weight": how, "bias": "same" if how == "patch" else how}
-    return {f"{ours}.{part}": Source(tuple(f"{layer}.{part}" for layer in stock), way) for part, way in ways.items()}
+    transform = transform or ("joined" if len(stock) > 1 else "same")
+    transforms: dict[str, Transform] = {"weight": transform, "bias": "same" if transform == "patch" else transform}
+    return {f"{ours}.{part}": StockSource(tuple(f"{layer}.{part}" for layer in stock), transform) for part, transform in transforms.items()}
 
 
-def read(table: Table, stock: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def map_from_stock(table: WeightMap, stock: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our tensors from the stock ones; those whose sources are all there."""
     ours = {}
-    for name, (names, how) in table.items():
+    for name, (names, transform) in table.items():
         parts = [stock[n] for n in names if n in stock]
         if len(parts) < len(names):
             continue
-        if how == "joined":
+        if transform == "joined":
             ours[name] = torch.cat(parts)
-        elif how == "swapped":
+        elif transform == "swapped":
             ours[name] = torch.cat(parts[0].chunk(2)[::-1])
         else:
-            ours[name] = parts[0].flatten(1) if how == "patch" else parts[0]
+            ours[name] = parts[0].flatten(1) if transform == "patch" else parts[0]
     return ours
 
 
-def write(table: Table, ours: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The stock tensors from ours, in the shapes of `shapes`; the reverse of `read`."""
+def map_to_stock(table: WeightMap, ours: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The stock tensors from ours, in the shapes of `shapes`; the reverse of `map_from_stock`."""
     stock: dict[str, Tensor] = {}
-    for name, (names, how) in table.items():
-        value = torch.cat(ours[name].chunk(2)[::-1]) if how == "swapped" else ours[name]
-        for target, part in zip(names, value.chunk(len(names)) if how == "joined" else [value], strict=True):
+    for name, (names, transform) in table.items():
+        value = torch.cat(ours[name].chunk(2)[::-1]) if transform == "swapped" else ours[name]
+        for target, part in zip(names, value.chunk(len(names)) if transform == "joined" else [value], strict=True):
             stock[target] = part.reshape(shapes[target].shape)
     return stock
 
 
-def scaled(state: Mapping[str, Tensor], layer: str, factor: float) -> dict[str, Tensor]:
+def scale_layer(state: Mapping[str, Tensor], layer: str, factor: float) -> dict[str, Tensor]:
     """The same tensors with those of one layer times a factor."""
     return {
         name: factor * value if factor != 1 and name in (f"{layer}.weight", f"{layer}.bias") else value for name, value in state.items()
     }
 
 
-def mean_half(state: Mapping[str, Tensor], channels: int, patch_size: int) -> tuple[dict[str, Tensor], bool]:
+def drop_variances(state: Mapping[str, Tensor], channels: int, patch_size: int) -> tuple[dict[str, Tensor], bool]:
     """Without what an output layer `leave` of twice the channels says of variances; whether it did.
 
     Each token's rows are its rows, columns, channels: of these the first half.
@@ -77,13 +77,13 @@ def mean_half(state: Mapping[str, Tensor], channels: int, patch_size: int) -> tu
     return {**state, **halved}, True
 
 
-def padded(table: Tensor) -> Tensor:
+def pad_class_table(table: Tensor) -> Tensor:
     """Classes, then as many copies of the null row as fill rows up to STOCK_NULL."""
     null = table[-1:]
     return torch.cat([table[:-1], null.expand(STOCK_NULL + 1 - (len(table) - 1), -1)])
 
 
-def refuse(who: str, config: Mapping[str, object], published: Mapping[str, object]) -> None:
+def check_stock_config(who: str, config: Mapping[str, object], published: Mapping[str, object]) -> None:
     """Raises ValueError naming every field of a stock configuration that is not as published, where ours can hold nothing else."""
     other = [f"{k}={config[k]!r}" for k, v in published.items() if k in config and config[k] != v]
     if other:

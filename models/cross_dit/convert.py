@@ -7,7 +7,16 @@ from typing import Any
 
 from diffusers import PixArtTransformer2DModel
 
-from ..common.weight_mapping import Source, Table, linear, mean_half, read, refuse, scaled, write
+from ..common.weight_mapping import (
+    StockSource,
+    WeightMap,
+    check_stock_config,
+    drop_variances,
+    map_from_stock,
+    map_layer,
+    map_to_stock,
+    scale_layer,
+)
 from .model import CrossDiT
 
 
@@ -30,7 +39,7 @@ def cross_dit_options(config: Mapping[str, Any], pooled_width: int = 1) -> dict[
         "norm_eps": 1e-6, "attention_type": "default", "cross_attention_dim": width, "use_additional_conditions": False,
         "out_channels": channels, "upcast_attention": False, "dropout": 0.0,
     }  # fmt: skip
-    refuse("PixArtTransformer2DModel", given, published)
+    check_stock_config("PixArtTransformer2DModel", given, published)
     if config.get("caption_channels") is None:
         raise ValueError("this PixArtTransformer2DModel has caption_channels=None: ours projects the text. It cannot be held.")
     scale = config.get("interpolation_scale")
@@ -41,34 +50,36 @@ def cross_dit_options(config: Mapping[str, Any], pooled_width: int = 1) -> dict[
     }  # fmt: skip
 
 
-def cross_dit_table(depth: int) -> Table:
+def cross_dit_weight_map(depth: int) -> WeightMap:
     """Which stock tensors hold the numbers of each of ours."""
     time = "adaln_single.emb.timestep_embedder"
     table = {
-        **linear("time.enter", f"{time}.linear_1"), **linear("time.leave", f"{time}.linear_2"),
-        **linear("modulation", "adaln_single.linear"), **linear("enter", "pos_embed.proj", how="patch"),
-        **linear("text.enter", "caption_projection.linear_1"), **linear("text.leave", "caption_projection.linear_2"),
-        **linear("leave", "proj_out"), "table": Source(("scale_shift_table",)),
+        **map_layer("time.enter", f"{time}.linear_1"), **map_layer("time.leave", f"{time}.linear_2"),
+        **map_layer("modulation", "adaln_single.linear"), **map_layer("enter", "pos_embed.proj", transform="patch"),
+        **map_layer("text.enter", "caption_projection.linear_1"), **map_layer("text.leave", "caption_projection.linear_2"),
+        **map_layer("leave", "proj_out"), "table": StockSource(("scale_shift_table",)),
     }  # fmt: skip
     for i in range(depth):
         b, s = f"blocks.{i}", f"transformer_blocks.{i}"
-        table |= {f"{b}.table": Source((f"{s}.scale_shift_table",))}
-        table |= linear(f"{b}.attention.qkv", *(f"{s}.attn1.to_{x}" for x in "qkv")) | linear(f"{b}.attention.out", f"{s}.attn1.to_out.0")
-        table |= linear(f"{b}.cross.q", f"{s}.attn2.to_q") | linear(f"{b}.cross.kv", f"{s}.attn2.to_k", f"{s}.attn2.to_v")
-        table |= linear(f"{b}.cross.out", f"{s}.attn2.to_out.0")
-        table |= linear(f"{b}.feed_forward.enter", f"{s}.ff.net.0.proj") | linear(f"{b}.feed_forward.leave", f"{s}.ff.net.2")
+        table |= {f"{b}.table": StockSource((f"{s}.scale_shift_table",))}
+        table |= map_layer(f"{b}.attention.qkv", *(f"{s}.attn1.to_{x}" for x in "qkv")) | map_layer(
+            f"{b}.attention.out", f"{s}.attn1.to_out.0"
+        )
+        table |= map_layer(f"{b}.cross.q", f"{s}.attn2.to_q") | map_layer(f"{b}.cross.kv", f"{s}.attn2.to_k", f"{s}.attn2.to_v")
+        table |= map_layer(f"{b}.cross.out", f"{s}.attn2.to_out.0")
+        table |= map_layer(f"{b}.feed_forward.enter", f"{s}.ff.net.0.proj") | map_layer(f"{b}.feed_forward.leave", f"{s}.ff.net.2")
     return table
 
 
 def cross_dit_from_stock(stock: PixArtTransformer2DModel, factor: float, pooled_width: int = 1) -> CrossDiT:
     """A CrossDiT that gives `factor` times the same output; of one that also learned variances, the means."""
     ours = CrossDiT(**cross_dit_options(stock.config, pooled_width))
-    state, _ = mean_half(read(cross_dit_table(len(ours.blocks)), stock.state_dict()), ours.channels, ours.patch_size)
-    ours.load_state_dict(scaled(state, "leave", factor))
+    state, _ = drop_variances(map_from_stock(cross_dit_weight_map(len(ours.blocks)), stock.state_dict()), ours.channels, ours.patch_size)
+    ours.load_state_dict(scale_layer(state, "leave", factor))
     return ours
 
 
-def cross_dit_unheld(model: CrossDiT) -> str:
+def cross_dit_unsupported_by_stock(model: CrossDiT) -> str:
     """Why the stock class cannot hold a model; nothing where it can."""
     more = [f"model.{field}=True" for field in ("micro_conditions", "qk_norm") if getattr(model, field)]
     return f"{', '.join(more)}: PixArtTransformer2DModel has no place for it" if more else ""
@@ -76,7 +87,7 @@ def cross_dit_unheld(model: CrossDiT) -> str:
 
 def cross_dit_to_stock(model: CrossDiT, factor: float) -> PixArtTransformer2DModel:
     """A stock network that gives `factor` times the same output; a ValueError for what it cannot hold."""
-    refused = cross_dit_unheld(model)
+    refused = cross_dit_unsupported_by_stock(model)
     if refused:
         raise ValueError(f"{refused}. Give --export=false and sample with `sample.py --run`.")
     width, heads = model.enter.out_features, int(model.blocks[0].cross.heads)  # type: ignore[union-attr, arg-type]
@@ -87,5 +98,7 @@ def cross_dit_to_stock(model: CrossDiT, factor: float) -> PixArtTransformer2DMod
         interpolation_scale=model.interpolation_scale,  # type: ignore[arg-type]
         use_additional_conditions=False, caption_channels=model.text.enter.in_features,
     )  # fmt: skip
-    stock.load_state_dict(write(cross_dit_table(len(model.blocks)), scaled(model.state_dict(), "leave", factor), stock.state_dict()))
+    stock.load_state_dict(
+        map_to_stock(cross_dit_weight_map(len(model.blocks)), scale_layer(model.state_dict(), "leave", factor), stock.state_dict())
+    )
     return stock.eval()

@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..common.conditioning import Embedder, Sizes, Text, Time, check_text, given
-from ..common.init import Rule, begins
+from ..common.conditioning import EmbeddingMLP, SizeEmbedding, TextCondition, TimeEmbedding, check_text_widths, require_sizes
+from ..common.init import InitMethod, register_init_rule
 from ..common.kernels import attend
-from ..common.layers import Attention, FeedForward, RMSNorm, entered, modulate, unpatch
-from ..common.position_embedding import Positions, check_sizes
+from ..common.layers import Attention, FeedForward, RMSNorm, modulate, patch_embed, unpatchify
+from ..common.position_embedding import PositionEmbedding, check_sizes
 
 
-class Caption(Embedder):
+class CaptionProjection(EmbeddingMLP):
     """Text states, (B, L, inputs), to (B, L, width): two linear maps with a tanh-GELU between."""
 
     def __init__(self, inputs: int, width: int) -> None:
@@ -88,7 +88,7 @@ class CrossDiT(nn.Module):
         ValueError: sizes that do not fit one another.
     """
 
-    takes: Literal["text"] = "text"
+    conditioning: Literal["text"] = "text"
     num_classes = 0
 
     def __init__(
@@ -98,48 +98,48 @@ class CrossDiT(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(resolution=resolution, patch_size=patch_size, width=width, depth=depth, heads=heads)
-        check_text(text_width, pooled_width)
+        check_text_widths(text_width, pooled_width)
         self.channels, self.resolution, self.patch_size, self.qk_norm = channels, resolution, patch_size, qk_norm
         self.outputs = outputs
         self.micro_conditions, self.gradient_checkpointing, self.pooled_width = micro_conditions, gradient_checkpointing, pooled_width
         self.interpolation_scale = interpolation_scale or max(resolution // 64, 1)
-        self.time = Time(width, "original")
-        self.sizes = Sizes(width) if micro_conditions else None
-        self.text = Caption(text_width, width)
+        self.time = TimeEmbedding(width, "original")
+        self.sizes = SizeEmbedding(width) if micro_conditions else None
+        self.text = CaptionProjection(text_width, width)
         self.enter = nn.Linear(channels * patch_size**2, width)
         self.modulation = nn.Linear(width, 6 * width)
         self.blocks = nn.ModuleList(Block(width, heads, qk_norm) for _ in range(depth))
         self.table = nn.Parameter(torch.zeros(2, width))
         self.leave = nn.Linear(width, outputs * channels * patch_size**2)
-        self.positions = Positions(width, span=resolution // patch_size / self.interpolation_scale)
+        self.positions = PositionEmbedding(width, span=resolution // patch_size / self.interpolation_scale)
 
     @property
-    def multiple(self) -> int:
+    def size_multiple(self) -> int:
         """The sides of an image are multiples of it."""
         return self.patch_size
 
-    def forward(self, x: Tensor, t: Tensor, condition: Text, sizes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: TextCondition, sizes: Tensor | None = None) -> Tensor:
         """The prediction; arguments as in MMDiT."""
         time = self.time(t)
         if self.sizes is not None:
-            time = time + self.sizes(given(sizes))
+            time = time + self.sizes(require_sizes(sizes))
         shared = self.modulation(F.silu(time)).unflatten(1, (6, -1))
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        h = entered(self.enter, x, self.patch_size)
-        h = h + self.positions.of(rows, columns, h)
-        condition = Text(*condition)
-        c, mask = self.text(condition.states), condition.seen
+        h = patch_embed(self.enter, x, self.patch_size)
+        h = h + self.positions.for_grid(rows, columns, h)
+        condition = TextCondition(*condition)
+        c, mask = self.text(condition.states), condition.attention_mask
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 h = checkpoint(block, h, c, shared, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 h = block(h, c, shared, mask)
         shift, scale = (time[:, None] + self.table.to(time.dtype)).chunk(2, dim=1)
-        return unpatch(self.leave(modulate(h, shift, scale)), self.patch_size, rows)
+        return unpatchify(self.leave(modulate(h, shift, scale)), self.patch_size, rows)
 
 
-@begins(CrossDiT)
-def rule(name: str) -> Rule:
+@register_init_rule(CrossDiT)
+def init_rule(name: str) -> InitMethod:
     """How a parameter begins: the linear maps Xavier's way; modulations, what text adds and the output at zero."""
     if "_norm." in name:
         return "one"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..common.conditioning import Clock
 from ..common.layers import FeedForward, sincos_positions
-from ..common.weight_mapping import STOCK_NULL, padded, scaled
+from ..common.weight_mapping import STOCK_NULL, pad_class_table, scale_layer
 from .model import DiT
 from .presets import SIZES
 
@@ -26,7 +26,7 @@ def dit_to_stock(model: DiT, factor: float) -> DiTTransformer2DModel:
     Raises:
         ValueError: options that the stock class does not have.
     """
-    refused = dit_unheld(model)
+    refused = dit_unsupported_by_stock(model)
     if refused:
         raise ValueError(f"{refused}. Train without, or give --export=false and sample with `sample.py --run`.")
     width = model.enter.out_features
@@ -41,15 +41,15 @@ def dit_to_stock(model: DiT, factor: float) -> DiTTransformer2DModel:
         num_embeds_ada_norm=STOCK_NULL,
         norm_eps=1e-6,
     )
-    ours = scaled(model.state_dict(), "leave", factor)
+    ours = scale_layer(model.state_dict(), "leave", factor)
     state: dict[str, Tensor] = {}
-    for name, targets in _names(len(model.blocks), model.own_conditions).items():
+    for name, targets in _stock_names(len(model.blocks), model.own_conditions).items():
         value = ours[name]
         if name == "enter.weight":
             value = value.view(width, model.channels, model.patch_size, model.patch_size)
         elif name.endswith("classes.weight"):
-            value = padded(value)
-        state |= dict(zip(targets, value.chunk(3) if _joined(name) else [value] * len(targets), strict=True))
+            value = pad_class_table(value)
+        state |= dict(zip(targets, value.chunk(3) if _is_qkv(name) else [value] * len(targets), strict=True))
     stock.load_state_dict(state)
     return stock.eval()
 
@@ -85,21 +85,21 @@ def dit_from_stock(stock: DiTTransformer2DModel, num_classes: int, factor: float
             f"{c.norm_elementwise_affine}, {c.in_channels} channels in and {out} out: ours has gelu-approximate, biases in its attention, "
             f"norms without weights, as many channels out as in, or twice. Start from a published DiT."
         )
-    check_table(num_classes, c.num_embeds_ada_norm)
+    check_class_count(num_classes, c.num_embeds_ada_norm)
     theirs = stock.state_dict()
-    shared = _names(c.num_layers, False)
+    shared = _stock_names(c.num_layers, False)
     own = any(
-        not torch.equal(theirs[source], theirs[sources[0]]) for name, sources in shared.items() if not _joined(name) for source in sources
+        not torch.equal(theirs[source], theirs[sources[0]]) for name, sources in shared.items() if not _is_qkv(name) for source in sources
     )
     ours = DiT(
         channels=c.in_channels, resolution=c.sample_size, num_classes=num_classes, patch_size=c.patch_size, depth=c.num_layers,
         width=c.num_attention_heads * c.attention_head_dim, heads=c.num_attention_heads, own_conditions=own,
     )  # fmt: skip
     state: dict[str, Tensor] = {}
-    for name, sources in _names(c.num_layers, own).items():
-        value = torch.cat([theirs[source] for source in sources]) if _joined(name) else theirs[sources[0]]
-        state[name] = _fitted(name, value, num_classes, c.in_channels, c.patch_size)
-    ours.load_state_dict(scaled(state, "leave", factor))
+    for name, sources in _stock_names(c.num_layers, own).items():
+        value = torch.cat([theirs[source] for source in sources]) if _is_qkv(name) else theirs[sources[0]]
+        state[name] = _to_our_shape(name, value, num_classes, c.in_channels, c.patch_size)
+    ours.load_state_dict(scale_layer(state, "leave", factor))
     return ours.eval()
 
 
@@ -130,13 +130,13 @@ def dit_from_original(
     if not torch.allclose(state["pos_embed"][0].float(), sincos_positions(width, rows, rows), atol=1e-4):
         raise ValueError("pos_embed: these positions are not the fixed ones of the original. Only checkpoints that kept them come in.")
     table = len(state["y_embedder.embedding_table.weight"]) - 1
-    check_table(table if num_classes is None else num_classes, table)
+    check_class_count(table if num_classes is None else num_classes, table)
     ours = DiT(
         channels=channels, resolution=rows * patch_size, num_classes=table if num_classes is None else num_classes,
         patch_size=patch_size, width=width, depth=depth, heads=heads or known[width], clock=clock,
     )  # fmt: skip
     found = {
-        name: _fitted(name, state[source], ours.num_classes, channels, patch_size).float()
+        name: _to_our_shape(name, state[source], ours.num_classes, channels, patch_size).float()
         for name, source in _original_names(depth).items()
     }
     wrong = [f"{name} {tuple(value.shape)}" for name, value in found.items() if value.shape != ours.state_dict()[name].shape]
@@ -144,21 +144,21 @@ def dit_from_original(
         raise ValueError(
             f"tensors of another shape than a DiT of width {width} has: {', '.join(wrong)}. Is it a DiT's or SiT's checkpoint?"
         )
-    ours.load_state_dict(scaled(found, "leave", factor))
+    ours.load_state_dict(scale_layer(found, "leave", factor))
     return ours.eval()
 
 
-def check_table(num_classes: int, rows: int) -> None:
+def check_class_count(num_classes: int, rows: int) -> None:
     """Raises ValueError for more classes than the weights have."""
     if not 0 <= num_classes <= rows:
         raise ValueError(f"num_classes={num_classes}: these weights know {rows} classes. Use at most {rows}.")
 
 
-def _joined(name: str) -> bool:
+def _is_qkv(name: str) -> bool:
     return name.rpartition(".")[0].endswith("qkv")
 
 
-def _fitted(name: str, value: Tensor, num_classes: int, channels: int, patch_size: int) -> Tensor:
+def _to_our_shape(name: str, value: Tensor, num_classes: int, channels: int, patch_size: int) -> Tensor:
     """A published tensor in our shape: patches flat, the chosen classes and null, the prediction without its variance."""
     if name == "enter.weight":
         return value.flatten(1)
@@ -169,7 +169,7 @@ def _fitted(name: str, value: Tensor, num_classes: int, channels: int, patch_siz
     return value
 
 
-def dit_unheld(model: DiT) -> str:
+def dit_unsupported_by_stock(model: DiT) -> str:
     """Why the stock class cannot hold a model; nothing where it can."""
     block = model.blocks[0]
     options = {
@@ -198,7 +198,7 @@ def _check_original(state: Mapping[str, Tensor]) -> None:
         raise ValueError(f"x_embedder.proj.weight {tuple(enter)} and pos_embed {tuple(table)} are not (D, C, p, p) and (1, N * N, D).")
 
 
-def _names(depth: int, own: bool) -> dict[str, list[str]]:
+def _stock_names(depth: int, own: bool) -> dict[str, list[str]]:
     """For each of our tensors the stock tensors that hold the same numbers: joined in order for qkv, copies of one another otherwise."""
     embedders = [f"transformer_blocks.{i}.norm1.emb" for i in range(depth)]
     names: dict[str, list[str]] = {}

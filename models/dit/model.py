@@ -15,16 +15,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..common.conditioning import Clock, Sizes, Time, TimeAndClass
-from ..common.init import Rule, begins
-from ..common.layers import Attention, FeedForward, SwiGLU, entered, modulate, resized, rotations, sincos_positions, unpatch
+from ..common.conditioning import Clock, SizeEmbedding, TimeAndClassEmbedding, TimeEmbedding
+from ..common.init import InitMethod, register_init_rule
+from ..common.layers import (
+    Attention,
+    FeedForward,
+    SwiGLU,
+    modulate,
+    patch_embed,
+    resize_positions,
+    rotary_tables,
+    sincos_positions,
+    unpatchify,
+)
 from ..common.position_embedding import check_sizes
 
 Positions = Literal["sincos", "learned", "none"]
 Rotation = tuple[Tensor, Tensor]
 
 
-class Offset(nn.Module):
+class ScaleShiftTable(nn.Module):
     """A block's own table on top of the modulation that all blocks share, (B, 6 D) -> (B, 6 D).
 
     Source: Chen et al., PixArt-alpha, section 2.3.
@@ -51,7 +61,7 @@ class Block(nn.Module):
         self.rms = rms_norm
         self.attention = Attention(width, heads, qk_norm)
         self.feed_forward = SwiGLU(width) if swiglu else FeedForward(width)
-        self.modulation = Offset(width) if shared_modulation else nn.Linear(width, 6 * width)
+        self.modulation = ScaleShiftTable(width) if shared_modulation else nn.Linear(width, 6 * width)
 
     def forward(self, x: Tensor, condition: Tensor, rotation: Rotation | None = None) -> Tensor:
         """x (B, N, D), condition (B, D) after its SiLU, or the shared modulation (B, 6 D) -> (B, N, D)."""
@@ -89,7 +99,7 @@ class DiT(nn.Module):
         ValueError: sizes that do not divide one another, options that exclude one another.
     """
 
-    takes: Literal["class"] = "class"
+    conditioning: Literal["class"] = "class"
 
     def __init__(
         self,
@@ -122,11 +132,11 @@ class DiT(nn.Module):
         self.rope, self.rms_norm, self.clock, self.own_conditions, self.head_width = rope, rms_norm, clock, own_conditions, width // heads
         self.micro_conditions, self.gradient_checkpointing = micro_conditions, gradient_checkpointing
         if own_conditions:
-            self.conditions = nn.ModuleList(TimeAndClass(width, num_classes, clock) for _ in range(depth))
+            self.conditions = nn.ModuleList(TimeAndClassEmbedding(width, num_classes, clock) for _ in range(depth))
         else:
-            self.time = Time(width, clock)
+            self.time = TimeEmbedding(width, clock)
             self.classes = nn.Embedding(num_classes + 1, width)
-        self.sizes = Sizes(width) if micro_conditions else None
+        self.sizes = SizeEmbedding(width) if micro_conditions else None
         self.enter = nn.Linear(channels * patch_size**2, width)
         side = resolution // patch_size
         self.positions = nn.Parameter(torch.zeros(side, side, width)) if positions == "learned" else None
@@ -136,33 +146,35 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, qk_norm, swiglu, rms_norm, shared_modulation) for _ in range(depth))
         self.modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, outputs * channels * patch_size**2)
-        self._made: dict[tuple[str, int, int, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+        self._cache: dict[tuple[str, int, int, torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     @property
-    def multiple(self) -> int:
+    def size_multiple(self) -> int:
         """The sides of an image are multiples of it."""
         return self.patch_size
 
-    def _kept(self, what: str, rows: int, columns: int, like: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    def _cached(self, what: str, rows: int, columns: int, like: Tensor, make: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """What `make` makes for a grid of tokens, as `like` is; made once."""
         key = what, rows, columns, like.device, like.dtype
-        if key not in self._made:
+        if key not in self._cache:
             with torch.inference_mode(False):  # what is made while sampling serves training too
-                self._made[key] = tuple(part.to(like) for part in make())
-        return self._made[key]
+                self._cache[key] = tuple(part.to(like) for part in make())
+        return self._cache[key]
 
     def _rotation(self, rows: int, columns: int, like: Tensor) -> Rotation:
         registers = 0 if self.registers is None else len(self.registers)
-        cosine, sine = self._kept("rotation", rows, columns, like, lambda: rotations(self.head_width, rows, columns, before=registers))
+        cosine, sine = self._cached(
+            "rotation", rows, columns, like, lambda: rotary_tables(self.head_width, rows, columns, before=registers)
+        )
         return cosine, sine
 
     def _tokens(self, x: Tensor, rows: int, columns: int) -> Tensor:
         """(B, C, H, W) to (B, registers + rows * columns, D)."""
-        h = entered(self.enter, x, self.patch_size)
+        h = patch_embed(self.enter, x, self.patch_size)
         if self.positions is not None:
-            h = h + resized(self.positions, rows, columns).flatten(0, 1).to(h.dtype)
+            h = h + resize_positions(self.positions, rows, columns).flatten(0, 1).to(h.dtype)
         elif self.fixed_positions:
-            h = h + self._kept("positions", rows, columns, h, lambda: (sincos_positions(self.enter.out_features, rows, columns),))[0]
+            h = h + self._cached("positions", rows, columns, h, lambda: (sincos_positions(self.enter.out_features, rows, columns),))[0]
         if self.registers is not None:
             h = torch.cat([self.registers.to(h.dtype).expand(len(h), -1, -1), h], dim=1)
         return h
@@ -205,11 +217,11 @@ class DiT(nn.Module):
             else:
                 h = block(h, own, rotation)
         h = modulate(h[:, h.shape[1] - rows * columns :], shift, scale, self.rms_norm)
-        return unpatch(self.leave(h), self.patch_size, rows)
+        return unpatchify(self.leave(h), self.patch_size, rows)
 
 
-@begins(DiT)
-def rule(name: str) -> Rule:
+@register_init_rule(DiT)
+def init_rule(name: str) -> InitMethod:
     """How a parameter begins: the linear maps Xavier's way; every modulation and the output at zero, so that the network does."""
     if name.endswith("bias") or "modulation" in name or name.startswith(("leave.", "sizes.leave.")):
         return "zero"

@@ -23,13 +23,13 @@ STYLES: dict[str, dict[str, bool]] = {
     "dit": {},
     "modern": {"qk_norm": True, "rope": True, "swiglu": True, "rms_norm": True},
 }
-STYLED = {"dit"}
+KINDS_WITH_STYLES = {"dit"}
 """Kinds that have styles."""
-KINDS = {"dit", "cross_dit"}
+KINDS_WITH_PRESETS = {"dit", "cross_dit"}
 """Kinds that have presets."""
 
 
-def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
+def resolve_options(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of a kind's constructor: what the preset and the style say, then the options that are not None.
 
     Args:
@@ -39,7 +39,7 @@ def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: an unknown preset or style, with the known ones.
     """
-    if kind not in KINDS:
+    if kind not in KINDS_WITH_PRESETS:
         return dict(options)
     chosen = {name: value for name, value in options.items() if value is not None}
     preset = chosen.pop("preset", "S/2")
@@ -47,7 +47,7 @@ def resolve(kind: str, options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"model.preset={preset!r} is unknown: choose one of {', '.join(PRESETS)}, or give width, depth and heads beside one."
         )
-    if kind not in STYLED:
+    if kind not in KINDS_WITH_STYLES:
         return {**PRESETS[preset], **chosen}
     style = chosen.pop("style", "dit")
     if style not in STYLES:

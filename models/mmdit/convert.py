@@ -15,7 +15,7 @@ from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
 from ..common.layers import sincos_positions
-from ..common.weight_mapping import Source, Table, linear, read, refuse, scaled, write
+from ..common.weight_mapping import StockSource, WeightMap, check_stock_config, map_from_stock, map_layer, map_to_stock, scale_layer
 from .model import MMDiT
 
 POSITIONS = "pos_embed.pos_embed"
@@ -37,10 +37,10 @@ def mmdit_options(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dic
         "qk_norm": "rms_norm" if c["qk_norm"] else None, "dual_attention_layers": tuple(range(len(dual))),
         "caption_projection_dim": width, "out_channels": c["in_channels"],
     }  # fmt: skip
-    refuse("SD3Transformer2DModel", {**c, "dual_attention_layers": dual}, expected)
+    check_stock_config("SD3Transformer2DModel", {**c, "dual_attention_layers": dual}, expected)
     grid, tokens = c["pos_embed_max_size"] or 0, c["sample_size"] // c["patch_size"]
     stored = state.get(POSITIONS)
-    line = line_of(stored, grid) if grid and stored is not None and not stored.is_meta else None
+    line = fit_position_line(stored, grid) if grid and stored is not None and not stored.is_meta else None
     return {
         "channels": c["in_channels"], "resolution": c["sample_size"], "text_width": c["joint_attention_dim"],
         "pooled_width": c["pooled_projection_dim"], "patch_size": c["patch_size"], "width": width, "depth": c["num_layers"],
@@ -49,33 +49,33 @@ def mmdit_options(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> dic
     }  # fmt: skip
 
 
-def mmdit_table(depth: int, qk_norm: bool, dual: int) -> Table:
+def mmdit_weight_map(depth: int, qk_norm: bool, dual: int) -> WeightMap:
     """Which stock tensors hold the numbers of each of ours."""
     embed = "time_text_embed"
     table = {
-        **linear("time.enter", f"{embed}.timestep_embedder.linear_1"), **linear("time.leave", f"{embed}.timestep_embedder.linear_2"),
-        **linear("pooled.enter", f"{embed}.text_embedder.linear_1"), **linear("pooled.leave", f"{embed}.text_embedder.linear_2"),
-        **linear("text", "context_embedder"), **linear("enter", "pos_embed.proj", how="patch"),
-        **linear("modulation", "norm_out.linear", how="swapped"), **linear("leave", "proj_out"),
+        **map_layer("time.enter", f"{embed}.timestep_embedder.linear_1"), **map_layer("time.leave", f"{embed}.timestep_embedder.linear_2"),
+        **map_layer("pooled.enter", f"{embed}.text_embedder.linear_1"), **map_layer("pooled.leave", f"{embed}.text_embedder.linear_2"),
+        **map_layer("text", "context_embedder"), **map_layer("enter", "pos_embed.proj", transform="patch"),
+        **map_layer("modulation", "norm_out.linear", transform="swapped"), **map_layer("leave", "proj_out"),
     }  # fmt: skip
     for i in range(depth):
-        b, s, ends = f"blocks.{i}", f"transformer_blocks.{i}", i == depth - 1
-        table |= linear(f"{b}.image.modulation", f"{s}.norm1.linear")
-        table |= linear(f"{b}.text.modulation", f"{s}.norm1_context.linear", how="swapped" if ends else None)
-        table |= linear(f"{b}.image.heads.linear", *(f"{s}.attn.to_{x}" for x in "qkv"))
-        table |= linear(f"{b}.text.heads.linear", *(f"{s}.attn.add_{x}_proj" for x in ("kv" if ends else "qkv")))
-        table |= linear(f"{b}.image.out", f"{s}.attn.to_out.0")
-        norms = [(f"{b}.image.heads", f"{s}.attn.norm_", "qk"), (f"{b}.text.heads", f"{s}.attn.norm_added_", "k" if ends else "qk")]
+        b, s, is_last = f"blocks.{i}", f"transformer_blocks.{i}", i == depth - 1
+        table |= map_layer(f"{b}.image.modulation", f"{s}.norm1.linear")
+        table |= map_layer(f"{b}.text.modulation", f"{s}.norm1_context.linear", transform="swapped" if is_last else None)
+        table |= map_layer(f"{b}.image.heads.linear", *(f"{s}.attn.to_{x}" for x in "qkv"))
+        table |= map_layer(f"{b}.text.heads.linear", *(f"{s}.attn.add_{x}_proj" for x in ("kv" if is_last else "qkv")))
+        table |= map_layer(f"{b}.image.out", f"{s}.attn.to_out.0")
+        norms = [(f"{b}.image.heads", f"{s}.attn.norm_", "qk"), (f"{b}.text.heads", f"{s}.attn.norm_added_", "k" if is_last else "qk")]
         if i < dual:
-            table |= linear(f"{b}.own.linear", *(f"{s}.attn2.to_{x}" for x in "qkv")) | linear(f"{b}.own_out", f"{s}.attn2.to_out.0")
+            table |= map_layer(f"{b}.own.linear", *(f"{s}.attn2.to_{x}" for x in "qkv")) | map_layer(f"{b}.own_out", f"{s}.attn2.to_out.0")
             norms.append((f"{b}.own", f"{s}.attn2.norm_", "qk"))
         if qk_norm:
-            table |= {f"{ours}.{x}_norm.weight": Source((f"{stock}{x}.weight",)) for ours, stock, which in norms for x in which}
-        for ours, stock in (("image", "ff"),) if ends else (("image", "ff"), ("text", "ff_context")):
-            table |= linear(f"{b}.{ours}.feed_forward.enter", f"{s}.{stock}.net.0.proj")
-            table |= linear(f"{b}.{ours}.feed_forward.leave", f"{s}.{stock}.net.2")
-        if not ends:
-            table |= linear(f"{b}.text.out", f"{s}.attn.to_add_out")
+            table |= {f"{ours}.{x}_norm.weight": StockSource((f"{stock}{x}.weight",)) for ours, stock, which in norms for x in which}
+        for ours, stock in (("image", "ff"),) if is_last else (("image", "ff"), ("text", "ff_context")):
+            table |= map_layer(f"{b}.{ours}.feed_forward.enter", f"{s}.{stock}.net.0.proj")
+            table |= map_layer(f"{b}.{ours}.feed_forward.leave", f"{s}.{stock}.net.2")
+        if not is_last:
+            table |= map_layer(f"{b}.text.out", f"{s}.attn.to_add_out")
     return table
 
 
@@ -90,12 +90,12 @@ def mmdit_from_stock(stock: SD3Transformer2DModel, factor: float) -> MMDiT:
     theirs = stock.state_dict()
     options = mmdit_options(stock.config, theirs)
     ours = MMDiT(**options)
-    table = mmdit_table(options["depth"], options["qk_norm"], options["dual_attention_blocks"])
-    ours.load_state_dict(scaled(read(table, theirs), "leave", factor))
+    table = mmdit_weight_map(options["depth"], options["qk_norm"], options["dual_attention_blocks"])
+    ours.load_state_dict(scale_layer(map_from_stock(table, theirs), "leave", factor))
     return ours
 
 
-def mmdit_unheld(model: MMDiT, masked: bool) -> str:
+def mmdit_unsupported_by_stock(model: MMDiT, masked: bool) -> str:
     """Why the stock class cannot hold a model; nothing where it can."""
     if model.micro_conditions:
         return "model.micro_conditions=True: SD3Transformer2DModel has no place for sizes"
@@ -104,7 +104,7 @@ def mmdit_unheld(model: MMDiT, masked: bool) -> str:
 
 def mmdit_to_stock(model: MMDiT, factor: float, masked: bool = False) -> SD3Transformer2DModel:
     """A stock network that gives `factor` times the same output; a ValueError for what it cannot hold."""
-    refused = mmdit_unheld(model, masked)
+    refused = mmdit_unsupported_by_stock(model, masked)
     if refused:
         raise ValueError(f"{refused}. Give --export=false and sample with `sample.py --run`.")
     first = model.blocks[0].image.heads  # type: ignore[union-attr]
@@ -121,13 +121,13 @@ def mmdit_to_stock(model: MMDiT, factor: float, masked: bool = False) -> SD3Tran
     shapes = stock.state_dict()
     theirs = {name: torch.zeros_like(shapes[name]) for name in mmdit_unused(len(model.blocks)) & shapes.keys()}
     if model.positions.grid:
-        theirs[POSITIONS] = model.positions.of(model.positions.grid, model.positions.grid, shapes[POSITIONS])[None]
-    table = mmdit_table(len(model.blocks), qk_norm, dual)
-    stock.load_state_dict({**theirs, **write(table, scaled(model.state_dict(), "leave", factor), shapes)})
+        theirs[POSITIONS] = model.positions.for_grid(model.positions.grid, model.positions.grid, shapes[POSITIONS])[None]
+    table = mmdit_weight_map(len(model.blocks), qk_norm, dual)
+    stock.load_state_dict({**theirs, **map_to_stock(table, scale_layer(model.state_dict(), "leave", factor), shapes)})
     return stock.eval()
 
 
-def line_of(table: Tensor, grid: int) -> tuple[float, float]:
+def fit_position_line(table: Tensor, grid: int) -> tuple[float, float]:
     """First coordinate and way to the next of stored positions: published SD3 counts otherwise than diffusers' class would.
 
     Args:
@@ -141,11 +141,11 @@ def line_of(table: Tensor, grid: int) -> tuple[float, float]:
     along = table[:grid, : width // 2]  # the first row: columns, as sines, then cosines
     angle = torch.atan2(along[:, 0], along[:, width // 4])
     turns = torch.remainder(angle.diff() + torch.pi, 2 * torch.pi) - torch.pi
-    way = float(turns.mean()) if grid > 1 else 1.0
-    best = (torch.inf, 0.0, way)
+    spacing = float(turns.mean()) if grid > 1 else 1.0
+    best = (torch.inf, 0.0, spacing)
     for turn in range(-64, 65):
         first = float(angle[0]) + 2 * torch.pi * turn
-        first, step = (float(_simple(number)) for number in (first, way))
+        first, step = (float(_nearest_fraction(number)) for number in (first, spacing))
         error = (sincos_positions(width, 1, grid, start=(0, first), spacing=(step, step))[:, : width // 2] - along).abs().max()
         best = min(best, (float(error), first, step))
     _, first, step = best
@@ -156,7 +156,7 @@ def line_of(table: Tensor, grid: int) -> tuple[float, float]:
     return first, step
 
 
-def _simple(number: float) -> Fraction | float:
+def _nearest_fraction(number: float) -> Fraction | float:
     """The fraction that a number in half precision stands for, where one is near."""
     near = Fraction(number).limit_denominator(192)
     return near if abs(near - number) < 2e-4 else number

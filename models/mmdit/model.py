@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..common.conditioning import Embedder, Sizes, Text, Time, check_text, given
-from ..common.init import Rule, begins
+from ..common.conditioning import EmbeddingMLP, SizeEmbedding, TextCondition, TimeEmbedding, check_text_widths, require_sizes
+from ..common.init import InitMethod, register_init_rule
 from ..common.kernels import attend
-from ..common.layers import FeedForward, RMSNorm, entered, kept_in, modulate, unpatch
-from ..common.position_embedding import Positions, check_sizes
+from ..common.layers import FeedForward, RMSNorm, modulate, patch_embed, residual_dtype, unpatchify
+from ..common.position_embedding import PositionEmbedding, check_sizes
 
 
-class Heads(nn.Module):
+class QKVProjection(nn.Module):
     """Queries (if wanted), keys and values of one kind of token, (B, N, D) -> 3 or 2 times (B, N, heads, D / heads)."""
 
     def __init__(self, width: int, heads: int, qk_norm: bool, queries: bool = True) -> None:
@@ -39,14 +39,14 @@ class Heads(nn.Module):
         return [*q, k, v]
 
 
-class Stream(nn.Module):
-    """What one kind of token has of its own in a block; `ends` where nothing but its keys and values is wanted."""
+class ModalityStream(nn.Module):
+    """What one kind of token has of its own in a block; `is_last` where nothing but its keys and values is wanted."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, modulations: int, ends: bool = False) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, modulations: int, is_last: bool = False) -> None:
         super().__init__()
         self.modulation = nn.Linear(width, modulations * width)
-        self.heads = Heads(width, heads, qk_norm, queries=not ends)
-        if not ends:
+        self.heads = QKVProjection(width, heads, qk_norm, queries=not is_last)
+        if not is_last:
             self.out = nn.Linear(width, width)
             self.feed_forward = FeedForward(width)
 
@@ -56,26 +56,26 @@ class Block(nn.Module):
 
     Args:
         width, heads, qk_norm: as in MMDiT.
-        ends: after the last block nobody looks at the text.
+        is_last: after the last block nobody looks at the text.
         dual: image tokens also attend among themselves alone, beside the joint attention.
     """
 
-    def __init__(self, width: int, heads: int, *, qk_norm: bool, ends: bool, dual: bool) -> None:
+    def __init__(self, width: int, heads: int, *, qk_norm: bool, is_last: bool, dual: bool) -> None:
         super().__init__()
-        self.image = Stream(width, heads, qk_norm, 9 if dual else 6)
-        self.text = Stream(width, heads, qk_norm, 2 if ends else 6, ends)
-        self.own = Heads(width, heads, qk_norm) if dual else None
+        self.image = ModalityStream(width, heads, qk_norm, 9 if dual else 6)
+        self.text = ModalityStream(width, heads, qk_norm, 2 if is_last else 6, is_last)
+        self.own = QKVProjection(width, heads, qk_norm) if dual else None
         self.own_out = nn.Linear(width, width) if dual else None
-        self.ends = ends
+        self.is_last = is_last
 
     def forward(self, x: Tensor, c: Tensor, condition: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """x (B, N, D), c (B, L, D), condition (B, D) after its SiLU, mask (B, N + L) or None for all -> new x, new c."""
         m = self.image.modulation(condition)[:, None].chunk(9 if self.own is not None else 6, dim=2)
-        n = self.text.modulation(condition)[:, None].chunk(2 if self.ends else 6, dim=2)
-        of_image = self.image.heads(modulate(x, m[0], m[1]))
-        of_text = self.text.heads(modulate(c, n[0], n[1]))
-        k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(of_image[-2:], of_text[-2:], strict=True))
-        q = of_image[0] if self.ends else torch.cat([of_image[0], of_text[0]], dim=1)
+        n = self.text.modulation(condition)[:, None].chunk(2 if self.is_last else 6, dim=2)
+        image_qkv = self.image.heads(modulate(x, m[0], m[1]))
+        text_qkv = self.text.heads(modulate(c, n[0], n[1]))
+        k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(image_qkv[-2:], text_qkv[-2:], strict=True))
+        q = image_qkv[0] if self.is_last else torch.cat([image_qkv[0], text_qkv[0]], dim=1)
         y = attend(q.transpose(1, 2), k, v, mask)
 
         mixed = torch.addcmul(x, m[2], self.image.out(y[:, : x.shape[1]]))
@@ -83,7 +83,7 @@ class Block(nn.Module):
             q, k, v = (part.transpose(1, 2) for part in self.own(modulate(x, m[6], m[7])))
             mixed = torch.addcmul(mixed, m[8], self.own_out(attend(q, k, v)))
         mixed = torch.addcmul(mixed, m[5], self.image.feed_forward(modulate(mixed, m[3], m[4])))
-        if self.ends:
+        if self.is_last:
             return mixed, c
         c = torch.addcmul(c, n[2], self.text.out(y[:, x.shape[1] :]))
         return mixed, torch.addcmul(c, n[5], self.text.feed_forward(modulate(c, n[3], n[4])))
@@ -111,7 +111,7 @@ class MMDiT(nn.Module):
         ValueError: sizes that do not fit one another.
     """
 
-    takes: Literal["text"] = "text"
+    conditioning: Literal["text"] = "text"
     num_classes = 0
 
     def __init__(
@@ -122,7 +122,7 @@ class MMDiT(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         check_sizes(resolution=resolution, patch_size=patch_size, width=width, depth=depth, heads=heads)
-        check_text(text_width, pooled_width)
+        check_text_widths(text_width, pooled_width)
         tokens = resolution // patch_size
         if not 0 <= dual_attention_blocks <= depth:
             raise ValueError(f"model.dual_attention_blocks={dual_attention_blocks}: of {depth} blocks, so 0 to {depth}.")
@@ -130,25 +130,25 @@ class MMDiT(nn.Module):
             raise ValueError(f"model.position_grid={position_grid}: an image has {tokens} tokens a side. Use at least that, or 0 for none.")
         self.channels, self.resolution, self.patch_size, self.outputs = channels, resolution, patch_size, outputs
         self.micro_conditions, self.gradient_checkpointing = micro_conditions, gradient_checkpointing
-        self.time = Time(width, "original")
-        self.pooled = Embedder(pooled_width, width)
-        self.sizes = Sizes(width) if micro_conditions else None
+        self.time = TimeEmbedding(width, "original")
+        self.pooled = EmbeddingMLP(pooled_width, width)
+        self.sizes = SizeEmbedding(width) if micro_conditions else None
         self.text = nn.Linear(text_width, width)
         self.enter = nn.Linear(channels * patch_size**2, width)
         self.blocks = nn.ModuleList(
-            Block(width, heads, qk_norm=qk_norm, ends=i == depth - 1, dual=i < dual_attention_blocks) for i in range(depth)
+            Block(width, heads, qk_norm=qk_norm, is_last=i == depth - 1, dual=i < dual_attention_blocks) for i in range(depth)
         )
         self.modulation = nn.Linear(width, 2 * width)
         self.leave = nn.Linear(width, outputs * channels * patch_size**2)
         line = position_line or (0.0, tokens / max(position_grid, 1))
-        self.positions = Positions(width, span=tokens, grid=position_grid, line=line)
+        self.positions = PositionEmbedding(width, span=tokens, grid=position_grid, line=line)
 
     @property
-    def multiple(self) -> int:
+    def size_multiple(self) -> int:
         """The sides of an image are multiples of it."""
         return self.patch_size
 
-    def forward(self, x: Tensor, t: Tensor, condition: Text, sizes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: TextCondition, sizes: Tensor | None = None) -> Tensor:
         """The prediction.
 
         Args:
@@ -160,28 +160,28 @@ class MMDiT(nn.Module):
         Returns:
             The shape of x.
         """
-        condition = Text(*condition)
-        about = self.time(t) + self.pooled(condition.pooled)
+        condition = TextCondition(*condition)
+        embedding = self.time(t) + self.pooled(condition.pooled)
         if self.sizes is not None:
-            about = about + self.sizes(given(sizes))
-        about = F.silu(about)
+            embedding = embedding + self.sizes(require_sizes(sizes))
+        embedding = F.silu(embedding)
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
-        h = entered(self.enter, x, self.patch_size)
-        h = h + self.positions.of(rows, columns, h)
-        c = self.text(condition.states.to(self.text.weight.dtype)).to(kept_in(self.text, x))
-        seen = condition.seen
-        mask = None if seen is None else torch.cat([seen.new_ones(h.shape[:2]), seen], dim=1)
+        h = patch_embed(self.enter, x, self.patch_size)
+        h = h + self.positions.for_grid(rows, columns, h)
+        c = self.text(condition.states.to(self.text.weight.dtype)).to(residual_dtype(self.text, x))
+        attention_mask = condition.attention_mask
+        mask = None if attention_mask is None else torch.cat([attention_mask.new_ones(h.shape[:2]), attention_mask], dim=1)
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                h, c = checkpoint(block, h, c, about, mask, use_reentrant=False, preserve_rng_state=False)
+                h, c = checkpoint(block, h, c, embedding, mask, use_reentrant=False, preserve_rng_state=False)
             else:
-                h, c = block(h, c, about, mask)
-        shift, scale = self.modulation(about)[:, None].chunk(2, dim=2)
-        return unpatch(self.leave(modulate(h, shift, scale)), self.patch_size, rows)
+                h, c = block(h, c, embedding, mask)
+        shift, scale = self.modulation(embedding)[:, None].chunk(2, dim=2)
+        return unpatchify(self.leave(modulate(h, shift, scale)), self.patch_size, rows)
 
 
-@begins(MMDiT)
-def rule(name: str) -> Rule:
+@register_init_rule(MMDiT)
+def init_rule(name: str) -> InitMethod:
     """How a parameter begins: the linear maps Xavier's way; every modulation and the output at zero, so that the network does."""
     if name.endswith("norm.weight"):
         return "one"

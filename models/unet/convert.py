@@ -13,11 +13,11 @@ import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
-from ..common.conditioning import FREQUENCIES, SIZES
-from ..common.weight_mapping import STOCK_NULL, padded, scaled
+from ..common.conditioning import FREQUENCY_CHANNELS, MICRO_CONDITIONS
+from ..common.weight_mapping import STOCK_NULL, pad_class_table, scale_layer
 from .model import LAYOUTS, UNet
 
-CLASSES = "net.class_embedding.weight"
+CLASS_TABLE = "net.class_embedding.weight"
 
 
 def unet_options(config: Mapping[str, Any], text: bool, num_classes: int | None = None, pooled_width: int = 1) -> dict[str, Any]:
@@ -50,13 +50,13 @@ def unet_options(config: Mapping[str, Any], text: bool, num_classes: int | None 
         options["num_classes"] = rows - 1 if num_classes is None else num_classes
     else:
         sizes = config["addition_embed_type"] == "text_time"
-        pooled = config["projection_class_embeddings_input_dim"] - SIZES * FREQUENCIES if sizes else pooled_width
+        pooled = config["projection_class_embeddings_input_dim"] - MICRO_CONDITIONS * FREQUENCY_CHANNELS if sizes else pooled_width
         options |= {"text_width": config["cross_attention_dim"], "pooled_width": pooled, "micro_conditions": sizes}
-    _compare(options, config)
+    _check_equal_config(options, config)
     return options
 
 
-def _compare(options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+def _check_equal_config(options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     """Raises ValueError naming every field in which the network of these options is not the stock one."""
     who = "UNet2DConditionModel" if options["condition"] == "text" else "UNet2DModel"
     if options["head_width"] < 0 or not isinstance(options["layers_per_block"], int) or not isinstance(options["resolution"], int):
@@ -68,12 +68,14 @@ def _compare(options: Mapping[str, Any], config: Mapping[str, Any]) -> None:
     with torch.device("meta"):
         ours = UNet(**options).net.config
     free = {"sample_size", "num_class_embeds", *(k for k in config if k.startswith("_"))}
-    other = [f"{k}={config[k]!r} (ours {ours[k]!r})" for k in config if k not in free and k in ours and not _same(config[k], ours[k])]
+    other = [
+        f"{k}={config[k]!r} (ours {ours[k]!r})" for k in config if k not in free and k in ours and not _equal_values(config[k], ours[k])
+    ]
     if other:
         raise ValueError(f"this {who} has {', '.join(other)}: model.kind=unet has no such form. It cannot be held.")
 
 
-def _same(a: Any, b: Any) -> bool:
+def _equal_values(a: Any, b: Any) -> bool:
     """Lists are tuples, none is 0, and one number for all levels is that number for each."""
     a, b = (tuple(v) if isinstance(v, (list, tuple)) else v or 0 for v in (a, b))
     if isinstance(a, tuple) != isinstance(b, tuple):
@@ -85,8 +87,8 @@ def _same(a: Any, b: Any) -> bool:
 def unet_state(state: Mapping[str, Tensor], num_classes: int) -> dict[str, Tensor]:
     """Our tensors from the stock ones; of a table of 1001 classes or fewer the first ones, and the last row for none."""
     ours = {f"net.{name}": value for name, value in state.items()}
-    if CLASSES in ours and num_classes < len(ours[CLASSES]) - 1:
-        ours[CLASSES] = torch.cat([ours[CLASSES][:num_classes], ours[CLASSES][-1:]])
+    if CLASS_TABLE in ours and num_classes < len(ours[CLASS_TABLE]) - 1:
+        ours[CLASS_TABLE] = torch.cat([ours[CLASS_TABLE][:num_classes], ours[CLASS_TABLE][-1:]])
     return ours
 
 
@@ -95,17 +97,17 @@ def unet_from_stock(
 ) -> UNet:
     """A UNet that gives `factor` times the same output."""
     ours = UNet(**unet_options(stock.config, isinstance(stock, UNet2DConditionModel), num_classes, pooled_width))
-    ours.load_state_dict(scaled(unet_state(stock.state_dict(), ours.num_classes), "net.conv_out", factor))
+    ours.load_state_dict(scale_layer(unet_state(stock.state_dict(), ours.num_classes), "net.conv_out", factor))
     return ours
 
 
 def unet_to_stock(model: UNet, factor: float) -> UNet2DModel | UNet2DConditionModel:
     """A stock network that gives `factor` times the same output; without classes a plain one, as DDPMPipeline takes it."""
-    state = scaled(model.net.state_dict(), "conv_out", factor)
+    state = scale_layer(model.net.state_dict(), "conv_out", factor)
     config = dict(model.net.config)
     if model.num_classes:
         config["num_class_embeds"] = STOCK_NULL + 1
-        state["class_embedding.weight"] = padded(state["class_embedding.weight"])
+        state["class_embedding.weight"] = pad_class_table(state["class_embedding.weight"])
     stock = type(model.net).from_config(config)
     stock.load_state_dict(state)
     return stock.eval()

@@ -12,10 +12,10 @@ from typing import Any, Literal
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from ..common.conditioning import FREQUENCIES, SIZES, Text, check_text, given, noise_clock
-from ..common.init import Rule, begins
+from ..common.conditioning import FREQUENCY_CHANNELS, MICRO_CONDITIONS, TextCondition, check_text_widths, require_sizes, to_timestep
+from ..common.init import InitMethod, register_init_rule
 
-Condition = Literal["class", "text"]
+Conditioning = Literal["class", "text"]
 Layout = Literal["plain", "ddpm"]
 LAYOUTS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -47,7 +47,7 @@ class UNet(nn.Module):
     """
 
     def __init__(
-        self, *, channels: int, resolution: int, condition: Condition = "class", num_classes: int = 0, text_width: int = 0,
+        self, *, channels: int, resolution: int, condition: Conditioning = "class", num_classes: int = 0, text_width: int = 0,
         pooled_width: int = 0, block_channels: tuple[int, ...] = (64, 128, 128), layers_per_block: int = 2, attention_levels: int = 1,
         attention_at: tuple[int, ...] | None = None, head_width: int = 32, layout: Layout = "plain", micro_conditions: bool = False,
         gradient_checkpointing: bool = False, outputs: int = 1,
@@ -58,7 +58,7 @@ class UNet(nn.Module):
         _check(resolution, tuple(block_channels), attention_levels, where, head_width, layout)
         if condition not in ("class", "text"):
             raise ValueError(f"model.condition={condition!r} is unknown: choose class or text.")
-        self.channels, self.resolution, self.num_classes, self.takes = channels, resolution, num_classes, condition
+        self.channels, self.resolution, self.num_classes, self.conditioning = channels, resolution, num_classes, condition
         self.outputs = outputs
         self.micro_conditions, self.gradient_checkpointing = micro_conditions, gradient_checkpointing
         kind = "CrossAttn" if condition == "text" else "Attn"
@@ -81,10 +81,10 @@ class UNet(nn.Module):
                 **common, attention_head_dim=head_width or None, num_class_embeds=num_classes + 1 if num_classes else None
             )
         else:
-            check_text(text_width, pooled_width)
+            check_text_widths(text_width, pooled_width)
             sizes = {
-                "addition_embed_type": "text_time", "addition_time_embed_dim": FREQUENCIES,
-                "projection_class_embeddings_input_dim": pooled_width + SIZES * FREQUENCIES,
+                "addition_embed_type": "text_time", "addition_time_embed_dim": FREQUENCY_CHANNELS,
+                "projection_class_embeddings_input_dim": pooled_width + MICRO_CONDITIONS * FREQUENCY_CHANNELS,
             }  # fmt: skip
             heads = tuple(c // (head_width or c) for c in block_channels)  # this class counts heads where the other counts channels
             self.net = UNet2DConditionModel(
@@ -95,24 +95,24 @@ class UNet(nn.Module):
             self.net.enable_gradient_checkpointing()
 
     @property
-    def multiple(self) -> int:
+    def size_multiple(self) -> int:
         """The sides of an image are multiples of it."""
         return 2 ** (len(self.net.config.block_out_channels) - 1)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | Text, sizes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | TextCondition, sizes: Tensor | None = None) -> Tensor:
         """The prediction; arguments as in DiT, or as in MMDiT with text."""
-        time = noise_clock(t)
+        time = to_timestep(t)
         if isinstance(condition, Tensor):
             return self.net(x, time, class_labels=condition if self.num_classes else None, return_dict=False)[0]
         dtype = self.net.conv_in.weight.dtype
-        condition = Text(*condition)
-        more = {"text_embeds": condition.pooled.to(dtype), "time_ids": given(sizes)} if self.micro_conditions else None
+        condition = TextCondition(*condition)
+        more = {"text_embeds": condition.pooled.to(dtype), "time_ids": require_sizes(sizes)} if self.micro_conditions else None
         states = condition.states.to(dtype)
-        return self.net(x, time, states, encoder_attention_mask=condition.seen, added_cond_kwargs=more, return_dict=False)[0]
+        return self.net(x, time, states, encoder_attention_mask=condition.attention_mask, added_cond_kwargs=more, return_dict=False)[0]
 
 
-@begins(UNet)
-def rule(name: str) -> Rule:
+@register_init_rule(UNet)
+def init_rule(name: str) -> InitMethod:
     """How a parameter begins: as torch's layers do; the output, and what sizes add, at zero."""
     return "zero" if name.startswith(("net.conv_out.", "net.add_embedding.linear_2.")) else "torch"
 

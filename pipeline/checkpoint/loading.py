@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from condot.core.printable import one_line
 
-from .manifest import WRONG, rank, read, read_bytes, tensor_files, verify
-from .rank_file import DTYPES, Listing, listed, read_into, read_whole
-from .sharding import held
+from .manifest import READ_ERRORS, rank, read_bytes, read_manifest, tensor_files, verify
+from .rank_file import DTYPES, TensorIndex, read_into, read_tensor_index, read_whole
+from .sharding import local_part
 
-SHOWN = 3
+MAX_NAMES_SHOWN = 3
 """Names that an error lists of each kind."""
-KINDS: dict[str, type | tuple[type, ...]] = {
+STATE_TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("step", "images", "cursor", "world"), int),
     **dict.fromkeys(("meter", "guard", "scaler", "config", "facts", "space"), dict),
     **dict.fromkeys(("averages", "class_names", "widths"), list),
@@ -30,11 +30,11 @@ KINDS: dict[str, type | tuple[type, ...]] = {
 """What the parts of a state are, by name."""
 
 
-SPARE = 1 << 26
+MAX_EXTRA_ELEMENTS = 1 << 26
 """Numbers that a network may hold beyond its checkpoint: tables of positions that are computed."""
 
 
-class State(dict[str, Any]):
+class CheckpointState(dict[str, Any]):
     """What is no tensor of a checkpoint; a part that is not there is a ValueError, which names the file.
 
     Raises:
@@ -46,7 +46,7 @@ class State(dict[str, Any]):
             raise ValueError(f"{path} is no mapping: take another checkpoint.")
         super().__init__(said)
         self.path = path
-        for name, kind in KINDS.items():
+        for name, kind in STATE_TYPES.items():
             value = said.get(name)
             if name in said and not (isinstance(value, kind) and (kind is not int or (type(value) is int and 0 <= value < 2**63))):
                 raise ValueError(f"{path}: {name} is {str(value)[:40]!r}, which no run writes: take another checkpoint.")
@@ -65,7 +65,7 @@ def _are_numbers(value: Any) -> bool:
     return value is None or isinstance(value, int | float)
 
 
-def load_state(folder: Path) -> State:
+def load_state(folder: Path) -> CheckpointState:
     """Return what is no tensor of a checkpoint.
 
     Raises:
@@ -77,7 +77,7 @@ def load_state(folder: Path) -> State:
     return read_state(folder)
 
 
-def read_state(folder: Path) -> State:
+def read_state(folder: Path) -> CheckpointState:
     """Return the same of a folder that may be damaged.
 
     Raises:
@@ -85,24 +85,26 @@ def read_state(folder: Path) -> State:
     """
     try:
         said = json.loads(read_bytes(folder / "state.json"))
-    except WRONG as error:
+    except READ_ERRORS as error:
         reason = f"{type(error).__name__}: {one_line(error)}"
         raise ValueError(f"{folder}/state.json cannot be read ({reason}): take another checkpoint.") from error
-    return State(said, folder / "state.json")
+    return CheckpointState(said, folder / "state.json")
 
 
-def listing(folder: Path) -> Listing:
+def tensor_index(folder: Path) -> TensorIndex:
     """Return what a verified checkpoint holds.
 
     Raises:
         ValueError: it cannot be read.
     """
-    said = read(folder).get("tensors")
-    return listed(tensor_files(folder)) if said is None else {name: (dtype, tuple(shape)) for name, (dtype, shape) in said.items()}
+    said = read_manifest(folder).get("tensors")
+    return (
+        read_tensor_index(tensor_files(folder)) if said is None else {name: (dtype, tuple(shape)) for name, (dtype, shape) in said.items()}
+    )
 
 
 @contextlib.contextmanager
-def understood(folder: Path) -> Iterator[None]:
+def explain_errors(folder: Path) -> Iterator[None]:
     """Have what a state that no run of ours wrote ends in, whatever it is, be said as a ValueError of one line that names the folder."""
     try:
         yield
@@ -126,13 +128,13 @@ def check_network(folder: Path, sizes: Mapping[str, Any], build: Callable[[], nn
     Raises:
         ValueError: more layers than there are tensors, or more numbers.
     """
-    there = [shape for name, (_, shape) in listing(folder).items() if name.startswith("model.")]
+    there = [shape for name, (_, shape) in tensor_index(folder).items() if name.startswith("model.")]
     counts = {name: size for name, size in sizes.items() if any(word in name for word in ("depth", "layers", "blocks"))}
     many = [f"model.{name}={size}" for name, size in counts.items() if isinstance(size, int) and size > len(there)]
     network = None if many else build()
     needed = sum(tensor.numel() for tensor in (*network.parameters(), *network.buffers())) if network else 0
     held = sum(map(math.prod, there))
-    if many or needed > 2 * held + SPARE:
+    if many or needed > 2 * held + MAX_EXTRA_ELEMENTS:
         said = ", ".join(many) or f"a network of {needed:,} numbers"
         raise ValueError(
             f"{folder}: its state.json tells of {said}, and it holds {held:,} in {len(there)} tensors: take another checkpoint."
@@ -151,7 +153,7 @@ def load_tensors(folder: Path, device: torch.device | str = "cpu", prefix: str =
         ValueError: parts of them are not there.
     """
     whole: dict[str, Tensor] = {}
-    shapes = {name: shape for name, (_, shape) in listing(folder).items() if name.startswith(prefix)}
+    shapes = {name: shape for name, (_, shape) in tensor_index(folder).items() if name.startswith(prefix)}
     left = {name: math.prod(shape) for name, shape in shapes.items()}
     for path in tensor_files(folder):
         for name, count in read_whole(path, device, shapes, whole).items():
@@ -179,9 +181,9 @@ def load_into(
     Raises:
         ValueError: tensors that are missing, unexpected, or of another shape or type, each listed; or parts that are not there.
     """
-    there = listing(folder)
-    _check_fit(folder, there, tensors, tuple(allow_missing), tuple(allow_unexpected))
-    wanted = {name: part for name, t in tensors.items() if name in there and (part := held(name, t)) and part.box.numel}
+    there = tensor_index(folder)
+    _check_matches(folder, there, tensors, tuple(allow_missing), tuple(allow_unexpected))
+    wanted = {name: part for name, t in tensors.items() if name in there and (part := local_part(name, t)) and part.box.numel}
     left = {name: part.box.numel for name, part in wanted.items()}
     files = tensor_files(folder)
     mine = rank() % len(files) if files else 0
@@ -195,35 +197,39 @@ def load_into(
     return [name for name in tensors if name not in there]
 
 
-def _check_complete(folder: Path, lacking: list[str]) -> None:
-    if lacking:
-        raise ValueError(f"{folder} lacks parts of {_some(lacking)}: take another checkpoint.")
+def _check_complete(folder: Path, missing: list[str]) -> None:
+    if missing:
+        raise ValueError(f"{folder} lacks parts of {_shorten(missing)}: take another checkpoint.")
 
 
-def _check_fit(folder: Path, there: Listing, tensors: dict[str, Tensor], missing: tuple[str, ...], unexpected: tuple[str, ...]) -> None:
+def _check_matches(
+    folder: Path, there: TensorIndex, tensors: dict[str, Tensor], missing: tuple[str, ...], unexpected: tuple[str, ...]
+) -> None:
     """Raises ValueError with all that differs between what is there and what is to be filled."""
     here = {name: (DTYPES.get(t.dtype, str(t.dtype)), tuple(t.shape)) for name, t in tensors.items()}
     absent = [name for name in here if name not in there and not name.startswith(missing)]
     beside = [name for name in there if name not in here and not name.startswith(unexpected)]
     other = [
-        f"{name} is {_say(there[name])} there and {_say(here[name])} here" for name in here if name in there and there[name] != here[name]
+        f"{name} is {_format_tensor(there[name])} there and {_format_tensor(here[name])} here"
+        for name in here
+        if name in there and there[name] != here[name]
     ]
-    faults = [f"it lacks {_some(absent)}"] * bool(absent) + [f"it has {_some(beside)} beside"] * bool(beside)
-    faults += [_some(other, "; ")] * bool(other)
+    faults = [f"it lacks {_shorten(absent)}"] * bool(absent) + [f"it has {_shorten(beside)} beside"] * bool(beside)
+    faults += [_shorten(other, "; ")] * bool(other)
     if faults:
         raise ValueError(
             f"{folder} is of another network or optimiser: {'; '.join(faults)}. Give it the settings of the run that wrote it."
         )
 
 
-def _say(one: tuple[str, tuple[int, ...]]) -> str:
+def _format_tensor(one: tuple[str, tuple[int, ...]]) -> str:
     dtype, shape = one
     return f"{dtype} ({', '.join(map(str, shape))})"
 
 
-def _some(names: list[str], between: str = ", ") -> str:
-    more = f"{between}and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return between.join(names[:SHOWN]) + more
+def _shorten(names: list[str], between: str = ", ") -> str:
+    more = f"{between}and {len(names) - MAX_NAMES_SHOWN} more" if len(names) > MAX_NAMES_SHOWN else ""
+    return between.join(names[:MAX_NAMES_SHOWN]) + more
 
 
 def averages(folder: Path, label: str = "") -> dict[str, Tensor]:
@@ -237,17 +243,17 @@ def averages(folder: Path, label: str = "") -> dict[str, Tensor]:
         ValueError: it has no such average; those it has are listed.
     """
     prefix = f"ema[{label}]." if label else "ema."
-    found = _part(folder, prefix)
+    found = _load_prefix(folder, prefix)
     if not found:
-        kept = sorted({match[1] for name in listing(folder) if (match := re.match(r"ema\[(.*?)\]\.", name))})
+        kept = sorted({match[1] for name in tensor_index(folder) if (match := re.match(r"ema\[(.*?)\]\.", name))})
         raise ValueError(f"{folder} holds no average {label!r}: {', '.join(kept) or 'none beside the main one'}. Name one of them.")
     return found
 
 
 def raw_weights(folder: Path) -> dict[str, Tensor]:
     """The weights of a checkpoint as they were trained, by the network's own names."""
-    return _part(folder, "model.")
+    return _load_prefix(folder, "model.")
 
 
-def _part(folder: Path, prefix: str) -> dict[str, Tensor]:
+def _load_prefix(folder: Path, prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in load_tensors(folder, prefix=prefix).items()}

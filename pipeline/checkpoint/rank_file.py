@@ -27,7 +27,7 @@ from torch import Tensor
 
 from condot.core.printable import one_line
 
-from .sharding import Box, Part, overlap, within
+from .sharding import Box, TensorPart, overlap, slices_within
 
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -35,71 +35,73 @@ DTYPES = {
     **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"},
 }
 """Names of the format."""
-EXPONENT = {
+EXPONENT_MASKS = {
     **{"F64": (np.uint64, 0x7FF << 52), "F32": (np.uint32, 0xFF << 23), "F16": (np.uint16, 0x1F << 10), "BF16": (np.uint16, 0xFF << 7)},
     **{"F8_E4M3": (np.uint8, 0x7F), "F8_E5M2": (np.uint8, 0x7C)},
 }
 """The bits that are all set in what is not finite, and only there (of F8_E4M3, which has no infinity, those of its NaN)."""
-STRETCH = 2**20
+CHECK_CHUNK_BYTES = 2**20
 """Bytes checked at a time: they stay in the processor's cache."""
-WRITE = 2**23
+WRITE_CHUNK_BYTES = 2**23
 """Bytes hashed and written at a time."""
-KEY = "condot"
-Listing = dict[str, tuple[str, tuple[int, ...]]]
+METADATA_KEY = "condot"
+TensorIndex = dict[str, tuple[str, tuple[int, ...]]]
 """Type, in the format's words, and shape of whole tensors, by name."""
 
 
-class Place(NamedTuple):
+class PartSpan(NamedTuple):
     """Where a part stands in the buffer, and so in the file behind the header."""
 
-    part: Part
+    part: TensorPart
     start: int
     stop: int
 
 
-class Host:
+class HostBuffer:
     """Memory that parts are copied into, kept from one save to the next: taking it anew costs more than the copies."""
 
     def __init__(self) -> None:
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._ready: torch.cuda.Event | None = None
-        self._reserving: Thread | None = None
+        self._reserve_thread: Thread | None = None
 
-    def reserve(self, parts: list[Part]) -> None:
+    def reserve(self, parts: list[TensorPart]) -> None:
         """Begin to take the memory for copies of these parts, in a thread."""
-        self._reserving = Thread(target=self._take, args=(sum(p.tensor.nbytes for p in parts), _on_gpu(parts) is not None), daemon=True)
-        self._reserving.start()
+        self._reserve_thread = Thread(
+            target=self._allocate_now, args=(sum(p.tensor.nbytes for p in parts), _on_gpu(parts) is not None), daemon=True
+        )
+        self._reserve_thread.start()
 
-    def _take(self, size: int, pinned: bool) -> None:
+    def _allocate_now(self, size: int, pinned: bool) -> None:
         if self._memory.nbytes < size:
             with contextlib.suppress(OSError, RuntimeError, MemoryError):  # `copy` tries again, and says why it cannot
-                self._memory = _pages(size, pinned=pinned)
-                for begin in range(0, size, STRETCH):
-                    self._memory.numpy()[begin : begin + STRETCH] = 0
+                self._memory = _allocate(size, pinned=pinned)
+                for begin in range(0, size, CHECK_CHUNK_BYTES):
+                    self._memory.numpy()[begin : begin + CHECK_CHUNK_BYTES] = 0
 
-    def copy(self, parts: list[Part]) -> list[Place]:
+    def copy(self, parts: list[TensorPart]) -> list[PartSpan]:
         """Take a copy of the parts, in the order of the file; on a GPU the copies are only queued.
 
         Raises:
             ValueError: a type that the format does not have.
             RuntimeError, OSError: not so much memory.
         """
-        places, stop = [], 0
+        spans, stop = [], 0
         for part in sorted(parts, key=lambda p: (-p.tensor.element_size(), str(p.tensor.dtype), p.name)):
             if part.tensor.dtype not in DTYPES:
                 raise ValueError(f"{part.name} is of the type {part.tensor.dtype}, which a checkpoint cannot hold")
             start, stop = stop, stop + part.tensor.nbytes
-            places.append(Place(part, start, stop))
-        if self._reserving:
-            self._reserving.join()
-            self._reserving = None
+            spans.append(PartSpan(part, start, stop))
+        if self._reserve_thread:
+            self._reserve_thread.join()
+            self._reserve_thread = None
         device = _on_gpu(parts)
         if self._memory.nbytes < stop:
-            self._memory = _pages(stop, pinned=device is not None)
-        for part, start, stop in places:
+            self._memory = _allocate(stop, pinned=device is not None)
+        for part, start, stop in spans:
             self._memory[start:stop].view(part.tensor.dtype).view(part.box.shape).copy_(part.tensor, non_blocking=part.tensor.is_cuda)
         self._ready = torch.cuda.current_stream(device).record_event() if device else None
-        return places
+        return spans
 
     def bytes(self, size: int) -> memoryview:
         """The first bytes of what was copied; waits for a GPU to have copied it."""
@@ -108,12 +110,12 @@ class Host:
         return self._memory.numpy().data[:size]
 
 
-def _on_gpu(parts: list[Part]) -> torch.device | None:
+def _on_gpu(parts: list[TensorPart]) -> torch.device | None:
     """The GPU on which parts are, if any."""
     return next((part.tensor.device for part in parts if part.tensor.is_cuda), None)
 
 
-def _pages(size: int, *, pinned: bool) -> Tensor:
+def _allocate(size: int, *, pinned: bool) -> Tensor:
     """So many bytes: locked where a GPU copies into them, else in huge pages where the system has them."""
     if pinned:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -123,16 +125,16 @@ def _pages(size: int, *, pinned: bool) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.uint8)
 
 
-def not_finite(places: list[Place], data: memoryview) -> str | None:
+def find_nonfinite(spans: list[PartSpan], data: memoryview) -> str | None:
     """The name of a tensor that holds NaN or infinity, or None."""
     first = 0
-    while first < len(places):  # places of one type stand together and are checked in one go
-        dtype = places[first].part.tensor.dtype
-        last = next((i for i in range(first, len(places)) if places[i].part.tensor.dtype != dtype), len(places))
-        if DTYPES[dtype] in EXPONENT:
-            at = _first_bad(data, places[first].start, places[last - 1].stop, *EXPONENT[DTYPES[dtype]])
+    while first < len(spans):  # spans of one type stand together and are checked in one go
+        dtype = spans[first].part.tensor.dtype
+        last = next((i for i in range(first, len(spans)) if spans[i].part.tensor.dtype != dtype), len(spans))
+        if DTYPES[dtype] in EXPONENT_MASKS:
+            at = _first_bad(data, spans[first].start, spans[last - 1].stop, *EXPONENT_MASKS[DTYPES[dtype]])
             if at is not None:
-                return next(place.part.name for place in places if place.stop > at)
+                return next(span.part.name for span in spans if span.stop > at)
         first = last
     return None
 
@@ -140,9 +142,9 @@ def not_finite(places: list[Place], data: memoryview) -> str | None:
 def _first_bad(data: memoryview, start: int, stop: int, unit: Any, mask: int) -> int | None:
     """Where, in bytes, the first number stands whose exponent has all bits set."""
     size = np.dtype(unit).itemsize
-    bits, flags = np.empty(STRETCH // size, unit), np.empty(STRETCH // size, bool)
-    for begin in range(start, stop, STRETCH):
-        found = np.frombuffer(data[begin : min(begin + STRETCH, stop)], unit)
+    bits, flags = np.empty(CHECK_CHUNK_BYTES // size, unit), np.empty(CHECK_CHUNK_BYTES // size, bool)
+    for begin in range(start, stop, CHECK_CHUNK_BYTES):
+        found = np.frombuffer(data[begin : min(begin + CHECK_CHUNK_BYTES, stop)], unit)
         n = len(found)
         np.equal(np.bitwise_and(found, unit(mask), out=bits[:n]), unit(mask), out=flags[:n])
         if flags[:n].any():
@@ -150,26 +152,26 @@ def _first_bad(data: memoryview, start: int, stop: int, unit: Any, mask: int) ->
     return None
 
 
-def header(places: list[Place]) -> bytes:
+def build_header(spans: list[PartSpan]) -> bytes:
     """What stands before the tensors: the length, and JSON that names them."""
     about: dict[str, Any] = {}
     parts: dict[str, Any] = {}
-    for part, start, stop in places:
+    for part, start, stop in spans:
         about[part.name] = {"dtype": DTYPES[part.tensor.dtype], "shape": part.box.shape, "data_offsets": [start, stop]}
         if part.box.shape != part.whole:
             parts[part.name] = {"whole": part.whole, "offset": part.box.offset}
-    about["__metadata__"] = {"format": "pt", KEY: json.dumps({"parts": parts})}
+    about["__metadata__"] = {"format": "pt", METADATA_KEY: json.dumps({"parts": parts})}
     text = json.dumps(about).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def write_file(path: Path, places: list[Place], data: memoryview) -> dict[str, Any]:
+def write_file(path: Path, spans: list[PartSpan], data: memoryview) -> dict[str, Any]:
     """Write a file and force it to the disk.
 
     Args:
         path: of the file, new.
-        places: what is in it.
+        spans: what is in it.
         data: the bytes of all of them.
 
     Returns:
@@ -181,9 +183,9 @@ def write_file(path: Path, places: list[Place], data: memoryview) -> dict[str, A
     sha, size = hashlib.sha256(), 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        for source in (memoryview(header(places)), data):
-            for begin in range(0, len(source), WRITE):
-                chunk = source[begin : begin + WRITE]
+        for source in (memoryview(build_header(spans)), data):
+            for begin in range(0, len(source), WRITE_CHUNK_BYTES):
+                chunk = source[begin : begin + WRITE_CHUNK_BYTES]
                 sha.update(chunk)
                 size += len(chunk)
                 while len(chunk):
@@ -194,7 +196,7 @@ def write_file(path: Path, places: list[Place], data: memoryview) -> dict[str, A
     return {"bytes": size, "sha256": sha.hexdigest()}
 
 
-class Piece(NamedTuple):
+class StoredPart(NamedTuple):
     """One entry of a file: a box of the whole tensor."""
 
     dtype: str
@@ -203,7 +205,7 @@ class Piece(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
+def open_safetensors(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
     """Open a file to read its tensors.
 
     Raises:
@@ -217,37 +219,37 @@ def opened(path: Path, device: torch.device | str = "cpu") -> Iterator[Any]:
         raise ValueError(f"{path} cannot be read ({one_line(error)}): take another checkpoint.") from error
 
 
-def pieces(file: Any) -> dict[str, Piece]:
+def stored_parts(file: Any) -> dict[str, StoredPart]:
     """What an open file (safetensors.safe_open) holds, by name; without our metadata every tensor is a whole one.
 
     Raises:
         ValueError: metadata that does not fit the tensors.
     """
-    parts = json.loads((file.metadata() or {}).get(KEY, "{}")).get("parts", {})
+    parts = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}")).get("parts", {})
     found = {}
     for name in file.keys():  # noqa: SIM118
         one = file.get_slice(name)
         shape = tuple(one.get_shape())
         said = parts.get(name, {"whole": shape, "offset": (0,) * len(shape)})
-        piece = Piece(one.get_dtype(), tuple(said["whole"]), Box(tuple(said["offset"]), shape))
-        ends = zip(piece.whole, *piece.box, strict=True)
-        numbers = all(type(n) is int for n in (*piece.whole, *piece.box.offset))
+        stored = StoredPart(one.get_dtype(), tuple(said["whole"]), Box(tuple(said["offset"]), shape))
+        ends = zip(stored.whole, *stored.box, strict=True)
+        numbers = all(type(n) is int for n in (*stored.whole, *stored.box.offset))
         if not numbers or not all(offset >= 0 and offset + length <= end for end, offset, length in ends):
-            raise ValueError(f"{name}: a part of {shape} at {piece.box.offset} does not lie in {piece.whole}")
-        found[name] = piece
+            raise ValueError(f"{name}: a part of {shape} at {stored.box.offset} does not lie in {stored.whole}")
+        found[name] = stored
     return found
 
 
-def listed(files: list[Path]) -> Listing:
+def read_tensor_index(files: list[Path]) -> TensorIndex:
     """Return what the headers of some files say that they hold together; errors as `opened`."""
-    found: Listing = {}
+    found: TensorIndex = {}
     for path in files:
-        with opened(path) as file:
-            found |= {name: (piece.dtype, piece.whole) for name, piece in pieces(file).items()}
+        with open_safetensors(path) as file:
+            found |= {name: (stored.dtype, stored.whole) for name, stored in stored_parts(file).items()}
     return found
 
 
-def read_into(path: Path, wanted: dict[str, Part]) -> dict[str, int]:
+def read_into(path: Path, wanted: dict[str, TensorPart]) -> dict[str, int]:
     """Fill parts from one file, reading only what they have in common with it.
 
     Args:
@@ -261,12 +263,12 @@ def read_into(path: Path, wanted: dict[str, Part]) -> dict[str, int]:
         ValueError, OSError: a file that cannot be read.
     """
     filled = {}
-    with opened(path) as file, torch.no_grad():
-        for name, piece in pieces(file).items():
-            common = overlap(piece.box, wanted[name].box) if name in wanted and piece.whole == wanted[name].whole else None
+    with open_safetensors(path) as file, torch.no_grad():
+        for name, stored in stored_parts(file).items():
+            common = overlap(stored.box, wanted[name].box) if name in wanted and stored.whole == wanted[name].whole else None
             if common:
-                inside = file.get_tensor(name) if common == piece.box else file.get_slice(name)[within(common, piece.box)]
-                wanted[name].tensor[within(common, wanted[name].box)].copy_(inside)
+                inside = file.get_tensor(name) if common == stored.box else file.get_slice(name)[slices_within(common, stored.box)]
+                wanted[name].tensor[slices_within(common, wanted[name].box)].copy_(inside)
                 filled[name] = common.numel
     return filled
 
@@ -287,14 +289,14 @@ def read_whole(path: Path, device: torch.device | str, shapes: dict[str, tuple[i
         ValueError, OSError: a file that cannot be read.
     """
     read = {}
-    with opened(path, device) as file:
-        for name, piece in pieces(file).items():
-            if shapes.get(name) == piece.whole:
+    with open_safetensors(path, device) as file:
+        for name, stored in stored_parts(file).items():
+            if shapes.get(name) == stored.whole:
                 tensor = file.get_tensor(name)
-                if piece.box.shape == piece.whole:
+                if stored.box.shape == stored.whole:
                     whole[name] = tensor
                 else:
-                    target = whole.setdefault(name, torch.empty(piece.whole, dtype=tensor.dtype, device=tensor.device))
-                    target[within(piece.box, Box((0,) * len(piece.whole), piece.whole))] = tensor
-                read[name] = math.prod(piece.box.shape)
+                    target = whole.setdefault(name, torch.empty(stored.whole, dtype=tensor.dtype, device=tensor.device))
+                    target[slices_within(stored.box, Box((0,) * len(stored.whole), stored.whole))] = tensor
+                read[name] = math.prod(stored.box.shape)
     return read

@@ -12,53 +12,56 @@ from typing import Any
 
 from torch import Tensor
 
-from .manifest import Seals, rank, world, write_text
-from .rank_file import Host, Place, not_finite, write_file
+from .manifest import FileDigests, rank, world, write_text
+from .rank_file import HostBuffer, PartSpan, find_nonfinite, write_file
 from .sharding import to_write
 
 NOT_FINITE = "holds numbers that are not finite"
 """In an error of a save that would have kept a state gone wrong; other errors are the disk's."""
 
 
-class Saving:
+class PendingSave:
     """This rank's part of a save under way.
 
     Args:
         folder: where all ranks write, not yet the checkpoint's name.
         state: the text of state.json, which the first rank writes.
-        listed: type and shape of every whole tensor, by name.
+        tensor_index: type and shape of every whole tensor, by name.
     """
 
-    def __init__(self, folder: Path, state: str, listed: dict[str, Any]) -> None:
-        self.folder, self.state, self.listed = folder, state, listed
+    def __init__(self, folder: Path, state: str, tensor_index: dict[str, Any]) -> None:
+        self.folder, self.state, self.tensor_index = folder, state, tensor_index
         self.name = f"rank-{rank():05d}.safetensors"
-        self.seals: Seals = {}
-        self.told: dict[str, Any] = {}
-        """What the first rank wants to know beside the seals: how many numbers this rank writes, and what it thinks all ranks write."""
+        self.digests: FileDigests = {}
+        self.report: dict[str, Any] = {}
+        """What the first rank wants to know beside the digests: how many numbers this rank writes, and what it thinks all ranks write."""
         self.error: str | None = None
         self.thread: Thread | None = None
 
-    def start(self, host: Host, tensors: dict[str, Tensor]) -> None:
+    def start(self, buffer: HostBuffer, tensors: dict[str, Tensor]) -> None:
         """Copy this rank's parts, and write the copies in a thread."""
         try:
-            places = host.copy(to_write(tensors, rank(), world()))
+            spans = buffer.copy(to_write(tensors, rank(), world()))
         except (OSError, RuntimeError, MemoryError, ValueError) as problem:  # the other ranks wait to hear of it in `finish`
             self.error = f"rank {rank()}: {problem}"
         else:
-            self.thread = Thread(target=self._write, args=(host, places), name="checkpoint", daemon=True)
+            self.thread = Thread(target=self._write, args=(buffer, spans), name="checkpoint", daemon=True)
             self.thread.start()
 
-    def _write(self, host: Host, places: list[Place]) -> None:
+    def _write(self, buffer: HostBuffer, spans: list[PartSpan]) -> None:
         try:
-            data = host.bytes(places[-1].stop if places else 0)
-            if bad := not_finite(places, data):
+            data = buffer.bytes(spans[-1].stop if spans else 0)
+            if bad := find_nonfinite(spans, data):
                 raise ValueError(f"{bad} {NOT_FINITE}")
             self.folder.mkdir(parents=True, exist_ok=True)
-            if places:
-                self.seals[self.name] = write_file(self.folder / self.name, places, data)
-            self.told = {"numel": sum(place.part.box.numel for place in places), "listed": zlib.crc32(json.dumps(self.listed).encode())}
+            if spans:
+                self.digests[self.name] = write_file(self.folder / self.name, spans, data)
+            self.report = {
+                "numel": sum(span.part.box.numel for span in spans),
+                "listed": zlib.crc32(json.dumps(self.tensor_index).encode()),
+            }
             if rank() == 0:
-                self.seals["state.json"] = write_text(self.folder / "state.json", self.state)
+                self.digests["state.json"] = write_text(self.folder / "state.json", self.state)
         except Exception as problem:  # whatever it is, it must be said where the ranks meet
             self.error = f"rank {rank()}: {problem}"
 

@@ -28,7 +28,7 @@ class Box(NamedTuple):
         return math.prod(self.shape)
 
 
-class Part(NamedTuple):
+class TensorPart(NamedTuple):
     """What one rank holds of one tensor."""
 
     name: str
@@ -37,9 +37,9 @@ class Part(NamedTuple):
     box: Box
     whole: tuple[int, ...]
     """Shape of the whole tensor."""
-    copy: int = 0
+    replica: int = 0
     """Which of the copies of this box this rank has."""
-    copies: int = 1
+    replicas: int = 1
 
 
 def shard_box(shape: Sequence[int], sizes: Sequence[int], dims: Sequence[int | None], place: Sequence[int]) -> Box:
@@ -61,12 +61,12 @@ def shard_box(shape: Sequence[int], sizes: Sequence[int], dims: Sequence[int | N
     return Box(tuple(offset), tuple(extent))
 
 
-def held(name: str, tensor: Tensor) -> Part | None:
+def local_part(name: str, tensor: Tensor) -> TensorPart | None:
     """What this rank holds of a tensor, all of one that is no DTensor; None outside a DTensor's mesh."""
     tensor = tensor.detach()
     whole = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return Part(name, tensor, Box((0,) * tensor.ndim, whole), whole)
+        return TensorPart(name, tensor, Box((0,) * tensor.ndim, whole), whole)
     mesh, place = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     if place is None:
         return None
@@ -74,32 +74,32 @@ def held(name: str, tensor: Tensor) -> Part | None:
     dims = [p.dim % tensor.ndim if isinstance(p, Shard) else None for p in tensor.placements]
     box, local = shard_box(whole, mesh.shape, dims, place), tensor.to_local()
     assert tuple(local.shape) == box.shape, f"{name}: holds {tuple(local.shape)}, not {box.shape}"
-    copy, copies = 0, 1
+    replica, replicas = 0, 1
     for size, dim, at in zip(mesh.shape, dims, place, strict=True):
         if dim is None:
-            copy, copies = copy * size + at, copies * size
-    return Part(name, local, box, whole, copy, copies)
+            replica, replicas = replica * size + at, replicas * size
+    return TensorPart(name, local, box, whole, replica, replicas)
 
 
-def deal(sizes: dict[str, int], hands: int) -> dict[str, int]:
-    """Share things out, the largest first, each to the hand with the least so far; the same on every rank.
+def assign_to_ranks(sizes: dict[str, int], ranks: int) -> dict[str, int]:
+    """Share things out, the largest first, each to the rank with the least so far; the same on every rank.
 
     Args:
         sizes: bytes by name.
-        hands: how many there are.
+        ranks: how many there are.
 
     Returns:
-        The hand, from 0, by name.
+        The rank, from 0, by name.
     """
-    loads, dealt = [(0, hand) for hand in range(hands)], {}
+    loads, assigned = [(0, rank) for rank in range(ranks)], {}
     for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
-        load, hand = loads[0]
-        heapq.heapreplace(loads, (load + size, hand))
-        dealt[name] = hand
-    return dealt
+        load, rank = loads[0]
+        heapq.heapreplace(loads, (load + size, rank))
+        assigned[name] = rank
+    return assigned
 
 
-def to_write(tensors: dict[str, Tensor], rank: int, world: int) -> list[Part]:
+def to_write(tensors: dict[str, Tensor], rank: int, world: int) -> list[TensorPart]:
     """The parts that this rank writes; those of all ranks together are all there is, each once.
 
     Args:
@@ -108,17 +108,17 @@ def to_write(tensors: dict[str, Tensor], rank: int, world: int) -> list[Part]:
         world: ranks in all.
     """
     plain = {name: t for name, t in tensors.items() if not isinstance(t, DTensor)}
-    whose = deal({name: t.nbytes for name, t in plain.items()}, world)
-    mine = [part for name, t in plain.items() if whose[name] == rank and (part := held(name, t))]
-    parts = [part for name, t in tensors.items() if name not in plain and (part := held(name, t))]
-    for copies in sorted({part.copies for part in parts}):
-        alike = [part for part in parts if part.copies == copies]
-        whose = deal({part.name: math.prod(part.whole) * part.tensor.element_size() for part in alike}, copies)
-        mine += [part for part in alike if whose[part.name] == part.copy and _is_any(part)]
+    owner = assign_to_ranks({name: t.nbytes for name, t in plain.items()}, world)
+    mine = [part for name, t in plain.items() if owner[name] == rank and (part := local_part(name, t))]
+    parts = [part for name, t in tensors.items() if name not in plain and (part := local_part(name, t))]
+    for replicas in sorted({part.replicas for part in parts}):
+        same_replicas = [part for part in parts if part.replicas == replicas]
+        owner = assign_to_ranks({part.name: math.prod(part.whole) * part.tensor.element_size() for part in same_replicas}, replicas)
+        mine += [part for part in same_replicas if owner[part.name] == part.replica and _is_written(part)]
     return mine
 
 
-def _is_any(part: Part) -> bool:
+def _is_written(part: TensorPart) -> bool:
     """Whether a shard holds something; of a tensor without elements the first one counts, so that its name is kept."""
     return part.box.numel > 0 or (math.prod(part.whole) == 0 and not any(part.box.offset))
 
@@ -131,6 +131,6 @@ def overlap(a: Box, b: Box) -> Box | None:
     return Box(offset, shape) if all(n > 0 for n in shape) else None
 
 
-def within(box: Box, frame: Box) -> tuple[slice, ...]:
+def slices_within(box: Box, frame: Box) -> tuple[slice, ...]:
     """The slices that cut `box` out of a tensor that holds `frame`."""
     return tuple(slice(o - f, o - f + n) for o, n, f in zip(box.offset, box.shape, frame.offset, strict=True))

@@ -28,19 +28,30 @@ from condot.core.atomic_files import sync
 from condot.core.printable import say
 
 from . import disk_space
-from .loading import averages, check_network, load_into, load_state, load_tensors, raw_weights, understood
-from .manifest import Seals, broadcast, check_alike, check_present, gather, rank, verify, world, write
-from .rank_file import DTYPES, Host
-from .saving import Saving
+from .loading import averages, check_network, explain_errors, load_into, load_state, load_tensors, raw_weights
+from .manifest import FileDigests, broadcast, check_files_visible, check_same_tensors, gather, rank, verify, world, write_manifest
+from .rank_file import DTYPES, HostBuffer
+from .saving import PendingSave
 from .sharding import to_write
 
-__all__ = ["Store", "averages", "check_network", "choose", "find", "load_into", "load_state", "load_tensors", "named", "raw_weights"]
-__all__ += ["understood", "verify"]
+__all__ = [
+    "CheckpointManager",
+    "averages",
+    "check_network",
+    "find_checkpoint",
+    "load_into",
+    "load_state",
+    "load_tensors",
+    "raw_weights",
+    "resolve_checkpoint",
+    "select_checkpoint",
+]
+__all__ += ["explain_errors", "verify"]
 
 PREFIX = "checkpoint-"
 
 
-class Store:
+class CheckpointManager:
     """The checkpoints of one run.
 
     Args:
@@ -50,19 +61,19 @@ class Store:
 
     def __init__(self, root: Path, keep: int) -> None:
         self.root, self.keep = root, keep
-        self.lost: Callable[[], str] = str
+        self.lock_error: Callable[[], str] = str
         """Why `root` is not the folder that the run has locked, or ""; asked on the first rank before each commit."""
         self.pending: int | None = None
         """The step whose save was begun and not finished."""
-        self._saving: Saving | None = None
-        self._host = Host()
-        self._brooms: list[Thread] = []
+        self._saving: PendingSave | None = None
+        self._buffer = HostBuffer()
+        self._cleanup_threads: list[Thread] = []
 
-    def reserve(self, tensors: dict[str, Tensor]) -> None:
+    def reserve_memory(self, tensors: dict[str, Tensor]) -> None:
         """Take the memory for copies of such a state, in a thread: the first `begin` is then as quick as others; each rank for itself."""
-        self._host.reserve(to_write(tensors, rank(), world()))
+        self._buffer.reserve(to_write(tensors, rank(), world()))
 
-    def check_room(self, tensors: dict[str, Tensor], saves: int) -> None:
+    def check_disk_space(self, tensors: dict[str, Tensor], saves: int) -> None:
         """See that the disk can hold what is to be kept of such a state, and one more while it is written; called by all ranks together.
 
         Args:
@@ -73,12 +84,12 @@ class Store:
             ValueError: it cannot, or a limit on files or a quota forbids it.
         """
         there = len(self.folders()) if rank() == 0 else 0
-        disk_space.check(self.root, tensors, min(saves, self.keep + 1 - min(self.keep, there)))
+        disk_space.check_disk_space(self.root, tensors, min(saves, self.keep + 1 - min(self.keep, there)))
 
-    def check_owned(self) -> None:
+    def check_lock(self) -> None:
         """Raise ValueError where the run's folder is not its own any more, on all ranks, which ask together."""
-        if lost := broadcast(self.lost() if rank() == 0 else ""):
-            raise ValueError(lost)
+        if lock_error := broadcast(self.lock_error() if rank() == 0 else ""):
+            raise ValueError(lock_error)
 
     def begin(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Copy the state and start to write it; called by all ranks together, after the save before was finished.
@@ -96,16 +107,16 @@ class Store:
         """
         assert self.pending is None, f"the save of step {self.pending} is not finished"
         text = json.dumps({**state, "world": world()}, indent=1)
-        listed = {name: [DTYPES.get(t.dtype, str(t.dtype)), list(t.shape)] for name, t in tensors.items()}
-        self.check_owned()
+        tensor_index = {name: [DTYPES.get(t.dtype, str(t.dtype)), list(t.shape)] for name, t in tensors.items()}
+        self.check_lock()
         there = rank() == 0 and os.path.exists(self._path(step)) and verify(self._path(step)) is None
         there, name = broadcast((there, f".tmp-{step}-{uuid.uuid4().hex[:8]}"))
         self.pending = step
         if not there:  # it is there where a run was resumed and stopped again before a step was done
-            self._saving = Saving(self.root / name, text, listed)
-            self._saving.start(self._host, tensors)
+            self._saving = PendingSave(self.root / name, text, tensor_index)
+            self._saving.start(self._buffer, tensors)
 
-    def busy(self) -> bool:
+    def is_writing(self) -> bool:
         """Whether this rank still writes; `finish` would wait for it."""
         thread = self._saving.thread if self._saving else None
         return thread is not None and thread.is_alive()
@@ -129,16 +140,16 @@ class Store:
             return []
         if saving.thread:
             saving.thread.join()
-        gathered = gather((saving.seals, saving.told, saving.error))
+        gathered = gather((saving.digests, saving.report, saving.error))
         errors = [error for *_, error in gathered if error]
         try:
-            self.check_owned()
+            self.check_lock()
         except ValueError:
             saving.discard()
             raise
         if rank() == 0 and not errors:
-            files = {name: seal for part, *_ in gathered for name, seal in part.items()}
-            errors = self._commit(step, saving, files, [told for _, told, _ in gathered])
+            files = {name: digest for part, *_ in gathered for name, digest in part.items()}
+            errors = self._commit(step, saving, files, [report for _, report, _ in gathered])
         errors = broadcast(errors)
         if errors:
             saving.discard()
@@ -148,19 +159,19 @@ class Store:
         """`begin` and `finish` in one, for those who can wait; arguments and answer as theirs."""
         self.begin(step, tensors, state)
         errors = self.finish()
-        self.settle()
+        self.wait_for_cleanup()
         return errors
 
     def _path(self, step: int) -> Path:
         return self.root / f"{PREFIX}{step}"
 
-    def _commit(self, step: int, saving: Saving, files: Seals, told: list[dict[str, Any]]) -> list[str]:
+    def _commit(self, step: int, saving: PendingSave, files: FileDigests, reports: list[dict[str, Any]]) -> list[str]:
         """Complete, rename and prune, on the first rank alone."""
         final = self._path(step)
         try:
-            check_alike(saving.listed, told)
-            check_present(saving.folder, files)
-            write(saving.folder, step, files, saving.listed)
+            check_same_tensors(saving.tensor_index, reports)
+            check_files_visible(saving.folder, files)
+            write_manifest(saving.folder, step, files, saving.tensor_index)
             sync(saving.folder)
             if final.exists():  # a damaged one: a good one is not written again
                 os.rename(final, self.root / f".tmp-old-{uuid.uuid4().hex[:8]}")
@@ -177,24 +188,24 @@ class Store:
         Only what is older than the checkpoint just written goes. A later one
         is a damaged one that was passed over: it must not count as kept.
         """
-        self._brooms = [broom for broom in self._brooms if broom.is_alive()]
+        self._cleanup_threads = [thread for thread in self._cleanup_threads if thread.is_alive()]
         try:
             older = [folder for folder in self.folders() if _step(folder) <= step]
             for folder in older[self.keep :]:
                 os.rename(folder, self.root / f".tmp-old-{uuid.uuid4().hex[:8]}")
             for folder in self.root.glob(".tmp-*"):
-                broom = Thread(target=shutil.rmtree, args=(folder, True), name="broom", daemon=True)
-                broom.start()
-                self._brooms.append(broom)
+                thread = Thread(target=shutil.rmtree, args=(folder, True), name="cleanup", daemon=True)
+                thread.start()
+                self._cleanup_threads.append(thread)
         except (OSError, RuntimeError) as problem:
             say(f"an old checkpoint could not be removed: {problem}")
 
-    def settle(self) -> None:
+    def wait_for_cleanup(self) -> None:
         """Wait until what was pruned is gone."""
-        while self._brooms:
-            self._brooms.pop().join()
+        while self._cleanup_threads:
+            self._cleanup_threads.pop().join()
 
-    def sweep(self, good: Path | None = None) -> None:
+    def remove_leftovers(self, good: Path | None = None) -> None:
         """Remove what an interrupted save or removal left behind, on one rank alone; and what is older than is kept beside a good one."""
         if good and good.parent == self.root:
             self._prune(_step(good))
@@ -221,50 +232,50 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix(PREFIX))
 
 
-def named(root: Path, resume: str) -> Path:
+def resolve_checkpoint(root: Path, resume: str) -> Path:
     """Return the folder that `checkpoint.resume` names: a path, or as diffusers' scripts have it a checkpoint of the run itself."""
     place = Path(resume)
     own = root / place.name
     return own if place.name.startswith(PREFIX) and len(place.parts) == 1 and (own.is_dir() or not place.is_dir()) else place
 
 
-def choose(store: Store, resume: str) -> Path | None:
+def select_checkpoint(manager: CheckpointManager, resume: str) -> Path | None:
     """The checkpoint to go on from, the same on all ranks, which ask together; None to start afresh.
 
     Args:
-        store: of the run.
+        manager: of the run.
         resume: `latest`, `none`, a checkpoint's folder, or its name in the run's folder, as `checkpoint-500`.
 
     Raises:
         ValueError: a start that newer checkpoints in the run's folder would outlive.
     """
     if resume == "latest":
-        return store.latest()
-    newest = broadcast(next(iter(store.folders()), None))
+        return manager.latest()
+    newest = broadcast(next(iter(manager.folders()), None))
     if resume == "none":
         if newest is not None:
-            raise ValueError(f"checkpoint.resume=none, but {store.root} holds {newest.name}: resume it, or give another --output_dir.")
+            raise ValueError(f"checkpoint.resume=none, but {manager.root} holds {newest.name}: resume it, or give another --output_dir.")
         return None
-    chosen = named(store.root, resume)
-    if not chosen.is_dir():
-        there = ", ".join(folder.name for folder in store.folders()) or "none"
-        raise ValueError(f"checkpoint.resume={resume}: {chosen} is not there; {store.root} holds {there}. Give one of them, or latest.")
-    verify(chosen, together=True)  # so that no rank has to read all of it
-    step = load_state(chosen)["step"]
+    selected = resolve_checkpoint(manager.root, resume)
+    if not selected.is_dir():
+        there = ", ".join(folder.name for folder in manager.folders()) or "none"
+        raise ValueError(f"checkpoint.resume={resume}: {selected} is not there; {manager.root} holds {there}. Give one of them, or latest.")
+    verify(selected, together=True)  # so that no rank has to read all of it
+    step = load_state(selected)["step"]
     if newest is not None and _step(newest) > step:
         raise ValueError(
-            f"checkpoint.resume={resume} is older than {newest.name} in {store.root}: to branch off, give another --output_dir."
+            f"checkpoint.resume={resume} is older than {newest.name} in {manager.root}: to branch off, give another --output_dir."
         )
-    return chosen
+    return selected
 
 
-def find(folder: Path) -> Path:
+def find_checkpoint(folder: Path) -> Path:
     """A whole checkpoint to start another run from: the folder itself, or the newest of a run's.
 
     Raises:
         ValueError: none there, or a damaged one.
     """
-    found = folder if (folder / "state.json").exists() else Store(folder, keep=1).latest()
+    found = folder if (folder / "state.json").exists() else CheckpointManager(folder, keep=1).latest()
     if found is None:
         raise ValueError(f"checkpoint.start_from={str(folder)!r} holds no whole checkpoint: name a run's folder, or a checkpoint of it.")
     load_state(found)  # verified

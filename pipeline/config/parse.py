@@ -22,12 +22,12 @@ import yaml
 
 from condot.core.printable import one_line, redacted
 
-from .recipe_file import load
+from .recipe_file import load_recipe
 
 T = TypeVar("T")
 R = TypeVar("R")
-Words = dict[str, list[str]]
-WEIGHTED = ("data.caption",)
+Arguments = dict[str, list[str]]
+WEIGHTED_FIELDS = ("data.caption",)
 """Fields of one text that a recipe may also write as a list, or as a mapping to weights."""
 
 
@@ -46,24 +46,24 @@ def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) 
     """
     wants_help = any(word in ("-h", "--help") for word in argv)
     words = _command_line([word for word in argv if word not in ("-h", "--help")], aliases or {})
-    config = _recipe_named(words, argv, cls)
-    given = _spelled({**(_flatten(load(config[0])) if config else {}), **words})
+    config = _pop_recipe_path(words, argv, cls)
+    given = _join_weighted({**(_flatten(load_recipe(config[0])) if config else {}), **words})
     default = _choose_kinds(cls, given)
-    _check_known(cls, given, default, aliases or {})
+    _check_keys(cls, given, default, aliases or {})
     if wants_help and aliases:
         names = ", ".join(f"--{short} ({full})" for short, full in aliases.items())
         tyro.cli(cls, default=default, args=["--help"], description=f"{cls.__doc__}\n\nAlso understood: {names}.", **TYRO)
-    return _quietly(cls, default, ["--help"] if wants_help else _arguments(given))
+    return _run_tyro(cls, default, ["--help"] if wants_help else _arguments(given))
 
 
-def _check_known(cls: type, given: Words, default: Any, aliases: dict[str, str]) -> None:
-    known = _keys(default)
+def _check_keys(cls: type, given: Arguments, default: Any, aliases: dict[str, str]) -> None:
+    known = _dotted_keys(default)
     for key in given:
         if key not in known:
-            raise ValueError(_unknown(key, known, list(aliases), cls))
+            raise ValueError(_unknown_key_message(key, known, list(aliases), cls))
 
 
-def _arguments(given: Words) -> list[str]:
+def _arguments(given: Arguments) -> list[str]:
     """Words as tyro takes them; a value of a file that looks like an option stays a value.
 
     Raises:
@@ -78,74 +78,76 @@ def _arguments(given: Words) -> list[str]:
     return words
 
 
-def parse_all(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) -> tuple[T, list[str]]:
+def parse_collecting_errors(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) -> tuple[T, list[str]]:
     """As `parse`, for those who want to hear of every mistake.
 
     Returns:
         The dataclass, with defaults where a value is mistaken; and one line a
         mistake, none where `parse` would pass.
     """
-    found: list[str] = []
+    errors: list[str] = []
     start = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
     for word in argv[:start]:
-        found += _tried(_command_line, [word], aliases or {})[1]
+        errors += _attempt(_command_line, [word], aliases or {})[1]
     words = _command_line([word for word in argv[start:] if word not in ("-h", "--help")], aliases or {})
-    named, wrong = _tried(_recipe_named, words, argv, cls)
-    path = words.pop("config", None) if wrong else named
-    recipe, unread = _tried(load, path[0]) if path and "several" not in "".join(wrong) else ({}, [])
-    wrong += unread
-    given = _spelled({**_flatten(recipe or {}), **words})
-    default, unknown_kind = _tried(_choose_kinds, cls, given)
+    named, recipe_errors = _attempt(_pop_recipe_path, words, argv, cls)
+    path = words.pop("config", None) if recipe_errors else named
+    recipe, read_errors = _attempt(load_recipe, path[0]) if path and "several" not in "".join(recipe_errors) else ({}, [])
+    recipe_errors += read_errors
+    given = _join_weighted({**_flatten(recipe or {}), **words})
+    default, unknown_kind = _attempt(_choose_kinds, cls, given)
     if default is None:  # what the fields of an unknown kind are cannot be said
-        sections = [key.removesuffix("kind") for key in given if key.endswith(".kind") and _tried(_choose_kinds, cls, {key: given[key]})[1]]
+        sections = [
+            key.removesuffix("kind") for key in given if key.endswith(".kind") and _attempt(_choose_kinds, cls, {key: given[key]})[1]
+        ]
         given = {key: values for key, values in given.items() if not key.startswith(tuple(sections))}
         default = _choose_kinds(cls, given)
-    known = _keys(default)
-    unknown = [_unknown(key, known, list(aliases or {}), cls) for key in given if key not in known]
+    known = _dotted_keys(default)
+    unknown = [_unknown_key_message(key, known, list(aliases or {}), cls) for key in given if key not in known]
     given = {key: values for key, values in given.items() if key in known}
-    filled, mistaken = _mended(cls, default, given)
-    return filled, list(dict.fromkeys([*found, *wrong, *unknown_kind, *unknown, *mistaken]))
+    filled, value_errors = _fill_valid(cls, default, given)
+    return filled, list(dict.fromkeys([*errors, *recipe_errors, *unknown_kind, *unknown, *value_errors]))
 
 
-def _mended(cls: type[T], default: T, given: Words) -> tuple[T, list[str]]:
+def _fill_valid(cls: type[T], default: T, given: Arguments) -> tuple[T, list[str]]:
     """What is right of the given values, and what is wrong of them: each alone first, then together."""
 
-    def fill(chosen: Words) -> T:
-        return _quietly(cls, default, _arguments(chosen))
+    def fill(chosen: Arguments) -> T:
+        return _run_tyro(cls, default, _arguments(chosen))
 
-    filled, found = _tried(fill, given)
-    if not found:
+    filled, errors = _attempt(fill, given)
+    if not errors:
         return typing.cast(T, filled), []
-    alone = {key: _tried(fill, {key: values})[1] for key, values in given.items()}
-    kept = {key: values for key, values in given.items() if not alone[key]}
-    found = [text for texts in alone.values() for text in texts]
-    filled, together = _tried(fill, kept)
-    while together:  # two values that are right, each alone
-        section = next((key.partition(".")[0] for key in kept if together[0].lstrip("-").startswith(key)), "")
-        found += together
+    errors_of_each = {key: _attempt(fill, {key: values})[1] for key, values in given.items()}
+    kept = {key: values for key, values in given.items() if not errors_of_each[key]}
+    errors = [text for texts in errors_of_each.values() for text in texts]
+    filled, joint_errors = _attempt(fill, kept)
+    while joint_errors:  # two values that are right, each alone
+        section = next((key.partition(".")[0] for key in kept if joint_errors[0].lstrip("-").startswith(key)), "")
+        errors += joint_errors
         kept = {key: values for key, values in kept.items() if section and key.partition(".")[0] != section}
-        filled, together = _tried(fill, kept)
-    return typing.cast(T, filled), found
+        filled, joint_errors = _attempt(fill, kept)
+    return typing.cast(T, filled), errors
 
 
-def _tried(act: Callable[..., R], *arguments: Any) -> tuple[R | None, list[str]]:
+def _attempt(function: Callable[..., R], *arguments: Any) -> tuple[R | None, list[str]]:
     """What a function gives, or what it says is wrong."""
     try:
-        return act(*arguments), []
+        return function(*arguments), []
     except ValueError as error:
         return None, [" ".join(str(error).split())]
 
 
-def asked(argv: list[str], switch: str) -> bool:
+def is_switch_set(argv: list[str], switch: str) -> bool:
     """Whether a command line, or else the recipe that it names, sets a switch; with `--help`, and where the recipe cannot be read, not."""
     start = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
     words = _command_line(argv[start:], {})
-    recipe = _tried(load, words["config"][0])[0] if "config" in words else None
+    recipe = _attempt(load_recipe, words["config"][0])[0] if "config" in words else None
     values = words.get(switch) or _flatten(recipe or {}).get(switch, ["False"])
     return values[-1].lower() == "true" and not {"-h", "--help"} & set(argv)
 
 
-def build(cls: type[T], mapping: dict[str, Any]) -> T:
+def config_from_mapping(cls: type[T], mapping: dict[str, Any]) -> T:
     """Fill a dataclass from a mapping, such as a saved configuration, which may be a stranger's: it names no file to be read.
 
     Raises:
@@ -158,21 +160,21 @@ def build(cls: type[T], mapping: dict[str, Any]) -> T:
     for key in given:
         if key in ("config", "help") or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise ValueError(f"{one_line(key)[:60]}: nothing that a saved configuration holds.")
-    given = _spelled(given)
+    given = _join_weighted(given)
     default = _choose_kinds(cls, given)
-    _check_known(cls, given, default, {})
-    return _quietly(cls, default, _arguments(given))
+    _check_keys(cls, given, default, {})
+    return _run_tyro(cls, default, _arguments(given))
 
 
-def as_mapping(config: Any) -> dict[str, Any]:
+def config_to_mapping(config: Any) -> dict[str, Any]:
     """Return a dataclass as plain values that YAML and JSON keep, and anyone may read: the secrets of its URLs are cut."""
-    return redacted(yaml.safe_load(yaml.safe_dump(_plain(dataclasses.asdict(config)))))
+    return redacted(yaml.safe_load(yaml.safe_dump(_tuples_to_lists(dataclasses.asdict(config)))))
 
 
 TYRO: dict[str, Any] = {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), "use_underscores": True}
 
 
-def _quietly(cls: type[T], default: T, args: list[str]) -> T:
+def _run_tyro(cls: type[T], default: T, args: list[str]) -> T:
     """Call tyro; its boxed error messages become one line."""
     if "--help" in args:
         return tyro.cli(cls, default=default, args=args, **TYRO)
@@ -186,7 +188,7 @@ def _quietly(cls: type[T], default: T, args: list[str]) -> T:
         raise ValueError(f"{text}. --help says what each field takes.") from None
 
 
-def _recipe_named(words: Words, argv: list[str], cls: type) -> list[str] | None:
+def _pop_recipe_path(words: Arguments, argv: list[str], cls: type) -> list[str] | None:
     """Take the recipe out of the words of a command line.
 
     Raises:
@@ -199,62 +201,62 @@ def _recipe_named(words: Words, argv: list[str], cls: type) -> list[str] | None:
         raise ValueError(f"--config names {named}: give one, whose `extends` names another.")
     if more:
         name, equals, value = more[0].lstrip("-").partition("=")
-        key = next((key for key in _keys(cls()) if name in (key, key.rpartition(".")[2])), "")
+        key = next((key for key in _dotted_keys(cls()) if name in (key, key.rpartition(".")[2])), "")
         remedy = f"--{key} {value}" if key and equals else "--section.field value, such as --train.max_steps 3"
         raise ValueError(f"{more[0]!r} stands behind --config {recipe}: write {remedy}.")
     return words.pop("config", None)
 
 
-def _command_line(argv: list[str], aliases: dict[str, str]) -> Words:
+def _command_line(argv: list[str], aliases: dict[str, str]) -> Arguments:
     """`--a=1 --b 2 3 --c` as {a: [1], b: [2, 3], c: [True]}; a later word wins."""
-    words: Words = {}
+    words: Arguments = {}
     key = None
     for word in argv:
         if word.startswith("--"):
             name, equals, value = word[2:].partition("=")
             name = name.replace("-", "_")
             key = aliases.get(name, name)
-            words[key] = [_word(value)] if equals else []
+            words[key] = [_to_word(value)] if equals else []
         elif key is None:
             raise ValueError(f"{word!r} stands alone: write --name value, as --config configs/digits.yaml.")
         else:
-            words[key].append(_word(word))
+            words[key].append(_to_word(word))
     return {name: values or ["True"] for name, values in words.items()}
 
 
-def _word(value: Any) -> str:
+def _to_word(value: Any) -> str:
     """A YAML or command-line value as tyro spells it."""
     text = "None" if value is None else os.path.expanduser(str(value)) if str(value).startswith("~/") else str(value)
     return {"true": "True", "false": "False", "null": "None"}.get(text, text)
 
 
-def _flatten(mapping: dict[str, Any], prefix: str = "") -> Words:
-    words: Words = {}
+def _flatten(mapping: dict[str, Any], prefix: str = "") -> Arguments:
+    words: Arguments = {}
     for key, value in mapping.items():
-        if isinstance(value, dict) and f"{prefix}{key}" in WEIGHTED:
-            words[f"{prefix}{key}"] = [f"{name}={_word(weight)}" for name, weight in value.items()] or ["{}"]
+        if isinstance(value, dict) and f"{prefix}{key}" in WEIGHTED_FIELDS:
+            words[f"{prefix}{key}"] = [f"{name}={_to_word(weight)}" for name, weight in value.items()] or ["{}"]
         elif isinstance(value, dict):
             words |= _flatten(value, f"{prefix}{key}.")
         elif isinstance(value, (list, tuple)):
-            words[f"{prefix}{key}"] = [_word(item) for item in value] or (["[]"] if f"{prefix}{key}" in WEIGHTED else [])
+            words[f"{prefix}{key}"] = [_to_word(item) for item in value] or (["[]"] if f"{prefix}{key}" in WEIGHTED_FIELDS else [])
         else:
-            words[f"{prefix}{key}"] = [_word(value)]
+            words[f"{prefix}{key}"] = [_to_word(value)]
     return words
 
 
-def _spelled(words: Words) -> Words:
+def _join_weighted(words: Arguments) -> Arguments:
     """Several words of a field that holds one text, as that text: `data/options.py` reads the same form, and the rooms are sealed."""
-    return {key: [",".join(values)] if key in WEIGHTED else values for key, values in words.items()}
+    return {key: [",".join(values)] if key in WEIGHTED_FIELDS else values for key, values in words.items()}
 
 
-def _members(kind: Any) -> tuple[Any, ...]:
+def _union_members(kind: Any) -> tuple[Any, ...]:
     """The dataclasses of a union; empty for any other type."""
     if typing.get_origin(kind) not in (typing.Union, types.UnionType):
         return ()
     return tuple(member for member in typing.get_args(kind) if dataclasses.is_dataclass(member))
 
 
-def _choose_kinds(cls: type[T], given: Words) -> T:
+def _choose_kinds(cls: type[T], given: Arguments) -> T:
     """The default of `cls`, with the member of each union that the given `kind` names.
 
     Raises:
@@ -262,7 +264,7 @@ def _choose_kinds(cls: type[T], given: Words) -> T:
     """
     chosen: dict[str, Any] = {}
     for name, hint in typing.get_type_hints(cls).items():
-        members = {typing.get_args(typing.get_type_hints(m)["kind"])[0]: m for m in _members(hint)}
+        members = {typing.get_args(typing.get_type_hints(m)["kind"])[0]: m for m in _union_members(hint)}
         kind = given.get(f"{name}.kind", [None])[0]
         if members and kind is not None:
             if kind not in members:
@@ -271,19 +273,19 @@ def _choose_kinds(cls: type[T], given: Words) -> T:
     return cls(**chosen)
 
 
-def _keys(instance: Any, prefix: str = "") -> list[str]:
+def _dotted_keys(instance: Any, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for item in dataclasses.fields(instance):
         value = getattr(instance, item.name)
         inner = dataclasses.is_dataclass(value)
-        keys += _keys(value, f"{prefix}{item.name}.") if inner else [f"{prefix}{item.name}"]
+        keys += _dotted_keys(value, f"{prefix}{item.name}.") if inner else [f"{prefix}{item.name}"]
     return keys
 
 
-def _unknown(key: str, known: list[str], aliases: list[str], cls: type) -> str:
+def _unknown_key_message(key: str, known: list[str], aliases: list[str], cls: type) -> str:
     section, _, leaf = key.rpartition(".")
     for name, hint in typing.get_type_hints(cls).items():
-        for member in _members(hint) if name == section else ():
+        for member in _union_members(hint) if name == section else ():
             if leaf in [f.name for f in dataclasses.fields(member)]:
                 kind = typing.get_args(typing.get_type_hints(member)["kind"])[0]
                 return f"{key} is a field of {section}.kind={kind}, which was not chosen: set it, or leave the field out."
@@ -292,7 +294,7 @@ def _unknown(key: str, known: list[str], aliases: list[str], cls: type) -> str:
     return f"unknown key {key!r}: did you mean {near[0]!r}?" if near else f"unknown key {key!r}: --help lists the known ones."
 
 
-def _plain(value: Any) -> Any:
+def _tuples_to_lists(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: _tuples_to_lists(item) for key, item in value.items()}
+    return [_tuples_to_lists(item) for item in value] if isinstance(value, (list, tuple)) else value

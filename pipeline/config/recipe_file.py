@@ -8,7 +8,7 @@ from typing import Any
 from condot.core.safe_yaml import read_yaml
 
 
-def load(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def load_recipe(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a recipe, on top of the one that its `extends` names (a path beside it).
 
     Raises:
@@ -24,7 +24,7 @@ def load(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ValueError(f"{path}: a recipe is a mapping of sections (data, model, flow, train, ...), not a {type(recipe).__name__}.")
     recipe = _sections(recipe, path)
     base = recipe.pop("extends", None)
-    return _merge(load(path.parent / str(base), (*seen, path.resolve())), recipe) if base else recipe
+    return _merge(load_recipe(path.parent / str(base), (*seen, path.resolve())), recipe) if base else recipe
 
 
 def _sections(recipe: dict[Any, Any], path: Path) -> dict[Any, Any]:

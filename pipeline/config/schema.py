@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from condot.core.option_ranges import SEED, Real, Whole, check_numbers
+from condot.core.option_ranges import SEED_RANGE, FloatRange, IntRange, check_numbers
 from condot.core.printable import redact
 
 from .model import DiTConfig, ModelConfig
@@ -26,39 +26,41 @@ class DataConfig:
     """Which images, at what size, seen through which encoders; `data/options.py` checks what is given here."""
 
     shards: tuple[str, ...] = ()  # folders of shards with a manifest, as `python -m data.prepare` makes them
-    weights: tuple[Annotated[float, Real("(0, 1]")], ...] = ()  # share of each folder in every batch; none shuffles all together
+    weights: tuple[Annotated[float, FloatRange("(0, 1]")], ...] = ()  # share of each folder in every batch; none shuffles all together
     split: str = "train"  # which of the manifest's splits to train on
-    resolution: Annotated[int, Whole("[1, inf)")] = 256  # pixels; images are resized by the short side and cropped to this square
+    resolution: Annotated[int, IntRange("[1, inf)")] = 256  # pixels; images are resized by the short side and cropped to this square
     # 1: gray; 2: gray and alpha; 3: RGB; 4: RGB and alpha; 5 and more: the bands of TIFF and .npy files
-    channels: Annotated[int, Whole("[1, 1024]", "choose 1 (gray), 2 (gray, alpha), 3 (RGB), 4 (RGB, alpha), or up to 1024.")] = 3
+    channels: Annotated[int, IntRange("[1, 1024]", "choose 1 (gray), 2 (gray, alpha), 3 (RGB), 4 (RGB, alpha), or up to 1024.")] = 3
     bit_depth: Literal[8, 16] = 8  # of a pixel's values as they are trained on; 16 keeps what 16-bit files hold, beside 8-bit ones
     horizontal_flip: bool = False  # mirror half of the images, chosen by (seed, position)
     random_crop: bool = False  # crop anywhere, chosen by (seed, position), instead of at the centre
     # width / height of each bucket, all of about resolution^2 pixels; none for squares
-    aspect_ratios: tuple[Annotated[float, Real("(0, inf)")], ...] = ()
-    bucket_step: Annotated[int, Whole("[1, inf)")] = 32  # pixels of which every bucket's sides are multiples
+    aspect_ratios: tuple[Annotated[float, FloatRange("(0, inf)")], ...] = ()
+    bucket_step: Annotated[int, IntRange("[1, inf)")] = 32  # pixels of which every bucket's sides are multiples
     # where captions are: txt, json.KEY (a list is joined with commas), json.KEY[*] (one entry of a list, drawn), or several by weight, as
     # txt=0.7,json.short=0.3; which a sample is shown with is drawn by (seed, position)
     caption: str = "txt"
     # shards; so many are mixed with one another, which bounds the memory of the order
-    shuffle_block: Annotated[int, Whole("[1, inf)", "at least 1 shard. Use 16 or more.")] = 16
-    workers: Annotated[int, Whole("[0, inf)")] = 2  # threads that read and decode ahead on each rank; 0 reads inside the loop
-    max_bad_share: Annotated[float, Real("[0, 1)")] = 0.001  # of samples that cannot be read; more stop training with the list
+    shuffle_block: Annotated[int, IntRange("[1, inf)", "at least 1 shard. Use 16 or more.")] = 16
+    workers: Annotated[int, IntRange("[0, inf)")] = 2  # threads that read and decode ahead on each rank; 0 reads inside the loop
+    max_bad_share: Annotated[float, FloatRange("[0, 1)")] = 0.001  # of samples that cannot be read; more stop training with the list
     lost_shards: str = "stop"  # or skip: go on without a shard that is gone
     cache_dir: str = ""  # where copies of remote shards are kept
     cache_size: str = "100GB"  # of all copies
-    retry_seconds: Annotated[float, Real("(0, inf)")] = 300.0  # a remote source is tried again for so long
+    retry_seconds: Annotated[float, FloatRange("(0, inf)")] = 300.0  # a remote source is tried again for so long
     autoencoder: str = ""  # folder or Hub id of a frozen AutoencoderKL, AutoencoderTiny or AutoencoderDC; none trains on pixels
     text_encoder: tuple[str, ...] = ()  # folders or Hub ids of frozen text encoders: CLIP, T5, or any that gives token states
-    max_tokens: tuple[Annotated[int, Whole("[1, inf)")], ...] = (128,)  # longer captions are cut; one number for all encoders, or one each
+    max_tokens: tuple[Annotated[int, IntRange("[1, inf)")], ...] = (
+        128,
+    )  # longer captions are cut; one number for all encoders, or one each
     # mask: no attention to what stands behind a caption's end; attend: full length, all of it seen, as Stable Diffusion 3 and Flux do
     text_padding: Literal["mask", "attend"] = "mask"
     encoding: str = "online"  # or cached: read what `python -m data.encode` wrote into data.encoded
     encoded: str = ""  # folder of that cache
     # multiplies latents after the shift, one number or one a channel; none: as measured (cached), or as the autoencoder says (online)
-    latent_scale: tuple[Annotated[float, Real("(0, inf)")], ...] = ()
+    latent_scale: tuple[Annotated[float, FloatRange("(0, inf)")], ...] = ()
     # subtracted from latents, one number or one a channel; none: likewise
-    latent_shift: tuple[Annotated[float, Real("(-inf, inf)")], ...] = ()
+    latent_shift: tuple[Annotated[float, FloatRange("(-inf, inf)")], ...] = ()
 
     def __post_init__(self) -> None:
         check_numbers(self, "data.")
@@ -66,7 +68,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FlowConfig:
-    """What is learned: the path, the prediction, the law of t. docs/theory.md explains each name."""
+    """What is learned: the path, the prediction, the timestep distribution. docs/theory.md explains each name."""
 
     # how signal and noise are mixed over time
     path: Literal["condot", "cosine", "vp", "sub_vp", "ve", "edm", "ddpm", "ddpm_scaled_linear", "ddpm_cosine"] = "condot"
@@ -74,24 +76,26 @@ class FlowConfig:
     predict: Literal["velocity", "noise", "data", "score", "v"] = "velocity"  # what the network outputs
     # regression to `predict`; joint: velocity and score, two outputs of one network; explicit and sliced score matching need predict=score
     objective: Literal["regression", "joint", "explicit", "sliced"] = "regression"
-    joint_balance: Annotated[float, Real("[0, inf)", "finite and not negative. Use 1.")] = (
+    joint_balance: Annotated[float, FloatRange("[0, inf)", "finite and not negative. Use 1.")] = (
         1.0  # of joint: factor on the score's loss, which is weighted by beta^2
     )
     weighting: Literal["none", "velocity", "likelihood", "min_snr", "edm"] = "none"  # how errors count over time
-    min_snr_gamma: Annotated[float, Real("(0, inf)")] = 5.0  # signal-to-noise ratio at which min_snr caps
+    min_snr_gamma: Annotated[float, FloatRange("(0, inf)")] = 5.0  # signal-to-noise ratio at which min_snr caps
     precondition: bool = False  # scale the network the Karras way, with predict=data; always so on edm
-    sigma_data: Annotated[float, Real("(0, inf)")] = 0.5  # standard deviation of the data, for precondition and the weighting edm
-    # law of t in training; discrete are DDPM's thousand steps
+    sigma_data: Annotated[float, FloatRange("(0, inf)")] = 0.5  # standard deviation of the data, for precondition and the weighting edm
+    # timestep distribution in training; discrete are DDPM's thousand steps
     time: Literal["uniform", "logit_normal", "mode", "cosmap", "log_normal_sigma", "discrete"] = "uniform"
-    time_mean: Annotated[float, Real("(-inf, inf)")] = 0.0  # logit of t for logit_normal, log of sigma for log_normal_sigma
-    time_std: Annotated[float, Real("(0, inf)", "a standard deviation is positive and finite. Use 1.0.")] = 1.0  # of the same
-    # bump of the law mode, -1 to 1.75
-    time_scale: Annotated[float, Real("[-1, 1.75]", "from -1 to 1.75, else times would fold. Use 1.29.")] = 1.29
-    # above 1 moves the law towards the noise, for higher resolutions; 1 is none
-    time_shift: Annotated[float, Real("(0, inf)", "a shift is positive and finite; 1 is none.")] = 1.0
+    time_mean: Annotated[float, FloatRange("(-inf, inf)")] = 0.0  # logit of t for logit_normal, log of sigma for log_normal_sigma
+    time_std: Annotated[float, FloatRange("(0, inf)", "a standard deviation is positive and finite. Use 1.0.")] = 1.0  # of the same
+    # bump of the distribution mode, -1 to 1.75
+    time_scale: Annotated[float, FloatRange("[-1, 1.75]", "from -1 to 1.75, else times would fold. Use 1.29.")] = 1.29
+    # above 1 moves the distribution towards the noise, for higher resolutions; 1 is none
+    time_shift: Annotated[float, FloatRange("(0, inf)", "a shift is positive and finite; 1 is none.")] = 1.0
     stratified: bool = False  # spread the times of each global batch evenly
     coupling: Literal["independent", "optimal_transport"] = "independent"  # which noise goes with which image; among images of one class
-    coupling_group: Annotated[int, Whole("[1, inf)")] = 32  # images assigned to one another by optimal_transport; divides the micro-batch
+    coupling_group: Annotated[int, IntRange("[1, inf)")] = (
+        32  # images assigned to one another by optimal_transport; divides the micro-batch
+    )
 
     def __post_init__(self) -> None:
         check_numbers(self, "flow.")
@@ -101,36 +105,38 @@ class FlowConfig:
 class TrainConfig:
     """How long, how fast, in what precision."""
 
-    max_steps: Annotated[int, Whole("[1, inf)", "at least one optimiser step.")] = 400_000  # optimiser steps in all
+    max_steps: Annotated[int, IntRange("[1, inf)", "at least one optimiser step.")] = 400_000  # optimiser steps in all
     # images per optimiser step, all ranks together, so that the curve does not depend on their number
-    batch_size: Annotated[int, Whole("[1, inf)", "at least one image a step.")] = 256
+    batch_size: Annotated[int, IntRange("[1, inf)", "at least one image a step.")] = 256
     # forward passes that one optimiser step is split into
-    gradient_accumulation_steps: Annotated[int, Whole("[1, inf)", "at least one pass a step.")] = 1
-    learning_rate: Annotated[float, Real("(0, inf)", "it is positive and finite. Use 1e-4 for a DiT.")] = 1e-4  # per step, at its highest
-    lr_warmup_steps: Annotated[int, Whole("[0, inf)", "0 or more steps.")] = 0  # optimiser steps from zero to the learning rate
+    gradient_accumulation_steps: Annotated[int, IntRange("[1, inf)", "at least one pass a step.")] = 1
+    learning_rate: Annotated[float, FloatRange("(0, inf)", "it is positive and finite. Use 1e-4 for a DiT.")] = (
+        1e-4  # per step, at its highest
+    )
+    lr_warmup_steps: Annotated[int, IntRange("[0, inf)", "0 or more steps.")] = 0  # optimiser steps from zero to the learning rate
     lr_ramp: Literal["constant", "linear", "cosine"] = "constant"  # shape of the way down at the end
     # share of the run's steps at its end over which a linear or cosine ramp falls to zero
-    lr_decay_fraction: Annotated[float, Real("(0, 1]", "a share above 0, at most 1.")] = 1.0
+    lr_decay_fraction: Annotated[float, FloatRange("(0, 1]", "a share above 0, at most 1.")] = 1.0
     # of matrices only; vectors and embeddings are never decayed
-    weight_decay: Annotated[float, Real("[0, inf)", "0 (none) or a positive, finite factor. Use 0.01.")] = 0.0
-    beta1: Annotated[float, Real("[0, 1)", "from 0 to below 1. Use 0.9.")] = 0.9  # of AdamW
-    beta2: Annotated[float, Real("[0, 1)", "from 0 to below 1. Use 0.999.")] = 0.999  # of AdamW
+    weight_decay: Annotated[float, FloatRange("[0, inf)", "0 (none) or a positive, finite factor. Use 0.01.")] = 0.0
+    beta1: Annotated[float, FloatRange("[0, 1)", "from 0 to below 1. Use 0.9.")] = 0.9  # of AdamW
+    beta2: Annotated[float, FloatRange("[0, 1)", "from 0 to below 1. Use 0.999.")] = 0.999  # of AdamW
     # gradients longer than this are shortened to it; 0 leaves them
-    max_grad_norm: Annotated[float, Real("[0, inf)", "0 (off) or positive and finite.")] = 1.0
+    max_grad_norm: Annotated[float, FloatRange("[0, inf)", "0 (off) or positive and finite.")] = 1.0
     # probability that a sample is trained without its class or caption, for guidance
-    condition_dropout: Annotated[float, Real("[0, 1)", "a probability below 1. Use 0.1.")] = 0.1
+    condition_dropout: Annotated[float, FloatRange("[0, 1)", "a probability below 1. Use 0.1.")] = 0.1
     # of several text encoders: probability that a sample is trained without this one; SD3 has 0.464
-    encoder_dropout: Annotated[float, Real("[0, 1)", "a probability below 1. Use 0.1.")] = 0.0
+    encoder_dropout: Annotated[float, FloatRange("[0, 1)", "a probability below 1. Use 0.1.")] = 0.0
     mixed_precision: Literal["no", "bf16", "fp16", "fp8", "auto"] | None = None  # None: as launched; auto: the faster of no and bf16
     # FSDP2: weights, gradients, moments and averages in shares on all ranks (full) or on each machine (hybrid); None: as launched
     sharding: Literal["none", "full", "hybrid"] | None = None
     # train only low-rank additions of this rank to the attention and feed-forward layers; 0 trains all weights
-    lora_rank: Annotated[int, Whole("[0, inf)", "0 (all weights are trained) or a rank. Use 16.")] = 0
+    lora_rank: Annotated[int, IntRange("[0, inf)", "0 (all weights are trained) or a rank. Use 16.")] = 0
     # the additions are multiplied by lora_alpha / lora_rank
-    lora_alpha: Annotated[float, Real("(0, inf)", "positive and finite. Use 16.")] = 16.0
+    lora_alpha: Annotated[float, FloatRange("(0, inf)", "positive and finite. Use 16.")] = 16.0
     compile: bool = False  # torch.compile each block of the network: slower to start, faster on long runs
     # on a CPU: threads of each process; 0 shares the cores among the processes of this machine
-    cpu_threads: Annotated[int, Whole("[0, inf)", "0 (automatic) or a number of threads.")] = 0
+    cpu_threads: Annotated[int, IntRange("[0, inf)", "0 (automatic) or a number of threads.")] = 0
 
     def __post_init__(self) -> None:
         check_numbers(self, "train.")
@@ -142,13 +148,13 @@ class EmaConfig:
 
     enabled: bool = True  # without it the raw weights are sampled and exported
     # images after which a weight counts half; one average each
-    halflife: tuple[Annotated[float, Real("(0, inf)", "positive numbers of images.")], ...] = (2e6,)
+    halflife: tuple[Annotated[float, FloatRange("(0, inf)", "positive numbers of images.")], ...] = (2e6,)
     # a half-life is at most this share of the images seen so far
-    ramp: Annotated[float, Real("(0, inf)", "a positive share. Use 0.05.")] = 0.05
+    ramp: Annotated[float, FloatRange("(0, inf)", "a positive share. Use 0.05.")] = 0.05
     # EDM2's power-function averages by relative width, such as 0.05 0.1: any width can be rebuilt from two
-    power: tuple[Annotated[float, Real("(0, 0.28)", "relative widths between 0 and 0.28, each once. Use 0.05 0.1.")], ...] = ()
+    power: tuple[Annotated[float, FloatRange("(0, 0.28)", "relative widths between 0 and 0.28, each once. Use 0.05 0.1.")], ...] = ()
     # images between two snapshots of the power averages, from which it is rebuilt; 0: a 64th of the run
-    snapshot_every: Annotated[float, Real("[0, inf)", "0 (automatic) or a number of images.")] = 0
+    snapshot_every: Annotated[float, FloatRange("[0, inf)", "0 (automatic) or a number of images.")] = 0
 
     def __post_init__(self) -> None:
         check_numbers(self, "ema.")
@@ -161,9 +167,9 @@ class EmaConfig:
 class CheckpointConfig:
     """When the state is saved, and what is resumed."""
 
-    every: Annotated[int, Whole("[1, inf)", "at least one step.")] = 5_000  # optimiser steps
+    every: Annotated[int, IntRange("[1, inf)", "at least one step.")] = 5_000  # optimiser steps
     # checkpoints kept; older ones go once a newer one is safe
-    keep: Annotated[int, Whole("[1, inf)", "at least one checkpoint is kept.")] = 2
+    keep: Annotated[int, IntRange("[1, inf)", "at least one checkpoint is kept.")] = 2
     asynchronous: bool = True  # copy the state, then write it while training goes on; false waits for the disk
     resume: str = "latest"  # `latest` (fresh where there is none), `none`, or a checkpoint: its folder, or its name in this run's
     start_from: str = ""  # another run's folder, or a checkpoint of it, whose weights and average a fresh run starts from
@@ -177,16 +183,16 @@ class GuardConfig:
     """What a bad step does, and a step that never ends."""
 
     # steps in a row whose loss or gradient is not finite: so many are skipped, one more rolls back to the last checkpoint
-    skips: Annotated[int, Whole("[0, inf)", "0 or more steps.")] = 3
+    skips: Annotated[int, IntRange("[0, inf)", "0 or more steps.")] = 3
     # a loss over so many times the median of the last `window` steps rolls back; 0 never
-    loss_spike: Annotated[float, Real("[0, inf)")] = 5.0
-    norm_spike: Annotated[float, Real("[0, inf)")] = 20.0  # likewise of the gradient's norm; 0 never
+    loss_spike: Annotated[float, FloatRange("[0, inf)")] = 5.0
+    norm_spike: Annotated[float, FloatRange("[0, inf)")] = 20.0  # likewise of the gradient's norm; 0 never
     # steps whose median a spike is held against; none is called before so many were seen
-    window: Annotated[int, Whole("[2, inf)", "at least two steps.")] = 100
+    window: Annotated[int, IntRange("[2, inf)", "at least two steps.")] = 100
     # so many, then the run ends with status 3, its evidence in rollbacks.jsonl
-    rollbacks: Annotated[int, Whole("[0, inf)", "0 (the first ends the run) or more.")] = 3
+    rollbacks: Annotated[int, IntRange("[0, inf)", "0 (the first ends the run) or more.")] = 3
     # a step or a save that takes longer ends the run, saying where each rank stood; 0 never
-    hang_seconds: Annotated[float, Real("[0, inf)", "0 (never) or a number of seconds.")] = 1800.0
+    hang_seconds: Annotated[float, FloatRange("[0, inf)", "0 (never) or a number of seconds.")] = 1800.0
 
     def __post_init__(self) -> None:
         check_numbers(self, "guard.")
@@ -200,10 +206,10 @@ class PlanConfig:
     """What `--dry_run` reckons with."""
 
     # processes, one a device; 0: as many as were launched
-    ranks: Annotated[int, Whole("[0, inf)", "0 (as launched) or a number of processes.")] = 0
+    ranks: Annotated[int, IntRange("[0, inf)", "0 (as launched) or a number of processes.")] = 0
     # of one rank in training; 0: not known, and no hours are told
-    images_per_second: Annotated[float, Real("[0, inf)", "0 (unknown) or a rate.")] = 0.0
-    cost_per_hour: Annotated[float, Real("[0, inf)", "0 (unknown) or a price.")] = 0.0  # of one rank, in whatever currency
+    images_per_second: Annotated[float, FloatRange("[0, inf)", "0 (unknown) or a rate.")] = 0.0
+    cost_per_hour: Annotated[float, FloatRange("[0, inf)", "0 (unknown) or a price.")] = 0.0  # of one rank, in whatever currency
     memory: str = ""  # of one device, such as 80GB: what needs more is a mistake
 
     def __post_init__(self) -> None:
@@ -215,15 +221,15 @@ class LogConfig:
     """What is shown while training goes on."""
 
     # optimiser steps between two lines of metrics.jsonl; the only time the loop waits for the device
-    every: Annotated[int, Whole("[1, inf)", "at least one step.")] = 50
+    every: Annotated[int, IntRange("[1, inf)", "at least one step.")] = 50
     # optimiser steps between two sample grids; 0 for none
-    sample_every: Annotated[int, Whole("[0, inf)", "0 (off) or a number of steps.")] = 5_000
-    sample_steps: Annotated[int, Whole("[1, inf)", "at least one step.")] = 25  # solver steps of those samples
-    guidance_scale: Annotated[float, Real("(-inf, inf)")] = 1.5  # of those samples; 1 is none
+    sample_every: Annotated[int, IntRange("[0, inf)", "0 (off) or a number of steps.")] = 5_000
+    sample_steps: Annotated[int, IntRange("[1, inf)", "at least one step.")] = 25  # solver steps of those samples
+    guidance_scale: Annotated[float, FloatRange("(-inf, inf)")] = 1.5  # of those samples; 1 is none
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...] = ("tensorboard",)  # trackers beside metrics.jsonl
     project: str = "condot"  # what wandb and trackio call the project; the run is called as its folder
     # of one device, for the model FLOP utilisation; 0: by its name, or measured at the start
-    peak_tflops: Annotated[float, Real("[0, inf)", "0 (by its name, or measured) or a rate.")] = 0.0
+    peak_tflops: Annotated[float, FloatRange("[0, inf)", "0 (by its name, or measured) or a rate.")] = 0.0
 
     def __post_init__(self) -> None:
         check_numbers(self, "log.")
@@ -239,7 +245,7 @@ class Config:
     """
 
     output_dir: str = "runs/untitled"  # the run's folder: checkpoints, metrics.jsonl, samples, export
-    seed: Annotated[int, SEED] = 0  # of the order, the noise, the times and the initial weights
+    seed: Annotated[int, SEED_RANGE] = 0  # of the order, the noise, the times and the initial weights
     init_from: str = ""  # published weights to begin with: a folder or Hub id of diffusers, or a file of the original DiT or SiT
     export: bool = True  # write the folder `export` for stock diffusers at the end
     data: DataConfig = field(default_factory=DataConfig)

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..checkpoint.store import Store, choose, find, named
+from ..checkpoint.store import CheckpointManager, find_checkpoint, resolve_checkpoint, select_checkpoint
 from ..config.schema import Config, FlowConfig
-from ..objectives.training_objective import Method
+from ..objectives.training_objective import TrainingObjective
 from ..training.optimizer import check_ramp
-from ..training.resume_rules import compare, resumed
+from ..training.resume_rules import find_differences, resume_config
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class Mistakes(list[str]):
         if text not in self:
             self.append(text)
 
-    def tried(self, act: Callable[..., T], *arguments: Any) -> T | None:
+    def attempt(self, act: Callable[..., T], *arguments: Any) -> T | None:
         """What a function gives, or None and one mistake more."""
         try:
             return act(*arguments)
@@ -41,7 +41,7 @@ class Mistakes(list[str]):
             self.add(str(error))
             return None
 
-    def mended(
+    def build_with_defaults(
         self, make: Callable[..., T], values: Mapping[str, Any], section: str, defaults: Mapping[str, Any]
     ) -> tuple[T | None, dict[str, Any]]:
         """What a function makes of a section's values; each that it refuses is noted, and its default tried in its place.
@@ -74,36 +74,36 @@ def defaults_of(section: Any) -> dict[str, Any]:
     return {item.name: item.default for item in fields(section) if item.default is not MISSING} | made
 
 
-def method_of(config: Config, shape: tuple[int, ...], text: bool, mistakes: Mistakes) -> Method:
+def objective_of(config: Config, shape: tuple[int, ...], text: bool, mistakes: Mistakes) -> TrainingObjective:
     """The flow of a recipe, with defaults where it cannot be right."""
 
-    def make(**values: Any) -> Method:
-        return Method(FlowConfig(**values), shape, config.train.batch_size)
+    def make(**values: Any) -> TrainingObjective:
+        return TrainingObjective(FlowConfig(**values), shape, config.train.batch_size)
 
-    method = mistakes.mended(make, vars(config.flow), "flow", defaults_of(FlowConfig))[0] or make()
-    mistakes.tried(method.check_blocks, config.model.gradient_checkpointing)
+    objective = mistakes.build_with_defaults(make, vars(config.flow), "flow", defaults_of(FlowConfig))[0] or make()
+    mistakes.attempt(objective.check_gradient_checkpointing, config.model.gradient_checkpointing)
     if text:
-        mistakes.tried(method.check_text)
-    return method
+        mistakes.attempt(objective.check_text_conditioning)
+    return objective
 
 
-def check_coupling(method: Method, micro_batch: int, mistakes: Mistakes) -> None:
+def check_coupling(objective: TrainingObjective, micro_batch: int, mistakes: Mistakes) -> None:
     """Whether the groups of a coupling divide a micro-batch."""
-    if method.flow.coupling != "independent" and micro_batch % method.flow.coupling_group:
+    if objective.flow.coupling != "independent" and micro_batch % objective.flow.coupling_group:
         images = torch.zeros(micro_batch, 1)
-        mistakes.tried(method.paired, images, images, images[:, 0])
+        mistakes.attempt(objective.couple_noise, images, images, images[:, 0])
 
 
-def check_begin(config: Config, mistakes: Mistakes) -> None:
+def check_start_weights(config: Config, mistakes: Mistakes) -> None:
     """Whether a fresh run has one beginning, and adapters something to stand beside."""
-    mistakes.tried(check_ramp, config.train)
+    mistakes.attempt(check_ramp, config.train)
     init, start = config.init_from, config.checkpoint.start_from
     if init and start:
         mistakes.add(f"init_from={init!r} and checkpoint.start_from={start!r}: give one of them.")
     if config.train.lora_rank and not init and not start:
         mistakes.add("train.lora_rank without weights to add to: give init_from, or checkpoint.start_from.")
     if start and not _checkpoints(Path(start)):
-        mistakes.tried(find, Path(start))
+        mistakes.attempt(find_checkpoint, Path(start))
 
 
 def check_folder(config: Config, facts: Mapping[str, Any], mistakes: Mistakes) -> str:
@@ -123,17 +123,17 @@ def check_folder(config: Config, facts: Mapping[str, Any], mistakes: Mistakes) -
         mistakes.add(f"output_dir={config.output_dir!r} cannot be written ({there} is {'read-only' if there.is_dir() else 'no folder'}).")
     resume = config.checkpoint.resume
     if resume == "none":
-        mistakes.tried(choose, Store(folder, 1), resume)
-    found = _checkpoints(folder if resume in ("latest", "none") else named(folder, resume))
+        mistakes.attempt(select_checkpoint, CheckpointManager(folder, 1), resume)
+    found = _checkpoints(folder if resume in ("latest", "none") else resolve_checkpoint(folder, resume))
     if not found:
         if resume not in ("latest", "none"):
             mistakes.add(f"checkpoint.resume={resume!r} is no whole checkpoint: give a folder checkpoint-<step>, or `latest`.")
         return "starts afresh"
-    state = mistakes.tried(_state, found[0])
+    state = mistakes.attempt(_state, found[0])
     known = {key: state["facts"][key] for key in facts if key in state["facts"]} if state else {}
-    differences = compare(known, dict(facts)) if state else []
+    differences = find_differences(known, dict(facts)) if state else []
     if state and not differences:
-        mistakes.tried(resumed, config, state)
+        mistakes.attempt(resume_config, config, state)
     if differences:
         mistakes.add(f"{found[0]} is of another run: {'; '.join(differences)}. Give another --output_dir, or that run's settings.")
     return f"goes on from {found[0]}"
@@ -141,7 +141,7 @@ def check_folder(config: Config, facts: Mapping[str, Any], mistakes: Mistakes) -
 
 def _checkpoints(folder: Path) -> list[Path]:
     """Folders with a manifest: one that is a checkpoint, or those of a run, the newest first."""
-    places = [folder] if (folder / "state.json").exists() else Store(folder, 1).folders()
+    places = [folder] if (folder / "state.json").exists() else CheckpointManager(folder, 1).folders()
     return [place for place in places if (place / "manifest.json").is_file()]
 
 

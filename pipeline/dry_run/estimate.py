@@ -8,51 +8,51 @@ from typing import NamedTuple
 
 from ..config.schema import Config
 from ..ema import snapshots as snapped
-from ..ema.averages import laws
+from ..ema.averages import ema_profiles
 
-FLOAT = 4
+FLOAT32_BYTES = 4
 """Bytes of a weight, a gradient, a moment, an average: all are float32."""
-MOMENTS = 2
+ADAM_MOMENTS = 2
 """AdamW's."""
 Shape = tuple[int, ...]
 
 
-class Sizes(NamedTuple):
+class NetworkSizes(NamedTuple):
     """A network."""
 
     weights: Sequence[Shape]
     """The shape of each."""
-    trained: Sequence[Shape]
+    trainable: Sequence[Shape]
     """Of those that are not frozen."""
-    units: Sequence[Sequence[Shape]]
+    fsdp_units: Sequence[Sequence[Shape]]
     """The weights that FSDP2 gathers together: block by block, last all that stands in none."""
-    kept: int
+    state_numbers: int
     """Numbers in what a checkpoint keeps of it, buffers among them."""
 
 
-class World(NamedTuple):
+class ParallelDims(NamedTuple):
     """How many processes there are, and among how many of them a tensor is shared out."""
 
     ranks: int
-    among: int
+    shard_degree: int
 
     @classmethod
-    def of(cls, sharding: str, ranks: int, local: int) -> World:
+    def from_sharding(cls, sharding: str, ranks: int, local: int) -> ParallelDims:
         """`local`: ranks of one machine."""
         return cls(ranks, {"none": 1, "full": ranks, "hybrid": local}[sharding])
 
 
-def numbers(shapes: Iterable[Shape], among: int = 1) -> int:
+def count_numbers(shapes: Iterable[Shape], shard_degree: int = 1) -> int:
     """Numbers in the largest share of some tensors that are cut along their first dimension, as FSDP2 cuts them."""
-    return sum(ceil(shape[0] / among) * prod(shape[1:]) if shape else 1 for shape in shapes)
+    return sum(ceil(shape[0] / shard_degree) * prod(shape[1:]) if shape else 1 for shape in shapes)
 
 
-def averages(config: Config) -> int:
+def count_averages(config: Config) -> int:
     """How many averages are kept: the first of all weights, or without any these themselves; further ones of trained weights."""
-    return len(laws(config.ema))
+    return len(ema_profiles(config.ema))
 
 
-def held(sizes: Sizes, config: Config, world: World, half: bool) -> dict[str, int]:
+def resident_bytes(sizes: NetworkSizes, config: Config, world: ParallelDims, half: bool) -> dict[str, int]:
     """Bytes that one rank holds all the time, by part.
 
     Args:
@@ -61,62 +61,64 @@ def held(sizes: Sizes, config: Config, world: World, half: bool) -> dict[str, in
         world: its processes.
         half: products are in half precision.
     """
-    whole, trained = (numbers(shapes, world.among) for shapes in (sizes.weights, sizes.trained))
+    weights, trainable = (count_numbers(shapes, world.shard_degree) for shapes in (sizes.weights, sizes.trainable))
     parts = {
-        "weights": FLOAT * whole,
-        "gradients": FLOAT * trained,
-        "optimiser": FLOAT * MOMENTS * trained,
-        "averages": FLOAT * (whole + (averages(config) - 1) * trained),
+        "weights": FLOAT32_BYTES * weights,
+        "gradients": FLOAT32_BYTES * trainable,
+        "optimiser": FLOAT32_BYTES * ADAM_MOMENTS * trainable,
+        "averages": FLOAT32_BYTES * (weights + (count_averages(config) - 1) * trainable),
     }
-    return parts | ({"gathered": gathered(sizes, half)} if world.among > 1 else {})
+    return parts | ({"gathered": gathered_bytes(sizes, half)} if world.shard_degree > 1 else {})
 
 
-def gathered(sizes: Sizes, half: bool) -> int:
+def gathered_bytes(sizes: NetworkSizes, half: bool) -> int:
     """Bytes of what FSDP2 puts together on each rank for a while.
 
     The weights that stand in no block, and those of the block at work and of
     the next, in the precision of the products; the gradients of a block as
     they come, and in float32 on their way to the other ranks.
     """
-    *blocks, rest = [numbers(unit) for unit in sizes.units]
-    block, one = max(blocks, default=0), FLOAT // 2 if half else FLOAT
-    return one * (rest + 2 * block) + (one + FLOAT) * block
+    *blocks, rest = [count_numbers(unit) for unit in sizes.fsdp_units]
+    block, product_bytes = max(blocks, default=0), FLOAT32_BYTES // 2 if half else FLOAT32_BYTES
+    return product_bytes * (rest + 2 * block) + (product_bytes + FLOAT32_BYTES) * block
 
 
-def checkpoint(sizes: Sizes, config: Config) -> int:
+def checkpoint_bytes(sizes: NetworkSizes, config: Config) -> int:
     """Bytes of one checkpoint: weights, averages, two moments and a step of each trained weight."""
-    trained, further = numbers(sizes.trained), averages(config) - 1
-    return FLOAT * (2 * sizes.kept + (MOMENTS + further) * trained + len(sizes.trained))
+    trainable, further = count_numbers(sizes.trainable), count_averages(config) - 1
+    return FLOAT32_BYTES * (2 * sizes.state_numbers + (ADAM_MOMENTS + further) * trainable + len(sizes.trainable))
 
 
-def snapshots(sizes: Sizes, config: Config) -> tuple[int, int]:
+def estimate_snapshots(sizes: NetworkSizes, config: Config) -> tuple[int, int]:
     """How many snapshots of the power averages a run leaves, and bytes of each."""
     batch = config.train.batch_size
-    return snapped.count(config.ema, batch, config.train.max_steps * batch), FLOAT * numbers(sizes.trained) * len(config.ema.power)
+    return snapped.count_snapshots(config.ema, batch, config.train.max_steps * batch), FLOAT32_BYTES * count_numbers(sizes.trainable) * len(
+        config.ema.power
+    )
 
 
-def reading(samples: Sequence[int], config: Config, ranks: int) -> list[str]:
+def describe_epochs(samples: Sequence[int], config: Config, ranks: int) -> list[str]:
     """How often a run reads its data; `samples` of each shard."""
     total, batch, steps, shards = sum(samples), config.train.batch_size, config.train.max_steps, len(samples)
-    spread = f"{min(samples):,} to {max(samples):,} images" if len(set(samples)) > 1 else count(samples[0], "image")
+    spread = f"{min(samples):,} to {max(samples):,} images" if len(set(samples)) > 1 else format_count(samples[0], "image")
     return [
-        f"{count(total, 'image')} in {count(shards, 'shard')} of {spread}",
+        f"{format_count(total, 'image')} in {format_count(shards, 'shard')} of {spread}",
         f"{total / ranks:,.6g} images and {shards / ranks:,.4g} shards a rank and epoch",
-        f"{total / batch:,.6g} steps an epoch, {steps * batch / total:,.4g} epochs in {count(steps, 'step')}",
+        f"{total / batch:,.6g} steps an epoch, {steps * batch / total:,.4g} epochs in {format_count(steps, 'step')}",
     ]
 
 
-def price(config: Config, ranks: int) -> list[str]:
+def describe_cost(config: Config, ranks: int) -> list[str]:
     """Hours, and cost, at the stated throughput."""
     plan, images = config.plan, config.train.max_steps * config.train.batch_size
     if not plan.images_per_second:
         return [f"{images:,} images; hours: give --plan.images_per_second, of one rank, and --plan.cost_per_hour"]
     hours = images / (plan.images_per_second * ranks) / 3600
-    said = f"{images:,} images at {plan.images_per_second:,g} a second and rank: {hours:,.4g} hours, {hours * ranks:,.4g} of one rank's"
-    return [f"{said}; {hours * ranks * plan.cost_per_hour:,.2f} at {plan.cost_per_hour:g} an hour" if plan.cost_per_hour else said]
+    line = f"{images:,} images at {plan.images_per_second:,g} a second and rank: {hours:,.4g} hours, {hours * ranks:,.4g} of one rank's"
+    return [f"{line}; {hours * ranks * plan.cost_per_hour:,.2f} at {plan.cost_per_hour:g} an hour" if plan.cost_per_hour else line]
 
 
-def size(number: float) -> str:
+def format_bytes(number: float) -> str:
     """Bytes as they are read: 123 MB, 1.5 GB."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if number >= 0.9995 * scale:
@@ -124,7 +126,7 @@ def size(number: float) -> str:
     return f"{number:.0f} B"
 
 
-def amount(number: float) -> str:
+def format_si(number: float) -> str:
     """A large number: 130.3 M, 23.02 G."""
     for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= 0.9995 * scale:
@@ -132,6 +134,6 @@ def amount(number: float) -> str:
     return f"{number:g}"
 
 
-def count(number: int, what: str) -> str:
+def format_count(number: int, what: str) -> str:
     """`1 shard`, `2 shards`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

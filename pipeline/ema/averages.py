@@ -20,14 +20,14 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from ..config.schema import EmaConfig
-from .posthoc import exponent_of, power_decay
+from .posthoc import power_decay, width_to_exponent
 
 RAW = "raw"
 """The label of weights as they are trained."""
 
 
 @dataclass(frozen=True)
-class HalfLife:
+class HalfLifeProfile:
     """An exponential average."""
 
     halflife: float
@@ -37,7 +37,7 @@ class HalfLife:
 
     @property
     def label(self) -> str:
-        return f"halflife={_number(self.halflife)}" if self.halflife else RAW
+        return f"halflife={_format_number(self.halflife)}" if self.halflife else RAW
 
     def decay(self, images: int, batch: int) -> float:
         """What is kept of the average in one update.
@@ -54,34 +54,34 @@ class HalfLife:
 
 
 @dataclass(frozen=True)
-class Power:
+class PowerProfile:
     """An average by a power of the image clock, of a relative width."""
 
     width: float
 
     def __post_init__(self) -> None:
-        exponent_of(self.width)  # refuses a width that has none before any work
+        width_to_exponent(self.width)  # refuses a width that has none before any work
 
     @property
     def label(self) -> str:
-        return f"width={_number(self.width)}"
+        return f"width={_format_number(self.width)}"
 
     @cached_property
     def exponent(self) -> float:
-        return exponent_of(self.width)
+        return width_to_exponent(self.width)
 
     def decay(self, images: int, batch: int) -> float:
         """As of a half-life."""
         return power_decay(self.exponent, images, batch)
 
 
-def laws(config: EmaConfig) -> tuple[HalfLife | Power, ...]:
+def ema_profiles(config: EmaConfig) -> tuple[HalfLifeProfile | PowerProfile, ...]:
     """The averages that a recipe asks for: first that which is sampled and exported, last the power averages."""
     halflives = config.halflife if config.enabled else (0.0,)
-    return (*(HalfLife(halflife, config.ramp) for halflife in halflives), *map(Power, config.power))
+    return (*(HalfLifeProfile(halflife, config.ramp) for halflife in halflives), *map(PowerProfile, config.power))
 
 
-class Averages:
+class WeightAverages:
     """Averages of a network's weights: the first is a model to sample from, each further one its trained weights alone.
 
     No update needs another rank: what is averaged is this rank's share. They
@@ -94,19 +94,19 @@ class Averages:
     """
 
     def __init__(self, network: nn.Module, model: nn.Module, config: EmaConfig) -> None:
-        self.laws = laws(config)
+        self.profiles = ema_profiles(config)
         self.model = model.eval().requires_grad_(False)
-        _sharded(network)
+        _reshard(network)
         trained = {name: p for name, p in network.named_parameters(remove_duplicate=False) if p.requires_grad}
         for name, parameter in trained.items():
             assert parameter.dtype in (torch.float32, torch.float64), f"{name} is {parameter.dtype}: averages need master weights"
         self._trained = frozenset(trained)
-        self._further = {law.label: {name: p.detach().clone() for name, p in trained.items()} for law in self.laws[1:]}
+        self._extra = {profile.label: {name: p.detach().clone() for name, p in trained.items()} for profile in self.profiles[1:]}
 
     @property
     def labels(self) -> tuple[str, ...]:
         """Names of the averages, such as `halflife=2000000` and `width=0.05`, the first one's first."""
-        return tuple(law.label for law in self.laws)
+        return tuple(profile.label for profile in self.profiles)
 
     @torch.no_grad()
     def update(self, network: nn.Module, images: int, batch: int) -> None:
@@ -117,18 +117,18 @@ class Averages:
             images: seen so far, this batch included: the last update's, and `batch`.
             batch: images of this step.
         """
-        _sharded(network)
-        _sharded(self.model)
-        first, *others = self.laws
-        weights = _shares(network.parameters())
-        torch._foreach_lerp_(_shares(self.model.parameters()), weights, 1 - first.decay(images, batch))
+        _reshard(network)
+        _reshard(self.model)
+        first, *others = self.profiles
+        weights = _local_tensors(network.parameters())
+        torch._foreach_lerp_(_local_tensors(self.model.parameters()), weights, 1 - first.decay(images, batch))
         for mine, theirs in zip(self.model.buffers(), network.buffers(), strict=True):
             mine.copy_(theirs)
         if others:
             named = dict(network.named_parameters(remove_duplicate=False))
-            weights = _shares(named[name] for name in self._further[others[0].label])
-        for law in others:
-            torch._foreach_lerp_(_shares(self._further[law.label].values()), weights, 1 - law.decay(images, batch))
+            weights = _local_tensors(named[name] for name in self._extra[others[0].label])
+        for profile in others:
+            torch._foreach_lerp_(_local_tensors(self._extra[profile.label].values()), weights, 1 - profile.decay(images, batch))
 
     def tensors(self) -> dict[str, Tensor]:
         """All averages by name: `ema.X` of the first, with its buffers, `ema[halflife=5000].X` and `ema[width=0.05].X` of the others."""
@@ -136,17 +136,17 @@ class Averages:
 
     def power(self) -> dict[str, Tensor]:
         """The power averages alone, named as in `tensors`."""
-        return self._named([law.label for law in self.laws if isinstance(law, Power)])
+        return self._named([profile.label for profile in self.profiles if isinstance(profile, PowerProfile)])
 
     @property
     def widths(self) -> tuple[float, ...]:
         """Of the power averages."""
-        return tuple(law.width for law in self.laws if isinstance(law, Power))
+        return tuple(profile.width for profile in self.profiles if isinstance(profile, PowerProfile))
 
     def _named(self, labels: Iterable[str]) -> dict[str, Tensor]:
-        return {f"ema[{label}].{name}": value for label in labels for name, value in self._further[label].items()}
+        return {f"ema[{label}].{name}": value for label in labels for name, value in self._extra[label].items()}
 
-    def stored(self, kept: Sequence[str], where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    def locate_in_checkpoint(self, kept: Sequence[str], where: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return where a checkpoint holds each average: by its own label, whatever its place in the recipe was then and is now.
 
         One that was not kept begins from the checkpoint's first.
@@ -165,7 +165,7 @@ class Averages:
         first = kept[0] if kept else self.labels[0]
         state = self.model.state_dict()
         tensors = {f"ema.{name}": value for name, value in state.items() if name not in self._trained}
-        own = {self.labels[0]: {name: state[name] for name in self._trained}} | self._further
+        own = {self.labels[0]: {name: state[name] for name in self._trained}} | self._extra
         taken: dict[str, str] = {}
         copied: dict[str, str] = {}
         for label in self.labels:
@@ -179,44 +179,44 @@ class Averages:
         return tensors, copied
 
     def _check_powers(self, kept: Sequence[str], where: str) -> None:
-        for law in self.laws[1:]:
-            if isinstance(law, Power) and law.label not in kept:
+        for profile in self.profiles[1:]:
+            if isinstance(profile, PowerProfile) and profile.label not in kept:
                 held = [label.removeprefix("width=") for label in kept if label.startswith("width=")]
                 give = f"give --ema.power {' '.join(held)}" if held else "leave ema.power out"
                 raise ValueError(
-                    f"ema.power={_number(law.width)}: {where} was trained without it, and a power average counts from a run's "
+                    f"ema.power={_format_number(profile.width)}: {where} was trained without it, and a power average counts from a run's "
                     f"first image: {give}, or begin another run."
                 )
 
     @torch.no_grad()
-    def begin(self, copied: Mapping[str, str] | None = None) -> None:
+    def copy_averages(self, copied: Mapping[str, str] | None = None) -> None:
         """Start averages from others: those named from those named, or all further ones from the first."""
-        _sharded(self.model)
-        own = {self.labels[0]: dict(self.model.named_parameters(remove_duplicate=False))} | self._further
+        _reshard(self.model)
+        own = {self.labels[0]: dict(self.model.named_parameters(remove_duplicate=False))} | self._extra
         for label, source in (dict.fromkeys(self.labels[1:], self.labels[0]) if copied is None else copied).items():
             for name in self._trained:
                 own[label][name].copy_(own[source][name])
 
     @torch.no_grad()
-    def begin_raw(self, network: nn.Module, kept: Sequence[str]) -> None:
+    def copy_raw(self, network: nn.Module, kept: Sequence[str]) -> None:
         """Take the weights themselves where they are sampled and exported, and the checkpoint kept an average in that place."""
         if self.labels[0] == RAW and RAW not in kept:
-            for mine, theirs in zip(_shares(self.model.parameters()), _shares(network.parameters()), strict=True):
+            for mine, theirs in zip(_local_tensors(self.model.parameters()), _local_tensors(network.parameters()), strict=True):
                 mine.copy_(theirs)
 
 
-def _sharded(module: nn.Module) -> None:
+def _reshard(module: nn.Module) -> None:
     """Have every parameter in shares again: a forward pass without a backward one leaves some of FSDP2's whole."""
     for one in module.modules():
         if isinstance(one, FSDPModule):
             one.reshard()
 
 
-def _shares(tensors: Iterable[Tensor]) -> list[Tensor]:
+def _local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What this rank holds of each."""
     return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     """All digits of it and no more, so that labels of different numbers differ."""
     return repr(float(value)).removesuffix(".0")

@@ -5,8 +5,8 @@ gamma at time t is
 
     (gamma + 1) / t^(gamma + 1)  integral_0^t  tau^gamma theta(tau) dtau.
 
-Its relative width is the standard deviation of that law of tau over t. What
-was kept at several times, of one width or more, spans other laws: the nearest
+Its relative width is the standard deviation of that profile of tau over t. What
+was kept at several times, of one width or more, spans other profiles: the nearest
 combination of them is found by least squares, from integrals in closed form.
 
 Source: Karras et al. 2024, Analyzing and Improving the Training Dynamics of
@@ -27,18 +27,18 @@ NARROWEST, WIDEST = 1e-6, 0.28
 """Relative widths lie between: an exponent of zero, the plain mean, has 0.2887."""
 RIDGE = 1e-10
 """Added to unit squared norms: coefficients stay so small that float32's rounding of what was kept does not count."""
-NEGLIGIBLE = 1e-7
+MIN_COEFFICIENT = 1e-7
 """Coefficients below this are left out: they add less than float32 rounds."""
-BOUND = 0.01
-"""The largest relative error of a law that is still called rebuilt."""
+MAX_RELATIVE_ERROR = 0.01
+"""The largest relative error of a profile that is still called rebuilt."""
 
 
-def width_of(exponent: float) -> float:
+def exponent_to_width(exponent: float) -> float:
     """The relative width of an exponent gamma >= 0: the standard deviation of tau / t. EDM2, equation 123."""
     return ((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3))) ** 0.5
 
 
-def exponent_of(width: float) -> float:
+def width_to_exponent(width: float) -> float:
     """The exponent gamma of a relative width.
 
     Args:
@@ -52,7 +52,7 @@ def exponent_of(width: float) -> float:
     low, high = 0.0, 1 / width  # the width falls with the exponent, and lies below 1 / (exponent + 1)
     while high - low > 1e-13 * high:
         middle = (low + high) / 2
-        low, high = (middle, high) if width_of(middle) > width else (low, middle)
+        low, high = (middle, high) if exponent_to_width(middle) > width else (low, middle)
     return (low + high) / 2
 
 
@@ -70,21 +70,21 @@ def power_decay(exponent: float, images: float, batch: float) -> float:
     return max(0.0, 1 - batch / images) ** (exponent + 1)
 
 
-def products(times: Tensor, exponents: Tensor, other_times: Tensor, other_exponents: Tensor) -> Tensor:
-    """Integrals of the product of two laws over time, 1 / images, broadcast over float64 tensors of times and exponents."""
+def profile_inner_products(times: Tensor, exponents: Tensor, other_times: Tensor, other_exponents: Tensor) -> Tensor:
+    """Integrals of the product of two profiles over time, 1 / images, broadcast over float64 tensors of times and exponents."""
     ends, a, b = torch.minimum(times, other_times), exponents, other_exponents
     heights = (a + 1) * (b + 1) / (a + b + 1) * (ends / times) ** a * (ends / other_times) ** b
     return heights * ends / (times * other_times)
 
 
 @dataclass(frozen=True)
-class Combination:
-    """A law as a sum of others."""
+class PosthocCombination:
+    """A profile as a sum of others."""
 
     coefficients: tuple[float, ...]
-    """Of the laws given, in their order; they sum to one."""
+    """Of the profiles given, in their order; they sum to one."""
     error: float
-    """The distance to the law that was asked for, relative to its norm (root of the integral of the square over time)."""
+    """The distance to the profile that was asked for, relative to its norm (root of the integral of the square over time)."""
 
     @property
     def size(self) -> float:
@@ -92,13 +92,13 @@ class Combination:
         return sum(map(abs, self.coefficients))
 
 
-def combine(kept: Sequence[tuple[float, float]], width: float, images: float) -> Combination:
+def solve_posthoc_coefficients(kept: Sequence[tuple[float, float]], width: float, images: float) -> PosthocCombination:
     """The combination of kept averages nearest to one of another width or time.
 
     Args:
         kept: (images, relative width) of each average that was kept, each once.
         width: relative width wanted.
-        images: time wanted, at which one was kept: laws end steeply, and one that ends between two of them is met badly.
+        images: time wanted, at which one was kept: profiles end steeply, and one that ends between two of them is met badly.
 
     Raises:
         ValueError: nothing was kept, or a width that is none.
@@ -106,18 +106,18 @@ def combine(kept: Sequence[tuple[float, float]], width: float, images: float) ->
     if not kept:
         raise ValueError("no power average was kept, and none can be rebuilt: train with --ema.power 0.05 0.1.")
     times = torch.tensor([time for time, _ in kept], dtype=torch.float64)
-    exponents = torch.tensor([exponent_of(w) for _, w in kept], dtype=torch.float64)
-    end, exponent = torch.tensor(float(images), dtype=torch.float64), torch.tensor(exponent_of(width), dtype=torch.float64)
-    among = products(times[:, None], exponents[:, None], times, exponents)
-    norms, norm = among.diagonal().sqrt(), products(end, exponent, end, exponent).sqrt()
-    among = among / (norms[:, None] * norms)  # of laws of unit norm
-    wanted = products(times, exponents, end, exponent) / (norms * norm)
-    shares = norm / norms  # integral of a law of unit norm, over that of the law wanted
-    factor = torch.linalg.cholesky(among + RIDGE * torch.eye(len(kept), dtype=torch.float64))
-    free, along = torch.cholesky_solve(torch.stack([wanted, shares], dim=1), factor).T
-    found = shares * (free + along * (1 - shares @ free) / (shares @ along))  # nearest of those that sum to one
-    found[found.abs() < NEGLIGIBLE] = 0
+    exponents = torch.tensor([width_to_exponent(w) for _, w in kept], dtype=torch.float64)
+    end, exponent = torch.tensor(float(images), dtype=torch.float64), torch.tensor(width_to_exponent(width), dtype=torch.float64)
+    gram = profile_inner_products(times[:, None], exponents[:, None], times, exponents)
+    norms, norm = gram.diagonal().sqrt(), profile_inner_products(end, exponent, end, exponent).sqrt()
+    gram = gram / (norms[:, None] * norms)  # of profiles of unit norm
+    wanted = profile_inner_products(times, exponents, end, exponent) / (norms * norm)
+    masses = norm / norms  # integral of a profile of unit norm, over that of the profile wanted
+    factor = torch.linalg.cholesky(gram + RIDGE * torch.eye(len(kept), dtype=torch.float64))
+    free, along = torch.cholesky_solve(torch.stack([wanted, masses], dim=1), factor).T
+    found = masses * (free + along * (1 - masses @ free) / (masses @ along))  # nearest of those that sum to one
+    found[found.abs() < MIN_COEFFICIENT] = 0
     found[found.argmax()] += 1 - found.sum()
-    unit = found / shares
-    error = (unit @ among @ unit - 2 * unit @ wanted + 1).clamp(min=0).sqrt()
-    return Combination(tuple(found.tolist()), float(error))
+    unit = found / masses
+    error = (unit @ gram @ unit - 2 * unit @ wanted + 1).clamp(min=0).sqrt()
+    return PosthocCombination(tuple(found.tolist()), float(error))

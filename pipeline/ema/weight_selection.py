@@ -14,17 +14,17 @@ from condot.core.printable import say
 
 from ..checkpoint.store import averages, raw_weights
 from ..config.schema import EmaConfig
-from .averages import RAW, HalfLife, Power, laws
+from .averages import RAW, HalfLifeProfile, PowerProfile, ema_profiles
 from .posthoc import NARROWEST, WIDEST
-from .snapshots import kept_of, rebuild
+from .snapshots import find_kept_averages, rebuild_average
 
-SAME = 0.05
+HALFLIFE_TOLERANCE = 0.05
 """A decay is written with few digits: half-lives so near are one."""
-KNOWN = "a half-life in images, a decay a step such as 0.9999, width=0.08, width=0.08,images=640000 for an earlier time, or raw"
+ACCEPTED_FORMS = "a half-life in images, a decay a step such as 0.9999, width=0.08, width=0.08,images=640000 for an earlier time, or raw"
 
 
 @dataclass(frozen=True)
-class Wanted:
+class WeightSelection:
     """Weights of a run, one way to name them."""
 
     label: str = ""
@@ -39,10 +39,10 @@ class Wanted:
         """As it was asked for, in one spelling."""
         if not self.width:
             return self.label
-        return Power(self.width).label + (f",images={self.images:.0f}" if self.images else "")
+        return PowerProfile(self.width).label + (f",images={self.images:.0f}" if self.images else "")
 
 
-def read_wanted(asked: str, config: EmaConfig, batch_size: int, option: str = "--ema") -> Wanted:
+def parse_weight_selection(asked: str, config: EmaConfig, batch_size: int, option: str = "--ema") -> WeightSelection:
     """What a word such as `raw`, `0.9999` or `width=0.08` asks for.
 
     Args:
@@ -56,9 +56,9 @@ def read_wanted(asked: str, config: EmaConfig, batch_size: int, option: str = "-
         ValueError: no such word, or an average that the run neither kept nor can rebuild.
     """
     if not asked:
-        return Wanted()
+        return WeightSelection()
     if asked == RAW:
-        return Wanted(RAW)
+        return WeightSelection(RAW)
     words = [part.rpartition("=") for part in asked.split(",")]
     try:
         numbers = {key.strip(): float(value) for key, _, value in words}
@@ -66,43 +66,45 @@ def read_wanted(asked: str, config: EmaConfig, batch_size: int, option: str = "-
         numbers = {}
     known = set(numbers) in ({""}, {"halflife"}, {"decay"}, {"width"}, {"width", "images"})
     if not known or len(words) != len(numbers) or not all(0 < n < math.inf for n in numbers.values()) or numbers.get("decay", 0) >= 1:
-        raise ValueError(f"{option} {asked!r} is none: give {KNOWN}.")
-    kept = f"The run kept {_listed(config, batch_size)}."
+        raise ValueError(f"{option} {asked!r} is none: give {ACCEPTED_FORMS}.")
+    kept = f"The run kept {_describe_kept(config, batch_size)}."
     if "width" in numbers:
-        return _power(numbers["width"], numbers.get("images", 0.0), config, f"{option} {asked}", kept)
+        return _select_power(numbers["width"], numbers.get("images", 0.0), config, f"{option} {asked}", kept)
     ((key, number),) = numbers.items()
     halflife = number if key == "halflife" or number >= 1 else -batch_size * math.log(2) / math.log(number)
-    far = {law.label: abs(law.halflife / halflife - 1) for law in laws(config) if isinstance(law, HalfLife)}
+    far = {profile.label: abs(profile.halflife / halflife - 1) for profile in ema_profiles(config) if isinstance(profile, HalfLifeProfile)}
     label = min(far, key=lambda one: far[one])
-    if not config.enabled or far[label] > SAME:
+    if not config.enabled or far[label] > HALFLIFE_TOLERANCE:
         raise ValueError(f"{option} {asked}: a half-life of {halflife:.4g} images. {kept} Leave {option} out for the first.")
-    return Wanted("" if label == laws(config)[0].label else label)
+    return WeightSelection("" if label == ema_profiles(config)[0].label else label)
 
 
-def _power(width: float, images: float, config: EmaConfig, said: str, kept: str) -> Wanted:
+def _select_power(width: float, images: float, config: EmaConfig, said: str, kept: str) -> WeightSelection:
     """A power average that was kept, or is to be rebuilt."""
     if not config.power:
         raise ValueError(f"{said}: power averages are rebuilt from others, and none was kept. {kept} Train with --ema.power 0.05 0.1.")
     if not NARROWEST <= width < WIDEST:
         raise ValueError(f"{said}: relative widths lie between {NARROWEST:g} and {WIDEST}. {kept}")
     near = [w for w in config.power if math.isclose(w, width, rel_tol=1e-9)]
-    return Wanted(Power(near[0]).label) if near and not images else Wanted(width=width, images=images)
+    return WeightSelection(PowerProfile(near[0]).label) if near and not images else WeightSelection(width=width, images=images)
 
 
-def _listed(config: EmaConfig, batch_size: int) -> str:
+def _describe_kept(config: EmaConfig, batch_size: int) -> str:
     """What a run kept, in words."""
     halflives = [f"half-life {h:g} images (decay {0.5 ** (batch_size / h):.6g} a step)" for h in config.halflife] if config.enabled else []
     powers = [f"width {w:g}" for w in config.power] + (["other widths, rebuilt"] if config.power else [])
     return f"{', '.join(halflives + powers) or 'no average'}, and {RAW}"
 
 
-def read_weights(checkpoint: Path, state: Mapping[str, Any], wanted: Wanted, config: EmaConfig) -> tuple[dict[str, Tensor], str]:
+def load_selected_weights(
+    checkpoint: Path, state: Mapping[str, Any], selection: WeightSelection, config: EmaConfig
+) -> tuple[dict[str, Tensor], str]:
     """The weights asked for, whole, by the network's own names.
 
     Args:
         checkpoint: a run's, verified.
         state: its state.json.
-        wanted: which weights.
+        selection: which weights.
         config: what the run keeps.
 
     Returns:
@@ -111,26 +113,26 @@ def read_weights(checkpoint: Path, state: Mapping[str, Any], wanted: Wanted, con
     Raises:
         ValueError: an average that cannot be rebuilt, or of a time beyond the checkpoint's.
     """
-    if wanted.label == RAW or not (config.enabled or wanted.label or wanted.width):
+    if selection.label == RAW or not (config.enabled or selection.label or selection.width):
         return raw_weights(checkpoint), "the weights as they were trained"
     first = averages(checkpoint)
-    if not wanted.width:
-        law = next(law for law in laws(config) if wanted.label in ("", law.label))
-        return first | (_further(checkpoint, wanted.label) if wanted.label else {}), _described(law)
+    if not selection.width:
+        profile = next(profile for profile in ema_profiles(config) if selection.label in ("", profile.label))
+        return first | (_load_extra(checkpoint, selection.label) if selection.label else {}), _describe_average(profile)
     seen = int(state["images"])
-    images = wanted.images or seen
+    images = selection.images or seen
     if not 0 < images <= seen:
-        raise ValueError(f"--ema {wanted.name}: {checkpoint} has seen {seen} images. Give at most so many.")
-    found, how = rebuild(kept_of(checkpoint, seen, config.power), wanted.width, images)
+        raise ValueError(f"--ema {selection.name}: {checkpoint} has seen {seen} images. Give at most so many.")
+    found, how = rebuild_average(find_kept_averages(checkpoint, seen, config.power), selection.width, images)
     used = sum(1 for c in how.coefficients if c)
     say(
-        f"width {wanted.width:g} at {images:.0f} images: rebuilt from {used} of the averages kept, coefficients of {how.size:.3g} in "
-        f"all, its law missed by {100 * how.error:.1g} %"
+        f"width {selection.width:g} at {images:.0f} images: rebuilt from {used} of the averages kept, coefficients of {how.size:.3g} in "
+        f"all, its profile missed by {100 * how.error:.1g} %"
     )
-    return first | found, f"a power average of the trained ones of relative width {wanted.width:g}, rebuilt from others"
+    return first | found, f"a power average of the trained ones of relative width {selection.width:g}, rebuilt from others"
 
 
-def _further(checkpoint: Path, label: str) -> dict[str, Tensor]:
+def _load_extra(checkpoint: Path, label: str) -> dict[str, Tensor]:
     """An average that is not the first: its trained weights."""
     found = averages(checkpoint, label)
     if not found:
@@ -138,7 +140,7 @@ def _further(checkpoint: Path, label: str) -> dict[str, Tensor]:
     return found
 
 
-def _described(law: HalfLife | Power) -> str:
-    if isinstance(law, Power):
-        return f"a power average of the trained ones, of relative width {law.width:g}"
-    return f"a running average of the trained ones, of half-life {law.halflife:g} images"
+def _describe_average(profile: HalfLifeProfile | PowerProfile) -> str:
+    if isinstance(profile, PowerProfile):
+        return f"a power average of the trained ones, of relative width {profile.width:g}"
+    return f"a running average of the trained ones, of half-life {profile.halflife:g} images"

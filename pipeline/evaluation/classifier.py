@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Network = TypeVar("Network", bound=nn.Module)
-WIDTH = 64
+FEATURE_WIDTH = 64
 """Of the features."""
-SEEN = 120_000
+IMAGES_SEEN = 120_000
 """Images seen in training: two epochs of 60,000, within a minute on two cores at 28 x 28."""
-MOST_EPOCHS = 30
-BATCH = 100
+MAX_EPOCHS = 30
+BATCH_SIZE = 100
 
 
 class Classifier(nn.Module):
@@ -37,9 +37,9 @@ class Classifier(nn.Module):
         def block(before: int, after: int) -> nn.Sequential:
             return nn.Sequential(nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU())
 
-        self.one, self.two, self.three = block(channels, 32), block(32, WIDTH), block(WIDTH, WIDTH)
-        self.hidden = nn.Sequential(nn.Dropout(0.5), nn.Linear(WIDTH * 16, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU())
-        self.out = nn.Linear(WIDTH, classes)
+        self.one, self.two, self.three = block(channels, 32), block(32, FEATURE_WIDTH), block(FEATURE_WIDTH, FEATURE_WIDTH)
+        self.hidden = nn.Sequential(nn.Dropout(0.5), nn.Linear(FEATURE_WIDTH * 16, FEATURE_WIDTH), nn.BatchNorm1d(FEATURE_WIDTH), nn.ReLU())
+        self.out = nn.Linear(FEATURE_WIDTH, classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, 64) and logits (B, classes) of images (B, C, H, W) in -1..1."""
@@ -120,6 +120,6 @@ def fit_classifier(build: Callable[[int], Network], labels: Tensor, loss: Callab
 
 def _batches(count: int) -> Iterator[Tensor]:
     """Rows of each step, shuffled anew every epoch; whole batches only, for their statistics, ten or more an epoch."""
-    size = max(2, min(BATCH, count // 10))
-    for _ in range(max(1, min(MOST_EPOCHS, SEEN // count))):
+    size = max(2, min(BATCH_SIZE, count // 10))
+    for _ in range(max(1, min(MAX_EPOCHS, IMAGES_SEEN // count))):
         yield from (rows for rows in torch.randperm(count).split(size) if len(rows) == size)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Moments:
+class FeatureMoments:
     """Count, mean and scatter of features; two of them add up to those of both sets, in any order.
 
     Args:
@@ -36,7 +36,7 @@ class Moments:
     scatter: Tensor
 
     @classmethod
-    def of(cls, features: Tensor) -> Moments:
+    def from_features(cls, features: Tensor) -> FeatureMoments:
         """Of features, (N, D).
 
         Raises:
@@ -51,20 +51,20 @@ class Moments:
         return cls(len(x), mean, (x - mean).T @ (x - mean))
 
     @classmethod
-    def streamed(cls, batches: Iterable[Tensor]) -> Moments:
+    def from_batches(cls, batches: Iterable[Tensor]) -> FeatureMoments:
         """Of batches of features, (N_i, D) each, without keeping them.
 
         Raises:
-            ValueError: no batch, or as `of`.
+            ValueError: no batch, or as `from_features`.
         """
-        total: Moments | None = None
+        total: FeatureMoments | None = None
         for batch in batches:
-            total = cls.of(batch) if total is None else total + cls.of(batch)
+            total = cls.from_features(batch) if total is None else total + cls.from_features(batch)
         if total is None:
             raise ValueError("no features were given: at least one batch.")
         return total
 
-    def __add__(self, other: Moments) -> Moments:
+    def __add__(self, other: FeatureMoments) -> FeatureMoments:
         """Of both sets together."""
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"features of {len(self.mean)} and of {len(other.mean)} numbers cannot be one set: use one network for both.")
@@ -72,7 +72,7 @@ class Moments:
         apart = other.mean - self.mean
         mean = self.mean + apart * (other.count / count)
         scatter = self.scatter + other.scatter + torch.outer(apart, apart) * (self.count * other.count / count)
-        return Moments(count, mean, scatter)
+        return FeatureMoments(count, mean, scatter)
 
     @property
     def covariance(self) -> Tensor:
@@ -80,12 +80,12 @@ class Moments:
         return self.scatter / max(1, self.count - 1)
 
     @property
-    def singular(self) -> bool:
+    def is_singular(self) -> bool:
         """Too few samples for the dimension: N of them span at most N - 1 directions."""
         return self.count <= len(self.mean)
 
 
-def frechet(a: Moments, b: Moments) -> float:
+def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     """`|m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1^(1/2) S2 S1^(1/2))^(1/2)`, at least 0.
 
     The last trace is the sum of the singular values of `S1^(1/2) S2^(1/2)`,

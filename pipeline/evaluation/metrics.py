@@ -18,15 +18,15 @@ import torch
 from torch import Tensor
 
 from .classifier import train_classifier
-from .frechet import Moments, frechet
+from .frechet import FeatureMoments, frechet_distance
 
-Features = Callable[[Tensor], Tensor]  # of images (B, C, H, W) in -1..1: numbers (B, D)
-DIVERSITY_MOST = 1000
+FeatureExtractor = Callable[[Tensor], Tensor]  # of images (B, C, H, W) in -1..1: numbers (B, D)
+MAX_DIVERSITY_IMAGES = 1000
 """Images of a class that `diversity` compares, half a million pairs; more would cost minutes and move no third digit."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Report:
+class EvaluationResult:
     """Figures of samples, each beside the real one it is read against."""
 
     samples: int
@@ -57,12 +57,12 @@ class Report:
         """Of samples to held-out real images; far below 1 means copies of training images."""
         return self.nearest / self.nearest_of_held_out
 
-    def reaches(self, accuracy: float, diversity_ratio: float, nearest_ratio: float) -> bool:
+    def meets(self, accuracy: float, diversity_ratio: float, nearest_ratio: float) -> bool:
         """Whether no figure is below these."""
         return self.accuracy >= accuracy and self.diversity_ratio >= diversity_ratio and self.nearest_ratio >= nearest_ratio
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures and the two ratios."""
+        """The results and the two ratios."""
         return {**asdict(self), "diversity_ratio": self.diversity_ratio, "nearest_ratio": self.nearest_ratio}
 
     def __str__(self) -> str:
@@ -94,8 +94,8 @@ class Report:
 
 
 def evaluate(
-    samples: Tensor, labels: Tensor, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], features: Features | None = None
-) -> Report:
+    samples: Tensor, labels: Tensor, train: tuple[Tensor, Tensor], held_out: tuple[Tensor, Tensor], features: FeatureExtractor | None = None
+) -> EvaluationResult:
     """Compare samples with real images.
 
     Args:
@@ -110,26 +110,28 @@ def evaluate(
         ValueError: a class with fewer than two images anywhere, features that are none.
     """
     real, real_labels = train
-    judge = train_classifier(real, real_labels)
-    look = features or judge.features
+    classifier = train_classifier(real, real_labels)
+    extract = features or classifier.features
     as_many = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[: len(samples)]
-    made, known, fresh = (Moments.streamed(map(look, images.split(256))) for images in (samples, real[as_many], held_out[0]))
-    return Report(
+    sample_moments, train_moments, held_out_moments = (
+        FeatureMoments.from_batches(map(extract, images.split(256))) for images in (samples, real[as_many], held_out[0])
+    )
+    return EvaluationResult(
         samples=len(samples),
-        accuracy=(judge.predict(samples) == labels).double().mean().item(),
-        accuracy_of_held_out=(judge.predict(held_out[0]) == held_out[1]).double().mean().item(),
+        accuracy=(classifier.predict(samples) == labels).double().mean().item(),
+        accuracy_of_held_out=(classifier.predict(held_out[0]) == held_out[1]).double().mean().item(),
         diversity=diversity(samples, labels),
         diversity_of_real=diversity(real, real_labels),
         nearest=nearest(samples, real).median().item(),
         nearest_of_held_out=nearest(held_out[0], real).median().item(),
-        frechet=frechet(made, fresh),
-        frechet_of_train=frechet(known, fresh),
-        feature_width=len(made.mean),
-        few=made.singular or known.singular or fresh.singular,
+        frechet=frechet_distance(sample_moments, held_out_moments),
+        frechet_of_train=frechet_distance(train_moments, held_out_moments),
+        feature_width=len(sample_moments.mean),
+        few=sample_moments.is_singular or train_moments.is_singular or held_out_moments.is_singular,
     )
 
 
-def load_features(place: str) -> Features:
+def load_features(place: str) -> FeatureExtractor:
     """Somebody's own features: a function in a Python file, which is run.
 
     Args:
@@ -151,7 +153,7 @@ def load_features(place: str) -> Features:
     return lambda images: found(images).detach().flatten(1)
 
 
-def check_features(features: Features | None, images: Tensor, place: str) -> None:
+def check_features(features: FeatureExtractor | None, images: Tensor, place: str) -> None:
     """Raises ValueError for features that cannot be had of some images, (B, C, H, W); `place` is what names them."""
     try:
         if features:
@@ -176,7 +178,7 @@ def diversity(images: Tensor, labels: Tensor) -> float:
     """
     means = []
     for label in labels.unique().tolist():
-        members = images[labels == label][:DIVERSITY_MOST].flatten(1)
+        members = images[labels == label][:MAX_DIVERSITY_IMAGES].flatten(1)
         if len(members) < 2:
             raise ValueError(f"class {label} has one image: diversity needs two or more of each class.")
         means.append(torch.pdist(members).mean())

@@ -14,10 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-FILE = "provenance.json"
+PROVENANCE_FILE = "provenance.json"
 """In an exported folder: what its weights were made of."""
-NETWORKS = ("transformer", "unet")
-STEM = "diffusion_pytorch_model"
+NETWORK_FOLDERS = ("transformer", "unet")
+WEIGHTS_STEM = "diffusion_pytorch_model"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +25,8 @@ class Provenance:
     """Weights, by what they are and by what they were made of."""
 
     sha256: str
-    """Of their tensors, as `digest` takes it."""
-    trained: str = ""
+    """Of their tensors, as `hash_tensors` takes it."""
+    trained_sha256: str = ""
     """The same of the run's weights, before they got the names and signs of diffusers; "" where nobody knows."""
     step: int | None = None
     """Of the checkpoint that held those."""
@@ -34,21 +34,21 @@ class Provenance:
     """Which weights of the run; "" is its first average."""
 
     @classmethod
-    def of_run(cls, sha256: str, step: int, ema: str) -> Provenance:
+    def from_run(cls, sha256: str, step: int, ema: str) -> Provenance:
         """Return that of weights as a run's checkpoint holds them."""
-        return cls(sha256=sha256, trained=sha256, step=step, ema=ema)
+        return cls(sha256=sha256, trained_sha256=sha256, step=step, ema=ema)
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a figure tells of the weights it is of."""
-        return {"step": self.step, "ema": self.ema, "weights_sha256": self.sha256, "trained_sha256": self.trained}
+        return {"step": self.step, "ema": self.ema, "weights_sha256": self.sha256, "trained_sha256": self.trained_sha256}
 
-    def fits(self, figures: Mapping[str, Any]) -> bool:
-        """Return whether figures were measured on exactly these weights, as a run or an exported folder holds them."""
-        own = {self.sha256, self.trained} - {""}
-        return figures.get("weights_sha256") in own or figures.get("trained_sha256") in own
+    def matches(self, results: Mapping[str, Any]) -> bool:
+        """Return whether results were measured on exactly these weights, as a run or an exported folder holds them."""
+        own = {self.sha256, self.trained_sha256} - {""}
+        return results.get("weights_sha256") in own or results.get("trained_sha256") in own
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Return a SHA-256 of tensors: of name, type, shape and bytes of each, in the order of the names; however files share them out."""
     found = hashlib.sha256()
     for name in sorted(tensors):
@@ -57,13 +57,13 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def provenance_of(folder: Path) -> Provenance:
+def read_provenance(folder: Path) -> Provenance:
     """Return that of an exported folder: its tensors are hashed, and what it says of their origin is believed if that hash agrees.
 
     Raises:
         ValueError: no weights in safetensors.
     """
-    files = [path for part in NETWORKS for path in (folder / part).glob(f"{STEM}*.safetensors") if _is_full(path.name)]
+    files = [path for part in NETWORK_FOLDERS for path in (folder / part).glob(f"{WEIGHTS_STEM}*.safetensors") if _is_full(path.name)]
     tensors: dict[str, Tensor] = {}
     try:
         for path in files:
@@ -73,19 +73,19 @@ def provenance_of(folder: Path) -> Provenance:
         raise ValueError(f"{folder} holds damaged weights ({error}): export it again.") from error
     if not tensors:
         raise ValueError(f"{folder} holds no weights in safetensors, so no figure could name them: export it again.")
-    sha256 = digest(tensors)
+    sha256 = hash_tensors(tensors)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        said = json.loads((folder / FILE).read_text())
+        said = json.loads((folder / PROVENANCE_FILE).read_text())
         if said["weights_sha256"] == sha256:
-            return Provenance(sha256=sha256, trained=str(said["trained_sha256"]), step=int(said["step"]), ema=str(said["ema"]))
+            return Provenance(sha256=sha256, trained_sha256=str(said["trained_sha256"]), step=int(said["step"]), ema=str(said["ema"]))
     return Provenance(sha256=sha256)
 
 
 def _is_full(name: str) -> bool:
     """Return whether a file holds weights in full precision: `stem.safetensors` or `stem-00001-of-00002.safetensors`, no variant."""
-    return "." not in name.removeprefix(STEM).removesuffix(".safetensors")
+    return "." not in name.removeprefix(WEIGHTS_STEM).removesuffix(".safetensors")
 
 
 def write_provenance(folder: Path, provenance: Provenance, changes: Sequence[Mapping[str, Any]]) -> None:
     """Write it into an exported folder, with the journal of the run's settings."""
-    (folder / FILE).write_text(json.dumps({**provenance.as_dict(), "settings": list(changes)}, indent=1) + "\n")
+    (folder / PROVENANCE_FILE).write_text(json.dumps({**provenance.as_dict(), "settings": list(changes)}, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Figures that `sample.py evaluate` and `retrieve` left, told by the model card of exactly the weights they are of: tables, and results."""
+"""Results that `sample.py evaluate` and `retrieve` left, told by the model card of exactly the weights they are of: tables, and results."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from huggingface_hub import EvalResult
 
 from condot.core.printable import say
 
-from .markdown import code, plain
+from .markdown import code_span, escape_markdown
 from .provenance import Provenance
 
-EVALUATED = (
+EVALUATION_KEYS = (
     "samples", "accuracy", "accuracy_of_held_out", "diversity", "diversity_of_real", "nearest", "nearest_of_held_out",
     "frechet", "frechet_of_train", "feature_width", "few", "guidance_scale", "solver", "steps",
 )  # fmt: skip
 """What `sample.py evaluate` leaves in evaluation.json."""
-RETRIEVED = (
+RETRIEVAL_KEYS = (
     "samples",
     "candidates",
     "top1",
@@ -35,7 +35,7 @@ RETRIEVED = (
 """What `sample.py retrieve` leaves in retrieval.json, and the card tells."""
 
 
-def figures_of(places: Sequence[Path], name: str, keys: tuple[str, ...], provenance: Provenance | None) -> dict[str, Any]:
+def read_results(places: Sequence[Path], name: str, keys: tuple[str, ...], provenance: Provenance | None) -> dict[str, Any]:
     """Return what was measured on exactly these weights; empty if nothing was. What is left out is told, with the reason.
 
     Args:
@@ -48,43 +48,43 @@ def figures_of(places: Sequence[Path], name: str, keys: tuple[str, ...], provena
         if not path.is_file():
             continue
         try:
-            figures = json.loads(path.read_text())
-            fault = _fault(figures, keys, provenance)
+            results = json.loads(path.read_text())
+            problem = _why_unusable(results, keys, provenance)
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            fault = f"it cannot be read ({type(error).__name__})"
-        if not fault:
-            return dict(figures)
-        say(f"{path} is left out of the card: {fault}.")
+            problem = f"it cannot be read ({type(error).__name__})"
+        if not problem:
+            return dict(results)
+        say(f"{path} is left out of the card: {problem}.")
     return {}
 
 
-def _fault(figures: Any, keys: tuple[str, ...], provenance: Provenance | None) -> str:
-    """Why figures cannot be told of these weights; "" if they can."""
-    lacking = [key for key in keys if key not in figures]
-    if not isinstance(figures, dict) or lacking:
+def _why_unusable(results: Any, keys: tuple[str, ...], provenance: Provenance | None) -> str:
+    """Why results cannot be told of these weights; "" if they can."""
+    lacking = [key for key in keys if key not in results]
+    if not isinstance(results, dict) or lacking:
         return f"it lacks {', '.join(lacking)}"
-    odd = [key for key in keys if not _sound(key, figures[key])]
+    odd = [key for key in keys if not _is_valid(key, results[key])]
     if odd:
-        return f"{odd[0]}={figures[odd[0]]!r:.60} is no figure"
-    if "weights_sha256" not in figures:
+        return f"{odd[0]}={results[odd[0]]!r:.60} is no figure"
+    if "weights_sha256" not in results:
         return "it does not name the weights that it is of, as older ones did not: measure again"
-    if provenance is None or not provenance.fits(figures):
+    if provenance is None or not provenance.matches(results):
         here = f", and these are of step {provenance.step}" if provenance and provenance.step is not None else ""
-        return f"it is of other weights (step {figures.get('step')!s:.20}, {figures.get('ema') or 'the first average'!s:.40}){here}"
+        return f"it is of other weights (step {results.get('step')!s:.20}, {results.get('ema') or 'the first average'!s:.40}){here}"
     return ""
 
 
-def _sound(key: str, value: Any) -> bool:
+def _is_valid(key: str, value: Any) -> bool:
     """Return whether a value can stand in a table: a finite number, two for an interval, a short name of a solver."""
     if key == "solver":
         return isinstance(value, str) and len(value) < 100
     if key.endswith("_interval"):
-        return isinstance(value, list) and len(value) == 2 and all(_sound("", one) for one in value)
+        return isinstance(value, list) and len(value) == 2 and all(_is_valid("", one) for one in value)
     return isinstance(value, (int, float)) and math.isfinite(value)
 
 
-def results_of(evaluation: dict[str, Any], retrieval: dict[str, Any], task: str, source: str) -> list[EvalResult]:
-    """The main figures as the head of a card holds them; `source` names the real images."""
+def eval_results(evaluation: dict[str, Any], retrieval: dict[str, Any], task: str, source: str) -> list[EvalResult]:
+    """The main results as the head of a card holds them; `source` names the real images."""
     found: list[tuple[str, str, float]] = []
     if evaluation:
         frechet = f"Frechet distance to held-out images, {evaluation['feature_width']} features"
@@ -101,24 +101,28 @@ def results_of(evaluation: dict[str, Any], retrieval: dict[str, Any], task: str,
     ]
 
 
-def tables_of(evaluation: dict[str, Any], retrieval: dict[str, Any]) -> str:
+def results_section(evaluation: dict[str, Any], retrieval: dict[str, Any]) -> str:
     """A section with what was measured and the settings; empty if nothing was."""
     tables = [
-        f"{table(figures)}\n\n{_measured_on(figures)}" for table, figures in ((_classes, evaluation), (_captions, retrieval)) if figures
+        f"{table(results)}\n\n{_measured_on(results)}"
+        for table, results in ((_evaluation_table, evaluation), (_retrieval_table, retrieval))
+        if results
     ]
     return "\n\n".join(["## Evaluation", *tables]) if tables else ""
 
 
-def _measured_on(figures: dict[str, Any]) -> str:
-    """Return of which weights figures are, and by which others their samples were guided."""
-    step = f"of step {figures['step']}, " if isinstance(figures.get("step"), int) else ""
+def _measured_on(results: dict[str, Any]) -> str:
+    """Return of which weights results are, and by which others their samples were guided."""
+    step = f"of step {results['step']}, " if isinstance(results.get("step"), int) else ""
     guide = (
-        f" The samples were guided by another, weaker model ({code(str(figures['guide_sha256']))})." if figures.get("guide_sha256") else ""
+        f" The samples were guided by another, weaker model ({code_span(str(results['guide_sha256']))})."
+        if results.get("guide_sha256")
+        else ""
     )
-    return f"Measured on exactly these weights: {step}SHA-256 of their tensors {code(str(figures['weights_sha256']))}.{guide}"
+    return f"Measured on exactly these weights: {step}SHA-256 of their tensors {code_span(str(results['weights_sha256']))}.{guide}"
 
 
-def _classes(e: dict[str, Any]) -> str:
+def _evaluation_table(e: dict[str, Any]) -> str:
     """The table of `evaluate`."""
     rows = [
         ("a classifier puts it into its class", f"{e['accuracy']:.1%}", f"{e['accuracy_of_held_out']:.1%} of held-out images"),
@@ -131,21 +135,21 @@ def _classes(e: dict[str, Any]) -> str:
         ),
     ]
     few = " There are too few images for so many features: compare distances with one another only." if e["few"] else ""
-    how = f"{e['samples']:,} samples, solver {plain(e['solver'])}, {e['steps']} steps, guidance {e['guidance_scale']:g}.{few}"
+    how = f"{e['samples']:,} samples, solver {escape_markdown(e['solver'])}, {e['steps']} steps, guidance {e['guidance_scale']:g}.{few}"
     return f"{how}\n\n{_table(rows)}"
 
 
-def _captions(r: dict[str, Any]) -> str:
+def _retrieval_table(r: dict[str, Any]) -> str:
     """The table of `retrieve`."""
     rows = [
-        ("nearest to its own caption's image", _share(r["top1"], r["top1_interval"]), f"{r['chance']:.1%} by chance"),
-        ("its own among the nearest five", _share(r["top5"], r["top5_interval"]), f"{r['chance_of_five']:.1%} by chance"),
+        ("nearest to its own caption's image", _format_share(r["top1"], r["top1_interval"]), f"{r['chance']:.1%} by chance"),
+        ("its own among the nearest five", _format_share(r["top5"], r["top5_interval"]), f"{r['chance_of_five']:.1%} by chance"),
         ("mean reciprocal rank", f"{r['mean_reciprocal_rank']:.3f}", f"{r['chance_of_rank']:.3f} by chance"),
     ]
     return f"{r['samples']:,} samples of captions, each looked for among {r['candidates']:,} real images.\n\n{_table(rows)}"
 
 
-def _share(value: float, interval: tuple[float, float]) -> str:
+def _format_share(value: float, interval: tuple[float, float]) -> str:
     """A share with its 95 % interval."""
     return f"{value:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
 

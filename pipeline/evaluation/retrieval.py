@@ -18,7 +18,7 @@ NORMAL_95 = 1.959963984540054
 """Two-sided 95 % quantile of N(0, 1)."""
 
 
-def wilson(share: float, trials: int) -> tuple[float, float]:
+def wilson_interval(share: float, trials: int) -> tuple[float, float]:
     """The 95 % interval of a probability seen as a share of independent trials; sensible at 0 and 1 too.
 
     Raises:
@@ -36,7 +36,7 @@ def wilson(share: float, trials: int) -> tuple[float, float]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval:
+class RetrievalResult:
     """How often samples find their own caption's image, beside chance."""
 
     samples: int
@@ -68,7 +68,7 @@ class Retrieval:
         return sum(1 / k for k in range(1, self.candidates + 1)) / self.candidates
 
     def as_dict(self) -> dict[str, Any]:
-        """The figures and chance."""
+        """The results and chance."""
         chance = {"chance": self.chance, "chance_of_five": self.chance_of_five, "chance_of_rank": self.chance_of_rank}
         return {**asdict(self), **chance}
 
@@ -85,11 +85,11 @@ class Retrieval:
         return "\n".join([f"{self.samples:,} samples among {self.candidates:,} images", *lines, rank])
 
 
-def retrieve(samples: Tensor, candidates: Tensor, own: Tensor) -> Retrieval:
+def retrieve(samples: Tensor, candidates: Tensor, own: Tensor) -> RetrievalResult:
     """Rank the candidates of each sample by distance.
 
     Candidates that are exactly as far as a sample's own (two captions with one
-    picture, or samples that are all alike) share their ranks: the figures are
+    picture, or samples that are all alike) share their ranks: the results are
     the means over every order of the tied, so that chance stays chance.
 
     Args:
@@ -106,21 +106,21 @@ def retrieve(samples: Tensor, candidates: Tensor, own: Tensor) -> Retrieval:
         raise ValueError(f"own has shape {tuple(own.shape)} for {len(samples)} samples: one index for each of at least one sample.")
     if len(candidates) < 2 or not 0 <= int(own.min()) <= int(own.max()) < len(candidates):
         raise ValueError(f"own={int(own.min())}..{int(own.max())} of {len(candidates)} candidates: at least two, and indices of them.")
-    far = torch.cdist(samples.flatten(1).double(), candidates.flatten(1).double(), compute_mode="donot_use_mm_for_euclid_dist")
-    if not bool(torch.isfinite(far).all()):
+    distances = torch.cdist(samples.flatten(1).double(), candidates.flatten(1).double(), compute_mode="donot_use_mm_for_euclid_dist")
+    if not bool(torch.isfinite(distances).all()):
         raise ValueError("samples or candidates are not finite: no distance can be taken.")
-    mine = far.gather(1, own[:, None])
-    nearer = (far < mine).sum(1)
-    tied = (far == mine).sum(1)  # its own counts
+    mine = distances.gather(1, own[:, None])
+    nearer = (distances < mine).sum(1)
+    tied = (distances == mine).sum(1)  # its own counts
     top1, top5 = (((k - nearer).clamp(min=0).minimum(tied) / tied).double().mean().item() for k in (1, 5))
     rank = torch.arange(1, len(candidates) + 1)
     among = (rank > nearer[:, None]) & (rank <= (nearer + tied)[:, None])
-    return Retrieval(
+    return RetrievalResult(
         samples=len(samples),
         candidates=len(candidates),
         top1=top1,
-        top1_interval=wilson(top1, len(samples)),
+        top1_interval=wilson_interval(top1, len(samples)),
         top5=top5,
-        top5_interval=wilson(top5, len(samples)),
+        top5_interval=wilson_interval(top5, len(samples)),
         mean_reciprocal_rank=((among / rank).sum(1) / tied).double().mean().item(),
     )

@@ -13,23 +13,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..latent_space import Space
+from ..latent_space import LatentSpace
 
-EXPORTED = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
-MOST = 3
+EXPORTABLE_CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+MAX_ENCODERS = 3
 """Text encoders that pipelines have places for."""
 
 
-def check_export(space: Space, encoders: int = 0) -> None:
+def check_export(space: LatentSpace, encoders: int = 0) -> None:
     """Raises ValueError for latents that no stock pipeline decodes, and more text encoders than a pipeline has places for."""
-    if encoders > MOST:
+    if encoders > MAX_ENCODERS:
         raise ValueError(
-            f"data.text_encoder names {encoders} text encoders: a pipeline has places for {MOST}. Use fewer, or --export=false."
+            f"data.text_encoder names {encoders} text encoders: a pipeline has places for {MAX_ENCODERS}. Use fewer, or --export=false."
         )
     kind = space.fingerprint.get("class")
-    if not space.latent or kind == "AutoencoderKL":
+    if not space.is_latent or kind == "AutoencoderKL":
         return
-    if kind not in EXPORTED:
+    if kind not in EXPORTABLE_CLASSES:
         raise ValueError(f"data.autoencoder is a {kind}, which stock diffusers does not load: set --export=false, or use another.")
     if len(set(space.scale)) > 1 or any(space.shift):
         raise ValueError(
@@ -40,7 +40,7 @@ def check_export(space: Space, encoders: int = 0) -> None:
 
 
 @torch.no_grad()
-def stock_autoencoder(vae: Any, space: Space) -> Any:
+def fold_latent_scaling(vae: Any, space: LatentSpace) -> Any:
     """A copy of a stock autoencoder for which `decode(z / scaling_factor)` decodes the network's samples z."""
     check_export(space)
     vae = copy.deepcopy(vae).float().cpu()
@@ -49,15 +49,15 @@ def stock_autoencoder(vae: Any, space: Space) -> Any:
         vae.register_to_config(scaling_factor=space.scale[0], **own)
         return vae
     scale, shift = (torch.tensor(v, dtype=torch.float64).expand(space.channels) for v in (space.scale, space.shift))
-    enter, leave = _into(vae, "post_quant_conv", space.channels), _into(vae, "quant_conv", 2 * space.channels)
-    _compose(enter, before=(1 / scale, shift))
+    post_quant, quant = _ensure_conv(vae, "post_quant_conv", space.channels), _ensure_conv(vae, "quant_conv", 2 * space.channels)
+    _fold_affine(post_quant, before=(1 / scale, shift))
     ones, logs = torch.ones_like(scale), 2 * torch.log(scale)
-    _compose(leave, after=(torch.cat([scale, ones]), torch.cat([-shift * scale, logs])))
+    _fold_affine(quant, after=(torch.cat([scale, ones]), torch.cat([-shift * scale, logs])))
     vae.register_to_config(scaling_factor=1.0, **own)
     return vae
 
 
-def _into(vae: Any, name: str, channels: int) -> nn.Conv2d:
+def _ensure_conv(vae: Any, name: str, channels: int) -> nn.Conv2d:
     """A 1 x 1 convolution of the autoencoder; the identity where it had none."""
     if getattr(vae, name) is None:
         conv = nn.Conv2d(channels, channels, 1)
@@ -69,7 +69,7 @@ def _into(vae: Any, name: str, channels: int) -> nn.Conv2d:
     return found
 
 
-def _compose(conv: nn.Conv2d, before: tuple[Tensor, Tensor] | None = None, after: tuple[Tensor, Tensor] | None = None) -> None:
+def _fold_affine(conv: nn.Conv2d, before: tuple[Tensor, Tensor] | None = None, after: tuple[Tensor, Tensor] | None = None) -> None:
     """Make of `conv(x)` `conv(f x + s)`, or `f conv(x) + s`, channel by channel; computed in float64."""
     weight, bias = conv.weight[..., 0, 0].double(), conv.bias.double()  # type: ignore[union-attr]
     if before:

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ALLOWED = {*sys.stdlib_module_names, "torch", "diffusers", "transformers"}
+ALLOWED_PACKAGES = {*sys.stdlib_module_names, "torch", "diffusers", "transformers"}
 """What such a file may import."""
-HEAD = """# SPDX-License-Identifier: Apache-2.0
+HEADER = """# SPDX-License-Identifier: Apache-2.0
 # Licence: Apache-2.0. Written by condot's export from {file} and what it uses there; it stands alone."""
 """Over every such file."""
 FUTURE = "from __future__ import annotations"
@@ -30,16 +30,16 @@ class Definition:
     uses: set[str]
     """Names that are read in it, bound there or elsewhere."""
     text: str
-    tall: bool
+    is_block: bool
     """A function or class, which stands between two empty lines."""
 
 
 @dataclass
-class Source:
+class SourceFile:
     """A Python file, taken apart."""
 
     path: Path
-    about: str
+    docstring: str
     definitions: list[Definition] = field(default_factory=list)
     siblings: dict[str, Path] = field(default_factory=dict)
     """Names imported from other files of condot, and which."""
@@ -50,7 +50,7 @@ class Source:
     future: bool = False
 
 
-def standing_alone(path: Path) -> str:
+def bundle_module(path: Path) -> str:
     """Return the text of a module that gives what the file gives, and imports nothing of condot.
 
     Args:
@@ -62,13 +62,14 @@ def standing_alone(path: Path) -> str:
         are evaluated is as in the file itself.
 
     Raises:
-        ValueError: what cannot be carried: another form of relative import, a package beyond ALLOWED, one name for two things, statements
+        ValueError: what cannot be carried: another form of relative import, a package beyond ALLOWED_PACKAGES, one name for two things,
+            statements
             at the outermost level that bind no name.
     """
-    sources: dict[Path, Source] = {}
-    order = list(_read(path, sources))
-    kept = _reached(order[-1], sources)
-    _rename(kept, sources)
+    sources: dict[Path, SourceFile] = {}
+    order = list(_read_sources(path, sources))
+    kept = _reachable(order[-1], sources)
+    _apply_aliases(kept, sources)
     _check_names(kept)
     imports = sorted({sources[d.file].imports[name] for d in kept for name in d.uses & sources[d.file].imports.keys()})
     for statement in imports:
@@ -77,32 +78,32 @@ def standing_alone(path: Path) -> str:
     for source in order:
         own = [d for d in source.definitions if d in kept]
         if own and len(order) > 1:
-            parts.append(_comment(source, "" if source is order[-1] else source.about))
-        parts += _grouped(own)
+            parts.append(_section_comment(source, "" if source is order[-1] else source.docstring))
+        parts += _formatted(own)
     root = order[-1]
     room = next((part for part in path.parts if part in ("pipeline", "models")), path.parent.name)
-    head = f'{HEAD.format(file=f"{room}/{path.name}")}\n"""{root.about}"""'
+    head = f'{HEADER.format(file=f"{room}/{path.name}")}\n"""{root.docstring}"""'
     return "\n\n".join([head, *([FUTURE] if root.future else []), _import_block(imports)]) + "\n\n\n" + "\n\n\n".join(parts) + "\n"
 
 
-def _read(path: Path, sources: dict[Path, Source]) -> Iterator[Source]:
+def _read_sources(path: Path, sources: dict[Path, SourceFile]) -> Iterator[SourceFile]:
     """The file and those it imports from, each once, after all that it imports from."""
     text = path.read_text()
     tree = ast.parse(text)
-    source = sources[path] = Source(path, ast.get_docstring(tree, clean=False) or "")
+    source = sources[path] = SourceFile(path, ast.get_docstring(tree, clean=False) or "")
     lines, start = text.splitlines(), 0
     for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
         end = node.end_lineno or 0
         if isinstance(node, ast.Import | ast.ImportFrom):
-            _take_import(node, source)
+            _add_import(node, source)
         elif not _is_text(node):
             if after is not None and _is_text(after):
                 end = after.end_lineno or 0
-            _take(node, source, "\n".join(lines[start:end]).strip("\n"))
+            _add_definition(node, source, "\n".join(lines[start:end]).strip("\n"))
         start = max(start, end)
     for sibling in dict.fromkeys(source.siblings.values()):
         if sibling not in sources:
-            yield from _read(sibling, sources)
+            yield from _read_sources(sibling, sources)
     yield source
 
 
@@ -110,7 +111,7 @@ def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def _take_import(node: ast.Import | ast.ImportFrom, source: Source) -> None:
+def _add_import(node: ast.Import | ast.ImportFrom, source: SourceFile) -> None:
     """Write down what an import binds."""
     if isinstance(node, ast.ImportFrom) and node.module == "__future__":
         source.future = True
@@ -129,9 +130,9 @@ def _take_import(node: ast.Import | ast.ImportFrom, source: Source) -> None:
             raise ValueError(f"{source.path}:{node.lineno}: `{ast.unparse(node)}` cannot be carried. Write `from .file import name`.")
 
 
-def _take(node: ast.stmt, source: Source, text: str) -> None:
+def _add_definition(node: ast.stmt, source: SourceFile, text: str) -> None:
     """Write down a definition."""
-    tall = isinstance(node, ast.FunctionDef | ast.ClassDef)
+    is_block = isinstance(node, ast.FunctionDef | ast.ClassDef)
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         binds = [node.name]
     else:
@@ -141,35 +142,35 @@ def _take(node: ast.stmt, source: Source, text: str) -> None:
         raise ValueError(f"{source.path}:{node.lineno}: `{ast.unparse(node)[:60]}` binds no name, so it cannot be carried. Leave it out.")
     if binds != ["__all__"]:
         uses = {leaf.id for leaf in ast.walk(node) if isinstance(leaf, ast.Name) and isinstance(leaf.ctx, ast.Load)}
-        source.definitions.append(Definition(source.path, tuple(binds), uses - set(binds), text, tall))
+        source.definitions.append(Definition(source.path, tuple(binds), uses - set(binds), text, is_block))
 
 
-def _reached(root: Source, sources: dict[Path, Source]) -> list[Definition]:
+def _reachable(root: SourceFile, sources: dict[Path, SourceFile]) -> list[Definition]:
     """The file's own definitions, and all that any of them uses."""
     kept, waiting = [], list(root.definitions)
     while waiting:
         one = waiting.pop()
         if one not in kept:
             kept.append(one)
-            waiting += [found for name in one.uses for found in _found(name, sources[one.file], sources)]
+            waiting += [found for name in one.uses for found in _definitions_of(name, sources[one.file], sources)]
     return kept
 
 
-def _found(name: str, source: Source, sources: dict[Path, Source]) -> list[Definition]:
+def _definitions_of(name: str, source: SourceFile, sources: dict[Path, SourceFile]) -> list[Definition]:
     """Where a name that occurs in a file is defined; nowhere for those of other packages, of Python and of functions."""
     own = [d for d in source.definitions if name in d.binds]
     if own or name not in source.siblings:
         return own
     sibling, called = sources[source.siblings[name]], source.aliases.get(name, name)
-    found = _found(called, sibling, sources)
+    found = _definitions_of(called, sibling, sources)
     if not found:
         raise ValueError(f"{source.path}: {called} is not defined in {sibling.path.name}, from which it is imported.")
-    if called != name and not found[0].tall:
+    if called != name and not found[0].is_block:
         raise ValueError(f"{source.path}: `{called} as {name}` cannot be carried. Rename functions and classes only.")
     return found
 
 
-def _rename(kept: list[Definition], sources: dict[Path, Source]) -> None:
+def _apply_aliases(kept: list[Definition], sources: dict[Path, SourceFile]) -> None:
     """Write definitions that a file imports under another name under that one, there and wherever they are called by their own.
 
     Raises:
@@ -178,22 +179,22 @@ def _rename(kept: list[Definition], sources: dict[Path, Source]) -> None:
     final: dict[Definition, str] = {}
     for source in sources.values():
         for name in source.aliases:
-            one = _found(name, source, sources)[0]
+            one = _definitions_of(name, source, sources)[0]
             if final.setdefault(one, name) != name:
                 raise ValueError(f"{source.path}: {one.binds[0]} is called {name} here and {final[one]} elsewhere: call it one thing.")
     for one in kept:
         source, words = sources[one.file], {}
         for local in one.uses | set(one.binds):
-            found = _found(local, source, sources)
+            found = _definitions_of(local, source, sources)
             if found and final.get(found[0], local) != local:
                 words[local] = final[found[0]]
         if words:
-            one.text = _reworded(one.text, words, source)
+            one.text = _with_names_replaced(one.text, words, source)
     for one, name in final.items():
         one.binds = (name,)
 
 
-def _reworded(text: str, words: dict[str, str], source: Source) -> str:
+def _with_names_replaced(text: str, words: dict[str, str], source: SourceFile) -> str:
     """Return the text of a definition with names that it reads, and its own, changed; attributes, strings and comments are left."""
     tree, lines = ast.parse(text), text.encode().splitlines(keepends=True)
     places = []
@@ -228,7 +229,7 @@ def _check_names(kept: list[Definition]) -> None:
 def _check_import(statement: str, path: Path) -> None:
     """Raises ValueError for a package that who loads the file may not have."""
     package = statement.split()[1].split(".")[0]
-    if package not in ALLOWED:
+    if package not in ALLOWED_PACKAGES:
         raise ValueError(f"{path}: `{statement}` cannot be carried: such a file imports torch, diffusers and transformers alone.")
 
 
@@ -245,16 +246,16 @@ def _import_block(statements: list[str]) -> str:
     return "\n\n".join("\n".join(group) for group in (standard, [line for line in lines if line not in standard]) if group)
 
 
-def _comment(source: Source, about: str) -> str:
+def _section_comment(source: SourceFile, docstring: str) -> str:
     """A file's name and docstring as a comment over what follows."""
-    return "\n".join(f"# {line}".rstrip() for line in [f"--- {source.path.name}", *about.strip().splitlines()])
+    return "\n".join(f"# {line}".rstrip() for line in [f"--- {source.path.name}", *docstring.strip().splitlines()])
 
 
-def _grouped(definitions: list[Definition]) -> Iterator[str]:
+def _formatted(definitions: list[Definition]) -> Iterator[str]:
     """Texts that stand between two empty lines: a function or a class each, constants that follow one another together."""
     run: list[str] = []
     for one in definitions:
-        if one.tall:
+        if one.is_block:
             if run:
                 yield "\n".join(run)
             run = []

@@ -13,7 +13,7 @@ from torch import nn
 
 CONSTANT = 1024.0
 """Of the two extra channels: large, so that the image hardly moves the norm; not so large that float32 rounds the image away."""
-MOST_CHANNELS = 16
+MAX_IDENTITY_CHANNELS = 16
 """Up to so many the identity is exact to 1e-5 for |x| <= 1, less than half a step of 16 bits; its weights grow with the square."""
 
 

@@ -16,12 +16,12 @@ from condot.core.model_folders import MOST_COUNT, TEXT_MODELS, check_counts, che
 from condot.core.printable import one_line
 from condot.core.safe_yaml import read_yaml
 
-from ..config.parse import build
+from ..config.parse import config_from_mapping
 from ..config.schema import Config, FlowConfig
 from ..flow import PATHS, Condition, velocity_field
-from ..hub.checksums import check_folder
-from ..objectives.training_objective import scaled
-from ..sampling.flow_model import Source
+from ..hub.checksums import check_checksums
+from ..objectives.training_objective import build_predictor
+from ..sampling.flow_model import FlowModel
 from ..training.best_effort import is_out_of_memory
 from .runtime.captions_v1 import Captions
 from .runtime.inputs_v2 import ONE_SIZE, largest_of, unit_of
@@ -29,14 +29,14 @@ from .runtime.pipeline_condot_v1 import NO_CLASS
 from .runtime.pipeline_condot_v2 import CondotPipeline
 from .runtime.scheduling_flow_ode_v2 import FlowODEScheduler
 from .runtime.scheduling_flow_sde_v2 import FlowSDEScheduler
-from .scheduler_map import form_of, read_scheduler
+from .scheduler_map import export_form, read_path_and_prediction
 
-NETWORKS = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "UNet2DModel", "UNet2DConditionModel")
+NETWORK_CLASSES = ("DiTTransformer2DModel", "PixArtTransformer2DModel", "SD3Transformer2DModel", "UNet2DModel", "UNet2DConditionModel")
 """Stock networks that are known here."""
-TEXT_CLASSES = ("CLIPTextModelWithProjection", "T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel")
+MORE_TEXT_ENCODER_CLASSES = ("CLIPTextModelWithProjection", "T5EncoderModel", "MT5EncoderModel", "UMT5EncoderModel")
 """Beside the classes of `TEXT_MODELS`."""
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
-SCHEDULERS = {kind.__name__: kind for kind in (FlowODEScheduler, FlowSDEScheduler)}
+AUTOENCODER_CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+OWN_SCHEDULERS = {kind.__name__: kind for kind in (FlowODEScheduler, FlowSDEScheduler)}
 """Of ours; the second version reads the first one's configurations."""
 STOCK_SCHEDULERS = (
     *("DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "EulerDiscreteScheduler"),
@@ -53,16 +53,16 @@ STOCK_SCHEDULERS = (
     *("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"),
 )
 """Those of diffusers, so that a folder has none of its other functions and classes called."""
-TEXT = tuple(f"{part}{end}" for end in ("", "_2", "_3") for part in ("tokenizer", "text_encoder"))
+TEXT_COMPONENTS = tuple(f"{part}{end}" for end in ("", "_2", "_3") for part in ("tokenizer", "text_encoder"))
 
 
-def open_folder(folder: str | Path, device: torch.device | str = "cpu", own: Mapping[str, type] | None = None) -> Source:
-    """A pipeline folder, such as `export.write_folder` makes, as a velocity field.
+def load_flow_model(folder: str | Path, device: torch.device | str = "cpu", own_classes: Mapping[str, type] | None = None) -> FlowModel:
+    """A pipeline folder, such as `write.export_pipeline` makes, as a velocity field.
 
     Args:
         folder: a local folder.
         device: to compute on.
-        own: networks of ours by the names of their classes.
+        own_classes: networks of ours by the names of their classes.
 
     Raises:
         ValueError: no such folder, a damaged or changed one, or one of another kind of model.
@@ -73,25 +73,27 @@ def open_folder(folder: str | Path, device: torch.device | str = "cpu", own: Map
             f"pipeline={str(folder)!r} is no pipeline folder (no model_index.json): "
             f"export one with `python sample.py export --run RUN --output FOLDER`."
         )
-    check_folder(folder)
+    check_checksums(folder)
     try:
         check_model_folder(folder)
-        pipeline = _pipeline(folder, read_index(folder), own or {})
+        pipeline = _load_pipeline(folder, read_model_index(folder), own_classes or {})
         recipe = folder / "config.yaml"
-        config = build(Config, read_yaml(recipe)) if recipe.exists() else None
+        config = config_from_mapping(Config, read_yaml(recipe)) if recipe.exists() else None
     except Exception as error:  # diffusers raises many kinds for a damaged folder; each is the user's folder
         raise ValueError(
             f"pipeline={str(folder)!r} cannot be loaded ({type(error).__name__}: {one_line(error)[:600]}): export it again."
         ) from error
-    with _fitting(folder):
-        source = pipeline_source(pipeline.to(device), config.flow if config else None)
-    fit = _fitting(folder)
-    source = replace(source, field=fit(source.field), decode=fit(source.decode), read=fit(source.read) if source.read else None)
-    return replace(source, bit_depth=config.data.bit_depth) if config else source
+    with _report_mismatch(folder):
+        model = flow_model_from_pipeline(pipeline.to(device), config.flow if config else None)
+    report = _report_mismatch(folder)
+    model = replace(
+        model, field=report(model.field), decode=report(model.decode), encode_text=report(model.encode_text) if model.encode_text else None
+    )
+    return replace(model, bit_depth=config.data.bit_depth) if config else model
 
 
 @contextlib.contextmanager
-def _fitting(folder: Path) -> Iterator[None]:
+def _report_mismatch(folder: Path) -> Iterator[None]:
     """Have what parts end in that do not fit one another, or draw nothing, be said as a ValueError of one line that names the folder."""
     try:
         yield
@@ -101,7 +103,7 @@ def _fitting(folder: Path) -> Iterator[None]:
         raise ValueError(f"pipeline={str(folder)!r}: its parts do not fit ({one_line(error)[:300]}): export it again.") from error
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def read_model_index(folder: Path) -> dict[str, Any]:
     """Return a pipeline's model_index.json.
 
     Raises:
@@ -119,48 +121,48 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
-def _pipeline(folder: Path, index: dict[str, Any], own: Mapping[str, type]) -> CondotPipeline:
+def _load_pipeline(folder: Path, index: dict[str, Any], own_classes: Mapping[str, type]) -> CondotPipeline:
     """Our pipeline around the folder's parts."""
     parts: dict[str, Any] = {}
     for name, made in index.items():
         if not isinstance(made, list) or name.startswith("_") or made[1] is None:
             continue
         if name in ("transformer", "unet"):
-            parts[name] = _part(folder / name, made[1], NETWORKS, own)
+            parts[name] = _load_component(folder / name, made[1], NETWORK_CLASSES, own_classes)
         elif name == "vae":
-            parts[name] = _part(folder / name, made[1], AUTOENCODERS, {})
+            parts[name] = _load_component(folder / name, made[1], AUTOENCODER_CLASSES, {})
         elif name == "scheduler":
-            parts[name] = _scheduler(folder / name, made[1])
-        elif name in TEXT:
-            parts[name] = _text_part(folder / name, made[1])
+            parts[name] = _load_scheduler(folder / name, made[1])
+        elif name in TEXT_COMPONENTS:
+            parts[name] = _load_text_component(folder / name, made[1])
         else:
             raise ValueError(f"it has a {name}, a {made[1]}, which is not known here: sample it with diffusers")
     return CondotPipeline(**parts, id2label=index.get("id2label"), padding=index.get("padding", ""))
 
 
-def _scheduler(folder: Path, kind: str) -> Any:
+def _load_scheduler(folder: Path, kind: str) -> Any:
     """Return a scheduler, of a class of ours or of one that is known; of no more than its numbers make of it."""
-    if kind not in (*SCHEDULERS, *STOCK_SCHEDULERS):
-        raise ValueError(f"its scheduler is a {kind}, known are {', '.join((*SCHEDULERS, *STOCK_SCHEDULERS))}")
+    if kind not in (*OWN_SCHEDULERS, *STOCK_SCHEDULERS):
+        raise ValueError(f"its scheduler is a {kind}, known are {', '.join((*OWN_SCHEDULERS, *STOCK_SCHEDULERS))}")
     path = folder / "scheduler_config.json"
     check_counts(path, read_json(path), MOST_COUNT)
-    found: Any = SCHEDULERS.get(kind) or getattr(diffusers, kind)
+    found: Any = OWN_SCHEDULERS.get(kind) or getattr(diffusers, kind)
     return found.from_pretrained(folder, local_files_only=True)
 
 
-def _text_part(folder: Path, kind: str) -> Any:
+def _load_text_component(folder: Path, kind: str) -> Any:
     """Return a text encoder or a tokenizer of transformers, of the kinds that build themselves of their own files alone."""
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
     found: Any = getattr(transformers, kind, None)
-    told: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    load_options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if folder.name.startswith("tokenizer"):
         base = transformers.PreTrainedTokenizerBase
         if not (isinstance(found, type) and issubclass(found, base) and "Tokenizer" in kind):
             raise ValueError(f"its {folder.name} is a {kind}, which is no tokenizer of transformers")
-        return found.from_pretrained(folder, **told)
-    known = {MODEL_MAPPING_NAMES.get(name) for name in TEXT_MODELS} | set(TEXT_CLASSES)
+        return found.from_pretrained(folder, **load_options)
+    known = {MODEL_MAPPING_NAMES.get(name) for name in TEXT_MODELS} | set(MORE_TEXT_ENCODER_CLASSES)
     if kind not in known or found is None:
         raise ValueError(f"its {folder.name} is a {kind}, which is no text encoder that is known here")
     config, shapes = read_json(folder / "config.json"), read_shapes(sorted(folder.glob("*.safetensors")))
@@ -168,15 +170,15 @@ def _text_part(folder: Path, kind: str) -> Any:
         raise ValueError(f"its {folder.name} is of the type {config.get('model_type')!r}, known are {', '.join(TEXT_MODELS)}")
     check_counts(folder / "config.json", config, len(shapes))
     with torch.device("meta"):
-        check_size(folder / "config.json", found(found.config_class.from_pretrained(folder, **told)), shapes)
-    return found.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **told)
+        check_size(folder / "config.json", found(found.config_class.from_pretrained(folder, **load_options)), shapes)
+    return found.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **load_options)
 
 
-def _part(folder: Path, kind: str, classes: tuple[str, ...], own: Mapping[str, type]) -> Any:
+def _load_component(folder: Path, kind: str, classes: tuple[str, ...], own_classes: Mapping[str, type]) -> Any:
     """A component, of one of the known stock classes or of our own."""
-    if kind not in (*classes, *own):
-        raise ValueError(f"its {folder.name} is a {kind}, known are {', '.join((*classes, *own))}")
-    found: Any = own.get(kind) or getattr(diffusers, kind)
+    if kind not in (*classes, *own_classes):
+        raise ValueError(f"its {folder.name} is a {kind}, known are {', '.join((*classes, *own_classes))}")
+    found: Any = own_classes.get(kind) or getattr(diffusers, kind)
     config, shapes = read_json(folder / "config.json"), read_shapes(sorted(folder.glob("*.safetensors")))
     check_counts(folder / "config.json", config, len(shapes))
     with torch.device("meta"):
@@ -184,7 +186,7 @@ def _part(folder: Path, kind: str, classes: tuple[str, ...], own: Mapping[str, t
     return found.from_pretrained(folder, use_safetensors=True, local_files_only=True).eval()
 
 
-def pipeline_source(pipeline: CondotPipeline, flow: FlowConfig | None = None) -> Source:
+def flow_model_from_pipeline(pipeline: CondotPipeline, flow: FlowConfig | None = None) -> FlowModel:
     """A pipeline's network as a velocity field.
 
     Args:
@@ -196,22 +198,22 @@ def pipeline_source(pipeline: CondotPipeline, flow: FlowConfig | None = None) ->
     """
     network = pipeline.network
     if flow is not None and flow.objective == "joint":  # both halves are its own, times the factor that the first was exported with
-        path, kind, sign, kept = PATHS[flow.path](), flow.predict, 1 / form_of(flow).factor, 2 * network.config.in_channels
+        path, kind, sign, kept = PATHS[flow.path](), flow.predict, 1 / export_form(flow).factor, 2 * network.config.in_channels
     else:
-        path, kind = read_scheduler(pipeline.scheduler, flow)
+        path, kind = read_path_and_prediction(pipeline.scheduler, flow)
         sign, kept = -1.0 if pipeline.trained[0] == "flow_prediction" else 1.0, network.config.in_channels
     side, factor, text = network.config.sample_size, pipeline.factor, bool(pipeline.encoders)
 
     def predict(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        told, size = Captions(*condition) if text else condition, [factor * length for length in x.shape[2:]]
+        conditioning, size = Captions(*condition) if text else condition, [factor * length for length in x.shape[2:]]
         pixels = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=network.device)
-        out = pipeline.outputs(x.to(network.dtype), 1000 * (1 - t), told, pixels.expand(len(x), 6))
+        out = pipeline.outputs(x.to(network.dtype), 1000 * (1 - t), conditioning, pixels.expand(len(x), 6))
         return sign * out[:, :kept].to(x.dtype)  # published networks give variances behind
 
     names = pipeline.config.id2label
     image_channels = network.config.in_channels if pipeline.vae is None else pipeline.vae.config.in_channels
-    return Source(
-        field=velocity_field(scaled(predict, flow) if flow else predict, path, kind),
+    return FlowModel(
+        field=velocity_field(build_predictor(predict, flow) if flow else predict, path, kind),
         path=path,
         shape=(network.config.in_channels, side, side),
         num_classes=0 if text else NO_CLASS if names is None and type(network).__name__ == "DiTTransformer2DModel" else len(names or ()),
@@ -220,8 +222,8 @@ def pipeline_source(pipeline: CondotPipeline, flow: FlowConfig | None = None) ->
         decode=pipeline.decode,
         predict=kind,
         pixels=() if factor == 1 else (image_channels, factor * side, factor * side),
-        read=pipeline.encode_prompt if text else None,
-        unit=unit_of(network, factor),
+        encode_text=pipeline.encode_prompt if text else None,
+        side_multiple=unit_of(network, factor),
         one_size=type(network).__name__ in ONE_SIZE,
-        largest=largest_of(network, factor),
+        max_side=largest_of(network, factor),
     )

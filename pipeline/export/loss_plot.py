@@ -19,7 +19,7 @@ LOG_FROM = 20.0
 """The values' axis is logarithmic where the largest is so many times the smallest."""
 
 
-def draw_curve(points: Sequence[tuple[float, float]], path: Path, *, x_label: str, y_label: str) -> bool:
+def plot_loss(points: Sequence[tuple[float, float]], path: Path, *, x_label: str, y_label: str) -> bool:
     """Draw values over their places and write a PNG; the same points give the same bytes.
 
     Args:
@@ -33,7 +33,7 @@ def draw_curve(points: Sequence[tuple[float, float]], path: Path, *, x_label: st
     points = sorted(points)
     if len(points) < 2 or points[0][0] == points[-1][0]:
         return False
-    frame = Frame([x for x, _ in points], [y for _, y in points])
+    frame = Axes([x for x, _ in points], [y for _, y in points])
     image = Image.new("RGB", (SIZE[0] * FINE, SIZE[1] * FINE), PAPER)
     draw = ImageDraw.Draw(image)
     frame.draw_axes(draw, x_label, y_label)
@@ -72,7 +72,7 @@ def log_ticks(low: float, high: float) -> list[float]:
     return inside if len(inside) <= 8 else [value for value in inside if math.isclose(math.log10(value) % 1, 0, abs_tol=1e-9)]
 
 
-class Frame:
+class Axes:
     """Axes around some points: from values to pixels."""
 
     def __init__(self, xs: Sequence[float], ys: Sequence[float]) -> None:
@@ -96,17 +96,17 @@ class Frame:
         for x in ticks(*self.x):
             at = self.place(x, self.y[0])[0]
             draw.line([(at, top), (at, bottom)], fill=RULE, width=FINE)
-            draw.text((at, bottom + 6 * FINE), short(x), fill=INK, font=small, anchor="mt")
+            draw.text((at, bottom + 6 * FINE), format_tick(x), fill=INK, font=small, anchor="mt")
         for y in log_ticks(*self.y) if self.log else ticks(*self.y):
             at = self.place(self.x[0], y)[1]
             draw.line([(left, at), (right, at)], fill=RULE, width=FINE)
-            draw.text((left - 6 * FINE, at), short(y), fill=INK, font=small, anchor="rm")
+            draw.text((left - 6 * FINE, at), format_tick(y), fill=INK, font=small, anchor="rm")
         draw.line([(left, top), (left, bottom), (right, bottom)], fill=INK, width=FINE)
         draw.text((right, bottom + 26 * FINE), x_label, fill=INK, font=small, anchor="rt")
         draw.text((right - 6 * FINE, top + 4 * FINE), y_label, fill=INK, font=small, anchor="rt")
 
 
-def short(value: float) -> str:
+def format_tick(value: float) -> str:
     """A number as an axis says it: 0.25, 1500, 20k, 3M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= size:

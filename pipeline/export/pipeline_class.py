@@ -21,29 +21,29 @@ from diffusers import (
 )
 
 from ..config.schema import FlowConfig
-from ..latent_space import Space
-from .identity_autoencoder import MOST_CHANNELS, identity_autoencoder
+from ..latent_space import LatentSpace
+from .identity_autoencoder import MAX_IDENTITY_CHANNELS, identity_autoencoder
 from .runtime.pipeline_condot_v1 import NO_CLASS
 from .runtime.pipeline_condot_v2 import CondotPipeline
-from .scheduler_map import form_of, scheduler_of
+from .scheduler_map import build_scheduler, export_form
 
-PROJECTED = "clip_text_model with projection"
+PROJECTED_CLIP = "clip_text_model with projection"
 """What `data.text_encoders` calls a CLIP of this kind."""
-PIXART_UNIT = 8
+PIXART_SIDE_MULTIPLE = 8
 """PixArtSigmaPipeline refuses other sides than multiples of so many pixels, in pixels too."""
-SD3_TOKENS = 512
+SD3_MAX_TOKENS = 512
 """StableDiffusion3Pipeline refuses a larger `max_sequence_length`."""
 
 
-EXACT = f", and there is no exact one of pixels with more than {MOST_CHANNELS} channels"
+NO_EXACT_IDENTITY = f", and there is no exact one of pixels with more than {MAX_IDENTITY_CHANNELS} channels"
 """Why a model of many bands takes our own pipeline, which needs none."""
 
 
-SQUARES = "data.aspect_ratios: stock pipelines on classes draw squares alone"
+ONLY_SQUARES = "data.aspect_ratios: stock pipelines on classes draw squares alone"
 """Why a model of several shapes takes our own pipeline."""
 
 
-class Spoken(Protocol):
+class ExportedTextEncoder(Protocol):
     """A frozen text encoder: see data.text_encoders.TextEncoder."""
 
     tokenizer: Any
@@ -56,18 +56,22 @@ class Spoken(Protocol):
     def facts(self) -> Any: ...
 
 
-class Choice(NamedTuple):
+class PipelineChoice(NamedTuple):
     """A pipeline, put together, and why this class."""
 
     pipeline: Any
-    why: str
-    trust: bool
+    why_not_stock: str
+    needs_remote_code: bool
     """Whether it loads with code of ours only."""
 
     @property
     def reason(self) -> str:
         """What was chosen, in words."""
-        return f"with code of its own (trust_remote_code=True): {self.why}" if self.trust else "which stock diffusers holds exactly"
+        return (
+            f"with code of its own (trust_remote_code=True): {self.why_not_stock}"
+            if self.needs_remote_code
+            else "which stock diffusers holds exactly"
+        )
 
     @property
     def schedulers(self) -> str:
@@ -86,7 +90,7 @@ class Choice(NamedTuple):
             f"`{kind}` is right with {', '.join(right)}, by `from_config(pipe.scheduler.config)`.{wrong} In `CondotPipeline` each {ours}."
         )
 
-    def calls(self, class_names: Sequence[str], captions: Sequence[str], guidance: float, bands: bool = False) -> tuple[str, str]:
+    def example_calls(self, class_names: Sequence[str], captions: Sequence[str], guidance: float, bands: bool = False) -> tuple[str, str]:
         """Arguments that draw an image: of this pipeline, and of our own; `bands`: as numbers, since no PIL image holds it."""
         theirs, ours = self._calls(class_names, captions, guidance)
         return (f'{theirs}, output_type="np"', f'{ours}, output_type="np"') if bands else (theirs, ours)
@@ -106,102 +110,110 @@ class Choice(NamedTuple):
         return ours, ours
 
 
-def check_two_outputs(space: Space, takes: str, why: str) -> None:
+def check_joint_export(space: LatentSpace, conditioning: str, why_not_stock: str) -> None:
     """Raises ValueError for a network of velocity and score that no pipeline here draws with: those of classes leave the second half out.
 
     Args:
         space: what the network works on.
         takes: class or text.
-        why: no stock class holds it; "" if one does.
+        why_not_stock: no stock class holds it; "" if one does.
     """
-    if why or takes == "text" or (not space.latent and space.channels > MOST_CHANNELS):
+    if why_not_stock or conditioning == "text" or (not space.is_latent and space.channels > MAX_IDENTITY_CHANNELS):
         raise ValueError(
             f"flow.objective=joint is exported of networks on classes that a stock class holds and DiTPipeline draws with, and here: "
-            f"{why or 'text, or too many channels'}. Give --export=false and sample with `sample.py --run`."
+            f"{why_not_stock or 'text, or too many channels'}. Give --export=false and sample with `sample.py --run`."
         )
 
 
-def choose(
+def choose_pipeline(
     network: Any,
-    why: str,
+    why_not_stock: str,
     flow: FlowConfig,
-    space: Space,
+    space: LatentSpace,
     class_names: Sequence[str],
     vae: Any,
-    spoken: Sequence[Spoken],
+    text_encoders: Sequence[ExportedTextEncoder],
     bucket_step: int = 0,
-) -> Choice:
+) -> PipelineChoice:
     """Put a pipeline together.
 
     Args:
-        network: as `models.convert.to_exported` gives it.
-        why: it is not of a stock class; "" if it is.
+        network: as `models.convert.to_diffusers` gives it.
+        why_not_stock: it is not of a stock class; "" if it is.
         flow: of the recipe.
         space: what the network works on.
         class_names: of a network on classes.
-        vae: as `fold.stock_autoencoder` gives it; None for pixels.
-        spoken: the text encoders of a network on text.
+        vae: as `autoencoder.fold_latent_scaling` gives it; None for pixels.
+        text_encoders: the text encoders of a network on text.
         bucket_step: pixels of which the sides of all images are multiples, of a network that was trained on several shapes; 0 of squares.
     """
-    form, scheduler = form_of(flow), scheduler_of(flow, pixels=vae is None)
-    own = bool(why) or not form.stock
-    if not why and not form.stock:
-        why = f"{flow.predict} on the path {flow.path} is followed by no stock scheduler"
-    wide = vae is None and space.channels > MOST_CHANNELS
-    kl = not wide and (vae is None or isinstance(vae, AutoencoderKL))
-    shown = vae if vae is not None or wide else identity_autoencoder(space.channels, space.height)
+    form, scheduler = export_form(flow), build_scheduler(flow, pixels=vae is None)
+    own = bool(why_not_stock) or not form.stock
+    if not why_not_stock and not form.stock:
+        why_not_stock = f"{flow.predict} on the path {flow.path} is followed by no stock scheduler"
+    too_wide = vae is None and space.channels > MAX_IDENTITY_CHANNELS
+    kl = not too_wide and (vae is None or isinstance(vae, AutoencoderKL))
+    decoder = vae if vae is not None or too_wide else identity_autoencoder(space.channels, space.height)
     place = "unet" if hasattr(network, "conv_in") else "transformer"
-    if spoken:
-        parts, reason = _text_parts(spoken), _not_stock_text(network, spoken, flow, space, bucket_step)
+    if text_encoders:
+        parts, reason = _text_parts(text_encoders), _why_not_stock_text(network, text_encoders, flow, space, bucket_step)
         if kl and not reason and isinstance(network, PixArtTransformer2DModel):
-            return Choice(PixArtSigmaPipeline(transformer=network, vae=shown, scheduler=scheduler, **parts), why, own)
+            return PipelineChoice(PixArtSigmaPipeline(transformer=network, vae=decoder, scheduler=scheduler, **parts), why_not_stock, own)
         if kl and not reason and isinstance(network, SD3Transformer2DModel):
-            shown.register_to_config(shift_factor=shown.config.get("shift_factor") or 0.0)
-            return Choice(StableDiffusion3Pipeline(transformer=network, vae=shown, scheduler=scheduler, **parts), why, own)
-        padding = spoken[0].facts.padding
+            decoder.register_to_config(shift_factor=decoder.config.get("shift_factor") or 0.0)
+            return PipelineChoice(
+                StableDiffusion3Pipeline(transformer=network, vae=decoder, scheduler=scheduler, **parts), why_not_stock, own
+            )
+        padding = text_encoders[0].facts.padding
         pipeline = CondotPipeline(scheduler, vae=vae, padding=padding, **{place: network}, **parts)
-        return Choice(pipeline, why or reason or f"stock text pipelines decode with an AutoencoderKL{EXACT if wide else ''}", True)
+        return PipelineChoice(
+            pipeline,
+            why_not_stock or reason or f"stock text pipelines decode with an AutoencoderKL{NO_EXACT_IDENTITY if too_wide else ''}",
+            True,
+        )
     names = dict(enumerate(class_names))
-    if bucket_step or wide or getattr(network.config, "micro_conditions", False):
-        reason = SQUARES if bucket_step else f"DiTPipeline decodes with an AutoencoderKL{EXACT}"
-        return Choice(CondotPipeline(scheduler, vae=vae, id2label=names, **{place: network}), why or reason, True)
+    if bucket_step or too_wide or getattr(network.config, "micro_conditions", False):
+        reason = ONLY_SQUARES if bucket_step else f"DiTPipeline decodes with an AutoencoderKL{NO_EXACT_IDENTITY}"
+        return PipelineChoice(CondotPipeline(scheduler, vae=vae, id2label=names, **{place: network}), why_not_stock or reason, True)
     if isinstance(network, UNet2DModel) and network.class_embedding is None and vae is None and form.stock and flow.objective != "joint":
-        return Choice(DDPMPipeline(unet=network, scheduler=scheduler), why, False)  # type: ignore[arg-type]
-    return Choice(DiTPipeline(transformer=labelled(network), vae=shown, scheduler=scheduler), why, own)  # type: ignore[arg-type]
+        return PipelineChoice(DDPMPipeline(unet=network, scheduler=scheduler), why_not_stock, False)  # type: ignore[arg-type]
+    return PipelineChoice(DiTPipeline(transformer=with_class_embedding(network), vae=decoder, scheduler=scheduler), why_not_stock, own)  # type: ignore[arg-type]
 
 
-def _text_parts(spoken: Sequence[Spoken]) -> dict[str, Any]:
+def _text_parts(text_encoders: Sequence[ExportedTextEncoder]) -> dict[str, Any]:
     """Tokenizers, which remember where captions were cut, and encoders, by the names of their places."""
     found = {}
-    for end, one in zip(("", "_2", "_3"), spoken, strict=False):
+    for end, one in zip(("", "_2", "_3"), text_encoders, strict=False):
         one.tokenizer.model_max_length = one.max_tokens
         found[f"tokenizer{end}"], found[f"text_encoder{end}"] = one.tokenizer, one.model
     return found
 
 
-def _not_stock_text(network: Any, spoken: Sequence[Spoken], flow: FlowConfig, space: Space, bucket_step: int) -> str:
+def _why_not_stock_text(
+    network: Any, text_encoders: Sequence[ExportedTextEncoder], flow: FlowConfig, space: LatentSpace, bucket_step: int
+) -> str:
     """Why no stock pipeline shows a network the same text; "" if one does."""
-    kinds = [str(one.facts.fingerprint["class"]) for one in spoken]
+    kinds = [str(one.facts.fingerprint["class"]) for one in text_encoders]
     if isinstance(network, PixArtTransformer2DModel):
-        if len(spoken) > 1 or spoken[0].kind == "clip" or spoken[0].facts.padding != "mask":
+        if len(text_encoders) > 1 or text_encoders[0].kind == "clip" or text_encoders[0].facts.padding != "mask":
             return "PixArtSigmaPipeline shows the last states of one encoder, padding masked"
-        if space.height * space.factor % PIXART_UNIT or bucket_step % PIXART_UNIT:
-            return f"PixArtSigmaPipeline draws multiples of {PIXART_UNIT} pixels"
+        if space.height * space.factor % PIXART_SIDE_MULTIPLE or bucket_step % PIXART_SIDE_MULTIPLE:
+            return f"PixArtSigmaPipeline draws multiples of {PIXART_SIDE_MULTIPLE} pixels"
         return ""
     if isinstance(network, SD3Transformer2DModel):
-        if kinds != [*[PROJECTED] * 2, "t5"] or spoken[0].facts.padding != "attend":
+        if kinds != [*[PROJECTED_CLIP] * 2, "t5"] or text_encoders[0].facts.padding != "attend":
             return "StableDiffusion3Pipeline shows two projected CLIPs and a T5, padding attended to"
-        if spoken[2].facts.width < spoken[0].facts.width + spoken[1].facts.width:
+        if text_encoders[2].facts.width < text_encoders[0].facts.width + text_encoders[1].facts.width:
             return "StableDiffusion3Pipeline cuts what CLIPs wider than the T5 say"
-        if spoken[2].max_tokens > SD3_TOKENS:
-            return f"StableDiffusion3Pipeline shows {SD3_TOKENS} tokens of the T5 at most"
+        if text_encoders[2].max_tokens > SD3_MAX_TOKENS:
+            return f"StableDiffusion3Pipeline shows {SD3_MAX_TOKENS} tokens of the T5 at most"
         if flow.path != "condot" or flow.predict != "velocity":
             return "StableDiffusion3Pipeline follows velocities on the straight path"
         return ""
     return f"no stock pipeline draws with a {type(network).__name__} and these text encoders"
 
 
-def labelled(network: Any) -> Any:
+def with_class_embedding(network: Any) -> Any:
     """The network, with a place for the class that DiTPipeline always passes: a U-Net without classes gets a table of zeros."""
     if not isinstance(network, UNet2DModel) or network.class_embedding is not None:
         return network

@@ -20,19 +20,19 @@ from ..config.schema import FlowConfig
 from ..flow import DDPM, PATHS, CondOT, Path, Prediction, step_variances
 from .runtime.scheduling_flow_ode_v2 import FlowODEScheduler
 
-OWN = ("FlowODEScheduler", "FlowSDEScheduler")
+OWN_SCHEDULERS = ("FlowODEScheduler", "FlowSDEScheduler")
 """Schedulers of ours."""
-STEPS = 1000
+NUM_TRAIN_TIMESTEPS = 1000
 """Timesteps of a stock scheduler."""
-NAMES: dict[Prediction, str] = {"velocity": "flow_prediction", "noise": "epsilon", "data": "sample", "v": "v_prediction"}
+PREDICTION_TYPES: dict[Prediction, str] = {"velocity": "flow_prediction", "noise": "epsilon", "data": "sample", "v": "v_prediction"}
 """Ours and diffusers' words for what a network predicts."""
-CLEAN = 5e-7
+MIN_LOG_ALPHA_DROP = 5e-7
 """At least so much below 0 is log alpha at timestep 0: on a path that ends without noise a step variance would be 0 there."""
-UNIT_PATHS = ("cosine", "vp", "ddpm", "ddpm_scaled_linear", "ddpm_cosine")
+VARIANCE_PRESERVING_PATHS = ("cosine", "vp", "ddpm", "ddpm_scaled_linear", "ddpm_cosine")
 """Paths with alpha^2 + beta^2 = 1."""
 
 
-class Form(NamedTuple):
+class ExportForm(NamedTuple):
     """What the exported network predicts, the factor on its last layer that makes it so, and whether a stock scheduler serves it."""
 
     predict: Prediction
@@ -40,7 +40,7 @@ class Form(NamedTuple):
     stock: bool = True
 
 
-def form_of(flow: FlowConfig) -> Form:
+def export_form(flow: FlowConfig) -> ExportForm:
     """The form in which a recipe's network is exported.
 
     Raises:
@@ -53,52 +53,52 @@ def form_of(flow: FlowConfig) -> Form:
         )
     plain = not flow.precondition
     if plain and flow.path == "condot" and flow.predict == "velocity":
-        return Form("velocity", -1.0)
+        return ExportForm("velocity", -1.0)
     if plain and flow.path == "condot" and flow.predict in ("noise", "data"):
-        return Form(flow.predict, 1.0)
+        return ExportForm(flow.predict, 1.0)
     if plain and flow.path == "cosine" and flow.predict == "velocity":
-        return Form("v", -2 / math.pi)
-    if plain and flow.path in UNIT_PATHS and flow.predict in ("noise", "data", "v"):
-        return Form(flow.predict, 1.0)
-    return Form(flow.predict, 1.0, stock=False)
+        return ExportForm("v", -2 / math.pi)
+    if plain and flow.path in VARIANCE_PRESERVING_PATHS and flow.predict in ("noise", "data", "v"):
+        return ExportForm(flow.predict, 1.0)
+    return ExportForm(flow.predict, 1.0, stock=False)
 
 
-def scheduler_of(flow: FlowConfig, pixels: bool = True) -> DPMSolverMultistepScheduler | FlowODEScheduler:
+def build_scheduler(flow: FlowConfig, pixels: bool = True) -> DPMSolverMultistepScheduler | FlowODEScheduler:
     """Return the scheduler of an exported folder: DPM-Solver++, on flow sigmas or step variances, or our own where no stock one serves.
 
     It is the nearest to the exact end from 10 to 1,000 steps, whatever is predicted, of those that a stock pipeline steps rightly
     with and that have a counterpart among ours (benchmarks/schedulers.py; the table is in docs/export.md). DDIM leaves noise where
     the steps do not divide 1,000.
     """
-    form, clip = form_of(flow), pixels and flow.predict == "noise"
+    form, clip = export_form(flow), pixels and flow.predict == "noise"
     if not form.stock:
-        return _own(flow, clip)
-    solver: dict[str, Any] = {"prediction_type": NAMES[form.predict], "algorithm_type": "dpmsolver++"}
+        return _own_scheduler(flow, clip)
+    solver: dict[str, Any] = {"prediction_type": PREDICTION_TYPES[form.predict], "algorithm_type": "dpmsolver++"}
     if clip:  # DDIM clips too, but keeps the noise that no longer fits: a Frechet distance of 5.2 where this has 0.6 (failed-ideas.md)
         solver |= {"thresholding": True, "sample_max_value": 1.0}
     if flow.path == "condot":
-        return _said(DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=1.0, **solver), clip)
-    k = torch.arange(STEPS, dtype=torch.float64)
-    log_alpha = torch.log(PATHS[flow.path]()(1 - k / STEPS).a)
-    log_alpha[0] = log_alpha[0].clamp(max=-CLEAN)
+        return _with_clip_sample(DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=1.0, **solver), clip)
+    k = torch.arange(NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
+    log_alpha = torch.log(PATHS[flow.path]()(1 - k / NUM_TRAIN_TIMESTEPS).a)
+    log_alpha[0] = log_alpha[0].clamp(max=-MIN_LOG_ALPHA_DROP)
     variances = -torch.expm1(2 * torch.diff(log_alpha, prepend=log_alpha.new_zeros(1)))
-    return _said(DPMSolverMultistepScheduler(trained_betas=variances.tolist(), timestep_spacing="trailing", **solver), clip)
+    return _with_clip_sample(DPMSolverMultistepScheduler(trained_betas=variances.tolist(), timestep_spacing="trailing", **solver), clip)
 
 
-def _said(scheduler: DPMSolverMultistepScheduler, clip: bool) -> DPMSolverMultistepScheduler:
+def _with_clip_sample(scheduler: DPMSolverMultistepScheduler, clip: bool) -> DPMSolverMultistepScheduler:
     """Return the scheduler, its configuration saying what those made from it, such as DDIM, would do unasked: keep data within -1..1."""
     scheduler.register_to_config(clip_sample=clip)
     return scheduler
 
 
-def _own(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
+def _own_scheduler(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
     """Our own scheduler, with the recipe's path by its name, or else as a table; by the two-step method that is nearer on it.
 
     On VP and DDPM that is the exponential one, which in 10 steps is the nearer there and from 25 to 50 on no more than twice as far,
     elsewhere Adams and Bashforth's: one evaluation a step as Euler's (DDIM on every path), and nearer from 10 steps on.
     """
     path = PATHS[flow.path]()
-    kind = NAMES.get(flow.predict, flow.predict) if flow.predict != "velocity" else "velocity"
+    kind = PREDICTION_TYPES.get(flow.predict, flow.predict) if flow.predict != "velocity" else "velocity"
     more: dict[str, Any] = {"clip_sample": clip}
     if flow.precondition or flow.path == "edm":
         more["sigma_data"] = flow.sigma_data
@@ -106,11 +106,11 @@ def _own(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
         return FlowODEScheduler("dpmpp_2m", kind, "ddpm", trained_betas=step_variances(path.variances).tolist(), **more)
     if flow.path in ("condot", "cosine", "vp"):
         return FlowODEScheduler("dpmpp_2m" if flow.path == "vp" else "multistep", kind, flow.path, **more)
-    t = 1 - torch.arange(STEPS + 1, dtype=torch.float64) / STEPS
+    t = 1 - torch.arange(NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS
     return FlowODEScheduler("multistep", kind, "table", table=[part.tolist() for part in path(t)], **more)
 
 
-def read_scheduler(scheduler: Any, flow: FlowConfig | None) -> tuple[Path, Prediction]:
+def read_path_and_prediction(scheduler: Any, flow: FlowConfig | None) -> tuple[Path, Prediction]:
     """Path and prediction of a loaded pipeline.
 
     Args:
@@ -121,16 +121,16 @@ def read_scheduler(scheduler: Any, flow: FlowConfig | None) -> tuple[Path, Predi
         ValueError: a scheduler of another kind of model.
     """
     name, config = type(scheduler).__name__, scheduler.config
-    if name in OWN and flow is not None:
+    if name in OWN_SCHEDULERS and flow is not None:
         return PATHS[flow.path](), flow.predict
     stock = config.get("prediction_type", "flow_prediction")
-    ours = {name: kind for kind, name in NAMES.items()}
+    ours = {name: kind for kind, name in PREDICTION_TYPES.items()}
     if stock in ours:
         if stock == "flow_prediction" or config.get("use_flow_sigmas"):
             return CondOT(), ours[stock]
         if flow is not None:
             return PATHS[flow.path](), ours[stock]
         variances = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}.get(config.get("beta_schedule"))
-        if variances and not config.get("trained_betas") and config.get("num_train_timesteps") == STEPS:
-            return DDPM(variances, STEPS, config["beta_start"], config["beta_end"]), ours[stock]  # type: ignore[arg-type]
+        if variances and not config.get("trained_betas") and config.get("num_train_timesteps") == NUM_TRAIN_TIMESTEPS:
+            return DDPM(variances, NUM_TRAIN_TIMESTEPS, config["beta_start"], config["beta_end"]), ours[stock]  # type: ignore[arg-type]
     raise ValueError(f"{name} with prediction_type={stock} is of no path known here: use the pipeline itself to sample it.")

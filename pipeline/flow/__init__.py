@@ -9,65 +9,90 @@ it. `guidance` sharpens the field, by one of the methods of `guiders`, and
 follow it, `likelihood`, `log_prob` and `inverse` ask it questions; `random` names every random number.
 """
 
+from .churn import edm_sampler
 from .classifier_guidance import classifier_guide
-from .condition import Condition, count, each, repeat, stack
+from .condition import Condition, concat_conditions, map_condition, num_samples, repeat_condition
 from .counter_rng import Purpose, normal, rademacher, uniform
-from .coupling import COUPLINGS, assign, couple
-from .ddpm_path import DDPM, VARIANCES, step_variances
+from .coupling import COUPLINGS, couple_by_optimal_transport, solve_assignment
+from .ddpm_path import DDPM, VARIANCE_SCHEDULES, step_variances
 from .diffusion_paths import EDM, PATHS, VE, VP, SubVP
-from .divergence import EXACT_LIMIT, divergence
+from .divergence import MAX_EXACT_DIMENSIONS, divergence
 from .dpm_solver import dpmpp_2m, dpmpp_2m_sde
-from .edm_sampler import churned
-from .field import Field, clipped, denoise, score_field, shift_data, shift_score, singular, velocity_field
+from .field import (
+    Field,
+    clip_data_prediction,
+    denoise,
+    is_singular,
+    score_field,
+    shift_data_prediction,
+    shift_score_prediction,
+    velocity_field,
+)
 from .guidance import autoguide, guide
-from .guidance_methods import APG, CFGZeroStar, optimal_scale, projected, rescale_factor
-from .inverse_problems import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction, replacement
+from .guidance_methods import APG, CFGZeroStar, cfg_zero_star_scale, project_difference, rescale_factor
+from .inverse_problems import Colourisation, Inpainting, Measurement, SuperResolution, reconstruction_guidance, replacement_callback
 from .langevin import annealed_langevin, langevin, predictor_corrector
-from .likelihood import Density, Estimate, bits_per_dimension, dequantise, estimate, last_time, log_density
-from .linear_path import LinearPath, NormalPrior, Prior, UniformPrior, finite_field
-from .objective import JointObjective, Objective, infinite_times
-from .parameterisation import PREDICTIONS, Prediction, change, convert, target
-from .path import Coefficients, CondOT, Cosine, Path, initial, interpolate, widen
+from .likelihood import (
+    LogDensityResult,
+    MeanEstimate,
+    bits_per_dimension,
+    dequantise,
+    likelihood_end_time,
+    log_density,
+    mean_and_standard_error,
+)
+from .linear_path import LinearPath, NormalPrior, Prior, UniformPrior, empirical_velocity_field
+from .objective import JointObjective, Objective, infinite_loss_times
+from .parameterisation import PREDICTIONS, Prediction, conversion_coefficients, convert, target
+from .path import Coefficients, CondOT, Cosine, Path, interpolate, scale_initial_noise, widen
 from .precondition import precondition
 from .registry import ODE_SOLVERS, SDE_SOLVERS
 from .score_matching import ScoreMatching
-from .sde import COEFFICIENTS, Diffusion, coefficient, euler_maruyama, exponential, noising, stochastic_heun
-from .simulate_sde import simulate
-from .solver import Solution, dormand_prince, euler, heun, landed, midpoint, multistep, rk4
-from .step_log_prob import step_law, step_log_prob, trajectory_log_prob
-from .time_grid import GRIDS, grid, log_snr_grid, rho_grid, shifted_grid, uniform_grid
+from .sde import (
+    DIFFUSION_COEFFICIENTS,
+    NamedDiffusion,
+    diffusion_coefficient,
+    euler_maruyama,
+    exponential,
+    forward_sde_coefficients,
+    stochastic_heun,
+)
+from .simulate_sde import simulate_sde
+from .solver import Solution, dormand_prince, euler, heun, midpoint, multistep, rk4, solve_then_denoise
+from .step_log_prob import step_distribution, step_log_prob, trajectory_log_prob
+from .time_grid import GRIDS, log_snr_grid, rho_grid, shifted_grid, time_grid, uniform_grid
 from .timestep_distribution import (
-    TIME_LAWS,
+    TIMESTEP_DISTRIBUTIONS,
     CosMap,
     Discrete,
     LogitNormal,
     LogNormalSigma,
     Mode,
     Shifted,
-    TimeLaw,
+    TimestepDistribution,
     Uniform,
-    draw_times,
-    importance,
+    importance_weight,
     resolution_shift,
+    sample_times,
     support,
 )
-from .trajectory import Trajectory, TrajectoryMatching, marginal
+from .trajectory import Trajectory, TrajectoryMatching, empirical_marginal
 from .weighting import WEIGHTINGS, weight
 
 __all__ = [
     "APG",
-    "COEFFICIENTS",
     "COUPLINGS",
     "DDPM",
+    "DIFFUSION_COEFFICIENTS",
     "EDM",
-    "EXACT_LIMIT",
     "GRIDS",
+    "MAX_EXACT_DIMENSIONS",
     "ODE_SOLVERS",
     "PATHS",
     "PREDICTIONS",
     "SDE_SOLVERS",
-    "TIME_LAWS",
-    "VARIANCES",
+    "TIMESTEP_DISTRIBUTIONS",
+    "VARIANCE_SCHEDULES",
     "VE",
     "VP",
     "WEIGHTINGS",
@@ -78,18 +103,18 @@ __all__ = [
     "Condition",
     "CosMap",
     "Cosine",
-    "Density",
-    "Diffusion",
     "Discrete",
-    "Estimate",
     "Field",
     "Inpainting",
     "JointObjective",
     "LinearPath",
+    "LogDensityResult",
     "LogNormalSigma",
     "LogitNormal",
+    "MeanEstimate",
     "Measurement",
     "Mode",
+    "NamedDiffusion",
     "NormalPrior",
     "Objective",
     "Path",
@@ -101,78 +126,78 @@ __all__ = [
     "Solution",
     "SubVP",
     "SuperResolution",
-    "TimeLaw",
+    "TimestepDistribution",
     "Trajectory",
     "TrajectoryMatching",
     "Uniform",
     "UniformPrior",
     "annealed_langevin",
-    "assign",
     "autoguide",
     "bits_per_dimension",
-    "change",
-    "churned",
+    "cfg_zero_star_scale",
     "classifier_guide",
-    "clipped",
-    "coefficient",
+    "clip_data_prediction",
+    "concat_conditions",
+    "conversion_coefficients",
     "convert",
-    "count",
-    "couple",
+    "couple_by_optimal_transport",
     "denoise",
     "dequantise",
+    "diffusion_coefficient",
     "divergence",
     "dormand_prince",
     "dpmpp_2m",
     "dpmpp_2m_sde",
-    "draw_times",
-    "each",
-    "estimate",
+    "edm_sampler",
+    "empirical_marginal",
+    "empirical_velocity_field",
     "euler",
     "euler_maruyama",
     "exponential",
-    "finite_field",
-    "grid",
+    "forward_sde_coefficients",
     "guide",
     "heun",
-    "importance",
-    "infinite_times",
-    "initial",
+    "importance_weight",
+    "infinite_loss_times",
     "interpolate",
-    "landed",
+    "is_singular",
     "langevin",
-    "last_time",
+    "likelihood_end_time",
     "log_density",
     "log_snr_grid",
-    "marginal",
+    "map_condition",
+    "mean_and_standard_error",
     "midpoint",
     "multistep",
-    "noising",
     "normal",
-    "optimal_scale",
+    "num_samples",
     "precondition",
     "predictor_corrector",
-    "projected",
+    "project_difference",
     "rademacher",
-    "reconstruction",
-    "repeat",
-    "replacement",
+    "reconstruction_guidance",
+    "repeat_condition",
+    "replacement_callback",
     "rescale_factor",
     "resolution_shift",
     "rho_grid",
     "rk4",
+    "sample_times",
+    "scale_initial_noise",
     "score_field",
-    "shift_data",
-    "shift_score",
+    "shift_data_prediction",
+    "shift_score_prediction",
     "shifted_grid",
-    "simulate",
-    "singular",
-    "stack",
-    "step_law",
+    "simulate_sde",
+    "solve_assignment",
+    "solve_then_denoise",
+    "step_distribution",
     "step_log_prob",
     "step_variances",
     "stochastic_heun",
     "support",
     "target",
+    "time_grid",
     "trajectory_log_prob",
     "uniform",
     "uniform_grid",

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .field import Field, shift_score, velocity_and_score
+from .field import Field, shift_score_prediction, velocity_and_score
 from .parameterisation import convert
 from .path import Path, widen
 
@@ -41,7 +41,7 @@ def classifier_guide(field: Field, path: Path, log_likelihood: LogLikelihood, sc
 
     Returns:
         A field of what the given one returns, without derivatives (so beside
-        `reconstruction`, guide what that returns: scores add up), for t > 0, since the term is
+        `reconstruction_guidance`, guide what that returns: scores add up), for t > 0, since the term is
         0 times infinity where alpha = 0: begin the grid at 1e-3.
 
     Raises:
@@ -58,18 +58,18 @@ def classifier_guide(field: Field, path: Path, log_likelihood: LogLikelihood, sc
             point = x.detach().requires_grad_()
             if clean:
                 out = field(point, t)
-                told = log_likelihood(convert(velocity_and_score(out)[0], "velocity", "data", point, c), t)
+                log_prob = log_likelihood(convert(velocity_and_score(out)[0], "velocity", "data", point, c), t)
             else:
-                told = log_likelihood(point, t)
-            if told.shape != (len(x),):
+                log_prob = log_likelihood(point, t)
+            if log_prob.shape != (len(x),):
                 raise ValueError(
-                    f"the log-likelihood has shape {tuple(told.shape)} for {len(x)} samples: one number each, (B,). "
+                    f"the log-likelihood has shape {tuple(log_prob.shape)} for {len(x)} samples: one number each, (B,). "
                     f"Take log_softmax(logits)[range(B), labels]."
                 )
-            (gradient,) = torch.autograd.grad(told.sum(), point)
+            (gradient,) = torch.autograd.grad(log_prob.sum(), point)
         if not clean:
             out = field(x, t)
-        plain = tuple(part.detach() for part in out) if isinstance(out, tuple) else out.detach()
-        return shift_score(plain, scale * gradient, c)
+        detached = tuple(part.detach() for part in out) if isinstance(out, tuple) else out.detach()
+        return shift_score_prediction(detached, scale * gradient, c)
 
     return guided

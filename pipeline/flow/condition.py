@@ -16,24 +16,24 @@ from torch import Tensor
 Condition = Any  # a Tensor (B, ...), or a tuple of Conditions
 
 
-def each(condition: Condition, act: Callable[[Tensor], Tensor]) -> Condition:
+def map_condition(condition: Condition, act: Callable[[Tensor], Tensor]) -> Condition:
     """The same condition with every tensor changed."""
     if isinstance(condition, Tensor):
         return act(condition)
-    return _like(condition, [each(part, act) for part in condition])
+    return _like(condition, [map_condition(part, act) for part in condition])
 
 
-def count(condition: Condition) -> int:
+def num_samples(condition: Condition) -> int:
     """Of samples."""
-    return len(condition) if isinstance(condition, Tensor) else count(condition[0])
+    return len(condition) if isinstance(condition, Tensor) else num_samples(condition[0])
 
 
-def repeat(condition: Condition, times: int) -> Condition:
+def repeat_condition(condition: Condition, times: int) -> Condition:
     """One sample's condition, (1, ...), for so many samples."""
-    return each(condition, lambda part: part.expand(times, *part.shape[1:]))
+    return map_condition(condition, lambda part: part.expand(times, *part.shape[1:]))
 
 
-def stack(a: Condition, b: Condition) -> Condition:
+def concat_conditions(a: Condition, b: Condition) -> Condition:
     """(A, ...) and (B, ...) to (A + B, ...).
 
     Where the second sides differ, as of captions with more and fewer tokens,
@@ -49,7 +49,7 @@ def stack(a: Condition, b: Condition) -> Condition:
         return torch.cat([_longer(a, longest), _longer(b, longest)])
     if isinstance(a, Tensor) or isinstance(b, Tensor) or len(a) != len(b):
         raise ValueError("a condition is a tensor and the other a tuple, or they have different parts: give conditions of one make.")
-    return _like(a, [stack(x, y) for x, y in zip(a, b, strict=True)])
+    return _like(a, [concat_conditions(x, y) for x, y in zip(a, b, strict=True)])
 
 
 def _longer(part: Tensor, length: int) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed 64-bit integer
-_ALL = (1 << 64) - 1
+_MASK64 = (1 << 64) - 1
 _MIX1 = -0x40A7B892E31B1A47
 _MIX2 = -0x6B2FB644ECCEEE15
 
@@ -53,11 +53,11 @@ def _mix(x: Tensor) -> Tensor:
     return x.bitwise_xor_(_shift(x, 31))
 
 
-def _fold(key: int, part: int) -> int:
+def _fold_in(key: int, part: int) -> int:
     """One whole number folded into a key: `_mix((key ^ part) + golden)` in Python's integers, as a signed 64-bit one."""
-    x = ((key ^ part) + _GOLDEN) & _ALL
-    x = ((x ^ (x >> 30)) * _MIX1) & _ALL
-    x = ((x ^ (x >> 27)) * _MIX2) & _ALL
+    x = ((key ^ part) + _GOLDEN) & _MASK64
+    x = ((x ^ (x >> 30)) * _MIX1) & _MASK64
+    x = ((x ^ (x >> 27)) * _MIX2) & _MASK64
     x ^= x >> 31
     return x - ((x >> 63) << 64)
 
@@ -68,7 +68,7 @@ def _keys(seed: int, purpose: Purpose, step: int, index: Tensor) -> Tensor:
         raise ValueError(
             f"index has shape {tuple(index.shape)} and dtype {index.dtype}: one whole number per sample, (B,). Use torch.arange."
         )
-    key = _fold(_fold(_fold(0, seed), int(purpose)), step)
+    key = _fold_in(_fold_in(_fold_in(0, seed), int(purpose)), step)
     return _mix((index.to(torch.int64) ^ key).add_(_GOLDEN))
 
 

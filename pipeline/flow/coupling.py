@@ -24,7 +24,7 @@ from torch import Tensor
 COUPLINGS = ("independent", "optimal")
 
 
-def assign(cost: Tensor) -> Tensor:
+def solve_assignment(cost: Tensor) -> Tensor:
     """Return the cheapest one-to-one assignment of rows to columns, by scipy's shortest augmenting paths: O(n^3), on the CPU.
 
     A function of the cost alone, also where several assignments cost the same.
@@ -44,7 +44,9 @@ def assign(cost: Tensor) -> Tensor:
     return torch.from_numpy(columns).long()
 
 
-def couple(data: Tensor, noise: Tensor, labels: Tensor | None = None, assignment: Callable[[Tensor], Tensor] = assign) -> Tensor:
+def couple_by_optimal_transport(
+    data: Tensor, noise: Tensor, labels: Tensor | None = None, assignment: Callable[[Tensor], Tensor] = solve_assignment
+) -> Tensor:
     """Return the noise of each datum under mini-batch optimal transport.
 
     Args:

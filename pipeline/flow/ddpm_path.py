@@ -25,8 +25,8 @@ from torch import Tensor
 
 from .path import Coefficients
 
-Variances = Literal["linear", "scaled_linear", "cosine"]
-VARIANCES: tuple[str, ...] = get_args(Variances)
+VarianceSchedule = Literal["linear", "scaled_linear", "cosine"]
+VARIANCE_SCHEDULES: tuple[str, ...] = get_args(VarianceSchedule)
 
 
 def variance_preserving(log_alpha: Tensor, rate: Tensor) -> Coefficients:
@@ -36,11 +36,11 @@ def variance_preserving(log_alpha: Tensor, rate: Tensor) -> Coefficients:
     return Coefficients(a, b, da, -a * da / b)
 
 
-def step_variances(kind: Variances, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
+def step_variances(schedule: VarianceSchedule, steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
     """The variance each step adds, (steps,), float64.
 
     Args:
-        kind: `linear` in the variance, `scaled_linear` in its root, or
+        schedule: `linear` in the variance, `scaled_linear` in its root, or
             `cosine`, where alpha^2 = cos^2((k / N + 0.008) / 1.008 * pi / 2),
             each variance at most 0.999.
         steps: N.
@@ -49,22 +49,22 @@ def step_variances(kind: Variances, steps: int = 1000, first: float = 1e-4, last
     Raises:
         ValueError: an unknown kind, variances outside (0, 1), fewer than two steps.
     """
-    if kind not in VARIANCES:
-        raise ValueError(f"step variances {kind!r} are unknown: choose one of {', '.join(VARIANCES)}.")
+    if schedule not in VARIANCE_SCHEDULES:
+        raise ValueError(f"step variances {schedule!r} are unknown: choose one of {', '.join(VARIANCE_SCHEDULES)}.")
     if steps < 2 or not 0 < first < 1 or not 0 < last < 1:
         raise ValueError(f"steps={steps}, first={first}, last={last}: two steps or more, variances inside (0, 1). Use 1000, 1e-4, 0.02.")
-    if kind == "linear":
+    if schedule == "linear":
         return torch.linspace(first, last, steps, dtype=torch.float64)
-    if kind == "scaled_linear":
+    if schedule == "scaled_linear":
         return torch.linspace(math.sqrt(first), math.sqrt(last), steps, dtype=torch.float64) ** 2
     left = torch.cos((torch.arange(steps + 1, dtype=torch.float64) / steps + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - left[1:] / left[:-1]).clamp(max=0.999)
 
 
 @lru_cache(maxsize=16)
-def _log_alphas(kind: Variances, steps: int, first: float, last: float, device: torch.device) -> Tensor:
+def _log_alphas(schedule: VarianceSchedule, steps: int, first: float, last: float, device: torch.device) -> Tensor:
     """log alpha after steps 0 to N, (N + 1,), float64; the entry N repeats the last variance."""
-    variances = step_variances(kind, steps, first, last)
+    variances = step_variances(schedule, steps, first, last)
     return (torch.log1p(-torch.cat([variances, variances[-1:]])).cumsum(0) / 2).to(device)
 
 
@@ -76,7 +76,7 @@ class DDPM:
         variances, steps, first, last: as in `step_variances`.
     """
 
-    variances: Variances = "linear"
+    variances: VarianceSchedule = "linear"
     steps: int = 1000
     first: float = 1e-4
     last: float = 0.02
@@ -110,7 +110,7 @@ class DDPM:
         log_alpha = self._log_alpha(t)[0]
         return (2 * log_alpha - torch.log(-torch.expm1(2 * log_alpha))).to(t.dtype)
 
-    def time_of(self, log_snr: Tensor) -> Tensor:
+    def time_from_log_snr(self, log_snr: Tensor) -> Tensor:
         table = self._table(log_snr.device)
         log_alpha = torch.nn.functional.logsigmoid(log_snr.double()) / 2
         low = (torch.searchsorted(-table, -log_alpha.contiguous()) - 1).clamp(0, self.steps - 1)

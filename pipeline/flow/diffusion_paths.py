@@ -58,7 +58,7 @@ class VP:
         log_alpha = self._log_alpha(t)[0]
         return 2 * log_alpha - torch.log(-torch.expm1(2 * log_alpha))
 
-    def time_of(self, log_snr: Tensor) -> Tensor:
+    def time_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return self._time_of_log_alpha(torch.nn.functional.logsigmoid(log_snr) / 2)
 
 
@@ -78,7 +78,7 @@ class SubVP(VP):
         log_alpha = self._log_alpha(t)[0]
         return 2 * log_alpha - 2 * torch.log(-torch.expm1(2 * log_alpha))
 
-    def time_of(self, log_snr: Tensor) -> Tensor:
+    def time_from_log_snr(self, log_snr: Tensor) -> Tensor:
         # r = a / (1 - a^2) has the root a = tanh(asinh(2 r) / 2); the logarithm is taken without cancellation near a = 1.
         decay = torch.exp(-torch.asinh(2 * torch.exp(log_snr / 2)))
         return self._time_of_log_alpha(torch.log1p(-decay) - torch.log1p(decay))
@@ -109,7 +109,7 @@ class VE:
     def log_snr(self, t: Tensor) -> Tensor:
         return -2 * (math.log(self.low) + math.log(self.high / self.low) * (1 - t))
 
-    def time_of(self, log_snr: Tensor) -> Tensor:
+    def time_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return 1 - (-log_snr / 2 - math.log(self.low)) / math.log(self.high / self.low)
 
 
@@ -147,7 +147,7 @@ class EDM:
     def log_snr(self, t: Tensor) -> Tensor:
         return -2 * torch.log(self(t).b)
 
-    def time_of(self, log_snr: Tensor) -> Tensor:
+    def time_from_log_snr(self, log_snr: Tensor) -> Tensor:
         low, high = self._ends()
         return (high - torch.exp(-log_snr / (2 * self.rho))) / (high - low)
 

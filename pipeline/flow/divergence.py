@@ -15,22 +15,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-EXACT_LIMIT = 64  # dimensions: one derivative of the network for each
+MAX_EXACT_DIMENSIONS = 64  # dimensions: one derivative of the network for each
 
-Mode = Literal["forward", "reverse"]
+AutodiffMode = Literal["forward", "reverse"]
 
 
-def check_exact(shape: tuple[int, ...], remedy: str) -> None:
+def check_exact_divergence(shape: tuple[int, ...], remedy: str) -> None:
     """A ValueError when a sample of this shape has too many dimensions for the exact trace."""
     size = math.prod(shape)
-    if size > EXACT_LIMIT:
+    if size > MAX_EXACT_DIMENSIONS:
         raise ValueError(
-            f"an exact trace in {size} dimensions takes {size} derivatives of the network: the limit is {EXACT_LIMIT}. {remedy}"
+            f"an exact trace in {size} dimensions takes {size} derivatives of the network: the limit is {MAX_EXACT_DIMENSIONS}. {remedy}"
         )
 
 
 def divergence(
-    function: Callable[[Tensor], Tensor], x: Tensor, probe: Tensor | None = None, mode: Mode = "reverse"
+    function: Callable[[Tensor], Tensor], x: Tensor, probe: Tensor | None = None, mode: AutodiffMode = "reverse"
 ) -> tuple[Tensor, Tensor]:
     """A field and its divergence, both differentiable where gradients are on.
 
@@ -56,21 +56,21 @@ def divergence(
     return products
 
 
-def _units(x: Tensor) -> list[Tensor]:
+def _basis_vectors(x: Tensor) -> list[Tensor]:
     """One vector along each dimension of a sample, (1, *S) each."""
     return list(torch.eye(x[0].numel(), device=x.device, dtype=x.dtype).reshape(-1, 1, *x.shape[1:]))
 
 
-def _along(product: Tensor, v: Tensor) -> Tensor:
+def _inner_product(product: Tensor, v: Tensor) -> Tensor:
     return (product * v).flatten(1).sum(1)
 
 
 def _forward(function: Callable[[Tensor], Tensor], x: Tensor, probe: Tensor | None) -> tuple[Tensor, Tensor]:
     trace = x.new_zeros(len(x))
     value = x
-    for v in _units(x) if probe is None else [probe]:
+    for v in _basis_vectors(x) if probe is None else [probe]:
         value, product = torch.func.jvp(function, (x,), (v.expand_as(x).contiguous(),))[:2]
-        trace = trace + _along(product, v)
+        trace = trace + _inner_product(product, v)
     return value, trace
 
 
@@ -82,7 +82,7 @@ def _reverse(function: Callable[[Tensor], Tensor], x: Tensor, probe: Tensor | No
         trace = x.new_zeros(len(x))
         if not value.requires_grad:  # a constant field
             return value, trace
-        for v in _units(x) if probe is None else [probe]:
+        for v in _basis_vectors(x) if probe is None else [probe]:
             (product,) = torch.autograd.grad((value * v).sum(), x, create_graph=graph, retain_graph=True)
-            trace = trace + _along(product, v)
+            trace = trace + _inner_product(product, v)
     return (value, trace) if graph else (value.detach(), trace.detach())

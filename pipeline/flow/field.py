@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .parameterisation import Prediction, change, check_kind, convert
+from .parameterisation import Prediction, check_prediction_type, conversion_coefficients, convert
 from .path import Coefficients, Path, widen
 
 Field = Callable[[Tensor, Tensor], Any]  # (B, *S), (B,) -> velocity (B, *S), or (velocity, score)
@@ -33,12 +33,12 @@ def velocity_field(model: ConditionalField, path: Path, predict: Prediction) -> 
 
     Returns:
         `field(x, t, *condition)`, in at least float32. Not finite at the times
-        where `singular` is true: begin or end the grid beside them.
+        where `is_singular` is true: begin or end the grid beside them.
 
     Raises:
         ValueError: an unknown prediction.
     """
-    check_kind(predict)
+    check_prediction_type(predict)
 
     def field(x: Tensor, t: Tensor, *condition: Any) -> Any:
         out = model(x, t, *condition)
@@ -51,15 +51,15 @@ def velocity_field(model: ConditionalField, path: Path, predict: Prediction) -> 
     return field
 
 
-def singular(path: Path, predict: Prediction, t: float) -> bool:
+def is_singular(path: Path, predict: Prediction, t: float) -> bool:
     """Whether the velocity converted from such a prediction is not finite at `t`.
 
     At the start (noise or score on a path with alpha_0 = 0) begin the grid at
     1e-3 instead of 0; at the end (data on a path with beta_1 = 0, anything on
     VP) use a solver that does not evaluate there, or `last_euler=True`.
     """
-    of_x, of_prediction = change(predict, "velocity", path(torch.tensor(t, dtype=torch.float64)))
-    return not (math.isfinite(of_x.item()) and math.isfinite(of_prediction.item()))
+    x_factor, prediction_factor = conversion_coefficients(predict, "velocity", path(torch.tensor(t, dtype=torch.float64)))
+    return not (math.isfinite(x_factor.item()) and math.isfinite(prediction_factor.item()))
 
 
 def velocity_and_score(out: Any) -> tuple[Tensor, Tensor | None]:
@@ -80,7 +80,7 @@ def score_field(field: Field, path: Path) -> Field:
     return score
 
 
-def shift_data(out: Any, change_of_data: Tensor, c: Coefficients) -> Any:
+def shift_data_prediction(out: Any, data_change: Tensor, c: Coefficients) -> Any:
     """Return what a field returned, moved as if its data prediction had moved, the point staying where it is.
 
     Of a data prediction that moves by d the noise moves by -(a / b) d, so the
@@ -88,7 +88,7 @@ def shift_data(out: Any, change_of_data: Tensor, c: Coefficients) -> Any:
 
     Args:
         out: a velocity, (B, *S), or a pair (velocity, score).
-        change_of_data: d, (B, *S), data units.
+        data_change: d, (B, *S), data units.
         c: coefficients at t, each (B, 1, ..., 1).
 
     Returns:
@@ -97,10 +97,10 @@ def shift_data(out: Any, change_of_data: Tensor, c: Coefficients) -> Any:
     velocity, score = velocity_and_score(out)
     noisy = c.b > 0
     b = torch.where(noisy, c.b, 1)
-    moved = velocity + (torch.where(noisy, c.da - c.db * c.a / b, 0) * change_of_data).to(velocity.dtype)
+    moved = velocity + (torch.where(noisy, c.da - c.db * c.a / b, 0) * data_change).to(velocity.dtype)
     if score is None:
         return moved
-    return moved, score + (torch.where(noisy, c.a / b**2, 0) * change_of_data).to(score.dtype)
+    return moved, score + (torch.where(noisy, c.a / b**2, 0) * data_change).to(score.dtype)
 
 
 def denoise(field: Field, x: Tensor, t: float, path: Path) -> Tensor:
@@ -120,22 +120,22 @@ def denoise(field: Field, x: Tensor, t: float, path: Path) -> Tensor:
     return convert(velocity, "velocity", "data", x, path(widen(now, x)))
 
 
-def shift_score(out: Any, change_of_score: Tensor, c: Coefficients) -> Any:
+def shift_score_prediction(out: Any, score_change: Tensor, c: Coefficients) -> Any:
     """Return what a field returned, moved as if its score had moved: the velocity by `(b^2 da / a - b db)` times as much.
 
     So the density is multiplied by what has this gradient of its logarithm.
 
     Args:
         out: a velocity, (B, *S), or a pair (velocity, score).
-        change_of_score: (B, *S), 1 / data units.
+        score_change: (B, *S), 1 / data units.
         c: coefficients at t, each (B, 1, ..., 1); not finite where alpha = 0.
     """
     velocity, score = velocity_and_score(out)
-    moved = velocity + ((c.b**2 * c.da / c.a - c.b * c.db) * change_of_score).to(velocity.dtype)
-    return moved if score is None else (moved, score + change_of_score.to(score.dtype))
+    moved = velocity + ((c.b**2 * c.da / c.a - c.b * c.db) * score_change).to(velocity.dtype)
+    return moved if score is None else (moved, score + score_change.to(score.dtype))
 
 
-def clipped(field: Field, path: Path, bound: float) -> Field:
+def clip_data_prediction(field: Field, path: Path, bound: float) -> Field:
     """A field whose data prediction stays within +-bound; the noise follows from it and from the point.
 
     Where the signal is faint a small error of predicted noise is a large one of
@@ -163,7 +163,7 @@ def clipped(field: Field, path: Path, bound: float) -> Field:
         velocity, score = velocity_and_score(field(x, t))
         c = path(widen(t, x))
         data = convert(velocity, "velocity", "data", x, c)
-        kept = shift_data(velocity, data.clamp(-bound, bound) - data, c)
+        kept = shift_data_prediction(velocity, data.clamp(-bound, bound) - data, c)
         if score is None:
             return kept
         signal, limit = x + c.b**2 * score, c.a * bound  # alpha times the score's data prediction, finite where alpha = 0

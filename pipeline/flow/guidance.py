@@ -1,9 +1,9 @@
-"""Guidance: from a field and a lesser one, a sharper one.
+"""Guidance: from a field and a reference one, a sharper one.
 
-`u = u_lesser + w (u - u_lesser)` on all channels. The lesser field is the same
+`u = u_reference + w (u - u_reference)` on all channels. The reference field is the same
 one without its condition (classifier-free guidance), with a condition to stay
 away from (negative), or a weaker model (autoguidance). w = 1 is no guidance
-and w = 0 the lesser field; both need one evaluation, every other w one
+and w = 0 the reference field; both need one evaluation, every other w one
 evaluation of a batch of 2 B. Fields are linear in their predictions, so
 guiding a velocity guides data, noise and score alike; what is not linear
 (rescaling, APG, CFG-Zero*; `guiders` has them) is done on the prediction that
@@ -25,13 +25,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .condition import Condition, count, stack
+from .condition import Condition, concat_conditions, num_samples
 from .field import ConditionalField, Field
-from .guidance_methods import APG, CFGZeroStar, Momentum, optimal_scale, projected, rescale_factor
-from .parameterisation import Prediction, change, check_kind
+from .guidance_methods import APG, CFGZeroStar, Momentum, cfg_zero_star_scale, project_difference, rescale_factor
+from .parameterisation import Prediction, check_prediction_type, conversion_coefficients
 from .path import Coefficients, Path, widen
 
-ROUNDING = 1e-6
+TIME_TOLERANCE = 1e-6
 """What is so near an end of an interval is the end: times are rounded on their way."""
 
 
@@ -67,20 +67,22 @@ def guide(
 
     Returns:
         A field of (x, t). Not finite where the velocity converted from
-        `predict` is not (`singular`).
+        `predict` is not (`is_singular`).
 
     Raises:
         ValueError: conditions of different make or number, a scale that is not finite,
             an interval outside [0, 1], a rescale outside [0, 1], no path where one is needed.
     """
-    if count(condition) != count(null):
-        raise ValueError(f"{count(condition)} conditions and {count(null)} null ones differ: give one null condition per sample.")
-    how = _How(scale, interval, rescale, method, path, predict)
-    if how.idle:
+    if num_samples(condition) != num_samples(null):
+        raise ValueError(
+            f"{num_samples(condition)} conditions and {num_samples(null)} null ones differ: give one null condition per sample."
+        )
+    settings = _GuidanceSettings(scale, interval, rescale, method, path, predict)
+    if settings.is_identity:
         return lambda x, t: field(x, t, condition)
     if scale == 0 and interval == (0.0, 1.0) and rescale == 0 and method is None:
         return lambda x, t: field(x, t, null)
-    both = stack(condition, null)
+    both = concat_conditions(condition, null)
 
     def pair(x: Tensor, t: Tensor) -> tuple[Any, Any]:
         out = field(torch.cat([x, x]), torch.cat([t, t]), both)
@@ -89,7 +91,7 @@ def guide(
             return tuple(half[0] for half in halves), tuple(half[1] for half in halves)
         return out.chunk(2)
 
-    return _guided(lambda x, t: field(x, t, condition), pair, how)
+    return _guided_field(lambda x, t: field(x, t, condition), pair, settings)
 
 
 def autoguide(
@@ -116,12 +118,12 @@ def autoguide(
     Raises:
         ValueError: as `guide`.
     """
-    how = _How(scale, interval, rescale, method, path, predict)
-    return field if how.idle else _guided(field, lambda x, t: (field(x, t), weak(x, t)), how)
+    settings = _GuidanceSettings(scale, interval, rescale, method, path, predict)
+    return field if settings.is_identity else _guided_field(field, lambda x, t: (field(x, t), weak(x, t)), settings)
 
 
 @dataclass(frozen=True)
-class _How:
+class _GuidanceSettings:
     """The numbers of `guide`, checked."""
 
     scale: float
@@ -140,7 +142,7 @@ class _How:
             )
         if not 0 <= self.rescale <= 1:
             raise ValueError(f"guidance rescale={self.rescale}: a share from 0 (off) to 1. Use 0.7.")
-        check_kind(self.predict)
+        check_prediction_type(self.predict)
         if self.path is None and (isinstance(self.method, APG) or self.predict != "velocity"):
             what = "APG acts on data predictions" if isinstance(self.method, APG) else f"the network predicts {self.predict}"
             raise ValueError(f"guidance without a path, and {what}: pass path, the field's, to convert its velocity.")
@@ -151,12 +153,12 @@ class _How:
         return self.method.zero_until if isinstance(self.method, CFGZeroStar) else 0.0
 
     @property
-    def idle(self) -> bool:
+    def is_identity(self) -> bool:
         """Return whether the guided field is the good one."""
         return self.scale == 1 and self.zero_until == 0
 
 
-class _Point(NamedTuple):
+class _EvaluationPoint(NamedTuple):
     """Where a field is asked, (B, *S) and (B,), the path's coefficients there, if known, and which samples are guided, None for all."""
 
     x: Tensor
@@ -165,64 +167,85 @@ class _Point(NamedTuple):
     inside: Tensor | None
 
 
-def _guided(good: Field, pair: Callable[[Tensor, Tensor], tuple[Any, Any]], how: _How) -> Field:
-    """Return the guided field; `good` is evaluated outside the interval, `pair` (good and lesser) inside."""
-    momentum = Momentum(how.method.momentum if isinstance(how.method, APG) else 0.0)
+def _guided_field(main: Field, pair: Callable[[Tensor, Tensor], tuple[Any, Any]], settings: _GuidanceSettings) -> Field:
+    """Return the guided field; `main` is evaluated outside the interval, `pair` (main and reference) inside."""
+    momentum = Momentum(settings.method.momentum if isinstance(settings.method, APG) else 0.0)
 
     def guided(x: Tensor, t: Tensor) -> Any:
-        inside = None if how.interval == (0.0, 1.0) else (t >= how.interval[0] - ROUNDING) & (t <= how.interval[1] + ROUNDING)
+        inside = (
+            None
+            if settings.interval == (0.0, 1.0)
+            else (t >= settings.interval[0] - TIME_TOLERANCE) & (t <= settings.interval[1] + TIME_TOLERANCE)
+        )
         if inside is not None and not bool(inside.any()):
-            return _asleep(good(x, t), t, how.zero_until)
-        one, other = (out if isinstance(out, tuple) else (out,) for out in pair(x, t))
-        point = _Point(x, t, None if how.path is None else how.path(widen(t, x)), inside)
+            return _zero_before(main(x, t), t, settings.zero_until)
+        main_output, reference_output = (out if isinstance(out, tuple) else (out,) for out in pair(x, t))
+        point = _EvaluationPoint(x, t, None if settings.path is None else settings.path(widen(t, x)), inside)
         parts = []
-        for output in range(few := min(len(one), len(other))):
-            part = _sharpen(one[output], other[output], how, point, output, how.predict if few == 1 else "velocity", momentum)
-            parts.append(part if inside is None else torch.where(inside.reshape(-1, *[1] * (x.ndim - 1)), part, one[output]))
-        return _asleep(parts[0] if few == 1 else tuple(parts), t, how.zero_until)
+        for output in range(num_outputs := min(len(main_output), len(reference_output))):
+            part = _guide_output(
+                main_output[output],
+                reference_output[output],
+                settings,
+                point,
+                output,
+                settings.predict if num_outputs == 1 else "velocity",
+                momentum,
+            )
+            parts.append(part if inside is None else torch.where(inside.reshape(-1, *[1] * (x.ndim - 1)), part, main_output[output]))
+        return _zero_before(parts[0] if num_outputs == 1 else tuple(parts), t, settings.zero_until)
 
     return guided
 
 
-def _sharpen(good: Tensor, lesser: Tensor, how: _How, at: _Point, output: int, kind: Prediction, momentum: Momentum) -> Tensor:
+def _guide_output(
+    main: Tensor,
+    reference: Tensor,
+    settings: _GuidanceSettings,
+    point: _EvaluationPoint,
+    output: int,
+    prediction_type: Prediction,
+    momentum: Momentum,
+) -> Tensor:
     """Return one output guided, (B, *S): a velocity (output 0) of a network that predicts `kind`, or a learned score (output 1)."""
-    guided = torch.lerp(lesser, good, how.scale)
-    if not how.rescale and how.method is None:
+    guided = torch.lerp(reference, main, settings.scale)
+    if not settings.rescale and settings.method is None:
         return guided
-    kept, precise = guided.dtype, torch.promote_types(good.dtype, torch.float32)
-    good, lesser, guided = good.to(precise), lesser.to(precise), guided.to(precise)
-    if isinstance(how.method, APG):
-        assert at.c is not None, "_How asks for a path"
-        unit, towards = _of_data(good, at.x, at.c, output)
-        difference = momentum.add(output, good - lesser, unit, at.t, at.inside)
-        guided = good + (how.scale - 1) * projected(difference, towards, how.method, unit)
+    kept, precise = guided.dtype, torch.promote_types(main.dtype, torch.float32)
+    main, reference, guided = main.to(precise), reference.to(precise), guided.to(precise)
+    if isinstance(settings.method, APG):
+        assert point.c is not None, "_How asks for a path"
+        unit, towards = _data_scale_and_prediction(main, point.x, point.c, output)
+        difference = momentum.add(output, main - reference, unit, point.t, point.inside)
+        guided = main + (settings.scale - 1) * project_difference(difference, towards, settings.method, unit)
     # the network's prediction is p = A x + C v; what multiplies it by f adds (f - 1) p / C to v
-    direct = output == 1 or kind == "velocity" or at.c is None
-    of_x, slope = (0.0, 1.0) if direct else change("velocity", "noise" if kind == "score" else kind, at.c)  # type: ignore[arg-type]
+    direct = output == 1 or prediction_type == "velocity" or point.c is None
+    linear_type = "noise" if prediction_type == "score" else prediction_type
+    x_factor, slope = (0.0, 1.0) if direct else conversion_coefficients("velocity", linear_type, point.c)  # type: ignore[arg-type]
 
     def prediction(velocity: Tensor) -> Tensor:
-        return velocity if direct else of_x * at.x + slope * velocity
+        return velocity if direct else x_factor * point.x + slope * velocity
 
-    if isinstance(how.method, CFGZeroStar):
-        base = prediction(lesser)
-        guided = guided + (optimal_scale(prediction(good), base) - 1) * (1 - how.scale) * base / slope
-    if how.rescale:
-        made = prediction(guided)
-        guided = guided + (rescale_factor(made, prediction(good), how.rescale) - 1) * made / slope
+    if isinstance(settings.method, CFGZeroStar):
+        base = prediction(reference)
+        guided = guided + (cfg_zero_star_scale(prediction(main), base) - 1) * (1 - settings.scale) * base / slope
+    if settings.rescale:
+        guided_prediction = prediction(guided)
+        guided = guided + (rescale_factor(guided_prediction, prediction(main), settings.rescale) - 1) * guided_prediction / slope
     return guided.to(kept)
 
 
-def _of_data(good: Tensor, x: Tensor, c: Coefficients, output: int) -> tuple[Tensor, Tensor]:
+def _data_scale_and_prediction(main: Tensor, x: Tensor, c: Coefficients, output: int) -> tuple[Tensor, Tensor]:
     """Data units in one unit of a velocity, or of a score (output 1), and its data prediction up to a factor, finite at both ends."""
     if output:
-        return c.b**2 / c.a, x + c.b**2 * good
-    return change("velocity", "data", c)[1], c.db * x - c.b * good
+        return c.b**2 / c.a, x + c.b**2 * main
+    return conversion_coefficients("velocity", "data", c)[1], c.db * x - c.b * main
 
 
-def _asleep(out: Any, t: Tensor, until: float) -> Any:
+def _zero_before(out: Any, t: Tensor, start: float) -> Any:
     """Return what the field returns, zero before a time."""
-    if not until:
+    if not start:
         return out
     if isinstance(out, tuple):
-        return tuple(_asleep(part, t, until) for part in out)
-    return torch.where((t < until - ROUNDING).reshape(-1, *[1] * (out.ndim - 1)), 0, out)
+        return tuple(_zero_before(part, t, start) for part in out)
+    return torch.where((t < start - TIME_TOLERANCE).reshape(-1, *[1] * (out.ndim - 1)), 0, out)

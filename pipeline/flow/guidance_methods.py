@@ -1,6 +1,6 @@
-"""Guidance methods: what becomes of a prediction and a lesser one, sample by sample, each in one function.
+"""Guidance methods: what becomes of a prediction and a reference one, sample by sample, each in one function.
 
-With the conditional prediction c, the lesser one u and w counted so that 1
+With the conditional prediction c, the reference one u and w counted so that 1
 means no guidance:
 
     CFG          g = u + w (c - u)
@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-NOTHING = 1e-5
+ZERO_STD_RATIO = 1e-5
 """A guided prediction whose deviation is so small a share of the conditional one's is zero, and rounding."""
 
 
@@ -59,7 +59,7 @@ class APG:
 
 @dataclass(frozen=True, kw_only=True)
 class CFGZeroStar:
-    """CFG-Zero*: guidance away from the best multiple of the lesser prediction, after a start that stands still.
+    """CFG-Zero*: guidance away from the best multiple of the reference prediction, after a start that stands still.
 
     Args:
         zero_until: the field is zero at times before this one, 0 to 1: the
@@ -90,19 +90,19 @@ def rescale_factor(guided: Tensor, conditional: Tensor, share: float) -> Tensor:
         return torch.ones(len(guided), *[1] * (guided.ndim - 1), device=guided.device, dtype=guided.dtype)
     variances = [part.flatten(1).var(1) for part in (guided, conditional)]
     # a square root has no gradient at 0, and where() passes the NaN of a branch that it does not take
-    mine, its = (torch.where(v > 0, torch.where(v > 0, v, 1).sqrt(), 0) for v in variances)
-    known = mine > NOTHING * its
-    ratio = torch.where(known, its / torch.where(known, mine, 1), 1)
+    guided_std, conditional_std = (torch.where(v > 0, torch.where(v > 0, v, 1).sqrt(), 0) for v in variances)
+    known = guided_std > ZERO_STD_RATIO * conditional_std
+    ratio = torch.where(known, conditional_std / torch.where(known, guided_std, 1), 1)
     return (1 + share * (ratio - 1)).reshape(-1, *[1] * (guided.ndim - 1))
 
 
-def optimal_scale(conditional: Tensor, lesser: Tensor) -> Tensor:
+def cfg_zero_star_scale(conditional: Tensor, reference: Tensor) -> Tensor:
     """Return CFG-Zero*'s `s = <c, u> / |u|^2`, the multiple of u nearest to c, (B, 1, ..., 1); 0 where u is 0."""
-    square = _dot(lesser, lesser)
-    return torch.where(square > 0, _dot(conditional, lesser) / torch.where(square > 0, square, 1), 0)
+    square = _dot(reference, reference)
+    return torch.where(square > 0, _dot(conditional, reference) / torch.where(square > 0, square, 1), 0)
 
 
-def projected(difference: Tensor, data: Tensor, method: APG, unit: Tensor | float = 1.0) -> Tensor:
+def project_difference(difference: Tensor, data: Tensor, method: APG, unit: Tensor | float = 1.0) -> Tensor:
     """Return the difference that APG guides by: limited, and without (1 - eta) of its part along the data prediction.
 
     Args:
@@ -129,7 +129,7 @@ class Momentum:
     """
 
     share: float
-    _before: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _previous: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def add(self, output: int, difference: Tensor, unit: Tensor, t: Tensor, inside: Tensor | None) -> Tensor:
         """Return the difference with its momentum, in its own units.
@@ -144,14 +144,14 @@ class Momentum:
         if not self.share:
             return difference
         wide = (-1, *[1] * (difference.ndim - 1))
-        before, last = self._before.get(output, (None, None))
+        before, last = self._previous.get(output, (None, None))
         if before is None or last is None or before.shape != difference.shape:
             before, last = torch.zeros_like(difference), t
         before = torch.where((t < last).reshape(wide), 0, before)
         known = (unit != 0) & unit.isfinite()
         total = difference + self.share * torch.where(known, before / torch.where(known, unit, 1), 0)
         now = torch.where(known, total * torch.where(known, unit, 1), 0)
-        self._before[output] = ((now if inside is None else torch.where(inside.reshape(wide), now, before)).detach(), t)
+        self._previous[output] = ((now if inside is None else torch.where(inside.reshape(wide), now, before)).detach(), t)
         return total
 
 

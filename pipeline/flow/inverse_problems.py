@@ -24,10 +24,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .field import Field, shift_score, velocity_and_score
+from .field import Field, shift_score_prediction, velocity_and_score
 from .parameterisation import convert
 from .path import Path, widen
-from .solver import After, at
+from .solver import StepCallback, expand_time
 
 
 class Measurement(Protocol):
@@ -81,16 +81,16 @@ class Colourisation:
     def gain(self) -> float:
         return sum(w**2 for w in self.weights)
 
-    def _wide(self, like: Tensor) -> Tensor:
+    def _weights_like(self, like: Tensor) -> Tensor:
         return torch.tensor(self.weights, device=like.device, dtype=like.dtype)[:, None, None]
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.ndim != 4 or x.shape[1] != len(self.weights):
             raise ValueError(f"x has shape {tuple(x.shape)}: colourisation takes (B, {len(self.weights)}, H, W), one channel per weight.")
-        return (x * self._wide(x)).sum(1, keepdim=True)
+        return (x * self._weights_like(x)).sum(1, keepdim=True)
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
-        return y * self._wide(y) / self.gain
+        return y * self._weights_like(y) / self.gain
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,11 @@ class SuperResolution:
         return y.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
 
 
-def replacement(measure: Measurement, y: Tensor, path: Path, noise: Tensor) -> After:
-    """Replacement, as the `after` of any solver.
+def replacement_callback(operator: Measurement, y: Tensor, path: Path, noise: Tensor) -> StepCallback:
+    """Replacement, as the `step_callback` of any solver.
 
     Args:
-        measure: A.
+        operator: A.
         y: the measurement of each sample, of the shape of A x.
         path: the field's path.
         noise: eps, (B, *S), standard normal; kept for the whole solve. The
@@ -135,18 +135,18 @@ def replacement(measure: Measurement, y: Tensor, path: Path, noise: Tensor) -> A
     Raises:
         ValueError: a measurement that has not the shape of A eps.
     """
-    seen = measure(noise)
-    _check_shape(y, seen)
+    measured = operator(noise)
+    _check_shape(y, measured)
 
     def replace(x: Tensor, t: float) -> Tensor:
-        c = path(widen(at(t, x), x))
-        return x + measure.pseudo_inverse(c.a * y + c.b * seen - measure(x))
+        c = path(widen(expand_time(t, x), x))
+        return x + operator.pseudo_inverse(c.a * y + c.b * measured - operator(x))
 
     return replace
 
 
-def reconstruction(
-    field: Field, path: Path, measure: Measurement, y: Tensor, *, noise_std: float = 0.0, data_std: float = 1.0, iterations: int = 0
+def reconstruction_guidance(
+    field: Field, path: Path, operator: Measurement, y: Tensor, *, noise_std: float = 0.0, data_std: float = 1.0, iterations: int = 0
 ) -> Field:
     """The field of p(x_t | y): reconstruction guidance.
 
@@ -161,7 +161,7 @@ def reconstruction(
     Args:
         field: velocity of (x, t), or (velocity, score), differentiable in x.
         path: its path.
-        measure: A.
+        operator: A.
         y: the measurement of each sample, of the shape of A x.
         noise_std: standard deviation of the measurement's noise, >= 0, data units.
         data_std: of the data, > 0, data units.
@@ -187,28 +187,28 @@ def reconstruction(
             out = field(point, t)
             data = convert(velocity_and_score(out)[0], "velocity", "data", point, c)
 
-        def pulled(q: Tensor) -> Tensor:
+        def vjp(q: Tensor) -> Tensor:
             """Return the derivative of the data prediction, transposed, times A^T q: by one backward pass."""
-            (product,) = torch.autograd.grad(data, point, measure.gain * measure.pseudo_inverse(q), retain_graph=True)
+            (product,) = torch.autograd.grad(data, point, operator.gain * operator.pseudo_inverse(q), retain_graph=True)
             return product
 
         with torch.no_grad():
-            seen = measure(data)
-            _check_shape(y, seen)
-            left = y - seen
+            measured = operator(data)
+            _check_shape(y, measured)
+            residual = y - measured
             variance = (data_std * c.b) ** 2 / ((data_std * c.a) ** 2 + c.b**2)
-            size = measure.gain * variance + noise_std**2
-            weights = left / size
+            size = operator.gain * variance + noise_std**2
+            weights = residual / size
             if iterations:
-                apply = lambda q: measure(c.b**2 / c.a * pulled(q)) + noise_std**2 * q  # noqa: E731  C A^T q is b^2 / a of it
-                weights = _conjugate_gradients(apply, left, weights, iterations)
-            plain = tuple(part.detach() for part in out) if isinstance(out, tuple) else out.detach()
-            return shift_score(plain, pulled(weights), c)
+                apply = lambda q: operator(c.b**2 / c.a * vjp(q)) + noise_std**2 * q  # noqa: E731  C A^T q is b^2 / a of it
+                weights = _conjugate_gradients(apply, residual, weights, iterations)
+            detached = tuple(part.detach() for part in out) if isinstance(out, tuple) else out.detach()
+            return shift_score_prediction(detached, vjp(weights), c)
 
     return guided
 
 
-def _conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, start: Tensor, iterations: int) -> Tensor:
+def _conjugate_gradients(apply: Callable[[Tensor], Tensor], rhs: Tensor, start: Tensor, iterations: int) -> Tensor:
     """Solve `apply(w) = right` for each sample, apply symmetric and not negative; a sample that is solved stays put."""
 
     def dot(p: Tensor, q: Tensor) -> Tensor:
@@ -218,12 +218,12 @@ def _conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, start
         return torch.where(q > 0, p / torch.where(q > 0, q, 1), 0)
 
     w = start
-    residual = right - apply(w)
+    residual = rhs - apply(w)
     direction, square = residual, dot(residual, residual)
-    enough = torch.finfo(right.dtype).eps ** 2 * dot(right, right)
+    tolerance = torch.finfo(rhs.dtype).eps ** 2 * dot(rhs, rhs)
     for _ in range(iterations):
         along = apply(direction)
-        active = square > enough
+        active = square > tolerance
         length = torch.where(active, ratio(square, dot(direction, along)), 0)
         w, residual = w + length * direction, residual - length * along
         new = dot(residual, residual)
@@ -231,6 +231,8 @@ def _conjugate_gradients(apply: Callable[[Tensor], Tensor], right: Tensor, start
     return w
 
 
-def _check_shape(y: Tensor, seen: Tensor) -> None:
-    if y.shape != seen.shape:
-        raise ValueError(f"the measurement {tuple(y.shape)} is not of the shape A x = {tuple(seen.shape)}: measure with the same operator.")
+def _check_shape(y: Tensor, measured: Tensor) -> None:
+    if y.shape != measured.shape:
+        raise ValueError(
+            f"the measurement {tuple(y.shape)} is not of the shape A x = {tuple(measured.shape)}: measure with the same operator."
+        )

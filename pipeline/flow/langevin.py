@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from .field import Field, velocity_and_score
-from .parameterisation import change
+from .parameterisation import conversion_coefficients
 from .path import Path
-from .sde import Coefficient, Noise, exponential_plan
-from .solver import After, Solution, at, begin, finish
+from .sde import DiffusionCoefficient, NoiseFunction, exponential_coefficients
+from .solver import Solution, StepCallback, check_solution, check_start, expand_time
 from .time_grid import intervals
 
 
-def langevin(score: Callable[[Tensor], Tensor], x: Tensor, step: float, steps: int, noise: Noise) -> Solution:
+def langevin(score: Callable[[Tensor], Tensor], x: Tensor, step: float, steps: int, noise: NoiseFunction) -> Solution:
     """Langevin dynamics of one density.
 
     Args:
@@ -39,10 +39,10 @@ def langevin(score: Callable[[Tensor], Tensor], x: Tensor, step: float, steps: i
         ValueError: a step or number of steps that is not positive; a start or an end that is not finite.
     """
     _check(step, steps)
-    x = begin(x)
+    x = check_start(x)
     for k in range(steps):
         x = torch.add(torch.add(x, score(x), alpha=step / 2), noise(k), alpha=math.sqrt(step))
-    return finish(x, steps)
+    return check_solution(x, steps)
 
 
 def annealed_langevin(
@@ -52,9 +52,9 @@ def annealed_langevin(
     path: Path,
     step: float,
     repeats: int | Sequence[int],
-    noise: Noise,
+    noise: NoiseFunction,
     *,
-    after: After | None = None,
+    step_callback: StepCallback | None = None,
 ) -> Solution:
     """NCSN's sampler: Langevin dynamics at each noise level, from the largest to the smallest.
 
@@ -71,9 +71,9 @@ def annealed_langevin(
         times: of the levels, (L,), rising, in [0, 1]; geometric levels are a uniform grid on VE.
         path: the score's path.
         step: h, the step at the last level, squared data units; below about sigma_L^2.
-        repeats: steps at each level, >= 1; one number, or one for each level, as `settling` gives them.
+        repeats: steps at each level, >= 1; one number, or one for each level, as `langevin_steps_per_level` gives them.
         noise: `noise(k)`, k counting all steps from 0.
-        after: called with (x, t) after each level; what it returns goes on.
+        step_callback: called with (x, t) after each level; what it returns goes on.
 
     Returns:
         The end, with noise of size sigma_L left in it, and as many evaluations as steps.
@@ -81,43 +81,43 @@ def annealed_langevin(
     Raises:
         ValueError: as `langevin`; times that do not rise in [0, 1].
     """
-    many = [repeats] * times.numel() if isinstance(repeats, int) else list(repeats)
-    _check(step, min(many, default=0))
+    steps_per_level = [repeats] * times.numel() if isinstance(repeats, int) else list(repeats)
+    _check(step, min(steps_per_level, default=0))
     intervals(times)
-    if len(many) != times.numel():
-        raise ValueError(f"{len(many)} numbers of steps for {times.numel()} levels: give one for each, or one for all.")
+    if len(steps_per_level) != times.numel():
+        raise ValueError(f"{len(steps_per_level)} numbers of steps for {times.numel()} levels: give one for each, or one for all.")
     c, draw = path(times.double()), 0
-    sizes, x = (step * (c.b / c.b[-1]) ** 2).tolist(), begin(x)
+    sizes, x = (step * (c.b / c.b[-1]) ** 2).tolist(), check_start(x)
     growth = [1.0, *torch.where(c.a[:-1] > 0, c.a[1:] / c.a[:-1], c.b[1:] / c.b[:-1]).tolist()]
     for i, t in enumerate(times.tolist()):
-        now, x = at(t, x), x if growth[i] == 1 else x * growth[i]
-        for _ in range(many[i]):
+        now, x = expand_time(t, x), x if growth[i] == 1 else x * growth[i]
+        for _ in range(steps_per_level[i]):
             x = torch.add(torch.add(x, score(x, now), alpha=sizes[i] / 2), noise(draw), alpha=math.sqrt(sizes[i]))
             draw += 1
-        x = after(x, t) if after else x
-    return finish(x, draw)
+        x = step_callback(x, t) if step_callback else x
+    return check_solution(x, draw)
 
 
-def settling(path: Path, times: Tensor, share: float, lengths: float = 4.0) -> list[int]:
+def langevin_steps_per_level(path: Path, times: Tensor, step_fraction: float, relaxation_times: float = 4.0) -> list[int]:
     """Return how many Langevin steps each level wants, so that the noise in x follows the levels down.
 
-    A step of `share` times the level's variance takes off the share / 2 of what
+    A step of `step_fraction` times the level's variance takes off the step_fraction / 2 of what
     is too much; the change to a level leaves too much by the ratio of both
     noise-to-signal ratios.
 
     Args:
         path, times: as in `annealed_langevin`.
-        share: of a level's variance, 0 to 2: its step.
-        lengths: how many times as many steps as would take off just that ratio.
+        step_fraction: of a level's variance, 0 to 2: its step.
+        relaxation_times: how many times as many steps as would take off just that ratio.
 
     Returns:
         One number for each level, at least 1.
     """
-    if not 0 < share < 2:
-        raise ValueError(f"langevin_step={share}: a step is between 0 and 2 times the level's variance. Use 0.2.")
-    change = (path.log_snr(times.double()).diff() / 2).tolist()
-    rate = -math.log1p(-share / 2)
-    return [1, *(max(1, math.ceil(lengths * d / rate)) if math.isfinite(d) else 1 for d in change)]
+    if not 0 < step_fraction < 2:
+        raise ValueError(f"langevin_step={step_fraction}: a step is between 0 and 2 times the level's variance. Use 0.2.")
+    log_ratios = (path.log_snr(times.double()).diff() / 2).tolist()
+    rate = -math.log1p(-step_fraction / 2)
+    return [1, *(max(1, math.ceil(relaxation_times * d / rate)) if math.isfinite(d) else 1 for d in log_ratios)]
 
 
 def predictor_corrector(
@@ -125,12 +125,12 @@ def predictor_corrector(
     x: Tensor,
     times: Tensor,
     path: Path,
-    sigma: Coefficient,
-    noise: Noise,
+    sigma: DiffusionCoefficient,
+    noise: NoiseFunction,
     *,
     snr: float = 0.16,
     corrections: int = 1,
-    after: After | None = None,
+    step_callback: StepCallback | None = None,
 ) -> Solution:
     """A step of the SDE, then Langevin steps at the time reached; none after the last, noise-free step.
 
@@ -145,37 +145,37 @@ def predictor_corrector(
         noise: `noise(k)`, k counting draws from 0: predictor, then correctors, step by step.
         snr: signal-to-noise ratio of a correction; > 0.
         corrections: Langevin steps after each predictor step, >= 1.
-        after: called with (x, t) after each step.
+        step_callback: called with (x, t) after each step.
 
     Raises:
         ValueError: as `exponential`; an snr or number that is not positive.
     """
     _check(snr, corrections)
-    steps, x, draw = intervals(times), begin(x), 0
+    steps, x, draw = intervals(times), check_start(x), 0
     times = times.detach().double().cpu()
-    plan = torch.stack(list(exponential_plan(path, times, sigma)), 1).tolist()
+    step_coefficients = torch.stack(list(exponential_coefficients(path, times, sigma)), 1).tolist()
     c = path(times[:-1])
-    beta, of_x, of_velocity = c.b.tolist(), *(part.tolist() for part in change("velocity", "score", c))
+    beta, x_factor, velocity_factor = c.b.tolist(), *(part.tolist() for part in conversion_coefficients("velocity", "score", c))
 
-    def both(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def velocity_and_score_at(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Velocity and score at a time of the grid."""
-        velocity, score = velocity_and_score(field(x, at(steps[k][0], x)))
-        return velocity, torch.add(x * of_x[k], velocity, alpha=of_velocity[k]) if score is None else score
+        velocity, score = velocity_and_score(field(x, expand_time(steps[k][0], x)))
+        return velocity, torch.add(x * x_factor[k], velocity, alpha=velocity_factor[k]) if score is None else score
 
     for k, (_, t) in enumerate(steps):
-        p, q, of_score, of_noise = plan[k]
-        velocity, score = both(x, k)
+        p, q, score_factor, noise_factor = step_coefficients[k]
+        velocity, score = velocity_and_score_at(x, k)
         x = torch.add(x * p, velocity, alpha=q)
-        if of_score:
-            x = torch.add(x, score, alpha=of_score)
-        if of_noise:
-            x, draw = torch.add(x, noise(draw), alpha=of_noise), draw + 1
+        if score_factor:
+            x = torch.add(x, score, alpha=score_factor)
+        if noise_factor:
+            x, draw = torch.add(x, noise(draw), alpha=noise_factor), draw + 1
         for _ in range(corrections if k + 1 < len(steps) else 0):
             h = 4 * (snr * beta[k + 1]) ** 2
-            x = torch.add(torch.add(x, both(x, k + 1)[1], alpha=h / 2), noise(draw), alpha=math.sqrt(h))
+            x = torch.add(torch.add(x, velocity_and_score_at(x, k + 1)[1], alpha=h / 2), noise(draw), alpha=math.sqrt(h))
             draw += 1
-        x = after(x, t) if after else x
-    return finish(x, len(steps) + (len(steps) - 1) * corrections)
+        x = step_callback(x, t) if step_callback else x
+    return check_solution(x, len(steps) + (len(steps) - 1) * corrections)
 
 
 def _check(step: float, steps: int) -> None:

@@ -7,7 +7,7 @@ small dimension; else Hutchinson's estimate, with one probe for the whole
 solve: a new one in every evaluation would make the field jump, and an adaptive
 solver with it. On sharp data a fixed grid misses most of the divergence, which
 is near t = 1, and errs by bits; hence an adaptive solver by default.
-p_0 is the law that sampling starts from, N(0, beta_0^2 I) unless said: of what
+p_0 is the distribution that sampling starts from, N(0, beta_0^2 I) unless said: of what
 signal a path leaves there (VP, DDPM, VE) the density is of the order of 1e-5 nats a dimension off.
 Source: mathematics.md section 5; Chen et al., Neural ODEs, theorem 1;
 Grathwohl et al., FFJORD, section 3.1.
@@ -22,28 +22,28 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .divergence import Mode, check_exact, divergence
-from .field import Field, singular, velocity_and_score
+from .divergence import AutodiffMode, check_exact_divergence, divergence
+from .field import Field, is_singular, velocity_and_score
 from .parameterisation import Prediction
 from .path import Path, require_finite
 from .solver import Solution, dormand_prince
 
-Clock = Literal["time", "log_snr"]
+IntegrationVariable = Literal["time", "log_snr"]
 
 
-class Density(NamedTuple):
+class LogDensityResult(NamedTuple):
     """log p of each sample, nats, (B,); where it came from, (B, *S); evaluations of the field with its divergence."""
 
     log_density: Tensor
-    origin: Tensor
+    initial_point: Tensor
     evaluations: int
 
 
-class Estimate(NamedTuple):
+class MeanEstimate(NamedTuple):
     """A mean and its standard error, both 0-dimensional."""
 
     mean: Tensor
-    error: Tensor
+    standard_error: Tensor
 
 
 def log_density(
@@ -55,23 +55,23 @@ def log_density(
     probe: Tensor | None = None,
     prior: Callable[[Tensor], Tensor] | None = None,
     solver: Callable[..., Solution] = dormand_prince,
-    mode: Mode = "reverse",
-    clock: Clock = "time",
-) -> Density:
+    mode: AutodiffMode = "reverse",
+    integration_variable: IntegrationVariable = "time",
+) -> LogDensityResult:
     """Return log p of points at times[-1], by the instantaneous change of variables.
 
     Args:
         field: velocity of (x, t), differentiable in x; x comes in its own dtype, t in float64.
         x: points, (B, *S), data units.
         times: grid, rising, as for sampling; it is run backwards. End before 1 where
-            the field is singular there (`last_time`): the density is that of p at the last time.
+            the field is singular there (`likelihood_end_time`): the density is that of p at the last time.
         path: the field's path; p at times[0] is taken as N(0, beta^2 I) there.
         probe: v, (B, *S), of mean 0 and covariance I, kept for the whole solve;
             None for the exact divergence, in at most 64 dimensions.
         prior: log-density of p at times[0], (B, *S) -> (B,), where it is not that.
         solver: an ODE solver.
         mode: how derivative products are taken.
-        clock: what the solver steps in. Over `log_snr` neither VP's root at
+        integration_variable: what the solver steps in. Over `log_snr` neither VP's root at
             t = 1 nor the kinks of DDPM's table are seen; it is finite at both ends of the grid.
 
     Returns:
@@ -81,10 +81,10 @@ def log_density(
         ValueError: too many dimensions without a probe; a log-SNR that is not finite at an end; what the solver refuses.
     """
     if probe is None:
-        check_exact(tuple(x.shape[1:]), "Pass a probe: rademacher(seed, Purpose.PROBE, step, index, shape).")
+        check_exact_divergence(tuple(x.shape[1:]), "Pass a probe: rademacher(seed, Purpose.PROBE, step, index, shape).")
     require_finite("x", x)
     shape, size = x.shape, x[0].numel()
-    time, grid = _backward_clock(path, times.double().cpu(), clock)
+    time, grid = _backward_time(path, times.double().cpu(), integration_variable)
 
     def backwards(state: Tensor, s: Tensor) -> Tensor:
         point, (t, rate) = state[:, :size].reshape(shape).to(x.dtype), time(s)
@@ -96,31 +96,34 @@ def log_density(
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     start = torch.cat([x.flatten(1), torch.zeros_like(x.flatten(1))], 1).to(wide)
     end, evaluations = solver(backwards, start, grid)
-    origin = end[:, :size].reshape(shape)
-    at_origin = _normal(origin, path(times[:1].double()).b.item()) if prior is None else prior(origin)
-    return Density(at_origin + end[:, size:].sum(1), origin, evaluations)
+    initial_point = end[:, :size].reshape(shape)
+    prior_log_density = _normal(initial_point, path(times[:1].double()).b.item()) if prior is None else prior(initial_point)
+    return LogDensityResult(prior_log_density + end[:, size:].sum(1), initial_point, evaluations)
 
 
-def _backward_clock(path: Path, times: Tensor, clock: Clock) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Tensor]:
+def _backward_time(
+    path: Path, times: Tensor, integration_variable: IntegrationVariable
+) -> tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Tensor]:
     """Return how a solver's time s, from 0 at the data up, becomes t and -dt / ds, and the grid in s."""
-    if clock == "time":
+    if integration_variable == "time":
         return (lambda s: (1 - s, torch.ones_like(s))), (1 - times).flip(0)
     levels = path.log_snr(times)
     (low, high), (first, last) = levels[[0, -1]].tolist(), times[[0, -1]].tolist()
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(
-            f"clock='log_snr' from t={first:g} to t={last:g}, where it is {low} and {high}: both are finite. Use clock='time'."
+            f"integration_variable='log_snr' from t={first:g} to t={last:g}, where it is {low} and {high}: both are finite. "
+            "Use integration_variable='time'."
         )
 
     def time(s: Tensor) -> tuple[Tensor, Tensor]:
-        t = path.time_of(high - s * (high - low)).clamp(first, last)
+        t = path.time_from_log_snr(high - s * (high - low)).clamp(first, last)
         c = path(t)
         return t, (high - low) / (2 * (c.da / c.a - c.db / c.b))
 
     return time, ((high - levels) / (high - low)).flip(0)
 
 
-def last_time(path: Path, predict: Prediction, noise: float) -> float:
+def likelihood_end_time(path: Path, predict: Prediction, noise: float) -> float:
     """Return the time at which to take the density of data: 1, or where the velocity is not finite there the time of a little noise.
 
     Args:
@@ -133,7 +136,7 @@ def last_time(path: Path, predict: Prediction, noise: float) -> float:
         By bisection of beta, which falls.
     """
     end = path(torch.ones(1, dtype=torch.float64))
-    if not singular(path, predict, 1.0) and bool(end.db.isfinite().all()):
+    if not is_singular(path, predict, 1.0) and bool(end.db.isfinite().all()):
         return 1.0
     low, high = 0.0, 1.0
     for _ in range(60):
@@ -180,7 +183,7 @@ def bits_per_dimension(log_density: Tensor, dimensions: int, step: float = 2 / 2
     return -log_density / (dimensions * math.log(2)) - math.log2(step)
 
 
-def estimate(values: Tensor) -> Estimate:
+def mean_and_standard_error(values: Tensor) -> MeanEstimate:
     """Mean of one value per image and its standard error, which spans images, probes and dequantisation alike.
 
     Raises:
@@ -188,4 +191,4 @@ def estimate(values: Tensor) -> Estimate:
     """
     if values.numel() < 2:
         raise ValueError(f"{values.numel()} values have no standard error: give two images or more.")
-    return Estimate(values.mean(), values.std() / math.sqrt(values.numel()))
+    return MeanEstimate(values.mean(), values.std() / math.sqrt(values.numel()))

@@ -28,7 +28,7 @@ class Prior(Protocol):
     @property
     def is_normal(self) -> bool: ...
 
-    def draw(self, seed: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def sample(self, seed: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
         """One point per sample, (B, *shape), named as in `random`."""
         ...
 
@@ -43,7 +43,7 @@ class NormalPrior:
 
     is_normal: bool = field(default=True, init=False)
 
-    def draw(self, seed: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def sample(self, seed: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
         return normal(seed, Purpose.NOISE, step, index, shape)
 
     def log_density(self, x: Tensor) -> Tensor:
@@ -69,7 +69,7 @@ class UniformPrior:
                 f"uniform prior on [{self.low}, {self.high}], softness {self.softness}: low < high, softness >= 0, all finite."
             )
 
-    def draw(self, seed: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
+    def sample(self, seed: int, step: int, index: Tensor, shape: tuple[int, ...]) -> Tensor:
         u, edge = uniform(seed, Purpose.NOISE, step, index, (2, *shape)).unbind(1)
         return (self.low + (self.high - self.low) * u + self.softness * torch.logit(edge)).float()
 
@@ -115,13 +115,15 @@ class LinearPath:
         s, ds = torch.func.jvp(self.scale, (wide,), (one,))[:2]
         return mu, s, dmu, ds
 
-    def bridge(self, data: Tensor, initial: Tensor, t: Tensor, kind: Prediction = "velocity") -> tuple[Tensor, Tensor, Tensor]:
+    def interpolate_with_target(
+        self, data: Tensor, initial: Tensor, t: Tensor, prediction_type: Prediction = "velocity"
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The point between a datum and a point of the prior, and what a network is asked for there.
 
         Args:
             data, initial: z and x_init, (B, *S).
             t: times, (B,), 0 to 1.
-            kind: `velocity`, `data`, `noise` (that is x_init) or, with a normal prior, `score`.
+            prediction_type: `velocity`, `data`, `noise` (that is x_init) or, with a normal prior, `score`.
 
         Returns:
             x_t and the target, (B, *S); s_t, (B, 1, ..., 1).
@@ -129,14 +131,14 @@ class LinearPath:
         Raises:
             ValueError: shapes, times; a score with a prior that is not normal.
         """
-        self.check(kind)
+        self.check(prediction_type)
         if data.shape != initial.shape:
             raise ValueError(f"data {tuple(data.shape)} and initial {tuple(initial.shape)} differ: draw one point of the prior per datum.")
         require_finite("data", data)
         require_finite("initial", initial)
         mu, s, dmu, ds = self._parts(data, t)
         targets = {"velocity": lambda: dmu + ds * initial, "data": lambda: data, "noise": lambda: initial, "score": lambda: -initial / s}
-        return mu + s * initial, targets[kind](), s
+        return mu + s * initial, targets[prediction_type](), s
 
     def conditional_velocity(self, x: Tensor, data: Tensor, t: Tensor) -> Tensor:
         """`u_t(x | z)`, (B, *S); singular at t = 1, where s = 0."""
@@ -149,14 +151,14 @@ class LinearPath:
         mu, s, _, _ = self._parts(data, t)
         return -(x - mu) / s**2
 
-    def check(self, kind: Prediction) -> None:
+    def check(self, prediction_type: Prediction) -> None:
         """A ValueError for a prediction this path cannot have."""
-        if kind == "score" and not self.prior.is_normal:
+        if prediction_type == "score" and not self.prior.is_normal:
             raise ValueError(
                 f"score with the prior {self.prior}: it follows from the noise only where the prior is normal. Predict the velocity."
             )
-        if kind not in ("velocity", "data", "noise", "score"):
-            raise ValueError(f"prediction {kind!r} on a general linear path: choose velocity, data, noise or score.")
+        if prediction_type not in ("velocity", "data", "noise", "score"):
+            raise ValueError(f"prediction {prediction_type!r} on a general linear path: choose velocity, data, noise or score.")
 
 
 def require_gaussian(path: object, what: str) -> None:
@@ -165,7 +167,7 @@ def require_gaussian(path: object, what: str) -> None:
         raise ValueError(f"{what} needs the score of a Gaussian path, not a general linear one. Use Objective for its velocity.")
 
 
-def finite_field(path: LinearPath, points: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def empirical_velocity_field(path: LinearPath, points: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """The marginal velocity of a finite data set, exactly: conditional velocities averaged over the posterior.
 
     `u_t(x) = sum_k r_k u_t(x | z_k)`, `r_k ∝ p_init((x - mu_t(z_k)) / s_t)`.
@@ -181,12 +183,12 @@ def finite_field(path: LinearPath, points: Tensor) -> Callable[[Tensor, Tensor],
 
     def velocity(x: Tensor, t: Tensor) -> Tensor:
         count, batch = len(points), len(x)
-        many_x, many_t = x.repeat_interleave(count, 0), t.repeat_interleave(count)
-        many_z = points.to(x).repeat(batch, *[1] * (x.ndim - 1))
-        mu, s, dmu, ds = path._parts(many_z, many_t)
-        start = (many_x - mu) / s
+        repeated_x, repeated_t = x.repeat_interleave(count, 0), t.repeat_interleave(count)
+        repeated_z = points.to(x).repeat(batch, *[1] * (x.ndim - 1))
+        mu, s, dmu, ds = path._parts(repeated_z, repeated_t)
+        start = (repeated_x - mu) / s
         weight = torch.softmax(path.prior.log_density(start).reshape(batch, count), dim=1)
-        each = (dmu + ds * start).reshape(batch, count, *x.shape[1:])
-        return (weight.reshape(batch, count, *[1] * (x.ndim - 1)) * each).sum(1)
+        conditional_velocities = (dmu + ds * start).reshape(batch, count, *x.shape[1:])
+        return (weight.reshape(batch, count, *[1] * (x.ndim - 1)) * conditional_velocities).sum(1)
 
     return velocity

@@ -7,7 +7,7 @@ on VE, at its levels, NCSN) and the losses of DDPM (`noise`, `data`, `v`).
 
 A score's error is formed as `|beta s + eps|^2`, which has a limit at beta = 0,
 where the score itself has none. So every loss is finite at the ends of the
-path unless its limit is infinite; `infinite_times` says whether a law of t
+path unless its limit is infinite; `infinite_loss_times` says whether a timestep distribution
 comes there.
 Source: mathematics.md section 3; Lipman et al., Theorem 2.
 """
@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from .linear_path import LinearPath, require_gaussian
-from .parameterisation import Prediction, check_kind, target
+from .parameterisation import Prediction, check_prediction_type, target
 from .path import Path, interpolate
 from .score_matching import ScoreMatching
-from .timestep_distribution import TimeLaw, support
+from .timestep_distribution import TimestepDistribution, support
 from .weighting import Weighting, check_weighting, weight
 
 
@@ -51,7 +51,7 @@ class Objective:
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
-        check_kind(self.predict)
+        check_prediction_type(self.predict)
         check_weighting(self.weighting, self.gamma, self.sigma_data)
         if isinstance(self.path, LinearPath):
             self.path.check(self.predict)
@@ -86,18 +86,18 @@ class Objective:
         """
         with torch.autocast(data.device.type, enabled=False):
             x, wanted, scale, factor = self._regression(data, noise, t)
-        return factor * square_error(model(x, t.to(x), *condition), wanted, scale)
+        return factor * mean_squared_error(model(x, t.to(x), *condition), wanted, scale)
 
     def _regression(self, data: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Return the input and the scaled target, (B, *S); that scale, None for 1; and the weight, (B,), of the scaled error."""
-        kind = "noise" if self.predict == "score" else self.predict
+        prediction_type = "noise" if self.predict == "score" else self.predict
         if isinstance(self.path, LinearPath):
-            x, wanted, s = self.path.bridge(data, noise, t, kind)
+            x, wanted, s = self.path.interpolate_with_target(data, noise, t, prediction_type)
             factor = torch.ones_like(s)
         else:
             x, c = interpolate(self.path, data, noise, t)
-            wanted, s = target(kind, data, noise, c), c.b
-            factor = weight(self.weighting, kind, c, self.gamma, self.sigma_data)
+            wanted, s = target(prediction_type, data, noise, c), c.b
+            factor = weight(self.weighting, prediction_type, c, self.gamma, self.sigma_data)
         return (x, -wanted, s, factor.flatten()) if self.predict == "score" else (x, wanted, None, factor.flatten())
 
 
@@ -136,10 +136,10 @@ class JointObjective:
             raise ValueError(
                 f"a joint objective needs a pair (velocity, score) from the model, not {type(out).__name__}: give it two outputs."
             )
-        return square_error(out[0], velocity) + self.balance * square_error(out[1], -noise, c.b)
+        return mean_squared_error(out[0], velocity) + self.balance * mean_squared_error(out[1], -noise, c.b)
 
 
-def square_error(out: Tensor, wanted: Tensor, scale: Tensor | None = None) -> Tensor:
+def mean_squared_error(out: Tensor, wanted: Tensor, scale: Tensor | None = None) -> Tensor:
     """Return the mean square error of each sample, (B,), of the output times `scale`, (B, 1, ..., 1).
 
     Raises:
@@ -151,13 +151,13 @@ def square_error(out: Tensor, wanted: Tensor, scale: Tensor | None = None) -> Te
     return ((out if scale is None else scale * out) - wanted).square().flatten(1).mean(1)
 
 
-def infinite_times(objective: Objective | JointObjective | ScoreMatching, law: TimeLaw) -> tuple[float, ...]:
-    """Return the ends of a law of t at which a loss is not finite, whatever the network gives; none as a rule.
+def infinite_loss_times(objective: Objective | JointObjective | ScoreMatching, distribution: TimestepDistribution) -> tuple[float, ...]:
+    """Return the ends of a timestep distribution at which a loss is not finite, whatever the network gives; none as a rule.
 
-    A law with a density stays off the ends (`support` of time.py), a discrete
+    A distribution with a density stays off the ends (`support` of time.py), a discrete
     one may come there: t = 1 where beta = 0, t = 0 where alpha = 0.
     """
-    one, ends = torch.ones(1, 1), support(law)
+    one, ends = torch.ones(1, 1), support(distribution)
 
     def network(x: Tensor, t: Tensor) -> Any:
         return (0 * x, 0 * x) if isinstance(objective, JointObjective) else 0 * x

@@ -45,30 +45,30 @@ Prediction = Literal["data", "noise", "velocity", "score", "v"]
 PREDICTIONS: tuple[str, ...] = get_args(Prediction)
 
 
-def form(kind: Prediction, c: Coefficients) -> tuple[Tensor, Tensor]:
+def prediction_coefficients(prediction_type: Prediction, c: Coefficients) -> tuple[Tensor, Tensor]:
     """The weights (u, w) of data and noise in a prediction; each of the coefficients' shape.
 
     Raises:
         ValueError: a kind that is not one of PREDICTIONS.
     """
     zero, one = torch.zeros_like(c.a), torch.ones_like(c.a)
-    if kind == "data":
+    if prediction_type == "data":
         return one, zero
-    if kind == "noise":
+    if prediction_type == "noise":
         return zero, one
-    if kind == "velocity":
+    if prediction_type == "velocity":
         return c.da, c.db
-    if kind == "score":
+    if prediction_type == "score":
         return zero, -1 / c.b
-    check_kind(kind)
+    check_prediction_type(prediction_type)
     return -c.b, c.a
 
 
-def target(kind: Prediction, data: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
+def target(prediction_type: Prediction, data: Tensor, noise: Tensor, c: Coefficients) -> Tensor:
     """What a network of this kind is to output for known data and noise.
 
     Args:
-        kind: the prediction's name.
+        prediction_type: the prediction's name.
         data: z, (B, *S).
         noise: eps, (B, *S).
         c: coefficients, each (B, 1, ..., 1).
@@ -76,11 +76,11 @@ def target(kind: Prediction, data: Tensor, noise: Tensor, c: Coefficients) -> Te
     Returns:
         `u z + w eps`, (B, *S).
     """
-    u, w = form(kind, c)
+    u, w = prediction_coefficients(prediction_type, c)
     return u * data + w * noise
 
 
-def change(source: Prediction, target: Prediction, c: Coefficients) -> tuple[Tensor, Tensor]:
+def conversion_coefficients(source: Prediction, target: Prediction, c: Coefficients) -> tuple[Tensor, Tensor]:
     """The numbers (A, C) with `target = A x + C source`; each of the coefficients' shape.
 
     Not finite where the module's table says so; C is the factor on an error.
@@ -88,15 +88,15 @@ def change(source: Prediction, target: Prediction, c: Coefficients) -> tuple[Ten
     if source == target:
         return torch.zeros_like(c.a), torch.ones_like(c.a)
     if source == "score":
-        of_x, of_noise = change("noise", target, c)
-        return of_x, -c.b * of_noise
+        x_factor, noise_factor = conversion_coefficients("noise", target, c)
+        return x_factor, -c.b * noise_factor
     if target == "score":
-        of_x, of_prediction = change(source, "noise", c)
-        return -of_x / c.b, -of_prediction / c.b
-    u, w = form(source, c)
-    wanted_u, wanted_w = form(target, c)
+        x_factor, prediction_factor = conversion_coefficients(source, "noise", c)
+        return -x_factor / c.b, -prediction_factor / c.b
+    u, w = prediction_coefficients(source, c)
+    target_u, target_w = prediction_coefficients(target, c)
     determinant = c.a * w - c.b * u
-    return (wanted_u * w - wanted_w * u) / determinant, (c.a * wanted_w - c.b * wanted_u) / determinant
+    return (target_u * w - target_w * u) / determinant, (c.a * target_w - c.b * target_u) / determinant
 
 
 def convert(prediction: Tensor, source: Prediction, target: Prediction, x: Tensor, c: Coefficients) -> Tensor:
@@ -122,15 +122,15 @@ def convert(prediction: Tensor, source: Prediction, target: Prediction, x: Tenso
             f"prediction {tuple(prediction.shape)}, x {tuple(x.shape)}, coefficients {tuple(c.a.shape)}: the first two are alike "
             f"and the coefficients (B, 1, ..., 1). Take them from interpolate, or path(widen(t, x))."
         )
-    for kind in (source, target):
-        check_kind(kind)
+    for prediction_type in (source, target):
+        check_prediction_type(prediction_type)
     if source == target:
         return prediction
-    of_x, of_prediction = change(source, target, c)
-    return of_x * x + of_prediction * prediction
+    x_factor, prediction_factor = conversion_coefficients(source, target, c)
+    return x_factor * x + prediction_factor * prediction
 
 
-def check_kind(kind: str) -> None:
+def check_prediction_type(prediction_type: str) -> None:
     """A ValueError unless `kind` is one of PREDICTIONS."""
-    if kind not in PREDICTIONS:
-        raise ValueError(f"prediction {kind!r} is unknown: choose one of {', '.join(PREDICTIONS)}.")
+    if prediction_type not in PREDICTIONS:
+        raise ValueError(f"prediction {prediction_type!r} is unknown: choose one of {', '.join(PREDICTIONS)}.")

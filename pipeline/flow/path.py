@@ -37,7 +37,7 @@ class Path(Protocol):
         """`log(alpha^2 / beta^2)`, rising with t; infinite where alpha or beta vanish."""
         ...
 
-    def time_of(self, log_snr: Tensor) -> Tensor:
+    def time_from_log_snr(self, log_snr: Tensor) -> Tensor:
         """The inverse of `log_snr`; outside [0, 1] for a level the path does not reach."""
         ...
 
@@ -56,7 +56,7 @@ class CondOT:
     def log_snr(self, t: Tensor) -> Tensor:
         return 2 * torch.logit(t)
 
-    def time_of(self, log_snr: Tensor) -> Tensor:
+    def time_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(log_snr / 2)
 
 
@@ -77,7 +77,7 @@ class Cosine:
         c = self(t)
         return 2 * torch.log(c.a / c.b)
 
-    def time_of(self, log_snr: Tensor) -> Tensor:
+    def time_from_log_snr(self, log_snr: Tensor) -> Tensor:
         return 2 / math.pi * torch.atan(torch.exp(log_snr / 2))
 
 
@@ -145,7 +145,7 @@ def interpolate(path: Path, data: Tensor, noise: Tensor, t: Tensor) -> tuple[Ten
     return c.a * data + c.b * noise, c
 
 
-def initial(path: Path, noise: Tensor, t: float = 0.0) -> Tensor:
+def scale_initial_noise(path: Path, noise: Tensor, t: float = 0.0) -> Tensor:
     """Where a solver starts: `beta_t eps`, with the signal, if any is left at `t`, left out.
 
     Exact at t = 0 on CondOT and cosine; on VP, DDPM and VE the signal left in

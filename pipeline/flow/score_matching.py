@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divergence import Mode, check_exact, divergence
+from .divergence import AutodiffMode, check_exact_divergence, divergence
 from .linear_path import require_gaussian
 from .path import Path, interpolate
 
@@ -37,7 +37,7 @@ class ScoreMatching:
 
     path: Path
     sliced: bool = True
-    mode: Mode = "reverse"
+    mode: AutodiffMode = "reverse"
 
     def __post_init__(self) -> None:
         require_gaussian(self.path, "score matching")
@@ -47,7 +47,7 @@ class ScoreMatching:
     def check(self, shape: tuple[int, ...]) -> None:
         """A ValueError when one sample, of this shape, has too many dimensions for the explicit trace."""
         if not self.sliced:
-            check_exact(shape, "Set sliced=True.")
+            check_exact_divergence(shape, "Set sliced=True.")
 
     def __call__(
         self, model: Callable[..., Any], data: Tensor, noise: Tensor, t: Tensor, *condition: Any, probe: Tensor | None = None

@@ -24,15 +24,15 @@ import torch
 from torch import Tensor
 
 from .field import Field, velocity_and_score
-from .parameterisation import change
+from .parameterisation import conversion_coefficients
 from .path import Coefficients, Path
-from .solver import After, Solution, at, begin, finish
+from .solver import Solution, StepCallback, check_solution, check_start, expand_time
 from .time_grid import intervals
 
-Coefficient = Callable[[Tensor, Coefficients], Tensor]  # of (t, coefficients there), of t's shape, >= 0
-Noise = Callable[[int], Tensor]  # of the step's number, standard normal, (B, *S)
+DiffusionCoefficient = Callable[[Tensor, Coefficients], Tensor]  # of (t, coefficients there), of t's shape, >= 0
+NoiseFunction = Callable[[int], Tensor]  # of the step's number, standard normal, (B, *S)
 
-COEFFICIENTS: dict[str, Coefficient] = {
+DIFFUSION_COEFFICIENTS: dict[str, DiffusionCoefficient] = {
     "zero": lambda t, c: torch.zeros_like(t),
     "constant": lambda t, c: torch.ones_like(t),
     "noise": lambda t, c: c.b,
@@ -41,18 +41,18 @@ COEFFICIENTS: dict[str, Coefficient] = {
 
 
 @dataclass(frozen=True)
-class Diffusion:
-    """A named diffusion coefficient, `scale` times COEFFICIENTS[name]; called with (t, coefficients)."""
+class NamedDiffusion:
+    """A named diffusion coefficient, `scale` times DIFFUSION_COEFFICIENTS[name]; called with (t, coefficients)."""
 
     name: str
     scale: float = 1.0
 
     def __call__(self, t: Tensor, c: Coefficients) -> Tensor:
-        return self.scale * COEFFICIENTS[self.name](t, c) if self.scale else torch.zeros_like(t)
+        return self.scale * DIFFUSION_COEFFICIENTS[self.name](t, c) if self.scale else torch.zeros_like(t)
 
 
 @dataclass(frozen=True)
-class Tabulated:
+class TabulatedDiffusion:
     """A diffusion coefficient by its values, evenly from t = 0 to 1, linear between, times `scale`; called with (t, coefficients)."""
 
     values: tuple[float, ...]
@@ -64,7 +64,7 @@ class Tabulated:
         return torch.lerp(values[left], values[left + 1], place - left)
 
 
-def coefficient(sigma: str | Sequence[float] | Coefficient, scale: float = 1.0) -> Coefficient:
+def diffusion_coefficient(sigma: str | Sequence[float] | DiffusionCoefficient, scale: float = 1.0) -> DiffusionCoefficient:
     """Return a diffusion coefficient sigma_t.
 
     Args:
@@ -86,13 +86,13 @@ def coefficient(sigma: str | Sequence[float] | Coefficient, scale: float = 1.0) 
             raise ValueError(
                 f"sigma_t values {tuple(sigma)}: two or more, finite, not negative, evenly from t = 0 (noise) to t = 1 (data). Try 1 1 0."
             )
-        return Tabulated(tuple(sigma), scale)
-    if sigma not in COEFFICIENTS:
-        raise ValueError(f"sigma_t={sigma!r} is unknown: choose one of {', '.join(COEFFICIENTS)}.")
-    return Diffusion(sigma, scale)
+        return TabulatedDiffusion(tuple(sigma), scale)
+    if sigma not in DIFFUSION_COEFFICIENTS:
+        raise ValueError(f"sigma_t={sigma!r} is unknown: choose one of {', '.join(DIFFUSION_COEFFICIENTS)}.")
+    return NamedDiffusion(sigma, scale)
 
 
-def levels(sigma: Coefficient, path: Path, t: Tensor) -> Tensor:
+def evaluate_diffusion(sigma: DiffusionCoefficient, path: Path, t: Tensor) -> Tensor:
     """sigma at times of any shape, float64; a ValueError where it is negative or not finite."""
     t = t.double().cpu()
     values = torch.as_tensor(sigma(t, path(t)), dtype=torch.float64).broadcast_to(t.shape)
@@ -105,7 +105,7 @@ def levels(sigma: Coefficient, path: Path, t: Tensor) -> Tensor:
     return values
 
 
-def noising(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
+def forward_sde_coefficients(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
     """Drift factor f and squared diffusion g^2 of the process `dx = f x ds + g dw`, s = 1 - t, that makes the path's noise.
 
     `f = dlog(alpha) / ds`, `g^2 = d(beta^2) / ds - 2 f beta^2`. Its reverse,
@@ -121,21 +121,21 @@ def noising(path: Path, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # Gauss's rule of 8 points on [-1, 1], which is symmetric: the points above 0, and their weights.
-NODES = torch.tensor([0.1834346424956498, 0.5255324099163290, 0.7966664774136267, 0.9602898564975363], dtype=torch.float64)
-WEIGHTS = torch.tensor([0.3626837833783620, 0.3137066458778873, 0.2223810344533745, 0.1012285362903763], dtype=torch.float64)
+GAUSS_NODES = torch.tensor([0.1834346424956498, 0.5255324099163290, 0.7966664774136267, 0.9602898564975363], dtype=torch.float64)
+GAUSS_WEIGHTS = torch.tensor([0.3626837833783620, 0.3137066458778873, 0.2223810344533745, 0.1012285362903763], dtype=torch.float64)
 
 
-def kept(sigma: Coefficient, path: Path, start: Tensor, end: Tensor) -> Tensor:
-    """Return `exp(-1/2 integral of sigma^2 / beta^2)` from `start` to `end`, float64 times of one shape; see `decay`."""
-    if isinstance(sigma, Diffusion) and sigma.name == "forward" and sigma.scale:
+def noise_kept_between(sigma: DiffusionCoefficient, path: Path, start: Tensor, end: Tensor) -> Tensor:
+    """Return `exp(-1/2 integral of sigma^2 / beta^2)` from `start` to `end`, float64 times of one shape; see `noise_kept_per_step`."""
+    if isinstance(sigma, NamedDiffusion) and sigma.name == "forward" and sigma.scale:
         return torch.exp(-(sigma.scale**2) * (path.log_snr(end) - path.log_snr(start)) / 2)
     middle, half = (end + start)[..., None] / 2, (end - start)[..., None] / 2
-    inside = middle + half * torch.cat([-NODES, NODES])
-    rate = (levels(sigma, path, inside) / path(inside).b) ** 2
-    return torch.exp(-(rate * torch.cat([WEIGHTS, WEIGHTS])).sum(-1) * half[..., 0] / 2)
+    inside = middle + half * torch.cat([-GAUSS_NODES, GAUSS_NODES])
+    rate = (evaluate_diffusion(sigma, path, inside) / path(inside).b) ** 2
+    return torch.exp(-(rate * torch.cat([GAUSS_WEIGHTS, GAUSS_WEIGHTS])).sum(-1) * half[..., 0] / 2)
 
 
-def decay(sigma: Coefficient, path: Path, times: Tensor) -> Tensor:
+def noise_kept_per_step(sigma: DiffusionCoefficient, path: Path, times: Tensor) -> Tensor:
     """`exp(-1/2 integral of sigma^2 / beta^2)` over each interval: how much of the old noise is kept.
 
     Args:
@@ -146,12 +146,12 @@ def decay(sigma: Coefficient, path: Path, times: Tensor) -> Tensor:
         log signal-to-noise ratio; else eight-point Gauss quadrature.
     """
     times = times.double().cpu()
-    if not (isinstance(sigma, Diffusion) and sigma.name == "forward" and sigma.scale):
-        levels(sigma, path, times[:-1])
-    return kept(sigma, path, times[:-1], times[1:])
+    if not (isinstance(sigma, NamedDiffusion) and sigma.name == "forward" and sigma.scale):
+        evaluate_diffusion(sigma, path, times[:-1])
+    return noise_kept_between(sigma, path, times[:-1], times[1:])
 
 
-class Plan(NamedTuple):
+class StepCoefficients(NamedTuple):
     """The numbers P, Q, S, R of each step, each (n,), float64."""
 
     x: Tensor
@@ -160,19 +160,19 @@ class Plan(NamedTuple):
     noise: Tensor
 
 
-def _last_quiet(values: Tensor, quiet: float) -> Tensor:
+def _append_noiseless_step(values: Tensor, last_value: float) -> Tensor:
     """The values of all steps but the last, and what makes the last one noise-free."""
-    return torch.cat([values, values.new_tensor([quiet])])
+    return torch.cat([values, values.new_tensor([last_value])])
 
 
-def euler_plan(path: Path, times: Tensor, sigma: Coefficient) -> Plan:
+def euler_maruyama_coefficients(path: Path, times: Tensor, sigma: DiffusionCoefficient) -> StepCoefficients:
     """Euler and Maruyama's step: `x' = x + h (u + sigma^2 / 2 score) + sqrt(h) sigma xi`."""
     h = times.diff()
-    g = _last_quiet(levels(sigma, path, times[:-2]), 0.0)
-    return Plan(torch.ones_like(h), h, h * g**2 / 2, torch.sqrt(h) * g)
+    g = _append_noiseless_step(evaluate_diffusion(sigma, path, times[:-2]), 0.0)
+    return StepCoefficients(torch.ones_like(h), h, h * g**2 / 2, torch.sqrt(h) * g)
 
 
-def exponential_plan(path: Path, times: Tensor, sigma: Coefficient) -> Plan:
+def exponential_coefficients(path: Path, times: Tensor, sigma: DiffusionCoefficient) -> StepCoefficients:
     """The exact solution of a step over which the data prediction is frozen.
 
     Then `x - alpha z` obeys a linear SDE: of the old noise stays
@@ -184,9 +184,9 @@ def exponential_plan(path: Path, times: Tensor, sigma: Coefficient) -> Plan:
     plus what the score and the noise change.
     """
     now, then = path(times[:-1]), path(times[1:])
-    keep = _last_quiet(decay(sigma, path, times[:-1]), 1.0)
-    data, eps = change("velocity", "data", now), change("velocity", "noise", now)
-    return Plan(
+    keep = _append_noiseless_step(noise_kept_per_step(sigma, path, times[:-1]), 1.0)
+    data, eps = conversion_coefficients("velocity", "data", now), conversion_coefficients("velocity", "noise", now)
+    return StepCoefficients(
         then.a * data[0] + then.b * eps[0],
         then.a * data[1] + then.b * eps[1],
         then.b * now.b * (1 - keep),
@@ -194,51 +194,61 @@ def exponential_plan(path: Path, times: Tensor, sigma: Coefficient) -> Plan:
     )
 
 
-def follow_plan(
-    plan: Plan,
+def integrate_steps(
+    step_coefficients: StepCoefficients,
     field: Field,
     x: Tensor,
     times: Tensor,
     path: Path,
-    noise: Noise,
-    after: After | None,
-    extrapolation: Tensor | None = None,
+    noise: NoiseFunction,
+    step_callback: StepCallback | None,
+    extrapolation_by_step: Tensor | None = None,
 ) -> Solution:
     """Take the planned steps; the score comes from the field, or else from its velocity.
 
     Args:
-        extrapolation: of each step, what it adds of the change of the data prediction since the step before, (n,).
+        extrapolation_by_step: of each step, what it adds of the change of the data prediction since the step before, (n,).
     """
     now = path(times[:-1])
-    of_x, of_velocity = (torch.where(plan.score == 0, 0.0, plan.score * part) for part in change("velocity", "score", now))
-    merged = torch.stack([plan.x + of_x, plan.velocity + of_velocity], 1).tolist()
-    learned = torch.stack(list(plan), 1).tolist()
-    data = torch.stack(change("velocity", "data", now), 1).tolist()
-    further = [] if extrapolation is None else extrapolation.tolist()
-    steps, x, before = intervals(times), begin(x), None
+    x_factor, velocity_factor = (
+        torch.where(step_coefficients.score == 0, 0.0, step_coefficients.score * part)
+        for part in conversion_coefficients("velocity", "score", now)
+    )
+    merged = torch.stack([step_coefficients.x + x_factor, step_coefficients.velocity + velocity_factor], 1).tolist()
+    learned = torch.stack(list(step_coefficients), 1).tolist()
+    data = torch.stack(conversion_coefficients("velocity", "data", now), 1).tolist()
+    extrapolation_weights = [] if extrapolation_by_step is None else extrapolation_by_step.tolist()
+    steps, x, before = intervals(times), check_start(x), None
     for k, (s, t) in enumerate(steps):
-        velocity, score = velocity_and_score(field(x, at(s, x)))
+        velocity, score = velocity_and_score(field(x, expand_time(s, x)))
         p, q = merged[k] if score is None else learned[k][:2]
-        z = None if not further else torch.add(x * data[k][0], velocity, alpha=data[k][1])
+        z = None if not extrapolation_weights else torch.add(x * data[k][0], velocity, alpha=data[k][1])
         x = torch.add(x * p, velocity, alpha=q)
         if z is not None:
-            x, before = x if before is None else torch.add(x, z - before, alpha=further[k]), z
+            x, before = x if before is None else torch.add(x, z - before, alpha=extrapolation_weights[k]), z
         if score is not None and learned[k][2]:
             x = torch.add(x, score, alpha=learned[k][2])
         if learned[k][3]:
             x = torch.add(x, noise(k), alpha=learned[k][3])
-        x = after(x, t) if after else x
-    return finish(x, len(steps))
+        x = step_callback(x, t) if step_callback else x
+    return check_solution(x, len(steps))
 
 
-def checked_grid(times: Tensor) -> Tensor:
+def check_grid(times: Tensor) -> Tensor:
     """Return a checked grid, float64, on the CPU."""
     intervals(times)
     return times.detach().double().cpu()
 
 
 def exponential(
-    field: Field, x: Tensor, times: Tensor, path: Path, sigma: Coefficient, noise: Noise, *, after: After | None = None
+    field: Field,
+    x: Tensor,
+    times: Tensor,
+    path: Path,
+    sigma: DiffusionCoefficient,
+    noise: NoiseFunction,
+    *,
+    step_callback: StepCallback | None = None,
 ) -> Solution:
     """The SDE by the exponential integrator, the default: exact in the linear part, stable for every coefficient.
 
@@ -255,54 +265,70 @@ def exponential(
         path: the Gaussian path the field belongs to.
         sigma: diffusion coefficient of (t, coefficients), of t's shape, >= 0.
         noise: `noise(k)` -> (B, *S), standard normal, for step k from 0.
-        after: called with (x, t) after each step; what it returns goes on.
+        step_callback: called with (x, t) after each step; what it returns goes on.
 
     Raises:
         ValueError: a grid that does not rise inside [0, 1]; a coefficient that
             is negative or not finite where it is needed; a start or an end that is not finite.
     """
-    times = checked_grid(times)
-    return follow_plan(exponential_plan(path, times, sigma), field, x, times, path, noise, after)
+    times = check_grid(times)
+    return integrate_steps(exponential_coefficients(path, times, sigma), field, x, times, path, noise, step_callback)
 
 
 def euler_maruyama(
-    field: Field, x: Tensor, times: Tensor, path: Path, sigma: Coefficient, noise: Noise, *, after: After | None = None
+    field: Field,
+    x: Tensor,
+    times: Tensor,
+    path: Path,
+    sigma: DiffusionCoefficient,
+    noise: NoiseFunction,
+    *,
+    step_callback: StepCallback | None = None,
 ) -> Solution:
     """The SDE by Euler-Maruyama: weak order 1, one evaluation a step; unstable where sigma stays up as beta falls.
 
     Arguments and errors as in `exponential`.
     """
-    times = checked_grid(times)
-    return follow_plan(euler_plan(path, times, sigma), field, x, times, path, noise, after)
+    times = check_grid(times)
+    return integrate_steps(euler_maruyama_coefficients(path, times, sigma), field, x, times, path, noise, step_callback)
 
 
 def stochastic_heun(
-    field: Field, x: Tensor, times: Tensor, path: Path, sigma: Coefficient, noise: Noise, *, after: After | None = None
+    field: Field,
+    x: Tensor,
+    times: Tensor,
+    path: Path,
+    sigma: DiffusionCoefficient,
+    noise: NoiseFunction,
+    *,
+    step_callback: StepCallback | None = None,
 ) -> Solution:
     """The SDE by Heun's method: weak order 2, two evaluations a step, one in the last (Euler's, without noise).
 
     The noise is additive, so one draw serves both slopes; sigma over a step is
     the root mean square of its ends. Arguments and errors as in `exponential`.
     """
-    times = checked_grid(times)
-    g = levels(sigma, path, times[:-1])
+    times = check_grid(times)
+    g = evaluate_diffusion(sigma, path, times[:-1])
     half = g**2 / 2
-    of_x, of_velocity = (torch.where(half == 0, 0.0, half * part) for part in change("velocity", "score", path(times[:-1])))
-    merged = torch.stack([of_x, 1 + of_velocity], 1).tolist()
-    steps, x = intervals(times), begin(x)
-    joint, kick = half.tolist(), torch.sqrt((half[:-1] + half[1:]) * times[:-1].diff()).tolist()
+    x_factor, velocity_factor = (
+        torch.where(half == 0, 0.0, half * part) for part in conversion_coefficients("velocity", "score", path(times[:-1]))
+    )
+    merged = torch.stack([x_factor, 1 + velocity_factor], 1).tolist()
+    steps, x = intervals(times), check_start(x)
+    score_factors, noise_scale = half.tolist(), torch.sqrt((half[:-1] + half[1:]) * times[:-1].diff()).tolist()
 
     def drift(k: int, point: Tensor) -> Tensor:
-        velocity, score = velocity_and_score(field(point, at(steps[k][0], point)))
+        velocity, score = velocity_and_score(field(point, expand_time(steps[k][0], point)))
         if score is not None:
-            return torch.add(velocity, score, alpha=joint[k])
+            return torch.add(velocity, score, alpha=score_factors[k])
         return torch.add(point * merged[k][0], velocity, alpha=merged[k][1])
 
     for k, (s, t) in enumerate(steps[:-1]):
-        h, shock = t - s, kick[k] * noise(k)
+        h, noise_step = t - s, noise_scale[k] * noise(k)
         slope = drift(k, x)
-        x = torch.add(x + shock, slope + drift(k + 1, torch.add(x + shock, slope, alpha=h)), alpha=h / 2)
-        x = after(x, t) if after else x
+        x = torch.add(x + noise_step, slope + drift(k + 1, torch.add(x + noise_step, slope, alpha=h)), alpha=h / 2)
+        x = step_callback(x, t) if step_callback else x
     s, t = steps[-1]
-    x = torch.add(x, velocity_and_score(field(x, at(s, x)))[0], alpha=t - s)
-    return finish(after(x, t) if after else x, 2 * len(steps) - 1)
+    x = torch.add(x, velocity_and_score(field(x, expand_time(s, x)))[0], alpha=t - s)
+    return check_solution(step_callback(x, t) if step_callback else x, 2 * len(steps) - 1)

@@ -3,7 +3,7 @@
 A grid of n + 1 times means n steps; each interval is stepped once, except by
 the adaptive method. Every solver returns how often it evaluated the field.
 Heun, RK4 and Dormand-Prince evaluate at the last time too. A field that is
-singular there (`singular` of field.py says which) is solved by `landed`: with
+singular there (`is_singular` of field.py says which) is solved by `solve_then_denoise`: with
 the solver's own order to beside the end, then one step along the data
 prediction; or with `last_euler=True`: the last interval is one Euler step.
 Source: mathematics.md section 4; Hairer, Norsett and Wanner, Solving Ordinary
@@ -23,12 +23,12 @@ from .field import Field, denoise, velocity_and_score
 from .path import Path, require_finite
 from .time_grid import intervals
 
-LANDING = 1e-3
+FINAL_STEP = 1e-3
 """Where the last step along the data prediction begins: so long before the end, or later, at so much noise for the signal."""
-SHRINK = 4.0
+MAX_SHRINK = 4.0
 """By so much a step may bring a field that is singular nearer to its end."""
 
-After = Callable[[Tensor, float], Tensor]  # what becomes of x after a step that ended at t
+StepCallback = Callable[[Tensor, float], Tensor]  # what becomes of x after a step that ended at t
 
 
 class Solution(NamedTuple):
@@ -38,25 +38,25 @@ class Solution(NamedTuple):
     evaluations: int
 
 
-class Table(NamedTuple):
+class ButcherTableau(NamedTuple):
     """An explicit Runge-Kutta method: where slopes are taken, from which points, and how they are averaged.
 
     `rows[i]` are the weights of the earlier slopes in the point of slope i;
-    `weights` those of the step; `check` those of the error estimate, if any.
+    `weights` those of the step; `error_weights` those of the error estimate, if any.
     """
 
     nodes: tuple[float, ...]
     rows: tuple[tuple[float, ...], ...]
     weights: tuple[float, ...]
-    check: tuple[float, ...] = ()
+    error_weights: tuple[float, ...] = ()
 
 
-EULER = Table((0,), ((),), (1,))
-MIDPOINT = Table((0, 1 / 2), ((), (1 / 2,)), (0, 1))
-HEUN = Table((0, 1), ((), (1,)), (1 / 2, 1 / 2))
-RK4 = Table((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
+EULER = ButcherTableau((0,), ((),), (1,))
+MIDPOINT = ButcherTableau((0, 1 / 2), ((), (1 / 2,)), (0, 1))
+HEUN = ButcherTableau((0, 1), ((), (1,)), (1 / 2, 1 / 2))
+RK4 = ButcherTableau((0, 1 / 2, 1 / 2, 1), ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
 _FIFTH = (35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84)
-DORMAND_PRINCE = Table(
+DORMAND_PRINCE = ButcherTableau(
     nodes=(0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1),
     rows=(
         (),
@@ -68,16 +68,16 @@ DORMAND_PRINCE = Table(
         _FIFTH,
     ),
     weights=(*_FIFTH, 0),
-    check=(71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
+    error_weights=(71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40),
 )
 
 
-def at(t: float, x: Tensor) -> Tensor:
+def expand_time(t: float, x: Tensor) -> Tensor:
     """One time for all samples, (B,)."""
     return torch.full((x.shape[0],), t, device=x.device, dtype=x.dtype)
 
 
-def begin(x: Tensor) -> Tensor:
+def check_start(x: Tensor) -> Tensor:
     """A start in at least float32; a ValueError unless it is (B, *S) and finite."""
     if x.ndim < 2:
         raise ValueError(f"the start has shape {tuple(x.shape)}: samples come first, (B, *S). Use x[None] for one.")
@@ -85,17 +85,17 @@ def begin(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def finish(x: Tensor, evaluations: int) -> Solution:
+def check_solution(x: Tensor, evaluations: int) -> Solution:
     """A solution; a ValueError unless its end is finite. The only wait for an accelerator, once per solve."""
     if not bool(torch.isfinite(x).all()):
         raise ValueError(
             "the end point is not finite: the field is singular on the grid, or the steps are too long for it. "
-            "Begin at 1e-3, end by `landed` or last_euler=True, or take more steps."
+            "Begin at 1e-3, end by `solve_then_denoise` or last_euler=True, or take more steps."
         )
     return Solution(x, evaluations)
 
 
-def _move(x: Tensor, h: float, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
+def _add_slopes(x: Tensor, h: float, weights: tuple[float, ...], slopes: list[Tensor]) -> Tensor:
     """`x + h sum_i w_i k_i`."""
     for w, slope in zip(weights, slopes, strict=False):
         if w:
@@ -103,78 +103,80 @@ def _move(x: Tensor, h: float, weights: tuple[float, ...], slopes: list[Tensor])
     return x
 
 
-def _slopes(table: Table, field: Field, x: Tensor, s: float, t: float, first: Tensor | None = None) -> list[Tensor]:
+def _slopes(tableau: ButcherTableau, field: Field, x: Tensor, s: float, t: float, first: Tensor | None = None) -> list[Tensor]:
     """The slopes of one step from s to t; `first` saves the evaluation at s where it is known."""
     slopes: list[Tensor] = [] if first is None else [first]
-    for node, row in list(zip(table.nodes, table.rows, strict=True))[len(slopes) :]:
+    for node, row in list(zip(tableau.nodes, tableau.rows, strict=True))[len(slopes) :]:
         now = t if node == 1 else s + node * (t - s)
-        slopes.append(velocity_and_score(field(_move(x, t - s, row, slopes), at(now, x)))[0])
+        slopes.append(velocity_and_score(field(_add_slopes(x, t - s, row, slopes), expand_time(now, x)))[0])
     return slopes
 
 
-def runge_kutta(table: Table, field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, after: After | None = None) -> Solution:
+def runge_kutta(
+    tableau: ButcherTableau, field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, step_callback: StepCallback | None = None
+) -> Solution:
     """One step of an explicit Runge-Kutta method per interval.
 
     Args:
-        table: the method.
+        tableau: the method.
         field: velocity of (x, t).
         x: start, (B, *S), at times[0].
         times: grid, (n + 1,), rising, in [0, 1].
         last_euler: take the last interval as one Euler step.
-        after: called with (x, t) after each step; what it returns goes on.
+        step_callback: called with (x, t) after each step; what it returns goes on.
 
     Raises:
         ValueError: a grid that does not rise inside [0, 1]; a start or an end
             that is not finite.
     """
-    steps, x, evaluations = intervals(times), begin(x), 0
+    steps, x, evaluations = intervals(times), check_start(x), 0
     for k, (s, t) in enumerate(steps):
-        method = EULER if last_euler and k + 1 == len(steps) else table
-        x = _move(x, t - s, method.weights, _slopes(method, field, x, s, t))
+        method = EULER if last_euler and k + 1 == len(steps) else tableau
+        x = _add_slopes(x, t - s, method.weights, _slopes(method, field, x, s, t))
         evaluations += len(method.nodes)
-        x = after(x, t) if after else x
-    return finish(x, evaluations)
+        x = step_callback(x, t) if step_callback else x
+    return check_solution(x, evaluations)
 
 
-def euler(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, after: After | None = None) -> Solution:
+def euler(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, step_callback: StepCallback | None = None) -> Solution:
     """Order 1, one evaluation a step. Arguments and errors of every solver here: see `runge_kutta`."""
-    return runge_kutta(EULER, field, x, times, last_euler=last_euler, after=after)
+    return runge_kutta(EULER, field, x, times, last_euler=last_euler, step_callback=step_callback)
 
 
-def midpoint(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, after: After | None = None) -> Solution:
+def midpoint(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, step_callback: StepCallback | None = None) -> Solution:
     """Order 2, two evaluations a step, none at its end: the slope half-way."""
-    return runge_kutta(MIDPOINT, field, x, times, last_euler=last_euler, after=after)
+    return runge_kutta(MIDPOINT, field, x, times, last_euler=last_euler, step_callback=step_callback)
 
 
-def heun(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, after: After | None = None) -> Solution:
+def heun(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, step_callback: StepCallback | None = None) -> Solution:
     """Order 2, two evaluations a step: the mean of the slopes at both ends; evaluates at times[-1] too."""
-    return runge_kutta(HEUN, field, x, times, last_euler=last_euler, after=after)
+    return runge_kutta(HEUN, field, x, times, last_euler=last_euler, step_callback=step_callback)
 
 
-def rk4(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, after: After | None = None) -> Solution:
+def rk4(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, step_callback: StepCallback | None = None) -> Solution:
     """Order 4, four evaluations a step; evaluates at times[-1] too."""
-    return runge_kutta(RK4, field, x, times, last_euler=last_euler, after=after)
+    return runge_kutta(RK4, field, x, times, last_euler=last_euler, step_callback=step_callback)
 
 
-def multistep(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, after: After | None = None) -> Solution:
+def multistep(field: Field, x: Tensor, times: Tensor, *, last_euler: bool = False, step_callback: StepCallback | None = None) -> Solution:
     """Order 2, one evaluation a step, none at times[-1]: Adams and Bashforth's two-step method, on any grid.
 
     The slope is drawn through the last two points, so with r = h / h_before
     the step is `h ((1 + r / 2) u - (r / 2) u_before)`. The first step is Euler's.
     """
-    steps, x = intervals(times), begin(x)
-    before: Tensor | None = None
+    steps, x = intervals(times), check_start(x)
+    previous_slope: Tensor | None = None
     width = 0.0
     for k, (s, t) in enumerate(steps):
-        slope = velocity_and_score(field(x, at(s, x)))[0]
-        if before is None or (last_euler and k + 1 == len(steps)):
+        slope = velocity_and_score(field(x, expand_time(s, x)))[0]
+        if previous_slope is None or (last_euler and k + 1 == len(steps)):
             x = torch.add(x, slope, alpha=t - s)
         else:
             r = (t - s) / width
-            x = _move(x, t - s, (1 + r / 2, -r / 2), [slope, before])
-        before, width = slope, t - s
-        x = after(x, t) if after else x
-    return finish(x, len(steps))
+            x = _add_slopes(x, t - s, (1 + r / 2, -r / 2), [slope, previous_slope])
+        previous_slope, width = slope, t - s
+        x = step_callback(x, t) if step_callback else x
+    return check_solution(x, len(steps))
 
 
 def dormand_prince(
@@ -184,9 +186,9 @@ def dormand_prince(
     *,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    limit: int = 10_000,
+    max_evaluations: int = 10_000,
     last_euler: bool = False,
-    after: After | None = None,
+    step_callback: StepCallback | None = None,
 ) -> Solution:
     """Dormand and Prince's 5(4): steps as long as the tolerances allow, six evaluations each.
 
@@ -196,9 +198,9 @@ def dormand_prince(
     batch, and each waits for the accelerator once.
 
     Args:
-        field, x, times, last_euler, after: as in `runge_kutta`.
+        field, x, times, last_euler, step_callback: as in `runge_kutta`.
         rtol, atol: relative and absolute error allowed in a step, > 0.
-        limit: most evaluations.
+        max_evaluations: most evaluations.
 
     Raises:
         ValueError: as `runge_kutta`; tolerances that are not positive, or that
@@ -206,47 +208,54 @@ def dormand_prince(
     """
     if not (0 < rtol < math.inf and 0 < atol < math.inf):
         raise ValueError(f"rtol={rtol}, atol={atol}: tolerances are positive and finite. Use 1e-5.")
-    grid, x = intervals(times), begin(x)
+    grid, x = intervals(times), check_start(x)
     slope: Tensor | None = None
     h, evaluations = (grid[-1][1] - grid[0][0]) / 20, 0
     for k, (s, t) in enumerate(grid):
         if last_euler and k + 1 == len(grid):
             evaluations += slope is None
-            slope = velocity_and_score(field(x, at(s, x)))[0] if slope is None else slope
+            slope = velocity_and_score(field(x, expand_time(s, x)))[0] if slope is None else slope
             x = torch.add(x, slope, alpha=t - s)
             s = t
         while s < t:
             end = t if s + 1.01 * h >= t else s + h
-            if end - s < 1e-10 or evaluations + 6 > limit:
+            if end - s < 1e-10 or evaluations + 6 > max_evaluations:
                 raise ValueError(
                     f"tolerances rtol={rtol}, atol={atol} cannot be met: at t={s:.6g} the step is {end - s:.2g} "
-                    f"after {evaluations} of {limit} evaluations. Loosen them, use float64, "
+                    f"after {evaluations} of {max_evaluations} evaluations. Loosen them, use float64, "
                     f"or keep the grid off times where the field is singular."
                 )
             width, slopes = end - s, _slopes(DORMAND_PRINCE, field, x, s, end, slope)
             evaluations += 6 if slope is not None else 7
-            ahead = _move(x, width, DORMAND_PRINCE.weights, slopes)
-            error = _error(slopes, width, x, ahead, rtol, atol)
+            x_next = _add_slopes(x, width, DORMAND_PRINCE.weights, slopes)
+            error = _error(slopes, width, x, x_next, rtol, atol)
             factor = min(5.0, max(0.2, 0.9 * max(error, 1e-10) ** -0.2)) if error < math.inf else 0.2
             if error <= 1:
                 h = max(h, width * factor) if width < h else width * factor
-                x, s, slope = ahead, end, slopes[-1]
+                x, s, slope = x_next, end, slopes[-1]
             else:
                 h, slope = width * factor, slopes[0]
-        if after:
-            x, slope = after(x, t), None
-    return finish(x, evaluations)
+        if step_callback:
+            x, slope = step_callback(x, t), None
+    return check_solution(x, evaluations)
 
 
-def _error(slopes: list[Tensor], h: float, x: Tensor, ahead: Tensor, rtol: float, atol: float) -> float:
+def _error(slopes: list[Tensor], h: float, x: Tensor, x_next: Tensor, rtol: float, atol: float) -> float:
     """The estimated error of the worst sample in units of the tolerance; not a number where the field is not."""
-    estimate = _move(torch.zeros_like(x), h, DORMAND_PRINCE.check, slopes)
-    scale = atol + rtol * torch.maximum(x.abs(), ahead.abs())
+    estimate = _add_slopes(torch.zeros_like(x), h, DORMAND_PRINCE.error_weights, slopes)
+    scale = atol + rtol * torch.maximum(x.abs(), x_next.abs())
     return (estimate / scale).square().flatten(1).mean(1).sqrt().max().item()
 
 
-def landed(
-    solver: Callable[..., Solution], field: Field, x: Tensor, times: Tensor, path: Path, *, after: After | None = None, **more: Any
+def solve_then_denoise(
+    solver: Callable[..., Solution],
+    field: Field,
+    x: Tensor,
+    times: Tensor,
+    path: Path,
+    *,
+    step_callback: StepCallback | None = None,
+    **solver_kwargs: Any,
 ) -> Solution:
     """Solve a field that is singular at the end, where the path is clean: all but the last 1e-3 with the solver's own order.
 
@@ -261,10 +270,10 @@ def landed(
         field: velocity of (x, t), not evaluated at times[-1].
         x: start, (B, *S), at times[0].
         times: grid, (n + 1,), rising, in [0, 1], beta = 0 at its end. A last
-            interval longer than LANDING is divided; what comes later than that is one step.
+            interval longer than FINAL_STEP is divided; what comes later than that is one step.
         path: the field's path.
-        after: called with (x, t) after each step to a time of the grid.
-        more: what the solver takes beside.
+        step_callback: called with (x, t) after each step to a time of the grid.
+        solver_kwargs: what the solver takes beside.
 
     Returns:
         The end, and all evaluations, those of the divided interval and of the last step among them.
@@ -274,21 +283,21 @@ def landed(
     """
     intervals(times)
     times = times.detach().double().cpu()
-    late = path.time_of(times.new_tensor(2 * math.log((1 - LANDING) / LANDING))).item()
-    beside = max(1 - LANDING, late)
-    given = set(times[:-1].tolist())
+    snr_start = path.time_from_log_snr(times.new_tensor(2 * math.log((1 - FINAL_STEP) / FINAL_STEP))).item()
+    final_start = max(1 - FINAL_STEP, snr_start)
+    grid_times = set(times[:-1].tolist())
     inner = times[:-1]
-    if times[-2] < beside:
-        remains, ends = 1 - times[-2].item(), 1 - beside
-        parts = 1 if solver is dormand_prince else math.ceil(math.log(remains / ends) / math.log(SHRINK) - 1e-9)
+    if times[-2] < final_start:
+        remains, ends = 1 - times[-2].item(), 1 - final_start
+        parts = 1 if solver is dormand_prince else math.ceil(math.log(remains / ends) / math.log(MAX_SHRINK) - 1e-9)
         inner = torch.cat([inner, 1 - remains * (ends / remains) ** (torch.arange(1, parts + 1) / parts).to(times)])
 
-    def seen(x: Tensor, t: float) -> Tensor:
-        return after(x, t) if after and t in given else x
+    def callback_on_grid(x: Tensor, t: float) -> Tensor:
+        return step_callback(x, t) if step_callback and t in grid_times else x
 
     if len(inner) > 1:
-        x, evaluations = solver(field, x, inner, after=seen, **more)
+        x, evaluations = solver(field, x, inner, step_callback=callback_on_grid, **solver_kwargs)
     else:
-        x, evaluations = begin(x), 0
+        x, evaluations = check_start(x), 0
     x = denoise(field, x, inner[-1].item(), path)
-    return finish(after(x, times[-1].item()) if after else x, evaluations + 1)
+    return check_solution(step_callback(x, times[-1].item()) if step_callback else x, evaluations + 1)

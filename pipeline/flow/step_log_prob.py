@@ -17,13 +17,16 @@ import torch
 from torch import Tensor
 
 from .field import Field, velocity_and_score
-from .parameterisation import change
+from .parameterisation import conversion_coefficients
 from .path import Path
-from .sde import Coefficient, Plan, euler_plan, exponential_plan
-from .solver import at
+from .sde import DiffusionCoefficient, StepCoefficients, euler_maruyama_coefficients, exponential_coefficients
+from .solver import expand_time
 
 REDUCTIONS = ("sum", "mean")
-PLANS: dict[str, Callable[[Path, Tensor, Coefficient], Plan]] = {"exponential": exponential_plan, "euler_maruyama": euler_plan}
+COEFFICIENTS_BY_SOLVER: dict[str, Callable[[Path, Tensor, DiffusionCoefficient], StepCoefficients]] = {
+    "exponential": exponential_coefficients,
+    "euler_maruyama": euler_maruyama_coefficients,
+}
 """Of the solvers whose steps are normal, each given the one before."""
 
 
@@ -62,17 +65,17 @@ def step_log_prob(x_next: Tensor, mean: Tensor, std: float | Tensor, *, reductio
     return total / size if reduction == "mean" else total
 
 
-def step_law(plan: Plan, k: int, x: Tensor, velocity: Tensor, score: Tensor) -> tuple[Tensor, float]:
+def step_distribution(step_coefficients: StepCoefficients, k: int, x: Tensor, velocity: Tensor, score: Tensor) -> tuple[Tensor, float]:
     """Return mean, (B, *S), and standard deviation of planned step k, given the point x and what the network gives there.
 
     Args:
-        plan: by one of PLANS.
+        step_coefficients: by one of COEFFICIENTS_BY_SOLVER.
         k: the step's number, from 0; the deviation of the last is 0.
         x: where the step begins, (B, *S), data units.
         velocity: (B, *S), data units per unit time.
         score: (B, *S); where it is not learned, `convert(velocity, "velocity", "score", ...)`.
     """
-    p, q, s, r = (part[k].item() for part in plan)
+    p, q, s, r = (part[k].item() for part in step_coefficients)
     mean = torch.add(p * x, velocity, alpha=q)
     return (torch.add(mean, score, alpha=s) if s else mean), r
 
@@ -82,7 +85,7 @@ def trajectory_log_prob(
     points: Sequence[Tensor],
     times: Tensor,
     path: Path,
-    sigma: Coefficient,
+    sigma: DiffusionCoefficient,
     *,
     solver: str = "exponential",
     reduction: str = "sum",
@@ -105,23 +108,25 @@ def trajectory_log_prob(
             steps; a plan without any noise.
     """
     times = times.detach().double().cpu()
-    if solver not in PLANS:
-        raise ValueError(f"solver={solver!r} has no log-probability: choose one of {', '.join(PLANS)}, whose steps are normal.")
-    numbers = PLANS[solver](path, times, sigma)
+    if solver not in COEFFICIENTS_BY_SOLVER:
+        raise ValueError(
+            f"solver={solver!r} has no log-probability: choose one of {', '.join(COEFFICIENTS_BY_SOLVER)}, whose steps are normal."
+        )
+    step_coefficients = COEFFICIENTS_BY_SOLVER[solver](path, times, sigma)
     if len(points) != len(times):
         raise ValueError(f"{len(points)} points on a grid of {len(times)} times: record the start and the end of every step.")
-    if not bool((numbers.noise > 0).any()):
+    if not bool((step_coefficients.noise > 0).any()):
         raise ValueError("no step of this plan draws anything, so there is no density. Take a diffusion coefficient above zero.")
-    of_x, of_velocity = change("velocity", "score", path(times[:-1]))
-    found = []
-    for k, (x, led) in enumerate(pairwise(points)):
-        if not numbers.noise[k]:
-            found.append(torch.zeros(len(x), dtype=torch.float64, device=x.device))
+    x_factor, velocity_factor = conversion_coefficients("velocity", "score", path(times[:-1]))
+    log_probs = []
+    for k, (x, x_next) in enumerate(pairwise(points)):
+        if not step_coefficients.noise[k]:
+            log_probs.append(torch.zeros(len(x), dtype=torch.float64, device=x.device))
             continue
-        x, led = x.detach(), led.detach()
-        velocity, score = velocity_and_score(field(x, at(times[k].item(), x)))
-        if score is None and numbers.score[k]:
-            score = of_x[k].item() * x + of_velocity[k].item() * velocity
-        mean, std = step_law(numbers, k, x, velocity, velocity if score is None else score)
-        found.append(step_log_prob(led, mean, std, reduction=reduction))
-    return torch.stack(found)
+        x, x_next = x.detach(), x_next.detach()
+        velocity, score = velocity_and_score(field(x, expand_time(times[k].item(), x)))
+        if score is None and step_coefficients.score[k]:
+            score = x_factor[k].item() * x + velocity_factor[k].item() * velocity
+        mean, std = step_distribution(step_coefficients, k, x, velocity, velocity if score is None else score)
+        log_probs.append(step_log_prob(x_next, mean, std, reduction=reduction))
+    return torch.stack(log_probs)

@@ -68,7 +68,7 @@ def rho_grid(
     ends = torch.exp(-path.log_snr(uniform_grid(1, start, end)) / 2)
     high, low = min(high, ends[0].item()), max(low, ends[1].item())
     roots = torch.linspace(high ** (1 / rho), low ** (1 / rho), uniform_grid(steps, start, end).numel(), dtype=torch.float64)
-    times = path.time_of(-2 * rho * torch.log(roots))
+    times = path.time_from_log_snr(-2 * rho * torch.log(roots))
     times[0], times[-1] = start, end
     return times
 
@@ -90,12 +90,12 @@ def log_snr_grid(steps: int, path: Path, low: float = 0.01, high: float = 20.0, 
     ends = torch.exp(-path.log_snr(uniform_grid(1, start, end)) / 2)
     high, low = min(high, ends[0].item()), max(low, ends[1].item())
     logs = torch.linspace(math.log(high), math.log(low), uniform_grid(steps, start, end).numel(), dtype=torch.float64)
-    times = path.time_of(-2 * logs)
+    times = path.time_from_log_snr(-2 * logs)
     times[0], times[-1] = start, end
     return times
 
 
-def grid(
+def time_grid(
     name: str, steps: int, *, path: Path | None = None, shift: float = 3.0, rho: float = 7.0, start: float = 0.0, end: float = 1.0
 ) -> Tensor:
     """A grid by its recipe name.

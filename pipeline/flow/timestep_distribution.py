@@ -1,7 +1,7 @@
-"""Laws of t: where on the path a network is trained.
+"""Timestep distributions: where on the path a network is trained.
 
-A law is given by its quantile function, so that one uniform number per sample
-decides the time, and by its density, so that an expectation under one law can
+A distribution is given by its quantile function, so that one uniform number per sample
+decides the time, and by its density, so that an expectation under one distribution can
 be weighted into one under another.
 Source: mathematics.md section 3; Esser et al., Scaling Rectified Flow
 Transformers, section 3.1 and eq. 23 (their t is our 1 - t); Karras et al.,
@@ -21,7 +21,7 @@ from .counter_rng import Purpose, uniform
 from .path import CondOT, Path
 
 
-class TimeLaw(Protocol):
+class TimestepDistribution(Protocol):
     """A distribution on (0, 1)."""
 
     def quantile(self, u: Tensor) -> Tensor:
@@ -58,14 +58,15 @@ class LogitNormal:
     def __post_init__(self) -> None:
         if not 0 < self.std < math.inf or not math.isfinite(self.mean):
             raise ValueError(
-                f"mean={self.mean}, std={self.std} of the logit-normal law of t: finite, std positive. Use 0 and 1, or the uniform law."
+                f"mean={self.mean}, std={self.std} of the logit-normal timestep distribution: finite, std positive. "
+                "Use 0 and 1, or the uniform distribution."
             )
 
     def quantile(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * torch.special.ndtri(u))
 
     def density(self, t: Tensor) -> Tensor:
-        return _thin(_normal_density(torch.logit(t), self.mean, self.std) / (t * (1 - t)))
+        return _zero_where_nan(_normal_density(torch.logit(t), self.mean, self.std) / (t * (1 - t)))
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class Mode:
 
     def __post_init__(self) -> None:
         if not -1 <= self.scale <= 2 / (math.pi - 2):
-            raise ValueError(f"scale={self.scale} of the mode law of t: from -1 to 1.75, else times would fold. Use 1.29.")
+            raise ValueError(f"scale={self.scale} of the mode timestep distribution: from -1 to 1.75, else times would fold. Use 1.29.")
 
     def quantile(self, u: Tensor) -> Tensor:
         return u + self.scale * (torch.cos(math.pi / 2 * u) ** 2 - 1 + u)
@@ -97,7 +98,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class CosMap:
-    """The law whose log signal-to-noise ratio on CondOT is that of a uniform time on the cosine path."""
+    """The distribution whose log signal-to-noise ratio on CondOT is that of a uniform time on the cosine path."""
 
     def quantile(self, u: Tensor) -> Tensor:
         a, b = torch.sin(math.pi / 2 * u), torch.sin(math.pi / 2 * (1 - u))
@@ -124,55 +125,55 @@ class LogNormalSigma:
         if not 0 < self.std < math.inf or not math.isfinite(self.mean):
             raise ValueError(f"mean={self.mean}, std={self.std} of log(sigma): finite, std positive. Use -1.2 and 1.2.")
 
-    def _shares(self) -> tuple[float, float]:
-        """How much of the normal law lies below the lowest and the highest level."""
+    def _cdf_bounds(self) -> tuple[float, float]:
+        """How much of the normal distribution lies below the lowest and the highest level."""
         ends = -self.path.log_snr(torch.tensor([1.0, 0.0], dtype=torch.float64)) / 2
         low, high = torch.special.ndtr((ends - self.mean) / self.std).tolist()
         return low, high
 
     def quantile(self, u: Tensor) -> Tensor:
-        low, high = self._shares()
+        low, high = self._cdf_bounds()
         log_sigma = self.mean + self.std * torch.special.ndtri(high - u * (high - low))
-        return self.path.time_of(-2 * log_sigma)
+        return self.path.time_from_log_snr(-2 * log_sigma)
 
     def density(self, t: Tensor) -> Tensor:
-        low, high = self._shares()
+        low, high = self._cdf_bounds()
         c = self.path(t)
         slope = c.da / c.a - c.db / c.b
-        return _thin(_normal_density(-self.path.log_snr(t) / 2, self.mean, self.std) * slope / (high - low))
+        return _zero_where_nan(_normal_density(-self.path.log_snr(t) / 2, self.mean, self.std) * slope / (high - low))
 
 
 @dataclass(frozen=True)
 class Shifted:
-    """Another law moved towards the noise: `t = t' / (t' + shift (1 - t'))`.
+    """Another distribution moved towards the noise: `t = t' / (t' + shift (1 - t'))`.
 
     On CondOT it multiplies every noise-to-signal ratio by `shift`.
 
     Args:
         shift: > 0; 1 is no shift. See `resolution_shift`.
-        law: what is shifted.
+        distribution: what is shifted.
     """
 
     shift: float = 3.0
-    law: TimeLaw = field(default_factory=Uniform)
+    distribution: TimestepDistribution = field(default_factory=Uniform)
 
     def __post_init__(self) -> None:
         if not 0 < self.shift < math.inf:
             raise ValueError(f"shift={self.shift}: positive and finite; 1 is none. Use resolution_shift(values).")
 
     def quantile(self, u: Tensor) -> Tensor:
-        return shift_time(self.law.quantile(u), self.shift)
+        return shift_time(self.distribution.quantile(u), self.shift)
 
     def density(self, t: Tensor) -> Tensor:
         back = shift_time(t, 1 / self.shift)
-        return self.law.density(back) * self.shift / (self.shift * t + 1 - t) ** 2
+        return self.distribution.density(back) * self.shift / (self.shift * t + 1 - t) ** 2
 
 
 @dataclass(frozen=True)
 class Discrete:
     """`count` equal times from `first` to `last`, alike: DDPM's steps as they stand, NCSN's levels as Discrete(0, 1, L) on VE.
 
-    The density is that of a uniform law; the law has none, but expectations
+    The density is that of a uniform distribution; this one has none, but expectations
     under it stand for those of the times it samples.
     """
 
@@ -192,7 +193,7 @@ class Discrete:
         return torch.ones_like(t)
 
 
-TIME_LAWS: dict[str, type[TimeLaw]] = {
+TIMESTEP_DISTRIBUTIONS: dict[str, type[TimestepDistribution]] = {
     "uniform": Uniform,
     "logit_normal": LogitNormal,
     "mode": Mode,
@@ -220,45 +221,46 @@ def resolution_shift(values: int, base: int = 4096) -> float:
     return math.sqrt(values / base)
 
 
-def importance(law: TimeLaw, t: Tensor, wanted: TimeLaw | None = None) -> Tensor:
-    """Return the weight that makes a mean under `law` a mean under `wanted` (uniform unless said): the ratio of densities.
+def importance_weight(distribution: TimestepDistribution, t: Tensor, target: TimestepDistribution | None = None) -> Tensor:
+    """Return the weight that makes a mean under `distribution` a mean under `target` (uniform unless said): the ratio of densities.
 
-    Of t's shape and dtype, computed in float64; never not a number, and infinite only where `law` has no density, at no time it draws.
+    Of t's shape and dtype, computed in float64; never not a number, and infinite only where `distribution` has no density,
+    at no time it draws.
     """
     wide = t.double()
-    above, below = (wanted or Uniform()).density(wide), law.density(wide)
+    above, below = (target or Uniform()).density(wide), distribution.density(wide)
     return torch.where(above == below, 1.0, above / below).to(t.dtype)  # both may be 0 at an end, or both infinite
 
 
-NEAR_NOISE, NEAR_DATA = 2.0**-60, 1 - 2.0**-24
-"""Where a law with a density ends in float32: its square is still a normal number, and the largest number below 1."""
+MIN_TIME, MAX_TIME = 2.0**-60, 1 - 2.0**-24
+"""Where a distribution with a density ends in float32: its square is still a normal number, and the largest number below 1."""
 
 
-def support(law: TimeLaw) -> tuple[float, float]:
-    """Return the smallest and the largest time that `draw_times` gives, float32.
+def support(distribution: TimestepDistribution) -> tuple[float, float]:
+    """Return the smallest and the largest time that `sample_times` gives, float32.
 
-    A law with a density has its ends with probability zero, but a time rounds
+    A distribution with a density has its ends with probability zero, but a time rounds
     to 1 with probability 2^-25; there a loss may have no limit. Its times are
-    kept off the ends. A discrete law's times are what they are.
+    kept off the ends. A discrete distribution's times are what they are.
     """
-    if isinstance(law, Discrete):
-        first, last = torch.tensor([law.first, law.last]).tolist()
+    if isinstance(distribution, Discrete):
+        first, last = torch.tensor([distribution.first, distribution.last]).tolist()
         return first, last
-    if isinstance(law, Shifted) and _discrete(law.law):
-        first, last = shift_time(torch.tensor(support(law.law), dtype=torch.float64), law.shift).float().tolist()
+    if isinstance(distribution, Shifted) and _is_discrete(distribution.distribution):
+        first, last = shift_time(torch.tensor(support(distribution.distribution), dtype=torch.float64), distribution.shift).float().tolist()
         return first, last
-    return NEAR_NOISE, NEAR_DATA
+    return MIN_TIME, MAX_TIME
 
 
-def _discrete(law: TimeLaw) -> bool:
-    return isinstance(law, Discrete) or (isinstance(law, Shifted) and _discrete(law.law))
+def _is_discrete(distribution: TimestepDistribution) -> bool:
+    return isinstance(distribution, Discrete) or (isinstance(distribution, Shifted) and _is_discrete(distribution.distribution))
 
 
-def draw_times(law: TimeLaw, seed: int, step: int, index: Tensor, batch: int | None = None) -> Tensor:
+def sample_times(distribution: TimestepDistribution, seed: int, step: int, index: Tensor, batch: int | None = None) -> Tensor:
     """The time of each sample: a function of (seed, step, index) and of nothing else.
 
     Args:
-        law: where to train.
+        distribution: where to train.
         seed, step, index: as in `random`.
         batch: size of the global batch, to stratify over: then each sample's
             share u falls into a stratum of its own of width 1 / batch. Strata
@@ -266,7 +268,7 @@ def draw_times(law: TimeLaw, seed: int, step: int, index: Tensor, batch: int | N
             rotated by a random number in every step, so that no position is tied to a time.
 
     Returns:
-        (B,), float32, within the law's `support`. Computed in float64, so that
+        (B,), float32, within the distribution's `support`. Computed in float64, so that
         the rounded result does not depend on vector widths and batch sizes.
 
     Raises:
@@ -279,12 +281,12 @@ def draw_times(law: TimeLaw, seed: int, step: int, index: Tensor, batch: int | N
                 f"stratified over {batch} samples, indices from {int(index.min())} to {int(index.max())}: all lie in [0, batch)."
             )
         rotation = uniform(seed, Purpose.TIME, step, torch.full_like(index[:1], -1))
-        u = (((index * _stride(batch)) % batch + u) / batch + rotation) % 1
+        u = (((index * _coprime_stride(batch)) % batch + u) / batch + rotation) % 1
         u = u.clamp(2.0**-53, 1 - 2.0**-53)
-    return law.quantile(u).float().clamp(*support(law))
+    return distribution.quantile(u).float().clamp(*support(distribution))
 
 
-def _stride(batch: int) -> int:
+def _coprime_stride(batch: int) -> int:
     """The number nearest above batch / golden ratio that shares no factor with it."""
     stride = max(1, round(batch * 0.6180339887))
     while math.gcd(stride, batch) != 1:
@@ -296,6 +298,6 @@ def _normal_density(x: Tensor, mean: float, std: float) -> Tensor:
     return torch.exp(-(((x - mean) / std) ** 2) / 2) / (std * math.sqrt(2 * math.pi))
 
 
-def _thin(density: Tensor) -> Tensor:
-    """Return a density with its limit 0 at the ends, where a normal law's tail meets an infinite slope: 0 times infinity."""
+def _zero_where_nan(density: Tensor) -> Tensor:
+    """Return a density with its limit 0 at the ends, where a normal distribution's tail meets an infinite slope: 0 times infinity."""
     return torch.where(density.isnan(), 0.0, density)

@@ -25,13 +25,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .divergence import check_exact
+from .divergence import check_exact_divergence
 from .linear_path import NormalPrior, Prior
-from .objective import square_error
+from .objective import mean_squared_error
 from .path import require_finite, widen
 
 Curve = Callable[[Tensor, Tensor, Tensor], Tensor]  # of t (B, 1, ..., 1), x_init and z, (B, *S), sample by sample -> x_t, (B, *S)
-STEPS = 50
+NEWTON_STEPS = 50
 """Newton steps for an inverse, at most; each is halved until it comes nearer."""
 
 
@@ -49,7 +49,7 @@ class Trajectory:
     prior: Prior = field(default_factory=NormalPrior)
     inverse: Curve | None = None
 
-    def bridge(self, data: Tensor, initial: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def interpolate_with_target(self, data: Tensor, initial: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the point x_t on the curve and the velocity there, (B, *S) each: what flow matching regresses on.
 
         Args:
@@ -67,7 +67,7 @@ class Trajectory:
         x, velocity = torch.func.jvp(lambda time: self.phi(time, initial, data), (wide,), (torch.ones_like(wide),))[:2]
         return x, velocity
 
-    def origin(self, x: Tensor, data: Tensor, t: Tensor) -> Tensor:
+    def initial_point(self, x: Tensor, data: Tensor, t: Tensor) -> Tensor:
         """Return x_init of the curve to each datum that passes through x at t < 1, (B, *S).
 
         Raises:
@@ -76,20 +76,20 @@ class Trajectory:
         wide = widen(t, x)
         if self.inverse is not None:
             return self.inverse(wide, x, data)
-        check_exact(tuple(x.shape[1:]), "Give the trajectory its inverse.")
+        check_exact_divergence(tuple(x.shape[1:]), "Give the trajectory its inverse.")
         guess, accuracy = x, 1e3 * torch.finfo(x.dtype).eps
-        for _ in range(STEPS):
-            off = (self.phi(wide, guess, data) - x).flatten(1)
-            step = torch.linalg.solve_ex(self._jacobian(guess, data, wide), off)[0].reshape(x.shape)
+        for _ in range(NEWTON_STEPS):
+            residual = (self.phi(wide, guess, data) - x).flatten(1)
+            step = torch.linalg.solve_ex(self._jacobian(guess, data, wide), residual)[0].reshape(x.shape)
             if bool((step.flatten(1).norm(dim=1) <= accuracy * (1 + guess.flatten(1).norm(dim=1))).all()):
                 return guess - step
-            share = torch.ones_like(wide)
-            for _ in range(STEPS // 5):  # halve the step of each sample until it comes nearer
-                nearer = (self.phi(wide, guess - share * step, data) - x).flatten(1).norm(dim=1) < off.norm(dim=1)
+            damping = torch.ones_like(wide)
+            for _ in range(NEWTON_STEPS // 5):  # halve the step of each sample until it comes nearer
+                nearer = (self.phi(wide, guess - damping * step, data) - x).flatten(1).norm(dim=1) < residual.norm(dim=1)
                 if bool(nearer.all()):
                     break
-                share = torch.where(nearer.reshape(wide.shape), share, share / 2)
-            guess = guess - share * step
+                damping = torch.where(nearer.reshape(wide.shape), damping, damping / 2)
+            guess = guess - damping * step
         raise ValueError(
             f"no x_init found whose curve passes through x at t={t.min().item():g} to {t.max().item():g}: "
             f"is phi invertible there? Give the trajectory its inverse."
@@ -106,12 +106,12 @@ class Trajectory:
 
     def conditional_velocity(self, x: Tensor, data: Tensor, t: Tensor) -> Tensor:
         """Return `u_t(x | z)`, (B, *S), at t < 1."""
-        return self.bridge(data, self.origin(x, data, t), t)[1]
+        return self.interpolate_with_target(data, self.initial_point(x, data, t), t)[1]
 
     def conditional_log_density(self, x: Tensor, data: Tensor, t: Tensor) -> Tensor:
         """Return `log p_t(x | z)`, (B,), nats, at t < 1: the prior's, less the logarithm of the Jacobian. At most 64 dimensions."""
-        check_exact(tuple(x.shape[1:]), "The determinant has no estimate here.")
-        initial = self.origin(x, data, t)
+        check_exact_divergence(tuple(x.shape[1:]), "The determinant has no estimate here.")
+        initial = self.initial_point(x, data, t)
         return self.prior.log_density(initial) - torch.linalg.slogdet(self._jacobian(initial, data, widen(t, x)))[1]
 
 
@@ -126,15 +126,15 @@ class TrajectoryMatching:
 
         Args:
             model: `model(x, t, *condition)` -> velocity, (B, *S).
-            data, initial, t: as in `Trajectory.bridge`; `initial` drawn from the trajectory's prior.
+            data, initial, t: as in `Trajectory.interpolate_with_target`; `scale_initial_noise` drawn from the trajectory's prior.
             condition: whatever else the model takes.
         """
         with torch.autocast(data.device.type, enabled=False):
-            x, velocity = self.trajectory.bridge(data, initial, t)
-        return square_error(model(x, t.to(x), *condition), velocity)
+            x, velocity = self.trajectory.interpolate_with_target(data, initial, t)
+        return mean_squared_error(model(x, t.to(x), *condition), velocity)
 
 
-def marginal(trajectory: Trajectory, points: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+def empirical_marginal(trajectory: Trajectory, points: Tensor, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """Return the marginal velocity and log-density of a finite data set, exactly.
 
     `p_t(x) = mean_k p_t(x | z_k)` and `u_t(x) = sum_k r_k u_t(x | z_k)` with
@@ -150,11 +150,11 @@ def marginal(trajectory: Trajectory, points: Tensor, x: Tensor, t: Tensor) -> tu
         u_t(x), (B, *S), not a number where no curve leads to x; log p_t(x), (B,), nats.
     """
     count, batch = len(points), len(x)
-    many_x, many_t = x.repeat_interleave(count, 0), t.repeat_interleave(count)
-    many_z = points.to(x).repeat(batch, *[1] * (x.ndim - 1))
-    initial = trajectory.origin(many_x, many_z, many_t)
-    log_jacobian = torch.linalg.slogdet(trajectory._jacobian(initial, many_z, widen(many_t, many_x)))[1]
+    repeated_x, repeated_t = x.repeat_interleave(count, 0), t.repeat_interleave(count)
+    repeated_z = points.to(x).repeat(batch, *[1] * (x.ndim - 1))
+    initial = trajectory.initial_point(repeated_x, repeated_z, repeated_t)
+    log_jacobian = torch.linalg.slogdet(trajectory._jacobian(initial, repeated_z, widen(repeated_t, repeated_x)))[1]
     logs = (trajectory.prior.log_density(initial) - log_jacobian).reshape(batch, count)
-    each = trajectory.bridge(many_z, initial, many_t)[1].reshape(batch, count, *x.shape[1:])
-    share = torch.softmax(logs, dim=1).reshape(batch, count, *[1] * (x.ndim - 1))
-    return (share * each).sum(1), torch.logsumexp(logs, dim=1) - torch.log(torch.tensor(float(count)))
+    conditional_velocities = trajectory.interpolate_with_target(repeated_z, initial, repeated_t)[1].reshape(batch, count, *x.shape[1:])
+    damping = torch.softmax(logs, dim=1).reshape(batch, count, *[1] * (x.ndim - 1))
+    return (damping * conditional_velocities).sum(1), torch.logsumexp(logs, dim=1) - torch.log(torch.tensor(float(count)))

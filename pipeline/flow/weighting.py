@@ -13,8 +13,8 @@ every prediction. W b^2 is:
 `none` counts the prediction's own error, except a score's, which it weights by
 beta^2, since its target grows as 1 / beta. At the ends, b = 0 or a = 0, each
 weight is its limit. Some limits are infinite: `likelihood` grows as 1 / b^3 on
-CondOT's data prediction, and goes with a law of t that stays off t = 1 only
-(`infinite_times` of objective.py says so for a loss).
+CondOT's data prediction, and goes with a timestep distribution that stays off t = 1 only
+(`infinite_loss_times` of objective.py says so for a loss).
 Source: mathematics.md section 3; Kingma et al., Variational Diffusion Models,
 eq. 17; Song et al., Maximum Likelihood Training of Score-Based Diffusion
 Models; Hang et al., Min-SNR Weighting, eq. 6; Karras et al., table 1.
@@ -27,19 +27,19 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from .parameterisation import Prediction, form
+from .parameterisation import Prediction, prediction_coefficients
 from .path import Coefficients
 
 Weighting = Literal["none", "velocity", "likelihood", "min_snr", "edm"]
 WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
-def weight(name: Weighting, kind: Prediction, c: Coefficients, gamma: float = 5.0, sigma_data: float = 0.5) -> Tensor:
+def weight(name: Weighting, prediction_type: Prediction, c: Coefficients, gamma: float = 5.0, sigma_data: float = 0.5) -> Tensor:
     """Return the factor on the squared error of a prediction.
 
     Args:
         name: one of WEIGHTINGS.
-        kind: what the network predicts.
+        prediction_type: what the network predicts.
         c: coefficients, each of one shape.
         gamma: cap of the signal-to-noise ratio, for `min_snr`; > 0.
         sigma_data: standard deviation of the data, for `edm`; > 0.
@@ -54,20 +54,20 @@ def weight(name: Weighting, kind: Prediction, c: Coefficients, gamma: float = 5.
     """
     check_weighting(name, gamma, sigma_data)
     if name == "none":
-        return c.b**2 if kind == "score" else torch.ones_like(c.b)
-    of_velocity = c.a * c.db - c.b * c.da
-    if kind == "score":  # the noise times -1 / b: so formed, nothing is divided by b
-        return -c.b * of_velocity / c.a if name == "likelihood" else c.b**2 * weight(name, "noise", c, gamma, sigma_data)
-    u, w = form(kind, c)
-    of_kind = c.a * w - c.b * u
+        return c.b**2 if prediction_type == "score" else torch.ones_like(c.b)
+    velocity_determinant = c.a * c.db - c.b * c.da
+    if prediction_type == "score":  # the noise times -1 / b: so formed, nothing is divided by b
+        return -c.b * velocity_determinant / c.a if name == "likelihood" else c.b**2 * weight(name, "noise", c, gamma, sigma_data)
+    u, w = prediction_coefficients(prediction_type, c)
+    determinant = c.a * w - c.b * u
     if name == "velocity":
-        return torch.ones_like(c.b) if kind == "velocity" else of_velocity**2 / of_kind**2
+        return torch.ones_like(c.b) if prediction_type == "velocity" else velocity_determinant**2 / determinant**2
     if name == "likelihood":
-        return torch.where(c.b > 0, -c.a * of_velocity / c.b / of_kind**2, torch.inf)
+        return torch.where(c.b > 0, -c.a * velocity_determinant / c.b / determinant**2, torch.inf)
     if name == "edm":
-        return (c.b**2 + c.a**2 * sigma_data**2) / sigma_data**2 / of_kind**2
-    limit = gamma if kind == "data" else 1.0  # min(SNR, gamma) at b = 0, min(1, gamma / SNR) at a = 0
-    return torch.where(of_kind == 0, limit, torch.minimum(c.a**2, gamma * c.b**2) / of_kind**2)
+        return (c.b**2 + c.a**2 * sigma_data**2) / sigma_data**2 / determinant**2
+    limit = gamma if prediction_type == "data" else 1.0  # min(SNR, gamma) at b = 0, min(1, gamma / SNR) at a = 0
+    return torch.where(determinant == 0, limit, torch.minimum(c.a**2, gamma * c.b**2) / determinant**2)
 
 
 def check_weighting(name: str, gamma: float, sigma_data: float) -> None:

@@ -19,12 +19,12 @@ from huggingface_hub import CommitOperationAdd, HfApi, ModelInfo, get_token
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from .checksums import FREE, NAME, check_folder, files_of, hash_of, read_header
-from .secrets import leaks_in
+from .checksums import CHECKSUM_FILE, UNLISTED_FILES, check_checksums, list_files, read_safetensors_header, sha256_of
+from .secrets import find_secrets
 
 T = TypeVar("T")
-PARTS = (
-    "model_index.json", "README.md", "config.yaml", NAME, "samples.png", "curve.png", "evaluation.json", "retrieval.json",
+ALLOWED_FILES = (
+    "model_index.json", "README.md", "config.yaml", CHECKSUM_FILE, "samples.png", "curve.png", "evaluation.json", "retrieval.json",
     "provenance.json",
     "pipeline_*_v[0-9]*.py", "scheduler*/scheduling_*_v[0-9]*.py", "transformer/modeling_*_v[0-9]*.py", "unet/modeling_*_v[0-9]*.py",
     "*/config.json", "scheduler*/scheduler_config.json", "*/*.safetensors", "*/*.safetensors.index.json", "*/generation_config.json",
@@ -32,13 +32,13 @@ PARTS = (
     "tokenizer*/vocab.json", "tokenizer*/vocab.txt", "tokenizer*/merges.txt", "tokenizer*/spiece.model", "tokenizer*/tokenizer.model",
 )  # fmt: skip
 """What an export consists of; everything else in its folder is refused. A star does not cross a slash."""
-TRIES = 5
+MAX_ATTEMPTS = 5
 """Attempts at each request that fails by the server's or the connection's fault; the waits between them double."""
-REMEDY = "Run `hf auth login` with a token that may write (https://huggingface.co/settings/tokens), or set HF_TOKEN to one"
+LOGIN_HINT = "Run `hf auth login` with a token that may write (https://huggingface.co/settings/tokens), or set HF_TOKEN to one"
 """For every refusal."""
 
 
-class Part(NamedTuple):
+class UploadFile(NamedTuple):
     """A file that will be uploaded."""
 
     name: str
@@ -62,7 +62,7 @@ def publish(
     Files of the repository that this export does not have stay, and are named.
 
     Args:
-        folder: as `export.write_folder` makes it.
+        folder: as `write.export_pipeline` makes it.
         repository: user/name.
         private: must agree with a repository that is there.
         token: of the Hub; by default HF_TOKEN, or the one of `hf auth login`.
@@ -77,19 +77,19 @@ def publish(
         ValueError: a name that is none; a folder that is not whole, holds other
             files, or gives something away (all before the first request); no
             token, a wrong one, or one without rights; a visibility that does not
-            agree; a Hub that does not answer after TRIES attempts.
+            agree; a Hub that does not answer after MAX_ATTEMPTS attempts.
     """
     check_repository(repository)
-    parts = parts_of(folder)
+    parts = list_upload_files(folder)
     token = token or get_token()
-    check_leaks(folder, parts, (token,) if token else ())
-    progress(listing(parts, repository, private))
+    check_secrets(folder, parts, (token,) if token else ())
+    progress(format_file_list(parts, repository, private))
     if not token:
-        raise ValueError(f"no token of the Hub was found. {REMEDY}.")
+        raise ValueError(f"no token of the Hub was found. {LOGIN_HINT}.")
     api = HfApi(endpoint=endpoint, token=token)
-    hub = Patient(repository, api.endpoint, wait, progress)
-    hub("ask whose token it is", lambda: check_writer(api))
-    there = hub("look it up", lambda: _lookup(api, repository))
+    hub = RetryingHub(repository, api.endpoint, wait, progress)
+    hub("ask whose token it is", lambda: check_write_access(api))
+    there = hub("look it up", lambda: _model_info(api, repository))
     if there is None:
         hub("create it", lambda: api.create_repo(repository, private=private, exist_ok=True))
         there = hub("look it up", lambda: api.model_info(repository))
@@ -122,7 +122,7 @@ def check_repository(repository: str) -> None:
         raise ValueError(f"push_to_hub={repository!r} names no owner: give user/name, such as ann/{repository}.")
 
 
-def parts_of(folder: Path) -> list[Part]:
+def list_upload_files(folder: Path) -> list[UploadFile]:
     """The files of an exported folder.
 
     Raises:
@@ -130,15 +130,19 @@ def parts_of(folder: Path) -> list[Part]:
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} is no exported folder (no model_index.json): `python sample.py export --run RUN --output {folder}`.")
-    listed = check_folder(folder, every=True)
-    names = files_of(folder)
-    strangers = [name for name in names if not any(_matches(name, part) for part in PARTS) or (name not in listed and name not in FREE)]
-    if strangers:
+    listed = check_checksums(folder, every=True)
+    names = list_files(folder)
+    unexpected = [
+        name
+        for name in names
+        if not any(_matches(name, part) for part in ALLOWED_FILES) or (name not in listed and name not in UNLISTED_FILES)
+    ]
+    if unexpected:
         raise ValueError(
-            f"{folder} holds what no export consists of, so nothing is uploaded: {', '.join(strangers[:20])}"
-            f"{', ...' if len(strangers) > 20 else ''}. Move {'it' if len(strangers) == 1 else 'them'} elsewhere."
+            f"{folder} holds what no export consists of, so nothing is uploaded: {', '.join(unexpected[:20])}"
+            f"{', ...' if len(unexpected) > 20 else ''}. Move {'it' if len(unexpected) == 1 else 'them'} elsewhere."
         )
-    return [Part(name, (folder / name).stat().st_size, listed.get(name) or hash_of(folder / name)) for name in names]
+    return [UploadFile(name, (folder / name).stat().st_size, listed.get(name) or sha256_of(folder / name)) for name in names]
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -147,7 +151,7 @@ def _matches(name: str, pattern: str) -> bool:
     return len(found) == len(wanted) and all(map(fnmatchcase, found, wanted))
 
 
-def check_leaks(folder: Path, parts: list[Part], secrets: tuple[str, ...] = ()) -> None:
+def check_secrets(folder: Path, parts: list[UploadFile], secrets: tuple[str, ...] = ()) -> None:
     """Look for secrets and local paths in every text, and in what safetensors files say beside their numbers.
 
     Raises:
@@ -158,8 +162,12 @@ def check_leaks(folder: Path, parts: list[Part], secrets: tuple[str, ...] = ()) 
         path = folder / part.name
         if path.suffix == ".png":
             continue
-        text = json.dumps(read_header(path)[0]) if path.suffix == ".safetensors" else path.read_bytes().decode("utf-8", errors="replace")
-        found += [f"{part.name} {leak}" for leak in leaks_in(text, secrets)]
+        text = (
+            json.dumps(read_safetensors_header(path)[0])
+            if path.suffix == ".safetensors"
+            else path.read_bytes().decode("utf-8", errors="replace")
+        )
+        found += [f"{part.name} {leak}" for leak in find_secrets(text, secrets)]
     if found:
         raise ValueError(
             f"{folder} gives away what should stay here, so nothing is uploaded: {'; '.join(found[:10])}"
@@ -168,20 +176,20 @@ def check_leaks(folder: Path, parts: list[Part], secrets: tuple[str, ...] = ()) 
         )
 
 
-def listing(parts: list[Part], repository: str, private: bool) -> str:
+def format_file_list(parts: list[UploadFile], repository: str, private: bool) -> str:
     """What will be uploaded, as lines: size, the first digits of the hash, name."""
     head = f"{len(parts)} files, {sum(part.size for part in parts):,} bytes, go to {repository} ({'private' if private else 'public'}):"
     return "\n".join([head, *(f"  {part.size:>15,}  {part.sha256[:16]}  {part.name}" for part in parts)])
 
 
-def check_writer(api: HfApi) -> None:
+def check_write_access(api: HfApi) -> None:
     """Raises ValueError for a token that may only read."""
     who = api.whoami()
     if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
-        raise ValueError(f"the token of {who['name']} may only read. {REMEDY}.")
+        raise ValueError(f"the token of {who['name']} may only read. {LOGIN_HINT}.")
 
 
-def _lookup(api: HfApi, repository: str) -> ModelInfo | None:
+def _model_info(api: HfApi, repository: str) -> ModelInfo | None:
     """What the Hub knows of a repository, or None where this token sees none."""
     try:
         return api.model_info(repository)
@@ -189,7 +197,7 @@ def _lookup(api: HfApi, repository: str) -> ModelInfo | None:
         return None
 
 
-class Patient:
+class RetryingHub:
     """Calls to the Hub, tried again while the fault is the server's or the connection's; every failure becomes one clear error.
 
     huggingface_hub tries each large file five times more by itself.
@@ -199,42 +207,42 @@ class Patient:
         self.repository, self.endpoint, self.wait, self.progress = repository, endpoint, wait, progress
 
     def __call__(self, what: str, call: Callable[[], T]) -> T:
-        """The call's result, after at most TRIES attempts.
+        """The call's result, after at most MAX_ATTEMPTS attempts.
 
         Raises:
             ValueError: it failed for good.
         """
-        for attempt in range(1, TRIES + 1):
+        for attempt in range(1, MAX_ATTEMPTS + 1):
             try:
                 return call()
             except (HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:
-                cause = _cause(error)
-                if not _passing(cause) or attempt == TRIES:
-                    raise self.explained(what, cause, attempt) from error
+                cause = _root_cause(error)
+                if not _is_transient(cause) or attempt == MAX_ATTEMPTS:
+                    raise self.explain(what, cause, attempt) from error
                 seconds = self.wait * 2 ** (attempt - 1)
-                self.progress(f"could not {what}: {_brief(cause)}; attempt {attempt + 1} of {TRIES} in {seconds:g} s")
+                self.progress(f"could not {what}: {_summary(cause)}; attempt {attempt + 1} of {MAX_ATTEMPTS} in {seconds:g} s")
                 time.sleep(seconds)
         raise AssertionError("the last attempt returns or raises")
 
-    def explained(self, what: str, cause: BaseException, attempts: int) -> ValueError:
+    def explain(self, what: str, cause: BaseException, attempts: int) -> ValueError:
         """Why it failed and what helps."""
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 0
         failed = f"could not {what} ({self.repository} at {self.endpoint}):"
         if status == 401:
-            return ValueError(f"{failed} the Hub does not know this token (401). {REMEDY}.")
+            return ValueError(f"{failed} the Hub does not know this token (401). {LOGIN_HINT}.")
         if status == 403:
-            return ValueError(f"{failed} the token may not write there (403). Look at the owner's name, or: {REMEDY}.")
+            return ValueError(f"{failed} the token may not write there (403). Look at the owner's name, or: {LOGIN_HINT}.")
         if isinstance(cause, OfflineModeIsEnabled):
             return ValueError(f"{failed} HF_HUB_OFFLINE is set, so nothing is sent. Unset it.")
-        if _passing(cause):
+        if _is_transient(cause):
             return ValueError(
-                f"{failed} no success in {attempts} attempts, the last: {_brief(cause)}. Run the same command again later: "
+                f"{failed} no success in {attempts} attempts, the last: {_summary(cause)}. Run the same command again later: "
                 f"large files that arrived are not sent twice."
             )
-        return ValueError(f"{failed} {_brief(cause)}. Nothing was committed.")
+        return ValueError(f"{failed} {_summary(cause)}. Nothing was committed.")
 
 
-def _cause(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
     """The answer or broken connection behind an error, if there is one: the upload of large files wraps it."""
     at: BaseException | None = error
     while at is not None:
@@ -244,14 +252,14 @@ def _cause(error: BaseException) -> BaseException:
     return error
 
 
-def _passing(cause: BaseException) -> bool:
+def _is_transient(cause: BaseException) -> bool:
     """Whether it may go well the next time: the server's fault, too many requests, or no connection."""
     if isinstance(cause, HfHubHTTPError):
         return cause.response.status_code >= 500 or cause.response.status_code in (408, 429)
     return isinstance(cause, (HTTPError, json.JSONDecodeError, ConnectionError)) and not isinstance(cause, OfflineModeIsEnabled)
 
 
-def _brief(cause: BaseException) -> str:
+def _summary(cause: BaseException) -> str:
     """A failure in a line."""
     if isinstance(cause, HfHubHTTPError):
         request = cause.response.request

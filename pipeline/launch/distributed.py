@@ -17,49 +17,51 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import AORecipeKwargs, DistributedDataParallelKwargs, KwargsHandler, gather_object, is_torchao_available
 
 from condot.core.atomic_files import open_lock
-from condot.core.process import processors
+from condot.core.process import available_cpus
 
 from ..config.schema import Config
-from .launcher_env import check_recipe, sharding, take_over
-from .precision import Precision, settle
-from .rendezvous import Meeting, meet
+from .launcher_env import check_launcher_matches_recipe, consume_launcher_env, resolve_sharding
+from .precision import Precision, resolve_precision
+from .rendezvous import Rendezvous, next_rendezvous
 
 A_MONTH = timedelta(days=30)
-FP8_FROM = (8, 9)
+FP8_MIN_CAPABILITY = (8, 9)
 """Compute capability of the first GPUs that multiply fp8: Ada; 9.0 is Hopper."""
-_met: Meeting | None = None
+_rendezvous: Rendezvous | None = None
 
 
-def enter(config: Config) -> PartialState:
+def init_distributed(config: Config) -> PartialState:
     """Meet the other processes of this launch, if the launcher and this machine give what the recipe asks for.
 
     Raises:
         ValueError: another number of processes runs than the launcher was asked for; the launcher contradicts the recipe;
             a precision that this hardware does not have.
     """
-    check_recipe(config)
-    check_precision(_precision(config), sharding(config))
-    return join(config.train.cpu_threads or _share(), _patience(config.guard.hang_seconds))
+    check_launcher_matches_recipe(config)
+    check_precision(_requested_precision(config), resolve_sharding(config))
+    return join_process_group(config.train.cpu_threads or _threads_per_process(), _collective_timeout(config.guard.hang_seconds))
 
 
-def _precision(config: Config) -> str:
+def _requested_precision(config: Config) -> str:
     """Of the recipe, or as launched."""
     return config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 
-def start(config: Config, group: PartialState, saved: Precision | None, measure: Callable[[int, torch.device], Precision]) -> Accelerator:
+def create_accelerator(
+    config: Config, group: PartialState, saved: Precision | None, pick_precision: Callable[[int, torch.device], Precision]
+) -> Accelerator:
     """Create the Accelerator, on the CPU where there is no GPU.
 
     Args:
         config: of the run.
-        group: that `enter` met.
+        group: returned by `init_distributed`.
         saved: the precision that it began in, if it goes on.
-        measure: for `train.mixed_precision: auto`: the faster precision, for so many ranks, on this one's device.
+        pick_precision: for `train.mixed_precision: auto`: the faster precision, for so many ranks, on this one's device.
     """
-    precision = settle(config.train.mixed_precision, saved, partial(measure, group.num_processes, group.device))
+    precision = resolve_precision(config.train.mixed_precision, saved, partial(pick_precision, group.num_processes, group.device))
     warnings.filterwarnings("ignore", "`broadcast_buffers`", FutureWarning)  # torch 2.13's new name for it is not in Accelerate 1.15
     handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)]
-    if _precision(config) == "fp8":
+    if _requested_precision(config) == "fp8":
         handlers.append(AORecipeKwargs(enable_fsdp_float8_all_gather=False))  # else weights are a tensor class of torchao's own
     return Accelerator(
         cpu=not torch.cuda.is_available(),
@@ -70,7 +72,7 @@ def start(config: Config, group: PartialState, saved: Precision | None, measure:
     )
 
 
-def _patience(hang_seconds: float) -> timedelta:
+def _collective_timeout(hang_seconds: float) -> timedelta:
     """How long a rank waits for another before torch gives up: longer than the watch, which can say who stands where."""
     return timedelta(seconds=1.5 * hang_seconds + 120) if hang_seconds else A_MONTH
 
@@ -80,16 +82,16 @@ def check_precision(precision: str, layout: str = "none") -> None:
 
     Args:
         precision: of `train.mixed_precision`, or as launched.
-        layout: as `sharding` says.
+        layout: as `resolve_sharding` says.
 
     Raises:
         ValueError: fp16 or fp8 without the hardware, fp8 without its library or with sharded weights.
     """
     check_hardware(precision)
-    check_layout(precision, layout)
+    check_precision_sharding(precision, layout)
 
 
-def check_layout(precision: str, layout: str) -> None:
+def check_precision_sharding(precision: str, layout: str) -> None:
     """Raises ValueError for fp8 with sharded weights."""
     if precision == "fp8" and layout != "none":
         raise ValueError(
@@ -105,59 +107,59 @@ def check_hardware(precision: str) -> None:
     if precision != "fp8":
         return
     capability = torch.cuda.get_device_capability() if gpu else None
-    if capability is None or capability < FP8_FROM:
+    if capability is None or capability < FP8_MIN_CAPABILITY:
         has = f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}" if capability else "this machine has no GPU"
         raise ValueError(f"mixed_precision=fp8 needs a GPU of compute capability 8.9 (Ada, Hopper) or higher, and {has}. Use bf16.")
     if not is_torchao_available():
         raise ValueError("mixed_precision=fp8 needs torchao, which is not installed: `pip install torchao`, or use bf16.")
 
 
-def join(threads: int = 0, patience: timedelta | None = None) -> PartialState:
+def join_process_group(num_threads: int = 0, timeout: timedelta | None = None) -> PartialState:
     """Meet the other processes of this launch, on GPUs where there are some; a process alone goes on alone.
 
     Args:
-        threads: of this process on a CPU; 0 for torch's own number, or among several processes for its share of the processors.
-        patience: how long one may wait for another once all have met; by default torch's 10 to 30 minutes.
+        num_threads: of this process on a CPU; 0 for torch's own number, or among several processes for its share of the processors.
+        timeout: how long one may wait for another once all have met; by default torch's 10 to 30 minutes.
 
     Raises:
         ValueError: another number of processes runs than the launcher was asked for, or some did not come.
     """
     check_launcher()
-    take_over()
+    consume_launcher_env()
     if not dist.is_initialized():
-        _begin_group(patience)
+        _init_process_group(timeout)
     gpu = torch.cuda.is_available()
     group = PartialState(cpu=not gpu)
-    if not gpu and (threads or "WORLD_SIZE" in os.environ):
-        torch.set_num_threads(threads or _share())
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
-    if group.num_processes != asked:
+    if not gpu and (num_threads or "WORLD_SIZE" in os.environ):
+        torch.set_num_threads(num_threads or _threads_per_process())
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if group.num_processes != world_size:
         raise ValueError(
-            f"WORLD_SIZE={asked} but {group.num_processes} process runs as one job: on CPUs start them with "
+            f"WORLD_SIZE={world_size} but {group.num_processes} process runs as one job: on CPUs start them with "
             f"`accelerate launch --config_file configs/accelerate/cpu2.yaml` or torchrun."
         )
     return group
 
 
-def _begin_group(patience: timedelta | None) -> None:
+def _init_process_group(timeout: timedelta | None) -> None:
     """Create torch's process group below the keys of this attempt, before Accelerate would create one that a restart breaks."""
-    global _met
-    device = _device()
-    _met = meet()
-    if _met is None:
+    global _rendezvous
+    device = _local_device()
+    _rendezvous = next_rendezvous()
+    if _rendezvous is None:
         return
     if device is not None:
         torch.cuda.set_device(device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device is not None else "gloo",
-        store=_met.keys,
-        rank=_met.rank,
-        world_size=_met.world,
-        timeout=patience,
+        store=_rendezvous.attempt_store,
+        rank=_rendezvous.rank,
+        world_size=_rendezvous.world_size,
+        timeout=timeout,
     )
 
 
-def _device() -> torch.device | None:
+def _local_device() -> torch.device | None:
     """This process's GPU, one for each process of the machine; None on a CPU.
 
     Raises:
@@ -174,17 +176,17 @@ def _device() -> torch.device | None:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % found)
 
 
-def met() -> Meeting | None:
-    """Where the processes that `join` brought together find each other's keys; None for a process alone."""
-    return _met
+def rendezvous_info() -> Rendezvous | None:
+    """Where the processes that `join_process_group` brought together find each other's keys; None for a process alone."""
+    return _rendezvous
 
 
-def _share() -> int:
+def _threads_per_process() -> int:
     """Processors for each process of this machine."""
-    return max(1, processors() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
-def alone(what: str) -> None:
+def require_single_process(what: str) -> None:
     """Raises ValueError where several processes were started for the work of one."""
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
@@ -202,8 +204,8 @@ def check_launcher() -> None:
     Raises:
         ValueError: that happened.
     """
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
-    if launched and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+    launched_by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched_by_accelerate and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
         raise ValueError(
             "several processes were asked for and one was started: on CPUs `accelerate launch --num_processes N` starts no second one. "
             "Use `accelerate launch --config_file configs/accelerate/cpu2.yaml "
@@ -217,7 +219,7 @@ def check_launcher() -> None:
         )
 
 
-def agree(name: str, fingerprint: str) -> None:
+def check_same_data(name: str, fingerprint: str) -> None:
     """Refuse to begin where ranks see different data, as they may while a folder is being written; all ranks together.
 
     Raises:
@@ -245,9 +247,9 @@ class FolderLock:
         self.folder, self.file, self.name = folder, file, name
         self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def lost(self) -> str:
+    def lock_error(self) -> str:
         """Return why what is written to the folder's path would not be in the folder that is locked; "" where it would be."""
-        if self._locks(self.folder):
+        if self._holds(self.folder):
             return ""
         other = "another folder stands there now" if self.folder.exists() else "it is not there any more"
         return (
@@ -255,15 +257,15 @@ class FolderLock:
             f"give the same command its new place."
         )
 
-    def place(self) -> Path | None:
+    def current_path(self) -> Path | None:
         """Return where the locked folder is now; None where it was removed, or the system does not tell."""
         try:
             place = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
         except OSError:
             return None
-        return place if self._locks(place) else None
+        return place if self._holds(place) else None
 
-    def _locks(self, folder: Path) -> bool:
+    def _holds(self, folder: Path) -> bool:
         try:
             return os.path.samestat(os.fstat(self.file.fileno()), os.lstat(folder / ".lock"))
         except (OSError, ValueError):  # gone, or given back already
@@ -275,7 +277,7 @@ class FolderLock:
         self.file.close()
 
 
-def lock(folder: Path, name: str = "output_dir") -> FolderLock:
+def lock_folder(folder: Path, name: str = "output_dir") -> FolderLock:
     """Own a folder until the process ends.
 
     Args:

@@ -15,25 +15,25 @@ from typing import Literal
 from ..config.schema import Config
 
 Sharding = Literal["none", "full", "hybrid"]
-STRATEGIES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD", "5": "HYBRID_SHARD_ZERO2"}
-SHARDINGS: dict[str, Sharding] = {"FULL_SHARD": "full", "HYBRID_SHARD": "hybrid"}
-_noted: Sharding | None = None
+FSDP1_STRATEGY_NAMES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD", "5": "HYBRID_SHARD_ZERO2"}
+SHARDING_OF_STRATEGY: dict[str, Sharding] = {"FULL_SHARD": "full", "HYBRID_SHARD": "hybrid"}
+_launched_sharding: Sharding | None = None
 
 
-def sharding(config: Config) -> Sharding:
+def resolve_sharding(config: Config) -> Sharding:
     """How weights, gradients, moments and averages lie on the ranks: as the recipe says, else as launched, else `none`."""
-    return config.train.sharding or _said_sharding(os.environ) or _noted or "none"
+    return config.train.sharding or _sharding_from_env(os.environ) or _launched_sharding or "none"
 
 
-def take_over() -> None:
+def consume_launcher_env() -> None:
     """Remember what the launcher said of sharding and compilation, and unsay it.
 
     We do both ourselves; Accelerate would do them again, and transformers,
     where it reads of FSDP, leaves the weights of frozen encoders out on every
     rank but one.
     """
-    global _noted
-    _noted = _said_sharding(os.environ)
+    global _launched_sharding
+    _launched_sharding = _sharding_from_env(os.environ)
     for name in list(os.environ):
         if name.startswith(("FSDP_", "PARALLELISM_CONFIG_", "ACCELERATE_DYNAMO_")) or name in (
             "ACCELERATE_USE_FSDP",
@@ -42,80 +42,80 @@ def take_over() -> None:
             del os.environ[name]
 
 
-def check_recipe(config: Config) -> None:
+def check_launcher_matches_recipe(config: Config) -> None:
     """Raises ValueError for a launcher that contradicts the recipe, with all that does."""
-    found = contradictions(config, os.environ)
-    if found:
-        raise ValueError("; ".join(found))
+    conflicts = find_conflicts(config, os.environ)
+    if conflicts:
+        raise ValueError("; ".join(conflicts))
 
 
-def contradictions(config: Config, said: Mapping[str, str]) -> list[str]:
+def find_conflicts(config: Config, env: Mapping[str, str]) -> list[str]:
     """What the launcher's variables say against the recipe, each with its remedy."""
-    found = []
+    conflicts = []
     for engine in ("DEEPSPEED", "MEGATRON_LM"):
-        if _true(said, f"ACCELERATE_USE_{engine}"):
-            found.append(f"ACCELERATE_USE_{engine}=true: condot trains by DDP or FSDP2 only; take configs/accelerate/fsdp2.yaml")
-    precision, asked = said.get("ACCELERATE_MIXED_PRECISION", "no"), config.train.mixed_precision
-    if precision != "no" and asked not in (None, "auto", precision):
-        found.append(
-            f"ACCELERATE_MIXED_PRECISION={precision} and train.mixed_precision={asked}: "
+        if _env_flag(env, f"ACCELERATE_USE_{engine}"):
+            conflicts.append(f"ACCELERATE_USE_{engine}=true: condot trains by DDP or FSDP2 only; take configs/accelerate/fsdp2.yaml")
+    precision, requested = env.get("ACCELERATE_MIXED_PRECISION", "no"), config.train.mixed_precision
+    if precision != "no" and requested not in (None, "auto", precision):
+        conflicts.append(
+            f"ACCELERATE_MIXED_PRECISION={precision} and train.mixed_precision={requested}: "
             f"leave one out, or say the same in the launcher's config and in the recipe"
         )
-    backend = said.get("ACCELERATE_FP8_BACKEND", "AO").upper()
-    if "fp8" in (precision, asked) and backend not in ("AO", "NO"):
-        found.append(f"ACCELERATE_FP8_BACKEND={backend}: condot's fp8 is torchao's; use --fp8_backend ao")
-    passes = said.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    backend = env.get("ACCELERATE_FP8_BACKEND", "AO").upper()
+    if "fp8" in (precision, requested) and backend not in ("AO", "NO"):
+        conflicts.append(f"ACCELERATE_FP8_BACKEND={backend}: condot's fp8 is torchao's; use --fp8_backend ao")
+    passes = env.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
     if passes is not None and passes != str(config.train.gradient_accumulation_steps):
-        found.append(
+        conflicts.append(
             f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={passes} and "
             f"train.gradient_accumulation_steps={config.train.gradient_accumulation_steps}: leave it to the recipe"
         )
-    compiler = said.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()
+    compiler = env.get("ACCELERATE_DYNAMO_BACKEND", "NO").upper()
     if compiler != "NO" and not (compiler == "INDUCTOR" and config.train.compile):
         state = str(config.train.compile).lower()
-        found.append(
+        conflicts.append(
             f"ACCELERATE_DYNAMO_BACKEND={compiler} and train.compile={state}: "
             f"launch with `dynamo_backend: no` and compile by --train.compile=true, block by block with inductor"
         )
-    return found + (_against_sharding(config, said) if _true(said, "ACCELERATE_USE_FSDP") else [])
+    return conflicts + (_fsdp_conflicts(config, env) if _env_flag(env, "ACCELERATE_USE_FSDP") else [])
 
 
-def _against_sharding(config: Config, said: Mapping[str, str]) -> list[str]:
+def _fsdp_conflicts(config: Config, env: Mapping[str, str]) -> list[str]:
     """Of the launcher's FSDP."""
-    found = []
-    version, strategy = said.get("FSDP_VERSION", "1"), _strategy(said)
+    conflicts = []
+    version, strategy = env.get("FSDP_VERSION", "1"), _fsdp_strategy(env)
     if version != "2":
-        found.append(f"FSDP_VERSION={version}: condot shards by FSDP2; write `fsdp_version: 2` into the launcher's config")
-    if strategy not in SHARDINGS:
-        found.append(f"FSDP_SHARDING_STRATEGY={strategy}: FULL_SHARD or HYBRID_SHARD; without sharding launch with MULTI_GPU")
-    told, asked = _said_sharding(said), config.train.sharding
-    if asked == "none" or (asked == "full" and told == "hybrid"):
-        found.append(f"ACCELERATE_USE_FSDP=true ({strategy}) and train.sharding={asked}: leave one out, or say the same in both")
-    if said.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("true", "1", *map(str.lower, SHARDINGS)):
-        found.append("FSDP_RESHARD_AFTER_FORWARD=false: condot gives gathered weights back after the forward pass; say true")
-    if _true(said, "FSDP_OFFLOAD_PARAMS"):
-        found.append("FSDP_OFFLOAD_PARAMS=true: condot keeps its shares on the device; say false")
-    if _true(said, "FSDP_ACTIVATION_CHECKPOINTING") and not config.model.gradient_checkpointing:
-        found.append("FSDP_ACTIVATION_CHECKPOINTING=true and model.gradient_checkpointing=false: say it in the recipe")
+        conflicts.append(f"FSDP_VERSION={version}: condot shards by FSDP2; write `fsdp_version: 2` into the launcher's config")
+    if strategy not in SHARDING_OF_STRATEGY:
+        conflicts.append(f"FSDP_SHARDING_STRATEGY={strategy}: FULL_SHARD or HYBRID_SHARD; without sharding launch with MULTI_GPU")
+    launched, requested = _sharding_from_env(env), config.train.sharding
+    if requested == "none" or (requested == "full" and launched == "hybrid"):
+        conflicts.append(f"ACCELERATE_USE_FSDP=true ({strategy}) and train.sharding={requested}: leave one out, or say the same in both")
+    if env.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() not in ("true", "1", *map(str.lower, SHARDING_OF_STRATEGY)):
+        conflicts.append("FSDP_RESHARD_AFTER_FORWARD=false: condot gives gathered weights back after the forward pass; say true")
+    if _env_flag(env, "FSDP_OFFLOAD_PARAMS"):
+        conflicts.append("FSDP_OFFLOAD_PARAMS=true: condot keeps its shares on the device; say false")
+    if _env_flag(env, "FSDP_ACTIVATION_CHECKPOINTING") and not config.model.gradient_checkpointing:
+        conflicts.append("FSDP_ACTIVATION_CHECKPOINTING=true and model.gradient_checkpointing=false: say it in the recipe")
     for axis in ("TP", "CP", "SP"):
-        size = said.get(f"PARALLELISM_CONFIG_{axis}_SIZE", "1")
+        size = env.get(f"PARALLELISM_CONFIG_{axis}_SIZE", "1")
         if size != "1":
-            found.append(f"PARALLELISM_CONFIG_{axis}_SIZE={size}: condot splits batches and weights only; say 1")
-    return found
+            conflicts.append(f"PARALLELISM_CONFIG_{axis}_SIZE={size}: condot splits batches and weights only; say 1")
+    return conflicts
 
 
-def _said_sharding(said: Mapping[str, str]) -> Sharding | None:
+def _sharding_from_env(env: Mapping[str, str]) -> Sharding | None:
     """What the launcher's FSDP comes to; None without it."""
-    if not _true(said, "ACCELERATE_USE_FSDP"):
+    if not _env_flag(env, "ACCELERATE_USE_FSDP"):
         return None
-    replicas = said.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1")
-    return "hybrid" if replicas not in ("", "1") else SHARDINGS.get(_strategy(said), "full")
+    replicas = env.get("PARALLELISM_CONFIG_DP_REPLICATE_SIZE", "1")
+    return "hybrid" if replicas not in ("", "1") else SHARDING_OF_STRATEGY.get(_fsdp_strategy(env), "full")
 
 
-def _strategy(said: Mapping[str, str]) -> str:
-    name = said.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
-    return STRATEGIES.get(name, name)
+def _fsdp_strategy(env: Mapping[str, str]) -> str:
+    name = env.get("FSDP_SHARDING_STRATEGY", "FULL_SHARD").upper()
+    return FSDP1_STRATEGY_NAMES.get(name, name)
 
 
-def _true(said: Mapping[str, str], name: str) -> bool:
-    return said.get(name, "").lower() in ("true", "1", "yes", "y", "t", "on")
+def _env_flag(env: Mapping[str, str], name: str) -> bool:
+    return env.get(name, "").lower() in ("true", "1", "yes", "y", "t", "on")

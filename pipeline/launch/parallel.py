@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 Sharding = Literal["none", "full", "hybrid"]
 
 
-def mesh_of(sharding: Sharding, device: torch.device) -> DeviceMesh:
+def build_mesh(sharding: Sharding, device: torch.device) -> DeviceMesh:
     """The ranks among which a network is shared out: all, or (machines, ranks of each) with a replica on each machine.
 
     Raises:
@@ -33,21 +33,21 @@ def mesh_of(sharding: Sharding, device: torch.device) -> DeviceMesh:
     ranks = dist.get_world_size()
     if sharding == "full":
         return init_device_mesh(device.type, (ranks,), mesh_dim_names=("shard",))
-    each = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    if ranks % each:
+    per_machine = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if ranks % per_machine:
         raise ValueError(
-            f"train.sharding=hybrid: {ranks} ranks in machines of {each} are no whole machines. Start as many on each, or use full."
+            f"train.sharding=hybrid: {ranks} ranks in machines of {per_machine} are no whole machines. Start as many on each, or use full."
         )
-    return init_device_mesh(device.type, (ranks // each, each), mesh_dim_names=("replica", "shard"))
+    return init_device_mesh(device.type, (ranks // per_machine, per_machine), mesh_dim_names=("replica", "shard"))
 
 
-def shard(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, precision: str = "no") -> None:
+def shard_model(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, precision: str = "no") -> None:
     """Share out a network's parameters in place, block by block; the whole is gathered a block at a time when it is computed.
 
     Args:
         network: on meta, or with its values, the same on every rank.
         blocks: its parts that are gathered at once.
-        mesh: of `mesh_of`.
+        mesh: of `build_mesh`.
         precision: bf16 and fp16 gather the weights in that; sums of gradients and the weights themselves stay float32.
     """
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)  # which nobody writes to
@@ -59,29 +59,31 @@ def shard(network: nn.Module, blocks: Sequence[nn.Module], mesh: DeviceMesh, pre
     fully_shard(network, mesh=mesh, mp_policy=policy)
 
 
-def prepare(accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer, sharding: Sharding) -> tuple[nn.Module, Any]:
+def prepare_model(
+    accelerator: Accelerator, network: nn.Module, optimizer: torch.optim.Optimizer, sharding: Sharding
+) -> tuple[nn.Module, Any]:
     """The network and the optimiser as Accelerate wraps them; a sharded network gets mixed precision only."""
     if sharding == "none":
         return accelerator.prepare(network, optimizer)
     return accelerator.prepare_model(network, evaluation_mode=True), accelerator.prepare(optimizer)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """All of a tensor, on every rank; all ranks together where it is shared out."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager
-def in_step(network: nn.Module) -> Iterator[None]:
+def finish_gathers_on_error(network: nn.Module) -> Iterator[None]:
     """Around a forward pass of a network that is shared out: where it breaks off on this rank, gather what the others still gather.
 
     They would wait for this rank's shares for ever. What was raised is raised
-    behind it; before the next pass all ranks call `reset`.
+    behind it; before the next pass all ranks call `reset_fsdp_state`.
     """
     parts = [module for module in network.modules() if isinstance(module, FSDPModule)]
     gathered = set[nn.Module]()
@@ -89,8 +91,8 @@ def in_step(network: nn.Module) -> Iterator[None]:
     try:
         yield
     except Exception:
-        gathered |= {part for part in parts if _is_gathered(part)}  # those in the middle of their pass
-        reset(network)
+        gathered |= {part for part in parts if _is_unsharded(part)}  # those in the middle of their pass
+        reset_fsdp_state(network)
         for part in parts:
             if part not in gathered:
                 part.unshard()
@@ -100,13 +102,13 @@ def in_step(network: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def _is_gathered(part: nn.Module) -> bool:
+def _is_unsharded(part: nn.Module) -> bool:
     """Return whether a part's own weights, without those of parts in it, lie here whole."""
     inner = {weight for other in part.modules() if other is not part and isinstance(other, FSDPModule) for weight in other.parameters()}
     return any(not isinstance(weight, DTensor) for weight in part.parameters() if weight not in inner)
 
 
-def reset(network: nn.Module) -> None:
+def reset_fsdp_state(network: nn.Module) -> None:
     """Forget a forward pass that broke off, and have every part of the network in shares; on all ranks, which say nothing for it."""
     if isinstance(network, FSDPModule):
         network.reset_iter_state()
@@ -116,4 +118,4 @@ def reset(network: nn.Module) -> None:
 def copy_values(source: nn.Module, target: nn.Module) -> None:
     """Give a copy of a network, shared out alike, its parameters' values."""
     for mine, its in zip(target.parameters(), source.parameters(), strict=True):
-        local(mine).copy_(local(its))
+        local_shard(mine).copy_(local_shard(its))

@@ -18,31 +18,31 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 
 Precision = Literal["no", "bf16"]
-GAIN = 0.95
+MAX_TIME_RATIO = 0.95
 """bf16 is taken for at most this share of float32's time: less is no gain for its rounding."""
 
 
-def settle(asked: str | None, saved: Precision | None, measure: Callable[[], Precision]) -> str | None:
+def resolve_precision(requested: str | None, saved: Precision | None, benchmark: Callable[[], Precision]) -> str | None:
     """The precision of a run; all ranks together, after their process group began.
 
     Args:
-        asked: `train.mixed_precision`; what is not `auto` is the answer.
+        requested: `train.mixed_precision`; what is not `auto` is the answer.
         saved: of the checkpoint that the run goes on from.
-        measure: called where nothing is saved, on every rank, as they will train; rank 0's answer holds for all.
+        benchmark: called where nothing is saved, on every rank, as they will train; rank 0's answer holds for all.
     """
-    if asked != "auto":
-        return asked
-    answer = [saved or measure()]
+    if requested != "auto":
+        return requested
+    answer = [saved or benchmark()]
     broadcast_object_list(answer)
     return answer[0]
 
 
-def choose(
+def pick_faster_precision(
     network: nn.Module,
     inputs: tuple[Any, ...],
     *,
     rounds: int = 5,
-    patience: float = 10.0,
+    max_seconds: float = 10.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Precision:
     """Time forward and backward passes in float32 and under bf16 autocast, in turns; the faster by medians.
@@ -53,26 +53,26 @@ def choose(
         network: float32, on its device, not wrapped.
         inputs: of one micro-batch.
         rounds: after one that warms up.
-        patience: seconds after which no further round begins; one is always measured.
+        max_seconds: seconds after which no further round begins; one is always measured.
         clock: seconds.
     """
     device = next(network.parameters()).device
     if (device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)) or device.type not in ("cpu", "cuda"):
         return "no"
-    found: dict[Precision, list[float]] = {"no": [], "bf16": []}
+    timings: dict[Precision, list[float]] = {"no": [], "bf16": []}
     began = clock()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for turn in range(1 + rounds):
-            if turn > 1 and clock() - began > patience:
+        for round_index in range(1 + rounds):
+            if round_index > 1 and clock() - began > max_seconds:
                 break
-            for precision, seconds in found.items():
-                spent = _seconds(network, inputs, precision, clock)
-                if turn:
-                    seconds.append(spent)
-    return "bf16" if statistics.median(found["bf16"]) < GAIN * statistics.median(found["no"]) else "no"
+            for precision, seconds in timings.items():
+                elapsed = _time_step(network, inputs, precision, clock)
+                if round_index:
+                    seconds.append(elapsed)
+    return "bf16" if statistics.median(timings["bf16"]) < MAX_TIME_RATIO * statistics.median(timings["no"]) else "no"
 
 
-def _seconds(network: nn.Module, inputs: tuple[Any, ...], precision: Precision, clock: Callable[[], float]) -> float:
+def _time_step(network: nn.Module, inputs: tuple[Any, ...], precision: Precision, clock: Callable[[], float]) -> float:
     """Of one forward and backward pass; infinite where memory does not hold it."""
     weights = [p for p in network.parameters() if p.requires_grad]
     device = weights[0].device

@@ -1,4 +1,4 @@
-"""Where the processes of a launch meet: a store of keys, and one number for this attempt.
+"""Rendezvous of the processes of a launch: a store of keys, and one number for this attempt.
 
 torchrun keeps its store from attempt to attempt (torch 2.13), so what a dead
 attempt left there is met by the next, which then hangs or joins the dead.
@@ -17,38 +17,38 @@ from uuid import uuid4
 
 from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
-MEETING = timedelta(minutes=10)
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)
 """How long one process waits for the others to start."""
-NAMED = 8
+MAX_LISTED_RANKS = 8
 """So many ranks are named in a message."""
 
 
 @dataclass(frozen=True)
-class Meeting:
+class Rendezvous:
     """Of this attempt: who came, and where its keys are."""
 
     host: str
     port: int
     rank: int
-    world: int
-    number: int
+    world_size: int
+    attempt: int
     store: Store
     """Of the process group; a thread that asks beside it needs `client`."""
 
     def client(self) -> Store:
         """Another connection to the same keys: a store serves one question after the other."""
-        return self._below(TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)))
+        return self._prefixed(TCPStore(self.host, self.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=60)))
 
     @property
-    def keys(self) -> Store:
+    def attempt_store(self) -> Store:
         """The keys of this attempt."""
-        return self._below(self.store)
+        return self._prefixed(self.store)
 
-    def _below(self, store: Store) -> Store:
-        return PrefixStore(f"condot/{self.number}", store)
+    def _prefixed(self, store: Store) -> Store:
+        return PrefixStore(f"condot/{self.attempt}", store)
 
 
-def meet(patience: timedelta = MEETING) -> Meeting | None:
+def next_rendezvous(timeout: timedelta = RENDEZVOUS_TIMEOUT) -> Rendezvous | None:
     """Meet the other processes of this launch; None for a process that no launcher started.
 
     Raises:
@@ -56,29 +56,33 @@ def meet(patience: timedelta = MEETING) -> Meeting | None:
     """
     if "WORLD_SIZE" not in os.environ or "MASTER_ADDR" not in os.environ:
         return None
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    where = f"MASTER_ADDR={host} MASTER_PORT={port}"
-    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    address = f"MASTER_ADDR={host} MASTER_PORT={port}"
+    is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     try:
-        store = TCPStore(host, port, world, serves, patience, wait_for_workers=False, multi_tenant=True)
-        number = _receive(store, world, patience, where) if rank == 0 else _arrive(store, rank, world, patience, where)
+        store = TCPStore(host, port, world_size, is_server, timeout, wait_for_workers=False, multi_tenant=True)
+        number = (
+            _serve_rendezvous(store, world_size, timeout, address)
+            if rank == 0
+            else _join_rendezvous(store, rank, world_size, timeout, address)
+        )
     except DistError as error:
         first = str(error).splitlines()[0]
-        remedy = "give another port" if serves else "is rank 0 started, and does its machine let this one in?"
-        raise ValueError(f"{where}: rank {rank} of {world} could not meet the others there ({first}): {remedy}") from error
-    return Meeting(host, port, rank, world, number, store)
+        remedy = "give another port" if is_server else "is rank 0 started, and does its machine let this one in?"
+        raise ValueError(f"{address}: rank {rank} of {world_size} could not meet the others there ({first}): {remedy}") from error
+    return Rendezvous(host, port, rank, world_size, number, store)
 
 
-def _receive(store: Store, world: int, patience: timedelta, where: str) -> int:
+def _serve_rendezvous(store: Store, world_size: int, timeout: timedelta, address: str) -> int:
     """Rank 0: give every process the number, until each has said that it has it.
 
     A word of a dead process may stand under `hello`; it is answered and never
     says that it has the number.
     """
     number = store.add("condot/attempts", 1)
-    missing, answered = set(range(1, world)), dict[int, str]()
-    deadline = time.monotonic() + patience.total_seconds()
+    missing, answered = set(range(1, world_size)), dict[int, str]()
+    deadline = time.monotonic() + timeout.total_seconds()
     while missing:
         for rank in sorted(missing):
             if store.check([f"condot/has/{rank}"]) and int(store.get(f"condot/has/{rank}")) == number:
@@ -89,21 +93,23 @@ def _receive(store: Store, world: int, patience: timedelta, where: str) -> int:
                     store.set(f"condot/welcome/{rank}", f"{hello} {number}")
                     answered[rank] = hello
         if missing and time.monotonic() > deadline:
-            names = ", ".join(str(rank) for rank in sorted(missing)[:NAMED]) + (", ..." if len(missing) > NAMED else "")
+            names = ", ".join(str(rank) for rank in sorted(missing)[:MAX_LISTED_RANKS]) + (
+                ", ..." if len(missing) > MAX_LISTED_RANKS else ""
+            )
             raise ValueError(
-                f"{len(missing)} of {world} processes did not come to {where} in {patience.total_seconds():.0f} s: rank {names}. "
+                f"{len(missing)} of {world_size} processes did not come to {address} in {timeout.total_seconds():.0f} s: rank {names}. "
                 f"Start the launcher on every machine, and see there why it ended."
             )
-        time.sleep(_pause(world))
+        time.sleep(_poll_seconds(world_size))
     store.set(f"condot/{number}/begun", "")
     return number
 
 
-def _arrive(store: Store, rank: int, world: int, patience: timedelta, where: str) -> int:
+def _join_rendezvous(store: Store, rank: int, world_size: int, timeout: timedelta, address: str) -> int:
     """The others: say hello by a name of one's own, take the number that answers it, and wait until all have it."""
     hello, number = uuid4().hex, 0
     store.set(f"condot/hello/{rank}", hello)
-    deadline = time.monotonic() + patience.total_seconds()
+    deadline = time.monotonic() + timeout.total_seconds()
     while not (number and store.check([f"condot/{number}/begun"])):
         if store.check([f"condot/welcome/{rank}"]):
             to, given = store.get(f"condot/welcome/{rank}").decode().split()
@@ -111,12 +117,12 @@ def _arrive(store: Store, rank: int, world: int, patience: timedelta, where: str
                 number = int(given)
                 store.set(f"condot/has/{rank}", given)
         if time.monotonic() > deadline:
-            lacks = "others did not come" if number else "rank 0 did not come"
-            raise ValueError(f"rank {rank} of {world} waited {patience.total_seconds():.0f} s at {where}: {lacks}.")
-        time.sleep(_pause(world))
+            reason = "others did not come" if number else "rank 0 did not come"
+            raise ValueError(f"rank {rank} of {world_size} waited {timeout.total_seconds():.0f} s at {address}: {reason}.")
+        time.sleep(_poll_seconds(world_size))
     return number
 
 
-def _pause(world: int) -> float:
+def _poll_seconds(world_size: int) -> float:
     """Seconds between two questions, so that thousands of processes ask one store no more than it answers."""
-    return 0.02 + world / 10_000
+    return 0.02 + world_size / 10_000

@@ -30,20 +30,20 @@ from ..flow import (
     Purpose,
     ScoreMatching,
     Shifted,
-    TimeLaw,
+    TimestepDistribution,
     Uniform,
     UniformPrior,
-    couple,
-    draw_times,
-    infinite_times,
+    couple_by_optimal_transport,
+    infinite_loss_times,
     normal,
     precondition,
     rademacher,
+    sample_times,
     uniform,
 )
 
 
-class Draws(NamedTuple):
+class RandomInputs(NamedTuple):
     """The random numbers of one micro-batch: functions of (seed, step, place in the global batch)."""
 
     noise: Tensor
@@ -57,7 +57,7 @@ class Draws(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Method:
+class TrainingObjective:
     """A recipe's section `flow` as mathematics.
 
     Args:
@@ -91,21 +91,21 @@ class Method:
             )
         if flow.coupling != "independent" and flow.coupling_group < 2:
             raise ValueError(f"flow.coupling_group={flow.coupling_group}: an assignment is among at least two images. Use 32.")
-        self.objective.check(self.shape)
-        for t in infinite_times(self.objective, self.law):
+        self.loss_function.check(self.shape)
+        for t in infinite_loss_times(self.loss_function, self.timestep_distribution):
             raise ValueError(
                 f"flow.time={flow.time} trains at t={t:g}, where the loss of flow.predict={flow.predict} with flow.weighting="
                 f"{flow.weighting} on flow.path={flow.path} is infinite. Set flow.time=uniform, which stays inside, or {_remedy(flow)}."
             )
 
-    def check_text(self) -> None:
+    def check_text_conditioning(self) -> None:
         """Raises ValueError for a recipe that goes with classes only."""
         if self.flow.coupling != "independent":
             raise ValueError(f"flow.coupling={self.flow.coupling} moves noise within a class, and every caption is one: set independent.")
 
-    def check_blocks(self, again: bool) -> None:
+    def check_gradient_checkpointing(self, gradient_checkpointing: bool) -> None:
         """Raises ValueError where blocks are computed again in the backward pass of a loss that needs an attention of its own."""
-        if again and self.flow.objective in ("explicit", "sliced"):
+        if gradient_checkpointing and self.flow.objective in ("explicit", "sliced"):
             raise ValueError(
                 f"flow.objective={self.flow.objective} with model.gradient_checkpointing=true: the loss differentiates twice, through an "
                 f"attention that the second pass would not take. Set gradient_checkpointing=false and more accumulation."
@@ -124,13 +124,13 @@ class Method:
     @property
     def prior(self) -> Prior | None:
         """Where the path starts, unless at N(0, I)."""
-        return prior_of(self.flow)
+        return build_prior(self.flow)
 
     @property
-    def law(self) -> TimeLaw:
+    def timestep_distribution(self) -> TimestepDistribution:
         """Where on the path the network is trained."""
         flow = self.flow
-        laws: dict[str, Callable[[], TimeLaw]] = {
+        distributions: dict[str, Callable[[], TimestepDistribution]] = {
             "uniform": Uniform,
             "logit_normal": lambda: LogitNormal(flow.time_mean, flow.time_std),
             "mode": lambda: Mode(flow.time_scale),
@@ -138,11 +138,11 @@ class Method:
             "log_normal_sigma": lambda: LogNormalSigma(flow.time_mean, flow.time_std, self.path),
             "discrete": Discrete,
         }
-        law = laws[flow.time]()
-        return law if flow.time_shift == 1 else Shifted(flow.time_shift, law)
+        timestep_distribution = distributions[flow.time]()
+        return timestep_distribution if flow.time_shift == 1 else Shifted(flow.time_shift, timestep_distribution)
 
     @property
-    def objective(self) -> Objective | JointObjective | ScoreMatching:
+    def loss_function(self) -> Objective | JointObjective | ScoreMatching:
         """The loss."""
         flow = self.flow
         if flow.objective == "joint":
@@ -151,21 +151,23 @@ class Method:
         regression = Objective(path, flow.predict, flow.weighting, flow.min_snr_gamma, flow.sigma_data)
         return regression if flow.objective == "regression" else ScoreMatching(self.path, sliced=flow.objective == "sliced")
 
-    def network(self, model: Callable[..., Tensor]) -> Callable[..., Any]:
+    def build_predictor(self, model: Callable[..., Tensor]) -> Callable[..., Any]:
         """Return what the recipe makes of a bare network, `(x, t, labels)` -> the prediction, or a pair of them."""
-        return scaled(model, self.flow)
+        return build_predictor(model, self.flow)
 
-    def draw(self, seed: int, step: int, places: Tensor, shape: tuple[int, ...] | None = None) -> Draws:
-        """Noise, times, chances and probes of the samples at `places`, (B,), of a step's global batch; of another shape S if given."""
+    def draw_random_inputs(self, seed: int, step: int, batch_indices: Tensor, shape: tuple[int, ...] | None = None) -> RandomInputs:
+        """Noise, times, chances and probes of the samples at `batch_indices`, (B,), of a global batch; of another shape S if given."""
         shape = shape or self.shape
-        return Draws(
-            normal(seed, Purpose.NOISE, step, places, shape) if self.prior is None else self.prior.draw(seed, step, places, shape),
-            draw_times(self.law, seed, step, places, self.batch_size if self.flow.stratified else None).float(),
-            uniform(seed, Purpose.CONDITION_DROP, step, places),
-            rademacher(seed, Purpose.PROBE, step, places, shape) if self.flow.objective == "sliced" else None,
+        return RandomInputs(
+            normal(seed, Purpose.NOISE, step, batch_indices, shape)
+            if self.prior is None
+            else self.prior.sample(seed, step, batch_indices, shape),
+            sample_times(self.timestep_distribution, seed, step, batch_indices, self.batch_size if self.flow.stratified else None).float(),
+            uniform(seed, Purpose.CONDITION_DROP, step, batch_indices),
+            rademacher(seed, Purpose.PROBE, step, batch_indices, shape) if self.flow.objective == "sliced" else None,
         )
 
-    def losses(self, model: Callable[..., Tensor], data: Tensor, draws: Draws, *condition: Condition) -> Tensor:
+    def losses(self, model: Callable[..., Tensor], data: Tensor, draws: RandomInputs, *condition: Condition) -> Tensor:
         """The loss of each sample, (B,).
 
         Args:
@@ -174,14 +176,14 @@ class Method:
             draws: of these samples.
             condition: what else the network takes, each (B, ...): labels or text, null where it is dropped; sizes.
         """
-        noise = self.paired(data, draws.noise, condition[0])
-        network = self.network(model)
-        if not isinstance(self.objective, ScoreMatching):
-            return self.objective(network, data, noise, draws.t, *condition)
+        noise = self.couple_noise(data, draws.noise, condition[0])
+        network = self.build_predictor(model)
+        if not isinstance(self.loss_function, ScoreMatching):
+            return self.loss_function(network, data, noise, draws.t, *condition)
         with sdpa_kernel(SDPBackend.MATH):  # the fast attentions have no second derivative
-            return self.objective(network, data, noise, draws.t, *condition, probe=draws.probe)
+            return self.loss_function(network, data, noise, draws.t, *condition, probe=draws.probe)
 
-    def paired(self, data: Tensor, noise: Tensor, labels: Condition) -> Tensor:
+    def couple_noise(self, data: Tensor, noise: Tensor, labels: Condition) -> Tensor:
         """The noise of each datum under the recipe's coupling: in groups of fixed places, so that ranks do not change it."""
         size = self.flow.coupling_group
         if self.flow.coupling == "independent":
@@ -189,7 +191,7 @@ class Method:
         if len(data) % size:
             raise ValueError(f"flow.coupling_group={size} does not divide the micro-batch of {len(data)} images: use a divisor of it.")
         groups = zip(data.split(size), noise.split(size), labels.split(size), strict=True)
-        return torch.cat([couple(z, eps, y) for z, eps, y in groups])
+        return torch.cat([couple_by_optimal_transport(z, eps, y) for z, eps, y in groups])
 
 
 def _remedy(flow: FlowConfig) -> str:
@@ -199,12 +201,12 @@ def _remedy(flow: FlowConfig) -> str:
     )
 
 
-def prior_of(flow: FlowConfig) -> Prior | None:
+def build_prior(flow: FlowConfig) -> Prior | None:
     """The prior of a recipe, if it is not normal: uniform, of unit variance."""
     return UniformPrior(-(3**0.5), 3**0.5) if flow.prior == "uniform" else None
 
 
-def scaled(model: Callable[..., Tensor], flow: FlowConfig) -> Callable[..., Any]:
+def build_predictor(model: Callable[..., Tensor], flow: FlowConfig) -> Callable[..., Any]:
     """Return a bare network as a predictor: itself, scaled the Karras way, or its two halves as a pair (velocity, score)."""
     if flow.objective == "joint":
         return lambda x, t, *condition: tuple(model(x, t, *condition).chunk(2, dim=1))

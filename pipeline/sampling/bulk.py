@@ -18,24 +18,24 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from condot.core.process import Stopper
+from condot.core.process import InterruptHandler
 
-from ..launch.distributed import join, lock
-from .image_grid import whole
+from ..launch.distributed import join_process_group, lock_folder
+from .image_grid import atomic_file
 
 SETTINGS = "samples.json"
-OF_A_FOLDER = ("model_index.json", "config.yaml", "*/*")
-OF_A_CHECKPOINT = ("manifest.json",)
+EXPORT_PATTERNS = ("model_index.json", "config.yaml", "*/*")
+CHECKPOINT_PATTERNS = ("manifest.json",)
 """It has the hashes of the other files."""
 
-LEFT = (".tmp-", "tmp-")
+TEMPORARY_PREFIXES = (".tmp-", "tmp-")
 """How names of half-written files begin."""
 
-Made = Mapping[str, bytes]  # the files of one image by extension, the image's own first
-Make = Callable[[range], Sequence[Made]]  # of the images with these numbers
+ImageFiles = Mapping[str, bytes]  # the files of one image by extension, the image's own first
+MakeImages = Callable[[range], Sequence[ImageFiles]]  # of the images with these numbers
 
 
-class Keeper(Protocol):
+class ImageWriter(Protocol):
     """Where images go, unit by unit; another process has the other units."""
 
     @property
@@ -47,7 +47,7 @@ class Keeper(Protocol):
         """Which of a unit are still to be made."""
         ...
 
-    def put(self, number: int, made: Made) -> None:
+    def put(self, number: int, made: ImageFiles) -> None:
         """Keep one image of the unit at hand."""
         ...
 
@@ -64,7 +64,7 @@ class Keeper(Protocol):
         ...
 
 
-class Files:
+class FolderWriter:
     """A file per image, all in one folder: `000000.png` and on, or `000000.npy`.
 
     Flat at any number of images: where a file lies must not depend on how many
@@ -85,9 +85,9 @@ class Files:
         """Those that are no file yet, or an empty one, as after a power failure."""
         return [i for i in unit if self._name(i) not in self._found]
 
-    def put(self, number: int, made: Made) -> None:
+    def put(self, number: int, made: ImageFiles) -> None:
         """Write the image, whole or not at all; the files beside it are for shards."""
-        with whole(self._folder / self._name(number)) as temporary:
+        with atomic_file(self._folder / self._name(number)) as temporary:
             temporary.write_bytes(made[self._extension])
 
     def close(self, unit: range) -> None:
@@ -103,7 +103,7 @@ class Files:
         return f"{number:06d}.{self._extension}"
 
 
-def units(count: int, size: int, rank: int = 0, ranks: int = 1) -> list[range]:
+def work_units(count: int, size: int, rank: int = 0, ranks: int = 1) -> list[range]:
     """The numbers 0 to count - 1 in ranges of `size`, the last one shorter: those of one process of several.
 
     Raises:
@@ -114,56 +114,63 @@ def units(count: int, size: int, rank: int = 0, ranks: int = 1) -> list[range]:
     return [range(start, min(start + size, count)) for start in range(rank * size, count, ranks * size)]
 
 
-def runs(numbers: Sequence[int], most: int) -> Iterator[range]:
-    """Rising numbers as ranges of at most `most` that follow one another."""
+def consecutive_ranges(numbers: Sequence[int], batch_size: int) -> Iterator[range]:
+    """Rising numbers as ranges of at most `batch_size` that follow one another."""
     start = 0
     for place in range(1, len(numbers) + 1):
-        if place == len(numbers) or numbers[place] != numbers[place - 1] + 1 or place - start == most:
+        if place == len(numbers) or numbers[place] != numbers[place - 1] + 1 or place - start == batch_size:
             yield range(numbers[start], numbers[place - 1] + 1)
             start = place
 
 
-def fill(keeper: Keeper, mine: Sequence[range], make: Make, most: int, stopped: Callable[[], bool], bar: tqdm[Any]) -> int:
+def generate_missing(
+    writer: ImageWriter,
+    my_units: Sequence[range],
+    make: MakeImages,
+    batch_size: int,
+    should_stop: Callable[[], bool],
+    progress_bar: tqdm[Any],
+) -> int:
     """Make what is missing of some units.
 
     Args:
-        keeper: where to.
-        mine: the units of this process.
+        writer: where to.
+        my_units: the units of this process.
         make: the images of some numbers that follow one another.
-        most: images at once.
-        stopped: asked after each batch; what then is not whole is left out.
-        bar: shows progress, in images.
+        batch_size: images at once.
+        should_stop: asked after each batch; what then is not whole is left out.
+        progress_bar: shows progress, in images.
 
     Returns:
         How many were made.
     """
     done = 0
     try:
-        for unit in mine:
-            todo = keeper.missing(unit)
-            bar.update(len(unit) - len(todo))
-            for numbers in runs(todo, most):
-                if stopped():
+        for unit in my_units:
+            todo = writer.missing(unit)
+            progress_bar.update(len(unit) - len(todo))
+            for numbers in consecutive_ranges(todo, batch_size):
+                if should_stop():
                     return done
                 for number, made in zip(numbers, make(numbers), strict=True):
-                    keeper.put(number, made)
+                    writer.put(number, made)
                 done += len(numbers)
-                bar.update(len(numbers))
+                progress_bar.update(len(numbers))
             if todo:
-                keeper.close(unit)
+                writer.close(unit)
     finally:
-        keeper.drop()
+        writer.drop()
     return done
 
 
-def fingerprint(model: Path) -> str:
+def fingerprint_model(model: Path) -> str:
     """A hash of all files that decide what a model draws.
 
     Args:
         model: an exported folder, or a checkpoint.
     """
     digest = hashlib.sha256()
-    patterns = OF_A_CHECKPOINT if (model / "state.json").exists() else OF_A_FOLDER
+    patterns = CHECKPOINT_PATTERNS if (model / "state.json").exists() else EXPORT_PATTERNS
     for path in sorted(path for pattern in patterns for path in model.glob(pattern) if path.is_file()):
         with open(path, "rb") as file:
             digest.update(f"{path.relative_to(model)}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
@@ -180,7 +187,7 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: other settings there, or images that no settings stand beside.
     """
-    path, made = folder / SETTINGS, list(islice(_made(folder), 3))
+    path, made = folder / SETTINGS, list(islice(_existing_images(folder), 3))
     if not made:
         return
     if not path.exists():
@@ -192,23 +199,23 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     here = json.loads(json.dumps(settings))
     keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if keys:
-        differ = "; ".join(f"{key} is {_short(there.get(key))} there and {_short(here.get(key))} here" for key in keys)
+        differ = "; ".join(f"{key} is {_abbreviated(there.get(key))} there and {_abbreviated(here.get(key))} here" for key in keys)
         raise ValueError(f"--output {str(folder)!r} holds images of other settings: {differ}. Give another --output, or the same settings.")
 
 
-def _made(folder: Path) -> Iterator[str]:
+def _existing_images(folder: Path) -> Iterator[str]:
     """Names of what a folder holds, but for its settings and what is of no worth: then it may be begun anew."""
     for path in folder.rglob("*"):
-        if path.is_file() and path.name not in (SETTINGS, ".lock") and not path.name.startswith(LEFT):
+        if path.is_file() and path.name not in (SETTINGS, ".lock") and not path.name.startswith(TEMPORARY_PREFIXES):
             yield path.name
 
 
-def _short(value: Any) -> Any:
+def _abbreviated(value: Any) -> Any:
     """A hash by its beginning, anything else whole."""
     return value[:12] if isinstance(value, str) and len(value) == 64 else value
 
 
-def bind(folder: Path, settings: Mapping[str, Any], count: int) -> None:
+def write_settings(folder: Path, settings: Mapping[str, Any], count: int) -> None:
     """Write what the images of a folder are, and remove what was left half-written; for one process, before any begins.
 
     Args:
@@ -217,22 +224,22 @@ def bind(folder: Path, settings: Mapping[str, Any], count: int) -> None:
         count: images asked for now; more may be another time.
     """
     for path in list(folder.rglob("*")):
-        if path.name.startswith(LEFT):
+        if path.name.startswith(TEMPORARY_PREFIXES):
             path.unlink()
-    with whole(folder / SETTINGS) as temporary:
+    with atomic_file(folder / SETTINGS) as temporary:
         temporary.write_text(json.dumps({"settings": settings, "num_images": count}, indent=1) + "\n")
 
 
-def collect(
+def generate_folder(
     folder: Path,
     count: int,
     settings: Mapping[str, Any],
     unit: int,
-    most: int,
-    open_keeper: Callable[[], Keeper],
-    make: Make,
-    stopper: Stopper,
-) -> tuple[Keeper, int]:
+    batch_size: int,
+    open_writer: Callable[[], ImageWriter],
+    make: MakeImages,
+    interrupt: InterruptHandler,
+) -> tuple[ImageWriter, int]:
     """Fill a folder with images, together with the other processes of this launch.
 
     Args:
@@ -240,10 +247,10 @@ def collect(
         count: images in all.
         settings: as in `check_settings`.
         unit: images of a unit.
-        most: images at once.
-        open_keeper: gives what keeps them, of what is there by now.
+        batch_size: images at once.
+        open_writer: gives what keeps them, of what is there by now.
         make: the images of some numbers that follow one another.
-        stopper: asked after each batch; a signal before the first one ends the process.
+        interrupt: asked after each batch; a signal before the first one ends the process.
 
     Returns:
         What keeps them as it was opened at the start, and how many images are missing at the end.
@@ -252,26 +259,26 @@ def collect(
         ValueError: the folder holds other images, or another process fills it.
     """
     check_settings(folder, settings)
-    group, owned = join(), None
+    group, folder_lock = join_process_group(), None
     with group.main_process_first():
         if group.is_main_process:
-            owned = lock(folder, "--output")
-            bind(folder, settings, count)
-        keeper = open_keeper()
+            folder_lock = lock_folder(folder, "--output")
+            write_settings(folder, settings, count)
+        writer = open_writer()
 
-    def ours(numbers: range) -> Sequence[Made]:
+    def make_while_locked(numbers: range) -> Sequence[ImageFiles]:
         made = make(numbers)
-        if owned and (lost := owned.lost()):
+        if folder_lock and (lost := folder_lock.lock_error()):
             raise ValueError(lost)
         return made
 
-    stopper.defer()
-    mine = units(count, unit, group.process_index, group.num_processes)
+    interrupt.defer()
+    my_units = work_units(count, unit, group.process_index, group.num_processes)
     title = f"process 1 of {group.num_processes}" if group.num_processes > 1 else "sampling"
-    with tqdm(total=sum(map(len, mine)), desc=title, unit="image", mininterval=1, disable=not group.is_main_process) as bar:
-        fill(keeper, mine, ours, most, lambda: stopper.requested, bar)
+    with tqdm(total=sum(map(len, my_units)), desc=title, unit="image", mininterval=1, disable=not group.is_main_process) as progress_bar:
+        generate_missing(writer, my_units, make_while_locked, batch_size, lambda: interrupt.requested, progress_bar)
     group.wait_for_everyone()
-    left = sum(map(len, map(open_keeper().missing, units(count, unit)))) if group.is_main_process else 0
-    if owned:
-        owned.close()
-    return keeper, left
+    remaining = sum(map(len, map(open_writer().missing, work_units(count, unit)))) if group.is_main_process else 0
+    if folder_lock:
+        folder_lock.close()
+    return writer, remaining

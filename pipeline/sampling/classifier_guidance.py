@@ -19,14 +19,14 @@ from torch.nn import functional as F
 
 from condot.core.printable import say
 
-from ..evaluation.classifier import SEEN, Classifier, fit_classifier
+from ..evaluation.classifier import IMAGES_SEEN, Classifier, fit_classifier
 from ..flow import Condition, Path, interpolate, widen
 from ..flow.field import ConditionalField
-from .flow_model import Judge, Source
+from .flow_model import ClassifierGuide, FlowModel
 
-FIRST = 1e-3
+MIN_TIME = 1e-3
 """Where on the path the classifier begins to learn: before, no image is left."""
-MOST_LOG_SNR = 14.0
+MAX_LOG_SNR = 14.0
 """A level beyond is told as this one: its image is clean, or lost, to the eye of 8 bits."""
 
 
@@ -46,9 +46,9 @@ class NoiseClassifier(nn.Module):
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """Log-probabilities, (B, classes), of points (B, C, H, W) at times (B,)."""
         c = self.path(widen(t, x))
-        level = self.path.log_snr(t.double()).clamp(-MOST_LOG_SNR, MOST_LOG_SNR).to(x) / MOST_LOG_SNR
-        told = torch.cat([x / torch.sqrt(c.a**2 + c.b**2), level.reshape(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])], 1)
-        return F.log_softmax(self.network(told)[1], 1)
+        level = self.path.log_snr(t.double()).clamp(-MAX_LOG_SNR, MAX_LOG_SNR).to(x) / MAX_LOG_SNR
+        inputs = torch.cat([x / torch.sqrt(c.a**2 + c.b**2), level.reshape(-1, 1, 1, 1).expand(-1, 1, *x.shape[2:])], 1)
+        return F.log_softmax(self.network(inputs)[1], 1)
 
 
 def train_noise_classifier(images: Tensor, labels: Tensor, path: Path, *, seed: int = 0) -> NoiseClassifier:
@@ -64,44 +64,44 @@ def train_noise_classifier(images: Tensor, labels: Tensor, path: Path, *, seed: 
         ValueError: fewer than two classes, or images that are too small.
     """
 
-    def noisy(network: NoiseClassifier, rows: Tensor) -> Tensor:
-        t = FIRST + (1 - FIRST) * torch.rand(len(rows))
+    def noisy_loss(network: NoiseClassifier, rows: Tensor) -> Tensor:
+        t = MIN_TIME + (1 - MIN_TIME) * torch.rand(len(rows))
         x, _ = interpolate(path, images[rows], torch.randn(images[rows].shape), t)
         return F.nll_loss(network(x, t), labels[rows])
 
-    return fit_classifier(lambda classes: NoiseClassifier(images.shape[1], classes, path), labels, noisy, seed)
+    return fit_classifier(lambda classes: NoiseClassifier(images.shape[1], classes, path), labels, noisy_loss, seed)
 
 
-def check_classified(source: Source, classes: int) -> None:
-    """Raise ValueError for a source that a classifier of so many classes cannot lead: of latents, text, another prior or other classes."""
-    if source.read or source.pixels:
-        what = "takes text" if source.read else f"works in latents of {source.shape}"
+def check_classifier_guidance(model: FlowModel, classes: int) -> None:
+    """Raise ValueError for a model that a classifier of so many classes cannot lead: of latents, text, another prior or other classes."""
+    if model.encode_text or model.pixels:
+        what = "takes text" if model.encode_text else f"works in latents of {model.shape}"
         raise ValueError(f"--classifier_reference of a model that {what}: the classifier sees noisy pixels and tells classes.")
-    if source.prior is not None:
+    if model.prior is not None:
         raise ValueError("--classifier_reference of a model whose path begins at a uniform prior: it has no score to add to. Use condot.")
-    if source.num_classes not in (0, classes):
+    if model.num_classes not in (0, classes):
         raise ValueError(
-            f"the model has {source.num_classes} classes, --classifier_reference {classes}: give shards of the classes it was trained on."
+            f"the model has {model.num_classes} classes, --classifier_reference {classes}: give shards of the classes it was trained on."
         )
 
 
-def classified(source: Source, classifier: NoiseClassifier, classes: int, digest: str = "") -> Source:
-    """Return the source, led to its labels by a classifier; one without classes takes the classifier's then.
+def with_classifier(model: FlowModel, classifier: NoiseClassifier, classes: int, digest: str = "") -> FlowModel:
+    """Return the model, led to its labels by a classifier; one without classes takes the classifier's then.
 
     Args:
-        source: of samples that are images, with a normal prior.
+        model: of samples that are images, with a normal prior.
         classifier: of its images on its path.
         classes: how many the classifier knows.
         digest: of what it has learned from.
 
     Raises:
-        ValueError: as `check_classified`.
+        ValueError: as `check_classifier_guidance`.
     """
-    check_classified(source, classes)
-    alone = source.num_classes == 0
-    classifier = classifier.to(source.device)
+    check_classifier_guidance(model, classes)
+    unconditional = model.num_classes == 0
+    classifier = classifier.to(model.device)
 
-    def told(labels: Condition) -> Callable[[Tensor, Tensor], Tensor]:
+    def log_likelihood_of(labels: Condition) -> Callable[[Tensor, Tensor], Tensor]:
         known = (labels >= 0) & (labels < classes)  # what stands for none is no class of the classifier's: 0 of all of them
 
         def log_likelihood(x: Tensor, t: Tensor) -> Tensor:
@@ -110,12 +110,14 @@ def classified(source: Source, classifier: NoiseClassifier, classes: int, digest
 
         return log_likelihood
 
-    judged = replace(source, classifier=Judge(told, alone, digest))
-    if not alone:
-        return judged
-    null, weak = source.null, source.weak
+    guided = replace(model, classifier=ClassifierGuide(log_likelihood_of, unconditional, digest))
+    if not unconditional:
+        return guided
+    null, weak = model.null, model.weak
     assert isinstance(null, int), "it takes no text"
-    return replace(judged, num_classes=classes, null=classes, field=_blind(source.field, null), weak=weak and _blind(weak, null))
+    return replace(
+        guided, num_classes=classes, null=classes, field=_ignore_labels(model.field, null), weak=weak and _ignore_labels(weak, null)
+    )
 
 
 class LabelledShards(Protocol):
@@ -129,26 +131,28 @@ class LabelledShards(Protocol):
     def manifest(self) -> Any: ...
 
 
-def led_by_classifier(source: Source, shards: LabelledShards, read: Callable[..., tuple[Tensor, Tensor]], reference: str) -> Source:
-    """Return the source, led by a classifier that learns labelled images now: all of them, or SEEN of many, evenly spaced.
+def with_trained_classifier(
+    model: FlowModel, shards: LabelledShards, read: Callable[..., tuple[Tensor, Tensor]], reference: str
+) -> FlowModel:
+    """Return the model, led by a classifier that learns labelled images now: all of them, or IMAGES_SEEN of many, evenly spaced.
 
     Args:
-        source: the model.
+        model: the model.
         shards: of the images.
         read: of (shards, channels, pixels a side, numbers, bit_depth=...): images, (N, C, H, W), -1..1, and their classes, (N,).
         reference: what the user calls them.
 
     Raises:
-        ValueError: as `check_classified` and `train_noise_classifier`.
+        ValueError: as `check_classifier_guidance` and `train_noise_classifier`.
     """
     classes, total = len(shards.manifest.class_names), sum(shards.counts)
-    check_classified(source, classes)
-    numbers = range(0, total, max(1, math.ceil(total / SEEN)))
-    images, labels = read(shards, source.shape[0], source.shape[-1], numbers, bit_depth=source.bit_depth)
+    check_classifier_guidance(model, classes)
+    numbers = range(0, total, max(1, math.ceil(total / IMAGES_SEEN)))
+    images, labels = read(shards, model.shape[0], model.shape[-1], numbers, bit_depth=model.bit_depth)
     say(f"a classifier learns {len(images):,} images of {reference} at every noise level")
-    return classified(source, train_noise_classifier(images, labels, source.path), classes, shards.fingerprint)
+    return with_classifier(model, train_noise_classifier(images, labels, model.path), classes, shards.fingerprint)
 
 
-def _blind(field: ConditionalField, null: int) -> ConditionalField:
+def _ignore_labels(field: ConditionalField, null: int) -> ConditionalField:
     """Return a field that is told no class, whatever is asked for."""
     return lambda x, t, labels: field(x, t, torch.full_like(labels, null))

@@ -14,18 +14,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..flow import Condition, Solution, autoguide, classifier_guide, clipped, count, denoise, each, guide, repeat
+from ..flow import (
+    Condition,
+    Solution,
+    autoguide,
+    classifier_guide,
+    clip_data_prediction,
+    denoise,
+    guide,
+    map_condition,
+    num_samples,
+    repeat_condition,
+)
 from ..flow.field import ConditionalField, Field
 from ..flow.time_grid import intervals
-from .flow_model import Source, check_labels
+from .flow_model import FlowModel, check_labels
 from .sampler import Sampler
-from .solve import follow, start
+from .solve import initial_point, integrate
 
-Watch = Callable[[Tensor, float, Field], None]
+StepCallback = Callable[[Tensor, float, Field], None]
 """Sees points (B, *S), their time, and the guided field that leads on from there."""
-LEFT_NOISE = 1e-6
+MAX_FINAL_NOISE = 1e-6
 """A path that ends on more noise than this is ended by its data prediction."""
-RANGE = 1.0
+DATA_RANGE = 1.0
 """Images lie within plus and minus this."""
 
 
@@ -38,7 +49,7 @@ class Samples(NamedTuple):
 
 @torch.no_grad()
 def generate(
-    source: Source,
+    model: FlowModel,
     condition: Condition,
     sampler: Sampler,
     *,
@@ -46,19 +57,19 @@ def generate(
     first: int = 0,
     batch_size: int = 256,
     null: Condition | None = None,
-    watch: Watch | None = None,
+    on_step: StepCallback | None = None,
 ) -> Samples:
     """Sample images.
 
     Args:
-        source: the field.
-        condition: of each image, (N, ...): classes, int64, for a model without classes all equal `source.null`; or text.
+        model: the field.
+        condition: of each image, (N, ...): classes, int64, for a model without classes all equal `model.null`; or text.
         sampler: solver, steps, guidance, coefficient.
         seed: of the noise.
         first: index of the first image; the noise is a function of (seed, index).
         batch_size: images at once.
         null: what guidance leads away from, of a model that takes text, one condition for all or one for each; by default none at all.
-        watch: sees each batch at every time of the grid but the last, by solvers that step from one to the next.
+        on_step: sees each batch at every time of the grid but the last, by solvers that step from one to the next.
 
     Raises:
         ValueError: a label out of range, guidance of a model without classes
@@ -66,94 +77,99 @@ def generate(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: at least one image at once.")
-    if isinstance(condition, Tensor) and source.num_classes:
-        check_labels(condition, source.num_classes)
-    check_sampler(source, sampler)
-    images, evaluations, total = [], 0, count(condition)
-    null = source.null if null is None else null
+    if isinstance(condition, Tensor) and model.num_classes:
+        check_labels(condition, model.num_classes)
+    check_sampler(model, sampler)
+    images, evaluations, total = [], 0, num_samples(condition)
+    null = model.null if null is None else null
     for place in range(0, total, batch_size):
-        index = first + torch.arange(place, min(place + batch_size, total), device=source.device)
+        index = first + torch.arange(place, min(place + batch_size, total), device=model.device)
         rows = slice(place, place + batch_size)
-        away = _rows(null, rows) if not isinstance(null, int) and count(null) > 1 else null
-        part = each(_rows(condition, rows), lambda whole: whole.to(source.device))
-        end, evaluations = _solve(replace(source, null=away), part, sampler, seed, index, watch)
-        images.append(source.decode(end).float().cpu())
+        negative = _rows(null, rows) if not isinstance(null, int) and num_samples(null) > 1 else null
+        part = map_condition(_rows(condition, rows), lambda whole: whole.to(model.device))
+        end, evaluations = _sample_batch(replace(model, null=negative), part, sampler, seed, index, on_step)
+        images.append(model.decode(end).float().cpu())
     return Samples(torch.cat(images), evaluations)
 
 
-def check_sampler(source: Source, sampler: Sampler) -> None:
-    """Raises ValueError for guidance or a grid of times that the source cannot be sampled with."""
-    blind = source.classifier is not None and source.classifier.alone
-    told = (source.num_classes > 0 and not blind) or not isinstance(source.null, int)
-    if not told and source.weak is None and sampler.guidance_scale != 1:
+def check_sampler(model: FlowModel, sampler: Sampler) -> None:
+    """Raises ValueError for guidance or a grid of times that the model cannot be sampled with."""
+    unconditional = model.classifier is not None and model.classifier.unconditional
+    conditional = (model.num_classes > 0 and not unconditional) or not isinstance(model.null, int)
+    if not conditional and model.weak is None and sampler.guidance_scale != 1:
         raise ValueError(
             f"guidance_scale={sampler.guidance_scale} on a model without classes: there is nothing to guide by, use 1, or a weaker model."
         )
-    intervals(times := sampler.times(source))
-    sampler.check_guidance(source, sampler.guidance_scale, sampler.solver, times[0])
-    guided(source, torch.zeros(1) if isinstance(source.null, int) else source.null, sampler)
+    intervals(times := sampler.times(model))
+    sampler.check_guidance(model, sampler.guidance_scale, sampler.solver, times[0])
+    guided_field(model, torch.zeros(1) if isinstance(model.null, int) else model.null, sampler)
 
 
 def _rows(condition: Condition, rows: slice) -> Condition:
-    return each(condition, lambda whole: whole[rows])
+    return map_condition(condition, lambda whole: whole[rows])
 
 
-def _solve(source: Source, condition: Condition, sampler: Sampler, seed: int, index: Tensor, watch: Watch | None) -> Solution:
+def _sample_batch(
+    model: FlowModel, condition: Condition, sampler: Sampler, seed: int, index: Tensor, on_step: StepCallback | None
+) -> Solution:
     """The end of the path for one batch, and the evaluations it took."""
-    times = sampler.times(source)
-    field, looked = (bounded(source, led(source, guided(source, condition, sampler), condition, sampler), sampler) for _ in range(2))
-    x = start(source, seed, index, float(times[0]))
+    times = sampler.times(model)
+    field, callback_field = (
+        clipped_field(model, with_classifier_guidance(model, guided_field(model, condition, sampler), condition, sampler), sampler)
+        for _ in range(2)
+    )
+    x = initial_point(model, seed, index, float(times[0]))
 
-    def seen(x: Tensor, t: float) -> Tensor:
-        if watch is not None and t < float(times[-1]):
-            watch(x, t, looked)  # not the field itself: it may remember its evaluations
+    def call_on_step(x: Tensor, t: float) -> Tensor:
+        if on_step is not None and t < float(times[-1]):
+            on_step(x, t, callback_field)  # not the field itself: it may remember its evaluations
         return x
 
-    seen(x, float(times[0]))
-    end = follow(source, field, x, times, sampler, seed, index, after=None if watch is None else seen)
-    return cleaned(source, field, end, float(times[-1]))
+    call_on_step(x, float(times[0]))
+    end = integrate(model, field, x, times, sampler, seed, index, step_callback=None if on_step is None else call_on_step)
+    return remove_final_noise(model, field, end, float(times[-1]))
 
 
-def guided(source: Source, condition: Condition, sampler: Sampler, times: Tensor | None = None) -> Field:
-    """Return the source's field with its condition, (B, ...), bound and guided as the sampler says, on a grid of times if not on its own.
+def guided_field(model: FlowModel, condition: Condition, sampler: Sampler, times: Tensor | None = None) -> Field:
+    """Return the model's field with its condition, (B, ...), bound and guided as the sampler says, on a grid of times if not on its own.
 
     It is of one solve where guidance has momentum.
     """
     how: dict[str, Any] = {"interval": sampler.guidance_interval, "rescale": sampler.guidance_rescale}
     how |= {
-        "method": sampler.guidance_method(sampler.times(source) if times is None else times),
-        "path": source.path,
-        "predict": source.predict,
+        "method": sampler.guidance_method(sampler.times(model) if times is None else times),
+        "path": model.path,
+        "predict": model.predict,
     }
-    if source.weak is not None:
-        good, weak = (partial(_told, field, condition) for field in (source.field, source.weak))
+    if model.weak is not None:
+        good, weak = (partial(_evaluate, field, condition) for field in (model.field, model.weak))
         return autoguide(good, weak, sampler.guidance_scale, **how)
     if isinstance(condition, Tensor):
-        null: Condition = torch.full_like(condition, source.null)
+        null: Condition = torch.full_like(condition, model.null)
     else:
-        null = repeat(each(source.null, lambda part: part.to(source.device)), count(condition))
-    return guide(source.field, condition, null, sampler.guidance_scale, **how)
+        null = repeat_condition(map_condition(model.null, lambda part: part.to(model.device)), num_samples(condition))
+    return guide(model.field, condition, null, sampler.guidance_scale, **how)
 
 
-def _told(field: ConditionalField, condition: Condition, x: Tensor, t: Tensor) -> Any:
+def _evaluate(field: ConditionalField, condition: Condition, x: Tensor, t: Tensor) -> Any:
     return field(x, t, condition)
 
 
-def led(source: Source, field: Field, condition: Condition, sampler: Sampler) -> Field:
-    """Return the field, led to a condition, (B,), by the source's classifier if it has one; not to be differentiated any more."""
-    if source.classifier is None:
+def with_classifier_guidance(model: FlowModel, field: Field, condition: Condition, sampler: Sampler) -> Field:
+    """Return the field, led to a condition, (B,), by the model's classifier if it has one; not to be differentiated any more."""
+    if model.classifier is None:
         return field
-    return classifier_guide(field, source.path, source.classifier.told(condition), sampler.classifier_guidance_scale)
+    return classifier_guide(field, model.path, model.classifier.log_likelihood_of(condition), sampler.classifier_guidance_scale)
 
 
-def bounded(source: Source, field: Field, sampler: Sampler) -> Field:
+def clipped_field(model: FlowModel, field: Field, sampler: Sampler) -> Field:
     """The field with its data prediction kept in the range of images: if the sampler says so, or where noise is predicted in pixels."""
-    on = sampler.clip == "on" or (sampler.clip == "auto" and source.predict == "noise" and not source.pixels)
-    return clipped(field, source.path, RANGE) if on else field
+    on = sampler.clip == "on" or (sampler.clip == "auto" and model.predict == "noise" and not model.pixels)
+    return clip_data_prediction(field, model.path, DATA_RANGE) if on else field
 
 
-def cleaned(source: Source, field: Field, end: Solution, t: float) -> Solution:
+def remove_final_noise(model: FlowModel, field: Field, end: Solution, t: float) -> Solution:
     """A solution at time t without the noise that some paths (VE, EDM, DDPM) and Langevin dynamics end on."""
-    if source.path(torch.tensor(t, dtype=torch.float64)).b > LEFT_NOISE:
-        return Solution(denoise(field, end.x, t, source.path), end.evaluations + 1)
+    if model.path(torch.tensor(t, dtype=torch.float64)).b > MAX_FINAL_NOISE:
+        return Solution(denoise(field, end.x, t, model.path), end.evaluations + 1)
     return end

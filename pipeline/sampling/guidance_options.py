@@ -1,4 +1,4 @@
-"""How a sampler guides beside plain guidance; `options.Sampling` explains each number to users."""
+"""How a sampler guides beside plain guidance; `options.SamplingOptions` explains each number to users."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from ..flow import APG, ODE_SOLVERS, CFGZeroStar
-from .flow_model import Source
+from .flow_model import FlowModel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +55,11 @@ class GuidanceOptions:
             raise ValueError(f"zero_init_steps={self.zero_init_steps} of {len(times) - 1} steps: fewer than all. Use 1 of 25.")
         return CFGZeroStar(zero_until=float(times[self.zero_init_steps]) if self.zero_init_steps else 0.0)
 
-    def check_guidance(self, source: Source, scale: float, solver: str, begin: Tensor) -> None:
-        """Raise ValueError for a method that has no effect on a source, or that a solver cannot go with.
+    def check_guidance(self, model: FlowModel, scale: float, solver: str, begin: Tensor) -> None:
+        """Raise ValueError for a method that has no effect on a model, or that a solver cannot go with.
 
         Args:
-            source: what is sampled.
+            model: what is sampled.
             scale: of guidance, 1 for none.
             solver: by its name.
             begin: the first time of the grid.
@@ -73,13 +73,13 @@ class GuidanceOptions:
                 f"zero_init_steps={self.zero_init_steps} with solver={solver}: it counts the steps of an ODE, and the step after must not "
                 f"look back at one that stood still. Use heun."
             )
-        if self.zero_init_steps and source.predict != "velocity":
+        if self.zero_init_steps and model.predict != "velocity":
             raise ValueError(
-                f"zero_init_steps={self.zero_init_steps} of a model that predicts {source.predict}: it is made for velocities. Use 0."
+                f"zero_init_steps={self.zero_init_steps} of a model that predicts {model.predict}: it is made for velocities. Use 0."
             )
-        if source.classifier is None and self.classifier_guidance_scale != 1:
+        if model.classifier is None and self.classifier_guidance_scale != 1:
             raise ValueError(
                 f"classifier_guidance_scale={self.classifier_guidance_scale} without a classifier: give --classifier_reference too."
             )
-        if source.classifier is not None and float(source.path(begin).a) == 0:
+        if model.classifier is not None and float(model.path(begin).a) == 0:
             raise ValueError(f"given_times begin at {float(begin):g}: a classifier knows nothing where no image is left. Begin at 0.001.")

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from condot.core.atomic_files import open_regular
 
-from .image_encoding import on_white, quantise, to_picture
+from .image_encoding import array_to_pil, composite_on_white, quantise
 
-OPAQUE = (".jpg", ".jpeg", ".gif")
+SUFFIXES_WITHOUT_ALPHA = (".jpg", ".jpeg", ".gif")
 """Files that cannot hold a picture's alpha, or of a GIF a bit of it."""
 
 
-def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
+def make_grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
     """Images side by side on white, a gap of one of their pixels between them.
 
     Args:
@@ -33,27 +33,27 @@ def grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
     """
     count, channels, height, width = images.shape
     rows = math.ceil(count / columns)
-    sheet = torch.ones(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)
+    canvas = torch.ones(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)
     for i in range(count):
         top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
-        sheet[:, top : top + height, left : left + width] = images[i]
-    return sheet.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        canvas[:, top : top + height, left : left + width] = images[i]
+    return canvas.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
 
 
-def picture(image: Tensor) -> Image.Image:
+def tensor_to_pil(image: Tensor) -> Image.Image:
     """(C, H, W), -1..1, with 8 bits a channel, to be looked at: gray, RGB, either with its alpha; of five bands or more the first three."""
-    return to_picture(quantise(image))
+    return array_to_pil(quantise(image))
 
 
 def save_image(image: Tensor, path: Path) -> None:
     """Write (C, H, W), -1..1, as an image file, whole or not at all; the folder is made. A JPEG has no alpha: it is laid on white."""
-    shown = picture(image)
-    with whole(path) as temporary:
-        (on_white(shown) if path.suffix.lower() in OPAQUE else shown).save(temporary)
+    shown = tensor_to_pil(image)
+    with atomic_file(path) as temporary:
+        (composite_on_white(shown) if path.suffix.lower() in SUFFIXES_WITHOUT_ALPHA else shown).save(temporary)
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """A temporary name of the same suffix, which becomes `path` at the end, or nothing after an error; the folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{path.name}")
@@ -66,9 +66,9 @@ def whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def side_by_side(above: Tensor, below: Tensor, scale: int) -> Tensor:
-    """Two batches of as many images, (N, C, H, W), in rows of at most ten: a row of one, below it the other's; `scale` as in `grid`."""
+def make_comparison_grid(above: Tensor, below: Tensor, scale: int) -> Tensor:
+    """Two batches of as many images, (N, C, H, W), in rows of up to ten: a row of one, below it the other's; `scale` as in `make_grid`."""
     columns = min(10, len(above))
     white = above.new_ones(-len(above) % columns, *above.shape[1:])
     halves = (torch.cat([part, white]).split(columns) for part in (above, below))
-    return grid(torch.cat([row for pair in zip(*halves, strict=True) for row in pair]), columns, scale)
+    return make_grid(torch.cat([row for pair in zip(*halves, strict=True) for row in pair]), columns, scale)

@@ -9,93 +9,108 @@ from pathlib import Path
 from typing import Any
 
 from condot.core.printable import say
-from condot.core.process import Stopper, leave_group
+from condot.core.process import InterruptHandler, exit_if_distributed
 
-from ..launch.distributed import join
-from .animation import Film, save_animation
-from .bulk import Files, Keeper, Made, collect, fingerprint
-from .flow_model import Source
+from ..launch.distributed import join_process_group
+from .animation import FrameRecorder, save_animation
+from .bulk import FolderWriter, ImageFiles, ImageWriter, fingerprint_model, generate_folder
+from .flow_model import FlowModel
 from .generate import check_sampler, generate
 from .image_encoding import encode_image, file_extension
-from .image_grid import grid, save_image
-from .options import Images
-from .requests import Asked
+from .image_grid import make_grid, save_image
+from .options import ImagesOptions
+from .requests import ImageRequests
 
-UNASKED = 16
+DEFAULT_NUM_IMAGES = 16
 """Images of a model without conditions, unless another number is given."""
 
 
-def draw_picture(options: Images, source: Source, wanted: Asked) -> int:
+def generate_image_file(options: ImagesOptions, model: FlowModel, requests: ImageRequests) -> int:
     """Write a grid, or an animation of it, and print where; returns the exit status."""
-    count, sampler, source = options.num_images or len(wanted) or UNASKED, options.sampler(), source.sized(options.height, options.width)
-    condition, away = wanted.conditions(source, range(count))
-    film = Film(source, sampler, options.show or "state") if options.kind() == "animation" else None
-    made, evaluations = generate(source, condition, sampler, seed=options.seed, batch_size=options.batch_size, null=away, watch=film)
-    columns = min(count, len(wanted) if 1 < len(wanted) <= 16 else math.ceil(math.sqrt(count)))
-    output, scale = Path(options.output), max(1, 64 // max(made.shape[2:]))
-    if film:
-        save_animation(film.frames(made), output, columns, scale)
+    count, sampler, model = (
+        options.num_images or len(requests) or DEFAULT_NUM_IMAGES,
+        options.sampler(),
+        model.with_image_size(options.height, options.width),
+    )
+    condition, negative = requests.conditions(model, range(count))
+    recorder = FrameRecorder(model, sampler, options.show or "state") if options.output_kind() == "animation" else None
+    images, evaluations = generate(
+        model, condition, sampler, seed=options.seed, batch_size=options.batch_size, null=negative, on_step=recorder
+    )
+    columns = min(count, len(requests) if 1 < len(requests) <= 16 else math.ceil(math.sqrt(count)))
+    output, scale = Path(options.output), max(1, 64 // max(images.shape[2:]))
+    if recorder:
+        save_animation(recorder.frames(images), output, columns, scale)
     else:
-        save_image(grid(made, columns, scale), output)
-    say(f"{output}: {count} images by {options.solver}, {evaluations} evaluations each{unseen(source)}")
+        save_image(make_grid(images, columns, scale), output)
+    say(f"{output}: {count} images by {options.solver}, {evaluations} evaluations each{note_on_display(model)}")
     return 0
 
 
-def unseen(source: Source) -> str:
-    """Say what of a source's images a picture of several of them does not show; "" where it shows all."""
-    channels, depth = source.image_shape[0], source.bit_depth
+def note_on_display(model: FlowModel) -> str:
+    """Say what of a model's images a picture of several of them does not show; "" where it shows all."""
+    channels, depth = model.image_shape[0], model.bit_depth
     kept = file_extension(channels)
     if kept == "npy":
         return f"; it shows the first three of {channels} bands: an --output that ends in / keeps all, as .{kept}"
     return f"; it has 8 of {depth} bits: an --output that ends in / keeps all" if depth > 8 else ""
 
 
-def described(source: Source) -> dict[str, Any]:
-    """Return how a source's images are written and led, where it is not as ever, gray or RGB of 8 bits; so older folders go on."""
-    channels = {} if source.image_shape[0] in (1, 3) else {"channels": source.image_shape[0]}
-    judge = {} if source.classifier is None else {"classifier": source.classifier.digest}
-    return channels | ({} if source.bit_depth == 8 else {"bit_depth": source.bit_depth}) | judge
+def image_settings(model: FlowModel) -> dict[str, Any]:
+    """Return how a model's images are written and led, where it is not as ever, gray or RGB of 8 bits; so older folders go on."""
+    channels = {} if model.image_shape[0] in (1, 3) else {"channels": model.image_shape[0]}
+    classifier = {} if model.classifier is None else {"classifier": model.classifier.digest}
+    return channels | ({} if model.bit_depth == 8 else {"bit_depth": model.bit_depth}) | classifier
 
 
-def draw_folder(options: Images, source: Source, wanted: Asked, files: Sequence[Path], tars: Callable[[], Keeper], stopper: Stopper) -> int:
+def generate_image_folder(
+    options: ImagesOptions,
+    model: FlowModel,
+    requests: ImageRequests,
+    files: Sequence[Path],
+    open_shards: Callable[[], ImageWriter],
+    interrupt: InterruptHandler,
+) -> int:
     """Fill a folder, together with the other processes of this launch, and print what is there.
 
     Args:
         options: what is asked for, and where it goes.
-        source: the model, with its guide if it has one.
-        wanted: conditions, checked.
+        model: the model, with its guide if it has one.
+        requests: conditions, checked.
         files: folders of the model and of its guide, whose content decides the images.
-        tars: keeps images in shards.
-        stopper: a signal ends the work after the batch.
+        open_shards: keeps images in shards.
+        interrupt: a signal ends the work after the batch.
 
     Returns:
         The exit status.
 
     Raises:
-        ValueError: what `many.collect` and `generate` refuse.
+        ValueError: what `bulk.generate_folder` and `generate` refuse.
     """
-    sampler, folder, source = options.sampler(), Path(options.output), source.sized(options.height, options.width)
-    check_sampler(source, sampler)
-    extension = file_extension(source.image_shape[0])
+    sampler, folder, model = options.sampler(), Path(options.output), model.with_image_size(options.height, options.width)
+    check_sampler(model, sampler)
+    extension = file_extension(model.image_shape[0])
 
-    def make(numbers: range) -> list[Made]:
-        condition, away = wanted.conditions(source, numbers)
+    def make(numbers: range) -> list[ImageFiles]:
+        condition, negative = requests.conditions(model, numbers)
         size, first = len(numbers), numbers[0]
-        made = generate(source, condition, sampler, seed=options.seed, first=first, batch_size=size, null=away).images
-        return [{extension: encode_image(image, source.bit_depth), **wanted.beside(i)} for i, image in zip(numbers, made, strict=True)]
+        images = generate(model, condition, sampler, seed=options.seed, first=first, batch_size=size, null=negative).images
+        return [
+            {extension: encode_image(image, model.bit_depth), **requests.sidecar_files(i)} for i, image in zip(numbers, images, strict=True)
+        ]
 
-    count, shards = options.num_images or len(wanted) or UNASKED, options.format == "shards"
-    settings = options.settings([fingerprint(one) for one in files], wanted.digest) | described(source)
+    count, shards = options.num_images or len(requests) or DEFAULT_NUM_IMAGES, options.format == "shards"
+    settings = options.settings([fingerprint_model(one) for one in files], requests.digest) | image_settings(model)
     if options.height or options.width:
-        settings["size"] = list(source.image_shape[1:])
+        settings["size"] = list(model.image_shape[1:])
     unit = options.images_per_shard if shards else options.batch_size
-    keep = tars if shards else partial(Files, folder, extension)
-    keeper, left = collect(folder, count, settings, unit, options.batch_size, keep, make, stopper)
-    if join().is_main_process:
-        if left:
-            say(f"{folder}: {left} of {count} images are still to be made; the same command goes on from there.")
+    open_writer = open_shards if shards else partial(FolderWriter, folder, extension)
+    writer, remaining = generate_folder(folder, count, settings, unit, options.batch_size, open_writer, make, interrupt)
+    if join_process_group().is_main_process:
+        if remaining:
+            say(f"{folder}: {remaining} of {count} images are still to be made; the same command goes on from there.")
         else:
-            keeper.finish()
-            say(f"{folder}: {count} images by {options.solver}, {min(keeper.there, count)} of them were there")
-    leave_group(stopper.exit_status)
-    return stopper.exit_status
+            writer.finish()
+            say(f"{folder}: {count} images by {options.solver}, {min(writer.there, count)} of them were there")
+    exit_if_distributed(interrupt.exit_status)
+    return interrupt.exit_status

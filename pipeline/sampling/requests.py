@@ -12,17 +12,17 @@ from typing import Any
 import torch
 
 from ..flow import Condition
-from .flow_model import Source
-from .options import Images
+from .flow_model import FlowModel
+from .options import ImagesOptions
 
 
 @dataclass(frozen=True)
-class Asked:
+class ImageRequests:
     """Conditions in turn: image i has number i modulo their count; none at all for a model that takes none."""
 
     labels: tuple[int, ...] = ()
     prompts: tuple[str, ...] = ()
-    negatives: tuple[str, ...] = ()
+    negative_prompts: tuple[str, ...] = ()
     """Of each prompt, what guidance leads away from; "" for no caption."""
     file: str = ""
     """Where they were read, if they were."""
@@ -33,55 +33,55 @@ class Asked:
     @property
     def digest(self) -> str:
         """A hash of all of them, in order."""
-        return hashlib.sha256(json.dumps([self.labels, self.prompts, self.negatives]).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.labels, self.prompts, self.negative_prompts]).encode()).hexdigest()
 
-    def conditions(self, source: Source, index: Sequence[int]) -> tuple[Condition, Condition | None]:
+    def conditions(self, model: FlowModel, index: Sequence[int]) -> tuple[Condition, Condition | None]:
         """What `generate` takes for these images: conditions, (N, ...), and what to lead away from, or None."""
-        turn = [i % len(self) for i in index] if len(self) else []
+        positions = [i % len(self) for i in index] if len(self) else []
         if self.prompts:
-            assert source.read is not None, "check was called"
-            away = source.read([self.negatives[i] for i in turn]) if any(self.negatives) else None
-            return source.read([self.prompts[i] for i in turn]), away
-        return torch.tensor([self.labels[i] for i in turn]) if turn else torch.full((len(index),), source.null), None
+            assert model.encode_text is not None, "check was called"
+            negative = model.encode_text([self.negative_prompts[i] for i in positions]) if any(self.negative_prompts) else None
+            return model.encode_text([self.prompts[i] for i in positions]), negative
+        return torch.tensor([self.labels[i] for i in positions]) if positions else torch.full((len(index),), model.null), None
 
-    def beside(self, i: int) -> dict[str, bytes]:
+    def sidecar_files(self, i: int) -> dict[str, bytes]:
         """The files that go beside image i in a shard, by extension."""
-        turn = i % max(len(self), 1)
+        position = i % max(len(self), 1)
         if self.labels:
-            return {"cls": str(self.labels[turn]).encode()}
-        return {"txt": self.prompts[turn].encode()} if self.prompts else {}
+            return {"cls": str(self.labels[position]).encode()}
+        return {"txt": self.prompts[position].encode()} if self.prompts else {}
 
-    def check(self, source: Source, guided: bool) -> Asked:
+    def check(self, model: FlowModel, guided: bool) -> ImageRequests:
         """These conditions, or all classes where none are given.
 
         Args:
-            source: the model that takes them.
+            model: the model that takes them.
             guided: by the model's own field without a condition, or with a negative one.
 
         Raises:
             ValueError: labels or prompts that the model does not take, or none of those it needs.
         """
-        if self.labels and source.read:
+        if self.labels and model.encode_text:
             raise ValueError(f"--class_labels {self.labels[0]} of a model that takes text: give --prompt or --prompts.")
-        if self.labels and not source.num_classes:
+        if self.labels and not model.num_classes:
             raise ValueError(f"--class_labels {self.labels[0]} of a model without classes: leave the option out.")
-        if self.prompts and not source.read:
+        if self.prompts and not model.encode_text:
             raise ValueError(f"--prompt {self.prompts[0]!r} of a model that takes no text: leave the option out.")
-        if source.read and not self.prompts:
+        if model.encode_text and not self.prompts:
             raise ValueError("--prompt is missing: the model takes text, as --prompt 'a red apple' 'a black cat', or --prompts FILE.")
-        if any(self.negatives) and not guided:
+        if any(self.negative_prompts) and not guided:
             raise ValueError(
-                f"--negative_prompt {next(filter(None, self.negatives))!r} has no effect without guidance, "
+                f"--negative_prompt {next(filter(None, self.negative_prompts))!r} has no effect without guidance, "
                 f"or where a weaker model guides: give --guidance_scale 3, and no --guide_run or --guide_pipeline."
             )
         for number, label in enumerate(self.labels, 1):
-            if not 0 <= label < source.num_classes:
+            if not 0 <= label < model.num_classes:
                 place = f"{self.file}, line {number}: " if self.file else ""
-                raise ValueError(f"{place}class label {label} is out of range: the model has classes 0 to {source.num_classes - 1}.")
-        return self if len(self) else Asked(labels=tuple(range(source.num_classes)))
+                raise ValueError(f"{place}class label {label} is out of range: the model has classes 0 to {model.num_classes - 1}.")
+        return self if len(self) else ImageRequests(labels=tuple(range(model.num_classes)))
 
 
-def asked(options: Images) -> Asked:
+def read_requests(options: ImagesOptions) -> ImageRequests:
     """What the command line and its files ask for.
 
     Raises:
@@ -96,15 +96,17 @@ def asked(options: Images) -> Asked:
     if options.negative_prompt and not any(name in given for name in ("prompt", "prompts")):
         raise ValueError(f"--negative_prompt {options.negative_prompt!r} beside no --prompt: leave the option out.")
     if options.labels:
-        return Asked(labels=tuple(_label(text, place) for place, text in _lines(options.labels, "labels")), file=options.labels)
+        return ImageRequests(
+            labels=tuple(_parse_label(text, place) for place, text in _read_lines(options.labels, "labels")), file=options.labels
+        )
     rows = [(text, options.negative_prompt) for text in options.prompt]
     if options.prompts:
-        read = _row if options.prompts.endswith(".jsonl") else _caption
-        rows = [read(text, place, options.negative_prompt) for place, text in _lines(options.prompts, "prompts")]
-    return Asked(options.class_labels, tuple(prompt for prompt, _ in rows), tuple(negative for _, negative in rows))
+        read = _parse_json_line if options.prompts.endswith(".jsonl") else _parse_text_line
+        rows = [read(text, place, options.negative_prompt) for place, text in _read_lines(options.prompts, "prompts")]
+    return ImageRequests(options.class_labels, tuple(prompt for prompt, _ in rows), tuple(negative for _, negative in rows))
 
 
-def _lines(file: str, option: str) -> list[tuple[str, str]]:
+def _read_lines(file: str, option: str) -> list[tuple[str, str]]:
     """Each line of a file, without the spaces around it, and how messages call it."""
     if not Path(file).is_file():
         raise ValueError(f"--{option} {file!r} is no file: give a text file, one of the {option} a line.")
@@ -120,19 +122,19 @@ def _lines(file: str, option: str) -> list[tuple[str, str]]:
     return found
 
 
-def _label(text: str, place: str) -> int:
+def _parse_label(text: str, place: str) -> int:
     if not (text.removeprefix("-").isascii() and text.removeprefix("-").isdigit()):
         raise ValueError(f"{place}: {text[:40]!r} is no class: give one whole number a line.")
     return int(text)
 
 
-def _caption(text: str, place: str, negative: str) -> tuple[str, str]:
+def _parse_text_line(text: str, place: str, negative: str) -> tuple[str, str]:
     if not text:
         raise ValueError(f'{place}: no prompt: remove the line, or ask for no caption by {{"prompt": ""}} in a .jsonl file.')
     return text, negative
 
 
-def _row(text: str, place: str, negative: str) -> tuple[str, str]:
+def _parse_json_line(text: str, place: str, negative: str) -> tuple[str, str]:
     try:
         row: Any = json.loads(text)
     except ValueError as error:

@@ -8,22 +8,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ..flow import ODE_SOLVERS, SDE_SOLVERS, coefficient, singular, time_grid
-from ..flow.edm_sampler import check_churn
-from ..flow.sde import Coefficient
-from .flow_model import Source
+from ..flow import ODE_SOLVERS, SDE_SOLVERS, diffusion_coefficient, is_singular, time_grid
+from ..flow.churn import check_churn
+from ..flow.sde import DiffusionCoefficient
+from .flow_model import FlowModel
 from .guidance_options import GuidanceOptions
 
-LAST_LEVEL = 0.99
+LANGEVIN_LAST_TIME = 0.99
 """Where Langevin dynamics end: at the last time the score is finite at, nearly; the noise left there is taken off at once."""
 LANGEVIN_SOLVERS = ("langevin", "annealed_langevin", "predictor_corrector")
-NEAR_NOISE = 1e-3
+FIRST_TIME = 1e-3
 """Where sampling begins if the field is singular at t = 0, as one that predicts noise is: diffusers' own first step is there too."""
 
 
 @dataclass(frozen=True)
 class Sampler(GuidanceOptions):
-    """How a field is followed; `options.Sampling` explains each field.
+    """How a field is followed; `options.SamplingOptions` explains each field.
 
     Raises:
         ValueError: an unknown solver, coefficient or grid, fewer than one step.
@@ -32,7 +32,7 @@ class Sampler(GuidanceOptions):
     solver: str = "dpmpp_2m"
     steps: int = 50
     guidance_scale: float = 1.0
-    sigma_t: str | tuple[float, ...] | Coefficient = "noise"
+    sigma_t: str | tuple[float, ...] | DiffusionCoefficient = "noise"
     sigma_scale: float = 1.0
     drift: Literal["marginals", "plain"] = "marginals"
     guidance_interval: tuple[float, float] = (0.0, 1.0)
@@ -60,7 +60,7 @@ class Sampler(GuidanceOptions):
         if self.churn and self.solver not in ("euler", "heun"):
             raise ValueError(f"churn={self.churn} of solver={self.solver}: it is a matter of heun and euler; use 0, or one of those.")
         check_churn(self.churn, self.churn_min, self.churn_max, self.churn_noise)
-        coefficient(self.sigma_t, self.sigma_scale)
+        diffusion_coefficient(self.sigma_t, self.sigma_scale)
         time_grid(self.grid, self.steps, shift=self.grid_shift, rho=self.grid_rho)
         super().__post_init__()
 
@@ -77,18 +77,18 @@ class Sampler(GuidanceOptions):
             everything["corrections"] = 1  # what 0 stands for, and what was written before 0 could be
         return everything
 
-    def times(self, source: Source, off_noise: bool = False) -> Tensor:
-        """Return the grid, (steps + 1,): the caller's, or from 0, or NEAR_NOISE where the field is singular at 0, to 1.
+    def times(self, model: FlowModel, off_noise: bool = False) -> Tensor:
+        """Return the grid, (steps + 1,): the caller's, or from 0, or FIRST_TIME where the field is singular at 0, to 1.
 
-        An adaptive solver chooses inside; Langevin dynamics end at LAST_LEVEL. A field that is
-        singular at the last time is not evaluated there: see `flow.landed`.
-        `off_noise` begins at NEAR_NOISE in any case.
+        An adaptive solver chooses inside; Langevin dynamics end at LANGEVIN_LAST_TIME. A field that is
+        singular at the last time is not evaluated there: see `flow.solve_then_denoise`.
+        `off_noise` begins at FIRST_TIME in any case.
         """
         if self.given_times:
             return torch.tensor(self.given_times, dtype=torch.float64)
-        off_noise = off_noise or source.classifier is not None  # as of every inverse problem
-        begin = NEAR_NOISE if off_noise or singular(source.path, source.predict, 0.0) else 0.0
+        off_noise = off_noise or model.classifier is not None  # as of every inverse problem
+        begin = FIRST_TIME if off_noise or is_singular(model.path, model.predict, 0.0) else 0.0
         if self.solver == "dormand_prince":
             return torch.tensor([begin, 1.0], dtype=torch.float64)
-        end = LAST_LEVEL if self.solver in ("langevin", "annealed_langevin") else 1.0
-        return time_grid(self.grid, self.steps, path=source.path, shift=self.grid_shift, rho=self.grid_rho, start=begin, end=end)
+        end = LANGEVIN_LAST_TIME if self.solver in ("langevin", "annealed_langevin") else 1.0
+        return time_grid(self.grid, self.steps, path=model.path, shift=self.grid_shift, rho=self.grid_rho, start=begin, end=end)

@@ -12,7 +12,7 @@ from typing import Any
 from condot.core.atomic_files import open_regular, write_whole
 
 Line = dict[str, Any]
-HELD = 10_000
+MAX_PENDING = 10_000
 """Lines that wait in memory for a disk; older ones are given up."""
 
 
@@ -28,7 +28,7 @@ def read_lines(path: Path, keep: Callable[[Line], Any] = lambda line: True) -> l
     return kept
 
 
-class Lines:
+class JsonlWriter:
     """The writer's end of such a file; of one process.
 
     Args:
@@ -37,31 +37,31 @@ class Lines:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.held: deque[str] = deque(maxlen=HELD)
+        self.pending: deque[str] = deque(maxlen=MAX_PENDING)
         """Lines that the disk did not take yet."""
-        self.given_up = 0
+        self.dropped = 0
         self._failing = False
 
-    def keep(self, rule: Callable[[Line], Any]) -> str:
+    def filter(self, rule: Callable[[Line], Any]) -> str:
         """Drop the lines that `rule` does not keep, of those that wait too; those at the end without any room on the disk.
 
         Returns:
             What is to be said: "" unless the file cannot be written, and keeps them.
         """
-        waiting = [text for text in self.held if rule(json.loads(text))]
-        self.held.clear()
-        self.held.extend(waiting)
+        remaining = [text for text in self.pending if rule(json.loads(text))]
+        self.pending.clear()
+        self.pending.extend(remaining)
         try:
-            self._keep(rule)
+            self._filter(rule)
         except OSError as error:
             return f"{self.path} cannot be written ({error.strerror}): it keeps lines of steps that are done again."
         return ""
 
-    def _keep(self, rule: Callable[[Line], Any]) -> None:
+    def _filter(self, rule: Callable[[Line], Any]) -> None:
         if not self.path.exists():
             return
         with open(self.path, "r+b", opener=open_regular) as file:  # what a link leads to is neither read nor cut
-            wanted = "".join(_spelt(line) for line in read_lines(self.path, rule)).encode()
+            wanted = "".join(_to_json(line) for line in read_lines(self.path, rule)).encode()
             if file.read().startswith(wanted):
                 file.truncate(len(wanted))
             else:
@@ -77,21 +77,21 @@ class Lines:
             What is to be said: "" while all is well, and while nothing is new.
         """
         for line in lines:
-            self.given_up += len(self.held) == HELD
-            self.held.append(_spelt(line))
-        if not self.held:
+            self.dropped += len(self.pending) == MAX_PENDING
+            self.pending.append(_to_json(line))
+        if not self.pending:
             return ""
         try:
-            self._write("".join(self.held).encode())
+            self._write("".join(self.pending).encode())
         except OSError as error:
-            news = "" if self._failing else f"{self.path.name} cannot be written ({error.strerror}); its lines wait in memory."
+            message = "" if self._failing else f"{self.path.name} cannot be written ({error.strerror}); its lines wait in memory."
             self._failing = True
-            return news
-        lost = f", {self.given_up} are lost" if self.given_up else ""
-        news = f"{self.path.name} can be written again; {len(self.held)} lines caught up{lost}." if self._failing else ""
-        self.held.clear()
+            return message
+        lost = f", {self.dropped} are lost" if self.dropped else ""
+        message = f"{self.path.name} can be written again; {len(self.pending)} lines caught up{lost}." if self._failing else ""
+        self.pending.clear()
         self._failing = False
-        return news
+        return message
 
     def _write(self, text: bytes) -> None:
         """All of it, or nothing: of a line that a disk took in part the rest would follow another."""
@@ -105,12 +105,12 @@ class Lines:
                 raise
 
 
-def _spelt(line: Line) -> str:
+def _to_json(line: Line) -> str:
     try:
         return json.dumps(line, allow_nan=False) + "\n"
     except ValueError:
-        return json.dumps({name: _finite(value) for name, value in line.items()}) + "\n"
+        return json.dumps({name: _null_if_not_finite(value) for name, value in line.items()}) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def _null_if_not_finite(value: Any) -> Any:
     return None if isinstance(value, float) and not abs(value) < float("inf") else value

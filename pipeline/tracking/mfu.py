@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 T = TypeVar("T")
 
-SHEETS: dict[str, tuple[float, float | None, float | None, float]] = {
+DATASHEET_TFLOPS: dict[str, tuple[float, float | None, float | None, float]] = {
     r"B200": (2250, 4500, 1125, 75),
     r"(H100|H800) \d+GB HBM\de?|H200|GH200 .*": (989.4, 1978.9, 494.7, 66.9),
     r"H100 NVL|H200 NVL": (835.5, 1671, 417.5, 60),
@@ -56,43 +56,43 @@ GeForce cards with float32 sums, as torch computes; MI250X of one of its two
 dies, which is one device to torch. V100 and T4 have no bf16 products.
 """
 
-COLUMNS = {"bf16": 0, "fp16": 0, "fp8": 1, "tf32": 2, "float32": 3}
-TRIES = 4
-SECONDS = {"cpu": 0.3, "cuda": 1.0}
+DATASHEET_COLUMNS = {"bf16": 0, "fp16": 0, "fp8": 1, "tf32": 2, "float32": 3}
+MIN_TRIALS = 4
+BENCHMARK_SECONDS = {"cpu": 0.3, "cuda": 1.0}
 """That measuring a peak may take."""
 
 
-def listed(name: str, kind: str) -> float | None:
+def datasheet_flops(name: str, kind: str) -> float | None:
     """FLOP/s of a device by its data sheet, or None.
 
     Args:
         name: as torch.cuda.get_device_name has it; a part of a device (MIG) is not listed.
-        kind: of the products: a key of COLUMNS.
+        kind: of the products: a key of DATASHEET_COLUMNS.
     """
     short = re.sub(r"^(NVIDIA|Tesla|AMD Instinct) ", "", re.sub(r"^NVIDIA Tesla ", "", name))
-    found = next((sheet for pattern, sheet in SHEETS.items() if re.fullmatch(pattern, short) and "MIG" not in short), None)
+    found = next((sheet for pattern, sheet in DATASHEET_TFLOPS.items() if re.fullmatch(pattern, short) and "MIG" not in short), None)
     if found is None or (kind == "bf16" and re.match("V100|T4", short)):
         return None
-    rate = found[COLUMNS[kind]]
+    rate = found[DATASHEET_COLUMNS[kind]]
     return None if rate is None else rate * 1e12
 
 
-def kind_of(precision: str, device: torch.device) -> str:
-    """Of which kind a run's products are: a key of COLUMNS; `precision` is Accelerate's."""
+def matmul_precision(precision: str, device: torch.device) -> str:
+    """Of which kind a run's products are: a key of DATASHEET_COLUMNS; `precision` is Accelerate's."""
     if precision != "no":
         return precision
     fast = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if fast else "float32"
 
 
-def measured(device: torch.device, kind: str, seconds: float = 1.0, clock: Callable[[], float] = time.perf_counter) -> float | None:
+def benchmark_flops(device: torch.device, kind: str, seconds: float = 1.0, clock: Callable[[], float] = time.perf_counter) -> float | None:
     """FLOP/s that plain products of square matrices reach, of the size that reaches most; None for fp8.
 
     Torch's generators are not used.
 
     Args:
         device: to measure, with as many threads as training will have.
-        kind: a key of COLUMNS.
+        kind: a key of DATASHEET_COLUMNS.
         seconds: after which no larger matrices are tried.
         clock: seconds.
     """
@@ -102,89 +102,89 @@ def measured(device: torch.device, kind: str, seconds: float = 1.0, clock: Calla
     best, began, size = 0.0, clock(), 256
     while size <= 8192:
         x = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
-        spent = _least(partial(torch.matmul, x, x), device, seconds / 8, clock)
-        best = max(best, 2 * size**3 / max(spent, 1e-9))
-        if clock() - began + TRIES * 8 * spent > seconds:
+        elapsed = _fastest_seconds(partial(torch.matmul, x, x), device, seconds / 8, clock)
+        best = max(best, 2 * size**3 / max(elapsed, 1e-9))
+        if clock() - began + MIN_TRIALS * 8 * elapsed > seconds:
             break
         size *= 2
     return best
 
 
-def _least(act: Callable[[], Any], device: torch.device, seconds: float, clock: Callable[[], float]) -> float:
-    """Seconds of the quickest of TRIES and more: small products fit between the turns that others take on a shared processor."""
+def _fastest_seconds(function: Callable[[], Any], device: torch.device, seconds: float, clock: Callable[[], float]) -> float:
+    """Seconds of the quickest of MIN_TRIALS and more: small products fit between the turns that others take on a shared processor."""
     found: list[float] = []
     until = clock() + seconds
-    while len(found) < TRIES or clock() < until:
+    while len(found) < MIN_TRIALS or clock() < until:
         began = clock()
-        act()
+        function()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(clock() - began)
     return min(found)
 
 
-def peak(asked: float, precision: str, device: torch.device) -> tuple[float | None, str]:
+def peak_flops(configured: float, precision: str, device: torch.device) -> tuple[float | None, str]:
     """FLOP/s of one device, and whose word that is.
 
     Args:
-        asked: `log.peak_tflops`, which is taken where it is not 0.
+        configured: `log.peak_tflops`, which is taken where it is not 0.
         precision: of the run, as Accelerate has it.
         device: of this process; one that is not listed is measured, with others computing at the same time if they do the same.
     """
-    if asked:
-        return asked * 1e12, "log.peak_tflops"
-    kind = kind_of(precision, device)
+    if configured:
+        return configured * 1e12, "log.peak_tflops"
+    kind = matmul_precision(precision, device)
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        rate = listed(name, kind)
+        rate = datasheet_flops(name, kind)
         if rate:
             return rate, f"{name}, {kind}, by its data sheet"
-    return measured(device, kind, SECONDS.get(device.type, 1.0)), f"plain {kind} products, measured here"
+    return benchmark_flops(device, kind, BENCHMARK_SECONDS.get(device.type, 1.0)), f"plain {kind} products, measured here"
 
 
 @torch.no_grad()
-def flops(act: Callable[[], T]) -> tuple[T, int]:
+def count_flops(function: Callable[[], T]) -> tuple[T, int]:
     """What a function returns, and the FLOPs of the products, convolutions and attentions in it."""
-    custom: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}  # not in torch's own table
+    custom: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}  # not in torch's own table
     with FlopCounterMode(display=False, custom_mapping=custom) as counter:
-        result = act()
+        result = function()
     return result, counter.get_total_flops()
 
 
-def _attention(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
+def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
     """Arguments are shapes."""
     return int(sdpa_flop(query, key, value))
 
 
 @dataclass
-class Utilisation:
+class MfuEstimator:
     """Of a run: FLOPs of an image, and the FLOP/s that one device could do; None is not known, and never guessed."""
 
     network: nn.Module | None = None
     """A copy on meta, of which one forward pass is counted; None: the objective is not one forward and one backward pass."""
-    trained: float = 1.0
+    trained_share: float = 1.0
     """Share of its weights that are trained: a product with the others has no gradient of weights to compute."""
-    peak: float | None = None
+    peak_flops: float | None = None
     """FLOP/s of one device."""
-    model: float | None = None
+    flops_per_image: float | None = None
     """FLOPs of training on one image."""
-    encoders: float | None = None
+    encoder_flops_per_image: float | None = None
     """FLOPs of encoding one image and its caption."""
     counted: bool = False
 
     @classmethod
-    def of(cls, accelerator: Accelerator, network: nn.Module, plain: nn.Module | None, asked: float) -> Utilisation:
+    def for_run(cls, accelerator: Accelerator, network: nn.Module, plain: nn.Module | None, configured: float) -> MfuEstimator:
         """What a run's utilisation is reckoned from; all ranks together, since those that measure share processors.
 
         Args:
             accelerator: of the run.
             network: that is trained.
             plain: a copy on meta; None as in `network` above.
-            asked: `log.peak_tflops`.
+            configured: `log.peak_tflops`.
         """
         accelerator.wait_for_everyone()
         try:
-            rate, source = peak(asked, accelerator.mixed_precision, accelerator.device)
+            rate, source = peak_flops(configured, accelerator.mixed_precision, accelerator.device)
         except Exception as error:  # as in `count`; other ranks compute here at the same time
             rate, source = None, ""
             accelerator.print(f"a device's peak is not known: {type(error).__name__}: {' '.join(str(error).split())[:200]}")
@@ -193,11 +193,11 @@ class Utilisation:
         sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
         return cls(plain, sum(n for n, wanted in sizes if wanted) / sum(n for n, _ in sizes), rate)
 
-    def count(self, see: Callable[[], tuple[Any, ...]]) -> str:
+    def count(self, encode_batch: Callable[[], tuple[Any, ...]]) -> str:
         """Count, once, what one micro-batch computes.
 
         Args:
-            see: encodes it: data, (B, *S), and what else the network takes beside x and t. It is called once, and its result given up.
+            encode_batch: encodes it: data, (B, *S), and what else the network takes besides x and t; called once, its result is dropped.
 
         Returns:
             "", or why nothing could be counted.
@@ -206,20 +206,22 @@ class Utilisation:
             return ""
         self.counted = True
         try:
-            seen, encoders = flops(see)
-            data, *told = tree_map(lambda part: part.to("meta") if isinstance(part, Tensor) else part, tuple(seen))
-            self.encoders = encoders / len(data)
+            seen, encoders = count_flops(encode_batch)
+            data, *conditions = tree_map(lambda part: part.to("meta") if isinstance(part, Tensor) else part, tuple(seen))
+            self.encoder_flops_per_image = encoders / len(data)
             if self.network is not None:
-                forward = flops(lambda: self.network(data, data.new_empty(len(data)), *told))[1]  # type: ignore[misc]
-                self.model = forward * (2 + self.trained) / len(data)
+                forward = count_flops(lambda: self.network(data, data.new_empty(len(data)), *conditions))[1]  # type: ignore[misc]
+                self.flops_per_image = forward * (2 + self.trained_share) / len(data)
         except Exception as error:  # a figure that cannot be had stops no training
             return f"model FLOP utilisation is not known: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
         finally:
             self.network = None
         return ""
 
-    def shares(self, rate: float) -> dict[str, float | None]:
+    def mfu_values(self, rate: float) -> dict[str, float | None]:
         """`mfu` and `mfu_with_encoders` of one device at `rate` images per second."""
-        model = self.model * rate / self.peak if self.model is not None and self.peak else None
-        more = self.encoders * rate / self.peak if self.encoders is not None and self.peak else None
+        model = self.flops_per_image * rate / self.peak_flops if self.flops_per_image is not None and self.peak_flops else None
+        more = (
+            self.encoder_flops_per_image * rate / self.peak_flops if self.encoder_flops_per_image is not None and self.peak_flops else None
+        )
         return {"mfu": model, "mfu_with_encoders": None if model is None or more is None else model + more}

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from condot.core.printable import one_line, printable, redact, say
 from condot.core.process import DataError
 
-from .jsonl import Line, Lines, read_lines
-from .mfu import Utilisation
-from .trackers import finish
+from .jsonl import JsonlWriter, Line, read_lines
+from .mfu import MfuEstimator
+from .trackers import finish_trackers
 
 
 class Meter:
@@ -31,18 +31,18 @@ class Meter:
 
     Args:
         accelerator: of the run.
-        use: what an image computes and what a device could; without it the utilisation is not known.
+        mfu: what an image computes and what a device could; without it the utilisation is not known.
     """
 
-    def __init__(self, accelerator: Accelerator, use: Utilisation | None = None) -> None:
-        self.accelerator, self.use = accelerator, use or Utilisation()
+    def __init__(self, accelerator: Accelerator, mfu: MfuEstimator | None = None) -> None:
+        self.accelerator, self.mfu = accelerator, mfu or MfuEstimator()
         self.reset()
 
     def reset(self) -> None:
         """Start the next interval."""
         self.loss, self.norm, self.good = torch.zeros((3,), device=self.accelerator.device).unbind()
-        self.timed, self.waited = 0, 0.0
-        self.since = time.perf_counter()
+        self.steps, self.data_wait_seconds = 0, 0.0
+        self.started_at = time.perf_counter()
 
     def add_step(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
         """Count an optimiser step.
@@ -56,16 +56,16 @@ class Meter:
         self.loss += torch.where(good, loss, 0)
         self.norm += torch.where(good, norm, 0)
         self.good += good
-        self.timed += 1
+        self.steps += 1
 
     @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
+    def data_wait(self) -> Iterator[None]:
         """Around what waits for data."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            self.waited += time.perf_counter() - began
+            self.data_wait_seconds += time.perf_counter() - began
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -74,14 +74,14 @@ class Meter:
         try:
             yield
         finally:
-            self.since += time.perf_counter() - began
+            self.started_at += time.perf_counter() - began
 
-    def count(self, see: Callable[[], tuple[Any, ...]]) -> str:
-        """On the main process, once, what one micro-batch computes: see Utilisation.count."""
-        if self.use.counted or not self.accelerator.is_main_process:
+    def count(self, encode_batch: Callable[[], tuple[Any, ...]]) -> str:
+        """On the main process, once, what one micro-batch computes: see MfuEstimator.count."""
+        if self.mfu.counted or not self.accelerator.is_main_process:
             return ""
         with self.paused():
-            return self.use.count(see)
+            return self.mfu.count(encode_batch)
 
     def state(self) -> dict[str, float]:
         """The sums so far, means over ranks, for a checkpoint in the middle of an interval; all ranks together."""
@@ -105,33 +105,33 @@ class Meter:
             loss, grad_norm: means over its steps and all ranks; None of no step.
             images_per_second: of all ranks; images_per_second_per_device.
             mfu, mfu_with_encoders: shares of a device's peak, on the main process; None where not known.
-            data_wait, data_wait_worst: share of the time that `waiting` took, mean and of the rank that waited longest.
+            data_wait, data_wait_worst: share of the time that `data_wait` took, mean and of the rank that waited longest.
             memory_gb: the most that a rank held since it began, in 1e9 bytes: of its device, or of the process on a CPU.
             bad_samples: of the interval, on all ranks.
         """
         device = self.accelerator.device
-        own = torch.stack([self.loss, self.norm]) / self.good.clamp(min=1)
-        rest = torch.tensor([self.waited, memory_gb(device), bad], device=device)
-        found = self.accelerator.gather(torch.cat([own, self.good[None], rest])[None])
+        means_of_rank = torch.stack([self.loss, self.norm]) / self.good.clamp(min=1)
+        other_figures = torch.tensor([self.data_wait_seconds, memory_gb(device), bad], device=device)
+        found = self.accelerator.gather(torch.cat([means_of_rank, self.good[None], other_figures])[None])
         means, most = torch.stack([found.mean(dim=0), found.amax(dim=0)]).tolist()
-        seconds = max(time.perf_counter() - self.since, 1e-9)
-        rate, ranks = self.timed * batch_size / seconds, len(found)
+        seconds = max(time.perf_counter() - self.started_at, 1e-9)
+        rate, ranks = self.steps * batch_size / seconds, len(found)
         values: dict[str, float | None] = {
             "loss": means[0] if most[2] else None,
             "grad_norm": means[1] if most[2] else None,
-            "images_per_second": _few(rate),
-            "images_per_second_per_device": _few(rate / ranks),
-            **{name: _few(share) for name, share in self.use.shares(rate / ranks).items()},
-            "data_wait": _few(min(means[3] / seconds, 1.0)),
-            "data_wait_worst": _few(min(most[3] / seconds, 1.0)),
-            "memory_gb": _few(most[4]),
+            "images_per_second": _significant(rate),
+            "images_per_second_per_device": _significant(rate / ranks),
+            **{name: _significant(share) for name, share in self.mfu.mfu_values(rate / ranks).items()},
+            "data_wait": _significant(min(means[3] / seconds, 1.0)),
+            "data_wait_worst": _significant(min(most[3] / seconds, 1.0)),
+            "memory_gb": _significant(most[4]),
             "bad_samples": round(means[5] * ranks),
         }
         self.reset()
         return values
 
 
-def _few(value: float | None) -> float | None:
+def _significant(value: float | None) -> float | None:
     """With the digits that a measurement has."""
     return None if value is None else float(f"{value:.5g}")
 
@@ -147,27 +147,27 @@ def memory_gb(device: torch.device) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-Method = TypeVar("Method", bound=Callable[..., Any])
+LogMethod = TypeVar("LogMethod", bound=Callable[..., Any])
 
 
-def harmless(method: Method) -> Method:
-    """Make a method of a Log raise nothing: what it shows is no part of the run. Each kind of error is said once."""
+def never_raises(log_method: LogMethod) -> LogMethod:
+    """Make a method of a RunLog raise nothing: what it shows is no part of the run. Each kind of error is said once."""
 
-    @functools.wraps(method)
-    def tried(log: Log, *given: Any, **named: Any) -> Any:
+    @functools.wraps(log_method)
+    def guarded(log: RunLog, *given: Any, **named: Any) -> Any:
         try:
-            return method(log, *given, **named)
+            return log_method(log, *given, **named)
         except Exception as error:
-            kind = f"{method.__name__}: {type(error).__name__}"
-            if kind not in log.faults:
-                log.faults.add(kind)
-                say(f"the log failed to {method.__name__} ({type(error).__name__}: {one_line(error)}); the run goes on.", error=True)
+            kind = f"{log_method.__name__}: {type(error).__name__}"
+            if kind not in log.reported_errors:
+                log.reported_errors.add(kind)
+                say(f"the log failed to {log_method.__name__} ({type(error).__name__}: {one_line(error)}); the run goes on.", error=True)
             return None
 
-    return tried  # type: ignore[return-value]
+    return guarded  # type: ignore[return-value]
 
 
-class Log:
+class RunLog:
     """metrics.jsonl, the progress bar and the trackers of one run, on the main process; silent on the others.
 
     Nothing of it raises: a run is not ended by what it tells.
@@ -181,36 +181,36 @@ class Log:
     """
 
     def __init__(self, folder: Path, *, main: bool, start: int, stop: int, accelerator: Accelerator) -> None:
-        self.lines, self.main, self.accelerator = Lines(folder / "metrics.jsonl"), main, accelerator
-        self.faults: set[str] = set()
+        self.lines, self.main, self.accelerator = JsonlWriter(folder / "metrics.jsonl"), main, accelerator
+        self.reported_errors: set[str] = set()
         """Kinds of errors that were said."""
-        seen = sys.stderr.isatty()  # a file, as batch systems keep, would grow by megabytes a day
-        often: dict[str, Any] = {"mininterval": 0.5 if seen else 30.0, "maxinterval": 10.0 if seen else 60.0}
-        self.bar = tqdm(total=stop, initial=start, disable=not main, unit="step", smoothing=0.02, dynamic_ncols=True, **often)
+        is_terminal = sys.stderr.isatty()  # a file, as batch systems keep, would grow by megabytes a day
+        refresh: dict[str, Any] = {"mininterval": 0.5 if is_terminal else 30.0, "maxinterval": 10.0 if is_terminal else 60.0}
+        self.bar = tqdm(total=stop, initial=start, disable=not main, unit="step", smoothing=0.02, dynamic_ncols=True, **refresh)
         if main:
-            self.say(self.lines.keep(lambda line: line["step"] <= start))
+            self.say(self.lines.filter(lambda line: line["step"] <= start))
 
-    @harmless
+    @never_raises
     def advance(self) -> None:
         """One optimiser step is done."""
         self.bar.update()
 
-    def back(self, step: int) -> list[Line]:
+    def rewind(self, step: int) -> list[Line]:
         """Go back to a step: the lines after it are dropped, here and by trackers that can, since they come again; they are returned."""
-        return (self._back(step) if self.main else None) or []
+        return (self._rewind(step) if self.main else None) or []
 
-    @harmless
-    def _back(self, step: int) -> list[Line]:
-        gone = read_lines(self.lines.path, lambda line: line["step"] > step)
-        self.say(self.lines.keep(lambda line: line["step"] <= step))
+    @never_raises
+    def _rewind(self, step: int) -> list[Line]:
+        dropped = read_lines(self.lines.path, lambda line: line["step"] > step)
+        self.say(self.lines.filter(lambda line: line["step"] <= step))
         self.bar.n = step
         self.bar.refresh()
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "rewind"):
                 tracker.rewind(step)
-        return gone
+        return dropped
 
-    @harmless
+    @never_raises
     def write(self, step: int, images: int, values: dict[str, Any]) -> None:
         """Append a line: step, images seen, and the values, null where there is none; the bar shows the loss and the rate."""
         if not self.main:
@@ -221,25 +221,25 @@ class Log:
         self.bar.set_postfix_str(", ".join(text.format(known[name]) for name, text in shown.items() if name in known), refresh=False)
         self.accelerator.log({"images": images, **known}, step=step)
         for tracker in self.accelerator.trackers:
-            for text in tracker.news() if hasattr(tracker, "news") else ():
+            for text in tracker.take_messages() if hasattr(tracker, "take_messages") else ():
                 self.say(text)
 
-    @harmless
+    @never_raises
     def say(self, text: str) -> None:
         """Print a line above the bar, if there is one to print."""
         if self.main and text:
             self.bar.write(printable(redact(text), lines=True))
 
-    @harmless
+    @never_raises
     def close(self) -> None:
         """Finish the bar and the trackers, which get some seconds for what they did not send yet."""
         self.bar.close()
         if not self.main:
             return
         self.say(self.lines.append([]))
-        if self.lines.held:
-            self.say(f"{len(self.lines.held)} lines of {self.lines.path} could not be written, and are lost.")
-        for text in finish(self.accelerator.trackers):
+        if self.lines.pending:
+            self.say(f"{len(self.lines.pending)} lines of {self.lines.path} could not be written, and are lost.")
+        for text in finish_trackers(self.accelerator.trackers):
             self.say(text)
 
 
@@ -255,9 +255,9 @@ class BadSamples:
 
     def __init__(self, folder: Path, *, share: float, main: bool, start: int) -> None:
         self.path, self.share, self.main = folder / "bad_samples.jsonl", share, main
-        self.file = Lines(self.path)
+        self.file = JsonlWriter(self.path)
         self.lines = read_lines(self.path, lambda line: line["position"] < start)
-        if main and (said := self.file.keep(lambda line: line["position"] < start)):
+        if main and (said := self.file.filter(lambda line: line["position"] < start)):
             say(said, error=True)
 
     def report(self, found: Iterable[Any], images: int, *, any_rank: bool = True) -> int:

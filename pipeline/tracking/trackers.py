@@ -20,17 +20,17 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 from condot.core.atomic_files import write_whole
 from condot.core.printable import one_line, redact
 
-WAITING = 1000
+MAX_QUEUED = 1000
 """Calls that may wait for a tracker; further ones are left out and counted."""
-SLOW = 60.0
+SLOW_CALL_SECONDS = 60.0
 """Seconds after which a call that has not returned is spoken of."""
-LINGER = 10.0
+FINISH_TIMEOUT = 10.0
 """Seconds that the end of a run gives all trackers together for what waits."""
-STUCK: list[str] = []
-"""Trackers that did not end in time; see `leave`."""
+STUCK_TRACKERS: list[str] = []
+"""Trackers that did not end in time; see `exit_process`."""
 
 
-def check(names: Iterable[str]) -> None:
+def check_installed(names: Iterable[str]) -> None:
     """Refuse trackers that are not installed.
 
     Args:
@@ -47,7 +47,7 @@ def check(names: Iterable[str]) -> None:
             raise ValueError(f"log.report_to={name}: the package is not installed. Run `pip install {name}`, or leave it out.") from None
 
 
-class TensorBoard(TensorBoardTracker):  # type: ignore[misc]
+class RewindableTensorBoard(TensorBoardTracker):  # type: ignore[misc]
     """Accelerate's, and the way back."""
 
     def rewind(self, step: int) -> None:
@@ -57,7 +57,7 @@ class TensorBoard(TensorBoardTracker):  # type: ignore[misc]
         self.start()
 
 
-class Wandb(WandBTracker):  # type: ignore[misc]
+class StepWandb(WandBTracker):  # type: ignore[misc]
     """Accelerate's, with the optimiser step as the axis: wandb's own counter refuses the steps that a resumed run does again."""
 
     def start(self) -> None:
@@ -70,7 +70,7 @@ class Wandb(WandBTracker):  # type: ignore[misc]
         super().log({**values, "step": step}, **more)
 
 
-class Tracker(GeneralTracker):  # type: ignore[misc]
+class BackgroundTracker(GeneralTracker):  # type: ignore[misc]
     """A tracker that is never waited for: every call is put down, and made by a thread.
 
     Args:
@@ -87,12 +87,12 @@ class Tracker(GeneralTracker):  # type: ignore[misc]
         self._inner: Any = None
         self._calls: deque[tuple[str, Callable[[], Any]]] = deque()
         self._lock = threading.Condition()
-        self._thread = threading.Thread(target=self._serve, name=f"tracker {name}", daemon=True)
-        self._news: list[str] = []
-        self._said: set[str] = set()
+        self._thread = threading.Thread(target=self._run, name=f"tracker {name}", daemon=True)
+        self._messages: list[str] = []
+        self._reported: set[str] = set()
         self._busy: tuple[str, float] | None = None
         self._ending = False
-        self.given = self.lost = 0
+        self.submitted = self.lost = 0
         """Lines of metrics: all, and those that it did not take."""
 
     @property
@@ -102,112 +102,116 @@ class Tracker(GeneralTracker):  # type: ignore[misc]
 
     def start(self) -> None:
         """Begin; nothing is waited for."""
-        self._put("start", self._begin)
+        self._enqueue("start", self._start_inner)
         self._thread.start()
 
     def store_init_configuration(self, values: dict[str, Any]) -> None:
         """Give the settings of the run."""
-        self._put("settings", lambda: self._inner.store_init_configuration(values))
+        self._enqueue("settings", lambda: self._inner.store_init_configuration(values))
 
     def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
         """Give a line of metrics, or count it as lost."""
-        self.given += 1
-        self._put("line", lambda: self._inner.log(values, step=step, **more))
+        self.submitted += 1
+        self._enqueue("line", lambda: self._inner.log(values, step=step, **more))
         busy = self._busy
-        if busy and time.monotonic() - busy[1] > SLOW:
-            self._say("slow", f"has not answered for {SLOW:.0f} s")
+        if busy and time.monotonic() - busy[1] > SLOW_CALL_SECONDS:
+            self._report_once("slow", f"has not answered for {SLOW_CALL_SECONDS:.0f} s")
 
     def rewind(self, step: int) -> None:
         """Steps after this one are done again; a tracker that cannot forget them shows them twice."""
-        self._put("way back", lambda: getattr(self._inner, "rewind", lambda step: None)(step))
+        self._enqueue("way back", lambda: getattr(self._inner, "rewind", lambda step: None)(step))
 
-    def ask_to_end(self) -> None:
+    def request_stop(self) -> None:
         """No further calls come."""
         with self._lock:
             self._ending = True
             self._lock.notify()
 
-    def finish(self, patience: float = LINGER) -> None:
+    def finish(self, timeout: float = FINISH_TIMEOUT) -> None:
         """Wait for what was given, so many seconds at most, and end."""
-        self.ask_to_end()
-        if not self._thread.is_alive() or self.name in STUCK:
+        self.request_stop()
+        if not self._thread.is_alive() or self.name in STUCK_TRACKERS:
             return
-        self._thread.join(max(patience, 0.0))
+        self._thread.join(max(timeout, 0.0))
         if not self._thread.is_alive():
             return
-        STUCK.append(self.name)
+        STUCK_TRACKERS.append(self.name)
         with self._lock:
             undone = [*self._calls, self._busy or ("", 0.0)]
             self.lost += sum(kind == "line" for kind, _ in undone)
             self._calls.clear()
-        self._say("end", f"did not end within {LINGER:.0f} s, and is left")
+        self._report_once("end", f"did not end within {FINISH_TIMEOUT:.0f} s, and is left")
 
-    def news(self) -> list[str]:
+    def take_messages(self) -> list[str]:
         """What is to be said since the last call."""
         with self._lock:
-            found, self._news = self._news, []
+            found, self._messages = self._messages, []
         return found
 
-    def account(self) -> str:
+    def loss_summary(self) -> str:
         """At the end: what it missed, or ""."""
-        return f"log.report_to={self.name} missed {self.lost} of {self.given} lines; metrics.jsonl has them." if self.lost else ""
+        return f"log.report_to={self.name} missed {self.lost} of {self.submitted} lines; metrics.jsonl has them." if self.lost else ""
 
-    def _say(self, what: str, text: str) -> None:
+    def _report_once(self, what: str, text: str) -> None:
         """Once."""
         with self._lock:
-            if what not in self._said:
-                self._said.add(what)
+            if what not in self._reported:
+                self._reported.add(what)
                 after = "" if what == "end" else ": training goes on, and metrics.jsonl has every line"
-                self._news.append(f"log.report_to={self.name} {text}{after}.")
+                self._messages.append(f"log.report_to={self.name} {text}{after}.")
 
-    def _put(self, kind: str, call: Callable[[], Any]) -> None:
+    def _enqueue(self, kind: str, call: Callable[[], Any]) -> None:
         with self._lock:
-            room = len(self._calls) < WAITING
-            if room:
+            has_room = len(self._calls) < MAX_QUEUED
+            if has_room:
                 self._calls.append((kind, call))
                 self._lock.notify()
             else:
                 self.lost += kind == "line"
-        if not room:
-            self._say("behind", f"is {WAITING} lines behind, and further ones are left out")
+        if not has_room:
+            self._report_once("behind", f"is {MAX_QUEUED} lines behind, and further ones are left out")
 
-    def _miss(self, kind: str) -> None:
+    def _count_lost(self, kind: str) -> None:
         with self._lock:
             self.lost += kind == "line"
 
-    def _begin(self) -> None:
+    def _start_inner(self) -> None:
         inner = self._make()
         inner.start()
         self._inner = inner
 
-    def _next(self) -> tuple[str, Callable[[], Any]]:
+    def _next_call(self) -> tuple[str, Callable[[], Any]]:
         with self._lock:
             while not self._calls and not self._ending:
                 self._lock.wait()
             return self._calls.popleft() if self._calls else ("end", lambda: self._inner.finish())
 
-    def _serve(self) -> None:
+    def _run(self) -> None:
         """The thread: one call after the other, in their order, then the end."""
         kind = ""
         while kind != "end":
-            kind, call = self._next()
+            kind, call = self._next_call()
             self._busy = (kind, time.monotonic())
             try:
                 if self._inner is not None or kind == "start":
                     call()
                 else:
-                    self._miss(kind)
+                    self._count_lost(kind)
             except (Exception, SystemExit) as error:  # whatever a package raises
-                self._miss(kind)
-                self._say("off" if kind == "start" else "raised", f"{'did not start' if kind == 'start' else 'failed'} ({_short(error)})")
+                self._count_lost(kind)
+                self._report_once(
+                    "off" if kind == "start" else "raised", f"{'did not start' if kind == 'start' else 'failed'} ({_short_error(error)})"
+                )
             self._busy = None
 
 
-def _short(error: BaseException) -> str:
+def _short_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error)[:200]}"
 
 
-def attach(accelerator: Accelerator, names: Sequence[str], project: str, folder: Path, settings: Mapping[str, Any], start: int) -> None:
+def attach_trackers(
+    accelerator: Accelerator, names: Sequence[str], project: str, folder: Path, settings: Mapping[str, Any], start: int
+) -> None:
     """Give an Accelerator its trackers: `accelerator.log` reaches them, on the main process.
 
     Args:
@@ -218,33 +222,33 @@ def attach(accelerator: Accelerator, names: Sequence[str], project: str, folder:
         settings: nested plain values.
         start: the step that the run goes on from; 0 is a new run to the trackers.
     """
-    said = flat(settings)
-    makers: dict[str, Callable[[], Any]] = {
-        "tensorboard": partial(TensorBoard, "tensorboard", folder, purge_step=start + 1),
-        "wandb": partial(_wandb, project, folder, start, said),
-        "trackio": partial(TrackioTracker, project, name=folder.name, config=said, resume="allow" if start else "never"),
+    flat_settings = flatten_settings(settings)
+    factories: dict[str, Callable[[], Any]] = {
+        "tensorboard": partial(RewindableTensorBoard, "tensorboard", folder, purge_step=start + 1),
+        "wandb": partial(_make_wandb, project, folder, start, flat_settings),
+        "trackio": partial(TrackioTracker, project, name=folder.name, config=flat_settings, resume="allow" if start else "never"),
     }
     if {"wandb", "trackio"} & set(names):  # they keep the command line, where a signed URL may stand
         sys.argv[1:] = map(redact, sys.argv[1:])
     wanted = [name for name in dict.fromkeys(names) if name != "none"] if accelerator.is_main_process else []
-    accelerator.log_with = [Tracker(name, makers[name]) for name in wanted]
+    accelerator.log_with = [BackgroundTracker(name, factories[name]) for name in wanted]
     accelerator.init_trackers(project)
     for tracker in accelerator.trackers:
         if tracker.name == "tensorboard" and start == 0:  # each time it makes files of its own
-            tracker.store_init_configuration(said)
+            tracker.store_init_configuration(flat_settings)
 
 
-def _wandb(project: str, folder: Path, start: int, said: dict[str, Any]) -> Wandb:
+def _make_wandb(project: str, folder: Path, start: int, flat_settings: dict[str, Any]) -> StepWandb:
     import wandb
 
     # without these every print goes through wandb, its end waits for the server, and its question for a key for an answer
-    asked = {"console": "off", "finish_timeout": 0.8 * LINGER, "login_timeout": 30.0}
-    settings = wandb.Settings(**{name: value for name, value in asked.items() if hasattr(wandb.Settings(), name)})
-    told = {"config": said, "allow_val_change": True, "settings": settings}
-    return Wandb(project, name=folder.name, id=_identity(folder, start), resume="allow", dir=str(folder), **told)
+    wanted_settings = {"console": "off", "finish_timeout": 0.8 * FINISH_TIMEOUT, "login_timeout": 30.0}
+    settings = wandb.Settings(**{name: value for name, value in wanted_settings.items() if hasattr(wandb.Settings(), name)})
+    options = {"config": flat_settings, "allow_val_change": True, "settings": settings}
+    return StepWandb(project, name=folder.name, id=_wandb_run_id(folder, start), resume="allow", dir=str(folder), **options)
 
 
-def _identity(folder: Path, start: int) -> str:
+def _wandb_run_id(folder: Path, start: int) -> str:
     """What wandb knows the run by, so that a resumed one goes on in the same place."""
     path = folder / "wandb.id"
     if start == 0 or not path.exists():
@@ -252,12 +256,12 @@ def _identity(folder: Path, start: int) -> str:
     return path.read_text()
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
+def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
     """Nested settings by dotted names; lists as their words, nothing as `none`, which all trackers hold."""
     found: dict[str, bool | int | float | str] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
+            found |= flatten_settings(value, f"{prefix}{name}.")
         elif isinstance(value, (list, tuple)):
             found[f"{prefix}{name}"] = " ".join(map(str, value))
         else:
@@ -265,20 +269,20 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int 
     return found
 
 
-def finish(trackers: Sequence[Any], patience: float = LINGER) -> list[str]:
-    """End all trackers within `patience` seconds together; what is to be said."""
-    ours = [tracker for tracker in trackers if isinstance(tracker, Tracker)]
-    until = time.monotonic() + patience
+def finish_trackers(trackers: Sequence[Any], timeout: float = FINISH_TIMEOUT) -> list[str]:
+    """End all trackers within `timeout` seconds together; what is to be said."""
+    ours = [tracker for tracker in trackers if isinstance(tracker, BackgroundTracker)]
+    deadline = time.monotonic() + timeout
     for tracker in ours:
-        tracker.ask_to_end()
+        tracker.request_stop()
     for tracker in ours:
-        tracker.finish(until - time.monotonic())
-    return [text for tracker in ours for text in (*tracker.news(), tracker.account()) if text]
+        tracker.finish(deadline - time.monotonic())
+    return [text for tracker in ours for text in (*tracker.take_messages(), tracker.loss_summary()) if text]
 
 
-def leave(status: int) -> NoReturn:
+def exit_process(status: int) -> NoReturn:
     """End the process; at once where a tracker is stuck, since its package may wait for its server once more."""
-    if STUCK:
+    if STUCK_TRACKERS:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

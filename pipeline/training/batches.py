@@ -15,31 +15,31 @@ from .conditioning import MicroBatch
 from .run import Run
 
 
-def read(run: Run) -> MicroBatch:
+def next_batch(run: Run) -> MicroBatch:
     """Return the next micro-batch.
 
     Raises:
         DataError: whatever kept it from being read.
     """
-    run.watch.beat(run.step, "reading data")
+    run.watchdog.heartbeat(run.step, "reading data")
     try:
-        with run.meter.waiting():
+        with run.meter.data_wait():
             return next(run.stream)
     except (Exception, SystemExit) as error:
-        raise DataError(why(error)) from error
+        raise DataError(describe_data_error(error)) from error
 
 
 def lacks_data(run: Run) -> bool:
     """Return whether this rank, of several, cannot have the data of the steps behind this one that it promises by now."""
     if run.accelerator.num_processes == 1:
         return False  # it can stop where it meets the error
-    run.watch.beat(run.step, "reading data")
-    wanted = min(promised(run), (run.config.train.max_steps - 1 - run.step) * run.config.train.gradient_accumulation_steps)
-    with run.meter.waiting():
+    run.watchdog.heartbeat(run.step, "reading data")
+    wanted = min(promised_batches(run), (run.config.train.max_steps - 1 - run.step) * run.config.train.gradient_accumulation_steps)
+    with run.meter.data_wait():
         return run.stream.ready(wanted) is not None
 
 
-def agree_on_data(run: Run) -> None:
+def require_data_on_all_ranks(run: Run) -> None:
     """See that every rank has the data of the steps that it does before it hears of the others again; all ranks together.
 
     A rank that met an error in the middle of a step would leave the others waiting for its gradients.
@@ -49,19 +49,19 @@ def agree_on_data(run: Run) -> None:
     """
     if run.accelerator.num_processes == 1:
         return
-    error = run.stream.ready(promised(run))
-    texts = gather_object([f"rank {run.accelerator.process_index}: {why(error)}" if error else ""])
+    error = run.stream.ready(promised_batches(run))
+    texts = gather_object([f"rank {run.accelerator.process_index}: {describe_data_error(error)}" if error else ""])
     if any(texts):
         raise DataError(next(filter(None, texts)))
 
 
-def promised(run: Run) -> int:
+def promised_batches(run: Run) -> int:
     """Micro-batches that a rank must have before it says that it can go on: on a GPU it is heard a step later."""
     steps = 2 if run.accelerator.device.type == "cuda" else 1
     return max(0, min(steps, run.config.train.max_steps - run.step)) * run.config.train.gradient_accumulation_steps
 
 
-def why(error: BaseException) -> str:
+def describe_data_error(error: BaseException) -> str:
     """Return what an error of the data says; of one that is no message to a user, where to look."""
     if isinstance(error, (ValueError, OSError)):
         return str(error)

@@ -17,15 +17,15 @@ import torch
 from condot.core.printable import one_line
 
 T = TypeVar("T")
-SHOWN = 300
+MAX_ERROR_CHARS = 300
 """Characters of an error that are told."""
 
 
-class SideFailure(Exception):
+class BestEffortError(Exception):
     """Why some work could not be done, in words that need no name of an exception before them."""
 
 
-class SideWork:
+class BestEffort:
     """Does such work, and keeps what was told of it.
 
     Args:
@@ -37,24 +37,24 @@ class SideWork:
         self.failures: Counter[str] = Counter()
         """How often each kind of work failed for each cause."""
 
-    def __call__(self, what: str, act: Callable[[], T], *, passed: tuple[type[Exception], ...] = ()) -> T | None:
-        """Return what `act` returns, or None where it failed.
+    def __call__(self, what: str, work: Callable[[], T], *, reraise: tuple[type[Exception], ...] = ()) -> T | None:
+        """Return what `work` returns, or None where it failed.
 
         Args:
             what: of which kind the work is, as messages call it.
-            act: the work.
-            passed: exceptions that are no failure, and are raised.
+            work: it is called without arguments.
+            reraise: exceptions that are no failure, and are raised.
         """
         try:
-            return act()
-        except passed:
+            return work()
+        except reraise:
             raise
         except Exception as error:
-            name = "" if isinstance(error, SideFailure) else f"{type(error).__name__}: "
-            said, memory = f"{name}{one_line(error)}"[:SHOWN], is_out_of_memory(error)
+            name = "" if isinstance(error, BestEffortError) else f"{type(error).__name__}: "
+            message, memory = f"{name}{one_line(error)}"[:MAX_ERROR_CHARS], is_out_of_memory(error)
         if memory:
             free_memory()  # here, where the exception no longer holds what was computed
-        self.fail(what, said)
+        self.fail(what, message)
         return None
 
     def fail(self, what: str, cause: str) -> None:

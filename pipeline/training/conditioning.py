@@ -1,4 +1,4 @@
-"""What a network is told beside the point and the time: class or caption, taken from some samples for guidance; and sizes.
+"""What a network is conditioned on beside the point and the time: class or caption, taken from some samples for guidance; and sizes.
 
 Which samples lose what is a function of (seed, step, place in the global
 batch), so that resuming and the number of ranks do not change it.
@@ -23,7 +23,7 @@ class MicroBatch(Protocol):
     @property
     def labels(self) -> Tensor: ...
     @property
-    def places(self) -> Tensor: ...
+    def batch_indices(self) -> Tensor: ...
     @property
     def sizes(self) -> Tensor: ...
     @property
@@ -32,56 +32,71 @@ class MicroBatch(Protocol):
     def text(self) -> Any: ...
 
 
-class Words(Protocol):
-    """Frozen text encoders: see data.words.Words."""
+class SupportsTextConditions(Protocol):
+    """Frozen text encoders: see data.words.TextConditioner."""
 
     @property
     def encoders(self) -> int: ...
 
-    def told(self, batch: Any, whole: Tensor, each: Tensor) -> Condition:
-        """The captions of a micro-batch, without those of `whole`, (B,), and without single encoders' of `each`, (B, encoders)."""
+    def build_condition(self, batch: Any, drop_all: Tensor, drop_encoders: Tensor) -> Condition:
+        """The captions of a micro-batch, without those of `drop_all`, (B,), and single encoders' of `drop_encoders`, (B, encoders)."""
         ...
 
 
-class Teller:
+class ConditionBuilder:
     """From a micro-batch to what the network takes beside x and t.
 
     Args:
         config: of the run.
-        null: the class that stands for none.
+        null_class: the class that stands for none.
         device: to put it on.
-        words: the text encoders of a network that takes text.
-        sizes: whether it is told the size and crop of the originals.
-        unit: pixels a side of one value of a batch's images.
+        text_conditioner: the text encoders of a network that takes text.
+        sizes: whether it takes the size and crop of the originals.
+        pixels_per_value: pixels a side of one value of a batch's images.
     """
 
-    def __init__(self, config: Config, null: int, device: torch.device, words: Words | None, sizes: bool, unit: int) -> None:
-        self.config, self.null, self.device, self.words, self.sizes, self.unit = config, null, device, words, sizes, unit
+    def __init__(
+        self,
+        config: Config,
+        null_class: int,
+        device: torch.device,
+        text_conditioner: SupportsTextConditions | None,
+        sizes: bool,
+        pixels_per_value: int,
+    ) -> None:
+        self.config, self.null_class, self.device, self.text_conditioner, self.sizes, self.pixels_per_value = (
+            config,
+            null_class,
+            device,
+            text_conditioner,
+            sizes,
+            pixels_per_value,
+        )
 
     def __call__(self, batch: MicroBatch, step: int, chance: Tensor) -> tuple[Condition, ...]:
         """Labels or text, and sizes; `chance`, (B,), uniform in (0, 1), decides who loses the condition."""
-        lost = chance < self.config.train.condition_dropout
-        if self.words is None:
-            condition = classes(batch.labels.to(self.device, non_blocking=True), lost, self.null)
+        dropped = chance < self.config.train.condition_dropout
+        if self.text_conditioner is None:
+            condition = drop_labels(batch.labels.to(self.device, non_blocking=True), dropped, self.null_class)
         else:
-            places = batch.places.to(self.device, non_blocking=True)
-            single = uniform(self.config.seed, Purpose.ENCODER_DROP, step, places, (self.words.encoders,))
-            condition = self.words.told(batch, lost, single < self.config.train.encoder_dropout)
-        return (condition, self.sizes_of(batch)) if self.sizes else (condition,)
+            batch_indices = batch.batch_indices.to(self.device, non_blocking=True)
+            encoder_chance = uniform(self.config.seed, Purpose.ENCODER_DROP, step, batch_indices, (self.text_conditioner.encoders,))
+            condition = self.text_conditioner.build_condition(batch, dropped, encoder_chance < self.config.train.encoder_dropout)
+        return (condition, self.size_condition(batch)) if self.sizes else (condition,)
 
-    def sizes_of(self, batch: MicroBatch) -> Tensor:
+    def size_condition(self, batch: MicroBatch) -> Tensor:
         """Height and width of the originals, top and left of the crops, height and width of the images: (B, 6), pixels."""
-        shape = torch.tensor(batch.images.shape[-2:]) * self.unit
+        shape = torch.tensor(batch.images.shape[-2:]) * self.pixels_per_value
         both = torch.cat([batch.sizes, shape.to(batch.sizes).expand(len(batch.sizes), 2)], dim=1)
         return both.to(self.device, torch.float32, non_blocking=True)
 
 
-def classes(labels: Tensor, lost: Tensor, null: int) -> Tensor:
+def drop_labels(labels: Tensor, dropped: Tensor, null_class: int) -> Tensor:
     """The null class in place of some samples', and of those that have none.
 
     Args:
         labels: (B,); negative where a sample has no class.
-        lost: (B,), bool.
-        null: the label that stands for none.
+        dropped: (B,), bool.
+        null_class: the label that stands for none.
     """
-    return torch.where(lost | (labels < 0), torch.full_like(labels, null), labels)
+    return torch.where(dropped | (labels < 0), torch.full_like(labels, null_class), labels)

@@ -18,14 +18,14 @@ from typing import Any
 from condot.core.printable import say
 
 from ..config.schema import GuardConfig
-from ..tracking.jsonl import Line, Lines, read_lines
-from .step_stats import Beat
+from ..tracking.jsonl import JsonlWriter, Line, read_lines
+from .step_stats import StepStats
 
-OVERFLOWS = 40
+MAX_OVERFLOWS = 40
 """Steps in a row: fp16's scaler, which begins at 2^16 and halves, is then far below any gradient that it could help."""
 
 
-class Diverged(Exception):
+class TrainingDiverged(Exception):
     """A run that was led back too often, or could not be."""
 
 
@@ -40,36 +40,36 @@ class Guard:
         self.config = config
         self.losses: deque[float] = deque(maxlen=config.window)
         self.norms: deque[float] = deque(maxlen=config.window)
-        self.row = 0
+        self.consecutive_bad = 0
         """Bad steps since the last good one."""
         self.overflows = 0
         """Likewise those that fp16's scaler passed over."""
         self.skipped = 0
         """In this run."""
 
-    def judge(self, beat: Beat) -> str:
+    def check(self, stats: StepStats) -> str:
         """Take note of a step; why it must be undone, or ""."""
-        if beat.bad:
-            self.row += 1
+        if stats.bad:
+            self.consecutive_bad += 1
             self.skipped += 1
-            if self.row > self.config.skips:
-                return f"{self.row} steps in a row have a loss or gradient that is not finite"
+            if self.consecutive_bad > self.config.skips:
+                return f"{self.consecutive_bad} steps in a row have a loss or gradient that is not finite"
             return ""
-        self.row = 0
-        self.overflows = 0 if math.isfinite(beat.norm) else self.overflows + 1
-        if self.overflows > OVERFLOWS:
+        self.consecutive_bad = 0
+        self.overflows = 0 if math.isfinite(stats.norm) else self.overflows + 1
+        if self.overflows > MAX_OVERFLOWS:
             return f"{self.overflows} steps in a row have a gradient that is not finite, however small fp16's scale"
-        for what, value, seen, most in (
-            ("loss", beat.loss, self.losses, self.config.loss_spike),
-            ("gradient's norm", beat.norm, self.norms, self.config.norm_spike),
+        for what, value, past, limit in (
+            ("loss", stats.loss, self.losses, self.config.loss_spike),
+            ("gradient's norm", stats.norm, self.norms, self.config.norm_spike),
         ):
-            if most and len(seen) == seen.maxlen and value > most * statistics.median(seen):
+            if limit and len(past) == past.maxlen and value > limit * statistics.median(past):
                 return (
-                    f"the {what} {value:.4g} is over {most:g} times the median {statistics.median(seen):.4g} of the last {len(seen)} steps"
+                    f"the {what} {value:.4g} is over {limit:g} times the median {statistics.median(past):.4g} of the last {len(past)} steps"
                 )
-        self.losses.append(beat.loss)
+        self.losses.append(stats.loss)
         if not self.overflows:
-            self.norms.append(beat.norm)
+            self.norms.append(stats.norm)
         return ""
 
     def state(self) -> dict[str, Any]:
@@ -77,20 +77,20 @@ class Guard:
         return {
             "losses": list(self.losses),
             "norms": list(self.norms),
-            "row": self.row,
+            "row": self.consecutive_bad,
             "overflows": self.overflows,
             "skipped": self.skipped,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state`, or afresh from an empty one."""
-        for seen, name in ((self.losses, "losses"), (self.norms, "norms")):
-            seen.clear()
-            seen.extend(state.get(name, ()))
-        self.row, self.overflows, self.skipped = (state.get(name, 0) for name in ("row", "overflows", "skipped"))
+        for past, name in ((self.losses, "losses"), (self.norms, "norms")):
+            past.clear()
+            past.extend(state.get(name, ()))
+        self.consecutive_bad, self.overflows, self.skipped = (state.get(name, 0) for name in ("row", "overflows", "skipped"))
 
 
-class Evidence:
+class IncidentLog:
     """The two files, written by the main process.
 
     Args:
@@ -101,37 +101,41 @@ class Evidence:
     """
 
     def __init__(self, folder: Path, *, main: bool, start: int, fresh: bool) -> None:
-        self.bad, self.undone, self.main = Lines(folder / "bad_steps.jsonl"), Lines(folder / "rollbacks.jsonl"), main
-        self.rollbacks = [] if fresh else read_lines(self.undone.path, lambda line: "to_step" in line and "cursor" in line)
+        self.bad_step_file, self.rollback_file, self.main = (
+            JsonlWriter(folder / "bad_steps.jsonl"),
+            JsonlWriter(folder / "rollbacks.jsonl"),
+            main,
+        )
+        self.rollbacks = [] if fresh else read_lines(self.rollback_file.path, lambda line: "to_step" in line and "cursor" in line)
         if main and fresh:
-            self.bad.path.unlink(missing_ok=True)
-            self.undone.path.unlink(missing_ok=True)
-        self.drop_after(start)
+            self.bad_step_file.path.unlink(missing_ok=True)
+            self.rollback_file.path.unlink(missing_ok=True)
+        self.drop_since(start)
 
-    def after(self, step: int) -> list[Line]:
+    def bad_steps_since(self, step: int) -> list[Line]:
         """The bad steps from `step` on; of the main process."""
-        return read_lines(self.bad.path, lambda line: line["step"] >= step) if self.main else []
+        return read_lines(self.bad_step_file.path, lambda line: line["step"] >= step) if self.main else []
 
-    def drop_after(self, step: int) -> None:
+    def drop_since(self, step: int) -> None:
         """Forget bad steps that come again."""
         if self.main:
-            said = self.bad.keep(lambda line: line["step"] < step)
+            said = self.bad_step_file.filter(lambda line: line["step"] < step)
             if said:
                 say(said, error=True)
 
-    def skipped(self, beat: Beat, keys: Iterable[str]) -> None:
+    def record_bad_step(self, stats: StepStats, keys: Iterable[str]) -> None:
         """Write down a step that was not applied, and which samples it had."""
-        self._append(self.bad, {"step": beat.step, "loss": repr(beat.loss), "grad_norm": repr(beat.norm), "keys": list(keys)})
+        self._append(self.bad_step_file, {"step": stats.step, "loss": repr(stats.loss), "grad_norm": repr(stats.norm), "keys": list(keys)})
 
-    def rolled_back(self, line: Line) -> None:
+    def record_rollback(self, line: Line) -> None:
         """Write down what was undone; known on all ranks."""
         self.rollbacks.append(line)
-        self._append(self.undone, line)
+        self._append(self.rollback_file, line)
 
-    def cursor(self, step: int) -> int:
+    def cursor_after_rollback(self, step: int) -> int:
         """Where in the stream a run that goes on from the checkpoint of `step` must go on, 0 if it was never led back there."""
         return max((line["cursor"] for line in self.rollbacks if line["to_step"] == step), default=0)
 
-    def _append(self, file: Lines, line: Line) -> None:
+    def _append(self, file: JsonlWriter, line: Line) -> None:
         if self.main:
             file.append([line])

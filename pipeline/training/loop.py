@@ -1,4 +1,4 @@
-"""The story of training: one optimiser step, what falls due after it, and the way back when it went wrong.
+"""The training loop: one optimiser step, what falls due after it, and the way back when it went wrong.
 
 Noise, time and dropped label of a sample are functions of (seed, step, place in
 the global batch), the learning rate is one of the step, the order one of the
@@ -16,218 +16,225 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from condot.core.process import DIVERGED, MISTAKE, NO_DATA, DataError
+from condot.core.process import EXIT_DATA_ERROR, EXIT_DIVERGED, EXIT_USER_ERROR, DataError
 
-from ..ema.snapshots import due as snapshot_due
-from ..ema.snapshots import forget, snapshot
-from ..launch.parallel import whole
-from .batches import agree_on_data, lacks_data, read
+from ..ema.snapshots import remove_later_snapshots, snapshot_due, write_snapshot
+from ..launch.parallel import gather_full
+from .batches import lacks_data, next_batch, require_data_on_all_ranks
 from .conditioning import MicroBatch
-from .guard import Diverged
+from .guard import TrainingDiverged
 from .optimizer import learning_rate, step_unless
-from .run import Run, Told
-from .step_stats import Beat
+from .run import Interrupted, Run
+from .step_stats import StepStats
 
 Recent = deque[tuple[int, list[MicroBatch]]]
 """Steps that may still be judged, and what they saw."""
 
 
-def story(run: Run) -> int:
+def run_training(run: Run) -> int:
     """Train to the end, to a signal, or to where nothing helps; the exit status, which status.json tells too.
 
     Raises:
         ValueError, OSError: as `fit`; told in status.json too.
     """
-    stop, said = run.config.train.max_steps, dict[str, Any](state="failed", reason="it was ended from within", exit_status=MISTAKE)
+    stop, outcome = (
+        run.config.train.max_steps,
+        dict[str, Any](state="failed", reason="it was ended from within", exit_status=EXIT_USER_ERROR),
+    )
     try:
         run.status.write("running", step=run.step, of=stop, images=run.images)
         fit(run, stop)
-        said = {"state": "finished", "exit_status": 0}
-        if run.stopper.requested:
-            said = {"state": "stopped", "signal": run.stopper.received, "exit_status": run.stopper.exit_status}
+        outcome = {"state": "finished", "exit_status": 0}
+        if run.interrupt.requested:
+            outcome = {"state": "stopped", "signal": run.interrupt.received, "exit_status": run.interrupt.exit_status}
             run.log.say(f"stopped at step {run.step}; the same command goes on from there.")
     except DataError as error:
-        said = {"state": "failed", "reason": str(error), "exit_status": NO_DATA}
+        outcome = {"state": "failed", "reason": str(error), "exit_status": EXIT_DATA_ERROR}
         raise
-    except Diverged as error:
-        said = {"state": "diverged", "reason": str(error), "exit_status": DIVERGED}
+    except TrainingDiverged as error:
+        outcome = {"state": "diverged", "reason": str(error), "exit_status": EXIT_DIVERGED}
         run.log.say(f"error: {error}")
     except Exception as error:
-        said = {"state": "failed", "reason": f"{type(error).__name__}: {error}", "exit_status": MISTAKE}
+        outcome = {"state": "failed", "reason": f"{type(error).__name__}: {error}", "exit_status": EXIT_USER_ERROR}
         raise
     finally:
-        run.watch.close()
-        run.status.write(**said, step=run.step, images=run.images)
-        for what, times in run.side.failures.items():
+        run.watchdog.close()
+        run.status.write(**outcome, step=run.step, images=run.images)
+        for what, times in run.best_effort.failures.items():
             run.log.say(f"{times} times: {what}" if times > 1 else "")
         run.log.close()
         run.stream.close()
-    return said["exit_status"]
+    return outcome["exit_status"]
 
 
 def fit(run: Run, stop: int) -> None:
     """Advance to optimiser step `stop`, or to the step at which a signal came; saved either way.
 
     Raises:
-        Diverged: bad steps that rollbacks did not cure.
+        TrainingDiverged: bad steps that rollbacks did not cure.
         DataError: data that cannot be read, or too many bad samples; the last whole step is saved.
         ValueError: a last state that could not be saved.
     """
     recent: Recent = deque(maxlen=2)
     try:
-        begin(run)
-        stopping = go_on(run, stop, recent)
+        prepare_first_step(run)
+        stopping = run_steps(run, stop, recent)
     except DataError as error:
-        raise DataError(f"{error} {keep(run, recent)}") from error
-    if stopping and not run.stopper.requested:
-        run.stopper.received = 15
+        raise DataError(f"{error} {save_before_exit(run, recent)}") from error
+    if stopping and not run.interrupt.requested:
+        run.interrupt.received = 15
     run.save(wait=True)
-    if run.saved != run.step:
+    if run.last_saved_step != run.step:
         raise ValueError(
-            f"the state of step {run.step} could not be saved in {run.store.root}: "
-            f"free some space; the same command goes on from step {run.saved}."
+            f"the state of step {run.step} could not be saved in {run.checkpoints.root}: "
+            f"free some space; the same command goes on from step {run.last_saved_step}."
         )
-    with run.watch.at("saving"):
-        run.store.settle()  # a process that ends takes its threads along, and what they had not yet removed would stay
+    with run.watchdog.phase("saving"):
+        run.checkpoints.wait_for_cleanup()  # a process that ends takes its threads along, and what they had not yet removed would stay
 
 
-def go_on(run: Run, stop: int, recent: Recent) -> bool:
+def run_steps(run: Run, stop: int, recent: Recent) -> bool:
     """Do one step after the other; returns whether a signal ended it. Errors as `fit`."""
-    stopping = lost = False
+    stopping = data_missing = False
     while run.step < stop and not stopping:
-        recent.append((run.step, advance(run)))
+        recent.append((run.step, train_step(run)))
         reason = ""
-        for beat in run.pulse.read(all=run.step == stop or due(run)):
-            stopping |= beat.stop
-            lost |= beat.lost
-            reason = reason or judge(run, beat, recent)
-            if run.store.pending is not None and beat.step >= run.store.pending and not beat.writing:
-                run.settle()  # every rank has written its part
+        for stats in run.step_reducer.read(all=run.step == stop or log_or_save_due(run)):
+            stopping |= stats.stop
+            data_missing |= stats.data_missing
+            reason = reason or check_step(run, stats, recent)
+            if run.checkpoints.pending is not None and stats.step >= run.checkpoints.pending and not stats.writing:
+                run.wait_for_checkpoint()  # every rank has written its part
         if reason:
             roll_back(run, reason)
             recent.clear()  # its steps are done again, with other samples
         else:
-            notify(run, stop)
-        if lost and run.step < stop:
-            agree_on_data(run)
-        stopping |= run.accelerator.num_processes == 1 and run.stopper.requested  # several ask one another, in the next step
+            run_callbacks(run, stop)
+        if data_missing and run.step < stop:
+            require_data_on_all_ranks(run)
+        stopping |= run.accelerator.num_processes == 1 and run.interrupt.requested  # several ask one another, in the next step
     return stopping
 
 
-def keep(run: Run, recent: Recent) -> str:
+def save_before_exit(run: Run, recent: Recent) -> str:
     """Save the last whole step before the run ends for want of data, all ranks together; what is to be said of it."""
-    reasons = [judge(run, beat, recent) for beat in run.pulse.read(all=True)]
+    reasons = [check_step(run, stats, recent) for stats in run.step_reducer.read(all=True)]
     if not any(reasons):
         run.save(wait=True)
-    if run.saved == run.step:
+    if run.last_saved_step == run.step:
         return f"The state of step {run.step} is saved: mend that, and the same command goes on from there."
-    where = f"from step {run.saved}" if run.saved >= 0 else "from the beginning"
+    where = f"from step {run.last_saved_step}" if run.last_saved_step >= 0 else "from the beginning"
     return f"The state of step {run.step} could not be saved: mend that, and the same command goes on {where}."
 
 
-def begin(run: Run) -> None:
+def prepare_first_step(run: Run) -> None:
     """Make the first step of this launch like any other, and see that there is something to come back to."""
     with run.meter.paused():
-        _begin(run)
+        _prepare_first_step(run)
 
 
-def _begin(run: Run) -> None:
-    agree_on_data(run)
+def _prepare_first_step(run: Run) -> None:
+    require_data_on_all_ranks(run)
     if run.accelerator.num_processes > 2 and not run.sharded:
-        settle_sums(run)
-        agree_on_data(run)
+        warm_up_ddp_buckets(run)
+        require_data_on_all_ranks(run)
     left = run.config.train.max_steps - run.step
-    run.store.check_room(run.tensors(), -(-left // run.config.checkpoint.every) + (run.saved < 0))
-    if run.saved < 0:
+    run.checkpoints.check_disk_space(run.tensors(), -(-left // run.config.checkpoint.every) + (run.last_saved_step < 0))
+    if run.last_saved_step < 0:
         run.save(wait=True)
     else:
-        run.store.reserve(run.tensors())
-    if run.saved != run.step:
+        run.checkpoints.reserve_memory(run.tensors())
+    if run.last_saved_step != run.step:
         raise ValueError(
-            f"output_dir={str(run.store.root)!r}: the first checkpoint could not be written, as said above, and nothing was trained. Free "
-            f"some space, or give another --output_dir."
+            f"output_dir={str(run.checkpoints.root)!r}: the first checkpoint could not be written, as said above, and nothing was trained. "
+            f"Free some space, or give another --output_dir."
         )
 
 
-def settle_sums(run: Run) -> None:
+def warm_up_ddp_buckets(run: Run) -> None:
     """A pass whose gradients are thrown away: after its first, DDP lays out its sums anew, and a resumed run must add up alike."""
-    run.accelerator.backward(loss_of(run, next(run.stream)).mean())
+    run.accelerator.backward(compute_loss(run, next(run.stream)).mean())
     run.optimizer.zero_grad()
-    reopen(run)
+    reopen_stream(run)
 
 
-def reopen(run: Run) -> None:
+def reopen_stream(run: Run) -> None:
     """Begin the stream at the cursor again."""
     run.stream.close()
-    run.stream = run.open(run.cursor)
+    run.stream = run.open_stream(run.cursor)
 
 
-def advance(run: Run) -> list[MicroBatch]:
+def train_step(run: Run) -> list[MicroBatch]:
     """One optimiser step; what it saw."""
-    train, seen = run.config.train, []
+    train, batches = run.config.train, []
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.step, train)
     loss = torch.zeros((), device=run.accelerator.device)
     for _ in range(train.gradient_accumulation_steps):
-        batch = read(run)
-        seen.append(batch)
-        run.log.say(run.meter.count(partial(told, run, batch)))
-        run.watch.beat(run.step, "computing")
+        batch = next_batch(run)
+        batches.append(batch)
+        run.log.say(run.meter.count(partial(example_inputs, run, batch)))
+        run.watchdog.heartbeat(run.step, "computing")
         with run.accelerator.accumulate(run.model):
-            losses = loss_of(run, batch)
+            losses = compute_loss(run, batch)
             run.accelerator.backward(losses.mean())
             loss += losses.detach().mean() / train.gradient_accumulation_steps
             if run.accelerator.sync_gradients:
-                apply(run, loss)
+                optimizer_step(run, loss)
             run.optimizer.zero_grad()
     run.step += 1
     run.images += train.batch_size
     run.cursor += train.batch_size
     run.ema.update(run.network, run.images, train.batch_size)
     run.log.advance()
-    return seen
+    return batches
 
 
-def apply(run: Run, loss: Tensor) -> None:
+def optimizer_step(run: Run, loss: Tensor) -> None:
     """Move the weights by the gradients, unless this step is bad on any rank."""
-    norm, lost = clip(run), lacks_data(run)
-    run.watch.beat(run.step, "reducing")
-    bad = run.pulse.beat(run.step, loss, norm, stop=run.stopper.requested, writing=run.store.busy(), lost=lost)
+    norm, data_missing = clip_gradients(run), lacks_data(run)
+    run.watchdog.heartbeat(run.step, "reducing")
+    bad = run.step_reducer.reduce(
+        run.step, loss, norm, stop=run.interrupt.requested, writing=run.checkpoints.is_writing(), data_missing=data_missing
+    )
     step_unless(run.optimizer, bad)
     run.meter.add_step(loss, norm, bad)
 
 
-def loss_of(run: Run, batch: MicroBatch) -> Tensor:
+def compute_loss(run: Run, batch: MicroBatch) -> Tensor:
     """The objective on a micro-batch, (B,)."""
     device = run.accelerator.device
     data = run.encode(batch, run.step)
-    draws = run.method.draw(run.config.seed, run.step, batch.places.to(device, non_blocking=True), tuple(data.shape[1:]))
-    losses = run.method.losses(run.model, torch.nan_to_num(data), draws, *run.condition(batch, run.step, draws.drop))
+    draws = run.objective.draw_random_inputs(
+        run.config.seed, run.step, batch.batch_indices.to(device, non_blocking=True), tuple(data.shape[1:])
+    )
+    losses = run.objective.losses(run.model, torch.nan_to_num(data), draws, *run.condition(batch, run.step, draws.drop))
     # a sample that is not finite has a loss that is not: the step is skipped, and training goes on
     return losses + 0 * data.flatten(1).sum(1)
 
 
-def told(run: Run, batch: MicroBatch) -> tuple[Any, ...]:
+def example_inputs(run: Run, batch: MicroBatch) -> tuple[Any, ...]:
     """What the network sees of a micro-batch beside the time, nothing dropped: data, (B, *S), and what else it takes."""
     data = run.encode(batch, run.step)
     return data, *run.condition(batch, run.step, torch.ones(len(data), device=run.accelerator.device))
 
 
-def clip(run: Run) -> Tensor:
+def clip_gradients(run: Run) -> Tensor:
     """Shorten the gradients; their norm before, of all ranks, on the device."""
     longest = run.config.train.max_grad_norm or float("inf")
-    return whole(run.accelerator.clip_grad_norm_(run.model.parameters(), longest).detach())
+    return gather_full(run.accelerator.clip_grad_norm_(run.model.parameters(), longest).detach())
 
 
-def judge(run: Run, beat: Beat, recent: Recent) -> str:
+def check_step(run: Run, stats: StepStats, recent: Recent) -> str:
     """Take note of a step that all ranks know of; why it must be undone, or ""."""
-    reason = run.guard.judge(beat)
-    if beat.bad:
-        batches = next((batches for step, batches in recent if step == beat.step), [])
+    reason = run.guard.check(stats)
+    if stats.bad:
+        batches = next((batches for step, batches in recent if step == stats.step), [])
         keys = gather_object([key for batch in batches for key in run.stream.keys(batch)])
-        run.evidence.skipped(beat, keys)
+        run.incidents.record_bad_step(stats, keys)
         run.log.say(
-            f"step {beat.step} was not applied: loss {beat.loss}, gradient's norm {beat.norm}; its samples are in {run.evidence.bad.path}"
+            f"step {stats.step} was not applied: loss {stats.loss}, gradient's norm {stats.norm}; "
+            f"its samples are in {run.incidents.bad_step_file.path}"
         )
     return reason
 
@@ -236,87 +243,87 @@ def roll_back(run: Run, reason: str) -> None:
     """Return to the last good checkpoint, and pass over the data since.
 
     Raises:
-        Diverged: done too often, or there is none.
+        TrainingDiverged: done too often, or there is none.
     """
-    run.settle()
-    allowed, done = run.config.guard.rollbacks, len(run.evidence.rollbacks)
-    folder = run.store.latest() if done < allowed else None
+    run.wait_for_checkpoint()
+    allowed, done = run.config.guard.rollbacks, len(run.incidents.rollbacks)
+    folder = run.checkpoints.latest() if done < allowed else None
     if folder is None:
         why = f"after {done} rollback(s), guard.rollbacks={allowed}" if done >= allowed else "and there is no good checkpoint to return to"
-        kept = f"{run.evidence.undone.path} and {run.evidence.bad.path}"
-        raise Diverged(
+        kept = f"{run.incidents.rollback_file.path} and {run.incidents.bad_step_file.path}"
+        raise TrainingDiverged(
             f"training diverged at step {run.step}, {why}: {reason}. The evidence is in {kept}. Lower train.learning_rate="
             f"{run.config.train.learning_rate}, or look at those samples; raise guard.rollbacks to go on all the same."
         )
     left, cursor = run.step, run.cursor
-    run.pulse.forget()
+    run.step_reducer.clear()
     run.load(folder)
     line = {"from_step": left, "to_step": run.step, "reason": reason, "positions": [run.cursor, cursor], "cursor": cursor}
-    run.evidence.rolled_back(line | {"metrics": run.log.back(run.step)[-20:], "bad_steps": run.evidence.after(run.step)})
-    run.evidence.drop_after(run.step)
+    run.incidents.record_rollback(line | {"metrics": run.log.rewind(run.step)[-20:], "bad_steps": run.incidents.bad_steps_since(run.step)})
+    run.incidents.drop_since(run.step)
     if run.accelerator.is_main_process:
-        run.side("forgetting the snapshots of steps that are done again", lambda: forget(run.snapshots, run.step))
+        run.best_effort("forgetting the snapshots of steps that are done again", lambda: remove_later_snapshots(run.snapshots, run.step))
     run.cursor = cursor  # where the stream is already
     run.log.say(f"back from step {left} to {folder}, past the data of positions {line['positions']}: {reason}.")
 
 
-def due(run: Run) -> bool:
+def log_or_save_due(run: Run) -> bool:
     """Whether something is to be done after this step that must know it was good."""
     return run.step % run.config.log.every == 0 or _save_due(run)
 
 
 def _save_due(run: Run) -> bool:
-    return run.step % run.config.checkpoint.every == 0 or run.step == run.again
+    return run.step % run.config.checkpoint.every == 0 or run.step == run.retry_save_at
 
 
-def notify(run: Run, stop: int) -> None:
+def run_callbacks(run: Run, stop: int) -> None:
     """Whatever is due after a step: a log line, a checkpoint, a snapshot of the averages, a sample grid."""
     config = run.config
-    if due(run) or run.step == stop:
-        run.store.check_owned()
+    if log_or_save_due(run) or run.step == stop:
+        run.checkpoints.check_lock()
     if run.step % config.log.every == 0 or run.step == stop:
         faults = run.stream.take_faults()
         values = run.meter.read(config.train.batch_size, len(faults))
-        values["bad_samples"] = run.bad.report(faults, run.images, any_rank=bool(values["bad_samples"]))
+        values["bad_samples"] = run.bad_samples.report(faults, run.images, any_rank=bool(values["bad_samples"]))
         more = {"skipped_steps": run.guard.skipped, "lr": learning_rate(run.step - 1, config.train)}
         run.log.write(run.step, run.images, {**values, **more})
         run.status.write("running", step=run.step, images=run.images)
-        run.bad.check(run.images)
+        run.bad_samples.check(run.images)
     with run.meter.paused():
         if snapshot_due(run.images, config.train.batch_size, config.ema, config.train.max_steps * config.train.batch_size):
-            snap(run)  # before the checkpoint, so that none is missing after a kill between the two
-        if _save_due(run) and run.guard.row:
-            run.again = run.step + 1  # the weights may be those that made the last steps bad: a rollback must not return to them
+            take_snapshot(run)  # before the checkpoint, so that none is missing after a kill between the two
+        if _save_due(run) and run.guard.consecutive_bad:
+            run.retry_save_at = run.step + 1  # the weights may be those that made the last steps bad: a rollback must not return to them
         elif _save_due(run):
             run.save()
         if config.log.sample_every and (run.step % config.log.sample_every == 0 or run.step == stop):
-            sample(run)
+            draw_preview(run)
 
 
-def snap(run: Run) -> None:
+def take_snapshot(run: Run) -> None:
     """Keep the power averages as they are now; a disk that is full costs this snapshot alone."""
-    with run.watch.at("saving a snapshot"):
+    with run.watchdog.phase("saving a snapshot"):
         if run.accelerator.num_processes > 1:
-            errors: list[str] | None = snapshot(run)  # what befalls one of several ranks they say to one another
+            errors: list[str] | None = write_snapshot(run)  # what befalls one of several ranks they say to one another
         else:
-            errors = run.side("the snapshot", lambda: snapshot(run))
+            errors = run.best_effort("the snapshot", lambda: write_snapshot(run))
             if errors is None:
                 errors = run.snapshots.finish()  # of what was begun
     if errors:
         run.log.say(f"snapshot of step {run.step} failed: {'; '.join(errors)}. Free some space.")
 
 
-def sample(run: Run) -> None:
+def draw_preview(run: Run) -> None:
     """Write a grid of samples; given up when a signal comes, and whatever else it raises ends nothing.
 
     The save under way is committed before: what kills the process while it draws costs no checkpoint.
     """
-    with run.watch.at("saving"):
-        run.settle()
-    with run.watch.at("sampling"):
+    with run.watchdog.phase("saving"):
+        run.wait_for_checkpoint()
+    with run.watchdog.phase("sampling"):
         try:
             if run.sharded or run.accelerator.is_main_process:
-                run.side("the preview", lambda: run.sample(run), passed=(Told,))
-        except Told:
+                run.best_effort("the preview", lambda: run.preview(run), reraise=(Interrupted,))
+        except Interrupted:
             run.log.say(f"no samples of step {run.step}: a signal came.")
         run.accelerator.wait_for_everyone()

@@ -19,14 +19,14 @@ from typing import Any, Literal
 from condot.core.atomic_files import write_whole
 from condot.core.printable import redact_url
 
-from ..config.parse import as_mapping
+from ..config.parse import config_to_mapping
 from ..config.schema import Config, FlowConfig
 from .optimizer import learning_rate
 
-FILE = "settings.jsonl"
+JOURNAL_FILE = "settings.jsonl"
 """A run's journal: a line each time that it was resumed with other settings."""
-Rule = Literal["free", "recorded", "refused", "content", "beginning"]
-RULES: dict[Rule, tuple[str, ...]] = {
+ResumeRule = Literal["free", "recorded", "refused", "content", "beginning"]
+RESUME_RULES: dict[ResumeRule, tuple[str, ...]] = {
     # where things lie, what is shown and kept, how fast it goes: no weight depends on it
     "free": (
         "output_dir", "export", "dry_run", "plan.*", "log.*", "checkpoint.every", "checkpoint.keep", "checkpoint.asynchronous",
@@ -58,17 +58,17 @@ RULES: dict[Rule, tuple[str, ...]] = {
 """Of every field of a recipe, what a resumed run may do with it; a name that is listed goes before its section."""
 
 
-def rule_of(key: str) -> Rule:
+def rule_of(key: str) -> ResumeRule:
     """Return the rule of a field, such as `train.beta1`."""
     for name in (key, f"{key.partition('.')[0]}.*"):
-        for rule, keys in RULES.items():
+        for rule, keys in RESUME_RULES.items():
             if name in keys:
                 return rule
     raise KeyError(key)
 
 
 @dataclass(frozen=True)
-class Change:
+class SettingsChange:
     """What a run was resumed with that it had not been trained with before."""
 
     step: int
@@ -86,22 +86,26 @@ class Change:
         return line | ({"learning_rate": list(self.rate)} if self.rate else {})
 
 
-def told(line: Mapping[str, Any]) -> Iterator[str]:
+def describe_changes(line: Mapping[str, Any]) -> Iterator[str]:
     """Yield what a line of the journal says, field by field."""
     for key, (before, after) in line["changed"].items():
-        yield f"{key} {_spelt(before)} -> {_spelt(after)}"
+        yield f"{key} {_format(before)} -> {_format(after)}"
     if "learning_rate" in line:
         before, after = line["learning_rate"]
         yield f"the learning rate jumps {before:.3g} -> {after:.3g}"
 
 
-def _spelt(value: Any) -> str:
+def _format(value: Any) -> str:
     return (
-        " ".join(map(_spelt, value)) or "none" if isinstance(value, (list, tuple)) else f"{value:g}" if type(value) is float else str(value)
+        " ".join(map(_format, value)) or "none"
+        if isinstance(value, (list, tuple))
+        else f"{value:g}"
+        if type(value) is float
+        else str(value)
     )
 
 
-def resumed(config: Config, state: Mapping[str, Any]) -> tuple[Config, Change | None]:
+def resume_config(config: Config, state: Mapping[str, Any]) -> tuple[Config, SettingsChange | None]:
     """Hold a recipe against the checkpoint that it goes on from.
 
     Args:
@@ -114,37 +118,37 @@ def resumed(config: Config, state: Mapping[str, Any]) -> tuple[Config, Change | 
     Raises:
         ValueError: another beginning.
     """
-    saved = _flat(as_mapping(Config())) | _flat(state["config"])
-    config = _begun(config, saved)
-    now = _flat(as_mapping(config))
-    pairs = {key: (_listed(saved[key], now[key]), now[key]) for key in now if rule_of(key) == "recorded"}
+    saved = _flatten(config_to_mapping(Config())) | _flatten(state["config"])
+    config = _with_saved_start(config, saved)
+    now = _flatten(config_to_mapping(config))
+    pairs = {key: (_as_list(saved[key], now[key]), now[key]) for key in now if rule_of(key) == "recorded"}
     settings = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     step = state["step"]
-    return config, Change(step, state.get("images", 0), settings, _jump(step, saved, config)) if settings else None
+    return config, SettingsChange(step, state.get("images", 0), settings, _learning_rate_jump(step, saved, config)) if settings else None
 
 
-def _begun(config: Config, saved: Mapping[str, Any]) -> Config:
+def _with_saved_start(config: Config, saved: Mapping[str, Any]) -> Config:
     """Return the recipe with the `init_from` and `start_from` of the run; one that is left out is the run's own."""
-    begun = {key: saved[key] or "" for key in RULES["beginning"]}
+    saved_start = {key: saved[key] or "" for key in RESUME_RULES["beginning"]}
     given = {"init_from": config.init_from, "checkpoint.start_from": config.checkpoint.start_from}
-    other = [key for key, name in given.items() if name and not _same(name, begun[key])]
+    other = [key for key, name in given.items() if name and not _same_place(name, saved_start[key])]
     if other:
         key = other[0]
-        origin = next((f"from {one}={name}" for one, name in begun.items() if name), "from scratch")
+        origin = next((f"from {one}={name}" for one, name in saved_start.items() if name), "from scratch")
         raise ValueError(
             f"{key}={redact_url(given[key])}: the run in {config.output_dir} began {origin}, and weights are taken at the beginning alone. "
             f"Leave --{key} out to go on, or begin another run: --output_dir."
         )
-    start = replace(config.checkpoint, start_from=begun["checkpoint.start_from"])
-    return replace(config, init_from=begun["init_from"], checkpoint=start)
+    start = replace(config.checkpoint, start_from=saved_start["checkpoint.start_from"])
+    return replace(config, init_from=saved_start["init_from"], checkpoint=start)
 
 
-def _same(one: str, other: str) -> bool:
+def _same_place(one: str, other: str) -> bool:
     """Return whether two names lead to one place."""
     return redact_url(one) == redact_url(other) or (bool(other) and os.path.realpath(one) == os.path.realpath(other))
 
 
-def _jump(step: int, saved: Mapping[str, Any], config: Config) -> tuple[float, float] | None:
+def _learning_rate_jump(step: int, saved: Mapping[str, Any], config: Config) -> tuple[float, float] | None:
     """Return the learning rate of the last step and of the next, where the old settings would have gone on otherwise."""
     before: Any = SimpleNamespace(**{key.removeprefix("train."): value for key, value in saved.items() if key.startswith("train.")})
     last, on, now = learning_rate(max(0, step - 1), before), learning_rate(step, before), learning_rate(step, config.train)
@@ -153,32 +157,32 @@ def _jump(step: int, saved: Mapping[str, Any], config: Config) -> tuple[float, f
     return (last, now) if step else None
 
 
-def lines_of(state: Mapping[str, Any]) -> list[dict[str, Any]]:
+def saved_journal(state: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the journal that a checkpoint holds; older ones hold none, and a line that is none is left out."""
-    kept = []
+    valid_lines = []
     for line in state.get("changes", ()):
         with contextlib.suppress(TypeError, KeyError, ValueError, AttributeError):
-            kept += [line] if list(told(line)) and int(line["step"]) >= 0 else []
-    return kept
+            valid_lines += [line] if list(describe_changes(line)) and int(line["step"]) >= 0 else []
+    return valid_lines
 
 
-def journal_of(state: Mapping[str, Any], change: Change | None) -> list[dict[str, Any]]:
+def extend_journal(state: Mapping[str, Any], change: SettingsChange | None) -> list[dict[str, Any]]:
     """Return the lines of the journal from here on: those of the checkpoint's own course, and this launch's."""
-    return [*lines_of(state), *([change.as_dict()] if change else [])]
+    return [*saved_journal(state), *([change.as_dict()] if change else [])]
 
 
 def write_journal(folder: Path, lines: Sequence[Mapping[str, Any]]) -> None:
     """Write the journal of a run whole, so that lines of a course that was left are gone; none where nothing was changed."""
-    if lines or (folder / FILE).exists():
-        write_whole(folder / FILE, "".join(f"{json.dumps(line)}\n" for line in lines), lasting=True)
+    if lines or (folder / JOURNAL_FILE).exists():
+        write_whole(folder / JOURNAL_FILE, "".join(f"{json.dumps(line)}\n" for line in lines), lasting=True)
 
 
-def notes_of(change: Change | None, config: Config) -> list[str]:
+def change_notes(change: SettingsChange | None, config: Config) -> list[str]:
     """Return what is to be said of a change before training goes on."""
     if change is None:
         return []
-    changed = "; ".join(told({"changed": change.settings}))
-    notes = [f"resumed with other settings, kept in {FILE}: {changed}."]
+    changed = "; ".join(describe_changes({"changed": change.settings}))
+    notes = [f"resumed with other settings, kept in {JOURNAL_FILE}: {changed}."]
     if change.rate:
         last, now = change.rate
         notes.append(
@@ -190,35 +194,35 @@ def notes_of(change: Change | None, config: Config) -> list[str]:
     return notes
 
 
-def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in mapping.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
 
 
-def _listed(value: Any, like: Any) -> Any:
+def _as_list(value: Any, like: Any) -> Any:
     """Return a value as fields of several have it; older runs wrote one half-life as a number."""
     return [value] if isinstance(like, list) and not isinstance(value, list) else value
 
 
-SEEN = tuple(key.removeprefix("data.") for key in RULES["refused"] if key.startswith("data."))
+DATA_FACTS = tuple(key.removeprefix("data.") for key in RESUME_RULES["refused"] if key.startswith("data."))
 """Fields of `data` that decide what the network is shown, and in which order."""
 
 
-def facts_of(config: Any, fingerprint: str) -> dict[str, Any]:
+def run_facts(config: Any, fingerprint: str) -> dict[str, Any]:
     """Return that on which a resumed run must agree with the one that was saved; `fingerprint` is of its shards."""
-    settings = as_mapping(config)
-    shown = {key: settings["data"][key] for key in SEEN} | {"shards": fingerprint}
+    settings = config_to_mapping(config)
+    shown = {key: settings["data"][key] for key in DATA_FACTS} | {"shards": fingerprint}
     if config.data.aspect_ratios:  # which samples share a batch then depends on its size
         shown["batch_size"] = config.train.batch_size
-    if config.model.takes == "text":
-        shown["caption"] = _captions(config.data.caption)
+    if config.model.conditioning == "text":
+        shown["caption"] = _normalise_captions(config.data.caption)
     model = {key: value for key, value in settings["model"].items() if key != "gradient_checkpointing"}
     return {"model": model, "flow": settings["flow"], "data": shown, "seed": config.seed}
 
 
-def _captions(text: str) -> str:
+def _normalise_captions(text: str) -> str:
     """Return `data.caption` with its fields in one order and their weights as shares: what decides which caption is drawn."""
     pairs = [(field.strip(), weight) for field, _, weight in (part.partition("=") for part in text.split(","))]
     if len(pairs) == 1:
@@ -231,17 +235,17 @@ def _captions(text: str) -> str:
         return text  # `data/` says what is wrong with it
 
 
-BEFORE: dict[str, Any] = {"data.bit_depth": 8, **{f"flow.{item.name}": item.default for item in fields(FlowConfig)}}
+LEGACY_FACTS: dict[str, Any] = {"data.bit_depth": 8, **{f"flow.{item.name}": item.default for item in fields(FlowConfig)}}
 """Facts that older checkpoints do not name, as they were."""
 
 
-def compare(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+def find_differences(saved: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Return each place where two nested mappings differ, as `model.width is 128 there and 256 here`."""
     found = []
     for key in {**saved, **now}:
-        a, b = saved.get(key, BEFORE.get(prefix + key)), now.get(key)
+        a, b = saved.get(key, LEGACY_FACTS.get(prefix + key)), now.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += compare(a, b, f"{prefix}{key}.")
+            found += find_differences(a, b, f"{prefix}{key}.")
         elif a != b:
             found.append(f"{prefix}{key} is {a} there and {b} here")
     return found

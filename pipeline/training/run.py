@@ -16,30 +16,30 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 
 from condot.core.atomic_files import write_whole
 from condot.core.printable import say
-from condot.core.process import Stopper
+from condot.core.process import InterruptHandler
 
-from ..checkpoint.store import Store, find, load_into, load_state
-from ..config.parse import as_mapping
+from ..checkpoint.store import CheckpointManager, find_checkpoint, load_into, load_state
+from ..config.parse import config_to_mapping
 from ..config.schema import Config
-from ..ema.averages import Averages
-from ..ema.snapshots import forget
+from ..ema.averages import WeightAverages
+from ..ema.snapshots import remove_later_snapshots
 from ..flow import Condition
-from ..hub.secrets import scrubbed
-from ..latent_space import Space
-from ..objectives.training_objective import Method
-from ..tracking.run_log import BadSamples, Log, Meter
-from ..tracking.trackers import attach
-from .best_effort import SideWork
+from ..hub.secrets import without_local_paths
+from ..latent_space import LatentSpace
+from ..objectives.training_objective import TrainingObjective
+from ..tracking.run_log import BadSamples, Meter, RunLog
+from ..tracking.trackers import attach_trackers
+from .best_effort import BestEffort
 from .conditioning import MicroBatch
-from .guard import Evidence, Guard
-from .resume_rules import compare, write_journal
+from .guard import Guard, IncidentLog
+from .resume_rules import find_differences, write_journal
 from .status import Status
-from .step_stats import Pulse
-from .watchdog import Watch
+from .step_stats import StepReducer
+from .watchdog import Watchdog
 
 
-class Stream(Protocol):
-    """What gives micro-batches, and remembers the samples it replaced: see data.stream.Stream."""
+class TrainingStream(Protocol):
+    """What gives micro-batches, and remembers the samples it replaced: see data.stream.BatchStream."""
 
     def __next__(self) -> MicroBatch: ...
     def ready(self, count: int) -> BaseException | None: ...
@@ -48,7 +48,7 @@ class Stream(Protocol):
     def close(self) -> None: ...
 
 
-class Told(Exception):
+class Interrupted(Exception):
     """Work that is not the state's was given up, since a signal came."""
 
 
@@ -62,46 +62,46 @@ class Run:
     """The bare network, whole or this rank's share of it."""
     model: nn.Module
     """The network as Accelerate wrapped it."""
-    ema: Averages
+    ema: WeightAverages
     optimizer: Any
-    method: Method
+    objective: TrainingObjective
     encode: Callable[[MicroBatch, int], Tensor]
     """From a micro-batch and its step to what the model learns, (B, *S), on the device."""
     decode: Callable[[Tensor], Tensor]
     """From that to images, -1..1."""
     condition: Callable[[MicroBatch, int, Tensor], tuple[Condition, ...]]
     """From a micro-batch, its step and a chance a sample, (B,), to what the model takes beside x and t, some of it null."""
-    store: Store
-    snapshots: Store
+    checkpoints: CheckpointManager
+    snapshots: CheckpointManager
     """Of the power averages."""
     status: Status
-    about: dict[str, Any]
+    metadata: dict[str, Any]
     """What a checkpoint says of its run: `config`, `class_names`, and `facts`, on which a resumed run must agree."""
-    stopper: Stopper
+    interrupt: InterruptHandler
     meter: Meter
-    watch: Watch
+    watchdog: Watchdog
     guard: Guard
-    pulse: Pulse
-    sample: Callable[[Run], None]
+    step_reducer: StepReducer
+    preview: Callable[[Run], None]
     """Writes a grid of samples; where the network is shared out, all ranks together."""
-    open: Callable[[int], Stream]
+    open_stream: Callable[[int], TrainingStream]
     """The stream from a position on."""
     sharded: bool = False
-    log: Log = field(init=False)
-    stream: Stream = field(init=False)
-    bad: BadSamples = field(init=False)
+    log: RunLog = field(init=False)
+    stream: TrainingStream = field(init=False)
+    bad_samples: BadSamples = field(init=False)
     """Counted from where the run goes on."""
-    evidence: Evidence = field(init=False)
+    incidents: IncidentLog = field(init=False)
     step: int = 0
     images: int = 0
     """Seen: the clock of averages and logs."""
     cursor: int = 0
     """Positions of the stream consumed: as many as images, and those that were passed over."""
-    saved: int = -1
+    last_saved_step: int = -1
     """The step of the newest checkpoint; -1 for none."""
-    again: int | None = None
+    retry_save_at: int | None = None
     """The step at which a save that failed is tried again."""
-    side: SideWork = field(init=False)
+    best_effort: BestEffort = field(init=False)
     """Does what may fail without harm."""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -120,9 +120,9 @@ class Run:
 
     def save(self, *, wait: bool = False) -> None:
         """Write a checkpoint, all ranks together: copied now, written while training goes on, unless it is to be waited for."""
-        with self.watch.at("saving"):
-            self.settle()
-            if self.saved == self.step:
+        with self.watchdog.phase("saving"):
+            self.wait_for_checkpoint()
+            if self.last_saved_step == self.step:
                 return
             state = {
                 "step": self.step,
@@ -132,24 +132,25 @@ class Run:
                 "guard": self.guard.state(),
                 "averages": self.ema.labels,
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
-                **self.about,
+                **self.metadata,
             }
-            self.store.begin(self.step, self.tensors(), state)
+            self.checkpoints.begin(self.step, self.tensors(), state)
             if wait or not self.config.checkpoint.asynchronous:
-                self.settle()
+                self.wait_for_checkpoint()
 
-    def settle(self) -> None:
+    def wait_for_checkpoint(self) -> None:
         """Wait for the save under way, if there is one; on failure say why and go on, to try again soon."""
-        if self.store.pending is None:
+        if self.checkpoints.pending is None:
             return
-        step = self.store.pending
-        errors = self.store.finish()
+        step = self.checkpoints.pending
+        errors = self.checkpoints.finish()
         if not errors:
-            self.saved, self.again = step, None
+            self.last_saved_step, self.retry_save_at = step, None
             return
-        self.again = self.step + max(1, self.config.checkpoint.every // 10)
+        self.retry_save_at = self.step + max(1, self.config.checkpoint.every // 10)
         self.log.say(
-            f"checkpoint of step {step} failed, older ones are untouched: {'; '.join(errors)}. It is tried again at step {self.again}."
+            f"checkpoint of step {step} failed, older ones are untouched: {'; '.join(errors)}. "
+            f"It is tried again at step {self.retry_save_at}."
         )
 
     def load(self, folder: Path) -> None:
@@ -159,25 +160,25 @@ class Run:
             ValueError: it is damaged, or of another network, flow or data set.
         """
         state = load_state(folder)
-        differences = compare(state["facts"], self.about["facts"])
+        differences = find_differences(state["facts"], self.metadata["facts"])
         if differences:
             raise ValueError(f"{folder} is of another run: {'; '.join(differences)}. Give another --output_dir, or that run's settings.")
         optimizer = self._optimizer_state()
         moments = {f"optim.{k}": v for k, v in optimizer.items() if isinstance(v, Tensor)}
         weights = {f"model.{k}": v for k, v in self.network.state_dict().items()}
         kept = state.get("averages", ())
-        averages, copied = self.ema.stored(kept, str(folder))
-        beside = ["ema["] if any(name.startswith("ema.") for name in averages) else ["ema[", "ema."]
+        averages, copied = self.ema.locate_in_checkpoint(kept, str(folder))
+        ignored = ["ema["] if any(name.startswith("ema.") for name in averages) else ["ema[", "ema."]
         try:
-            load_into(folder, weights | averages | moments, allow_unexpected=beside)
+            load_into(folder, weights | averages | moments, allow_unexpected=ignored)
         except ValueError as error:
             raise ValueError(f"{error} Or give another --output_dir.") from error
-        self.ema.begin(copied)
-        self.ema.begin_raw(self.network, kept)
+        self.ema.copy_averages(copied)
+        self.ema.copy_raw(self.network, kept)
         inner = getattr(self.optimizer, "optimizer", self.optimizer)
         set_optimizer_state_dict(self.network, inner, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
-        self.step = self.saved = state["step"]
-        self.again = None
+        self.step = self.last_saved_step = state["step"]
+        self.retry_save_at = None
         self.images = state["images"]
         self.cursor = state.get("cursor", self.images)
         try:
@@ -194,35 +195,35 @@ class Run:
         Raises:
             ValueError: no good checkpoint there, or weights of another network.
         """
-        found = find(folder)
+        found = find_checkpoint(folder)
         weights = {f"model.{k}": v for k, v in self.network.state_dict().items()}
         main = {name: value for name, value in self.ema.tensors().items() if name.startswith("ema.")}
         try:
             load_into(found, weights | main, allow_unexpected=["ema[", "optim."])
         except ValueError as error:
-            raise _unfit(found, error) from error
-        self.ema.begin()
+            raise _weights_mismatch(found, error) from error
+        self.ema.copy_averages()
 
-    def told(self, trouble: int = 0) -> int:
+    def check_interrupt(self, failure: int = 0) -> int:
         """Hear, in work beside training, whether it is to be given up. Where all ranks share it, all together.
 
         Args:
-            trouble: of this rank, 0 for none.
+            failure: of this rank, 0 for none.
 
         Returns:
-            The worst trouble of any rank that shares the work.
+            The worst failure of any rank that shares the work.
 
         Raises:
-            Told: a signal came.
+            Interrupted: a signal came.
         """
-        come = self.stopper.requested
+        interrupted = self.interrupt.requested
         if self.sharded:
-            flags = torch.tensor([float(come), float(trouble)], device=self.accelerator.device)
+            flags = torch.tensor([float(interrupted), float(failure)], device=self.accelerator.device)
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-            come, trouble = flags[0].item() > 0, int(flags[1].item())
-        if come:
-            raise Told
-        return trouble
+            interrupted, failure = flags[0].item() > 0, int(flags[1].item())
+        if interrupted:
+            raise Interrupted
+        return failure
 
 
 def load_average(found: Path, network: nn.Module) -> None:
@@ -234,10 +235,10 @@ def load_average(found: Path, network: nn.Module) -> None:
     try:
         load_into(found, {f"ema.{k}": v for k, v in network.state_dict().items()}, allow_unexpected=["ema[", "model.", "optim."])
     except ValueError as error:
-        raise _unfit(found, error) from error
+        raise _weights_mismatch(found, error) from error
 
 
-def _unfit(found: Path, error: ValueError) -> ValueError:
+def _weights_mismatch(found: Path, error: ValueError) -> ValueError:
     """Return what to say of a beginning whose weights do not fit."""
     adapted = ".base_layer." in str(error)
     remedy = (
@@ -248,7 +249,7 @@ def _unfit(found: Path, error: ValueError) -> ValueError:
     return ValueError(f"checkpoint.start_from={found}: {error} {remedy}")
 
 
-def begin(run: Run, checkpoint: Path | None, space: Space) -> None:
+def start_or_resume(run: Run, checkpoint: Path | None, space: LatentSpace) -> None:
     """Go on from a checkpoint, or begin afresh, and say which; open what the run reads and writes.
 
     Args:
@@ -261,19 +262,21 @@ def begin(run: Run, checkpoint: Path | None, space: Space) -> None:
         run.load(checkpoint)
     elif config.checkpoint.start_from and not config.train.lora_rank:
         run.start_from(Path(config.checkpoint.start_from))
-    run.evidence = Evidence(folder, main=main, start=run.step, fresh=checkpoint is None)
-    run.cursor = max(run.cursor, run.evidence.cursor(run.step))
-    run.bad = BadSamples(folder, share=config.data.max_bad_share, main=main, start=run.cursor)
+    run.incidents = IncidentLog(folder, main=main, start=run.step, fresh=checkpoint is None)
+    run.cursor = max(run.cursor, run.incidents.cursor_after_rollback(run.step))
+    run.bad_samples = BadSamples(folder, share=config.data.max_bad_share, main=main, start=run.cursor)
     if main:
-        run.store.sweep(checkpoint)
-        write_whole(folder / "config.yaml", yaml.safe_dump(as_mapping(config), sort_keys=False))
-        write_journal(folder, run.about.get("changes", []))
+        run.checkpoints.remove_leftovers(checkpoint)
+        write_whole(folder / "config.yaml", yaml.safe_dump(config_to_mapping(config), sort_keys=False))
+        write_journal(folder, run.metadata.get("changes", []))
         origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
         where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device}"
         say(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
-        forget(run.snapshots, run.step)
-    run.stream = run.open(run.cursor)
-    told = scrubbed(as_mapping(config))
-    run.log = Log(folder, main=main, start=run.step, stop=config.train.max_steps, accelerator=run.accelerator)
-    run.side = SideWork(run.log.say)
-    run.side("log.report_to", lambda: attach(run.accelerator, config.log.report_to, config.log.project, folder, told, run.step))
+        remove_later_snapshots(run.snapshots, run.step)
+    run.stream = run.open_stream(run.cursor)
+    settings = without_local_paths(config_to_mapping(config))
+    run.log = RunLog(folder, main=main, start=run.step, stop=config.train.max_steps, accelerator=run.accelerator)
+    run.best_effort = BestEffort(run.log.say)
+    run.best_effort(
+        "log.report_to", lambda: attach_trackers(run.accelerator, config.log.report_to, config.log.project, folder, settings, run.step)
+    )

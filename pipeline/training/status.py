@@ -16,15 +16,15 @@ from typing import Any, Literal, Protocol
 from condot.core.atomic_files import open_regular, write_whole
 from condot.core.printable import one_line, say
 
-State = Literal["running", "stopped", "finished", "diverged", "failed", "hung"]
+RunState = Literal["running", "stopped", "finished", "diverged", "failed", "hung"]
 NAME = "status.json"
 
 
-class Owned(Protocol):
+class HeldLock(Protocol):
     """What is needed of a folder's lock: see pipeline.launch.FolderLock."""
 
-    def lost(self) -> str: ...
-    def place(self) -> Path | None: ...
+    def lock_error(self) -> str: ...
+    def current_path(self) -> Path | None: ...
 
 
 class Status:
@@ -40,14 +40,14 @@ class Status:
     def __init__(self, folder: Path, main: bool = True) -> None:
         self.path = folder / NAME
         self.main = main
-        self.lock: Owned | None = None
+        self.lock: HeldLock | None = None
         """Of the folder: where it was moved, it is written there, and never into what stands in its old place."""
         self._progress: dict[str, int | None] = {"step": None, "of": None, "images": None}
-        self._silent = False
+        self._warned = False
 
     def write(
         self,
-        state: State,
+        state: RunState,
         *,
         step: int | None = None,
         of: int | None = None,
@@ -72,9 +72,9 @@ class Status:
         if not self.main and state != "hung":
             return
         late = state == "failed" or (state == "hung" and not self.main)
-        if late and (read(self.path.parent) or {}).get("state") == "hung":
+        if late and (read_status(self.path.parent) or {}).get("state") == "hung":
             return  # the first to say so knows most; ranks that were waiting fail when the one that hung is ended
-        said = {
+        record = {
             "state": state,
             **self._progress,
             "signal": signals.Signals(signal).name if signal else None,
@@ -82,27 +82,27 @@ class Status:
             "exit_status": exit_status,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        if self.lock and self.lock.lost():
-            place = self.lock.place()
+        if self.lock and self.lock.lock_error():
+            place = self.lock.current_path()
             if place is None:
                 return
             self.path = place / NAME
         try:
-            self._replace(json.dumps(said) + "\n", lasting=state != "running")
+            self._replace(json.dumps(record) + "\n", lasting=state != "running")
         except OSError as error:
-            if not self._silent:
+            if not self._warned:
                 say(f"{self.path} could not be written ({error.strerror}); the run goes on.", error=True)
-            self._silent = True
+            self._warned = True
 
     def _replace(self, text: str, lasting: bool) -> None:
         write_whole(self.path, text, lasting=lasting)
 
 
-def read(folder: Path) -> dict[str, Any] | None:
+def read_status(folder: Path) -> dict[str, Any] | None:
     """What status.json of a run's folder says; None where there is none, or nothing that can be read."""
     try:
         with open(folder / NAME, opener=open_regular) as file:
-            said = json.load(file)
+            record = json.load(file)
     except (OSError, ValueError):
         return None
-    return said if isinstance(said, dict) else None
+    return record if isinstance(record, dict) else None

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-class Beat(NamedTuple):
+class StepStats(NamedTuple):
     """What all ranks know of a step."""
 
     step: int
@@ -30,11 +30,11 @@ class Beat(NamedTuple):
     """A rank was told to stop."""
     writing: bool
     """A rank still writes a checkpoint."""
-    lost: bool = False
+    data_missing: bool = False
     """A rank cannot have the data of a step that is to come."""
 
 
-class Pulse:
+class StepReducer:
     """The reduction, and what came of it.
 
     Args:
@@ -46,9 +46,9 @@ class Pulse:
 
     def __init__(self, device: torch.device, ranks: int, *, scaled: bool = False) -> None:
         self.device, self.ranks, self.scaled = device, ranks, scaled
-        self._sent: deque[tuple[int, Tensor, Any]] = deque()
+        self._pending: deque[tuple[int, Tensor, Any]] = deque()
 
-    def beat(self, step: int, loss: Tensor, norm: Tensor, *, stop: bool, writing: bool, lost: bool = False) -> Tensor:
+    def reduce(self, step: int, loss: Tensor, norm: Tensor, *, stop: bool, writing: bool, data_missing: bool = False) -> Tensor:
         """Reduce one step's figures; all ranks together.
 
         Args:
@@ -57,37 +57,37 @@ class Pulse:
             norm: of the gradient, the same on all ranks.
             stop: this rank was told to stop.
             writing: this rank still writes a checkpoint.
-            lost: this rank cannot have the data of a step that is to come.
+            data_missing: this rank cannot have the data of a step that is to come.
 
         Returns:
             1 if the step is bad on any rank, else 0: a scalar on the device, float32.
         """
         bad = ~torch.isfinite(loss) if self.scaled else ~(torch.isfinite(loss) & torch.isfinite(norm))
-        told = torch.tensor([stop, writing, lost], dtype=torch.float64).to(self.device, non_blocking=True)
-        facts = torch.cat([torch.stack([loss.detach().double(), norm.double(), bad.double()]), told])
+        flags = torch.tensor([stop, writing, data_missing], dtype=torch.float64).to(self.device, non_blocking=True)
+        values = torch.cat([torch.stack([loss.detach().double(), norm.double(), bad.double()]), flags])
         if self.ranks > 1:
-            dist.all_reduce(facts)
+            dist.all_reduce(values)
         event = None
-        read = facts
+        read = values
         if self.device.type == "cuda":
-            read = torch.empty(facts.shape, dtype=facts.dtype, pin_memory=True)
-            read.copy_(facts, non_blocking=True)
+            read = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            read.copy_(values, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._sent.append((step, read, event))
-        return (facts[2] > 0).float()
+        self._pending.append((step, read, event))
+        return (values[2] > 0).float()
 
-    def read(self, *, all: bool = False) -> list[Beat]:
+    def read(self, *, all: bool = False) -> list[StepStats]:
         """The steps that can be read without waiting for the last one on a GPU; `all` waits for it."""
         found = []
-        while len(self._sent) > (0 if all or self.device.type != "cuda" else 1):
-            step, facts, event = self._sent.popleft()
+        while len(self._pending) > (0 if all or self.device.type != "cuda" else 1):
+            step, values, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            loss, norm, bad, stop, writing, lost = facts.tolist()
-            found.append(Beat(step, loss / self.ranks, norm / self.ranks, bad > 0, stop > 0, writing > 0, lost > 0))
+            loss, norm, bad, stop, writing, data_missing = values.tolist()
+            found.append(StepStats(step, loss / self.ranks, norm / self.ranks, bad > 0, stop > 0, writing > 0, data_missing > 0))
         return found
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop what was not read: those steps are undone."""
-        self._sent.clear()
+        self._pending.clear()
