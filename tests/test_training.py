@@ -26,7 +26,7 @@ from condot.pipeline.ema.averages import HalfLifeProfile, WeightAverages, ema_pr
 from condot.pipeline.objectives.training_objective import TrainingObjective
 from condot.pipeline.training import loop
 from condot.pipeline.training.optimizer import adamw, learning_rate
-from condot.pipeline.training.resume_rules import compare_facts
+from condot.pipeline.training.resume_rules import find_differences
 
 
 def curve(folder):
@@ -434,7 +434,7 @@ def test_draws_are_a_function_of_seed_step_and_place(flow):
 
 
 def test_compare_lists_every_difference():
-    assert compare_facts({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}) == [
+    assert find_differences({"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}) == [
         "a.c is 2 there and 5 here",
         "d is 3 there and None here",
         "e is None there and 4 here",
