@@ -3,6 +3,7 @@
     python tests/digests.py --output before.json            # this checkout
     python tests/digests.py --against before.json           # exit 1, and the entries that differ
     python tests/digests.py --repo ../other --against before.json
+    python tests/digests.py --against before.json --found after.json   # of two that were written
 
 In a temporary folder, by the command lines that a user types (nothing of the checkout is imported,
 so that its files may lie anywhere), it packs the digits and a folder of captioned pictures, trains a
@@ -273,6 +274,14 @@ def about(repo: Path) -> dict[str, str]:
     return {"commit": git.stdout.strip(), "processor": processor, "python": platform.python_version(), **packages}
 
 
+def renames(old: dict[str, str], new: dict[str, str]) -> dict[str, str]:
+    """Pair each entry that is gone with a new one of the same content, each once, in the order of names."""
+    fresh: dict[str, list[str]] = {}
+    for name in sorted(new.keys() - old.keys()):
+        fresh.setdefault(new[name], []).append(name)
+    return {name: fresh[old[name]].pop(0) for name in sorted(old.keys() - new.keys()) if fresh.get(old[name])}
+
+
 def compare(before: dict[str, Any], after: dict[str, Any], *, allow_renames: bool) -> int:
     """Print what differs; 1 if a digest does."""
     for name, value in before["about"].items():
@@ -283,8 +292,7 @@ def compare(before: dict[str, Any], after: dict[str, Any], *, allow_renames: boo
         if old.get(name) != new.get(name):
             print(f"note: {name} {'is gone' if name not in new else 'is new' if name not in old else 'differs'}")
     old, new, failures = before["digests"], after["digests"], 0
-    fresh = {one: name for name, one in new.items() if name not in old}
-    renamed = {name: fresh[one] for name, one in old.items() if name not in new and one in fresh}
+    renamed = renames(old, new)
     for name in sorted(old.keys() | new.keys() - set(renamed.values())):
         if name in renamed:
             print(f"renamed: {name} is {renamed[name]}")
@@ -297,23 +305,28 @@ def compare(before: dict[str, Any], after: dict[str, Any], *, allow_renames: boo
     return int(failures > 0)
 
 
+def digests_of(repo: Path, keep: Path | None) -> dict[str, Any]:
+    """Do the work in a temporary folder, or in one to be kept, and digest it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (keep or Path(scratch)).resolve()
+        folder.mkdir(parents=True, exist_ok=keep is None)
+        work(Runner(repo, folder))
+        found = digest(folder)
+    return {"about": about(repo), "digests": found.digests, "notes": found.notes}
+
+
 def main() -> int:
     """The command; returns its exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repo", type=Path, default=ROOT, help="the checkout (default: this one)")
     parser.add_argument("--output", type=Path, help="where the digests are written (default: the screen)")
     parser.add_argument("--against", type=Path, help="digests of before, to be compared with")
+    parser.add_argument("--found", type=Path, help="digests of after, instead of the work that makes them")
     parser.add_argument("--allow_renames", action="store_true", help="the same content under another name is no difference")
     parser.add_argument("--keep", type=Path, help="work in this new folder and leave it, for a look at what differs")
     args = parser.parse_args()
     before = json.loads(args.against.read_text()) if args.against else None
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = (args.keep or Path(scratch)).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        repo = args.repo.resolve()
-        work(Runner(repo, folder))
-        found = digest(folder)
-    after = {"about": about(repo), "digests": found.digests, "notes": found.notes}
+    after = json.loads(args.found.read_text()) if args.found else digests_of(args.repo.resolve(), args.keep)
     if args.output:
         args.output.write_text(json.dumps(after, indent=1, sort_keys=True) + "\n")
     if before:
