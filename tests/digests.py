@@ -14,9 +14,9 @@ of processor time, one thread a process, so that sums are the same.
 `digests` must agree: packed shards with their indexes and manifests, encoded captions, each tensor
 of each checkpoint and snapshot by its name, step and cursor, losses as numbers, exported weights and
 configurations, and pixels of samples. `notes` may differ and are only told: code that travels with
-exports, model cards, recipes as they were written, reports and curves. Left out is what depends on
-time, place or versions: speeds, waits and memory in metrics.jsonl, recipes and paths in state.json,
-checkpoints' own manifests (they hash state.json), locks, `.packed`, `_diffusers_version`.
+exports, model cards, recipes as they were written, reports, curves and `.work`. Left out is what
+depends on time, place or versions: speeds, waits and memory in metrics.jsonl, recipes and paths in
+state.json, checkpoints' own manifests (they hash state.json), locks, `.packed`, `_diffusers_version`.
 
 Numbers hold for one processor and one set of packages: `about` names them, and a comparison says
 where they differ. A tensor or a file that has only another name is told as renamed, and fails too,
@@ -236,7 +236,8 @@ def digest(root: Path) -> Found:
     for folder in ("digits", "captioned", "encoded"):
         for path in found.files(folder):
             if ".packed" not in path.parts and path.suffix != ".lock":
-                found.keep(path, pixels if path.suffix == ".png" else whole, note=path.suffix == ".png" or path.name == "report.json")
+                told = path.suffix == ".png" or path.name == "report.json" or ".work" in path.parts
+                found.keep(path, pixels if path.suffix == ".png" else whole, note=told)
     for run in ("dit", "unet", "text"):
         found.keep(root / run / "metrics.jsonl", losses)
         found.keep(root / run / "config.yaml", whole, note=True)
