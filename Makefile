@@ -11,7 +11,7 @@ SAMPLE = --pipeline $(RUN)/export --class_labels 0 1 2 3 4 5 6 7 8 9 --num_image
 # What depends on a processor's kernels, and lesser processors than this one: oneDNN's, ATen's and MKL's code for them, and other threads.
 NUMERIC = kernels plan half precision dit models modeling text_networks convert_dit solver sde schedulers scheduler_pipelines path \
 	parameterisation objective methods guidance inverse likelihood time random coupling conditions frechet evaluate initialise lora text \
-	utilisation langevin
+	utilisation langevin old_folders
 LESSER = DNNL_MAX_CPU_ISA=SSE41,ATEN_CPU_CAPABILITY=default,MKL_CBWR=COMPATIBLE,OMP_NUM_THREADS=1 \
 	DNNL_MAX_CPU_ISA=AVX2,ATEN_CPU_CAPABILITY=avx2,MKL_CBWR=AVX2,OMP_NUM_THREADS=2
 

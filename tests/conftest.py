@@ -72,9 +72,14 @@ def arguments(shards: Path, output: Path, *more: str) -> list[str]:
 
 def fit(shards: Path, output: Path, *more: str) -> int:
     """Train in this process; returns the exit status."""
+    return command(*arguments(shards, output, *more))
+
+
+def command(*words: str) -> int:
+    """`train.py` with these words, in this process, as if it were the first."""
     AcceleratorState._reset_state(True)
     train.INTERRUPT.received, train.INTERRUPT._deferred = None, False
-    return train.main(arguments(shards, output, *more))
+    return train.main(list(words))
 
 
 @pytest.fixture(scope="session")
