@@ -73,3 +73,14 @@ def test_all_of_the_mathematics_is_named():
     named = {Path(path).name for path, _ in NAMED.findall(DOCUMENT.read_text(encoding="utf-8"))}
     here = {path.name for path in (ROOT / "pipeline").rglob("flow/**/*.py")}
     assert here and here - plumbing <= named, f"not in docs/mathematics.md: {sorted(here - plumbing - named)}"
+
+
+def test_links_into_the_document_lead_somewhere():
+    """An anchor is its heading as GitHub makes it: lower case, without punctuation, hyphens for spaces."""
+    headings = re.findall(r"^#+ (.+)$", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE)
+    anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    pages = {page: page.read_text(encoding="utf-8") for page in [*DOCUMENT.parent.glob("*.md"), *ROOT.glob("*.md")]}
+    links = [(page.name, link) for page, text in pages.items() for link in re.findall(r"mathematics\.md#([\w-]+)", text)]
+    links += [(DOCUMENT.name, link) for link in re.findall(r"\]\(#([\w-]+)\)", pages[DOCUMENT])]
+    assert len(links) > 10
+    assert not (lost := [link for link in links if link[1] not in anchors]), f"links to no heading: {lost}"
