@@ -43,7 +43,9 @@ def names(path: Path) -> frozenset[str]:
     return frozenset(defined | {target.id for target in assigned if isinstance(target, ast.Name)})
 
 
-CITATIONS = {str(path.relative_to(ROOT)): numbers for paths in sources().values() for path in paths if (numbers := cited(path.read_text("utf-8")))}
+CITATIONS = {
+    str(path.relative_to(ROOT)): numbers for paths in sources().values() for path in paths if (numbers := cited(path.read_text("utf-8")))
+}
 
 
 def test_citations_are_read():
