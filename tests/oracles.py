@@ -1,4 +1,4 @@
-"""What is known in closed form: mixtures, finite data and Gaussians on a path (mathematics.md section 9).
+"""What is known in closed form: mixtures, finite data and Gaussians on a path (docs/mathematics.md section 8).
 
 Written from the formulas, without the code under test: a path enters only by
 the numbers alpha, beta and their derivatives, given for each by hand here.

@@ -55,7 +55,7 @@ def test_targets_are_their_definitions(name):
 @pytest.mark.parametrize("name", oracles.BY_HAND)
 @pytest.mark.parametrize("t", [0.05, 0.5, 0.93])
 def test_marginal_fields_of_a_mixture_convert_into_one_another(name, t):
-    """Posterior means obey the same identities: score, velocity and data of section 9, all from the velocity."""
+    """Posterior means obey the same identities: score, velocity and data of docs/mathematics.md section 8, all from the velocity."""
     mixture, (a, b, da, db) = oracles.three(), oracles.BY_HAND[name](t)
     x = a * mixture.sample(9, torch.Generator().manual_seed(1)) + b * torch.randn(
         9, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64

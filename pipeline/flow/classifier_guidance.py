@@ -3,7 +3,7 @@
 By Bayes' rule the score of p_t(x | y) is the model's and the gradient of what
 a classifier says, `grad log p_t(x) + grad log p(y | x_t)`; with a scale w on
 the second, that of the density proportional to `p_t(x) p(y | x_t)^w`. The
-velocity follows by the identities of mathematics.md section 2.
+velocity follows by the identities of docs/mathematics.md section 2.
 Source: Dhariwal and Nichol, Diffusion Models Beat GANs on Image Synthesis,
 section 4; Song et al., Score-Based Generative Modeling through SDEs, section 5;
 for a classifier of clean data Chung et al., Diffusion Posterior Sampling, eq. 11,

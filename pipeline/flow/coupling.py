@@ -10,7 +10,7 @@ is sampled from.
 Source: Pooladian et al., Multisample Flow Matching; Tong et al., Improving and
 Generalizing Flow-Based Generative Models with Minibatch Optimal Transport;
 Crouse, On Implementing 2D Rectangular Assignment Algorithms (shortest
-augmenting paths); mathematics.md section 3.
+augmenting paths); docs/mathematics.md section 3.
 """
 
 from __future__ import annotations

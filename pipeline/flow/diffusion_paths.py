@@ -4,7 +4,7 @@ Their papers run a time s = 1 - t from data to noise and name a noising process
 `dx = f x ds + g dw`; here only what it leaves in x_t counts, alpha and beta.
 The variance-exploding paths end at a little noise, beta_1 > 0: take their last
 point through `denoise` for a clean one.
-Source: mathematics.md section 1; Song et al., Score-Based Generative Modeling
+Source: docs/mathematics.md section 1; Song et al., Score-Based Generative Modeling
 through SDEs, appendix B and C; Karras et al., Elucidating the Design Space of
 Diffusion-Based Generative Models (EDM), table 1.
 """

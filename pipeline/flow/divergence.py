@@ -3,7 +3,7 @@
 Exactly, with one product per dimension, or as the quadratic form
 `v^T (grad f) v` along a random v of covariance I, whose mean is the trace.
 Source: Hutchinson, A Stochastic Estimator of the Trace of the Influence Matrix;
-mathematics.md sections 3 and 5.
+docs/mathematics.md sections 3 and 5.
 """
 
 from __future__ import annotations

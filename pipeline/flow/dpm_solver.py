@@ -16,7 +16,7 @@ predictions carries the jump on, at the next step the jump of the jump. So the
 SDE takes a share of w only (`sde_extrapolation_factor`): 1 where all noise is kept, 1/2
 where none is. The order stays 2.
 Source: Lu et al., DPM-Solver++, algorithm 2 and appendix on the SDE; Xue et al.,
-SA-Solver, eq. 14 (any sigma_t); mathematics.md section 10.
+SA-Solver, eq. 14 (any sigma_t); docs/mathematics.md section 4.
 """
 
 from __future__ import annotations

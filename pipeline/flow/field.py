@@ -3,7 +3,7 @@
 A field is a function of (x, t); t has shape (B,). Solvers speak velocity only.
 A field may also return a pair (velocity, score), from a network that was
 trained for both; an SDE then takes the learned score, an ODE the velocity.
-Source: mathematics.md section 2.
+Source: docs/mathematics.md section 2.
 """
 
 from __future__ import annotations

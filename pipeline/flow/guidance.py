@@ -12,7 +12,7 @@ each as a prediction of its own.
 Source: Ho and Salimans, Classifier-Free Diffusion Guidance, eq. 6, with w
 counted so that 1 means none; Kynkäänniemi et al., Applying Guidance in a
 Limited Interval; Karras et al., Guiding a Diffusion Model with a Bad Version
-of Itself; mathematics.md section 6.
+of Itself; docs/mathematics.md section 6.
 """
 
 from __future__ import annotations

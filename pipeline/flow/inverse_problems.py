@@ -9,7 +9,7 @@ Three measurements, each with `A A^T = gain I`, so that the pseudo-inverse is
 - reconstruction guidance adds the score of p(y | x_t) to the field, through
   the data prediction and its derivative: exact for Gaussian data.
 
-Source: mathematics.md section 7; Song et al., Score-Based Generative Modeling
+Source: docs/mathematics.md section 7; Song et al., Score-Based Generative Modeling
 through SDEs, appendix I; Song et al., Pseudoinverse-Guided Diffusion Models,
 eq. 7; Rozet et al., Learning Diffusion Priors from Observations (the exact
 covariance by conjugate gradients).

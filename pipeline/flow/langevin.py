@@ -4,7 +4,7 @@
 
 keeps the density whose score it is, up to O(h), but crosses between far modes
 hardly ever; annealed over falling noise levels it finds them in proportion.
-Source: mathematics.md section 4; Song and Ermon, Generative Modeling by
+Source: docs/mathematics.md section 4; Song and Ermon, Generative Modeling by
 Estimating Gradients of the Data Distribution, algorithm 1; Song et al.,
 Score-Based Generative Modeling through SDEs, appendix G.
 """

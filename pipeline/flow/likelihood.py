@@ -9,7 +9,7 @@ solver with it. On sharp data a fixed grid misses most of the divergence, which
 is near t = 1, and errs by bits; hence an adaptive solver by default.
 p_0 is the distribution that sampling starts from, N(0, beta_0^2 I) unless said: of what
 signal a path leaves there (VP, DDPM, VE) the density is of the order of 1e-5 nats a dimension off.
-Source: mathematics.md section 5; Chen et al., Neural ODEs, theorem 1;
+Source: docs/mathematics.md section 5; Chen et al., Neural ODEs, theorem 1;
 Grathwohl et al., FFJORD, section 3.1.
 """
 

@@ -4,7 +4,7 @@
 x_init from a prior of the caller's choice. Its conditional velocity is
 `u_t(x | z) = dmu_t(z) + (ds_t / s_t) (x - mu_t(z))`. With a prior that is not
 normal no identity leads from noise to score, so a score is refused.
-Source: mathematics.md section 1; Su, Building ODEs by characteristics.
+Source: docs/mathematics.md section 1; Su, Building ODEs by characteristics.
 """
 
 from __future__ import annotations

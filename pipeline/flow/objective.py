@@ -9,7 +9,7 @@ A score's error is formed as `|beta s + eps|^2`, which has a limit at beta = 0,
 where the score itself has none. So every loss is finite at the ends of the
 path unless its limit is infinite; `infinite_loss_times` says whether a timestep distribution
 comes there.
-Source: mathematics.md section 3; Lipman et al., Theorem 2.
+Source: docs/mathematics.md section 3; Lipman et al., Theorem 2.
 """
 
 from __future__ import annotations

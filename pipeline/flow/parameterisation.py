@@ -29,7 +29,7 @@ at t = 1 and 1 / t at t = 0. On VP and DDPM, beta grows as sqrt(n) and the
 velocity itself as 1 / sqrt(n) towards t = 1. On VE and EDM alpha = 1 and
 beta > 0: nothing is singular. A velocity on CondOT has D = -1 everywhere.
 Nothing is clamped: where D = 0 the result is not finite.
-Source: mathematics.md section 2; Holderrieth and Erives, Proposition 1.
+Source: docs/mathematics.md section 2; Holderrieth and Erives, Proposition 1.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A Gaussian path is `p_t(x | z) = N(alpha_t z, beta_t^2 I)`, so that
 `x_t = alpha_t z + beta_t eps`. Time runs from t = 0 (noise) to t = 1 (data).
 Here are the two paths that end on both sides exactly; those of the diffusion
 literature are in `diffusion` and `ddpm`, any other prior in `linear`.
-Source: mathematics.md sections 0 and 1; Holderrieth and Erives, MIT 6.S184.
+Source: docs/mathematics.md sections 0 and 1; Holderrieth and Erives, MIT 6.S184.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 `E[tr(grad s) + |s|^2 / 2]` is `E[|s - grad log p|^2] / 2` up to a constant, by
 parts (explicit score matching, one product per dimension); the trace is the
 mean of `v^T (grad s) v` over random v (sliced, one product).
-Source: mathematics.md section 3; Hyvärinen, Estimation of Non-Normalized
+Source: docs/mathematics.md section 3; Hyvärinen, Estimation of Non-Normalized
 Statistical Models by Score Matching, theorem 1; Song et al., Sliced Score
 Matching, eq. 8.
 """

@@ -9,7 +9,7 @@ With one evaluation a step both integrators have the form
 with numbers that follow from the path and the grid alone. They are computed
 before the first evaluation, in float64 on the CPU; so a step is a few
 additions and an accelerator is never waited for. The last step adds no noise.
-Source: mathematics.md section 4 and export.md; Ma et al., SiT, section 2;
+Source: docs/mathematics.md section 4; Ma et al., SiT, section 2;
 Song et al., Score-Based Generative Modeling through SDEs, eq. 6.
 """
 

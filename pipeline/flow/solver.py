@@ -6,7 +6,7 @@ Heun, RK4 and Dormand-Prince evaluate at the last time too. A field that is
 singular there (`is_singular` of field.py says which) is solved by `solve_then_denoise`: with
 the solver's own order to beside the end, then one step along the data
 prediction; or with `last_euler=True`: the last interval is one Euler step.
-Source: mathematics.md section 4; Hairer, Norsett and Wanner, Solving Ordinary
+Source: docs/mathematics.md section 4; Hairer, Norsett and Wanner, Solving Ordinary
 Differential Equations I, sections II.1, II.4, II.5 and III.5.
 """
 

@@ -3,7 +3,7 @@
 A planned step of `sde.py` is `x' = P x + Q u + S score + R xi`, so given x it is
 normal with mean `P x + Q u + S score` and standard deviation R in every
 direction. Its logarithm is the policy's; only the mean depends on the network.
-Sources: mathematics.md section 10; Black et al., Training Diffusion Models with
+Sources: docs/mathematics.md section 4; Black et al., Training Diffusion Models with
 Reinforcement Learning, section 4.2; Liu et al., Flow-GRPO, section 4.1.
 """
 

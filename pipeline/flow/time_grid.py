@@ -1,7 +1,7 @@
 """Grids: the times a solver steps through, from noise to data.
 
 n steps are n intervals, so n + 1 times, float64, on the CPU.
-Source: mathematics.md section 4; Esser et al., eq. 23; Karras et al., eq. 5.
+Source: docs/mathematics.md section 4; Esser et al., eq. 23; Karras et al., eq. 5.
 """
 
 from __future__ import annotations

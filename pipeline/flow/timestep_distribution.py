@@ -3,7 +3,7 @@
 A distribution is given by its quantile function, so that one uniform number per sample
 decides the time, and by its density, so that an expectation under one distribution can
 be weighted into one under another.
-Source: mathematics.md section 3; Esser et al., Scaling Rectified Flow
+Source: docs/mathematics.md section 3; Esser et al., Scaling Rectified Flow
 Transformers, section 3.1 and eq. 23 (their t is our 1 - t); Karras et al.,
 table 1; Kingma et al., Variational Diffusion Models, appendix I (strata).
 """

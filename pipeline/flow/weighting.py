@@ -15,7 +15,7 @@ beta^2, since its target grows as 1 / beta. At the ends, b = 0 or a = 0, each
 weight is its limit. Some limits are infinite: `likelihood` grows as 1 / b^3 on
 CondOT's data prediction, and goes with a timestep distribution that stays off t = 1 only
 (`infinite_loss_times` of objective.py says so for a loss).
-Source: mathematics.md section 3; Kingma et al., Variational Diffusion Models,
+Source: docs/mathematics.md section 3; Kingma et al., Variational Diffusion Models,
 eq. 17; Song et al., Maximum Likelihood Training of Score-Based Diffusion
 Models; Hang et al., Min-SNR Weighting, eq. 6; Karras et al., table 1.
 """
