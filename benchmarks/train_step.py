@@ -5,7 +5,7 @@ diffusers' DiTTransformer2DModel in a plain loop (unfused AdamW, average in a
 loop); `textbook` is the DiT below in the plainest torch, with our optimiser and
 average. The floor is the step's matrix products alone, in bf16. All take turns
 in one run, on one machine, with and without the allocator's settings of
-pipeline/process.py; figures are medians. CPU milliseconds with one thread,
+condot/core/process.py; figures are medians. CPU milliseconds with one thread,
 those of the clock with more or on a GPU.
 
     python benchmarks/train_step.py [--preset S/2] [--batch_size 4] [--rounds 5] [--threads 1] [--compile]

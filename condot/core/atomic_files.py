@@ -1,7 +1,7 @@
 """Files of a run, in a folder that others may write too: never written through a link, never waited for.
 
 What is written anew stands under a temporary name first, locked by its writer: a name that nobody has locked is what a kill left, and
-the next writer of the same file or folder removes it. `data/flock.py` opens files by the same rule.
+the next writer of the same file or folder removes it. `condot/core/file_lock.py` opens files by the same rule.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a recipe's section `data` says, for the commands of this room: `pipeline/config.py` describes the same fields to `train.py`.
+"""What a recipe's section `data` says, for the commands of this room: `pipeline/config/schema.py` describes the same fields to `train.py`.
 
 A test holds the two to the same names and defaults.
 """
@@ -195,7 +195,7 @@ def _typed(name: str, value: Any, kind: str) -> Any:
 
 
 def _load(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A recipe on top of what it extends; `pipeline/recipe.py` reads the same form, and the rooms are sealed."""
+    """A recipe on top of what it extends; `pipeline/config/parse.py` reads the same form, and the rooms are sealed."""
     if not path.is_file():
         raise ValueError(f"--config {path}: no such recipe. The shipped ones are in configs/.")
     if path.resolve() in seen:

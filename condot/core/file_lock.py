@@ -5,7 +5,7 @@ however that ends. A name may change between opening and locking, so each
 function looks again when it has the lock. Others may write the folder too:
 what stands under a name and is no file of its own (a link to somewhere else, a
 folder, a FIFO that never answers) is refused, and nothing is ever written through it.
-`pipeline/own_files.py` opens files by the same rule.
+`condot/core/atomic_files.py` opens files by the same rule.
 """
 
 from __future__ import annotations

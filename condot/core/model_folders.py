@@ -1,6 +1,6 @@
 """Folders of models that strangers made, looked at before a library opens them: no code, no file of elsewhere, no size that is not there.
 
-`data/model_folders.py` holds the same; the rooms are sealed, and a test compares the two.
+`condot/core/model_folders.py` holds the same; the rooms are sealed, and a test compares the two.
 """
 
 from __future__ import annotations

@@ -245,7 +245,7 @@ def _flatten(mapping: dict[str, Any], prefix: str = "") -> Arguments:
 
 
 def _join_weighted(words: Arguments) -> Arguments:
-    """Several words of a field that holds one text, as that text: `data/options.py` reads the same form, and the rooms are sealed."""
+    """Several words of a field that holds one text, as that text: `condot/core/data_options.py` reads the same form, and the rooms are sealed."""
     return {key: [",".join(values)] if key in WEIGHTED_FIELDS else values for key, values in words.items()}
 
 

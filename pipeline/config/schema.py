@@ -23,7 +23,7 @@ def _require(rule: bool, name: str, value: object, text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Which images, at what size, seen through which encoders; `data/options.py` checks what is given here."""
+    """Which images, at what size, seen through which encoders; `condot/core/data_options.py` checks what is given here."""
 
     shards: tuple[str, ...] = ()  # folders of shards with a manifest, as `python -m data.prepare` makes them
     weights: tuple[Annotated[float, FloatRange("(0, 1]")], ...] = ()  # share of each folder in every batch; none shuffles all together
