@@ -221,7 +221,7 @@ def test_a_mount_that_is_gone_for_a_while_is_waited_for(folder, monkeypatch):
     os.rename(folder / "train-000001.tar", folder / "elsewhere")
     began = time.monotonic()
     with pytest.raises(LostShard, match=r"train-000001\.tar: missing"):
-        Shards(folder)._open(1) if (folder / "train-000001.tar").exists() else asked.shards._patiently(
+        Shards(folder)._open(1) if (folder / "train-000001.tar").exists() else asked.shards._with_retry(
             1, lambda: io.FileIO(asked.shards.folders[0].file(asked.shards.shards[1]))
         )
     assert time.monotonic() - began < 1

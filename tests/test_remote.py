@@ -90,7 +90,7 @@ def opened(server, cache, seconds=SECONDS):
 def contents(cache):
     """Bytes of every file, while nobody may evict or begin; one that gets its final name meanwhile is counted once."""
     found = {}
-    with cache._alone():
+    with cache._exclusive():
         for path in cache.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):
                 found[path.name] = path.stat().st_size

@@ -155,7 +155,7 @@ sys.path.insert(0, {str(ROOT)!r})
 from pipeline import process
 answers = iter([1, 2])
 process.os.getppid = lambda: next(answers, 2)
-stopper = process.Stopper("nothing is lost")
+stopper = process.InterruptHandler("nothing is lost")
 print("lives on")
 """
     env = {**os.environ, "RANK": "0"}

@@ -197,8 +197,8 @@ def test_images_are_asked_for_as_the_command_says(trained, tmp_path, capsys, ask
     labels = ["--class_labels", "3", "1", "4", "--num_images", "7", "--seed", "9", "--batch_size", "5"]
     assert run(capsys, *words, *labels)[0] == run(capsys, *words)[0] == 0
     assert asked == [
-        ([3, 1, 4, 3, 1, 4, 3], Sampler(guidance_scale=2.0), {"seed": 9, "batch_size": 5, "null": None, "watch": None}),
-        (list(range(10)), Sampler(guidance_scale=2.0), {"seed": 0, "batch_size": 256, "null": None, "watch": None}),
+        ([3, 1, 4, 3, 1, 4, 3], Sampler(guidance_scale=2.0), {"seed": 9, "batch_size": 5, "null": None, "on_step": None}),
+        (list(range(10)), Sampler(guidance_scale=2.0), {"seed": 0, "batch_size": 256, "null": None, "on_step": None}),
     ]
 
 
