@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import sample
+from condot.cli import sample
 from condot.pipeline.evaluation.retrieval import retrieve
 from condot.pipeline.sampling.image_grid import make_grid, save_image
 from condot.pipeline.sampling.options import RetrieveOptions

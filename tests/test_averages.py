@@ -557,8 +557,8 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
-from pipeline.config import EmaConfig
-from pipeline.ema import WeightAverages
+from condot.pipeline.config.schema import EmaConfig
+from condot.pipeline.ema.averages import WeightAverages
 
 dist.init_process_group("gloo")
 torch.manual_seed(0)

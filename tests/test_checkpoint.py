@@ -140,7 +140,8 @@ def test_of_a_manifest_without_its_own_sha256_a_bit_that_flips_is_told_or_change
 
 KILLER = """
 import os, sys, torch
-import pipeline.checkpoint as c
+import condot.pipeline.checkpoint.store as c
+from condot.pipeline.checkpoint import manifest, saving
 from pathlib import Path
 point, root = sys.argv[1], Path(sys.argv[2])
 def die(*a, **k): os.kill(os.getpid(), 9)
@@ -148,15 +149,15 @@ def patch(name, where=c, when=lambda *a: True):
     real = getattr(where, name)
     setattr(where, name, lambda *a, **k: die() if when(*a) else real(*a, **k))
 if point == "copy": patch("copy", c.HostBuffer)
-elif point == "checked": patch("write_file", c.saving)
+elif point == "checked": patch("write_file", saving)
 elif point == "half":
     write = os.write
     os.write = lambda fd, chunk: (write(fd, chunk[:50]), die())
 elif point == "synced": patch("fsync", os)
-elif point == "state": patch("write_text", c.saving)
+elif point == "state": patch("write_text", saving)
 elif point == "begun": patch("finish", c.CheckpointManager)
 elif point == "gathered": patch("check_files_visible")
-elif point == "manifest": patch("write_text", c.manifest, when=lambda path, text: path.name == "manifest.json")
+elif point == "manifest": patch("write_text", manifest, when=lambda path, text: path.name == "manifest.json")
 elif point == "rename": patch("rename", os, lambda a, b: "checkpoint-2" in str(b))
 elif point == "renamed": patch("sync", when=lambda folder: folder == root)
 elif point == "prune": patch("_prune", c.CheckpointManager)
@@ -178,7 +179,7 @@ def test_killed_at_any_point_one_good_checkpoint_remains(tmp_path):
     command = "import sys; exec(sys.stdin.read())"
     script = f"""
 import os, sys
-import pipeline.checkpoint
+import condot.pipeline.checkpoint.store
 for point in {points!r}:
     if os.fork() == 0:
         sys.argv = ["", point, os.path.join({str(tmp_path)!r}, point)]

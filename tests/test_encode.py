@@ -416,7 +416,7 @@ def test_killed_and_taken_up_by_two_it_is_bitwise_the_same(parts, tmp_path):
     slow = tmp_path / "slow"
     slow.mkdir()
     (slow / "sitecustomize.py").write_text(
-        "import os\nif os.environ.get('HALT'):\n import data.side as s, time\n add = s.ArrayTarWriter.add\n"
+        "import os\nif os.environ.get('HALT'):\n import condot.data.encode.encoded_writer as s, time\n add = s.ArrayTarWriter.add\n"
         " def slow(self, name, array):\n"
         "  if name.startswith('00006'):\n   open(os.environ['HALT'], 'w').close(); time.sleep(60)\n"
         "  add(self, name, array)\n s.ArrayTarWriter.add = slow\n"

@@ -18,17 +18,18 @@ import os, sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 sys.path.insert(0, "tests")
 from test_initialise import CASES, SIZE, digest
-import models
+from condot.models import registry
+from condot.models.common.init import initialise
 dist.init_process_group("gloo")
 with open(sys.argv[1] + str(dist.get_rank()), "w", buffering=1) as file:
     for options in CASES:
-        network = models.build("dit", device="meta", **options)
+        network = registry.build("dit", device="meta", **options)
         for block in network.blocks:
             fully_shard(block)
         fully_shard(network)
         assert all(parameter.is_meta for parameter in network.parameters())
         network.to_empty(device="cpu")
-        models.initialise(network, 7)
+        initialise(network, 7)
         held = sum(parameter.to_local().numel() for parameter in network.parameters())
         whole = {name: parameter.full_tensor() for name, parameter in network.named_parameters()}
         assert held < 0.6 * sum(value.numel() for value in whole.values()), "a rank holds about half"

@@ -18,9 +18,9 @@ if sys.argv[2] == "elsewhere":
     import platform
     platform.libc_ver = lambda: ("musl", "1.2")
 if sys.argv[2] == "gpu":
-    import pipeline.process
-    pipeline.process.GPU_DEVICE_FILES = ("/dev/null",)
-from pipeline.process import ALLOCATOR_ENV, InterruptHandler, restart_with_allocator
+    import condot.core.process
+    condot.core.process.GPU_DEVICE_FILES = ("/dev/null",)
+from condot.core.process import ALLOCATOR_ENV, InterruptHandler, restart_with_allocator
 stopper = InterruptHandler("nothing is lost")
 with open("starts", "a") as file:
     file.write(f"{os.getpid()} {os.getppid()}\\n")
@@ -111,7 +111,7 @@ def test_signals_reach_it(program, number):
 def test_a_launched_process_ends_before_python_does(world, status, said):
     """Of one process, too: at the end of Python the group's library aborted 5 of 24 runs of torchrun that had nothing left to do."""
     code = (
-        "import atexit, sys; from pipeline.process import exit_if_distributed; "
+        "import atexit, sys; from condot.core.process import exit_if_distributed; "
         "atexit.register(print, 'late'); exit_if_distributed(5); sys.exit(7)"
     )
     env = {name: value for name, value in os.environ.items() if name != "WORLD_SIZE"} | ({"WORLD_SIZE": world} if world else {})

@@ -314,7 +314,7 @@ def test_a_connection_cut_in_the_middle_sends_that_file_again_alone(hub, folder)
 PUSH = """
 import sys
 from pathlib import Path
-from pipeline.publish import publish
+from condot.pipeline.hub.publish import publish
 publish(Path(sys.argv[1]), "ann/digits", wait=0.01)
 """
 

@@ -489,8 +489,8 @@ def test_a_cache_that_is_too_small_is_refused_at_the_start(server, tmp_path, pac
 
 CHILD = """
 import sys
-from data.cache import Cache
-from data.remote import RemoteFolder
+from condot.data.storage.cache import Cache
+from condot.data.storage.remote import RemoteFolder
 folder = RemoteFolder(sys.argv[1], cache=Cache(sys.argv[2], 10**8), retry_seconds=float(sys.argv[4]))
 print("open", flush=True)
 sys.stdin.readline()

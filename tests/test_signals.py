@@ -30,8 +30,9 @@ ALONE = (
 PROGRAM = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-from pipeline.process import InterruptHandler, is_main_program
-is_main_program("__main__")
+from condot.core.process import InterruptHandler
+from condot.core.standard_streams import guard_streams
+guard_streams()
 stopper = InterruptHandler("nothing is lost")
 if sys.argv[2] == "late":
     stopper.defer()
@@ -152,7 +153,7 @@ def test_a_launcher_that_ended_before_it_could_be_asked_for(program, tmp_path):
     code = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-from pipeline import process
+from condot.core import process
 answers = iter([1, 2])
 process.os.getppid = lambda: next(answers, 2)
 stopper = process.InterruptHandler("nothing is lost")

@@ -178,9 +178,9 @@ def test_options_that_cannot_be(wrong, message):
 
 READER = """
 import sys, time
-from data import build
-from data.options import Options
-from data.stream import Share
+from condot.data.loader.build import build
+from condot.core.data_options import Options
+from condot.data.loader.stream import Share
 folder, start, rank, ranks, workers, pace, more = sys.argv[1], *map(int, sys.argv[2:6]), float(sys.argv[6]), eval(sys.argv[7])
 s = build(Options(**{"shards": (folder,), "resolution": 4, "channels": 1, "workers": workers, **more}), seed=3, start=start,
           share=Share(batch_size=8, rank=rank, ranks=ranks))

@@ -138,7 +138,7 @@ _PROGRAM: list[InterruptHandler] = []
 
 
 def take_signals(message: str) -> None:
-    """Take the signals of this process: see `Stopper`. To be called by a main program, before anything slow."""
+    """Take the signals of this process: see `InterruptHandler`. To be called by a main program, before anything slow."""
     _PROGRAM[:] = [InterruptHandler(message)]
 
 
