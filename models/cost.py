@@ -1,7 +1,7 @@
 """What a network costs and how large its activations begin: counted and measured without training.
 
-python -m models.cost                 the presets: parameters, multiply-adds
-python -m models.cost --activations   root mean squares after each block at the start
+python -m condot.models.cost                 the presets: parameters, multiply-adds
+python -m condot.models.cost --activations   root mean squares after each block at the start
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`python -m pipeline.pictures --output docs/pictures`: train two small networks, draw every picture; about two minutes on one core."""
+"""`python -m docs.figures --output docs/pictures`: train two small networks, draw every picture; about two minutes on one core."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from docs.figures.table import table
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.pictures", description="The pictures of docs/theory.md, made by our own code."
+        prog="python -m docs.figures", description="The pictures of docs/theory.md, made by our own code."
     )
     parser.add_argument("--output", type=Path, default=Path("docs/pictures"), help="folder for the PNGs and the animated WebP")
     parser.add_argument("--steps", type=int, default=5000, help="training steps of the checkerboard's network; the moons take half")

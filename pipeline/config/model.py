@@ -15,7 +15,7 @@ class DiTConfig:
     """A diffusion transformer with adaLN-zero on classes; as published, it is exported to stock diffusers."""
 
     kind: Literal["dit"] = "dit"  # dit, cross_dit, mmdit or unet: the other kinds have fields of their own
-    preset: str = "S/2"  # size / patch: S, B, L or XL / 1, 2, 4 or 8; `python -m models.cost` prints what each costs
+    preset: str = "S/2"  # size / patch: S, B, L or XL / 1, 2, 4 or 8; `python -m condot.models.cost` prints what each costs
     style: Literal["dit", "modern"] = "dit"  # dit: as published; modern: qk_norm, rope, swiglu and rms_norm, which train faster
     patch_size: Annotated[int, IntRange("[1, inf)")] | None = None  # pixels (or latents) a side of one token; none: as the preset
     width: Annotated[int, IntRange("[1, inf)")] | None = None  # channels of a token; none: as the preset
