@@ -96,7 +96,7 @@ def test_nothing_of_a_log_raises(tmp_path, monkeypatch, capsys):
     def broken(*given, **more):
         raise RuntimeError("broken")
 
-    for holder, name in ((log.bar, "update"), (log.bar, "write"), (log.bar, "close"), (log.lines, "append"), (log.lines, "keep")):
+    for holder, name in ((log.bar, "update"), (log.bar, "write"), (log.bar, "close"), (log.lines, "append"), (log.lines, "filter")):
         monkeypatch.setattr(holder, name, broken)
     for step in range(3):
         log.advance()
