@@ -8,5 +8,4 @@ import sys
 from condot.cli import start
 
 if __name__ == "__main__":
-    verb = sys.argv[1] if sys.argv[1:] and not sys.argv[1].startswith("-") else "images"
     start("sample", sys.argv[1:])

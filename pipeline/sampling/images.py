@@ -15,7 +15,7 @@ from ..launch.distributed import join_process_group
 from .animation import FrameRecorder, save_animation
 from .bulk import FolderWriter, ImageFiles, ImageWriter, fingerprint_model, generate_folder
 from .flow_model import FlowModel
-from .generate import check_sampler, generate
+from .generate import Samples, StepCallback, check_sampler, generate
 from .image_encoding import encode_image, file_extension
 from .image_grid import make_grid, save_image
 from .options import ImagesOptions
@@ -25,18 +25,28 @@ DEFAULT_NUM_IMAGES = 16
 """Images of a model without conditions, unless another number is given."""
 
 
+def generate_images(options: ImagesOptions, model: FlowModel, requests: ImageRequests, on_step: StepCallback | None = None) -> Samples:
+    """Sample what is asked for, all at once in memory.
+
+    Args:
+        options: how, and how many.
+        model: of the images' size, with its guide if it has one.
+        requests: conditions, checked.
+        on_step: as in `generate`.
+    """
+    count = options.num_images or len(requests) or DEFAULT_NUM_IMAGES
+    condition, null = requests.conditions(model, range(count))
+    how: dict[str, Any] = {"seed": options.seed, "batch_size": options.batch_size, "null": null, "on_step": on_step}
+    return generate(model, condition, options.sampler(), **how)
+
+
 def generate_image_file(options: ImagesOptions, model: FlowModel, requests: ImageRequests) -> int:
     """Write a grid, or an animation of it, and print where; returns the exit status."""
-    count, sampler, model = (
-        options.num_images or len(requests) or DEFAULT_NUM_IMAGES,
-        options.sampler(),
-        model.with_image_size(options.height, options.width),
-    )
-    condition, negative = requests.conditions(model, range(count))
-    recorder = FrameRecorder(model, sampler, options.show or "state") if options.output_kind() == "animation" else None
-    images, evaluations = generate(
-        model, condition, sampler, seed=options.seed, batch_size=options.batch_size, null=negative, on_step=recorder
-    )
+    model = model.with_image_size(options.height, options.width)
+    animated = options.output_kind() == "animation"
+    recorder = FrameRecorder(model, options.sampler(), options.show or "state") if animated else None
+    images, evaluations = generate_images(options, model, requests, recorder)
+    count = len(images)
     columns = min(count, len(requests) if 1 < len(requests) <= 16 else math.ceil(math.sqrt(count)))
     output, scale = Path(options.output), max(1, 64 // max(images.shape[2:]))
     if recorder:
