@@ -40,11 +40,12 @@ from condot.pipeline.export.pipeline_class import check_joint_export
 from condot.pipeline.export.scheduler_map import export_form
 from condot.pipeline.latent_space import LatentSpace
 from condot.pipeline.launch import distributed, parallel, precision
+from condot.pipeline.launch.folder_lock import lock_folder
 from condot.pipeline.launch.precision import Precision
 from condot.pipeline.objectives.training_objective import TrainingObjective
 from condot.pipeline.sampling.options import ExportOptions
+from condot.pipeline.tracking.meter import Meter
 from condot.pipeline.tracking.mfu import MfuEstimator
-from condot.pipeline.tracking.run_log import Meter
 from condot.pipeline.tracking.trackers import check_installed as check_trackers
 from condot.pipeline.tracking.trackers import exit_process
 from condot.pipeline.training.conditioning import ConditionBuilder, MicroBatch
@@ -82,7 +83,7 @@ def train(config: Config) -> int:
         config, group, state.get("precision"), partial(benchmark_precision, config, training_data, space)
     )
     distributed.check_same_data("data.shards", training_data.images.fingerprint)
-    folder_lock = distributed.lock_folder(folder) if accelerator.is_main_process else None
+    folder_lock = lock_folder(folder) if accelerator.is_main_process else None
     with closing(folder_lock) if folder_lock else nullcontext():
         status = Status(folder, accelerator.is_main_process)
         status.lock = folder_lock

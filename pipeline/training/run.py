@@ -27,7 +27,9 @@ from ..flow import Condition
 from ..hub.secrets import without_local_paths
 from ..latent_space import LatentSpace
 from ..objectives.training_objective import TrainingObjective
-from ..tracking.run_log import BadSamples, Meter, RunLog
+from ..tracking.bad_samples import BadSamples
+from ..tracking.meter import Meter
+from ..tracking.run_log import RunLog
 from ..tracking.trackers import attach_trackers
 from .best_effort import BestEffort
 from .conditioning import MicroBatch
