@@ -29,6 +29,7 @@ from condot.models.init_from import init_from_published
 from condot.models.lora import add_lora
 from condot.pipeline.checkpoint.store import CheckpointManager, find_checkpoint, load_state, select_checkpoint
 from condot.pipeline.config.model import build_model_kwargs
+from condot.pipeline.config.objective import TrainingObjective
 from condot.pipeline.config.parse import config_to_mapping, is_switch_set, parse
 from condot.pipeline.config.schema import ALIASES, Config
 from condot.pipeline.dry_run.report import dry_run
@@ -42,7 +43,6 @@ from condot.pipeline.latent_space import LatentSpace
 from condot.pipeline.launch import distributed, parallel, precision
 from condot.pipeline.launch.folder_lock import lock_folder
 from condot.pipeline.launch.precision import Precision
-from condot.pipeline.objectives.training_objective import TrainingObjective
 from condot.pipeline.sampling.options import ExportOptions
 from condot.pipeline.tracking.meter import Meter
 from condot.pipeline.tracking.mfu import MfuEstimator
@@ -54,7 +54,8 @@ from condot.pipeline.training.loop import run_training
 from condot.pipeline.training.optimizer import adamw, check_ramp
 from condot.pipeline.training.preview import preview
 from condot.pipeline.training.resume_rules import change_notes, extend_journal, resume_config, run_facts
-from condot.pipeline.training.run import Run, load_average, start_or_resume
+from condot.pipeline.training.run import Run
+from condot.pipeline.training.start import load_average, start_or_resume
 from condot.pipeline.training.status import Status
 from condot.pipeline.training.step_stats import StepReducer
 from condot.pipeline.training.watchdog import Watchdog
@@ -183,7 +184,7 @@ def build_run(
     sharding = distributed.resolve_sharding(config)
     options = build_model_kwargs(config.model, space.shape, len(names), training_data.widths, config.flow.objective)
     network, average = build_networks(config, options, accelerator, sharding, fresh=fresh)
-    once = config.flow.objective in ("regression", "joint")  # the others differentiate twice
+    once = not objective.objective.differentiates_twice
     plain = registry.build(device="meta", **options).eval() if once else None
     model, optimizer = parallel.prepare_model(accelerator, network, adamw(network, config.train), sharding)
     lora = [config.train.lora_rank, config.train.lora_alpha] if config.train.lora_rank else []

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config.model import build_model_kwargs
+from ..config.objective import RandomInputs, TrainingObjective
 from ..config.schema import Config
 from ..latent_space import LatentSpace
 from ..launch.distributed import check_hardware, check_launcher, check_precision_sharding
 from ..launch.launcher_env import find_conflicts, resolve_sharding
-from ..objectives.training_objective import RandomInputs, TrainingObjective
 from ..tracking.trackers import check_installed as check_trackers
 from ..training.resume_rules import run_facts
 from . import estimate

@@ -6,7 +6,7 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from .mfu import MfuEstimator
+
+ALWAYS = ("loss", "norm", "good")
+"""Sums of every run: of losses, of gradients' norms, and of steps that were applied."""
 
 
 class Meter:
@@ -31,22 +34,25 @@ class Meter:
 
     def reset(self) -> None:
         """Start the next interval."""
-        self.loss, self.norm, self.good = torch.zeros((3,), device=self.accelerator.device).unbind()
+        self.sums = {name: torch.zeros((), device=self.accelerator.device) for name in ALWAYS}
         self.steps, self.data_wait_seconds = 0, 0.0
         self.started_at = time.perf_counter()
 
-    def add_step(self, loss: Tensor, norm: Tensor, bad: Tensor) -> None:
+    def add_step(self, loss: Tensor, norm: Tensor, bad: Tensor, extras: Mapping[str, Tensor] | None = None) -> None:
         """Count an optimiser step.
 
         Args:
             loss: mean of this rank's samples, a scalar on the device.
             norm: of the gradient.
             bad: 1 if the step changed nothing, and enters no mean; nor does one whose gradient overflowed in fp16.
+            extras: means of whatever else this rank's samples report, by name; the same names at every step, on every rank.
         """
         good = (bad == 0) & norm.isfinite()
-        self.loss += torch.where(good, loss, 0)
-        self.norm += torch.where(good, norm, 0)
-        self.good += good
+        for name, value in {"loss": loss, "norm": norm, **(extras or {})}.items():
+            if name not in self.sums:
+                self.sums[name] = torch.zeros_like(self.sums["loss"])
+            self.sums[name] += torch.where(good, value, 0)
+        self.sums["good"] += good
         self.steps += 1
 
     @contextlib.contextmanager
@@ -76,14 +82,15 @@ class Meter:
 
     def state(self) -> dict[str, float]:
         """The sums so far, means over ranks, for a checkpoint in the middle of an interval; all ranks together."""
-        sums = self.accelerator.reduce(torch.stack([self.loss, self.norm, self.good]), reduction="mean")
-        return dict(zip(("loss", "norm", "good"), sums.tolist(), strict=True))
+        sums = self.accelerator.reduce(torch.stack(list(self.sums.values())), reduction="mean")
+        return dict(zip(self.sums, sums.tolist(), strict=True))
 
     def restore(self, state: dict[str, float]) -> None:
         """Go on from `state`."""
         self.reset()
-        for name in ("loss", "norm", "good"):
-            getattr(self, name).fill_(state.get(name, 0.0))
+        for name in {**self.sums, **state}:
+            value = torch.zeros_like(self.sums["loss"])
+            self.sums[name] = value.fill_(state.get(name, 0.0))
 
     def read(self, batch_size: int, bad: int = 0) -> dict[str, float | None]:
         """Figures of the interval, then reset; all ranks together, in one exchange.
@@ -99,11 +106,14 @@ class Meter:
             data_wait, data_wait_worst: share of the time that `data_wait` took, mean and of the rank that waited longest.
             memory_gb: the most that a rank held since it began, in 1e9 bytes: of its device, or of the process on a CPU.
             bad_samples: of the interval, on all ranks.
+            And each extra by its name, its mean like the loss's.
         """
         device = self.accelerator.device
-        means_of_rank = torch.stack([self.loss, self.norm]) / self.good.clamp(min=1)
+        good, extras = self.sums["good"], [name for name in self.sums if name not in ALWAYS]
+        means_of_rank = torch.stack([self.sums["loss"], self.sums["norm"]]) / good.clamp(min=1)
+        extra_means = torch.stack([good, *(self.sums[name] / good.clamp(min=1) for name in extras)])[1:]
         other_figures = torch.tensor([self.data_wait_seconds, memory_gb(device), bad], device=device)
-        found = self.accelerator.gather(torch.cat([means_of_rank, self.good[None], other_figures])[None])
+        found = self.accelerator.gather(torch.cat([means_of_rank, good[None], other_figures, extra_means])[None])
         means, most = torch.stack([found.mean(dim=0), found.amax(dim=0)]).tolist()
         seconds = max(time.perf_counter() - self.started_at, 1e-9)
         rate, ranks = self.steps * batch_size / seconds, len(found)
@@ -117,6 +127,7 @@ class Meter:
             "data_wait_worst": _significant(min(most[3] / seconds, 1.0)),
             "memory_gb": _significant(most[4]),
             "bad_samples": round(means[5] * ranks),
+            **{name: mean if most[2] else None for name, mean in zip(extras, means[6:], strict=True)},
         }
         self.reset()
         return values
