@@ -184,7 +184,7 @@ def build_run(
     sharding = distributed.resolve_sharding(config)
     options = build_model_kwargs(config.model, space.shape, len(names), training_data.widths, config.flow.objective)
     network, average = build_networks(config, options, accelerator, sharding, fresh=fresh)
-    once = not objective.objective.differentiates_twice
+    once = not objective.differentiates_twice
     plain = registry.build(device="meta", **options).eval() if once else None
     model, optimizer = parallel.prepare_model(accelerator, network, adamw(network, config.train), sharding)
     lora = [config.train.lora_rank, config.train.lora_alpha] if config.train.lora_rank else []

@@ -6,11 +6,13 @@ Combinations that cannot be right are refused here, before training begins.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..flow import (
     PATHS,
@@ -105,7 +107,7 @@ class TrainingObjective:
 
     def check_gradient_checkpointing(self, gradient_checkpointing: bool) -> None:
         """Raises ValueError where blocks are computed again in the backward pass of a loss that needs an attention of its own."""
-        if gradient_checkpointing and self.objective.differentiates_twice:
+        if gradient_checkpointing and self.differentiates_twice:
             raise ValueError(
                 f"flow.objective={self.flow.objective} with model.gradient_checkpointing=true: the loss differentiates twice, through an "
                 f"attention that the second pass would not take. Set gradient_checkpointing=false and more accumulation."
@@ -157,6 +159,11 @@ class TrainingObjective:
         """What is added to it, by name."""
         return active_regularisers(self.flow.regularisers)
 
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether the loss holds a derivative of the network, which the gradient then differentiates again."""
+        return any(one.differentiates_twice for one in (self.objective, *self.regularisers.values()))
+
     def build_predictor(self, model: Callable[..., Tensor]) -> Callable[..., Any]:
         """Return what the recipe makes of a bare network, `(x, t, labels)` -> the prediction, or a pair of them."""
         return build_predictor(model, self.flow)
@@ -188,10 +195,13 @@ class TrainingObjective:
         noise = self.couple_noise(data, draws.noise, condition[0])
         network, regularisers, terms = self.build_predictor(model), self.regularisers, self.terms
         batch = StepBatch(data, noise, draws.t, condition, draws.probe, draws.seed, draws.step, draws.indices)
-        if not regularisers:
-            return self.objective(network, batch, terms)
-        observed = ObservedNetwork(network, model)
-        return add_regularisers(self.objective(observed, batch, terms), self.flow.objective, regularisers, observed, batch, terms)
+        # the fast attentions have no second derivative
+        with sdpa_kernel(SDPBackend.MATH) if self.differentiates_twice else nullcontext():
+            if not regularisers:
+                return self.objective(network, batch, terms)
+            observed = ObservedNetwork(network, model)
+            step_loss = self.objective(observed, batch, terms)
+            return add_regularisers(step_loss, self.flow.objective, regularisers, observed, batch, terms)
 
     def losses(self, model: Callable[..., Tensor], data: Tensor, draws: RandomInputs, *condition: Condition) -> Tensor:
         """Return the loss of each sample alone, (B,)."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from ..flow import ScoreMatching
 from .step_objective import FlowTerms, Network, StepBatch, StepLoss, StepObjective
 
@@ -29,9 +27,8 @@ class ExplicitScoreMatching(StepObjective):
 
     def __call__(self, network: Network, batch: StepBatch, flow: FlowTerms) -> StepLoss:
         """Return the loss of each sample."""
-        with sdpa_kernel(SDPBackend.MATH):  # the fast attentions have no second derivative
-            loss = self.loss_function(flow)
-            return StepLoss(loss(network, batch.data, batch.noise, batch.t, *batch.condition, probe=batch.probe))
+        loss = self.loss_function(flow)
+        return StepLoss(loss(network, batch.data, batch.noise, batch.t, *batch.condition, probe=batch.probe))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -63,6 +63,8 @@ class ObservedNetwork:
 class Regulariser:
     """A term of the loss; one of your own adds fields with defaults, and defines `__call__`."""
 
+    differentiates_twice: ClassVar[bool] = False
+    """Whether the term itself holds a derivative of the network: the fast attentions have no second one."""
     weight: float = 0.0  # factor on the term; 0 leaves it out
 
     def __call__(self, network: ObservedNetwork, batch: StepBatch, flow: FlowTerms) -> Tensor:

@@ -14,8 +14,22 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
-from ..flow import Condition, LinearPath, Path, Prediction, Prior, Purpose, normal, uniform
+from ..flow import (
+    Condition,
+    JointObjective,
+    LinearPath,
+    Objective,
+    Path,
+    Prediction,
+    Prior,
+    Purpose,
+    ScoreMatching,
+    normal,
+    uniform,
+)
 
+LossFunction = Objective | JointObjective | ScoreMatching
+"""A loss as mathematics: a function (network, data, noise, t, *condition, probe) -> (B,)."""
 Network = Callable[..., Any]
 """`network(x, t, *condition)` -> the prediction, (B, *S); x (B, *S), t (B,)."""
 
@@ -96,17 +110,15 @@ class StepObjective:
     """
 
     differentiates_twice: ClassVar[bool] = False
-    """Whether the loss itself holds a derivative of the network: then attention and compilation are the plain ones."""
+    """Whether the loss itself holds a derivative of the network: the fast attentions have no second one."""
     needs_probe: ClassVar[bool] = False
+    """Whether it reads `StepBatch.probe`."""
 
     def check(self, flow: FlowTerms, shape: tuple[int, ...]) -> None:
         """Raise ValueError for a flow, or a shape S of samples, that cannot be trained on; all can by default."""
 
-    def loss_function(self, flow: FlowTerms) -> Callable[..., Tensor] | None:
-        """Return the loss as a function (network, data, noise, t, *condition, probe) -> (B,), to be examined at the ends of the path.
-
-        By default None: nothing is examined.
-        """
+    def loss_function(self, flow: FlowTerms) -> LossFunction | None:
+        """Return the loss as mathematics, to be examined at the ends of the path; None, the default, is not examined."""
         return None
 
     def __call__(self, network: Network, batch: StepBatch, flow: FlowTerms) -> StepLoss:
