@@ -84,9 +84,9 @@ def ours(run):
 
     def step() -> None:
         recent.append((run.step, loop.train_step(run)))
-        for stats in run.step_reducer.read(all=loop.log_or_save_due(run)):
+        for stats in run.step_reducer.read(all=loop.needs_checked_step(run)):
             assert not loop.check_step(run, stats, recent)
-        loop.run_callbacks(run, 10**9)
+        loop.run_callbacks(run)
 
     return step
 

@@ -73,7 +73,7 @@ def stepping(run):
 
 def losing(run, batch):
     loss = compute_loss(run, batch)
-    return loss * math.nan if HERE and what == "nan" and run.step == int(STEP) else loss
+    return loss._replace(loss=loss.loss * math.nan) if HERE and what == "nan" and run.step == int(STEP) else loss
 
 
 def writing(*arguments):

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from condot.pipeline.checkpoint.store import CheckpointManager, load_tensors
-from condot.pipeline.launch.distributed import lock_folder
+from condot.pipeline.launch.folder_lock import lock_folder
 from condot.pipeline.training.status import Status, read_status
 
 KILL_BEFORE, KILL_AFTER, TORN, ONCE, FROM_THEN_ON = range(1, 6)

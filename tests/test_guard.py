@@ -63,7 +63,8 @@ def poison(monkeypatch):
         def loss(run, batch):
             if where == "overflow" and count in steps:
                 first = next(run.network.parameters())  # a gradient of it that is added in the backward pass, before it is looked at
-                return compute_loss(run, batch) + (first.view(-1)[0] - first.view(-1)[0].detach()) * 1e38
+                step_loss = compute_loss(run, batch)
+                return step_loss._replace(loss=step_loss.loss + (first.view(-1)[0] - first.view(-1)[0].detach()) * 1e38)
             if where == "batch" and count in steps:
                 encode = run.encode
                 run.encode = lambda b, s: encode(b, s).index_fill(0, torch.tensor([1]), by)
@@ -71,7 +72,8 @@ def poison(monkeypatch):
                     return compute_loss(run, batch)
                 finally:
                     run.encode = encode
-            return compute_loss(run, batch) * (by if where == "loss" and count in steps else 1)
+            step_loss = compute_loss(run, batch)
+            return step_loss._replace(loss=step_loss.loss * (by if where == "loss" and count in steps else 1))
 
         def clipped(run):
             if where == "gradient" and count in steps:
@@ -99,11 +101,11 @@ def test_a_bad_step_is_skipped_and_its_samples_are_named(digits, tmp_path, poiso
     monkeypatch.undo()
     optimizer_step = loop.optimizer_step
 
-    def idle(run, loss):
+    def idle(run, loss, extras):
         step = run.optimizer.optimizer.step
         if run.step == 5:
             run.optimizer.optimizer.step = lambda *a: None
-        optimizer_step(run, loss)
+        optimizer_step(run, loss, extras)
         run.optimizer.optimizer.step = step
 
     monkeypatch.setattr(loop, "optimizer_step", idle)

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ROOMS = {
     "core": [],
     "pipeline": [
-        *("flow", "config", "objectives", "latent_space", "launch", "checkpoint", "ema", "tracking", "evaluation", "sampling"),
+        *("flow", "objectives", "config", "latent_space", "launch", "checkpoint", "ema", "tracking", "evaluation", "sampling"),
         *("training", "hub", "export", "dry_run"),
     ],
     "models": ["common", "cross_dit", "dit", "mmdit", "unet"],

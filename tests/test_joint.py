@@ -12,10 +12,10 @@ from condot.cli import sample
 from condot.models import registry
 from condot.models.convert import to_diffusers
 from condot.pipeline.config.model import DiTConfig, MMDiTConfig, UNetConfig, build_model_kwargs
+from condot.pipeline.config.objective import TrainingObjective
 from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.export.load import load_flow_model
 from condot.pipeline.flow import PATHS, JointObjective, widen
-from condot.pipeline.objectives.training_objective import TrainingObjective
 from condot.pipeline.sampling.flow_model import build_flow_model
 from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.sampler import Sampler

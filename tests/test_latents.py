@@ -21,13 +21,13 @@ from condot.data.loader.stream import Share, to_unit
 from condot.models import registry
 from condot.pipeline.checkpoint.store import CheckpointManager, load_state, load_tensors
 from condot.pipeline.config.model import build_model_kwargs
+from condot.pipeline.config.objective import TrainingObjective
 from condot.pipeline.config.parse import config_from_mapping, config_to_mapping, parse
 from condot.pipeline.config.schema import Config, DataConfig
 from condot.pipeline.export.autoencoder import check_export, fold_latent_scaling
 from condot.pipeline.export.load import load_flow_model
 from condot.pipeline.flow import Purpose, normal, uniform
 from condot.pipeline.latent_space import LatentSpace
-from condot.pipeline.objectives.training_objective import TrainingObjective
 from condot.pipeline.sampling.options import ExportOptions
 
 

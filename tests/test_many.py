@@ -226,7 +226,7 @@ def test_a_folder_of_others_is_left_alone_and_one_that_never_began_is_not(ask, t
 
 
 def test_two_commands_do_not_fill_one_folder(ask, tmp_path, capsys):
-    from condot.pipeline.launch.distributed import lock_folder
+    from condot.pipeline.launch.folder_lock import lock_folder
 
     with closing(lock_folder(tmp_path / "a", "--output")):
         assert f"--output={str(tmp_path / 'a')!r} is in use by another run" in run(capsys, *ask, "--output", tmp_path / "a")[2]

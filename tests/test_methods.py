@@ -8,9 +8,9 @@ import torch
 from conftest import fit
 
 from condot.cli import sample
+from condot.pipeline.config.objective import RandomInputs, TrainingObjective
 from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.flow import PATHS, WEIGHTINGS, support
-from condot.pipeline.objectives.training_objective import RandomInputs, TrainingObjective
 from condot.pipeline.sampling.flow_model import FlowModel
 from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.sampler import Sampler

@@ -21,7 +21,7 @@ from condot.data.prepare import command
 from condot.data.prepare.generated import GeneratedShards
 from condot.data.storage.cache import Cache, CacheItem
 from condot.data.storage.shard_reader import Shards
-from condot.pipeline.launch.distributed import lock_folder
+from condot.pipeline.launch.folder_lock import lock_folder
 from condot.pipeline.sampling.image_grid import save_image
 from condot.pipeline.tracking.jsonl import JsonlWriter, read_lines
 from condot.pipeline.training.status import Status, read_status

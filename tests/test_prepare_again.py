@@ -498,7 +498,10 @@ def test_a_journal_does_not_vouch_for_a_shard_that_was_written_after_it(tmp_path
     """Killed when all was done, edited back, and killed between a shard and its journal."""
     root, out = captioned(tmp_path / "images"), tmp_path / "out"
     words = ["imagefolder", str(root), "--workers", "1", "--output"]
-    for point, change in (("condot.data.prepare.pack.draw_summary", edit_caption), ("condot.data.prepare.shard_writer.commit_json", edit_image)):
+    for point, change in (
+        ("condot.data.prepare.pack.draw_summary", edit_caption),
+        ("condot.data.prepare.shard_writer.commit_json", edit_image),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(point, lambda *a: (_ for _ in ()).throw(OSError("stopped here")))
             assert "stopped here" in refused(capsys, *words, out)

@@ -15,7 +15,7 @@ from condot.core import atomic_files
 from condot.core.atomic_files import exchange, folder_for, put_in_place, sweep, write_whole
 from condot.pipeline.checkpoint import disk_space
 from condot.pipeline.checkpoint.store import CheckpointManager
-from condot.pipeline.launch.distributed import lock_folder
+from condot.pipeline.launch.folder_lock import lock_folder
 from condot.pipeline.training import loop
 
 # --- room, before any work

@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from condot.pipeline.tracking import run_log
+from condot.pipeline.tracking import bad_samples as bad_samples_module
+from condot.pipeline.tracking import meter as meter_module
+from condot.pipeline.tracking.bad_samples import BadSamples
 from condot.pipeline.tracking.jsonl import JsonlWriter, read_lines
+from condot.pipeline.tracking.meter import Meter, memory_gb
 from condot.pipeline.tracking.mfu import MfuEstimator
-from condot.pipeline.tracking.run_log import BadSamples, Meter, RunLog, loss_curve, memory_gb
+from condot.pipeline.tracking.run_log import RunLog, loss_curve
 
 CPU = torch.device("cpu")
 
@@ -131,7 +134,7 @@ GOOD, BAD = torch.tensor(0.0), torch.tensor(1.0)
 
 def test_means_leave_out_skipped_steps_and_rates_do_not(monkeypatch):
     """A skipped step took its time, and its images: 4 steps of 14 in 7 seconds."""
-    clock = Clock(monkeypatch, run_log)
+    clock = Clock(monkeypatch, meter_module)
     meter = Meter(Alone())
     clock.now += 7
     for loss, norm, bad in ((2.0, 2.0, GOOD), (math.nan, 7.0, BAD), (6.0, math.inf, BAD), (6.0, 4.0, GOOD)):
@@ -146,7 +149,7 @@ def test_means_leave_out_skipped_steps_and_rates_do_not(monkeypatch):
 
 def test_an_interval_goes_on_from_a_checkpoint_and_back_to_one(monkeypatch):
     """Its means are those of all its steps; its rates of the steps since, for the time before was another process's or is undone."""
-    clock = Clock(monkeypatch, run_log)
+    clock = Clock(monkeypatch, meter_module)
     whole, parts = Meter(Alone()), Meter(Alone())
     figures = torch.rand(6, 2)
     for n, (loss, norm) in enumerate(figures):
@@ -168,9 +171,9 @@ def test_an_interval_goes_on_from_a_checkpoint_and_back_to_one(monkeypatch):
 
 def test_rates_and_waits_of_all_ranks_in_one_exchange(monkeypatch):
     """10 s of training, 3 of them waiting, and 5 s of saving beside them; of three other ranks the vectors are known."""
-    clock = Clock(monkeypatch, run_log)
+    clock = Clock(monkeypatch, meter_module)
     accelerator = Alone([2.0, 1.0, 4.0, 1.0, 70.0, 0.0], [3.0, 1.0, 4.0, 9.0, 80.5, 4.0], [6.0, 2.0, 4.0, 3.0, 60.0, 0.0])
-    monkeypatch.setattr(run_log, "memory_gb", lambda device: 50.0)
+    monkeypatch.setattr(meter_module, "memory_gb", lambda device: 50.0)
     meter = Meter(accelerator, MfuEstimator(peak_flops=1e12, flops_per_image=2e9, encoder_flops_per_image=1e9, counted=True))
     for _ in range(4):
         with meter.data_wait():
@@ -196,7 +199,7 @@ def test_rates_and_waits_of_all_ranks_in_one_exchange(monkeypatch):
 
 
 def test_a_wait_that_ends_in_an_error_counts_too(monkeypatch):
-    clock, meter = Clock(monkeypatch, run_log), Meter(Alone())
+    clock, meter = Clock(monkeypatch, meter_module), Meter(Alone())
     meter.started_at = clock.now
     with pytest.raises(StopIteration), meter.data_wait():
         clock.now += 2
@@ -268,9 +271,9 @@ def test_bad_samples_are_exchanged_only_where_a_rank_found_some(tmp_path, monkey
     def nobody(found):
         raise AssertionError("an exchange for nothing")
 
-    monkeypatch.setattr(run_log, "gather_object", nobody)
+    monkeypatch.setattr(bad_samples_module, "gather_object", nobody)
     assert bad.report([], 100, any_rank=False) == 0
-    monkeypatch.setattr(run_log, "gather_object", lambda found: [*found, fault(3, "b.tar", "k", "torn")._asdict()])
+    monkeypatch.setattr(bad_samples_module, "gather_object", lambda found: [*found, fault(3, "b.tar", "k", "torn")._asdict()])
     assert bad.report([fault(9, "a.tar", "j", "torn")], 100) == 2
     assert [line["position"] for line in read_lines(bad.path)] == [3, 9]
     for main in (True, False):  # gone on from position 9, which is the first to come again

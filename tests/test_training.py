@@ -21,9 +21,9 @@ from condot.data.prepare import command
 from condot.models import registry
 from condot.pipeline.checkpoint import saving
 from condot.pipeline.checkpoint.store import load_tensors
+from condot.pipeline.config.objective import TrainingObjective
 from condot.pipeline.config.schema import EmaConfig, FlowConfig, TrainConfig
 from condot.pipeline.ema.averages import HalfLifeProfile, WeightAverages, ema_profiles
-from condot.pipeline.objectives.training_objective import TrainingObjective
 from condot.pipeline.training import loop
 from condot.pipeline.training.optimizer import adamw, learning_rate
 from condot.pipeline.training.resume_rules import find_differences
@@ -321,7 +321,7 @@ def test_more_classes_than_an_export_holds_are_refused_at_the_start(tmp_path, ca
 
 
 def test_two_runs_on_one_folder(digits, tmp_path, capsys):
-    from condot.pipeline.launch.distributed import lock_folder
+    from condot.pipeline.launch.folder_lock import lock_folder
 
     held = lock_folder(tmp_path / "run")
     assert fit(digits, tmp_path / "run") == 2 and "in use by another run" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from condot.models.lora import add_lora
 from condot.pipeline.checkpoint.store import find_checkpoint
 from condot.pipeline.config.schema import Config
 from condot.pipeline.launch import parallel
-from condot.pipeline.training.run import load_average
+from condot.pipeline.training.start import load_average
 
 
 def build_networks(

@@ -18,6 +18,7 @@ from condot.models import registry
 from condot.models.cost import example_inputs
 from condot.pipeline.checkpoint.store import CheckpointManager
 from condot.pipeline.config.model import build_model_kwargs
+from condot.pipeline.config.objective import TrainingObjective
 from condot.pipeline.config.parse import config_to_mapping
 from condot.pipeline.config.schema import Config
 from condot.pipeline.ema.averages import WeightAverages
@@ -25,9 +26,8 @@ from condot.pipeline.ema.snapshots import snapshot_manager
 from condot.pipeline.latent_space import LatentSpace
 from condot.pipeline.launch import distributed, parallel, precision
 from condot.pipeline.launch.precision import Precision
-from condot.pipeline.objectives.training_objective import TrainingObjective
+from condot.pipeline.tracking.meter import Meter
 from condot.pipeline.tracking.mfu import MfuEstimator
-from condot.pipeline.tracking.run_log import Meter
 from condot.pipeline.training.conditioning import ConditionBuilder, MicroBatch
 from condot.pipeline.training.guard import Guard
 from condot.pipeline.training.optimizer import adamw
@@ -68,7 +68,7 @@ def build_run(
     sharding = distributed.resolve_sharding(config)
     options = build_model_kwargs(config.model, space.shape, len(names), training_data.widths, config.flow.objective)
     network, average = build_networks(config, options, accelerator, sharding, fresh=fresh)
-    once = config.flow.objective in ("regression", "joint")  # the others differentiate twice
+    once = not objective.differentiates_twice
     plain = registry.build(device="meta", **options).eval() if once else None
     model, optimizer = parallel.prepare_model(accelerator, network, adamw(network, config.train), sharding)
     lora = [config.train.lora_rank, config.train.lora_alpha] if config.train.lora_rank else []

@@ -16,13 +16,14 @@ from condot.pipeline.config.parse import is_switch_set, parse
 from condot.pipeline.config.schema import ALIASES, Config
 from condot.pipeline.dry_run.report import dry_run
 from condot.pipeline.launch import distributed
+from condot.pipeline.launch.folder_lock import lock_folder
 from condot.pipeline.sampling.options import ExportOptions
 from condot.pipeline.tracking.trackers import check_installed as check_trackers
 from condot.pipeline.tracking.trackers import exit_process
 from condot.pipeline.training.loop import run_training
 from condot.pipeline.training.optimizer import check_ramp
 from condot.pipeline.training.resume_rules import change_notes, extend_journal, resume_config
-from condot.pipeline.training.run import start_or_resume
+from condot.pipeline.training.start import start_or_resume
 from condot.pipeline.training.status import Status
 from condot.training_result import TrainingResult
 
@@ -53,7 +54,7 @@ def train(config: Config, host: Host) -> TrainingResult:
     pick_precision = partial(benchmark_precision, config, data, space)
     accelerator = distributed.create_accelerator(config, group, saved.get("precision"), pick_precision)
     distributed.check_same_data("data.shards", data.images.fingerprint)
-    folder_lock = distributed.lock_folder(folder) if accelerator.is_main_process else None
+    folder_lock = lock_folder(folder) if accelerator.is_main_process else None
     with closing(folder_lock) if folder_lock else nullcontext():
         status = Status(folder, accelerator.is_main_process)
         status.lock = folder_lock

@@ -11,9 +11,7 @@ from docs.figures.table import table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m docs.figures", description="The pictures of docs/theory.md, made by our own code."
-    )
+    parser = argparse.ArgumentParser(prog="python -m docs.figures", description="The pictures of docs/theory.md, made by our own code.")
     parser.add_argument("--output", type=Path, default=Path("docs/pictures"), help="folder for the PNGs and the animated WebP")
     parser.add_argument("--steps", type=int, default=5000, help="training steps of the checkerboard's network; the moons take half")
     parser.add_argument("--table", action="store_true", help="print the rounding errors of all conversions instead, as Markdown")

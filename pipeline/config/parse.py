@@ -22,6 +22,7 @@ import yaml
 
 from condot.core.printable import one_line, redacted
 
+from ..objectives.regularisers import REGULARISERS
 from .recipe_file import load_recipe
 
 T = TypeVar("T")
@@ -59,6 +60,8 @@ def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) 
 def _check_keys(cls: type, given: Arguments, default: Any, aliases: dict[str, str]) -> None:
     known = _dotted_keys(default)
     for key in given:
+        if key.startswith("flow.regularisers."):
+            REGULARISERS.lookup(key.split(".")[2])
         if key not in known:
             raise ValueError(_unknown_key_message(key, known, list(aliases), cls))
 
@@ -168,7 +171,16 @@ def config_from_mapping(cls: type[T], mapping: dict[str, Any]) -> T:
 
 def config_to_mapping(config: Any) -> dict[str, Any]:
     """Return a dataclass as plain values that YAML and JSON keep, and anyone may read: the secrets of its URLs are cut."""
-    return redacted(yaml.safe_load(yaml.safe_dump(_tuples_to_lists(dataclasses.asdict(config)))))
+    return redacted(yaml.safe_load(yaml.safe_dump(_tuples_to_lists(_without_unused(dataclasses.asdict(config))))))
+
+
+def _without_unused(mapping: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe without regularisers that have no weight: what a plugin registers and nobody uses is no part of a run."""
+    flow = mapping.get("flow", mapping)
+    if isinstance(flow, dict) and isinstance(flow.get("regularisers"), dict):
+        used = {name: one for name, one in flow.pop("regularisers").items() if one["weight"]}
+        flow |= {"regularisers": used} if used else {}
+    return mapping
 
 
 TYRO: dict[str, Any] = {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), "use_underscores": True}

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from condot.core.option_ranges import SEED_RANGE, FloatRange, IntRange, check_numbers
 from condot.core.printable import redact
 
+from ..objectives.regularisers import RegulariserSection, default_regularisers
 from .model import DiTConfig, ModelConfig
 
 
@@ -96,6 +97,8 @@ class FlowConfig:
     coupling_group: Annotated[int, IntRange("[1, inf)")] = (
         32  # images assigned to one another by optimal_transport; divides the micro-batch
     )
+
+    regularisers: RegulariserSection = field(default_factory=default_regularisers)  # terms of plugins that are added to the loss
 
     def __post_init__(self) -> None:
         check_numbers(self, "flow.")

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..config.model import build_model_kwargs
+from ..config.objective import RandomInputs, TrainingObjective
 from ..config.schema import Config
 from ..latent_space import LatentSpace
 from ..launch.distributed import check_hardware, check_launcher, check_precision_sharding
 from ..launch.launcher_env import find_conflicts, resolve_sharding
-from ..objectives.training_objective import RandomInputs, TrainingObjective
 from ..tracking.trackers import check_installed as check_trackers
 from ..training.resume_rules import run_facts
 from . import estimate
@@ -236,8 +236,9 @@ class ResolvedRecipe:
 
         def step(model: Callable[..., Tensor], network: nn.Module) -> Tensor:
             x, t, *condition = self.hooks.example_inputs(network, shape, batch=images, **self.text)
-            probe = torch.randn_like(x).sign() if objective.flow.objective == "sliced" else None
-            return objective.losses(model, x, RandomInputs(torch.randn_like(x), t, t, probe), *condition).mean()
+            probe = torch.randn_like(x).sign() if objective.objective.needs_probe else None
+            draws = RandomInputs(torch.randn_like(x), t, t, probe, indices=torch.arange(images, device=x.device))
+            return objective.losses(model, x, draws, *condition).mean()
 
         return step
 

@@ -16,11 +16,11 @@ from condot.core.model_folders import MOST_COUNT, TEXT_MODELS, check_counts, che
 from condot.core.printable import one_line
 from condot.core.safe_yaml import read_yaml
 
+from ..config.objective import build_predictor
 from ..config.parse import config_from_mapping
 from ..config.schema import Config, FlowConfig
 from ..flow import PATHS, Condition, velocity_field
 from ..hub.checksums import check_checksums
-from ..objectives.training_objective import build_predictor
 from ..sampling.flow_model import FlowModel
 from ..training.best_effort import is_out_of_memory
 from .runtime.captions_v1 import Captions

@@ -127,7 +127,15 @@ class JointObjective:
     def __call__(
         self, model: Callable[..., Any], data: Tensor, noise: Tensor, t: Tensor, *condition: Any, probe: Tensor | None = None
     ) -> Tensor:
-        """Loss of each sample, (B,). As `Objective`, but `model` returns a pair (velocity, score), each (B, *S)."""
+        """Return the loss of each sample, (B,). As `Objective`, but `model` returns a pair (velocity, score), each (B, *S)."""
+        return self.combine(*self.errors(model, data, noise, t, *condition))
+
+    def combine(self, velocity: Tensor, score: Tensor) -> Tensor:
+        """Return the loss of both errors, each (B,)."""
+        return velocity + self.balance * score
+
+    def errors(self, model: Callable[..., Any], data: Tensor, noise: Tensor, t: Tensor, *condition: Any) -> tuple[Tensor, Tensor]:
+        """Return the errors of velocity and score, the score's weighted by beta^2, each (B,)."""
         with torch.autocast(data.device.type, enabled=False):
             x, c = interpolate(self.path, data, noise, t)
             velocity = target("velocity", data, noise, c)
@@ -136,7 +144,7 @@ class JointObjective:
             raise ValueError(
                 f"a joint objective needs a pair (velocity, score) from the model, not {type(out).__name__}: give it two outputs."
             )
-        return mean_squared_error(out[0], velocity) + self.balance * mean_squared_error(out[1], -noise, c.b)
+        return mean_squared_error(out[0], velocity), mean_squared_error(out[1], -noise, c.b)
 
 
 def mean_squared_error(out: Tensor, wanted: Tensor, scale: Tensor | None = None) -> Tensor:

@@ -1,22 +1,18 @@
-"""The start of a process: how many there are, what they may use, and who owns the run's folder."""
+"""The start of a process: how many there are, and what they may use."""
 
 from __future__ import annotations
 
-import fcntl
 import os
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
-from typing import IO
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import AORecipeKwargs, DistributedDataParallelKwargs, KwargsHandler, gather_object, is_torchao_available
 
-from condot.core.atomic_files import open_lock
 from condot.core.process import available_cpus
 
 from ..config.schema import Config
@@ -232,71 +228,3 @@ def check_same_data(name: str, fingerprint: str) -> None:
             f"{name} is {found[0][:12]} on rank 0 and {found[which][:12]} on rank {which}: every rank must see the same finished folder. "
             f"Wait until it is written everywhere, and start again."
         )
-
-
-class FolderLock:
-    """A folder that is this process's own until it ends, wherever it is moved meanwhile.
-
-    Args:
-        folder: of a run, or of images.
-        file: its `.lock`, open and locked.
-        name: how messages call it.
-    """
-
-    def __init__(self, folder: Path, file: IO[str], name: str) -> None:
-        self.folder, self.file, self.name = folder, file, name
-        self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-
-    def lock_error(self) -> str:
-        """Return why what is written to the folder's path would not be in the folder that is locked; "" where it would be."""
-        if self._holds(self.folder):
-            return ""
-        other = "another folder stands there now" if self.folder.exists() else "it is not there any more"
-        return (
-            f"{self.name}={str(self.folder)!r} was moved or replaced while it was in use ({other}), and nothing more is written there: "
-            f"give the same command its new place."
-        )
-
-    def current_path(self) -> Path | None:
-        """Return where the locked folder is now; None where it was removed, or the system does not tell."""
-        try:
-            place = Path(os.readlink(f"/proc/self/fd/{self._descriptor}"))
-        except OSError:
-            return None
-        return place if self._holds(place) else None
-
-    def _holds(self, folder: Path) -> bool:
-        try:
-            return os.path.samestat(os.fstat(self.file.fileno()), os.lstat(folder / ".lock"))
-        except (OSError, ValueError):  # gone, or given back already
-            return False
-
-    def close(self) -> None:
-        """Give the folder back."""
-        os.close(self._descriptor)
-        self.file.close()
-
-
-def lock_folder(folder: Path, name: str = "output_dir") -> FolderLock:
-    """Own a folder until the process ends.
-
-    Args:
-        folder: of a run, or of images.
-        name: how messages call it.
-
-    Returns:
-        What holds the lock; keep it.
-
-    Raises:
-        ValueError: another run owns the folder, or it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(open_lock(folder / ".lock"), "r+")
-    except OSError as error:
-        raise ValueError(f"{name}={str(folder)!r} cannot be written ({error.strerror}): give a folder of yours.") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"{name}={str(folder)!r} is in use by another run: wait for it, or give another folder.") from error
-    return FolderLock(folder, file, name)

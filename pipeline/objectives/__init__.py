@@ -1,1 +1,1 @@
-"""What a step is trained for: from the names of a recipe to a loss per sample."""
+"""What a step is trained for: an objective gives a loss per sample and named extras, regularisers add terms to it."""

@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from condot.core.process import InterruptHandler
 
-from ..launch.distributed import join_process_group, lock_folder
+from ..launch.distributed import join_process_group
+from ..launch.folder_lock import lock_folder
 from .image_grid import atomic_file
 
 SETTINGS = "samples.json"

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..config.objective import build_predictor, build_prior
 from ..config.schema import FlowConfig
 from ..flow import PATHS, Condition, Path, Prediction, Prior, is_singular, map_condition, velocity_field
 from ..flow.field import ConditionalField
-from ..objectives.training_objective import build_predictor, build_prior
 
 MAX_DECODER_DIFFERENCE = 0.05
 """Of one latent, two decoders of one autoencoder may give images so far apart, of -1..1: rounding, in half precision too."""

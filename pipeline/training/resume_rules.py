@@ -11,7 +11,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -235,7 +235,10 @@ def _normalise_captions(text: str) -> str:
         return text  # `data/` says what is wrong with it
 
 
-LEGACY_FACTS: dict[str, Any] = {"data.bit_depth": 8, **{f"flow.{item.name}": item.default for item in fields(FlowConfig)}}
+LEGACY_FACTS: dict[str, Any] = {
+    "data.bit_depth": 8,
+    **{f"flow.{item.name}": item.default for item in fields(FlowConfig) if item.default is not MISSING},
+}
 """Facts that older checkpoints do not name, as they were."""
 
 

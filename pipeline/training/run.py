@@ -9,30 +9,24 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import yaml
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 
-from condot.core.atomic_files import write_whole
-from condot.core.printable import say
 from condot.core.process import InterruptHandler
 
-from ..checkpoint.store import CheckpointManager, find_checkpoint, load_into, load_state
-from ..config.parse import config_to_mapping
+from ..checkpoint.store import CheckpointManager, load_into, load_state
+from ..config.objective import TrainingObjective
 from ..config.schema import Config
 from ..ema.averages import WeightAverages
-from ..ema.snapshots import remove_later_snapshots
 from ..flow import Condition
-from ..hub.secrets import without_local_paths
-from ..latent_space import LatentSpace
-from ..objectives.training_objective import TrainingObjective
-from ..tracking.run_log import BadSamples, Meter, RunLog
-from ..tracking.trackers import attach_trackers
+from ..tracking.bad_samples import BadSamples
+from ..tracking.meter import Meter
+from ..tracking.run_log import RunLog
 from .best_effort import BestEffort
 from .conditioning import MicroBatch
 from .guard import Guard, IncidentLog
-from .resume_rules import find_differences, write_journal
+from .resume_rules import find_differences
 from .status import Status
 from .step_stats import StepReducer
 from .watchdog import Watchdog
@@ -46,6 +40,21 @@ class TrainingStream(Protocol):
     def take_faults(self) -> list[Any]: ...
     def keys(self, batch: Any) -> list[str]: ...
     def close(self) -> None: ...
+
+
+class Callback(Protocol):
+    """What falls due after a step: see callbacks.py."""
+
+    needs_checked_step: bool
+    """Whether it must know that the step was good: on a GPU that is a wait, when it is due."""
+
+    def due(self, run: Run) -> bool:
+        """Return whether it is to act after the step that `run.step` counts last; the same on all ranks."""
+        ...
+
+    def act(self, run: Run) -> None:
+        """Act, on all ranks together; `run.accelerator.is_main_process` says who writes."""
+        ...
 
 
 class Interrupted(Exception):
@@ -103,6 +112,13 @@ class Run:
     """The step at which a save that failed is tried again."""
     best_effort: BestEffort = field(init=False)
     """Does what may fail without harm."""
+    callbacks: list[Callback] = field(default_factory=list)
+    """What falls due after a step, in order."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the last step is done."""
+        return self.step >= self.config.train.max_steps
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors of the state, by name, as they lie on the ranks."""
@@ -189,21 +205,6 @@ class Run:
         except (TypeError, LookupError, AttributeError, RuntimeError) as error:
             raise ValueError(f"{folder}/state.json holds figures that no run wrote ({error}): take another checkpoint.") from error
 
-    def start_from(self, folder: Path) -> None:
-        """Take the weights and the average of another run's checkpoint, and nothing else: a next stage begins.
-
-        Raises:
-            ValueError: no good checkpoint there, or weights of another network.
-        """
-        found = find_checkpoint(folder)
-        weights = {f"model.{k}": v for k, v in self.network.state_dict().items()}
-        main = {name: value for name, value in self.ema.tensors().items() if name.startswith("ema.")}
-        try:
-            load_into(found, weights | main, allow_unexpected=["ema[", "optim."])
-        except ValueError as error:
-            raise _weights_mismatch(found, error) from error
-        self.ema.copy_averages()
-
     def check_interrupt(self, failure: int = 0) -> int:
         """Hear, in work beside training, whether it is to be given up. Where all ranks share it, all together.
 
@@ -224,59 +225,3 @@ class Run:
         if interrupted:
             raise Interrupted
         return failure
-
-
-def load_average(found: Path, network: nn.Module) -> None:
-    """Put the first average of another run's checkpoint into a network that is whole.
-
-    Raises:
-        ValueError: weights of another network.
-    """
-    try:
-        load_into(found, {f"ema.{k}": v for k, v in network.state_dict().items()}, allow_unexpected=["ema[", "model.", "optim."])
-    except ValueError as error:
-        raise _weights_mismatch(found, error) from error
-
-
-def _weights_mismatch(found: Path, error: ValueError) -> ValueError:
-    """Return what to say of a beginning whose weights do not fit."""
-    adapted = ".base_layer." in str(error)
-    remedy = (
-        "It holds low-rank additions: export it, and give the folder as init_from."
-        if adapted
-        else "Give it the same section `model` and classes."
-    )
-    return ValueError(f"checkpoint.start_from={found}: {error} {remedy}")
-
-
-def start_or_resume(run: Run, checkpoint: Path | None, space: LatentSpace) -> None:
-    """Go on from a checkpoint, or begin afresh, and say which; open what the run reads and writes.
-
-    Args:
-        run: assembled.
-        checkpoint: of this run.
-        space: that it trains in.
-    """
-    folder, config, main = Path(run.config.output_dir), run.config, run.accelerator.is_main_process
-    if checkpoint:
-        run.load(checkpoint)
-    elif config.checkpoint.start_from and not config.train.lora_rank:
-        run.start_from(Path(config.checkpoint.start_from))
-    run.incidents = IncidentLog(folder, main=main, start=run.step, fresh=checkpoint is None)
-    run.cursor = max(run.cursor, run.incidents.cursor_after_rollback(run.step))
-    run.bad_samples = BadSamples(folder, share=config.data.max_bad_share, main=main, start=run.cursor)
-    if main:
-        run.checkpoints.remove_leftovers(checkpoint)
-        write_whole(folder / "config.yaml", yaml.safe_dump(config_to_mapping(config), sort_keys=False))
-        write_journal(folder, run.metadata.get("changes", []))
-        origin = f"goes on from {checkpoint}" if checkpoint else "starts afresh"
-        where = f"{run.accelerator.num_processes} process(es) on {run.accelerator.device}"
-        say(f"{folder} {origin}: step {run.step} of {config.train.max_steps}, {where}; {space}")
-        remove_later_snapshots(run.snapshots, run.step)
-    run.stream = run.open_stream(run.cursor)
-    settings = without_local_paths(config_to_mapping(config))
-    run.log = RunLog(folder, main=main, start=run.step, stop=config.train.max_steps, accelerator=run.accelerator)
-    run.best_effort = BestEffort(run.log.say)
-    run.best_effort(
-        "log.report_to", lambda: attach_trackers(run.accelerator, config.log.report_to, config.log.project, folder, settings, run.step)
-    )

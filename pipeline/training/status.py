@@ -21,7 +21,7 @@ NAME = "status.json"
 
 
 class HeldLock(Protocol):
-    """What is needed of a folder's lock: see pipeline.launch.FolderLock."""
+    """What is needed of a folder's lock: see pipeline.launch.folder_lock.FolderLock."""
 
     def lock_error(self) -> str: ...
     def current_path(self) -> Path | None: ...

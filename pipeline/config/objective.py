@@ -6,6 +6,7 @@ Combinations that cannot be right are refused here, before training begins.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,22 +14,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..config.schema import FlowConfig
 from ..flow import (
     PATHS,
     Condition,
     CosMap,
     Discrete,
-    JointObjective,
-    LinearPath,
     LogitNormal,
     LogNormalSigma,
     Mode,
-    Objective,
     Path,
     Prior,
     Purpose,
-    ScoreMatching,
     Shifted,
     TimestepDistribution,
     Uniform,
@@ -41,6 +37,10 @@ from ..flow import (
     sample_times,
     uniform,
 )
+from ..objectives.regularisers import ObservedNetwork, Regulariser, active_regularisers, add_regularisers
+from ..objectives.step_objective import FlowTerms, StepBatch, StepLoss, StepObjective
+from ..objectives.table import OBJECTIVES
+from .schema import FlowConfig
 
 
 class RandomInputs(NamedTuple):
@@ -54,6 +54,10 @@ class RandomInputs(NamedTuple):
     """(B,), uniform: chance of losing the condition."""
     probe: Tensor | None
     """(B, *S), signs, for sliced score matching."""
+    seed: int = 0
+    step: int = 0
+    indices: Tensor | None = None
+    """(B,), places in the global batch: with seed and step, where all of these come from."""
 
 
 @dataclass(frozen=True)
@@ -82,17 +86,15 @@ class TrainingObjective:
             )
         if flow.prior != "normal" and (flow.path != "condot" or self.preconditioned):
             raise ValueError(f"flow.prior={flow.prior} goes with the straight line: set flow.path=condot and no precondition.")
-        if flow.objective in ("explicit", "sliced") and flow.predict != "score":
-            raise ValueError(f"flow.objective={flow.objective} learns a score: set flow.predict=score.")
-        if flow.objective == "joint" and (flow.predict != "velocity" or flow.weighting != "none" or flow.prior != "normal"):
-            raise ValueError(
-                f"flow.objective=joint with flow.predict={flow.predict}, flow.weighting={flow.weighting}, flow.prior={flow.prior}: "
-                f"it learns a velocity and a score from normal noise. Set flow.predict=velocity, flow.weighting=none, flow.prior=normal."
-            )
+        self.objective.check(self.terms, self.shape)
         if flow.coupling != "independent" and flow.coupling_group < 2:
             raise ValueError(f"flow.coupling_group={flow.coupling_group}: an assignment is among at least two images. Use 32.")
-        self.loss_function.check(self.shape)
-        for t in infinite_loss_times(self.loss_function, self.timestep_distribution):
+        active_regularisers(flow.regularisers)
+        loss_function = self.objective.loss_function(self.terms)
+        if loss_function is None:
+            return
+        loss_function.check(self.shape)
+        for t in infinite_loss_times(loss_function, self.timestep_distribution):
             raise ValueError(
                 f"flow.time={flow.time} trains at t={t:g}, where the loss of flow.predict={flow.predict} with flow.weighting="
                 f"{flow.weighting} on flow.path={flow.path} is infinite. Set flow.time=uniform, which stays inside, or {_remedy(flow)}."
@@ -105,7 +107,7 @@ class TrainingObjective:
 
     def check_gradient_checkpointing(self, gradient_checkpointing: bool) -> None:
         """Raises ValueError where blocks are computed again in the backward pass of a loss that needs an attention of its own."""
-        if gradient_checkpointing and self.flow.objective in ("explicit", "sliced"):
+        if gradient_checkpointing and self.differentiates_twice:
             raise ValueError(
                 f"flow.objective={self.flow.objective} with model.gradient_checkpointing=true: the loss differentiates twice, through an "
                 f"attention that the second pass would not take. Set gradient_checkpointing=false and more accumulation."
@@ -142,14 +144,25 @@ class TrainingObjective:
         return timestep_distribution if flow.time_shift == 1 else Shifted(flow.time_shift, timestep_distribution)
 
     @property
-    def loss_function(self) -> Objective | JointObjective | ScoreMatching:
-        """The loss."""
+    def terms(self) -> FlowTerms:
+        """What an objective is told of the recipe."""
         flow = self.flow
-        if flow.objective == "joint":
-            return JointObjective(self.path, flow.joint_balance)
-        path = self.path if self.prior is None else LinearPath(self.prior)
-        regression = Objective(path, flow.predict, flow.weighting, flow.min_snr_gamma, flow.sigma_data)
-        return regression if flow.objective == "regression" else ScoreMatching(self.path, sliced=flow.objective == "sliced")
+        return FlowTerms(self.path, flow.predict, flow.weighting, flow.min_snr_gamma, flow.sigma_data, self.prior)
+
+    @property
+    def objective(self) -> StepObjective:
+        """What a step is trained for."""
+        return build_objective(self.flow)
+
+    @property
+    def regularisers(self) -> dict[str, Regulariser]:
+        """What is added to it, by name."""
+        return active_regularisers(self.flow.regularisers)
+
+    @property
+    def differentiates_twice(self) -> bool:
+        """Whether the loss holds a derivative of the network, which the gradient then differentiates again."""
+        return any(one.differentiates_twice for one in (self.objective, *self.regularisers.values()))
 
     def build_predictor(self, model: Callable[..., Tensor]) -> Callable[..., Any]:
         """Return what the recipe makes of a bare network, `(x, t, labels)` -> the prediction, or a pair of them."""
@@ -164,11 +177,14 @@ class TrainingObjective:
             else self.prior.sample(seed, step, batch_indices, shape),
             sample_times(self.timestep_distribution, seed, step, batch_indices, self.batch_size if self.flow.stratified else None).float(),
             uniform(seed, Purpose.CONDITION_DROP, step, batch_indices),
-            rademacher(seed, Purpose.PROBE, step, batch_indices, shape) if self.flow.objective == "sliced" else None,
+            rademacher(seed, Purpose.PROBE, step, batch_indices, shape) if self.objective.needs_probe else None,
+            seed,
+            step,
+            batch_indices,
         )
 
-    def losses(self, model: Callable[..., Tensor], data: Tensor, draws: RandomInputs, *condition: Condition) -> Tensor:
-        """The loss of each sample, (B,).
+    def __call__(self, model: Callable[..., Tensor], data: Tensor, draws: RandomInputs, *condition: Condition) -> StepLoss:
+        """Return the loss of each sample, with the regularisers, and what is logged beside it.
 
         Args:
             model: the bare network, as it is wrapped for training.
@@ -177,11 +193,19 @@ class TrainingObjective:
             condition: what else the network takes, each (B, ...): labels or text, null where it is dropped; sizes.
         """
         noise = self.couple_noise(data, draws.noise, condition[0])
-        network = self.build_predictor(model)
-        if not isinstance(self.loss_function, ScoreMatching):
-            return self.loss_function(network, data, noise, draws.t, *condition)
-        with sdpa_kernel(SDPBackend.MATH):  # the fast attentions have no second derivative
-            return self.loss_function(network, data, noise, draws.t, *condition, probe=draws.probe)
+        network, regularisers, terms = self.build_predictor(model), self.regularisers, self.terms
+        batch = StepBatch(data, noise, draws.t, condition, draws.probe, draws.seed, draws.step, draws.indices)
+        # the fast attentions have no second derivative
+        with sdpa_kernel(SDPBackend.MATH) if self.differentiates_twice else nullcontext():
+            if not regularisers:
+                return self.objective(network, batch, terms)
+            observed = ObservedNetwork(network, model)
+            step_loss = self.objective(observed, batch, terms)
+            return add_regularisers(step_loss, self.flow.objective, regularisers, observed, batch, terms)
+
+    def losses(self, model: Callable[..., Tensor], data: Tensor, draws: RandomInputs, *condition: Condition) -> Tensor:
+        """Return the loss of each sample alone, (B,)."""
+        return self(model, data, draws, *condition).loss
 
     def couple_noise(self, data: Tensor, noise: Tensor, labels: Condition) -> Tensor:
         """The noise of each datum under the recipe's coupling: in groups of fixed places, so that ranks do not change it."""
@@ -199,6 +223,12 @@ def _remedy(flow: FlowConfig) -> str:
     return (
         "flow.weighting=none" if flow.weighting != "none" and not (flow.path == "vp" and flow.predict == "velocity") else "flow.predict=v"
     )
+
+
+def build_objective(flow: FlowConfig) -> StepObjective:
+    """Return what a step is trained for, with the options that the recipe gives."""
+    given = {"balance": flow.joint_balance} if flow.objective == "joint" else {}
+    return OBJECTIVES.lookup(flow.objective)(**given)
 
 
 def build_prior(flow: FlowConfig) -> Prior | None:
