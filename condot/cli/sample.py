@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from condot.core.atomic_files import write_whole
-from condot.core.data_options import Options
 from condot.core.printable import say
 from condot.core.process import report_errors, stopper_of_program
 from condot.data.encoders.autoencoder import Autoencoder
@@ -169,7 +168,7 @@ class TrainedModel:
         Raises:
             ValueError: they are not there any more, or are others.
         """
-        words = TextConditioner(read_text_encoders(Options(**vars(self.config.data))), device)
+        words = TextConditioner(read_text_encoders(self.config.data), device)
         words.check(self.text["fingerprints"])
         return words
 

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor, nn
 
-from condot.core.data_options import Options, parse_size
+from condot.core.data_config import parse_size
 from condot.core.printable import printable
 from condot.core.process import exit_if_distributed, report_errors, stopper_of_program
 from condot.data.encoders.autoencoder import Autoencoder
@@ -114,7 +114,7 @@ def open_inputs(config: Config) -> tuple[TrainingData, LatentSpace]:
     """
     if config.init_from and config.checkpoint.start_from:
         raise ValueError(f"init_from={config.init_from!r} and checkpoint.start_from={config.checkpoint.start_from!r}: give one of them.")
-    options = Options(**vars(config.data))
+    options = config.data
     training_data = TrainingData.open(options, config.model.conditioning == "text")
     space = LatentSpace.from_pixels(options.channels, options.resolution)
     if training_data.autoencoder:
@@ -300,7 +300,6 @@ def export(folder: Path) -> None:
 
 
 DRY_RUN_HOOKS = DryRunHooks(
-    options=Options,
     bytes_of=parse_size,
     survey=survey,
     check_sides=check_sides,
