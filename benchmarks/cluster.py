@@ -59,7 +59,7 @@ def simulate(folder: Path, count: int) -> None:
 
 def child(folder: str, rank: int, ranks: int, position: int) -> None:
     """One rank: prints seconds and megabytes; without a folder, what its imports alone hold."""
-    from condot.core.data_options import Options
+    from condot.core.data_config import DataConfig
     from condot.data.loader.build import build, open_shards
     from condot.data.loader.stream import Share
 
@@ -67,7 +67,7 @@ def child(folder: str, rank: int, ranks: int, position: int) -> None:
     if not folder:
         print(json.dumps({"resident": before, "own": memory("RssAnon")}))
         return
-    options = Options(shards=(folder,), resolution=8, workers=1)
+    options = DataConfig(shards=(folder,), resolution=8, workers=1)
     began = time.perf_counter()
     shards = open_shards(options)
     opened, began = time.perf_counter() - began, time.perf_counter()
@@ -87,11 +87,11 @@ def child(folder: str, rank: int, ranks: int, position: int) -> None:
 
 def whole_batches(folder: str, ranks: int, position: int) -> str:
     """The samples of a global batch, put together from all ranks' plans, against the order itself; and on half as many ranks."""
-    from condot.core.data_options import Options
+    from condot.core.data_config import DataConfig
     from condot.data.loader.build import build, open_shards
     from condot.data.loader.stream import Share
 
-    options, size = Options(shards=(folder,), resolution=8, workers=0), 4 * ranks
+    options, size = DataConfig(shards=(folder,), resolution=8, workers=0), 4 * ranks
     shards = open_shards(options)
     order = build(options, seed=1, share=Share(batch_size=size, ranks=ranks), start=position, images=shards).order
     began = time.perf_counter()

@@ -31,7 +31,7 @@ from PIL import Image, ImageOps
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.format.index import NO_LABEL, RECORD, index_tar
 from condot.data.format.manifest import Manifest, Tally, write_manifest
 from condot.data.loader.build import EncodedCache, build
@@ -99,7 +99,7 @@ def decoded(sample):
 
 
 def ours(folder, size, workers):
-    stream = build(Options(shards=(str(folder),), resolution=size, workers=workers), seed=0, share=Share(batch_size=BATCH))
+    stream = build(DataConfig(shards=(str(folder),), resolution=size, workers=workers), seed=0, share=Share(batch_size=BATCH))
     try:
         yield from stream
     finally:
@@ -258,7 +258,7 @@ def latents(folder: Path, rounds: int) -> None:
     write_manifest(folder, Manifest(shards=(shard,), tally=tally, encoding=encoding))
 
     def our_latents(workers):
-        options = Options(shards=(str(folder),), resolution=512, workers=workers)
+        options = DataConfig(shards=(str(folder),), resolution=512, workers=workers)
         shards = Shards(folder)
         stream = build(options, seed=0, share=Share(batch_size=BATCH), images=shards, latents=EncodedCache(shards, encoding))
         try:

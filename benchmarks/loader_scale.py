@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.format.index import index_tar
 from condot.data.format.manifest import Manifest, Tally, write_manifest
 from condot.data.loader.build import build, open_shards
@@ -66,7 +66,7 @@ def scale(scratch: Path) -> None:
     write_manifest(folder, Manifest(shards=tuple(lines), tally=Tally(sizes={"8x8": SHARDS * EACH})))
     print(f"a simulated billion: {SHARDS:,} shards of {EACH:,}; manifest {(folder / 'manifest.json').stat().st_size / 1e6:.0f} MB")
     before = rss()
-    options = Options(shards=(str(folder),), resolution=8, workers=0)
+    options = DataConfig(shards=(str(folder),), resolution=8, workers=0)
     began = time.perf_counter()
     shards = open_shards(options)
     opened, mapped = time.perf_counter() - began, 24 * EACH * SHARDS / 1e9
@@ -81,7 +81,7 @@ def scale(scratch: Path) -> None:
     million(scratch / "million", first)
 
 
-def begin(options: Options, shards, kind: str) -> None:
+def begin(options: DataConfig, shards, kind: str) -> None:
     """From nothing but a position to a batch in hand."""
     build_shapes = dict(shards.manifest.tally.sizes)
     if options.aspect_ratios:  # every bucket must seem used
@@ -99,7 +99,7 @@ def begin(options: Options, shards, kind: str) -> None:
     print(f"first batch, {kind}, at position: " + ", ".join(f"{p:,}: {1000 * t:.0f} ms" for p, t in times.items()))
 
 
-def epoch(options: Options, shards) -> None:
+def epoch(options: DataConfig, shards) -> None:
     """Time a batch at 90 % of an epoch against 1 %."""
     found = {}
     for share in (0.01, 0.9, 0.01, 0.9):
@@ -121,7 +121,7 @@ def million(folder: Path, tar: Path) -> None:
         shard, held = index_tar(folder / f"train-{number:06d}.tar", "train")
         lines, tally = [*lines, shard], tally + held
     write_manifest(folder, Manifest(shards=tuple(lines), tally=tally))
-    stream = build(Options(shards=(str(folder),), resolution=8, workers=2), seed=1, share=Share(batch_size=256))
+    stream = build(DataConfig(shards=(str(folder),), resolution=8, workers=2), seed=1, share=Share(batch_size=256))
     marks = {}
     for step in range(1_000_000 // 256 + 1):
         next(stream)

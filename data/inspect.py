@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from condot.core.data_options import Options, read_options
+from condot.core.data_config import DataConfig
+from condot.core.data_options import read_options
 from condot.core.printable import printable
 from condot.core.process import available_cpus
 from condot.core.urls import RedactingParser
@@ -62,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def resolve_options(args: argparse.Namespace) -> tuple[Options, int, int]:
+def resolve_options(args: argparse.Namespace) -> tuple[DataConfig, int, int]:
     """The stream's options, its seed and batch size: the recipe's where the command does not say.
 
     Raises:
@@ -71,7 +72,7 @@ def resolve_options(args: argparse.Namespace) -> tuple[Options, int, int]:
     names = ("split", "resolution", "channels", "bit_depth", "horizontal_flip", "random_crop")
     over: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     over |= {"shards": tuple(args.shards), "encoding": "online"}
-    options, recipe = (read_options(args.config, over)) if args.config else (Options(**over), {})
+    options, recipe = (read_options(args.config, over)) if args.config else (DataConfig(**over), {})
     seed = args.seed if args.seed is not None else int(recipe.get("seed", 0))
     batch = args.batch_size if args.batch_size is not None else int(recipe.get("train", {}).get("batch_size", 64))
     if batch < 1:
@@ -120,7 +121,7 @@ def describe_captions(manifests: list[Manifest]) -> str:
     return f"captions: {have:,} of {total:,} in all splits" + (f", {total - have:,} missing" if 0 < have < total else "")
 
 
-def find_bad(shards: Shards, options: Options, samples: int | None, verify: bool, workers: int) -> tuple[int, list[str]]:
+def find_bad(shards: Shards, options: DataConfig, samples: int | None, verify: bool, workers: int) -> tuple[int, list[str]]:
     """Decode samples as training would, and read their captions; gives how many were decoded, and what is wrong, by shard and key."""
     counts = shards.samples
     total, starts = int(counts.sum()), np.cumsum(counts) - counts

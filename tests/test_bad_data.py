@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.format.index import RECORD, index_path, index_shard
 from condot.data.format.tar_reader import members
 from condot.data.loader.batch import MAX_SUBSTITUTES
@@ -27,7 +27,7 @@ def folder(tmp_path):
 
 
 def stream(folder, rank=0, ranks=1, workers=0, start=0, captions=False, **more):
-    options = Options(**{"shards": (str(folder),), "resolution": 4, "channels": 1, "workers": workers, **more})
+    options = DataConfig(**{"shards": (str(folder),), "resolution": 4, "channels": 1, "workers": workers, **more})
     return build(options, seed=1, share=Share(batch_size=8, rank=rank, ranks=ranks), start=start, captions=captions)
 
 
@@ -175,7 +175,7 @@ def test_damaged_folders_are_refused_at_the_start(folder, tmp_path):
     with pytest.raises(ValueError, match=r"is no folder: make it with `python -m data\.prepare"):
         LocalFolder(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"data\.shards is empty"):
-        build(Options(), seed=0, share=Share(batch_size=1))
+        build(DataConfig(), seed=0, share=Share(batch_size=1))
 
 
 # --- the tar itself

@@ -10,7 +10,7 @@ from conftest import fit
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
 from condot.cli import sample, train
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.loader.training_data import TrainingData
 from condot.models import registry
 from condot.models.convert import from_stock
@@ -185,7 +185,7 @@ def test_precision_is_measured_on_the_device_that_trains(digits, monkeypatch):
     config = Config(
         model=small, log=quiet, train=TrainConfig(batch_size=32, gradient_accumulation_steps=2, mixed_precision="auto", cpu_threads=1)
     )
-    sources = TrainingData.open(Options(shards=(str(digits),), resolution=8, channels=1), False)
+    sources = TrainingData.open(DataConfig(shards=(str(digits),), resolution=8, channels=1), False)
     assert train.benchmark_precision(config, sources, LatentSpace.from_pixels(1, 8), 4, torch.device("meta")) == "no"
     ((network, inputs),) = seen
     assert {p.device.type for p in network.parameters()} == {part.device.type for part in inputs} == {"meta"} and len(inputs[0]) == 4

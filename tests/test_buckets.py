@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.loader.buckets import Buckets, Windows
 from condot.data.loader.build import build
 from condot.data.loader.shuffle import hash_at
@@ -103,7 +103,7 @@ def mixed_sizes(tmp_path_factory):
 
 def options(folder, **more):
     ratios = {"aspect_ratios": (0.5, 0.667, 1.0, 1.5), "bucket_step": 2}
-    return Options(**{"shards": (str(folder),), "resolution": 8, "channels": 1, "workers": 0, **ratios, **more})
+    return DataConfig(**{"shards": (str(folder),), "resolution": 8, "channels": 1, "workers": 0, **ratios, **more})
 
 
 def test_a_batch_has_one_shape_and_says_how_each_image_was_cropped(mixed_sizes):

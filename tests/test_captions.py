@@ -14,7 +14,8 @@ import yaml
 from shardmaker import make, png
 
 from condot.core.caption_fields import MAX_ENTRIES, draw_caption, draw_index, parse_captions, sample_captions
-from condot.core.data_options import Options, read_options
+from condot.core.data_config import DataConfig
+from condot.core.data_options import read_options
 from condot.data.encode import command
 from condot.data.encoders.text import TextEncoder, read_text_encoders
 from condot.data.inspect import main as inspect
@@ -129,7 +130,7 @@ def test_shares_are_weights_over_their_sum_in_any_order():
 )
 def test_captions_that_cannot_be_are_refused(caption, message):
     with pytest.raises(ValueError, match=f"data.caption=.*{message}"):
-        Options(caption=caption)
+        DataConfig(caption=caption)
 
 
 def test_an_empty_mapping_is_refused_by_both_readers(tmp_path):
@@ -138,7 +139,7 @@ def test_an_empty_mapping_is_refused_by_both_readers(tmp_path):
         with pytest.raises(ValueError, match="is no field of a sample"):
             read_options(tmp_path / "recipe.yaml")
         with pytest.raises(ValueError, match="is no field of a sample"):
-            Options(**vars(parse(Config, ["--config", str(tmp_path / "recipe.yaml")]).data))
+            DataConfig(**vars(parse(Config, ["--config", str(tmp_path / "recipe.yaml")]).data))
 
 
 def test_a_resume_must_agree_on_shares_and_not_on_how_they_are_written():
@@ -389,7 +390,7 @@ def test_bad_text_is_replaced_and_counted_the_same_from_a_cache(damaged, parts, 
 
 
 def test_bad_text_stops_nothing_that_only_looks(damaged, parts, tmp_path, capsys):
-    options = Options(shards=(str(damaged),), resolution=16, workers=0, caption=MIX, text_encoder=parts.text_encoder, max_tokens=(12,))
+    options = DataConfig(shards=(str(damaged),), resolution=16, workers=0, caption=MIX, text_encoder=parts.text_encoder, max_tokens=(12,))
     sources = TrainingData.open(options, True)
     assert len(sources.example_captions(30)) == 27 and survey(options, True).mistakes == []
     with pytest.raises(BadSample, match=r"the caption of '004' cannot be read \(.txt: the text is no UTF-8"):
@@ -415,7 +416,7 @@ def test_folders_may_have_different_fields(tmp_path):
     """One has .txt, the other .json; a field that neither has is refused, and one folder is not asked where the other answers."""
     one = make(tmp_path / "one", [[{"__key__": str(n), "png": png(n), "txt": "a"} for n in range(3)]])
     two = make(tmp_path / "two", [[{"__key__": str(n), "png": png(n), "json": {"a": "b"}} for n in range(3)]])
-    both = open_shards(Options(shards=(str(one), str(two))))
+    both = open_shards(DataConfig(shards=(str(one), str(two))))
     assert check_captions(both, "txt,json.a") == ""
     with pytest.raises(ValueError, match=r"data.caption=json.b: none of the first 6 samples"):
         check_captions(both, "txt,json.b")
@@ -425,11 +426,11 @@ def test_lists_of_sentences_are_not_joined_by_accident(tmp_path, capsys):
     lines = ["A man rides a horse.", "Someone on a brown horse", "horse"]
     content = [{"__key__": str(n), "png": png(n), "json": {"captions": lines, "tags": ["long hair", "blue eyes", "red"]}} for n in range(3)]
     folder = make(tmp_path / "shards", [content])
-    images = open_shards(Options(shards=(str(folder),)))
+    images = open_shards(DataConfig(shards=(str(folder),)))
     said = "data.caption=json.captions joins lists of sentences with commas; json.captions[*] draws one of them."
     assert check_captions(images, "json.captions") == said
     assert check_captions(images, "json.tags") == check_captions(images, "json.captions[*]") == ""
-    options = Options(shards=(str(folder),), caption="json.captions", resolution=16)
+    options = DataConfig(shards=(str(folder),), caption="json.captions", resolution=16)
     assert said in survey(options, True).notes
     recipe = frozen.recipe(tmp_path / "r.json", caption="json.captions", resolution=16, workers=0)
     assert inspect([str(folder), "--config", str(recipe), "--output", str(tmp_path / "x.png"), "--workers", "1", "--batch_size", "3"]) == 0

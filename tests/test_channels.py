@@ -19,7 +19,7 @@ from stocks import shake
 from test_export import ours_on_stock_schedule
 
 from condot.cli import sample
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.encoders.autoencoder import check_images
 from condot.data.format.manifest import Manifest
 from condot.data.images.decode import decode_into, decode_preview
@@ -121,7 +121,7 @@ def runs(packed, tmp_path_factory):
 def test_what_a_file_holds_is_what_is_learned(packed, kind):
     """Every value of every band, alpha and the colour of transparent pixels among them, in 8 and in 16 bits."""
     channels, depth = KINDS[kind]
-    options = Options(shards=(str(packed[kind]),), resolution=SIDE, channels=channels, bit_depth=depth, workers=0)
+    options = DataConfig(shards=(str(packed[kind]),), resolution=SIDE, channels=channels, bit_depth=depth, workers=0)
     batch = next(build(options, seed=0, share=Share(batch_size=24)))
     assert batch.images.dtype == (torch.uint8 if depth == 8 else torch.uint16) and not batch.faults
     found = {image.permute(1, 2, 0).contiguous().numpy().tobytes() for image in batch.images}
@@ -361,7 +361,7 @@ def test_recipes_and_checkpoints_of_before_are_of_8_bits():
 
 
 def test_a_cache_of_latents_is_of_its_depth():
-    options, images = Options(resolution=8), Manifest(shards=())
+    options, images = DataConfig(resolution=8), Manifest(shards=())
     eight, deep = wanted_latents(options, images), wanted_latents(replace(options, bit_depth=16), images)
     assert "bit_depth" not in eight, "as caches of before have it"
     assert encoding_differences(eight, eight) == encoding_differences(deep, deep) == []
@@ -458,7 +458,7 @@ def test_absurd_values_are_one_line_before_any_work(packed, tmp_path, capsys, op
     assert message in capsys.readouterr().out
     name, value = option.split("=")
     with pytest.raises(ValueError, match=f"data.{name}={value}: "):
-        Options(**{name: int(value)})
+        DataConfig(**{name: int(value)})
 
 
 def test_a_dry_run_says_channels_bits_and_bytes(packed, tmp_path, capsys):

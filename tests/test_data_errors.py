@@ -14,7 +14,7 @@ from test_bad_data import flip, payload_of
 from test_training import digest
 
 import condot.data.storage.shard_reader
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.core.process import EXIT_DATA_ERROR
 from condot.data.loader.batch import BatchLoader
 from condot.data.loader.build import build
@@ -145,7 +145,7 @@ def folder(tmp_path):
 
 
 def stream(folder, workers=0, **more):
-    options = Options(**{"shards": (str(folder),), "resolution": 4, "channels": 1, "workers": workers, **more})
+    options = DataConfig(**{"shards": (str(folder),), "resolution": 4, "channels": 1, "workers": workers, **more})
     return build(options, seed=1, share=Share(batch_size=8))
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image, ImageCms, ImageOps, PngImagePlugin, TiffImagePlugin
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.format.index import PLAIN, index_tar
 from condot.data.format.manifest import Manifest, write_manifest
 from condot.data.images import decode
@@ -385,10 +385,10 @@ def test_the_records_of_older_shards_hold_but_their_plain_bit_is_not_believed(tm
         assert shards.read(0, 0).files["jpg"] == data
         assert check_shard(ShardCheck(tmp_path / "train-000000.tar", shard, np.arange(1), 0, verify=False), lambda n: None) == []
         assert shards.knows_plain(np.array([0, 0])).tolist() == [decoder == 2] * 2
-    stream = build(Options(shards=(str(tmp_path),), resolution=16, workers=0), seed=0, share=Share(batch_size=1))
+    stream = build(DataConfig(shards=(str(tmp_path),), resolution=16, workers=0), seed=0, share=Share(batch_size=1))
     wrong = next(stream).images
     (tmp_path / "manifest.json").write_text(text.replace(' "decoder": 1,\n', ""))
-    stream = build(Options(shards=(str(tmp_path),), resolution=16, workers=0), seed=0, share=Share(batch_size=1))
+    stream = build(DataConfig(shards=(str(tmp_path),), resolution=16, workers=0), seed=0, share=Share(batch_size=1))
     right = next(stream).images
     assert torch.equal(right[0], torch.from_numpy(decode_image(data, 3, 16)))
     assert not torch.equal(right, wrong)

@@ -10,7 +10,7 @@ import torch
 from conftest import fit
 from test_scale import BUCKETS, shapes  # noqa: F401  the fixture
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.core.process import EXIT_DIVERGED
 from condot.data.loader.build import build
 from condot.data.loader.stream import Share
@@ -36,7 +36,7 @@ def lines(path):
 
 def keys(digits, position):
     """Of the batch of 16 that begins there."""
-    options = Options(shards=(str(digits),), resolution=8, channels=1)
+    options = DataConfig(shards=(str(digits),), resolution=8, channels=1)
     stream = build(options, seed=0, share=Share(batch_size=16), start=position)
     return stream.keys(next(stream))
 

@@ -19,7 +19,7 @@ def briefly(monkeypatch):
 
 
 def test_counts_and_first_batch_are_those_of_training(digits, tmp_path, capsys):
-    from condot.core.data_options import Options
+    from condot.core.data_config import DataConfig
     from condot.data.loader.build import build
     from condot.data.loader.stream import Share
 
@@ -31,7 +31,7 @@ def test_counts_and_first_batch_are_those_of_training(digits, tmp_path, capsys):
     assert "train: 1,438 images" in printed and "captions: 1,797 of 1,797" in printed and "8x8 (1,438)" in printed
     assert all(f"{name} ({count:,})" in printed for name, count in zip(*np.unique(labels, return_counts=True), strict=True))
     assert "checked: 1,438 of 1,438 images and all hashes, 0 bad" in printed and "images/s at 8 px" in printed
-    batch = next(build(Options(shards=(str(digits),), resolution=8, channels=1), seed=3, share=Share(batch_size=8)))
+    batch = next(build(DataConfig(shards=(str(digits),), resolution=8, channels=1), seed=3, share=Share(batch_size=8)))
     sheet = np.asarray(Image.open(picture))
     for i in range(8):
         x = MARGIN + i * (SIDE + MARGIN)

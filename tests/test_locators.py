@@ -5,7 +5,7 @@ import unicodedata
 import pytest
 from conftest import launch
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.core.printable import printable, redact, redact_url
 from condot.core.urls import display_url, expand_path, last_name
 from condot.data.storage.resolve import open_shard_folder
@@ -97,7 +97,7 @@ def test_the_home_folder_may_be_written_short(digits, monkeypatch, tmp_path):
     """In a recipe, where no shell expands it; `~` within a name is a name."""
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "shards").symlink_to(digits)
-    folder, _ = open_shard_folder("~/shards", Options())
+    folder, _ = open_shard_folder("~/shards", DataConfig())
     assert folder.name == f"{tmp_path}/shards"
     config = parse(Config, ["--data.shards=~/shards", "--output_dir=~/runs/a~", "--data.encoded", "~/e"])
     assert (config.data.shards, config.output_dir, config.data.encoded) == ((f"{tmp_path}/shards",), f"{tmp_path}/runs/a~", f"{tmp_path}/e")

@@ -5,7 +5,7 @@ import tarfile
 
 import pytest
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.prepare.command import main
 from condot.pipeline.config.schema import Config
 from tests.shardmaker import png
@@ -13,7 +13,7 @@ from tests.shardmaker import png
 URL = "https://ann:5ECRET@host/x?sig=5ECRET"
 
 
-@pytest.mark.parametrize("make", [lambda: Config(output_dir=URL), lambda: Options(encoded=URL), lambda: Options(cache_dir=URL)])
+@pytest.mark.parametrize("make", [lambda: Config(output_dir=URL), lambda: DataConfig(encoded=URL), lambda: DataConfig(cache_dir=URL)])
 def test_a_url_is_no_folder(make):
     with pytest.raises(ValueError, match=r"of this machine|on this machine") as caught:
         make()

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from condot.cli import train
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.encoders.autoencoder import Autoencoder
 from condot.data.loader.survey import survey
 from condot.models import registry
@@ -361,7 +361,7 @@ def test_memory_left_where_the_system_does_not_say(monkeypatch):
 def test_encoders_are_counted_without_their_weights(tmp_path):
     """Weights as the files hold them; multiply-adds and peak as of the encoders themselves at work."""
     frozen.shards(tmp_path / "shards")
-    options = Options(
+    options = DataConfig(
         shards=(str(tmp_path / "shards"),),
         autoencoder=str(frozen.kl(tmp_path / "kl")),
         text_encoder=tuple(str(frozen.text(tmp_path / kind, kind)) for kind in ("clip_projected", "t5", "bert")),
@@ -503,8 +503,8 @@ def test_of_absent_shards_a_manifest_tells_the_number(digits, tmp_path):
     """A laptop has the manifest; every shard that it lists is missing, and counted."""
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "manifest.json").write_bytes((digits / "manifest.json").read_bytes())
-    seen = survey(Options(shards=(str(tmp_path / "here"), str(tmp_path / "none")), resolution=8, channels=1), False)
-    whole = survey(Options(shards=(str(digits),), resolution=8, channels=1), False)
+    seen = survey(DataConfig(shards=(str(tmp_path / "here"), str(tmp_path / "none")), resolution=8, channels=1), False)
+    whole = survey(DataConfig(shards=(str(digits),), resolution=8, channels=1), False)
     assert whole.mistakes == [] and seen.samples == whole.samples and seen.class_names == whole.class_names
     assert sum("missing, the manifest says" in text for text in seen.mistakes) == min(3, len(list(digits.glob("*.tar"))))
     assert any("none' is no folder" in text for text in seen.mistakes)

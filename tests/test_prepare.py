@@ -22,7 +22,7 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from condot.core.data_options import parse_size
+from condot.core.data_config import parse_size
 from condot.data.format.manifest import parse_manifest
 from condot.data.images.decode import decode_upright
 from condot.data.prepare.command import main

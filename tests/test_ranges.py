@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.core.option_ranges import SEED_RANGE, FloatRange, IntRange, NumberRange, ranges_of
 from condot.data.prepare.command import main as prepare
 from condot.pipeline.config.model import ModelConfig
@@ -97,9 +97,9 @@ def test_numbers_of_prepare(words, tmp_path, capsys):
 def test_data_s_own_options_are_finite(name):
     """`data.encode` and `data.inspect` read the section without `pipeline/`; a NaN behind a good number is found too."""
     for bad in (math.nan, math.inf):
-        value = getattr(Options(), name)
+        value = getattr(DataConfig(), name)
         with pytest.raises(ValueError, match=f"data.{name}="):
-            Options(**{name: (0.5, bad) if isinstance(value, tuple) else bad, **({"shards": ("a", "b")} if name == "weights" else {})})
+            DataConfig(**{name: (0.5, bad) if isinstance(value, tuple) else bad, **({"shards": ("a", "b")} if name == "weights" else {})})
 
 
 def test_intervals():

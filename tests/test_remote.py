@@ -24,7 +24,7 @@ from fsspec.asyn import AsyncFileSystem
 from PIL import Image
 from servers import Fault, serving
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.format.index import index_path, index_tar
 from condot.data.format.manifest import Manifest, Tally, write_manifest
 from condot.data.storage import resolve as opening
@@ -475,7 +475,7 @@ def test_a_full_disk_evicts_and_then_is_named(tmp_path, monkeypatch):
 def test_a_cache_that_is_too_small_is_refused_at_the_start(server, tmp_path, packed):
     sizes = sorted((s.bytes for s in RemoteFolder(server.url, cache=Cache(tmp_path, 10), retry_seconds=1).manifest.shards), reverse=True)
     needed = sum(sizes[:3])
-    options = Options(shards=(server.url,), shuffle_block=2, cache_dir=str(tmp_path), cache_size=str(needed))
+    options = DataConfig(shards=(server.url,), shuffle_block=2, cache_dir=str(tmp_path), cache_size=str(needed))
     assert open_shard_folders(options)[0][1] is None
     with pytest.raises(
         ValueError, match=r"data.cache_size=.* is less than .* that 2 shards \(data.shuffle_block\) and the next one take. Use"
@@ -679,7 +679,7 @@ def test_brace_patterns():
 
 
 def test_sources_as_they_are_written(packed, server, tmp_path):
-    options = Options(cache_dir=str(tmp_path / "cache"), cache_size="100MB", retry_seconds=SECONDS)
+    options = DataConfig(cache_dir=str(tmp_path / "cache"), cache_size="100MB", retry_seconds=SECONDS)
     for place in (str(packed), server.url):
         folder, names = open_shard_folder(place, options)
         assert names is None and len(folder.manifest.shards) == 4
@@ -702,6 +702,6 @@ def test_sources_as_they_are_written(packed, server, tmp_path):
 
 def test_where_the_cache_lies(monkeypatch):
     monkeypatch.setenv("CONDOT_CACHE", "/tmp/elsewhere")
-    assert opening.cache_folder(Options()) == Path("/tmp/elsewhere") and opening.cache_folder(Options(cache_dir="/x")) == Path("/x")
+    assert opening.cache_folder(DataConfig()) == Path("/tmp/elsewhere") and opening.cache_folder(DataConfig(cache_dir="/x")) == Path("/x")
     monkeypatch.delenv("CONDOT_CACHE")
-    assert opening.cache_folder(Options()) == Path.home() / ".cache/condot/shards"
+    assert opening.cache_folder(DataConfig()) == Path.home() / ".cache/condot/shards"

@@ -4,7 +4,6 @@ import resource
 import tracemalloc
 
 import pytest
-from conftest import ROOT
 
 from condot.core.data_options import read_options
 from condot.core.safe_yaml import MOST_BYTES, MOST_DEPTH, read_yaml
@@ -85,11 +84,6 @@ def test_aliases_and_merges_of_a_recipe_are_read(tmp_path):
     assert (config.log.every, config.log.sample_every, config.train.max_steps, config.train.batch_size) == (7, 7, 3, 8)
     path.write_text("")
     assert load_recipe(path) == {} and read_yaml(path) is None
-
-
-def test_the_two_rooms_read_alike():
-    one, two = (ROOT / room / "safe_yaml.py" for room in ("pipeline", "data"))
-    assert one.read_bytes() == two.read_bytes()
 
 
 @pytest.mark.parametrize(

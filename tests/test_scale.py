@@ -8,7 +8,8 @@ import torch
 from conftest import ROOT, arguments, fit, launch
 from shardmaker import jpeg, make, samples
 
-from condot.core.data_options import Options, read_options
+from condot.core.data_config import DataConfig
+from condot.core.data_options import read_options
 from condot.data.encode import command
 from condot.data.encoders.autoencoder import read_autoencoder
 from condot.data.encoders.text import TextEncoder, read_text_encoders
@@ -191,7 +192,7 @@ def test_latents_captions_and_encoded_captions_come_together(tmp_path):
         resolution=32, max_bad_share=0.2, max_tokens=8, encoding="cached", encoded=tmp_path / "encoded",
     )  # fmt: skip
     assert command.main(["--config", str(recipe)]) == 0
-    options: Options = read_options(recipe)[0]
+    options: DataConfig = read_options(recipe)[0]
     images = open_shards(options)
     latents = open_encoded_latents(options, images, read_autoencoder(options.autoencoder))
     text = open_encoded_text(options, images, read_text_encoders(options))

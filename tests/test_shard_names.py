@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from servers import serving
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.format.index import index_path, index_tar
 from condot.data.format.manifest import Manifest, Tally, parse_manifest, write_manifest
 from condot.data.storage.cache import Cache
@@ -95,7 +95,7 @@ def test_from_other_kinds_of_url(packed, cache, tmp_path, kind):
 def test_each_can_be_named_alone(packed, cache, monkeypatch, tmp_path):
     """In a URL as URLs have it or, where nothing forbids it, as it is."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    options = Options(cache_dir=str(tmp_path / "cache"), retry_seconds=1)
+    options = DataConfig(cache_dir=str(tmp_path / "cache"), retry_seconds=1)
     with serving() as server:
         server.files = {quote(path.name, safe=""): path.read_bytes() for path in packed.iterdir()}
         for name in NAMES:
@@ -134,7 +134,7 @@ def test_what_is_no_name(packed, tmp_path, name):
     (tmp_path / "manifest.json").write_text(text)
     for place in (tmp_path.as_uri(), *[str(tmp_path)] * (name in LEADING)):
         with pytest.raises(ValueError, match="is no shard") as caught:
-            open_shard_folder(place, Options(cache_dir=str(tmp_path / "cache"), retry_seconds=1))
+            open_shard_folder(place, DataConfig(cache_dir=str(tmp_path / "cache"), retry_seconds=1))
         assert str(caught.value).isprintable(), "what it quotes is escaped"
 
 

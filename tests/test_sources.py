@@ -6,7 +6,7 @@ import frozen
 import pytest
 import torch
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.encode.command import main as encode
 from condot.data.encoders.text import TextEncoder
 from condot.data.loader.stream import Share
@@ -24,7 +24,7 @@ def options(tmp_path_factory, one_thread):
     section = {"shards": [str(folder / "images")], "resolution": 16, "text_encoder": names, "max_tokens": 12, "encoded": folder / "encoded"}
     assert encode(["--config", str(frozen.recipe(folder / "recipe.json", **section))]) == 0
     more = {"text_encoder": names, "max_tokens": (12,), "encoding": "cached", "encoded": str(folder / "encoded")}
-    return Options(shards=(str(folder / "images"),), resolution=16, workers=0, **more)
+    return DataConfig(shards=(str(folder / "images"),), resolution=16, workers=0, **more)
 
 
 @pytest.mark.parametrize("encoding", ["online", "cached"])

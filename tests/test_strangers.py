@@ -13,7 +13,7 @@ from servers import serving
 
 import condot.data.encode.command
 import condot.data.inspect
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.loader.build import open_shards
 from condot.data.storage.cache import Cache
 from condot.data.storage.download import _get
@@ -189,7 +189,7 @@ def test_absurd_numbers_in_a_manifest(tmp_path, change, kind):
     for shards in ([shard | change for shard in raw["shards"]], [*raw["shards"][:-1], raw["shards"][-1] | change]):
         (folder / "manifest.json").write_text(json.dumps(raw | {"shards": shards}))
         place = str(folder) if kind == "local" else folder.as_uri()
-        options = Options(shards=(place,), cache_dir=str(tmp_path / "cache"), retry_seconds=0.2, resolution=32)
+        options = DataConfig(shards=(place,), cache_dir=str(tmp_path / "cache"), retry_seconds=0.2, resolution=32)
         with pytest.raises(ValueError) as caught:
             opened = open_shards(options)
             for number in range(len(opened.counts)):
@@ -220,7 +220,7 @@ def test_what_is_no_manifest(tmp_path, change):
     raw = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(raw | change))
     with pytest.raises(ValueError) as caught:
-        open_shards(Options(shards=(str(folder),), resolution=32))
+        open_shards(DataConfig(shards=(str(folder),), resolution=32))
     assert safe(str(caught.value)) and len(str(caught.value)) < 2000
 
 
@@ -228,4 +228,4 @@ def test_a_depth_bomb_is_no_manifest(tmp_path):
     folder = frozen.shards(tmp_path / "images")
     (folder / "manifest.json").write_text("[" * 200_000)
     with pytest.raises(ValueError, match=r"manifest.json cannot be read"):
-        open_shard_folders(Options(shards=(str(folder),)))
+        open_shard_folders(DataConfig(shards=(str(folder),)))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.loader.build import build
 from condot.data.loader.stream import Share, to_unit
 from condot.data.storage.shard_reader import Shards
@@ -31,7 +31,7 @@ def folders(tmp_path_factory):
 
 
 def options(folder, **more):
-    return Options(**{"shards": (str(folder),), "resolution": 4, "channels": 1, "workers": 0, **more})
+    return DataConfig(**{"shards": (str(folder),), "resolution": 4, "channels": 1, "workers": 0, **more})
 
 
 def stream(folder, start=0, rank=0, ranks=1, accumulation=1, workers=0, batch_size=8, seed=3, captions=False, **more):
@@ -173,16 +173,16 @@ def test_a_class_map_that_disagrees_is_refused(tmp_path):
 )
 def test_options_that_cannot_be(wrong, message):
     with pytest.raises(ValueError, match=message):
-        Options(**wrong)
+        DataConfig(**wrong)
 
 
 READER = """
 import sys, time
 from condot.data.loader.build import build
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.loader.stream import Share
 folder, start, rank, ranks, workers, pace, more = sys.argv[1], *map(int, sys.argv[2:6]), float(sys.argv[6]), eval(sys.argv[7])
-s = build(Options(**{"shards": (folder,), "resolution": 4, "channels": 1, "workers": workers, **more}), seed=3, start=start,
+s = build(DataConfig(**{"shards": (folder,), "resolution": 4, "channels": 1, "workers": workers, **more}), seed=3, start=start,
           share=Share(batch_size=8, rank=rank, ranks=ranks))
 for step in range(start // 8, 60):
     print(step, rank, *s.keys(next(s)), flush=True)

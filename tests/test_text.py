@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from shardmaker import make, png
 
 from condot.core.caption_fields import draw_caption
-from condot.core.data_options import Options, read_options
+from condot.core.data_config import DataConfig
+from condot.core.data_options import read_options
 from condot.data.encode import command
 from condot.data.encoders.text import TextEncoder, encode_captions, read_text_encoder, read_text_encoders
 from condot.data.encoders.text_states import (
@@ -48,7 +49,7 @@ def names(pipe):
 
 
 def options(pipe, **more):
-    return Options(**{"text_encoder": names(pipe), "max_tokens": (32, 32, 20), **more})
+    return DataConfig(**{"text_encoder": names(pipe), "max_tokens": (32, 32, 20), **more})
 
 
 def encoders(options):
@@ -449,7 +450,7 @@ def test_one_number_is_every_encoders_limit_at_most(pipe, tmp_path):
     bert = str(frozen.text(tmp_path / "bert", "bert"))
     config = json.loads((tmp_path / "bert/tokenizer_config.json").read_text()) | {"model_max_length": 24}
     (tmp_path / "bert/tokenizer_config.json").write_text(json.dumps(config))
-    several = Options(text_encoder=(names(pipe)[1], bert), max_tokens=(30,))
+    several = DataConfig(text_encoder=(names(pipe)[1], bert), max_tokens=(30,))
     assert [one.max_tokens for one in read_text_encoders(several)] == [30, 24]
     assert [one.max_tokens for one in read_text_encoders(replace(several, max_tokens=(128,)))] == [32, 24]
     with pytest.raises(ValueError, match=r"data.max_tokens=30: .*bert reads at most 24 tokens. Use 24 or fewer"):
@@ -469,11 +470,11 @@ def test_one_number_is_every_encoders_limit_at_most(pipe, tmp_path):
 )
 def test_values_that_cannot_be_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        Options(**fields)
+        DataConfig(**fields)
 
 
 def test_no_name_is_no_encoder():
-    assert Options(text_encoder=("",)).text_encoder == () and read_text_encoders(Options()) == ()
+    assert DataConfig(text_encoder=("",)).text_encoder == () and read_text_encoders(DataConfig()) == ()
 
 
 def test_what_is_no_text_encoder_is_refused(pipe, tmp_path):
@@ -500,7 +501,7 @@ def test_shards_without_such_captions_are_named_with_what_they_have(tmp_path):
     body = {"png": png(1), "cls": 0, "json": {"name": "x", "tones": []}}
     content = [[{"__key__": str(n), **body} for n in range(3)]]
     folder = make(tmp_path / "shards", content)
-    images = open_shards(Options(shards=(str(folder),)))
+    images = open_shards(DataConfig(shards=(str(folder),)))
     check_captions(images, "json.name")
     assert draw_caption({"json": b'{"words": ["red", "round"], "none": null}'}, "json.words") == "red, round"
     for empty in ("json.tones", "json.other"):

@@ -12,7 +12,7 @@ from conftest import launch
 from shardmaker import make, png
 
 from condot.cli import sample, train
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.encode.command import main as encode
 from condot.data.encoders.text import TextEncoder, read_text_encoder
 from condot.data.loader.build import build
@@ -185,7 +185,7 @@ def test_the_preview_shows_the_first_captions_of_the_order(parts, tmp_path, monk
     monkeypatch.setattr(train, "preview", lambda run, text: shown.append(text))
     more = ("--seed=3", "--train.max_steps=1", "--log.sample_every=1", "--train.condition_dropout=0.9", "--train.encoder_dropout=0.9")
     assert fit(parts, tmp_path / "run", *more) == 0
-    options = Options(shards=(str(parts["shards"]),), resolution=16, workers=0)
+    options = DataConfig(shards=(str(parts["shards"]),), resolution=16, workers=0)
     batch = next(build(options, seed=3, share=Share(batch_size=train.PREVIEW_CAPTIONS), captions=True))
     read = TextConditioner(tuple(read_text_encoder(str(name), 12) for name in parts["names"])).read
     for got, captions in zip(shown[0], (batch.captions, [""]), strict=True):

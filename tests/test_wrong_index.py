@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from shardmaker import make, samples
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.data.format import index as indexing
 from condot.data.format.manifest import parse_manifest
 from condot.data.inspect import main as inspect
@@ -33,7 +33,7 @@ def reverse_labels(folder, shard=1):
 
 
 def stream(folder, **more):
-    options = Options(**{"shards": (str(folder),), "resolution": 4, "channels": 1, "workers": 0, **more})
+    options = DataConfig(**{"shards": (str(folder),), "resolution": 4, "channels": 1, "workers": 0, **more})
     return build(options, seed=1, share=Share(batch_size=10))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from condot.core.data_options import Options, parse_size
+from condot.core.data_config import parse_size
 from condot.data.loader.build import check_sides
 from condot.data.loader.stream import Share
 from condot.data.loader.survey import survey
@@ -15,7 +15,6 @@ from condot.pipeline.dry_run.resolved_recipe import DryRunHooks
 from .open_inputs import check_exportable
 
 DRY_RUN_HOOKS = DryRunHooks(
-    options=Options,
     bytes_of=parse_size,
     survey=survey,
     check_sides=check_sides,

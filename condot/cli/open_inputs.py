@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from condot.core.data_options import Options
 from condot.data.loader.training_data import TrainingData
 from condot.models import registry
 from condot.models.convert import check_num_classes, unsupported_by_stock
@@ -22,7 +21,7 @@ def open_inputs(config: Config) -> tuple[TrainingData, LatentSpace]:
     """
     if config.init_from and config.checkpoint.start_from:
         raise ValueError(f"init_from={config.init_from!r} and checkpoint.start_from={config.checkpoint.start_from!r}: give one of them.")
-    options = Options(**vars(config.data))
+    options = config.data
     training_data = TrainingData.open(options, config.model.conditioning == "text")
     space = LatentSpace.from_pixels(options.channels, options.resolution)
     if training_data.autoencoder:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from condot.core.data_options import Options
 from condot.data.encoders.autoencoder import Autoencoder
 from condot.data.encoders.text import read_text_encoders
 from condot.data.loader.text_conditioner import TextConditioner
@@ -87,7 +86,7 @@ class TrainedModel:
         Raises:
             ValueError: they are not there any more, or are others.
         """
-        conditioner = TextConditioner(read_text_encoders(Options(**vars(self.config.data))), device)
+        conditioner = TextConditioner(read_text_encoders(self.config.data), device)
         conditioner.check(self.text["fingerprints"])
         return conditioner
 

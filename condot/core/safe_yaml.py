@@ -1,8 +1,4 @@
-"""YAML of strangers: plain values alone, each key once, and no more of it than a recipe can need, aliases counted as often as they stand.
-
-`pipeline/` and `data/` have this file each, since the rooms do not know each
-other; a test holds the two to the same bytes.
-"""
+"""YAML of strangers: plain values alone, each key once, and no more of it than a recipe can need, aliases counted as often as they stand."""
 
 from __future__ import annotations
 

@@ -1,9 +1,4 @@
-"""Standard output and error that outlive whoever reads them: what cannot be written is lost, counted and told once, and raises nothing.
-
-`pipeline/` and `data/` have each this same file, since the rooms do not know
-each other; a test holds them equal. Both belong into one place that all rooms
-may import, as soon as there is one.
-"""
+"""Standard output and error that outlive whoever reads them: what cannot be written is lost, counted and told once, and raises nothing."""
 
 from __future__ import annotations
 

@@ -22,7 +22,8 @@ import torch
 from tqdm import tqdm
 
 from condot.core.caption_fields import parse_captions
-from condot.core.data_options import Options, read_options
+from condot.core.data_config import DataConfig
+from condot.core.data_options import read_options
 from condot.core.printable import printable
 from condot.core.process import available_cpus
 from condot.core.urls import RedactingParser
@@ -142,7 +143,7 @@ def _check_captions(plans: list[tuple[ShardFolder, list[Shard]]], caption: str) 
             print(note, flush=True)
 
 
-def _build_targets(args: argparse.Namespace, options: Options) -> dict[str, EncodeTarget]:
+def _build_targets(args: argparse.Namespace, options: DataConfig) -> dict[str, EncodeTarget]:
     """What the recipe's encoders make, the networks still to be built."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     device = f"cuda:{local % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
@@ -169,7 +170,7 @@ def _build_targets(args: argparse.Namespace, options: Options) -> dict[str, Enco
 
 
 def encode(
-    folder: ShardFolder, wanted: list[Shard], name: str, target: EncodeTarget, encoded_writer: EncodedWriter, options: Options
+    folder: ShardFolder, wanted: list[Shard], name: str, target: EncodeTarget, encoded_writer: EncodedWriter, options: DataConfig
 ) -> None:
     """Encode the shards of one folder that are neither done nor claimed; whoever finds all done writes the manifest.
 
@@ -212,7 +213,7 @@ def encode(
         _finish(encoded_writer, target, wanted, options, worked)
 
 
-def _finish(encoded_writer: EncodedWriter, target: EncodeTarget, wanted: list[Shard], options: Options, worked: bool) -> None:
+def _finish(encoded_writer: EncodedWriter, target: EncodeTarget, wanted: list[Shard], options: DataConfig, worked: bool) -> None:
     """Write the manifest, unless it is there already."""
     manifest = encoded_writer.manifest()
     names = set(manifest.shards.names) if manifest else set()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from condot.core.caption_fields import CAPTION_SYNTAX, parse_captions, sample_captions
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 
 from ..encoders.autoencoder import Autoencoder, AutoencoderFacts, check_images
 from ..encoders.text import TextEncoder, TextFacts
@@ -87,7 +87,7 @@ class LatentTarget:
 
     def __init__(
         self,
-        options: Options,
+        options: DataConfig,
         encoder_facts: AutoencoderFacts,
         load: Callable[[], Autoencoder],
         mirrored: bool,
@@ -198,7 +198,9 @@ class TextTarget:
         computed: name of the precision, for the facts.
     """
 
-    def __init__(self, options: Options, encoder_facts: TextFacts, load: Callable[[], TextEncoder], batch_size: int, computed: str) -> None:
+    def __init__(
+        self, options: DataConfig, encoder_facts: TextFacts, load: Callable[[], TextEncoder], batch_size: int, computed: str
+    ) -> None:
         self.named = parse_captions(options.caption)
         if not self.named.fields:
             raise ValueError(f"data.caption is empty beside data.text_encoder: {CAPTION_SYNTAX}.")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.core.model_folders import TEXT_MODELS, check_counts, check_model_folder, check_size, read_json, read_shapes
 
 from .fingerprint import config_hash, read_config, resolve_encoder, weight_files, weights_hash
@@ -56,12 +56,12 @@ def read_text_encoder(name: str, max_tokens: int, padding: str = "mask") -> Text
     return TextFacts(name, fingerprint, width, pooled_width, "clip" if clip else "other", max_tokens, padding)
 
 
-def read_text_encoders(options: Options) -> tuple[TextFacts, ...]:
+def read_text_encoders(options: DataConfig) -> tuple[TextFacts, ...]:
     """The facts of all that a recipe names; where one number of tokens stands for several, each reads at most its own limit."""
     return tuple(read_text_encoder(name, count, options.text_padding) for name, count in _counts(options))
 
 
-def _counts(options: Options) -> list[tuple[str, int]]:
+def _counts(options: DataConfig) -> list[tuple[str, int]]:
     names, counts = options.text_encoder, options.max_tokens
     if len(counts) == len(names):
         return list(zip(names, counts, strict=True))

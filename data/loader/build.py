@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 
 from ..encoders.autoencoder import AutoencoderFacts, check_images
 from ..encoders.text import TextFacts
@@ -42,7 +42,7 @@ class EncodedCache(NamedTuple):
 
 
 def build(
-    options: Options,
+    options: DataConfig,
     *,
     seed: int,
     share: Share,
@@ -81,7 +81,7 @@ def build(
     return BatchStream(BatchPlanner(shards, order, buckets, share, augmentation, start), loader, options.workers)
 
 
-def open_shards(options: Options) -> Shards:
+def open_shards(options: DataConfig) -> Shards:
     """The shards that a recipe names.
 
     Raises:
@@ -95,7 +95,7 @@ def open_shards(options: Options) -> Shards:
     return Shards([folder for folder, _ in opened], options.split, [names for _, names in opened])
 
 
-def open_encoded_latents(options: Options, images: Shards, facts: AutoencoderFacts) -> EncodedCache | None:
+def open_encoded_latents(options: DataConfig, images: Shards, facts: AutoencoderFacts) -> EncodedCache | None:
     """The encoded latents of some images, with the statistics of all of them; None where latents are encoded online and never were before.
 
     Args:
@@ -113,7 +113,7 @@ def open_encoded_latents(options: Options, images: Shards, facts: AutoencoderFac
     return _open_encoded(options, images, "latents", wanted)
 
 
-def open_encoded_text(options: Options, images: Shards, facts: tuple[TextFacts, ...]) -> tuple[EncodedCache, ...]:
+def open_encoded_text(options: DataConfig, images: Shards, facts: tuple[TextFacts, ...]) -> tuple[EncodedCache, ...]:
     """The encoded captions of some images, of each of the encoders with these facts; arguments and errors as in `open_encoded_latents`."""
     found = []
     for number, one in enumerate(facts):
@@ -123,7 +123,7 @@ def open_encoded_text(options: Options, images: Shards, facts: tuple[TextFacts, 
     return tuple(found)
 
 
-def _open_encoded(options: Options, images: Shards, cache_name: str, wanted: list[dict[str, Any]]) -> EncodedCache:
+def _open_encoded(options: DataConfig, images: Shards, cache_name: str, wanted: list[dict[str, Any]]) -> EncodedCache:
     folders, chosen = list[ShardFolder](), list[ShardTable]()
     for number, (facts, part) in enumerate(zip(wanted, images.parts, strict=True)):
         place = encoded_folder(options.encoded, cache_name, number, len(wanted))
@@ -149,7 +149,7 @@ def _open_encoded(options: Options, images: Shards, cache_name: str, wanted: lis
     return EncodedCache(Shards(folders, options.split, chosen), merge_encodings(encodings) if cache_name == "latents" else encodings[0])
 
 
-def check_sides(options: Options, unit: int) -> None:
+def check_sides(options: DataConfig, unit: int) -> None:
     """Raises ValueError for shapes whose sides the network cannot cut: `unit` is the pixels of its smallest part."""
     for height, width in Buckets(options.aspect_ratios, options.resolution, options.bucket_step).shapes:
         if height % unit or width % unit:
@@ -162,13 +162,13 @@ def check_sides(options: Options, unit: int) -> None:
             )
 
 
-def check_shapes(options: Options, facts: AutoencoderFacts) -> None:
+def check_shapes(options: DataConfig, facts: AutoencoderFacts) -> None:
     """Raises ValueError for images that an autoencoder does not read."""
     for shape in Buckets(options.aspect_ratios, options.resolution, options.bucket_step).shapes:
         check_images(facts, options.channels, *shape)
 
 
-def build_order(shards: Shards, options: Options, seed: int) -> SampleOrder:
+def build_order(shards: Shards, options: DataConfig, seed: int) -> SampleOrder:
     """The order of the samples: all shards shuffled together, or a mixture by weight."""
     if not options.weights:
         return ShuffledOrder(shards.samples, seed, options.shuffle_block)

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from condot.core.caption_fields import draw_index, parse_captions
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 
 from ..encoders.fingerprint import fingerprint_differences
 from ..encoders.text_states import TextStates
@@ -47,7 +47,7 @@ def text_cache_name(number: int) -> str:
     return f"text-{number}" if number else "text"
 
 
-def wanted_latents(options: Options, images: Manifest, fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def wanted_latents(options: DataConfig, images: Manifest, fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a cache of latents must have been made from.
 
     Args:
@@ -70,7 +70,7 @@ def wanted_latents(options: Options, images: Manifest, fingerprint: Mapping[str,
     return wanted | ({"encoder": dict(fingerprint)} if fingerprint else {})
 
 
-def wanted_text(options: Options, images: Manifest, fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def wanted_text(options: DataConfig, images: Manifest, fingerprint: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """What a cache of one encoder's text embeddings must have been made from; arguments as in `wanted_latents`.
 
     The weights of several captions do not count: all are encoded.

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.core.urls import expand_path
 
 from ..encoders.autoencoder import AutoencoderFacts, read_autoencoder
@@ -35,7 +35,7 @@ NAMED = 3
 class Survey:
     """A section `data`, looked at; what could not be had is None or empty."""
 
-    options: Options
+    options: DataConfig
     takes_text: bool
     images: Shards | None = None
     autoencoder: AutoencoderFacts | None = None
@@ -102,7 +102,7 @@ def _read(network: Any, images: int, tokens: int) -> Any:
     return network(torch.zeros(images, tokens, dtype=torch.int64))
 
 
-def survey(options: Options, takes_text: bool) -> Survey:
+def survey(options: DataConfig, takes_text: bool) -> Survey:
     """Look at everything, build nothing; a mistake does not keep the rest from being looked at."""
     seen = Survey(options, takes_text)
     seen.images = _images(seen, options)
@@ -123,7 +123,7 @@ def survey(options: Options, takes_text: bool) -> Survey:
     return seen
 
 
-def _images(seen: Survey, options: Options) -> Shards | None:
+def _images(seen: Survey, options: DataConfig) -> Shards | None:
     """The shards. Where they cannot be opened together, each source is asked what is wrong with it, and manifests alone tell the rest."""
     try:
         images = open_shards(options)
@@ -171,7 +171,7 @@ class ManifestFolder(LocalFolder):
         ]
 
 
-def _encoders(seen: Survey, options: Options) -> tuple[TextFacts, ...]:
+def _encoders(seen: Survey, options: DataConfig) -> tuple[TextFacts, ...]:
     """The text encoders; all or none, since a network's width hangs on all."""
     found = seen.attempt(read_text_encoders, options)
     if found is None and len(options.text_encoder) > 1:
@@ -184,7 +184,7 @@ def _encoders(seen: Survey, options: Options) -> tuple[TextFacts, ...]:
     return found or ()
 
 
-def _text(seen: Survey, options: Options) -> None:
+def _text(seen: Survey, options: DataConfig) -> None:
     """Captions, and what was encoded of them before."""
     if seen.images and seen.here:
         note = seen.attempt(check_captions, seen.images, options.caption)

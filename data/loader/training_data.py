@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 
 from ..encoders.autoencoder import AutoencoderFacts, read_autoencoder
 from ..encoders.text import TextFacts, read_text_encoders
@@ -24,7 +24,7 @@ from .text_conditioner import TextConditioner
 class TrainingData:
     """A recipe's section `data`, opened."""
 
-    options: Options
+    options: DataConfig
     images: Shards
     autoencoder: AutoencoderFacts | None
     """Of the latents that are learned; None for pixels."""
@@ -40,7 +40,7 @@ class TrainingData:
     """The text encoders at work, once `build_text_conditioner` has said where."""
 
     @classmethod
-    def open(cls, options: Options, takes_text: bool) -> TrainingData:
+    def open(cls, options: DataConfig, takes_text: bool) -> TrainingData:
         """Open everything, build no network.
 
         Raises:

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from condot.core.data_options import parse_size
+from condot.core.data_config import parse_size
 from condot.core.errors import describe_error
 from condot.core.printable import printable, redact
 from condot.core.regular_files import read_regular

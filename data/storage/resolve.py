@@ -9,7 +9,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from condot.core.data_options import Options
+from condot.core.data_config import DataConfig
 from condot.core.printable import redact_url
 from condot.core.urls import expand_path
 
@@ -21,7 +21,7 @@ Opened = tuple[ShardFolder, tuple[str, ...] | None]
 """A folder, and the shards chosen from it in order; None for all of a split."""
 
 
-def open_shard_folders(options: Options) -> list[Opened]:
+def open_shard_folders(options: DataConfig) -> list[Opened]:
     """Everything that `data.shards` names, in order; a brace pattern of folders is several.
 
     Raises:
@@ -37,7 +37,7 @@ def open_shard_folders(options: Options) -> list[Opened]:
     return opened
 
 
-def open_shard_folder(source: str, options: Options) -> Opened:
+def open_shard_folder(source: str, options: DataConfig) -> Opened:
     """One source: a folder, a URL of one, or a pattern of tars inside one, as in `s3://b/data/train-{000000..000009}.tar`.
 
     Raises:
@@ -51,7 +51,7 @@ def open_shard_folder(source: str, options: Options) -> Opened:
     return _open(*parsed[0], options)
 
 
-def cache_folder(options: Options) -> Path:
+def cache_folder(options: DataConfig) -> Path:
     """Where shards from elsewhere are kept: `data.cache_dir`, else $CONDOT_CACHE, else ~/.cache/condot/shards."""
     return Path(options.cache_dir or os.environ.get("CONDOT_CACHE") or "~/.cache/condot/shards").expanduser()
 
@@ -78,7 +78,7 @@ def _is_web(place: str) -> bool:
     return place.startswith(("http://", "https://"))
 
 
-def _open(place: str, names: tuple[str, ...] | None, options: Options) -> Opened:
+def _open(place: str, names: tuple[str, ...] | None, options: DataConfig) -> Opened:
     folder: ShardFolder = (
         RemoteFolder(place, cache=_cache(options), retry_seconds=options.retry_seconds)
         if "://" in place
@@ -99,14 +99,14 @@ def _open(place: str, names: tuple[str, ...] | None, options: Options) -> Opened
     return folder, names
 
 
-def _block_bytes(folder: ShardFolder, names: tuple[str, ...] | None, options: Options) -> int:
+def _block_bytes(folder: ShardFolder, names: tuple[str, ...] | None, options: DataConfig) -> int:
     """What the largest block of a source takes, and the shard that comes next."""
     shards = folder.manifest.shards
     chosen = shards.split(options.split) if names is None else shards.select_names(names)[0]
     return int(np.sort(chosen.bytes)[::-1][: options.shuffle_block + 1].sum())
 
 
-def _cache(options: Options) -> Cache:
+def _cache(options: DataConfig) -> Cache:
     return _shared(cache_folder(options), options.cache_bytes)
 
 

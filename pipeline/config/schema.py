@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from condot.core.data_config import DataConfig
 from condot.core.option_ranges import SEED_RANGE, FloatRange, IntRange, check_numbers
 from condot.core.printable import redact
 
@@ -23,51 +24,6 @@ def _require(rule: bool, name: str, value: object, text: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Which images, at what size, seen through which encoders; `condot/core/data_options.py` checks what is given here."""
-
-    shards: tuple[str, ...] = ()  # folders of shards with a manifest, as `python -m data.prepare` makes them
-    weights: tuple[Annotated[float, FloatRange("(0, 1]")], ...] = ()  # share of each folder in every batch; none shuffles all together
-    split: str = "train"  # which of the manifest's splits to train on
-    resolution: Annotated[int, IntRange("[1, inf)")] = 256  # pixels; images are resized by the short side and cropped to this square
-    # 1: gray; 2: gray and alpha; 3: RGB; 4: RGB and alpha; 5 and more: the bands of TIFF and .npy files
-    channels: Annotated[int, IntRange("[1, 1024]", "choose 1 (gray), 2 (gray, alpha), 3 (RGB), 4 (RGB, alpha), or up to 1024.")] = 3
-    bit_depth: Literal[8, 16] = 8  # of a pixel's values as they are trained on; 16 keeps what 16-bit files hold, beside 8-bit ones
-    horizontal_flip: bool = False  # mirror half of the images, chosen by (seed, position)
-    random_crop: bool = False  # crop anywhere, chosen by (seed, position), instead of at the centre
-    # width / height of each bucket, all of about resolution^2 pixels; none for squares
-    aspect_ratios: tuple[Annotated[float, FloatRange("(0, inf)")], ...] = ()
-    bucket_step: Annotated[int, IntRange("[1, inf)")] = 32  # pixels of which every bucket's sides are multiples
-    # where captions are: txt, json.KEY (a list is joined with commas), json.KEY[*] (one entry of a list, drawn), or several by weight, as
-    # txt=0.7,json.short=0.3; which a sample is shown with is drawn by (seed, position)
-    caption: str = "txt"
-    # shards; so many are mixed with one another, which bounds the memory of the order
-    shuffle_block: Annotated[int, IntRange("[1, inf)", "at least 1 shard. Use 16 or more.")] = 16
-    workers: Annotated[int, IntRange("[0, inf)")] = 2  # threads that read and decode ahead on each rank; 0 reads inside the loop
-    max_bad_share: Annotated[float, FloatRange("[0, 1)")] = 0.001  # of samples that cannot be read; more stop training with the list
-    lost_shards: str = "stop"  # or skip: go on without a shard that is gone
-    cache_dir: str = ""  # where copies of remote shards are kept
-    cache_size: str = "100GB"  # of all copies
-    retry_seconds: Annotated[float, FloatRange("(0, inf)")] = 300.0  # a remote source is tried again for so long
-    autoencoder: str = ""  # folder or Hub id of a frozen AutoencoderKL, AutoencoderTiny or AutoencoderDC; none trains on pixels
-    text_encoder: tuple[str, ...] = ()  # folders or Hub ids of frozen text encoders: CLIP, T5, or any that gives token states
-    max_tokens: tuple[Annotated[int, IntRange("[1, inf)")], ...] = (
-        128,
-    )  # longer captions are cut; one number for all encoders, or one each
-    # mask: no attention to what stands behind a caption's end; attend: full length, all of it seen, as Stable Diffusion 3 and Flux do
-    text_padding: Literal["mask", "attend"] = "mask"
-    encoding: str = "online"  # or cached: read what `python -m data.encode` wrote into data.encoded
-    encoded: str = ""  # folder of that cache
-    # multiplies latents after the shift, one number or one a channel; none: as measured (cached), or as the autoencoder says (online)
-    latent_scale: tuple[Annotated[float, FloatRange("(0, inf)")], ...] = ()
-    # subtracted from latents, one number or one a channel; none: likewise
-    latent_shift: tuple[Annotated[float, FloatRange("(-inf, inf)")], ...] = ()
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "data.")
-
-
-@dataclass(frozen=True, kw_only=True)
 class FlowConfig:
     """What is learned: the path, the prediction, the timestep distribution. docs/theory.md explains each name."""
 
@@ -77,9 +33,8 @@ class FlowConfig:
     predict: Literal["velocity", "noise", "data", "score", "v"] = "velocity"  # what the network outputs
     # regression to `predict`; joint: velocity and score, two outputs of one network; explicit and sliced score matching need predict=score
     objective: Literal["regression", "joint", "explicit", "sliced"] = "regression"
-    joint_balance: Annotated[float, FloatRange("[0, inf)", "finite and not negative. Use 1.")] = (
-        1.0  # of joint: factor on the score's loss, which is weighted by beta^2
-    )
+    # of joint: factor on the score's loss, which is weighted by beta^2
+    joint_balance: Annotated[float, FloatRange("[0, inf)", "finite and not negative. Use 1.")] = 1.0
     weighting: Literal["none", "velocity", "likelihood", "min_snr", "edm"] = "none"  # how errors count over time
     min_snr_gamma: Annotated[float, FloatRange("(0, inf)")] = 5.0  # signal-to-noise ratio at which min_snr caps
     precondition: bool = False  # scale the network the Karras way, with predict=data; always so on edm
@@ -94,9 +49,8 @@ class FlowConfig:
     time_shift: Annotated[float, FloatRange("(0, inf)", "a shift is positive and finite; 1 is none.")] = 1.0
     stratified: bool = False  # spread the times of each global batch evenly
     coupling: Literal["independent", "optimal_transport"] = "independent"  # which noise goes with which image; among images of one class
-    coupling_group: Annotated[int, IntRange("[1, inf)")] = (
-        32  # images assigned to one another by optimal_transport; divides the micro-batch
-    )
+    # images assigned to one another by optimal_transport; divides the micro-batch
+    coupling_group: Annotated[int, IntRange("[1, inf)")] = 32
 
     regularisers: RegulariserSection = field(default_factory=default_regularisers)  # terms of plugins that are added to the loss
 
@@ -113,9 +67,8 @@ class TrainConfig:
     batch_size: Annotated[int, IntRange("[1, inf)", "at least one image a step.")] = 256
     # forward passes that one optimiser step is split into
     gradient_accumulation_steps: Annotated[int, IntRange("[1, inf)", "at least one pass a step.")] = 1
-    learning_rate: Annotated[float, FloatRange("(0, inf)", "it is positive and finite. Use 1e-4 for a DiT.")] = (
-        1e-4  # per step, at its highest
-    )
+    # per step, at its highest
+    learning_rate: Annotated[float, FloatRange("(0, inf)", "it is positive and finite. Use 1e-4 for a DiT.")] = 1e-4
     lr_warmup_steps: Annotated[int, IntRange("[0, inf)", "0 or more steps.")] = 0  # optimiser steps from zero to the learning rate
     lr_ramp: Literal["constant", "linear", "cosine"] = "constant"  # shape of the way down at the end
     # share of the run's steps at its end over which a linear or cosine ramp falls to zero

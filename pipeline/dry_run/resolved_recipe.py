@@ -42,7 +42,6 @@ Step = Callable[[Callable[..., Tensor], nn.Module], Tensor]
 class DryRunHooks:
     """What `data/` and `models/` lend; `train.py` introduces them."""
 
-    options: Callable[..., Any]
     bytes_of: Callable[[str, str], int]
     survey: Callable[[Any, bool], Any]
     check_sides: Callable[[Any, int], None]
@@ -89,15 +88,9 @@ class ResolvedRecipe:
     """What was assumed."""
 
     @cached_property
-    def options(self) -> Any:
-        """The section `data`."""
-        return self.mistakes.build_with_defaults(self.hooks.options, vars(self.config.data), "data", defaults_of(type(self.config.data)))[0]
-
-    @cached_property
     def survey(self) -> Any:
         """What it opens: see data.survey."""
-        options = self.options or self.hooks.options()
-        survey = self.hooks.survey(options, self.config.model.conditioning == "text")
+        survey = self.hooks.survey(self.config.data, self.config.model.conditioning == "text")
         for text in survey.mistakes:
             self.mistakes.add(text)
         self.notes += survey.notes
