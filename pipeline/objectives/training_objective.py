@@ -15,23 +15,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config.schema import FlowConfig
 from ..flow import (
-    PATHS,
     Condition,
-    CosMap,
-    Discrete,
     JointObjective,
     LinearPath,
-    LogitNormal,
-    LogNormalSigma,
-    Mode,
     Objective,
     Path,
     Prior,
     Purpose,
     ScoreMatching,
-    Shifted,
     TimestepDistribution,
-    Uniform,
     UniformPrior,
     couple_by_optimal_transport,
     infinite_loss_times,
@@ -119,7 +111,7 @@ class TrainingObjective:
     @property
     def path(self) -> Path:
         """The Gaussian path; with a uniform prior, the coefficients of the straight line."""
-        return PATHS[self.flow.path]()
+        return self.flow.build_path()
 
     @property
     def prior(self) -> Prior | None:
@@ -129,17 +121,7 @@ class TrainingObjective:
     @property
     def timestep_distribution(self) -> TimestepDistribution:
         """Where on the path the network is trained."""
-        flow = self.flow
-        distributions: dict[str, Callable[[], TimestepDistribution]] = {
-            "uniform": Uniform,
-            "logit_normal": lambda: LogitNormal(flow.time_mean, flow.time_std),
-            "mode": lambda: Mode(flow.time_scale),
-            "cosmap": CosMap,
-            "log_normal_sigma": lambda: LogNormalSigma(flow.time_mean, flow.time_std, self.path),
-            "discrete": Discrete,
-        }
-        timestep_distribution = distributions[flow.time]()
-        return timestep_distribution if flow.time_shift == 1 else Shifted(flow.time_shift, timestep_distribution)
+        return self.flow.build_timestep_distribution()
 
     @property
     def loss_function(self) -> Objective | JointObjective | ScoreMatching:
@@ -148,7 +130,7 @@ class TrainingObjective:
         if flow.objective == "joint":
             return JointObjective(self.path, flow.joint_balance)
         path = self.path if self.prior is None else LinearPath(self.prior)
-        regression = Objective(path, flow.predict, flow.weighting, flow.min_snr_gamma, flow.sigma_data)
+        regression = Objective(path, flow.predict, flow.build_weighting(), flow.min_snr_gamma, flow.sigma_data)
         return regression if flow.objective == "regression" else ScoreMatching(self.path, sliced=flow.objective == "sliced")
 
     def build_predictor(self, model: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -211,4 +193,4 @@ def build_predictor(model: Callable[..., Tensor], flow: FlowConfig) -> Callable[
     if flow.objective == "joint":
         return lambda x, t, *condition: tuple(model(x, t, *condition).chunk(2, dim=1))
     wanted = flow.precondition or flow.path == "edm"
-    return precondition(model, PATHS[flow.path](), flow.sigma_data) if wanted else model
+    return precondition(model, flow.build_path(), flow.sigma_data) if wanted else model
