@@ -36,7 +36,8 @@ from condot.pipeline.config.model import build_model_kwargs
 from condot.pipeline.config.parse import config_from_mapping, parse
 from condot.pipeline.config.schema import Config
 from condot.pipeline.ema.weight_selection import load_selected_weights, parse_weight_selection
-from condot.pipeline.evaluation.metrics import check_features, evaluate, load_features
+from condot.pipeline.evaluation.features import check_features, load_features
+from condot.pipeline.evaluation.metrics import evaluate
 from condot.pipeline.evaluation.provenance import Provenance, hash_tensors, read_provenance
 from condot.pipeline.evaluation.retrieval import retrieve
 from condot.pipeline.export.load import load_flow_model, read_model_index
