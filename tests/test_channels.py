@@ -39,7 +39,7 @@ from condot.pipeline.config.model import CrossDiTConfig, DiTConfig, MMDiTConfig,
 from condot.pipeline.config.parse import config_from_mapping as fill_config
 from condot.pipeline.config.parse import config_to_mapping
 from condot.pipeline.config.schema import Config, FlowConfig
-from condot.pipeline.evaluation.metrics import check_features
+from condot.pipeline.evaluation.features import check_features
 from condot.pipeline.export.identity_autoencoder import MAX_IDENTITY_CHANNELS, identity_autoencoder
 from condot.pipeline.export.load import flow_model_from_pipeline, load_flow_model
 from condot.pipeline.export.model_card import note_beyond_pil

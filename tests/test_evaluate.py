@@ -11,8 +11,9 @@ from condot.cli import sample
 from condot.data.loader.read_samples import read_images
 from condot.data.storage.shard_reader import Shards
 from condot.pipeline.evaluation.classifier import _batches, train_classifier
+from condot.pipeline.evaluation.features import load_features
 from condot.pipeline.evaluation.frechet import FeatureMoments, frechet_distance
-from condot.pipeline.evaluation.metrics import EvaluationResult, diversity, evaluate, load_features, nearest
+from condot.pipeline.evaluation.metrics import EvaluationResult, diversity, evaluate, nearest
 from condot.pipeline.sampling.generate import Samples
 from condot.pipeline.sampling.sampler import Sampler
 
@@ -180,7 +181,7 @@ def test_evaluate_compares_what_the_command_names_and_fails_below_its_goals(trai
     seen, asked = [], []
     figures = {"samples": 25, "accuracy": 0.5, "accuracy_of_held_out": 1.0, "diversity": 1.2, "diversity_of_real": 2.0, "nearest": 2.1,
                "nearest_of_held_out": 3.0, "frechet": 1.0, "frechet_of_train": 1.0, "feature_width": 4, "few": False}  # fmt: skip
-    monkeypatch.setattr(sample, "evaluate", lambda *given: seen.append(given) or EvaluationResult(**figures))
+    monkeypatch.setattr(sample, "evaluate", lambda *given: seen.append(given) or EvaluationResult(figures))
 
     def bright(source, labels, sampler, **more):
         asked.append((sampler, more))

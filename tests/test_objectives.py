@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import fit
+from conftest import arguments, fit, launch
 from test_guard import equal
 
 from condot.pipeline.config.objective import RandomInputs, TrainingObjective
 from condot.pipeline.config.parse import config_from_mapping, config_to_mapping, parse
 from condot.pipeline.config.schema import Config, FlowConfig
-from condot.pipeline.flow import CondOT, JointObjective, Objective
+from condot.pipeline.flow import CondOT, JointObjective, Objective, interpolate, target
 from condot.pipeline.objectives.regularisers import REGULARISERS, Regulariser
-from condot.pipeline.objectives.step_objective import StepBatch
+from condot.pipeline.objectives.step_objective import StepBatch, StepLoss, StepObjective
 from condot.pipeline.objectives.table import OBJECTIVES
 from condot.pipeline.training.callbacks import CALLBACKS
 from condot.pipeline.training.resume_rules import find_differences
@@ -120,6 +120,36 @@ def test_a_recipe_names_it_and_a_run_records_it_where_it_has_a_weight(energy, tm
     assert "--flow.regularisers.energy.power" in text and "of the prediction" in text
 
 
+def test_an_objective_of_ones_own_has_options_and_trains(digits, tmp_path):
+    """A loss with a corner far away: within it half of regression's, and so named in the recipe and among the facts."""
+
+    @OBJECTIVES.register("huber")
+    @dataclass(frozen=True, kw_only=True)
+    class Huber(StepObjective):
+        delta: float = 1.0  # where the square becomes a line
+
+        def __call__(self, network, batch, flow):
+            x, c = interpolate(flow.path, batch.data, batch.noise, batch.t)
+            wanted = target(flow.predict, batch.data, batch.noise, c)
+            error = torch.nn.functional.huber_loss(network(x, batch.t, *batch.condition), wanted, reduction="none", delta=self.delta)
+            return StepLoss(error.flatten(1).mean(1), {"far": (error > self.delta).float().mean()})
+
+    try:
+        data, draws = batch_of()
+        labels = torch.zeros(6, dtype=torch.int64)
+        (tmp_path / "a.yaml").write_text("flow: {objective: {kind: huber, delta: 100}}")
+        config = parse(Config, ["--config", str(tmp_path / "a.yaml")])
+        assert config_to_mapping(config)["flow"]["objective"] == {"kind": "huber", "delta": 100.0}
+        found, plain = (TrainingObjective(flow, (2, 3, 4), 6)(network, data, draws, labels) for flow in (config.flow, FlowConfig()))
+        torch.testing.assert_close(found.loss, plain.loss / 2)
+        assert fit(digits, tmp_path / "run", "--flow.objective=huber", "--flow.objective.delta=0.5") == 0
+        assert all(0 < line["far"] < 1 for line in lines(tmp_path / "run"))
+    finally:
+        OBJECTIVES.discard("huber")
+    with pytest.raises(ValueError, match=r"flow.objective=huber: .*unknown"):
+        FlowConfig(objective="huber")
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -178,6 +208,60 @@ def test_a_run_logs_it_resumes_bitwise_and_is_another_without_it(energy, digits,
 def test_the_dry_run_counts_it(energy, digits, tmp_path, capsys):
     assert fit(digits, tmp_path / "run", *LOG, "--dry_run") == 0
     assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+SCRIPT = """
+import sys
+from dataclasses import dataclass
+
+from condot.core.process import take_signals
+import torch
+
+take_signals("the same command goes on")
+from condot.cli import train
+from condot.pipeline.objectives.regularisers import REGULARISERS, Regulariser
+from condot.pipeline.training.callbacks import CALLBACKS
+
+
+@REGULARISERS.register("energy")
+@dataclass(frozen=True, kw_only=True)
+class Energy(Regulariser):
+    def __call__(self, network, batch, flow):
+        again = network(batch.normal("x"), batch.t, *batch.condition)  # a second pass in one step
+        return again.square().flatten(1).mean(1) + network.last.x.mean()
+
+
+@CALLBACKS.register("together")
+class Together:
+    def due(self, run):
+        return run.step == 5
+
+    def act(self, run):
+        ranks = run.accelerator.reduce(torch.ones(1), reduction="sum")
+        run.log.say(f"together {int(ranks)}")
+        raise RuntimeError("on all ranks")
+
+
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.usefixtures("one_thread")
+def test_on_two_processes_it_is_the_term_of_one(digits, tmp_path):
+    """Losses and extras of each step, though a term asks the network again; a callback that fails on both ranks ends nothing."""
+    (tmp_path / "mine.py").write_text(SCRIPT)
+    more = ("--log.every=1", "--flow.regularisers.energy.weight=0.5", "--train.gradient_accumulation_steps=2")
+    for ranks in (1, 2):
+        run = arguments(digits, tmp_path / str(ranks), *more)
+        done = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), str(tmp_path / "mine.py"), *run)
+        assert done.returncode == 0, done.stderr[-3000:]
+        told = done.stdout + done.stderr
+        assert f"together {ranks}" in told and told.count("the callback together failed, and training goes on (RuntimeError: on all") == 1
+    one, two = lines(tmp_path / "1"), lines(tmp_path / "2")
+    for key in ("loss", "loss/regression", "loss/energy"):
+        assert [line[key] for line in two] == pytest.approx([line[key] for line in one], rel=1e-5)
+    assert len(two) == 12 and one[0]["loss/energy"] > 0.01
 
 
 # --- callbacks

@@ -198,6 +198,25 @@ def test_rates_and_waits_of_all_ranks_in_one_exchange(monkeypatch):
     }
 
 
+def test_named_sums_are_means_like_the_loss_in_the_same_exchange():
+    """Of two ranks, three steps, one of them skipped; a checkpoint in the middle keeps them."""
+    accelerator = Alone([1.0, 1.0, 2.0, 0.0, 0.0, 0.0, 7.0, 0.5])
+    meter, resumed = Meter(accelerator), Meter(accelerator)
+    steps = [(GOOD, 2.0, 0.25), (BAD, math.nan, 100.0), (GOOD, 4.0, 0.75)]
+    for number, (bad, a, b) in enumerate(steps):
+        for one in (meter, resumed):
+            one.add_step(torch.tensor(1.0), torch.tensor(1.0), bad, {"loss/a": torch.tensor(a), "b": torch.tensor(b)})
+        if number == 1:
+            state = json.loads(json.dumps(resumed.state()))
+            assert state == {"loss": 1.0, "norm": 1.0, "good": 1.0, "loss/a": 2.0, "b": 0.25}
+            resumed.restore(state)
+    values = meter.read(4)
+    assert accelerator.gathers == 1 and (values["loss/a"], values["b"]) == ((3.0 + 7.0) / 2, 0.5)
+    assert list(values)[-2:] == ["loss/a", "b"] and "loss/a" not in meter.state(), "each interval has its own"
+    again = resumed.read(4)
+    assert (again["loss/a"], again["b"]) == (5.0, 0.5)
+
+
 def test_a_wait_that_ends_in_an_error_counts_too(monkeypatch):
     clock, meter = Clock(monkeypatch, meter_module), Meter(Alone())
     meter.started_at = clock.now

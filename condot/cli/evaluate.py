@@ -12,13 +12,8 @@ from condot.core.atomic_files import write_whole
 from condot.core.printable import say
 from condot.data.loader.read_samples import read_images
 from condot.data.storage.shard_reader import Shards
-from condot.pipeline.evaluation.metrics import (
-    EvaluationResult,
-    FeatureExtractor,
-    check_features,
-    evaluate,
-    load_features,
-)
+from condot.pipeline.evaluation.features import FeatureExtractor, check_features, load_features
+from condot.pipeline.evaluation.metrics import EvaluationResult, evaluate
 from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.options import EvaluateOptions
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from condot.core.safe_yaml import read_yaml
 
+from .words import WEIGHTED_FIELDS
+
 
 def load_recipe(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a recipe, on top of the one that its `extends` names (a path beside it).
@@ -22,6 +24,12 @@ def load_recipe(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]
     recipe = read_yaml(path) or {}
     if not isinstance(recipe, dict):
         raise ValueError(f"{path}: a recipe is a mapping of sections (data, model, flow, train, ...), not a {type(recipe).__name__}.")
+    for key in ("plugin", "plugins"):
+        if key in recipe:
+            raise ValueError(
+                f"{path}: {key}: a recipe, which may be a stranger's, names no code to run. Take the line out, and give the file on the "
+                f"command line: --plugin FILE."
+            )
     recipe = _sections(recipe, path)
     base = recipe.pop("extends", None)
     return _merge(load_recipe(path.parent / str(base), (*seen, path.resolve())), recipe) if base else recipe
@@ -53,5 +61,19 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         old = merged.get(key)
         same = isinstance(old, dict) and isinstance(value, dict) and value.get("kind", old.get("kind")) == old.get("kind")
-        merged[key] = {**(old or {}), **value} if same else value
+        merged[key] = _merge_fields(key, old, value) if isinstance(old, dict) and same else value
+    return merged
+
+
+def _merge_fields(section: str, base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return a section's fields on top of others; options of a kind that is not named again are on top of the kind's."""
+    merged = {**base, **over}
+    for name, value in over.items():
+        old = base.get(name)
+        if not isinstance(value, dict) or "kind" in value or f"{section}.{name}" in WEIGHTED_FIELDS:
+            continue
+        if isinstance(old, dict) and "kind" in old:
+            merged[name] = {**old, **value}
+        elif isinstance(old, str):
+            merged[name] = {"kind": old, **value}
     return merged

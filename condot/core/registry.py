@@ -25,6 +25,10 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]*")
 _open_sources: list[tuple[str, list[tuple[Registry[Any], str]]]] = []
 
 
+class UnknownKindError(ValueError):
+    """A name that no table has: of a kind that a plugin would bring, or mistyped."""
+
+
 class Registry(Mapping[str, T]):
     """A table from names to things of one kind.
 
@@ -81,14 +85,14 @@ class Registry(Mapping[str, T]):
         """Return what has this name; `table[name]` raises KeyError instead.
 
         Raises:
-            ValueError: no such name; the nearest known one is said.
+            UnknownKindError: no such name; the nearest known one is said.
         """
         if name in self._entries:
             return self._entries[name]
         near = get_close_matches(name, self._entries, 1)
-        meant = f"did you mean {near[0]!r}? There are " if near else "choose one of "
-        raise ValueError(
-            f"{self.kind} {name!r} is unknown: {meant}{', '.join(self._entries)}; a kind of your own comes with --plugin FILE."
+        raise UnknownKindError(
+            f"{self.kind} {name!r} is unknown: choose one of {', '.join(self._entries)}"
+            f"{f' (did you mean {near[0]}?)' if near else ''}; one of your own comes with --plugin FILE."
         )
 
     def source(self, name: str) -> str:

@@ -15,19 +15,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..flow import (
-    PATHS,
     Condition,
-    CosMap,
-    Discrete,
-    LogitNormal,
-    LogNormalSigma,
-    Mode,
     Path,
     Prior,
     Purpose,
-    Shifted,
     TimestepDistribution,
-    Uniform,
     UniformPrior,
     couple_by_optimal_transport,
     infinite_loss_times,
@@ -40,7 +32,7 @@ from ..flow import (
 from ..objectives.regularisers import ObservedNetwork, Regulariser, active_regularisers, add_regularisers
 from ..objectives.step_objective import FlowTerms, StepBatch, StepLoss, StepObjective
 from ..objectives.table import OBJECTIVES
-from .schema import FlowConfig
+from .flow import FLAT_OBJECTIVES, FlowConfig
 
 
 class RandomInputs(NamedTuple):
@@ -121,7 +113,7 @@ class TrainingObjective:
     @property
     def path(self) -> Path:
         """The Gaussian path; with a uniform prior, the coefficients of the straight line."""
-        return PATHS[self.flow.path]()
+        return self.flow.build_path()
 
     @property
     def prior(self) -> Prior | None:
@@ -131,23 +123,13 @@ class TrainingObjective:
     @property
     def timestep_distribution(self) -> TimestepDistribution:
         """Where on the path the network is trained."""
-        flow = self.flow
-        distributions: dict[str, Callable[[], TimestepDistribution]] = {
-            "uniform": Uniform,
-            "logit_normal": lambda: LogitNormal(flow.time_mean, flow.time_std),
-            "mode": lambda: Mode(flow.time_scale),
-            "cosmap": CosMap,
-            "log_normal_sigma": lambda: LogNormalSigma(flow.time_mean, flow.time_std, self.path),
-            "discrete": Discrete,
-        }
-        timestep_distribution = distributions[flow.time]()
-        return timestep_distribution if flow.time_shift == 1 else Shifted(flow.time_shift, timestep_distribution)
+        return self.flow.build_timestep_distribution()
 
     @property
     def terms(self) -> FlowTerms:
         """What an objective is told of the recipe."""
         flow = self.flow
-        return FlowTerms(self.path, flow.predict, flow.weighting, flow.min_snr_gamma, flow.sigma_data, self.prior)
+        return FlowTerms(self.path, flow.predict, flow.build_weighting(), flow.min_snr_gamma, flow.sigma_data, self.prior)
 
     @property
     def objective(self) -> StepObjective:
@@ -227,7 +209,9 @@ def _remedy(flow: FlowConfig) -> str:
 
 def build_objective(flow: FlowConfig) -> StepObjective:
     """Return what a step is trained for, with the options that the recipe gives."""
-    given = {"balance": flow.joint_balance} if flow.objective == "joint" else {}
+    if flow.objective_options is not None:
+        return flow.objective_options
+    given = {option: getattr(flow, older) for option, older in FLAT_OBJECTIVES.get(flow.objective, {}).items()}
     return OBJECTIVES.lookup(flow.objective)(**given)
 
 
@@ -241,4 +225,4 @@ def build_predictor(model: Callable[..., Tensor], flow: FlowConfig) -> Callable[
     if flow.objective == "joint":
         return lambda x, t, *condition: tuple(model(x, t, *condition).chunk(2, dim=1))
     wanted = flow.precondition or flow.path == "edm"
-    return precondition(model, PATHS[flow.path](), flow.sigma_data) if wanted else model
+    return precondition(model, flow.build_path(), flow.sigma_data) if wanted else model

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import difflib
 import io
-import os
 import re
 import types
 import typing
@@ -23,13 +22,21 @@ import yaml
 from condot.core.printable import one_line, redacted
 from condot.core.recipe_file import load_recipe
 
-from ..objectives.regularisers import REGULARISERS
+from ..objectives.regularisers import check_regulariser_names, drop_unused_regularisers
+from .kinds import (
+    all_kind_fields,
+    as_mapping,
+    describe_unknown_option,
+    join_words,
+    option_fields,
+    own_options,
+    parse_with_kinds,
+    with_kinds,
+)
+from .words import Arguments, command_line_words, flatten, join_weighted
 
 T = TypeVar("T")
 R = TypeVar("R")
-Arguments = dict[str, list[str]]
-WEIGHTED_FIELDS = ("data.caption",)
-"""Fields of one text that a recipe may also write as a list, or as a mapping to weights."""
 
 
 def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) -> T:
@@ -46,22 +53,22 @@ def parse(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) 
         SystemExit: after printing `--help`.
     """
     wants_help = any(word in ("-h", "--help") for word in argv)
-    words = _command_line([word for word in argv if word not in ("-h", "--help")], aliases or {})
+    words = command_line_words([word for word in argv if word not in ("-h", "--help")], aliases or {})
     config = _pop_recipe_path(words, argv, cls)
-    given = _join_weighted({**(_flatten(load_recipe(config[0])) if config else {}), **words})
+    given = join_weighted(join_words(cls, flatten(load_recipe(config[0])) if config else {}, words))
     default = _choose_kinds(cls, given)
     _check_keys(cls, given, default, aliases or {})
     if wants_help and aliases:
         names = ", ".join(f"--{short} ({full})" for short, full in aliases.items())
-        tyro.cli(cls, default=default, args=["--help"], description=f"{cls.__doc__}\n\nAlso understood: {names}.", **TYRO)
+        about = f"{cls.__doc__}\n\nAlso understood: {names}."
+        parse_with_kinds(default, lambda typed, start: tyro.cli(typed, default=start, args=["--help"], description=about, **TYRO))
     return _run_tyro(cls, default, ["--help"] if wants_help else _arguments(given))
 
 
 def _check_keys(cls: type, given: Arguments, default: Any, aliases: dict[str, str]) -> None:
     known = _dotted_keys(default)
+    check_regulariser_names(given)
     for key in given:
-        if key.startswith("flow.regularisers."):
-            REGULARISERS.lookup(key.split(".")[2])
         if key not in known:
             raise ValueError(_unknown_key_message(key, known, list(aliases), cls))
 
@@ -91,19 +98,22 @@ def parse_collecting_errors(cls: type[T], argv: list[str], aliases: dict[str, st
     errors: list[str] = []
     start = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
     for word in argv[:start]:
-        errors += _attempt(_command_line, [word], aliases or {})[1]
-    words = _command_line([word for word in argv[start:] if word not in ("-h", "--help")], aliases or {})
+        errors += _attempt(command_line_words, [word], aliases or {})[1]
+    words = command_line_words([word for word in argv[start:] if word not in ("-h", "--help")], aliases or {})
     named, recipe_errors = _attempt(_pop_recipe_path, words, argv, cls)
     path = words.pop("config", None) if recipe_errors else named
     recipe, read_errors = _attempt(load_recipe, path[0]) if path and "several" not in "".join(recipe_errors) else ({}, [])
     recipe_errors += read_errors
-    given = _join_weighted({**_flatten(recipe or {}), **words})
+    joined, twice = _attempt(join_words, cls, flatten(recipe or {}), words)
+    given = join_weighted(joined or {**flatten(recipe or {}), **words})
+    recipe_errors += twice
     default, unknown_kind = _attempt(_choose_kinds, cls, given)
     if default is None:  # what the fields of an unknown kind are cannot be said
-        sections = [
-            key.removesuffix("kind") for key in given if key.endswith(".kind") and _attempt(_choose_kinds, cls, {key: given[key]})[1]
-        ]
-        given = {key: values for key, values in given.items() if not key.startswith(tuple(sections))}
+        named = [key for key in given if key.endswith(".kind") or key in {field for field, _, _ in all_kind_fields(cls)}]
+        wrong = [key for key in named if _attempt(_choose_kinds, cls, {key: given[key]})[1]]
+        sections = tuple(key.removesuffix("kind") if key.endswith(".kind") else f"{key}." for key in wrong)
+        unknown_kind = [text for key in wrong for text in _attempt(_choose_kinds, cls, {key: given[key]})[1]]
+        given = {key: values for key, values in given.items() if key not in wrong and not key.startswith(sections)}
         default = _choose_kinds(cls, given)
     known = _dotted_keys(default)
     unknown = [_unknown_key_message(key, known, list(aliases or {}), cls) for key in given if key not in known]
@@ -122,23 +132,15 @@ def _fill_valid(cls: type[T], default: T, given: Arguments) -> tuple[T, list[str
     if not errors:
         return typing.cast(T, filled), []
     errors_of_each = {key: _attempt(fill, {key: values})[1] for key, values in given.items()}
-    for key, texts in errors_of_each.items():
-        if any(name != key and name in given for text in texts for name in _named(text, given)):
-            texts.clear()  # beside the other value, which it was tried without, it may be right
     kept = {key: values for key, values in given.items() if not errors_of_each[key]}
     errors = [text for texts in errors_of_each.values() for text in texts]
     filled, joint_errors = _attempt(fill, kept)
     while joint_errors:  # two values that are right, each alone
-        first = next(iter(_named(joint_errors[0], kept)), None)
+        section = next((key.partition(".")[0] for key in kept if joint_errors[0].lstrip("-").startswith(key)), "")
         errors += joint_errors
-        kept = {key: values for key, values in kept.items() if first is not None and key != first}
+        kept = {key: values for key, values in kept.items() if section and key.partition(".")[0] != section}
         filled, joint_errors = _attempt(fill, kept)
     return typing.cast(T, filled), errors
-
-
-def _named(text: str, given: Arguments) -> list[str]:
-    """Return the given options that an error names, in its order."""
-    return [name for name in re.findall(r"\w+(?:\.\w+)*", text) if name in given]
 
 
 def _attempt(function: Callable[..., R], *arguments: Any) -> tuple[R | None, list[str]]:
@@ -152,9 +154,9 @@ def _attempt(function: Callable[..., R], *arguments: Any) -> tuple[R | None, lis
 def is_switch_set(argv: list[str], switch: str) -> bool:
     """Whether a command line, or else the recipe that it names, sets a switch; with `--help`, and where the recipe cannot be read, not."""
     start = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
-    words = _command_line(argv[start:], {})
+    words = command_line_words(argv[start:], {})
     recipe = _attempt(load_recipe, words["config"][0])[0] if "config" in words else None
-    values = words.get(switch) or _flatten(recipe or {}).get(switch, ["False"])
+    values = words.get(switch) or flatten(recipe or {}).get(switch, ["False"])
     return values[-1].lower() == "true" and not {"-h", "--help"} & set(argv)
 
 
@@ -165,13 +167,13 @@ def config_from_mapping(cls: type[T], mapping: dict[str, Any]) -> T:
         ValueError: as `parse`; or what no saved configuration holds.
     """
     try:
-        given = {key: values for key, values in _flatten(mapping).items() if values}  # an empty list is every list's default
+        given = {key: values for key, values in flatten(mapping).items() if values}  # an empty list is every list's default
     except (AttributeError, RecursionError) as error:
         raise ValueError("a saved configuration is a mapping of sections (data, model, flow, train, ...), and this is none.") from error
     for key in given:
         if key in ("config", "help") or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise ValueError(f"{one_line(key)[:60]}: nothing that a saved configuration holds.")
-    given = _join_weighted(given)
+    given = join_weighted(join_words(cls, given, {}))
     default = _choose_kinds(cls, given)
     _check_keys(cls, given, default, {})
     return _run_tyro(cls, default, _arguments(given))
@@ -179,16 +181,7 @@ def config_from_mapping(cls: type[T], mapping: dict[str, Any]) -> T:
 
 def config_to_mapping(config: Any) -> dict[str, Any]:
     """Return a dataclass as plain values that YAML and JSON keep, and anyone may read: the secrets of its URLs are cut."""
-    return redacted(yaml.safe_load(yaml.safe_dump(_tuples_to_lists(_without_unused(dataclasses.asdict(config))))))
-
-
-def _without_unused(mapping: dict[str, Any]) -> dict[str, Any]:
-    """Return a recipe without regularisers that have no weight: what a plugin registers and nobody uses is no part of a run."""
-    flow = mapping.get("flow", mapping)
-    if isinstance(flow, dict) and isinstance(flow.get("regularisers"), dict):
-        used = {name: one for name, one in flow.pop("regularisers").items() if one["weight"]}
-        flow |= {"regularisers": used} if used else {}
-    return mapping
+    return redacted(yaml.safe_load(yaml.safe_dump(_tuples_to_lists(drop_unused_regularisers(as_mapping(config))))))
 
 
 TYRO: dict[str, Any] = {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), "use_underscores": True}
@@ -196,15 +189,20 @@ TYRO: dict[str, Any] = {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagCon
 
 def _run_tyro(cls: type[T], default: T, args: list[str]) -> T:
     """Call tyro; its boxed error messages become one line."""
+
+    def run(typed: type[Any], start: Any) -> Any:
+        return tyro.cli(typed, default=start, args=args, **TYRO)
+
     if "--help" in args:
-        return tyro.cli(cls, default=default, args=args, **TYRO)
+        return parse_with_kinds(default, run)
     out = io.StringIO()
     try:
         with contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
-            return tyro.cli(cls, default=default, args=args, **TYRO)
+            return parse_with_kinds(default, run)
     except SystemExit:
         title, *message = re.split(r"-{5,}", " ".join(out.getvalue().split()))
-        text = re.sub(r"^Error parsing \w+: ", "", (message or [title])[0].strip()).rstrip(".")
+        text = re.sub(r"^Error parsing (?:\w+\.)?(\w+)_options: ", r"flow.\1: ", (message or [title])[0].strip())
+        text = re.sub(r"^Error parsing \w+: ", "", text).rstrip(".")
         raise ValueError(f"{text}. --help says what each field takes.") from None
 
 
@@ -225,48 +223,6 @@ def _pop_recipe_path(words: Arguments, argv: list[str], cls: type) -> list[str] 
         remedy = f"--{key} {value}" if key and equals else "--section.field value, such as --train.max_steps 3"
         raise ValueError(f"{more[0]!r} stands behind --config {recipe}: write {remedy}.")
     return words.pop("config", None)
-
-
-def _command_line(argv: list[str], aliases: dict[str, str]) -> Arguments:
-    """`--a=1 --b 2 3 --c` as {a: [1], b: [2, 3], c: [True]}; a later word wins."""
-    words: Arguments = {}
-    key = None
-    for word in argv:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            key = aliases.get(name, name)
-            words[key] = [_to_word(value)] if equals else []
-        elif key is None:
-            raise ValueError(f"{word!r} stands alone: write --name value, as --config configs/digits.yaml.")
-        else:
-            words[key].append(_to_word(word))
-    return {name: values or ["True"] for name, values in words.items()}
-
-
-def _to_word(value: Any) -> str:
-    """A YAML or command-line value as tyro spells it."""
-    text = "None" if value is None else os.path.expanduser(str(value)) if str(value).startswith("~/") else str(value)
-    return {"true": "True", "false": "False", "null": "None"}.get(text, text)
-
-
-def _flatten(mapping: dict[str, Any], prefix: str = "") -> Arguments:
-    words: Arguments = {}
-    for key, value in mapping.items():
-        if isinstance(value, dict) and f"{prefix}{key}" in WEIGHTED_FIELDS:
-            words[f"{prefix}{key}"] = [f"{name}={_to_word(weight)}" for name, weight in value.items()] or ["{}"]
-        elif isinstance(value, dict):
-            words |= _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, (list, tuple)):
-            words[f"{prefix}{key}"] = [_to_word(item) for item in value] or (["[]"] if f"{prefix}{key}" in WEIGHTED_FIELDS else [])
-        else:
-            words[f"{prefix}{key}"] = [_to_word(value)]
-    return words
-
-
-def _join_weighted(words: Arguments) -> Arguments:
-    """Several words of a field that holds one text, as that text: `condot/core/data_options.py` reads the same form, and the rooms are sealed."""
-    return {key: [",".join(values)] if key in WEIGHTED_FIELDS else values for key, values in words.items()}
 
 
 def _union_members(kind: Any) -> tuple[Any, ...]:
@@ -290,20 +246,27 @@ def _choose_kinds(cls: type[T], given: Arguments) -> T:
             if kind not in members:
                 raise ValueError(f"{name}.kind={kind} is unknown: choose one of {', '.join(members)}.")
             chosen[name] = members[kind]()
-    return cls(**chosen)
+    return with_kinds(cls(**chosen), given)
 
 
 def _dotted_keys(instance: Any, prefix: str = "") -> list[str]:
     keys: list[str] = []
+    holders = option_fields(type(instance))
     for item in dataclasses.fields(instance):
-        value = getattr(instance, item.name)
-        inner = dataclasses.is_dataclass(value)
-        keys += _dotted_keys(value, f"{prefix}{item.name}.") if inner else [f"{prefix}{item.name}"]
+        value, name = getattr(instance, item.name), holders.get(item.name, item.name)
+        if item.name in holders:
+            keys += [f"{prefix}{name}.{option}" for option in own_options(value, {})]
+        elif dataclasses.is_dataclass(value):
+            keys += _dotted_keys(value, f"{prefix}{name}.")
+        else:
+            keys.append(f"{prefix}{name}")
     return keys
 
 
 def _unknown_key_message(key: str, known: list[str], aliases: list[str], cls: type) -> str:
     section, _, leaf = key.rpartition(".")
+    if not_taken := describe_unknown_option(cls, section, leaf, known):
+        return not_taken
     for name, hint in typing.get_type_hints(cls).items():
         for member in _union_members(hint) if name == section else ():
             if leaf in [f.name for f in dataclasses.fields(member)]:

@@ -14,48 +14,13 @@ from condot.core.data_config import DataConfig
 from condot.core.option_ranges import SEED_RANGE, FloatRange, IntRange, check_numbers
 from condot.core.printable import redact
 
-from ..objectives.regularisers import RegulariserSection, default_regularisers
+from .flow import FlowConfig
 from .model import DiTConfig, ModelConfig
 
 
 def _require(rule: bool, name: str, value: object, text: str) -> None:
     if not rule:
         raise ValueError(f"{name}={value}: {text}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FlowConfig:
-    """What is learned: the path, the prediction, the timestep distribution. docs/theory.md explains each name."""
-
-    # how signal and noise are mixed over time
-    path: Literal["condot", "cosine", "vp", "sub_vp", "ve", "edm", "ddpm", "ddpm_scaled_linear", "ddpm_cosine"] = "condot"
-    prior: Literal["normal", "uniform"] = "normal"  # where the path starts; uniform, of unit variance, on condot only
-    predict: Literal["velocity", "noise", "data", "score", "v"] = "velocity"  # what the network outputs
-    # regression to `predict`; joint: velocity and score, two outputs of one network; explicit and sliced score matching need predict=score
-    objective: Literal["regression", "joint", "explicit", "sliced"] = "regression"
-    # of joint: factor on the score's loss, which is weighted by beta^2
-    joint_balance: Annotated[float, FloatRange("[0, inf)", "finite and not negative. Use 1.")] = 1.0
-    weighting: Literal["none", "velocity", "likelihood", "min_snr", "edm"] = "none"  # how errors count over time
-    min_snr_gamma: Annotated[float, FloatRange("(0, inf)")] = 5.0  # signal-to-noise ratio at which min_snr caps
-    precondition: bool = False  # scale the network the Karras way, with predict=data; always so on edm
-    sigma_data: Annotated[float, FloatRange("(0, inf)")] = 0.5  # standard deviation of the data, for precondition and the weighting edm
-    # timestep distribution in training; discrete are DDPM's thousand steps
-    time: Literal["uniform", "logit_normal", "mode", "cosmap", "log_normal_sigma", "discrete"] = "uniform"
-    time_mean: Annotated[float, FloatRange("(-inf, inf)")] = 0.0  # logit of t for logit_normal, log of sigma for log_normal_sigma
-    time_std: Annotated[float, FloatRange("(0, inf)", "a standard deviation is positive and finite. Use 1.0.")] = 1.0  # of the same
-    # bump of the distribution mode, -1 to 1.75
-    time_scale: Annotated[float, FloatRange("[-1, 1.75]", "from -1 to 1.75, else times would fold. Use 1.29.")] = 1.29
-    # above 1 moves the distribution towards the noise, for higher resolutions; 1 is none
-    time_shift: Annotated[float, FloatRange("(0, inf)", "a shift is positive and finite; 1 is none.")] = 1.0
-    stratified: bool = False  # spread the times of each global batch evenly
-    coupling: Literal["independent", "optimal_transport"] = "independent"  # which noise goes with which image; among images of one class
-    # images assigned to one another by optimal_transport; divides the micro-batch
-    coupling_group: Annotated[int, IntRange("[1, inf)")] = 32
-
-    regularisers: RegulariserSection = field(default_factory=default_regularisers)  # terms of plugins that are added to the loss
-
-    def __post_init__(self) -> None:
-        check_numbers(self, "flow.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +32,9 @@ class TrainConfig:
     batch_size: Annotated[int, IntRange("[1, inf)", "at least one image a step.")] = 256
     # forward passes that one optimiser step is split into
     gradient_accumulation_steps: Annotated[int, IntRange("[1, inf)", "at least one pass a step.")] = 1
-    # per step, at its highest
-    learning_rate: Annotated[float, FloatRange("(0, inf)", "it is positive and finite. Use 1e-4 for a DiT.")] = 1e-4
+    learning_rate: Annotated[float, FloatRange("(0, inf)", "it is positive and finite. Use 1e-4 for a DiT.")] = (
+        1e-4  # per step, at its highest
+    )
     lr_warmup_steps: Annotated[int, IntRange("[0, inf)", "0 or more steps.")] = 0  # optimiser steps from zero to the learning rate
     lr_ramp: Literal["constant", "linear", "cosine"] = "constant"  # shape of the way down at the end
     # share of the run's steps at its end over which a linear or cosine ramp falls to zero
@@ -182,7 +148,7 @@ class LogConfig:
     sample_every: Annotated[int, IntRange("[0, inf)", "0 (off) or a number of steps.")] = 5_000
     sample_steps: Annotated[int, IntRange("[1, inf)", "at least one step.")] = 25  # solver steps of those samples
     guidance_scale: Annotated[float, FloatRange("(-inf, inf)")] = 1.5  # of those samples; 1 is none
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "none"], ...] = ("tensorboard",)  # trackers beside metrics.jsonl
+    report_to: tuple[str, ...] = ("tensorboard",)  # trackers beside metrics.jsonl: tensorboard, wandb, trackio, none or one of a plugin
     project: str = "condot"  # what wandb and trackio call the project; the run is called as its folder
     # of one device, for the model FLOP utilisation; 0: by its name, or measured at the start
     peak_tflops: Annotated[float, FloatRange("[0, inf)", "0 (by its name, or measured) or a rate.")] = 0.0

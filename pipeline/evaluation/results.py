@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,16 @@ from huggingface_hub import EvalResult
 from condot.core.printable import say
 
 from .markdown import code_span, escape_markdown
+from .metrics import METRICS, build_metrics
 from .provenance import Provenance
 
+HOUSE_METRICS = {name: metric for name, metric in build_metrics().items() if not METRICS.source(name)}
 EVALUATION_KEYS = (
-    "samples", "accuracy", "accuracy_of_held_out", "diversity", "diversity_of_real", "nearest", "nearest_of_held_out",
-    "frechet", "frechet_of_train", "feature_width", "few", "guidance_scale", "solver", "steps",
+    "samples", *(key for metric in HOUSE_METRICS.values() for key in metric.keys), "guidance_scale", "solver", "steps",
 )  # fmt: skip
-"""What `sample.py evaluate` leaves in evaluation.json."""
+"""What `sample.py evaluate` leaves in evaluation.json; figures of a plugin's metrics may stand beside it."""
+MAX_PLUGIN_ROWS = 20
+"""Rows of a plugin's metrics that a card shows."""
 RETRIEVAL_KEYS = (
     "samples",
     "candidates",
@@ -124,19 +128,19 @@ def _measured_on(results: dict[str, Any]) -> str:
 
 def _evaluation_table(e: dict[str, Any]) -> str:
     """The table of `evaluate`."""
-    rows = [
-        ("a classifier puts it into its class", f"{e['accuracy']:.1%}", f"{e['accuracy_of_held_out']:.1%} of held-out images"),
-        ("mean distance within a class", f"{e['diversity']:.3f}", f"{e['diversity_of_real']:.3f} of real images"),
-        ("median distance to the nearest training image", f"{e['nearest']:.3f}", f"{e['nearest_of_held_out']:.3f} of held-out images"),
-        (
-            f"Frechet distance to held-out images, {e['feature_width']} features",
-            f"{e['frechet']:.3f}",
-            f"{e['frechet_of_train']:.3f} of training images",
-        ),
-    ]
+    shown = [metric.row(e) for metric in HOUSE_METRICS.values()]
+    rows = [(row.card_label or row.label, row.value, row.beside) for row in shown]
+    rows += [typing.cast(tuple[str, str, str], tuple(map(escape_markdown, row))) for row in _plugin_rows(e)]
     few = " There are too few images for so many features: compare distances with one another only." if e["few"] else ""
     how = f"{e['samples']:,} samples, solver {escape_markdown(e['solver'])}, {e['steps']} steps, guidance {e['guidance_scale']:g}.{few}"
     return f"{how}\n\n{_table(rows)}"
+
+
+def _plugin_rows(e: dict[str, Any]) -> list[list[str]]:
+    """Return the rows that metrics of plugins left, which may be a stranger's: three short texts each."""
+    rows = e.get("plugin_rows")
+    rows = rows[:MAX_PLUGIN_ROWS] if isinstance(rows, list) else []
+    return [row for row in rows if isinstance(row, list) and len(row) == 3 and all(isinstance(one, str) and len(one) < 100 for one in row)]
 
 
 def _retrieval_table(r: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from condot.core.safe_yaml import read_yaml
 from ..config.objective import build_predictor
 from ..config.parse import config_from_mapping
 from ..config.schema import Config, FlowConfig
-from ..flow import PATHS, Condition, velocity_field
+from ..flow import Condition, velocity_field
 from ..hub.checksums import check_checksums
 from ..sampling.flow_model import FlowModel
 from ..training.best_effort import is_out_of_memory
@@ -198,7 +198,7 @@ def flow_model_from_pipeline(pipeline: CondotPipeline, flow: FlowConfig | None =
     """
     network = pipeline.network
     if flow is not None and flow.objective == "joint":  # both halves are its own, times the factor that the first was exported with
-        path, kind, sign, kept = PATHS[flow.path](), flow.predict, 1 / export_form(flow).factor, 2 * network.config.in_channels
+        path, kind, sign, kept = flow.build_path(), flow.predict, 1 / export_form(flow).factor, 2 * network.config.in_channels
     else:
         path, kind = read_path_and_prediction(pipeline.scheduler, flow)
         sign, kept = -1.0 if pipeline.trained[0] == "flow_prediction" else 1.0, network.config.in_channels

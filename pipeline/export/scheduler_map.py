@@ -17,7 +17,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from ..config.schema import FlowConfig
-from ..flow import DDPM, PATHS, CondOT, Path, Prediction, step_variances
+from ..flow import DDPM, CondOT, Path, Prediction, step_variances
 from .runtime.scheduling_flow_ode_v2 import FlowODEScheduler
 
 OWN_SCHEDULERS = ("FlowODEScheduler", "FlowSDEScheduler")
@@ -79,7 +79,7 @@ def build_scheduler(flow: FlowConfig, pixels: bool = True) -> DPMSolverMultistep
     if flow.path == "condot":
         return _with_clip_sample(DPMSolverMultistepScheduler(use_flow_sigmas=True, flow_shift=1.0, **solver), clip)
     k = torch.arange(NUM_TRAIN_TIMESTEPS, dtype=torch.float64)
-    log_alpha = torch.log(PATHS[flow.path]()(1 - k / NUM_TRAIN_TIMESTEPS).a)
+    log_alpha = torch.log(flow.build_path()(1 - k / NUM_TRAIN_TIMESTEPS).a)
     log_alpha[0] = log_alpha[0].clamp(max=-MIN_LOG_ALPHA_DROP)
     variances = -torch.expm1(2 * torch.diff(log_alpha, prepend=log_alpha.new_zeros(1)))
     return _with_clip_sample(DPMSolverMultistepScheduler(trained_betas=variances.tolist(), timestep_spacing="trailing", **solver), clip)
@@ -97,7 +97,7 @@ def _own_scheduler(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
     On VP and DDPM that is the exponential one, which in 10 steps is the nearer there and from 25 to 50 on no more than twice as far,
     elsewhere Adams and Bashforth's: one evaluation a step as Euler's (DDIM on every path), and nearer from 10 steps on.
     """
-    path = PATHS[flow.path]()
+    path = flow.build_path()
     kind = PREDICTION_TYPES.get(flow.predict, flow.predict) if flow.predict != "velocity" else "velocity"
     more: dict[str, Any] = {"clip_sample": clip}
     if flow.precondition or flow.path == "edm":
@@ -122,14 +122,14 @@ def read_path_and_prediction(scheduler: Any, flow: FlowConfig | None) -> tuple[P
     """
     name, config = type(scheduler).__name__, scheduler.config
     if name in OWN_SCHEDULERS and flow is not None:
-        return PATHS[flow.path](), flow.predict
+        return flow.build_path(), flow.predict
     stock = config.get("prediction_type", "flow_prediction")
     ours = {name: kind for kind, name in PREDICTION_TYPES.items()}
     if stock in ours:
         if stock == "flow_prediction" or config.get("use_flow_sigmas"):
             return CondOT(), ours[stock]
         if flow is not None:
-            return PATHS[flow.path](), ours[stock]
+            return flow.build_path(), ours[stock]
         variances = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}.get(config.get("beta_schedule"))
         if variances and not config.get("trained_betas") and config.get("num_train_timesteps") == NUM_TRAIN_TIMESTEPS:
             return DDPM(variances, NUM_TRAIN_TIMESTEPS, config["beta_start"], config["beta_end"]), ours[stock]  # type: ignore[arg-type]

@@ -77,7 +77,7 @@ from .timestep_distribution import (
     support,
 )
 from .trajectory import Trajectory, TrajectoryMatching, empirical_marginal
-from .weighting import WEIGHTINGS, weight
+from .weighting import WEIGHTINGS, Weighting, build_weighting, from_data_error, weight
 
 __all__ = [
     "APG",
@@ -131,9 +131,11 @@ __all__ = [
     "TrajectoryMatching",
     "Uniform",
     "UniformPrior",
+    "Weighting",
     "annealed_langevin",
     "autoguide",
     "bits_per_dimension",
+    "build_weighting",
     "cfg_zero_star_scale",
     "classifier_guide",
     "clip_data_prediction",
@@ -155,6 +157,7 @@ __all__ = [
     "euler_maruyama",
     "exponential",
     "forward_sde_coefficients",
+    "from_data_error",
     "guide",
     "heun",
     "importance_weight",

@@ -76,10 +76,10 @@ class DDPM:
         variances, steps, first, last: as in `step_variances`.
     """
 
-    variances: VarianceSchedule = "linear"
-    steps: int = 1000
-    first: float = 1e-4
-    last: float = 0.02
+    variances: VarianceSchedule = "linear"  # how the variance of a step grows
+    steps: int = 1000  # in the table
+    first: float = 1e-4  # variance of the first step
+    last: float = 0.02  # variance of the last step; cosine has its own ends
 
     def __post_init__(self) -> None:
         self._table(torch.device("cpu"))

@@ -26,7 +26,7 @@ from .parameterisation import Prediction, check_prediction_type, target
 from .path import Path, interpolate
 from .score_matching import ScoreMatching
 from .timestep_distribution import TimestepDistribution, support
-from .weighting import Weighting, check_weighting, weight
+from .weighting import Weighting, build_weighting, weight
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Objective:
         path: a Gaussian path, or a general linear one, whose prior `noise` is
             then drawn from.
         predict: what the network is asked for.
-        weighting: how errors count over time; only `none` on a general path.
+        weighting: how errors count over time, by name or as it is; only `none` on a general path.
         gamma, sigma_data: parameters of `min_snr` and `edm`.
 
     Raises:
@@ -46,13 +46,13 @@ class Objective:
 
     path: Path | LinearPath
     predict: Prediction = "velocity"
-    weighting: Weighting = "none"
+    weighting: str | Weighting = "none"
     gamma: float = 5.0
     sigma_data: float = 0.5
 
     def __post_init__(self) -> None:
         check_prediction_type(self.predict)
-        check_weighting(self.weighting, self.gamma, self.sigma_data)
+        build_weighting(self.weighting, self.gamma, self.sigma_data)
         if isinstance(self.path, LinearPath):
             self.path.check(self.predict)
             if self.weighting != "none":

@@ -11,11 +11,14 @@ table 1; Kingma et al., Variational Diffusion Models, appendix I (strata).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from condot.core.registry import Registry
 
 from .counter_rng import Purpose, uniform
 from .path import CondOT, Path
@@ -193,15 +196,19 @@ class Discrete:
         return torch.ones_like(t)
 
 
-TIMESTEP_DISTRIBUTIONS: dict[str, type[TimestepDistribution]] = {
-    "uniform": Uniform,
-    "logit_normal": LogitNormal,
-    "mode": Mode,
-    "cosmap": CosMap,
-    "log_normal_sigma": LogNormalSigma,
-    "shifted": Shifted,
-    "discrete": Discrete,
-}
+TIMESTEP_DISTRIBUTIONS: Registry[Callable[..., TimestepDistribution]] = Registry(
+    "timestep distribution",
+    {
+        "uniform": Uniform,
+        "logit_normal": LogitNormal,
+        "mode": Mode,
+        "cosmap": CosMap,
+        "log_normal_sigma": LogNormalSigma,
+        "shifted": Shifted,
+        "discrete": Discrete,
+    },
+)
+"""Those that a recipe can name, `shifted` aside: `flow.time_shift` shifts any. A field `path` is given the recipe's."""
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

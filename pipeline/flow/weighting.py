@@ -22,27 +22,143 @@ Models; Hang et al., Min-SNR Weighting, eq. 6; Karras et al., table 1.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from condot.core.registry import Registry
+
 from .parameterisation import Prediction, prediction_coefficients
 from .path import Coefficients
 
-Weighting = Literal["none", "velocity", "likelihood", "min_snr", "edm"]
-WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
+
+class Weighting(Protocol):
+    """A factor on the squared error of a prediction, as a function of time."""
+
+    def __call__(self, prediction_type: Prediction, c: Coefficients) -> Tensor:
+        """Return the factor, >= 0, of the coefficients' shape; infinite where the limit is.
+
+        Args:
+            prediction_type: what the network predicts; a score's error is asked for as b^2 times that of the noise.
+            c: coefficients, each of one shape.
+        """
+        ...
 
 
-def weight(name: Weighting, prediction_type: Prediction, c: Coefficients, gamma: float = 5.0, sigma_data: float = 0.5) -> Tensor:
+def from_data_error(data_weight: Tensor, prediction_type: Prediction, c: Coefficients) -> Tensor:
+    """Return the factor on a prediction's squared error that is `W` on that of the data prediction; `data_weight` is `W b^2`.
+
+    Any weighting of one's own is this line: not a number where D_p = 0, unless it takes the limit there.
+    """
+    if prediction_type == "score":
+        return c.b**2 * from_data_error(data_weight, "noise", c)
+    return data_weight / _determinant(prediction_type, c) ** 2
+
+
+@dataclass(frozen=True)
+class Unweighted:
+    """The prediction's own error, a score's times beta^2."""
+
+    def __call__(self, prediction_type: Prediction, c: Coefficients) -> Tensor:
+        return c.b**2 if prediction_type == "score" else torch.ones_like(c.b)
+
+
+@dataclass(frozen=True)
+class VelocityWeighting:
+    """The error as an error of the velocity."""
+
+    def __call__(self, prediction_type: Prediction, c: Coefficients) -> Tensor:
+        if prediction_type == "velocity":
+            return torch.ones_like(c.b)
+        return from_data_error((c.a * c.db - c.b * c.da) ** 2, prediction_type, c)
+
+
+@dataclass(frozen=True)
+class LikelihoodWeighting:
+    """A bound of the negative log-likelihood, in nats, where t is uniform."""
+
+    def __call__(self, prediction_type: Prediction, c: Coefficients) -> Tensor:
+        velocity_determinant = c.a * c.db - c.b * c.da
+        if prediction_type == "score":  # the noise times -1 / b: so formed, nothing is divided by b
+            return -c.b * velocity_determinant / c.a
+        return torch.where(c.b > 0, -c.a * velocity_determinant / c.b / _determinant(prediction_type, c) ** 2, torch.inf)
+
+
+@dataclass(frozen=True)
+class MinSNR:
+    """The signal-to-noise ratio, but not above gamma."""
+
+    gamma: float = 5.0  # signal-to-noise ratio at which the weight is capped
+
+    def __post_init__(self) -> None:
+        if not 0 < self.gamma < float("inf"):
+            raise ValueError(f"gamma={self.gamma} of the weighting min_snr: positive and finite. Use 5.")
+
+    def __call__(self, prediction_type: Prediction, c: Coefficients) -> Tensor:
+        if prediction_type == "score":
+            return c.b**2 * self("noise", c)
+        determinant = _determinant(prediction_type, c)
+        limit = self.gamma if prediction_type == "data" else 1.0  # min(SNR, gamma) at b = 0, min(1, gamma / SNR) at a = 0
+        return torch.where(determinant == 0, limit, torch.minimum(c.a**2, self.gamma * c.b**2) / determinant**2)
+
+
+@dataclass(frozen=True)
+class EDMWeighting:
+    """One at every level for a network that is scaled the Karras way."""
+
+    sigma_data: float = 0.5  # standard deviation of the data
+
+    def __post_init__(self) -> None:
+        if not 0 < self.sigma_data < float("inf"):
+            raise ValueError(f"sigma_data={self.sigma_data} of the weighting edm: positive and finite. Use 0.5.")
+
+    def __call__(self, prediction_type: Prediction, c: Coefficients) -> Tensor:
+        return from_data_error((c.b**2 + c.a**2 * self.sigma_data**2) / self.sigma_data**2, prediction_type, c)
+
+
+WEIGHTINGS: Registry[Callable[..., Weighting]] = Registry(
+    "weighting",
+    {
+        "none": Unweighted,
+        "velocity": VelocityWeighting,
+        "likelihood": LikelihoodWeighting,
+        "min_snr": MinSNR,
+        "edm": EDMWeighting,
+    },
+)
+"""Every weighting that a recipe can name; the fields of its dataclass are its options."""
+
+
+def build_weighting(weighting: str | Weighting, gamma: float = 5.0, sigma_data: float = 0.5) -> Weighting:
+    """Return a weighting by its name, or one that is built already.
+
+    Args:
+        weighting: one of WEIGHTINGS, or the thing itself.
+        gamma: cap of the signal-to-noise ratio, for `min_snr`; > 0.
+        sigma_data: standard deviation of the data, for `edm`; > 0.
+
+    Raises:
+        ValueError: an unknown name, parameters that are not positive and finite.
+    """
+    if not isinstance(weighting, str):
+        return weighting
+    if not (0 < gamma < float("inf") and 0 < sigma_data < float("inf")):
+        raise ValueError(f"gamma={gamma}, sigma_data={sigma_data}: both are positive and finite. Use 5 and 0.5.")
+    given = {"min_snr": {"gamma": gamma}, "edm": {"sigma_data": sigma_data}}.get(weighting, {})
+    return WEIGHTINGS.lookup(weighting)(**given)
+
+
+def weight(weighting: str | Weighting, prediction_type: Prediction, c: Coefficients, gamma: float = 5.0, sigma_data: float = 0.5) -> Tensor:
     """Return the factor on the squared error of a prediction.
 
     Args:
-        name: one of WEIGHTINGS.
+        weighting: one of WEIGHTINGS, or the thing itself.
         prediction_type: what the network predicts.
         c: coefficients, each of one shape.
-        gamma: cap of the signal-to-noise ratio, for `min_snr`; > 0.
-        sigma_data: standard deviation of the data, for `edm`; > 0.
+        gamma, sigma_data: as in `build_weighting`.
 
     Returns:
         Of the coefficients' shape, >= 0; infinite where the limit is. Not a
@@ -50,29 +166,12 @@ def weight(name: Weighting, prediction_type: Prediction, c: Coefficients, gamma:
         for a velocity or a score.
 
     Raises:
-        ValueError: an unknown weighting.
+        ValueError: as `build_weighting`.
     """
-    check_weighting(name, gamma, sigma_data)
-    if name == "none":
-        return c.b**2 if prediction_type == "score" else torch.ones_like(c.b)
-    velocity_determinant = c.a * c.db - c.b * c.da
-    if prediction_type == "score":  # the noise times -1 / b: so formed, nothing is divided by b
-        return -c.b * velocity_determinant / c.a if name == "likelihood" else c.b**2 * weight(name, "noise", c, gamma, sigma_data)
+    return build_weighting(weighting, gamma, sigma_data)(prediction_type, c)
+
+
+def _determinant(prediction_type: Prediction, c: Coefficients) -> Tensor:
+    """Return `D_p = a w - b u`."""
     u, w = prediction_coefficients(prediction_type, c)
-    determinant = c.a * w - c.b * u
-    if name == "velocity":
-        return torch.ones_like(c.b) if prediction_type == "velocity" else velocity_determinant**2 / determinant**2
-    if name == "likelihood":
-        return torch.where(c.b > 0, -c.a * velocity_determinant / c.b / determinant**2, torch.inf)
-    if name == "edm":
-        return (c.b**2 + c.a**2 * sigma_data**2) / sigma_data**2 / determinant**2
-    limit = gamma if prediction_type == "data" else 1.0  # min(SNR, gamma) at b = 0, min(1, gamma / SNR) at a = 0
-    return torch.where(determinant == 0, limit, torch.minimum(c.a**2, gamma * c.b**2) / determinant**2)
-
-
-def check_weighting(name: str, gamma: float, sigma_data: float) -> None:
-    """A ValueError for a weighting that is unknown or has no positive parameter."""
-    if name not in WEIGHTINGS:
-        raise ValueError(f"weighting {name!r} is unknown: choose one of {', '.join(WEIGHTINGS)}.")
-    if not (0 < gamma < float("inf") and 0 < sigma_data < float("inf")):
-        raise ValueError(f"gamma={gamma}, sigma_data={sigma_data}: both are positive and finite. Use 5 and 0.5.")
+    return c.a * w - c.b * u

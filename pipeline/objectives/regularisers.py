@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -80,6 +80,8 @@ class Regulariser:
 
 REGULARISERS: Registry[type[Regulariser]] = Registry("regulariser")
 """Every regulariser that a recipe can give a weight."""
+SECTION = "flow.regularisers."
+"""What a recipe's keys of them begin with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,25 @@ def active_regularisers(section: RegulariserSection) -> dict[str, Regulariser]:
         if one.weight:
             found[item.name] = one
     return found
+
+
+def check_regulariser_names(keys: Iterable[str]) -> None:
+    """Raise UnknownKindError for a recipe's key `flow.regularisers.NAME...` whose name no table has."""
+    for key in keys:
+        if key.startswith(SECTION):
+            REGULARISERS.lookup(key.removeprefix(SECTION).partition(".")[0])
+
+
+def drop_unused_regularisers(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe, or its section `flow`, without regularisers that have no weight.
+
+    What a plugin registers and nobody uses is no part of a run.
+    """
+    flow = recipe.get("flow", recipe)
+    if isinstance(flow, dict) and isinstance(flow.get("regularisers"), dict):
+        used = {name: one for name, one in flow.pop("regularisers").items() if one["weight"]}
+        flow |= {"regularisers": used} if used else {}
+    return recipe
 
 
 def add_regularisers(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..config.objective import build_predictor, build_prior
 from ..config.schema import FlowConfig
-from ..flow import PATHS, Condition, Path, Prediction, Prior, is_singular, map_condition, velocity_field
+from ..flow import Condition, Path, Prediction, Prior, is_singular, map_condition, velocity_field
 from ..flow.field import ConditionalField
 
 MAX_DECODER_DIFFERENCE = 0.05
@@ -111,7 +111,7 @@ def build_flow_model(
 
     A network that is told sizes is told those of whole images.
     """
-    path = PATHS[flow.path]()
+    path = flow.build_path()
     field = velocity_field(build_predictor(network, flow), path, flow.predict)
     factor = pixels[1] // shape[1] if pixels else 1
     grid, side_multiple = getattr(getattr(network, "positions", None), "grid", 0), factor * int(getattr(network, "size_multiple", 1))
