@@ -32,7 +32,8 @@ from PIL import Image, ImageOps
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from condot.core.data_config import DataConfig
-from condot.data.format.index import NO_LABEL, RECORD, index_tar
+from condot.data.format.index import NO_LABEL, index_tar
+from condot.data.format.index_record import RECORD
 from condot.data.format.manifest import Manifest, Tally, write_manifest
 from condot.data.loader.build import EncodedCache, build
 from condot.data.loader.stream import Share

@@ -13,7 +13,7 @@ import webdataset
 from PIL import Image
 from test_prepare import contents, everything, picture, refused
 
-from condot.data.format.index import index_path
+from condot.data.format.index_record import index_path
 from condot.data.format.tar_reader import members
 from condot.data.prepare.command import class_names, main
 from condot.data.prepare.tar_sources import find_tars

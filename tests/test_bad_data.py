@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from condot.core.data_config import DataConfig
-from condot.data.format.index import RECORD, index_path, index_shard
+from condot.data.format.index import index_shard
+from condot.data.format.index_record import RECORD, index_path
 from condot.data.format.tar_reader import members
 from condot.data.loader.batch import MAX_SUBSTITUTES
 from condot.data.loader.build import build

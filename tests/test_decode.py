@@ -16,7 +16,8 @@ import torch
 from PIL import EpsImagePlugin, Image, ImageCms, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from condot.core.data_config import DataConfig
-from condot.data.format.index import PLAIN, index_tar
+from condot.data.format.index import index_tar
+from condot.data.format.index_record import PLAIN
 from condot.data.format.manifest import Manifest, write_manifest
 from condot.data.images import decode
 from condot.data.images.color import srgb_transform

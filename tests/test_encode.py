@@ -28,7 +28,7 @@ from condot.data.encode.command import main
 from condot.data.encoders.autoencoder import Autoencoder, read_autoencoder
 from condot.data.encoders.fingerprint import weights_hash
 from condot.data.encoders.text import TextEncoder, read_text_encoder, read_text_encoders
-from condot.data.format.index import index_path
+from condot.data.format.index_record import index_path
 from condot.data.format.manifest import write_manifest
 from condot.data.images.decode import decode_into
 from condot.data.loader import build

@@ -12,7 +12,8 @@ import pytest
 
 from condot.data.format import manifest as reading
 from condot.data.format import shard_table
-from condot.data.format.index import NO_LABEL, RECORD, sha256
+from condot.data.format.index import NO_LABEL, sha256
+from condot.data.format.index_record import RECORD
 from condot.data.format.manifest import VERSION, Manifest, Tally, parse_manifest, write_manifest
 from condot.data.format.shard_table import Shard, ShardTable
 from condot.data.loader.shuffle import ShuffledOrder, permutation

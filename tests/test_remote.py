@@ -25,7 +25,8 @@ from PIL import Image
 from servers import Fault, serving
 
 from condot.core.data_config import DataConfig
-from condot.data.format.index import index_path, index_tar
+from condot.data.format.index import index_tar
+from condot.data.format.index_record import index_path
 from condot.data.format.manifest import Manifest, Tally, write_manifest
 from condot.data.storage import resolve as opening
 from condot.data.storage.cache import Cache, CacheFull, CacheItem

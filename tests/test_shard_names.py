@@ -11,7 +11,8 @@ from PIL import Image
 from servers import serving
 
 from condot.core.data_config import DataConfig
-from condot.data.format.index import index_path, index_tar
+from condot.data.format.index import index_tar
+from condot.data.format.index_record import index_path
 from condot.data.format.manifest import Manifest, Tally, parse_manifest, write_manifest
 from condot.data.storage.cache import Cache
 from condot.data.storage.remote import RemoteFolder, _cached

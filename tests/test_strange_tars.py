@@ -12,7 +12,8 @@ import webdataset
 from test_prepare import picture, refused
 from test_tar import add, tar_of
 
-from condot.data.format.index import NO_LABEL, index_path, index_payload, index_shard
+from condot.data.format.index import NO_LABEL, index_shard
+from condot.data.format.index_record import index_path, index_payload
 from condot.data.format.manifest import Manifest, parse_manifest
 from condot.data.format.sample_files import parse_image_extension, parse_label
 from condot.data.format.tar_headers import BLOCK

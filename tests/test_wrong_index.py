@@ -11,7 +11,7 @@ import pytest
 from shardmaker import make, samples
 
 from condot.core.data_config import DataConfig
-from condot.data.format import index as indexing
+from condot.data.format import index_record as indexing
 from condot.data.format.manifest import parse_manifest
 from condot.data.inspect import main as inspect
 from condot.data.loader.build import build

@@ -1,4 +1,4 @@
-"""YAML of strangers: plain values alone, each key once, and no more of it than a recipe can need, aliases counted as often as they stand."""
+"""YAML of strangers: plain values, each key once, no more than a recipe can need, aliases counted as often as they stand."""
 
 from __future__ import annotations
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from condot.core.file_lock import make_folder
 
-from ..format.index import index_path, index_tar
+from ..format.index import index_tar
+from ..format.index_record import index_path
 from ..format.manifest import Manifest, Tally, parse_manifest, write_manifest
 from ..format.shard_table import Shard, ShardTable
 from ..format.tar_writer import commit, commit_json, write_once

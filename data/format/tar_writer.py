@@ -12,6 +12,9 @@ from condot.core.file_lock import open_new
 
 from .tar_headers import BLOCK
 
+MAX_NAME_BYTES = 100
+"""Of a name in a plain ustar header."""
+
 
 class TarWriter:
     """A tar that grows sample by sample.
@@ -44,7 +47,7 @@ class TarWriter:
 
 
 def _header(name: bytes, size: int) -> bytes:
-    if len(name) > 100 or size >= 8**11:
+    if len(name) > MAX_NAME_BYTES or size >= 8**11:
         raise ValueError(
             f"{name.decode()!r} of {size} bytes does not fit a plain tar: names have at most 100 bytes, files less than 8 GiB."
         )

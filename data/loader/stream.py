@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..format.index import PLAIN
+from ..format.index_record import PLAIN
 from ..storage.shard_reader import Shards
 from .batch import Augmentation, Batch, BatchLoader, BatchPlan, ReplacedSample, read_labels, size_conditioning
 from .buckets import Buckets, Windows

@@ -31,6 +31,7 @@ from .digits import digits
 from .hub import hub
 from .imagefolder import imagefolder
 from .pack import pack
+from .pack_streams import pack_streams
 from .parquet import parquet
 from .report import summary_text
 from .shard_plan import Packing
@@ -38,6 +39,7 @@ from .source import ImageSource, split_from_name, to_utf8
 from .splits import SPLIT_WORDS, SplitChoice, assign_splits, is_split_name, names_of_file, parse_splits, split_name_words
 from .table_columns import ColumnChoice
 from .tar_sources import find_tars
+from .tar_streams import StreamFilter, is_stream, parse_renames
 from .webdataset import pack_webdataset
 from .worker_pool import silence_pillow
 
@@ -46,6 +48,11 @@ SHOWN = 20
 FILE_HELP = {
     "file": "column of file names in a table, where it is not found by its name; none to look at no table",
     "image": "column of images, where it is not found by its type or name",
+}
+STREAM_HELP = {
+    "select_files": ("PATTERN", "of streams: files to keep, by name, such as '*.jpg'"),
+    "select_keys": ("PATTERN", "of streams: samples to keep, by name without extension"),
+    "rename": ("NEW=OLD", "of streams: extensions to change, such as txt=caption or 'jpg=jpeg;image.jpg'"),
 }
 MAX_NAMES_BYTES = 1 << 26
 """Of a file of class names."""
@@ -63,13 +70,20 @@ def parser() -> argparse.ArgumentParser:
     remote.add_argument("source", help="its name, say user/photos, or a local folder that `datasets` loads")
     remote.add_argument("--subset", help="its configuration, where it has several")
     tars = kinds.add_parser("webdataset", help="existing tars of samples, indexed in place or linked")
-    tars.add_argument("source", help="a folder, a brace pattern or a glob of .tar, .tar.gz or .tgz")
+    tars.add_argument(
+        "source",
+        help="a folder, a brace pattern or a glob of .tar, .tar.gz or .tgz; or streams, which are copied: "
+        "'pipe:COMMAND', https://..., gs://..., hf://... and others of webdataset, with braces, and :: between several",
+    )
     tars.add_argument("--split", default="", help="of all tars (default: by the words in their names and folders, else train)")
     tars.add_argument(
         "--image_extension", default="", help="the image, where samples have several: png, or seg.png (default: the only one)"
     )
     tars.add_argument("--verify", action="store_true", help="decode every image")
     tars.add_argument("--class_names", type=Path, help="a file with one name a line, a JSON list, or a JSON map from numbers to names")
+    tars.add_argument("--shard_size", default="256MB", help="of streams: bytes of one shard (default: 256MB)")
+    for option, (metavar, text) in STREAM_HELP.items():
+        tars.add_argument(f"--{option}", nargs="+", default=[], metavar=metavar, help=text)
     for kind in (folder, table, remote, tars):
         kind.add_argument(
             "--splits",
@@ -178,6 +192,10 @@ def splits_of_tars(tars: list[Path], choice: SplitChoice, source: str) -> tuple[
 def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
     if args.split and args.splits:
         raise ValueError(f"--split {args.split} and --splits {args.splits}: one is of all tars, the other of each. Give one of them.")
+    if is_stream(args.source):
+        return _streams(args)
+    if args.select_files or args.select_keys or args.rename:
+        raise ValueError("--select_files, --select_keys and --rename are of streams, which are copied: write file:///FOLDER/NAME.tar.")
     tars = find_tars(args.source)
     split_of, left_out = (
         (dict.fromkeys(tars, args.split), []) if args.split else splits_of_tars(tars, parse_splits(args.splits), args.source)
@@ -208,6 +226,24 @@ def _webdataset(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
     return manifest, {**report, "splits_left_out": dict.fromkeys(left_out)}
 
 
+def _streams(args: argparse.Namespace) -> tuple[Manifest, dict[str, Any]]:
+    if args.output is None or args.splits:
+        raise ValueError("streams are copied, each into one split: give --output, and --split in place of --splits.")
+    refuse_foreign(args.output, ["report.json", "summary.png"])
+    return pack_streams(
+        args.source,
+        args.output,
+        shard_bytes=parse_size(args.shard_size, "--shard_size"),
+        chosen=StreamFilter(tuple(args.select_files), tuple(args.select_keys), parse_renames(args.rename)),
+        class_names=class_names(args.class_names),
+        split=args.split,
+        verify=args.verify,
+        skip=args.skip_corrupt,
+        workers=args.workers,
+        image_extension=parse_image_extension(args.image_extension),
+    )
+
+
 def folder_here(text: str) -> Path:
     """Return the folder that an option names, of this machine.
 
@@ -226,7 +262,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for name, option in (("source", "source"), ("output", "--output")):
             place = getattr(args, name, None)
-            if place is not None:
+            if place is not None and not str(place).startswith("pipe:"):  # a command's variables are the shell's
                 setattr(args, name, type(place)(expand_path(str(place), option)))  # `~/`, and `${NAME}` of the environment
         if args.workers < 0:
             raise ValueError(f"--workers {args.workers}: 0 or more processes. Leave it out for one a processor.")

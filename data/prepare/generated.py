@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from condot.core.file_lock import make_folder, open_new
 
-from ..format.index import index_path
+from ..format.index_record import index_path
 from ..format.manifest import Manifest, Tally, write_manifest
 from ..format.shard_table import Shard, ShardTable
 from ..format.tar_writer import TarWriter

@@ -13,7 +13,7 @@ from pathlib import Path
 from condot.core.errors import summarize_list
 from condot.core.file_lock import make_folder, open_lock
 
-from ..format.index import index_path
+from ..format.index_record import index_path
 from ..format.manifest import parse_manifest
 from ..format.tar_writer import commit_json
 from .pack_state import PackedShard, PackRequest, PackState, read_pack_state, write_pack_state

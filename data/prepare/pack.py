@@ -20,7 +20,7 @@ from tqdm import tqdm
 from condot.core.errors import summarize_list
 from condot.core.process import available_cpus
 
-from ..format.index import index_path
+from ..format.index_record import index_path
 from ..format.manifest import Manifest, Tally, parse_manifest, write_manifest
 from ..format.shard_table import Shard, ShardTable
 from ..format.tar_writer import commit_json

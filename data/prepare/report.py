@@ -17,7 +17,7 @@ from condot.core.file_lock import open_new
 from condot.core.printable import printable
 from condot.core.text_files import decode_text
 
-from ..format.index import index_path, sample_span, slice_image
+from ..format.index_record import index_path, sample_span, slice_image
 from ..format.manifest import Manifest, Tally
 from ..format.tar_reader import parse_sample_files
 from ..images.decode import DECODE_ERRORS, decode_preview

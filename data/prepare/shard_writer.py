@@ -19,7 +19,8 @@ from condot.core.errors import describe_error
 from condot.core.file_lock import open_new
 from condot.core.text_files import MAX_TEXT_BYTES, decode_text
 
-from ..format.index import index_path, index_tar
+from ..format.index import index_tar
+from ..format.index_record import index_path
 from ..format.sample_files import NO_LABEL
 from ..format.tar_reader import samples
 from ..format.tar_writer import TarWriter, commit, commit_json

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from condot.core.process import available_cpus
 
 from ..format.file_stamps import compute_stamp, file_facts, name_hash
-from ..format.index import index_path, sha256
+from ..format.index import sha256
+from ..format.index_record import index_path
 from ..format.tar_writer import commit_json
 from .pack_state import INPUT, PackedShard, PackState, hash_sample, inputs_path
 from .shard_plan import PlannedShard

@@ -13,7 +13,8 @@ from condot.core.caption_fields import draw_caption
 from condot.core.errors import describe_error
 from condot.core.printable import printable
 
-from ..format.index import index_path, index_payload, is_unchanged, open_index, sample_span, sha256, slice_image
+from ..format.index import sha256
+from ..format.index_record import index_path, index_payload, is_unchanged, open_index, sample_span, slice_image
 from ..format.shard_table import Shard
 from ..format.tar_headers import BLOCK
 from ..format.tar_reader import parse_sample_files

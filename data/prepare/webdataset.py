@@ -21,7 +21,8 @@ from condot.core.printable import printable
 from condot.core.process import available_cpus
 
 from ..format.file_stamps import compute_stamp, file_facts
-from ..format.index import index_path, index_tar, sha256
+from ..format.index import index_tar, sha256
+from ..format.index_record import index_path
 from ..format.manifest import Manifest, Tally, write_manifest
 from ..format.shard_table import Shard, ShardTable
 from ..format.tar_reader import TarRemarks, members
@@ -44,10 +45,9 @@ from .shard_writer import journal_path
 from .source import digest, split_from_name
 from .source_changes import compare_files, invalidate
 from .tar_sources import COMPRESSED, output_names
+from .tar_streams import MAX_INFLATION
 from .worker_pool import Progress, run_jobs
 
-MAX_INFLATION = 200
-"""Times its compressed size: gzip makes at most 1,030 of zeros, and 5 to 20 of images with small texts and padding."""
 CHUNK = 1 << 20
 MAX_KINDS = 20
 """Of files that are no part of a sample, which the report counts one by one."""
@@ -89,8 +89,7 @@ def pack_webdataset(
         output: the folder they lie in, or another, to which they are linked
             or, if compressed, decompressed.
         class_names: name of each class number; from the labels where absent.
-        split: of all tars; else the word in each name, else `train`.
-        split_of: the split of each tar, instead of these.
+        split, split_of: of all tars, or of each; else the word in each name, else `train`.
         verify: decode every image.
         skip: leave out of the index what cannot be read, instead of an error.
         workers: processes; 0 for as many as there are processors.
@@ -133,12 +132,12 @@ def pack_webdataset(
         _index([job for job in jobs if job.name not in kept], len(jobs), workers)
         journals = [kept[job.name].journal if job.name in kept else json.loads(journal_path(folder / job.name).read_text()) for job in jobs]
         _refuse_damaged(journals, folder)
-        manifest, report = _assemble(journals, class_names, request.request, image_extension)
+        manifest, report = assemble_report(journals, class_names, request.request, image_extension)
         if report["unreadable"]["count"] and (not skip or not report["samples"]):
             commit_json(report, output / "report.json")
             raise CorruptImages(unreadable_message(report, output))
         if not report["samples"]:
-            raise ValueError(_no_image_message(tars, report))
+            raise ValueError(no_image_message(list(map(str, tars)), report))
         commit_json(report, output / "report.json")
         draw_summary(output, manifest, output / "summary.png")
         remove_stale(output, before, names)
@@ -173,7 +172,7 @@ def index(job: IndexJob, progress: Progress) -> str:
     try:
         if job.source != tar.resolve():
             _link_or_decompress(job.source, tar)
-        verify = _decodes if job.verify else None
+        verify = decodes if job.verify else None
         shard, tally = index_tar(tar, job.split, faults=faults, verify=verify, image_extension=job.image_extension, remarks=remarks)
     except ValueError as error:
         commit_json({"damaged": str(error)}, journal_path(job.folder / job.name))
@@ -187,7 +186,8 @@ def index(job: IndexJob, progress: Progress) -> str:
     return job.name
 
 
-def _decodes(image: bytes) -> None:
+def decodes(image: bytes) -> None:
+    """Raise ValueError where an image cannot be decoded."""
     try:
         decode_preview(image)
     except DECODE_ERRORS as error:
@@ -229,10 +229,10 @@ def _refuse_damaged(journals: list[dict[str, Any]], folder: Path) -> None:
         raise ValueError(f"{len(damaged)} of {len(journals)} tars are damaged: {summarize_list(damaged)}")
 
 
-def _assemble(
+def assemble_report(
     journals: list[dict[str, Any]], class_names: tuple[str, ...], request: str, image_extension: str
 ) -> tuple[Manifest, dict[str, Any]]:
-    """The manifest and the report of indexed tars.
+    """Return the manifest and the report of indexed tars.
 
     Raises:
         ValueError: a class that has no name.
@@ -282,10 +282,10 @@ def _count_kinds(unknown: Counter[str]) -> dict[str, int]:
     return dict(sorted(kept.items()))
 
 
-def _no_image_message(tars: list[Path], report: dict[str, Any]) -> str:
+def no_image_message(sources: list[str], report: dict[str, Any]) -> str:
     """Return what to say of tars that hold no image."""
     found = "; ".join(f"{count:,} files {kind}" for kind, count in report["unknown_files"].items())
     return (
-        f"{printable(str(tars[0]))}{f' and {len(tars) - 1} more' if len(tars) > 1 else ''}: no image. Looked for files of "
+        f"{printable(sources[0])}{f' and {len(sources) - 1} more' if len(sources) > 1 else ''}: no image. Looked for files of "
         f".{', .'.join(IMAGE_EXTENSIONS)}{f', and found {found}' if found else ''}."
     )

@@ -16,7 +16,8 @@ from braceexpand import braceexpand
 from condot.core.errors import summarize_list
 from condot.core.printable import redact, redact_url
 
-from ..format.index import index_path, sha256
+from ..format.index import sha256
+from ..format.index_record import index_path
 from ..format.manifest import Manifest, check_foreign, read_manifest
 from ..format.shard_table import AT_ONCE, Shard, ShardTable
 from .retry import TRANSIENT_ERRNOS

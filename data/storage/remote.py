@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from ..format.index import RECORD, index_path
+from ..format.index_record import RECORD, index_path
 from ..format.manifest import check_foreign, parse_manifest
 from ..format.shard_table import Shard
 from .cache import Cache, CacheItem

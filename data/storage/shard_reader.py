@@ -17,7 +17,8 @@ from isal.isal_zlib import crc32 as crc32_of  # zlib's, several times as fast
 
 from condot.core.printable import printable
 
-from ..format.index import NO_LABEL, RECORD, index_payload, is_unchanged, open_index, sample_span, slice_image
+from ..format.index import NO_LABEL
+from ..format.index_record import RECORD, index_payload, is_unchanged, open_index, sample_span, slice_image
 from ..format.manifest import DECODER, Manifest
 from ..format.shard_table import Shard, ShardTable
 from ..format.tar_headers import BLOCK
