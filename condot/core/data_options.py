@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from .caption_fields import format_caption_fields, parse_captions
+from .printable import redact_url
 from .safe_yaml import read_yaml
-from .urls import redact_url
 
 MOST_CHANNELS = 1024
 """Hyperspectral cameras have some hundred bands; more is a slip."""

@@ -15,7 +15,7 @@ import re
 import types
 import typing
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import tyro
 import yaml
@@ -168,7 +168,8 @@ def config_from_mapping(cls: type[T], mapping: dict[str, Any]) -> T:
 
 def config_to_mapping(config: Any) -> dict[str, Any]:
     """Return a dataclass as plain values that YAML and JSON keep, and anyone may read: the secrets of its URLs are cut."""
-    return redacted(yaml.safe_load(yaml.safe_dump(_tuples_to_lists(dataclasses.asdict(config)))))
+    mapping: dict[str, Any] = redacted(yaml.safe_load(yaml.safe_dump(_tuples_to_lists(dataclasses.asdict(config)))))
+    return mapping
 
 
 TYRO: dict[str, Any] = {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), "use_underscores": True}
@@ -177,11 +178,11 @@ TYRO: dict[str, Any] = {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagCon
 def _run_tyro(cls: type[T], default: T, args: list[str]) -> T:
     """Call tyro; its boxed error messages become one line."""
     if "--help" in args:
-        return tyro.cli(cls, default=default, args=args, **TYRO)
+        return cast(T, tyro.cli(cls, default=default, args=args, **TYRO))
     out = io.StringIO()
     try:
         with contextlib.redirect_stderr(out), contextlib.redirect_stdout(out):
-            return tyro.cli(cls, default=default, args=args, **TYRO)
+            return cast(T, tyro.cli(cls, default=default, args=args, **TYRO))
     except SystemExit:
         title, *message = re.split(r"-{5,}", " ".join(out.getvalue().split()))
         text = re.sub(r"^Error parsing \w+: ", "", (message or [title])[0].strip()).rstrip(".")
