@@ -1,6 +1,8 @@
 # make demo: the whole way on handwritten digits.  make test: the tests.  Both set up .venv where needed.  make bench: what we claim of speed.
 # make test-processors: the tests of numerics, as lesser processors than this one compute.
 # make faults: launches, signals, kills, hangs and injected faults, each on several processes; an hour or more.
+# make mutations: plants known errors one at a time, each of which must fail its tests; an hour. `make mutations ONLY=weighting` plants some.
+# make test-oldest: some tests with the lowest versions that pyproject.toml allows, in a virtual environment of their own.
 PYTHON ?= python3
 RUN ?= runs/digits
 # A shorter demo, say `make demo STEPS=150 GOALS=`: fewer steps, and no figures to reach.
@@ -18,7 +20,11 @@ LESSER = DNNL_MAX_CPU_ISA=SSE41,ATEN_CPU_CAPABILITY=default,MKL_CBWR=COMPATIBLE,
 BIN = .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test test-processors faults lint bench wheel clean
+# What touches each dependency: networks and exports, text, tables, tars, remote shards, images, checkpoints, averages, trackers, options.
+OLDEST_TESTS = dit modeling schedulers scheduler_pipelines export_text text_networks coupling frechet prepare tar remote decode bands \
+	checkpoint averages tracking options_places recipe lora card inspect learning
+
+.PHONY: demo test test-processors test-oldest faults mutations lint bench wheel clean
 .DELETE_ON_ERROR:
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -44,6 +50,19 @@ test-processors: .venv/.ready
 		echo "== $$(echo $$lesser | tr , ' '): $(words $(NUMERIC)) files"; \
 		env $$(echo $$lesser | tr , ' ') python -m pytest -m 'not gpu and not faults' -n 2 --dist loadfile $(NUMERIC:%=tests/test_%.py) || exit 1; \
 	done
+
+build/oldest/.ready: pyproject.toml tests/oldest.py
+	$(PYTHON) -m venv build/oldest
+	$(PYTHON) tests/oldest.py > build/oldest/requirements.txt
+	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	build/oldest/bin/python -m pip install --quiet --disable-pip-version-check -r build/oldest/requirements.txt
+	touch $@
+
+test-oldest: build/oldest/.ready
+	OMP_NUM_THREADS=1 PYTHONPATH=$(CURDIR) build/oldest/bin/python -m pytest -m 'not gpu and not faults' $(OLDEST_TESTS:%=tests/test_%.py)
+
+mutations: .venv/.ready
+	OMP_NUM_THREADS=1 python tests/mutations.py $(ONLY:%=--only %)
 
 faults: .venv/.ready
 	OMP_NUM_THREADS=1 python -m pytest -m faults --durations 10

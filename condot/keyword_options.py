@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, TypeVar
 
-from condot.core.recipe_file import load_recipe
-from condot.pipeline.config.parse import WEIGHTED_FIELDS, config_from_mapping
+from condot.core.recipe_file import WEIGHTED_FIELDS, load_recipe
+from condot.pipeline.config.parse import config_from_mapping
 from condot.pipeline.config.schema import ALIASES, Config
 
 Options = TypeVar("Options")

@@ -25,8 +25,8 @@ from condot.core.printable import printable
 from condot.core.process import available_cpus
 from condot.core.urls import RedactingParser
 
-from .format.index import NO_LABEL
 from .format.manifest import Manifest
+from .format.sample_files import NO_LABEL
 from .loader.build import build, open_shards
 from .loader.captions import caption_warning
 from .loader.stream import BatchStream, Share

@@ -196,7 +196,7 @@ def _convert_tensors(
     """The published tensors under our names, and what is to be said of them."""
     twice = 2 * required.data["channels"]
     if found.kind == ORIGINAL:
-        heads = required.model.get("heads") or int(network.blocks[0].attention.heads)  # type: ignore[index, union-attr, arg-type]
+        heads = required.model.get("heads") or int(network.blocks[0].attention.heads)  # type: ignore[index, union-attr]  # a ModuleList of blocks
         ours: nn.Module = dit_from_original(found.state, clock=network.clock, heads=heads)  # type: ignore[arg-type]
         variances = len(found.state["final_layer.linear.weight"]) == twice * required.model["patch_size"] ** 2
     else:

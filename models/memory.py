@@ -67,7 +67,7 @@ class MemoryTracker(TorchDispatchMode):
     """
 
     def __init__(self, held: Iterable[Tensor] = (), kind: DeviceKind = "gpu") -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's has no annotations
         self._kind = kind
         self._held = [tensor.untyped_storage() for tensor in held]
         self._weights = {storage._cdata for storage in self._held}

@@ -8,7 +8,17 @@ from PIL import Image
 
 from condot.core.data_options import read_options
 from condot.data.inspect import main, parser, resolve_options
-from condot.data.prepare.report import MARGIN, SIDE, contact_sheet, nearest_ratio, ratio_name
+from condot.data.prepare.report import (
+    CHARTS,
+    MARGIN,
+    SIDE,
+    contact_sheet,
+    draw_histogram,
+    format_count,
+    nearest_ratio,
+    plot_histograms,
+    ratio_name,
+)
 from condot.data.storage.shard_reader import Shards
 from condot.pipeline.config.parse import load_recipe
 
@@ -109,3 +119,24 @@ def test_a_recipe_is_merged_section_by_section_and_typed(tmp_path):
         (tmp_path / "c.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             read_options(tmp_path / "c.yaml")
+
+
+def test_histograms_have_a_bar_for_each_count():
+    """Heights and labels are the counts; what was not seen has neither."""
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    draw_histogram(axes, "sides", {"16": 3, "32": 0, "64": 12_345})
+    assert [bar.get_height() for bar in axes.patches] == [3, 0, 12_345]
+    assert [text.get_text() for text in axes.texts] == ["3", "", "12k"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["16", "32", "64"]
+    assert axes.get_title(loc="left") == "sides" and axes.get_ylim()[1] > 12_345
+    assert (format_count(9_999), format_count(10_000), format_count(23_400_000)) == ("9999", "10k", "23M")
+
+
+def test_histograms_fill_their_width_and_are_the_same_each_time():
+    from condot.data.format.manifest import Tally
+
+    one, other = (plot_histograms(Tally(sizes={"8x8": 5, "512x384": 20_000, "other": 1}), 1096) for _ in range(2))
+    assert one.size == (1096, CHARTS) and one.mode == "RGB" and one.tobytes() == other.tobytes()
+    assert plot_histograms(Tally(sizes={}), 1096).size == (1096, CHARTS), "an empty folder has empty histograms"

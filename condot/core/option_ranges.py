@@ -24,7 +24,7 @@ INT64_MAX = 2**63 - 1
 """Whole numbers are kept in 64 bits with a sign, unless an interval says more."""
 
 
-class NumberRange(PrimitiveConstructorSpec):
+class NumberRange(PrimitiveConstructorSpec[Any]):
     """The interval in which an option's number lies; metadata of `Annotated`, which tyro reads the number by.
 
     Args:

@@ -18,7 +18,7 @@ FAULTS = (yaml.YAMLError, ArithmeticError, LookupError, ValueError, TypeError, A
 """What PyYAML raises for text that is none, and for values such as `!!int ""` or `!!timestamp x`."""
 
 
-class Plain(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+class Plain(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # the C loader where libyaml is there: a base known at run time
     """A loader of plain values that takes no key twice."""
 
     def construct_mapping(self, node: MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -29,7 +29,8 @@ class Plain(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc
             if name in seen:
                 raise ValueError(f"line {_line(key)}: the key {key.value!r} stands there twice. Leave one of them out")
             seen.add(name)
-        return super().construct_mapping(node, deep)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def read_yaml(path: Path) -> Any:
@@ -82,4 +83,4 @@ def _check_size(text: str) -> None:
 
 def _line(part: Any) -> int:
     """Return the line on which an event or a node begins, counted from 1."""
-    return part.start_mark.line + 1
+    return int(part.start_mark.line) + 1

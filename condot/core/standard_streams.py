@@ -46,7 +46,7 @@ def _text(plain: object, raw: StandardStream) -> io.TextIOWrapper:
         with contextlib.suppress(OSError, ValueError):
             plain.flush()
     whole = raw if at_once else io.BufferedWriter(raw)
-    return StandardText(whole, encoding, errors, line_buffering=by_line, write_through=at_once)  # type: ignore[arg-type]
+    return StandardText(whole, encoding, errors, line_buffering=by_line, write_through=at_once)
 
 
 class StandardText(io.TextIOWrapper):

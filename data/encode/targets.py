@@ -20,7 +20,8 @@ from condot.core.caption_fields import CAPTION_SYNTAX, parse_captions, sample_ca
 from condot.core.data_config import DataConfig
 
 from ..encoders.autoencoder import Autoencoder, AutoencoderFacts, check_images
-from ..encoders.text import TextEncoder, TextFacts
+from ..encoders.text import TextEncoder
+from ..encoders.text_states import TextFacts
 from ..format.manifest import Manifest
 from ..images.decode import DECODE_ERRORS, decode_into
 from ..loader.buckets import Buckets

@@ -132,14 +132,16 @@ class Autoencoder:
         check_images(self.facts, x.shape[1], *x.shape[-2:])
         encoded = self.model.encode(x.to(self.model.device, self.model.dtype))
         if self.deterministic:
-            return (encoded.latents if "latents" in encoded else encoded.latent).float()
+            latents: Tensor = encoded.latents if "latents" in encoded else encoded.latent
+            return latents.float()
         posterior = encoded.latent_dist
         return torch.cat([posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())], dim=1)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels, (B, image_channels, H, W), about -1..1, float32, of latents as `moments` has them (unscaled)."""
-        return self.model.decode(latents.to(self.model.device, self.model.dtype)).sample.float()
+        pixels: Tensor = self.model.decode(latents.to(self.model.device, self.model.dtype)).sample
+        return pixels.float()
 
 
 def check_images(facts: AutoencoderFacts, channels: int, *sides: int) -> None:
@@ -179,7 +181,8 @@ def _load(folder: Path, kind: str, dtype: torch.dtype) -> nn.Module:
             vae = diffusers.AutoencoderTiny(**{key: value for key, value in config.items() if key in known})
             _add_pools(vae, state)
             vae.load_state_dict(state)
-            return nn.Module.to(vae, dtype=dtype)
+            tiny: nn.Module = nn.Module.to(vae, dtype=dtype)
+            return tiny
         loaded: nn.Module = getattr(diffusers, kind).from_pretrained(
             folder, use_safetensors=True, local_files_only=True, torch_dtype=dtype, low_cpu_mem_usage=False
         )

@@ -9,7 +9,8 @@ from torch import nn
 
 from .autoencoder import AutoencoderFacts
 from .fingerprint import read_config, resolve_encoder
-from .text import TextFacts, read_text_config
+from .text import read_text_config
+from .text_states import TextFacts
 
 
 def meta_autoencoder(facts: AutoencoderFacts) -> nn.Module:

@@ -161,12 +161,14 @@ class ShardTable(Sequence[Shard]):
     @property
     def samples(self) -> np.ndarray:
         """(N,), int64, of each."""
-        return self._columns.numbers("samples")[self._rows]
+        samples: np.ndarray = self._columns.numbers("samples")[self._rows]
+        return samples
 
     @property
     def bytes(self) -> np.ndarray:
         """(N,), int64, of each tar."""
-        return self._columns.numbers("bytes")[self._rows]
+        sizes: np.ndarray = self._columns.numbers("bytes")[self._rows]
+        return sizes
 
     @property
     def names(self) -> Iterator[str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..encoders.text_states import TextStates
-from ..format.index import NO_LABEL
+from ..format.sample_files import NO_LABEL
 from ..images.decode import DECODE_ERRORS, decode_into
 from ..storage.shard_reader import LostShard, Shards
 from .buckets import Buckets

@@ -60,7 +60,8 @@ class Buckets:
         if len(self.shapes) == 1:
             return np.zeros(len(width), np.int64)
         middles = (self._logs[1:] + self._logs[:-1]) / 2
-        return np.searchsorted(middles, np.log(np.maximum(width, 1) / np.maximum(height, 1)))
+        nearest: np.ndarray = np.searchsorted(middles, np.log(np.maximum(width, 1) / np.maximum(height, 1)))
+        return nearest
 
     def check(self, sizes: dict[str, int]) -> None:
         """Raises ValueError for a bucket that no image fits, as far as the manifest lists sizes ("width x height": count)."""

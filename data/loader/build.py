@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 from condot.core.data_config import DataConfig
 
 from ..encoders.autoencoder import AutoencoderFacts, check_images
-from ..encoders.text import TextFacts
-from ..encoders.text_states import TextStates
+from ..encoders.text_states import TextFacts, TextStates
 from ..format.manifest import Tally
 from ..format.shard_table import ShardTable
 from ..storage.local import LocalFolder, ShardFolder

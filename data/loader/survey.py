@@ -16,8 +16,8 @@ from condot.core.urls import expand_path
 
 from ..encoders.autoencoder import AutoencoderFacts, read_autoencoder
 from ..encoders.meta import meta_autoencoder, meta_text_encoder
-from ..encoders.text import TextFacts, read_text_encoders
-from ..encoders.text_states import text_layout
+from ..encoders.text import read_text_encoders
+from ..encoders.text_states import TextFacts, text_layout
 from ..format.manifest import Tally
 from ..format.shard_table import Shard
 from ..storage.local import LocalFolder, ShardFolder, expand_braces

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..encoders.fingerprint import fingerprint_differences
-from ..encoders.text import TextEncoder, TextFacts, encode_captions
-from ..encoders.text_states import TextStates, concat_text_states, drop_captions, text_layout
+from ..encoders.text import TextEncoder, encode_captions
+from ..encoders.text_states import TextFacts, TextStates, concat_text_states, drop_captions, text_layout
 from .batch import Batch
 from .build import EncodedCache
 

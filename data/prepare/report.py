@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -22,8 +22,13 @@ from ..format.manifest import Manifest, Tally
 from ..format.tar_reader import parse_sample_files
 from ..images.decode import DECODE_ERRORS, decode_preview
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 SIDE, LINE, MARGIN = 128, 16, 8
 SHEET = 64
+CHARTS, DPI = 220, 100
+"""Height of the histograms, pixels, and how many of them are an inch to matplotlib."""
 LONGEST = 512
 """Characters of a caption that are looked at for a line of SIDE pixels: the narrowest letters have three."""
 INK, PAPER, BAR = "#222222", "white", "#4878a8"
@@ -87,13 +92,10 @@ def findings(report: dict[str, Any]) -> list[str]:
 def draw_summary(folder: Path, manifest: Manifest, path: Path) -> None:
     """Write the picture of a folder: two histograms above a sheet of samples."""
     sheet = contact_sheet(_sample(folder, manifest), 8)
-    width = sheet.width
-    half = (width - 3 * MARGIN) // 2
-    aspects, sides = _histograms(manifest.tally)
-    picture = Image.new("RGB", (width, 200 + sheet.height), PAPER)
-    picture.paste(histogram("width / height", aspects, half, 200), (MARGIN, 0))
-    picture.paste(histogram("side in pixels, sqrt(width x height)", sides, half, 200), (2 * MARGIN + half, 0))
-    picture.paste(sheet, (0, 200))
+    charts = plot_histograms(manifest.tally, sheet.width)
+    picture = Image.new("RGB", (sheet.width, charts.height + sheet.height), PAPER)
+    picture.paste(charts, (0, 0))
+    picture.paste(sheet, (0, charts.height))
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     with open_new(temporary) as file:
         picture.save(file, "PNG")
@@ -127,22 +129,41 @@ def ratio_name(value: float) -> str:
     return f"{value:.2f}"
 
 
-def histogram(title: str, bars: dict[str, int], width: int, height: int) -> Image.Image:
-    """Bars with their labels below and their counts above."""
-    picture = Image.new("RGB", (width, height), PAPER)
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(11)
-    pen.text((0, 4), title, INK, ImageFont.load_default(13))
-    top, bottom, step = 44, height - 24, width / max(1, len(bars))
-    most = max(1, *bars.values())
-    for i, (name, count) in enumerate(bars.items()):
-        tall = (bottom - top) * count / most
-        middle = (i + 0.5) * step
-        pen.rectangle((i * step + 2, bottom - tall, (i + 1) * step - 2, bottom), BAR if count else PAPER)
-        pen.text((middle, bottom + 4), name, INK, font, anchor="ma")
-        if count:
-            shown = f"{count}" if count < 10_000 else f"{count / 1000:.0f}k" if count < 10**7 else f"{count / 10**6:.0f}M"
-            pen.text((middle, bottom - tall - 2), shown, INK, font, anchor="md")
-    return picture
+def plot_histograms(tally: Tally, width: int) -> Image.Image:
+    """Return both histograms side by side, RGB, (CHARTS, width) pixels.
+
+    Args:
+        tally: of all images.
+        width: of the picture, pixels.
+    """
+    import matplotlib.style  # here, since it takes half a second that most commands need not spend
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context("default"):  # not as the user's matplotlibrc has it
+        figure = Figure(figsize=(width / DPI, CHARTS / DPI), dpi=DPI, layout="constrained")
+        canvas = FigureCanvasAgg(figure)  # no pyplot: no window, no global state
+        titles = ("width / height", "side in pixels, sqrt(width x height)")
+        for axes, title, bars in zip(figure.subplots(1, 2), titles, _histograms(tally), strict=True):
+            draw_histogram(axes, title, bars)
+        canvas.draw()
+        return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+
+
+def draw_histogram(axes: Axes, title: str, bars: dict[str, int]) -> None:
+    """Draw bars with their names below and their counts above; what was not seen has no count."""
+    drawn = axes.bar(list(bars), list(bars.values()), color=BAR)
+    axes.bar_label(drawn, [format_count(count) if count else "" for count in bars.values()], fontsize=7)
+    axes.set_title(title, fontsize=9, loc="left")
+    axes.set_ylim(0, 1.15 * max(1, *bars.values()))  # room for the count of the highest
+    axes.tick_params("x", length=0, labelsize=7)
+    axes.yaxis.set_visible(False)
+    axes.spines[["top", "left", "right"]].set_visible(False)
+
+
+def format_count(count: int) -> str:
+    """Return a count in few characters: 9999, 12k, 3M."""
+    return f"{count}" if count < 10_000 else f"{count / 1000:.0f}k" if count < 10**7 else f"{count / 10**6:.0f}M"
 
 
 def contact_sheet(tiles: Sequence[tuple[Image.Image, str]], columns: int) -> Image.Image:

@@ -102,4 +102,5 @@ def _held_out(group_of: np.ndarray, training: np.ndarray, packing: Packing) -> n
     drawn = np.zeros(int(group_of.max()) + 1, bool)
     drawn[mixed[:enough]] = True
     candidates = np.flatnonzero(training & drawn[group_of])
-    return candidates[permutation(len(candidates), packing.seed, 4)[:held]]
+    chosen: np.ndarray = candidates[permutation(len(candidates), packing.seed, 4)[:held]]
+    return chosen

@@ -146,7 +146,7 @@ def _matches_plan(source: ImageSource, shard: PlannedShard, entry: PackedShard) 
     said = entry.journal
     if (said["shard"]["split"], said["first_key"], len(entry.inputs)) != (shard.split, shard.first_key, len(shard.numbers)):
         return False
-    return entry.inputs["name"].tolist() == [name_hash(source.name(number)) for number in shard.numbers.tolist()]
+    return bool(entry.inputs["name"].tolist() == [name_hash(source.name(number)) for number in shard.numbers.tolist()])
 
 
 def count_missing_images(source: ImageSource, packed: PackState, scratch: Path) -> int:

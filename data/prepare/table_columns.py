@@ -211,8 +211,8 @@ def _holds_bytes(kind: pa.DataType) -> bool:
     kind = plain_type(kind)
     if pa.types.is_struct(kind):
         place = kind.get_field_index("bytes")
-        return place >= 0 and (pa.types.is_binary(kind.field(place).type) or pa.types.is_null(kind.field(place).type))
-    return pa.types.is_binary(kind)
+        return place >= 0 and bool(pa.types.is_binary(kind.field(place).type) or pa.types.is_null(kind.field(place).type))
+    return bool(pa.types.is_binary(kind))
 
 
 def _holds_text(kind: pa.DataType) -> bool:

@@ -190,7 +190,7 @@ async def _get(fs: Any, url: str, start: int, stall: float) -> aiohttp.ClientRes
     headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
     # No total: aiohttp's default would cut every download of more than five minutes.
     limits = aiohttp.ClientTimeout(total=None, sock_connect=stall, sock_read=stall)
-    response = await session.get(URL(url, encoded=True), headers=headers, timeout=limits)
+    response: aiohttp.ClientResponse = await session.get(URL(url, encoded=True), headers=headers, timeout=limits)
     if response.url.scheme == "http" and url.startswith("https:"):
         response.close()
         raise ValueError(f"it is redirected from https to {redact_url(str(response.url))}, where anybody could change it")

@@ -17,9 +17,9 @@ from isal.isal_zlib import crc32 as crc32_of  # zlib's, several times as fast
 
 from condot.core.printable import printable
 
-from ..format.index import NO_LABEL
 from ..format.index_record import RECORD, index_payload, is_unchanged, open_index, sample_span, slice_image
 from ..format.manifest import DECODER, Manifest
+from ..format.sample_files import NO_LABEL
 from ..format.shard_table import Shard, ShardTable
 from ..format.tar_headers import BLOCK
 from ..format.tar_reader import parse_sample_files
@@ -145,7 +145,8 @@ class Shards:
     @property
     def counts(self) -> list[int]:
         """`samples` as a list."""
-        return self.samples.tolist()
+        counts: list[int] = self.samples.tolist()
+        return counts
 
     @property
     def shards(self) -> list[Shard]:

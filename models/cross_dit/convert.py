@@ -95,7 +95,7 @@ def cross_dit_to_stock(model: CrossDiT, factor: float) -> PixArtTransformer2DMod
         num_attention_heads=heads, attention_head_dim=width // heads, in_channels=model.channels,
         out_channels=model.outputs * model.channels,
         num_layers=len(model.blocks), cross_attention_dim=width, sample_size=model.resolution, patch_size=model.patch_size,
-        interpolation_scale=model.interpolation_scale,  # type: ignore[arg-type]
+        interpolation_scale=model.interpolation_scale,
         use_additional_conditions=False, caption_channels=model.text.enter.in_features,
     )  # fmt: skip
     stock.load_state_dict(

@@ -115,7 +115,7 @@ def mmdit_to_stock(model: MMDiT, factor: float, masked: bool = False) -> SD3Tran
         out_channels=model.outputs * model.channels,
         num_layers=len(model.blocks), attention_head_dim=width // heads, num_attention_heads=heads,
         joint_attention_dim=model.text.in_features, caption_projection_dim=width, pooled_projection_dim=model.pooled.enter.in_features,
-        pos_embed_max_size=model.positions.grid or None,  # type: ignore[arg-type]
+        pos_embed_max_size=model.positions.grid or None,
         dual_attention_layers=tuple(range(dual)), qk_norm="rms_norm" if qk_norm else None,
     )  # fmt: skip
     shapes = stock.state_dict()

@@ -137,7 +137,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     held = sum(digest["bytes"] for name, digest in files.items() if name.endswith(".safetensors"))
     if sum(math.prod(shape) for _, shape in tensors.values()) > held * MAX_ELEMENTS_PER_BYTE:
         raise ValueError(f"{NAME} lists more numbers than its files can hold")
-    return manifest
+    known: dict[str, Any] = manifest
+    return known
 
 
 def _is_digest(name: str, digest: Any) -> bool:

@@ -148,7 +148,8 @@ def _first_bad(data: memoryview, start: int, stop: int, unit: Any, mask: int) ->
         n = len(found)
         np.equal(np.bitwise_and(found, unit(mask), out=bits[:n]), unit(mask), out=flags[:n])
         if flags[:n].any():
-            return begin + int(flags[:n].argmax()) * size
+            place: int = begin + int(flags[:n].argmax()) * size
+            return place
     return None
 
 

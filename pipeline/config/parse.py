@@ -181,7 +181,8 @@ def config_from_mapping(cls: type[T], mapping: dict[str, Any]) -> T:
 
 def config_to_mapping(config: Any) -> dict[str, Any]:
     """Return a dataclass as plain values that YAML and JSON keep, and anyone may read: the secrets of its URLs are cut."""
-    return redacted(yaml.safe_load(yaml.safe_dump(_tuples_to_lists(drop_unused_regularisers(as_mapping(config))))))
+    mapping: dict[str, Any] = redacted(yaml.safe_load(yaml.safe_dump(_tuples_to_lists(drop_unused_regularisers(as_mapping(config))))))
+    return mapping
 
 
 TYRO: dict[str, Any] = {"config": (tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff), "use_underscores": True}

@@ -35,7 +35,8 @@ MAX_RELATIVE_ERROR = 0.01
 
 def exponent_to_width(exponent: float) -> float:
     """The relative width of an exponent gamma >= 0: the standard deviation of tau / t. EDM2, equation 123."""
-    return ((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3))) ** 0.5
+    width: float = ((exponent + 1) / ((exponent + 2) ** 2 * (exponent + 3))) ** 0.5
+    return width
 
 
 def width_to_exponent(width: float) -> float:
@@ -67,7 +68,8 @@ def power_decay(exponent: float, images: float, batch: float) -> float:
     Returns:
         A factor in [0, 1).
     """
-    return max(0.0, 1 - batch / images) ** (exponent + 1)
+    factor: float = max(0.0, 1 - batch / images) ** (exponent + 1)
+    return factor
 
 
 def profile_inner_products(times: Tensor, exponents: Tensor, other_times: Tensor, other_exponents: Tensor) -> Tensor:

@@ -105,11 +105,12 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     one, other = a.covariance, b.covariance
     shared = torch.linalg.svdvals(_root(one) @ _root(other)).sum()
     distance = (a.mean - b.mean).square().sum() + one.trace() + other.trace() - 2 * shared
-    return max(0.0, distance.item())
+    return max(0.0, float(distance))
 
 
 def _root(covariance: Tensor) -> Tensor:
     """The symmetric square root, (D, D); eigenvalues that rounding cannot tell from 0 are 0, as in a matrix's rank."""
     values, vectors = torch.linalg.eigh(covariance)
     known = values > values.abs().max() * len(values) * torch.finfo(values.dtype).eps
-    return (vectors * (values * known).sqrt()) @ vectors.T
+    root: Tensor = (vectors * (values * known).sqrt()) @ vectors.T
+    return root

@@ -176,8 +176,8 @@ def choose_pipeline(
         reason = ONLY_SQUARES if bucket_step else f"DiTPipeline decodes with an AutoencoderKL{NO_EXACT_IDENTITY}"
         return PipelineChoice(CondotPipeline(scheduler, vae=vae, id2label=names, **{place: network}), why_not_stock or reason, True)
     if isinstance(network, UNet2DModel) and network.class_embedding is None and vae is None and form.stock and flow.objective != "joint":
-        return PipelineChoice(DDPMPipeline(unet=network, scheduler=scheduler), why_not_stock, False)  # type: ignore[arg-type]
-    return PipelineChoice(DiTPipeline(transformer=with_class_embedding(network), vae=decoder, scheduler=scheduler), why_not_stock, own)  # type: ignore[arg-type]
+        return PipelineChoice(DDPMPipeline(unet=network, scheduler=scheduler), why_not_stock, False)
+    return PipelineChoice(DiTPipeline(transformer=with_class_embedding(network), vae=decoder, scheduler=scheduler), why_not_stock, own)
 
 
 def _text_parts(text_encoders: Sequence[ExportedTextEncoder]) -> dict[str, Any]:

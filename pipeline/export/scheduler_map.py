@@ -102,12 +102,15 @@ def _own_scheduler(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
     more: dict[str, Any] = {"clip_sample": clip}
     if flow.precondition or flow.path == "edm":
         more["sigma_data"] = flow.sigma_data
+    scheduler: FlowODEScheduler
     if isinstance(path, DDPM):
-        return FlowODEScheduler("dpmpp_2m", kind, "ddpm", trained_betas=step_variances(path.variances).tolist(), **more)
-    if flow.path in ("condot", "cosine", "vp"):
-        return FlowODEScheduler("dpmpp_2m" if flow.path == "vp" else "multistep", kind, flow.path, **more)
-    t = 1 - torch.arange(NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS
-    return FlowODEScheduler("multistep", kind, "table", table=[part.tolist() for part in path(t)], **more)
+        scheduler = FlowODEScheduler("dpmpp_2m", kind, "ddpm", trained_betas=step_variances(path.variances).tolist(), **more)
+    elif flow.path in ("condot", "cosine", "vp"):
+        scheduler = FlowODEScheduler("dpmpp_2m" if flow.path == "vp" else "multistep", kind, flow.path, **more)
+    else:
+        t = 1 - torch.arange(NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS
+        scheduler = FlowODEScheduler("multistep", kind, "table", table=[part.tolist() for part in path(t)], **more)
+    return scheduler
 
 
 def read_path_and_prediction(scheduler: Any, flow: FlowConfig | None) -> tuple[Path, Prediction]:

@@ -89,7 +89,8 @@ def guide(
         if isinstance(out, tuple):
             halves = [part.chunk(2) for part in out]
             return tuple(half[0] for half in halves), tuple(half[1] for half in halves)
-        return out.chunk(2)
+        conditional, unconditional = out.chunk(2)
+        return conditional, unconditional
 
     return _guided_field(lambda x, t: field(x, t, condition), pair, settings)
 

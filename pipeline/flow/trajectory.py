@@ -80,7 +80,7 @@ class Trajectory:
         guess, accuracy = x, 1e3 * torch.finfo(x.dtype).eps
         for _ in range(NEWTON_STEPS):
             residual = (self.phi(wide, guess, data) - x).flatten(1)
-            step = torch.linalg.solve_ex(self._jacobian(guess, data, wide), residual)[0].reshape(x.shape)
+            step: Tensor = torch.linalg.solve_ex(self._jacobian(guess, data, wide), residual)[0].reshape(x.shape)
             if bool((step.flatten(1).norm(dim=1) <= accuracy * (1 + guess.flatten(1).norm(dim=1))).all()):
                 return guess - step
             damping = torch.ones_like(wide)
@@ -102,7 +102,8 @@ class Trajectory:
         def moved(one: Tensor, datum: Tensor, time: Tensor) -> Tensor:
             return self.phi(time[None], one[None], datum[None])[0]
 
-        return torch.func.vmap(torch.func.jacfwd(moved))(initial, data, wide).reshape(-1, size, size)
+        jacobian: Tensor = torch.func.vmap(torch.func.jacfwd(moved))(initial, data, wide)
+        return jacobian.reshape(-1, size, size)
 
     def conditional_velocity(self, x: Tensor, data: Tensor, t: Tensor) -> Tensor:
         """Return `u_t(x | z)`, (B, *S), at t < 1."""
@@ -112,7 +113,8 @@ class Trajectory:
         """Return `log p_t(x | z)`, (B,), nats, at t < 1: the prior's, less the logarithm of the Jacobian. At most 64 dimensions."""
         check_exact_divergence(tuple(x.shape[1:]), "The determinant has no estimate here.")
         initial = self.initial_point(x, data, t)
-        return self.prior.log_density(initial) - torch.linalg.slogdet(self._jacobian(initial, data, widen(t, x)))[1]
+        log_volume: Tensor = torch.linalg.slogdet(self._jacobian(initial, data, widen(t, x)))[1]
+        return self.prior.log_density(initial) - log_volume
 
 
 @dataclass(frozen=True)

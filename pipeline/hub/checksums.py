@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from condot.core.model_folders import MOST_BYTES, is_own
 
@@ -108,7 +109,7 @@ def safetensors_size(path: Path) -> int:
         return -1
 
 
-def read_safetensors_header(path: Path) -> tuple[dict[str, dict], int]:
+def read_safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
     """The header of a safetensors file, and its length in bytes.
 
     Raises:

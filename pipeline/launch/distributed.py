@@ -16,7 +16,8 @@ from accelerate.utils import AORecipeKwargs, DistributedDataParallelKwargs, Kwar
 from condot.core.process import available_cpus
 
 from ..config.schema import Config
-from .launcher_env import check_launcher_matches_recipe, consume_launcher_env, resolve_sharding
+from .launcher_env import check_launcher_matches_recipe, consume_launcher_env
+from .launcher_env import resolve_sharding as resolve_sharding
 from .precision import Precision, resolve_precision
 from .rendezvous import Rendezvous, next_rendezvous
 

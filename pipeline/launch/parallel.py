@@ -64,7 +64,8 @@ def prepare_model(
 ) -> tuple[nn.Module, Any]:
     """The network and the optimiser as Accelerate wraps them; a sharded network gets mixed precision only."""
     if sharding == "none":
-        return accelerator.prepare(network, optimizer)
+        wrapped, stepper = accelerator.prepare(network, optimizer)
+        return wrapped, stepper
     return accelerator.prepare_model(network, evaluation_mode=True), accelerator.prepare(optimizer)
 
 

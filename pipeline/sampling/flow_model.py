@@ -118,7 +118,9 @@ def build_flow_model(
 
     def with_sizes(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
         size = [factor * side for side in x.shape[2:]]
-        return field(x, t, condition, torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=x.device).expand(len(x), -1))
+        sizes = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=x.device).expand(len(x), -1)
+        velocity: Tensor = field(x, t, condition, sizes)
+        return velocity
 
     return FlowModel(
         field=with_sizes if getattr(network, "micro_conditions", False) else field,
@@ -192,7 +194,7 @@ def with_autoguidance(model: FlowModel, weak: FlowModel) -> FlowModel:
 
     def field(x: Tensor, t: Tensor, condition: Condition) -> Any:
         if isinstance(condition, Tensor):  # no class is another number to a model in a folder than to one in a run
-            condition = torch.where(condition == model.null, weak.null, condition)  # type: ignore[arg-type]
+            condition = torch.where(condition == model.null, weak.null, condition)
         return weak.field(x, t, condition)
 
     max_side = min(filter(None, (model.max_side, weak.max_side)), default=0)

@@ -25,7 +25,8 @@ def quantise(image: Tensor, bit_depth: int = 8) -> np.ndarray:
     """Return (C, H, W), -1..1, as (H, W, C), uint8 or uint16: the nearest of 2^bit_depth values, the inverse of `data.stream.to_unit`."""
     top = 2**bit_depth - 1
     levels = ((image + 1) * (top / 2)).round().clamp(0, top)
-    return levels.to(torch.uint8 if bit_depth == 8 else torch.uint16).permute(1, 2, 0).contiguous().numpy()
+    array: np.ndarray = levels.to(torch.uint8 if bit_depth == 8 else torch.uint16).permute(1, 2, 0).contiguous().numpy()
+    return array
 
 
 def file_extension(channels: int) -> str:

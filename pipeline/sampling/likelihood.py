@@ -67,7 +67,7 @@ class BitsPerDimension:
 
 def lattice_step(bit_depth: int) -> float:
     """Return how far two values of so many bits lie apart in -1..1."""
-    return 2 / (2**bit_depth - 1)
+    return 2 / float(2**bit_depth - 1)
 
 
 def compute_bits_per_dimension(

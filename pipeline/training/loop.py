@@ -68,7 +68,8 @@ def run_training(run: Run) -> int:
             run.log.say(f"{times} times: {what}" if times > 1 else "")
         run.log.close()
         run.stream.close()
-    return outcome["exit_status"]
+    exit_status: int = outcome["exit_status"]
+    return exit_status
 
 
 def fit(run: Run, stop: int) -> None:

@@ -70,7 +70,8 @@ def preview(run: Run, text: tuple[Condition, Condition] | None = None) -> None:
             raise PeerFailure(failure)
         run.watchdog.heartbeat(run.step, "sampling")
         with finish_gathers_on_error(run.ema.model):
-            return plain(x, t, *condition)
+            velocity: Tensor = plain(x, t, *condition)
+            return velocity
 
     source = replace(source, field=field)
     images = draw_within_memory(
