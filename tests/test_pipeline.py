@@ -150,7 +150,7 @@ ENCODERS = {
 @pytest.mark.parametrize("padding", ["mask", "attend"])
 @pytest.mark.parametrize("case", ENCODERS)
 def test_captions_are_what_training_showed(tmp_path, pipe, case, padding):
-    """One encoder or several, also for no caption and for too long ones: the states, masks and vectors of data/loader/text_conditioner.py."""
+    """One encoder or several, also for no caption and for too long ones: as text_conditioner.py gives them."""
     if padding == "attend" and case == "no pad":
         pytest.skip("refused by the encoder: there is nothing to pad with")
     names = [frozen.text(tmp_path / str(i), kind, seed=i) for i, kind in enumerate(ENCODERS[case])]

@@ -53,6 +53,11 @@ def loaded_plugins() -> list[dict[str, str]]:
     return [plugin.as_dict() for plugin in _loaded.values()]
 
 
+def plugin_paths() -> tuple[Path, ...]:
+    """Return the files of this process's plugins, for worker processes to load."""
+    return tuple(_loaded)
+
+
 def unload_plugins() -> None:
     """Take back all that plugins added."""
     for path in list(_loaded):
