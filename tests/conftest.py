@@ -73,7 +73,6 @@ def arguments(shards: Path, output: Path, *more: str) -> list[str]:
 def fit(shards: Path, output: Path, *more: str) -> int:
     """Train in this process; returns the exit status."""
     AcceleratorState._reset_state(True)
-    train.INTERRUPT.received, train.INTERRUPT._deferred = None, False
     return train.main(arguments(shards, output, *more))
 
 

@@ -66,9 +66,7 @@ class Registry(Mapping[str, T]):
             )
         if name in self._entries:
             owner = f"by {self._sources[name]}" if self._sources[name] else "by condot itself"
-            raise ValueError(
-                f"{self.kind} {name!r} is registered already, {owner}: choose another name."
-            )
+            raise ValueError(f"{self.kind} {name!r} is registered already, {owner}: choose another name.")
         self._entries[name] = entry
         self._sources[name] = _open_sources[-1][0] if _open_sources else ""
         if _open_sources:
