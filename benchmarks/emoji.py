@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condot.cli import sample
+from condot.cli.retrieve import sample_captions
 from condot.pipeline.evaluation.retrieval import retrieve
 from condot.pipeline.sampling.image_grid import make_grid, save_image
 from condot.pipeline.sampling.options import RetrieveOptions
@@ -66,7 +66,7 @@ def report(run: Path, shards: Path, scales: list[float], splits: list[str], seed
     for split in splits:
         for scale in scales:
             asked = RetrieveOptions(run=str(run), reference=str(shards), split=split, guidance_scale=scale, seed=seed)
-            real, made, *_ = sample.sample_captions(asked)
+            real, made, *_ = sample_captions(asked)
             for name, of in (("pixels", lambda x: x), ("features", features)):
                 found = retrieve(of(made), of(real), torch.arange(len(real)))
                 low, high = found.top1_interval

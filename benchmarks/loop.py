@@ -23,13 +23,16 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from condot.cli import train
+from condot.cli.assembly.build_run import benchmark_precision, build_run
+from condot.cli.assembly.open_inputs import open_inputs
+from condot.cli.host import program_host
 from condot.data.prepare.command import main as prepare
 from condot.pipeline.checkpoint.store import CheckpointManager
 from condot.pipeline.config.parse import parse
 from condot.pipeline.config.schema import ALIASES, Config
 from condot.pipeline.launch import distributed
 from condot.pipeline.training import loop
+from condot.pipeline.training.run import start_or_resume
 from condot.pipeline.training.status import Status
 
 
@@ -40,14 +43,14 @@ def assembled(options: argparse.Namespace, scratch: Path):
     rest = "--data.resolution=8 --data.channels=1 --data.workers=1 --log.report_to=none --log.sample_every=0 --export=false"
     words = [f"--data.shards={scratch / 'shards'}", f"--output_dir={scratch / 'run'}", f"--train.batch_size={options.batch}"]
     config = parse(Config, [*words, *size.split(), *rest.split(), "--checkpoint.every=1000000", *options.more], ALIASES)
-    sources, space = train.open_inputs(config)
+    sources, space = open_inputs(config)
     accelerator = distributed.create_accelerator(
-        config, distributed.init_distributed(config), None, partial(train.benchmark_precision, config, sources, space)
+        config, distributed.init_distributed(config), None, partial(benchmark_precision, config, sources, space)
     )
     status = Status(scratch / "run", True)
     (scratch / "run").mkdir()
-    run = train.build_run(config, sources, space, accelerator, CheckpointManager(scratch / "run", 1), status, fresh=True)
-    train.start_or_resume(run, None, space)
+    run = build_run(config, sources, space, accelerator, CheckpointManager(scratch / "run", 1), status, program_host(), fresh=True)
+    start_or_resume(run, None, space)
     loop.prepare_first_step(run)
     run.wait_for_checkpoint()
     return run

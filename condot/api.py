@@ -16,10 +16,10 @@ from typing import Any, Literal, overload
 from PIL.Image import Image
 from torch import Tensor
 
+from condot.cli.assembly.load_models import LoadedModel, check_guide_options, load_model, with_guides
 from condot.cli.evaluate import evaluate_samples, open_reference
 from condot.cli.export import export_run
 from condot.cli.host import guest_host
-from condot.cli.load_models import LoadedModel, check_guide_options, load_model, with_guides
 from condot.cli.train import train as train_run
 from condot.guest_process import leave_process_as_found
 from condot.keyword_options import build_config, fill_options

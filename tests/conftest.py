@@ -78,7 +78,6 @@ def fit(shards: Path, output: Path, *more: str) -> int:
 def command(*words: str) -> int:
     """`train.py` with these words, in this process, as if it were the first."""
     AcceleratorState._reset_state(True)
-    train.INTERRUPT.received, train.INTERRUPT._deferred = None, False
     return train.main(list(words))
 
 

@@ -11,7 +11,9 @@ from conftest import ROOT, fit, launch
 from safetensors.torch import load_file
 from test_card import EVALUATION
 
+from condot.cli import evaluate as evaluate_command
 from condot.cli import sample
+from condot.cli.assembly.trained_model import TrainedModel
 from condot.pipeline.checkpoint.store import CheckpointManager, averages, load_state, load_tensors, raw_weights, verify
 from condot.pipeline.config.parse import config_from_mapping
 from condot.pipeline.config.schema import Config, EmaConfig
@@ -456,11 +458,11 @@ def test_export_of_every_average_and_of_a_width_between(powered, digits, tmp_pat
     assert [folder.name for folder in snapshot_manager(powered).folders()] == [f"checkpoint-{step}" for step in range(12, 0, -1)]
     assert distance(averages(end), averages(truth)) == 0 == distance(averages(end, "width=0.1"), averages(truth, "width=0.1"))
     words = ("", "raw", "1000", "width=0.05", "width=0.08", "width=0.1", "width=0.1,images=96")
-    read = {word: sample.TrainedModel(powered, None, word).network.state_dict() for word in words}
+    read = {word: TrainedModel(powered, None, word).network.state_dict() for word in words}
     out = capsys.readouterr().out
     assert out.count("rebuilt from") == 2 and out.count("at 96 images: rebuilt from 1 of the averages kept") == 1, "that of a snapshot"
     assert len({tuple(one["enter.weight"].flatten().tolist()) for one in read.values()}) == len(words)
-    true = sample.TrainedModel(tmp_path / "truth", None, "width=0.08").network.state_dict()
+    true = TrainedModel(tmp_path / "truth", None, "width=0.08").network.state_dict()
     control = min(distance(read[f"width={w}"], true) for w in (0.05, 0.1))
     assert 0 < distance(read["width=0.08"], true) < 0.05 * control
     for word, told in (("width=0.08", "of relative width 0.08, rebuilt from others"), ("raw", "are the weights as they were trained")):
@@ -501,12 +503,12 @@ def test_images_and_figures_of_other_weights(powered, digits, tmp_path, capsys, 
     assert "has seen 192 images. Give at most so many" in capsys.readouterr().err
     with pytest.raises(ValueError, match="has seen 0 images"):  # as a run is saved before its first step
         load_selected_weights(powered / "checkpoint-12", {"images": 0}, WeightSelection(width=0.08), EmaConfig(power=(0.05, 0.1)))
-    monkeypatch.setattr(sample, "evaluate", lambda *_: Report())
+    monkeypatch.setattr(evaluate_command, "evaluate", lambda *_: Report())
     evaluate = ["evaluate", "--run", str(powered), "--reference", str(digits), "--num_images", "10", "--num_inference_steps", "1"]
     assert sample.main([*evaluate, "--ema", "1000"]) == 0
     assert json.loads((powered / "evaluation.json").read_text())["ema"] == "halflife=1000"
     for ema, told in (("", False), ("halflife=1000", True)):
-        card = CardFacts.from_run(powered, 192, 12, torch.nn.Linear(2, 3), provenance=sample.TrainedModel(powered, ema=ema).provenance())
+        card = CardFacts.from_run(powered, 192, 12, torch.nn.Linear(2, 3), provenance=TrainedModel(powered, ema=ema).provenance())
         assert bool(card.evaluation) == told, "a card tells figures of its own weights alone"
 
 

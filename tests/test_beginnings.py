@@ -9,7 +9,9 @@ from accelerate.state import AcceleratorState
 from conftest import fit
 from diffusers import DiTTransformer2DModel, UNet2DModel
 
-from condot.cli import sample, train
+from condot.cli import sample
+from condot.cli.assembly.build_run import PREVIEW_CAPTIONS, benchmark_precision
+from condot.cli.assembly.trained_model import TrainedModel
 from condot.core.data_config import DataConfig
 from condot.data.loader.training_data import TrainingData
 from condot.models import registry
@@ -137,7 +139,7 @@ def test_low_rank_additions_train_alone_resume_and_merge(digits, trained, tmp_pa
     moved = [name for name in after if "lora_B" in name]
     assert len(moved) == 4 and all(after[name].abs().max() > 0 for name in moved)
     assert sum("optim." in name and "base_layer" in name for name in one) == 0, "no moments of what is frozen"
-    network = sample.TrainedModel(whole).network
+    network = TrainedModel(whole).network
     average = weights(whole, 12, "ema")
     name = "blocks.0.attention.out"
     added = average[f"{name}.lora_B.default.weight"] @ average[f"{name}.lora_A.default.weight"] * (16 / 4)
@@ -186,7 +188,7 @@ def test_precision_is_measured_on_the_device_that_trains(digits, monkeypatch):
         model=small, log=quiet, train=TrainConfig(batch_size=32, gradient_accumulation_steps=2, mixed_precision="auto", cpu_threads=1)
     )
     sources = TrainingData.open(DataConfig(shards=(str(digits),), resolution=8, channels=1), False)
-    assert train.benchmark_precision(config, sources, LatentSpace.from_pixels(1, 8), 4, torch.device("meta")) == "no"
+    assert benchmark_precision(config, sources, LatentSpace.from_pixels(1, 8), 4, torch.device("meta")) == "no"
     ((network, inputs),) = seen
     assert {p.device.type for p in network.parameters()} == {part.device.type for part in inputs} == {"meta"} and len(inputs[0]) == 4
     AcceleratorState._reset_state(True)
@@ -212,7 +214,7 @@ def test_recipe_and_constructors_know_the_same_fields():
         for name, value in said.items():
             if name not in presets and value is not None and taken[name].default is not inspect.Parameter.empty:
                 assert value == taken[name].default, (section, name)
-    assert train.PREVIEW_CAPTIONS == 32
+    assert PREVIEW_CAPTIONS == 32
 
 
 def test_a_network_that_is_told_sizes_trains_and_samples(digits, tmp_path):
@@ -220,8 +222,8 @@ def test_a_network_that_is_told_sizes_trains_and_samples(digits, tmp_path):
     run = tmp_path / "run"
     assert fit(digits, run, "--model.micro_conditions=true", "--log.sample_every=12", "--log.sample_steps=2") == 0
     assert (run / "samples" / "step-0000012.png").is_file()
-    source = sample.TrainedModel(run).build_model("cpu")
-    network = sample.TrainedModel(run).network
+    source = TrainedModel(run).build_model("cpu")
+    network = TrainedModel(run).network
     x, t, labels = torch.randn(3, 1, 8, 8), torch.full((3,), 0.5), torch.tensor([0, 1, 2])
     told = torch.tensor([[8.0, 8, 0, 0, 8, 8]]).expand(3, -1)
     with torch.no_grad():

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from condot.cli import evaluate as evaluate_command
 from condot.cli import sample
 from condot.core.printable import printable
 from condot.pipeline.checkpoint.store import averages, load_state, raw_weights
@@ -91,7 +92,7 @@ def evaluated(digits, *words):
 def quick(monkeypatch):
     """Figures in place of measured ones."""
     report = types.SimpleNamespace(as_dict=lambda: EVALUATION, meets=lambda *least: True)
-    monkeypatch.setattr(sample, "evaluate", lambda *given: report)
+    monkeypatch.setattr(evaluate_command, "evaluate", lambda *given: report)
 
 
 def on_card(run, *words):

@@ -19,6 +19,7 @@ from stocks import shake
 from test_export import ours_on_stock_schedule
 
 from condot.cli import sample
+from condot.cli.assembly.trained_model import TrainedModel
 from condot.core.data_config import DataConfig
 from condot.data.encoders.autoencoder import check_images
 from condot.data.format.manifest import Manifest
@@ -298,7 +299,7 @@ def test_a_stranger_draws_the_same_with_stock_diffusers(runs, tmp_path):
         pipe.scheduler = type(pipe.scheduler).from_config({**pipe.scheduler.config, "solver_order": 1})
         pipe.scheduler.set_timesteps(7)
         noise = torch.randn(2, channels, SIDE, SIDE, generator=torch.manual_seed(5))
-        ours = ours_on_stock_schedule(sample.TrainedModel(run), [0, 1], noise, pipe.scheduler.sigmas, 2.5)
+        ours = ours_on_stock_schedule(TrainedModel(run), [0, 1], noise, pipe.scheduler.sigmas, 2.5)
         ours = (ours / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
         theirs = np.load(files[kind])
         assert theirs.shape == (2, SIDE, SIDE, channels) and np.abs(ours - theirs).max() < 1e-4
@@ -400,7 +401,7 @@ def test_what_is_shown_of_deep_pixels_and_of_bands():
 
 def test_bits_of_a_finer_lattice(runs):
     """Of the same images 2 log 257 / 2 log 2 more: the same density, in bins 257 times as narrow."""
-    source = sample.TrainedModel(runs["16-bit gray"]).build_model("cpu")
+    source = TrainedModel(runs["16-bit gray"]).build_model("cpu")
     assert source.bit_depth == 16
     x, labels = to_unit(torch.from_numpy(np.full((4, 1, SIDE, SIDE), 128, np.uint8))), torch.zeros(4, dtype=torch.int64)
     of = [compute_bits_per_dimension(replace(source, bit_depth=depth), x, labels, tolerance=1e-3, seed=0, exact=True) for depth in (8, 16)]

@@ -7,6 +7,7 @@ import frozen
 import pytest
 import torch
 
+from condot.cli import evaluate as evaluate_command
 from condot.cli import sample
 from condot.data.loader.read_samples import read_images
 from condot.data.storage.shard_reader import Shards
@@ -181,13 +182,13 @@ def test_evaluate_compares_what_the_command_names_and_fails_below_its_goals(trai
     seen, asked = [], []
     figures = {"samples": 25, "accuracy": 0.5, "accuracy_of_held_out": 1.0, "diversity": 1.2, "diversity_of_real": 2.0, "nearest": 2.1,
                "nearest_of_held_out": 3.0, "frechet": 1.0, "frechet_of_train": 1.0, "feature_width": 4, "few": False}  # fmt: skip
-    monkeypatch.setattr(sample, "evaluate", lambda *given: seen.append(given) or EvaluationResult(figures))
+    monkeypatch.setattr(evaluate_command, "evaluate", lambda *given: seen.append(given) or EvaluationResult(figures))
 
     def bright(source, labels, sampler, **more):
         asked.append((sampler, more))
         return Samples(torch.full((len(labels), 1, 8, 8), 1.5), 1)
 
-    monkeypatch.setattr(sample, "generate", bright)
+    monkeypatch.setattr(evaluate_command, "generate", bright)
     words = ["evaluate", "--run", str(trained), "--reference", str(digits), "--num_images", "25", "--seed", "6", "--batch_size", "9"]
     for goals, status in (([0.5, 0.6, 0.7], 0), ([0.51, 0, 0], 1), ([0, 0.61, 0], 1), ([0, 0, 0.71], 1)):
         least = [

@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DMod
 from PIL import Image
 
 from condot.cli import sample
+from condot.cli.assembly.trained_model import TrainedModel
 from condot.pipeline.checkpoint.store import load_tensors
 from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.export.identity_autoencoder import identity_autoencoder
@@ -101,7 +102,7 @@ def test_our_sampler_and_the_pipeline_draw_the_same(digits, tmp_path, kind):
     assert fit(digits, tmp_path / "run", "--export=true", "--train.learning_rate=1e-2", *KINDS[kind]) == 0
     labels = [0, 3, 9]
     theirs, noise, sigmas = pipeline_run(tmp_path / "run/export", labels, 7, 2.5, 5)
-    trained = sample.TrainedModel(tmp_path / "run")
+    trained = TrainedModel(tmp_path / "run")
     assert_equal_draws(ours_on_stock_schedule(trained, labels, noise, sigmas, 2.5), theirs)
     assert (ours_on_stock_schedule(trained, labels, noise.flip(0), sigmas, 2.5) - theirs).abs().max() > 0.1 * theirs.abs().max()
     mine, folder = trained.build_model("cpu"), load_flow_model(tmp_path / "run/export")
@@ -129,7 +130,7 @@ def test_paths_of_unit_variance_run_under_ddim(digits, tmp_path, kind):
         pipe.scheduler.config, timestep_spacing="leading", clip_sample=False, thresholding=False, set_alpha_to_one=True
     )
     theirs = drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=5, guidance_scale=1.0, generator=torch.manual_seed(2))
-    trained = sample.TrainedModel(tmp_path / "run")
+    trained = TrainedModel(tmp_path / "run")
     source, labels = trained.build_model("cpu"), torch.tensor([0, 3, 9])
     x = torch.randn(3, 1, 8, 8, generator=torch.manual_seed(2)).double()
     alphas = pipe.scheduler.alphas_cumprod.double().sqrt()
@@ -152,7 +153,7 @@ def test_paths_of_unit_variance_run_under_ddim(digits, tmp_path, kind):
 
 
 def test_the_exported_network_is_ours_to_rounding(trained):
-    mine, theirs = sample.TrainedModel(trained).build_model("cpu"), load_flow_model(trained / "export")
+    mine, theirs = TrainedModel(trained).build_model("cpu"), load_flow_model(trained / "export")
     x, t = torch.randn(4, 1, 8, 8), torch.tensor([0.0, 0.2, 0.9, 1.0])
     with torch.no_grad():
         a = mine.field(x, t, torch.tensor([0, 4, 9, mine.null]))
@@ -188,7 +189,7 @@ def test_another_checkpoint_is_exported_where_one_is_named(trained, tmp_path):
     assert sample.main(words) == 0
     assert "128 images seen" in (tmp_path / "out/README.md").read_text()
     averaged = {k.removeprefix("ema."): v for k, v in load_tensors(trained / "checkpoint-8").items() if k.startswith("ema.")}
-    last = sample.TrainedModel(trained)
+    last = TrainedModel(trained)
     x, t, labels = torch.randn(3, 1, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 4, 9])
     with torch.no_grad():
         newest = last.build_model("cpu").field(x, t, labels)
@@ -242,7 +243,7 @@ def test_every_other_recipe_takes_a_scheduler_of_its_own_along(digits, tmp_path,
     euler = {**default, "clip_sample": False, "solver": "euler"}  # as is written out below
     pipe.scheduler = type(pipe.scheduler).from_config(euler)
     theirs = drawn(pipe, class_labels=[0, 3, 9], num_inference_steps=6, guidance_scale=2.0, generator=torch.manual_seed(2))
-    trained = sample.TrainedModel(tmp_path / "run")
+    trained = TrainedModel(tmp_path / "run")
     source, labels = trained.build_model("cpu"), torch.tensor([0, 3, 9])
     field = guide(source.field, labels, torch.full_like(labels, source.null), 2.0)
     times = (1 - pipe.scheduler.timesteps.double() / 1000).tolist()

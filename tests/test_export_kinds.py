@@ -13,7 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from condot.cli import sample
+from condot.cli.assembly.trained_model import TrainedModel
 from condot.data.prepare.command import main as prepare
+from condot.models.convert import CUSTOM_CLASSES
 from condot.pipeline.config.schema import EmaConfig
 from condot.pipeline.ema.weight_selection import parse_weight_selection
 from condot.pipeline.export.load import load_flow_model
@@ -52,7 +54,7 @@ def test_every_class_model_draws_what_the_trainer_draws(digits, tmp_path, kind):
     pipe.scheduler = FlowODEScheduler.from_config(pipe.scheduler.config, solver="euler", clip_sample=False)
     noise, labels = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(1)), [0, 3, 9]
     theirs = pipe(labels, num_inference_steps=4, guidance_scale=2.0, latents=noise, output_type="latent").images
-    source, y = sample.TrainedModel(tmp_path / "run").build_model("cpu"), torch.tensor(labels)
+    source, y = TrainedModel(tmp_path / "run").build_model("cpu"), torch.tensor(labels)
     field = guide(source.field, y, torch.full_like(y, source.null), 2.0)
     times = (1 - pipe.scheduler.sigmas).tolist()
     x = scale_initial_noise(source.path, noise.double(), times[0])
@@ -67,7 +69,7 @@ def test_every_class_model_draws_what_the_trainer_draws(digits, tmp_path, kind):
     other = pipe([1, 3, 9], num_inference_steps=4, guidance_scale=2.0, latents=noise, output_type="latent").images
     torch.testing.assert_close(other[1:], theirs[1:], rtol=1e-4, atol=1e-4)
     assert not torch.equal(other[0], theirs[0])
-    read, t = load_flow_model(folder, own_classes=sample.CUSTOM_CLASSES), torch.tensor([0.05, 0.5, 0.9])
+    read, t = load_flow_model(folder, own_classes=CUSTOM_CLASSES), torch.tensor([0.05, 0.5, 0.9])
     x = scale_initial_noise(source.path, noise, 0.5)
     with torch.no_grad():
         torch.testing.assert_close(read.field(x, t, y), source.field(x, t, y), atol=1e-4, rtol=1e-4)
@@ -103,7 +105,7 @@ def test_an_unconditional_unet_is_a_ddpm_pipeline(unlabelled, tmp_path, capsys):
     assert abs(ours - theirs).max() < 1e-5
     with pytest.raises(ValueError, match="neither classes nor text"):
         own(guidance_scale=2.0)
-    source, read = sample.TrainedModel(tmp_path / "run").build_model("cpu"), load_flow_model(folder)
+    source, read = TrainedModel(tmp_path / "run").build_model("cpu"), load_flow_model(folder)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([0.3, 0.9])
     with torch.no_grad():
         a, b = (one.field(x, t, torch.full((2,), one.null)) for one in (source, read))

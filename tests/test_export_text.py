@@ -11,7 +11,9 @@ from diffusers import DiffusionPipeline
 from test_text_training import fit
 
 from condot.cli import sample
+from condot.cli.assembly.trained_model import TrainedModel
 from condot.data.encode.command import main as encode
+from condot.models.convert import CUSTOM_CLASSES
 from condot.pipeline.export.load import load_flow_model
 from condot.pipeline.export.runtime.scheduling_flow_ode_v1 import FlowODEScheduler
 from condot.pipeline.flow import ODE_SOLVERS, guide, repeat_condition
@@ -79,7 +81,7 @@ def test_every_text_model_draws_what_the_trainer_draws(tmp_path, shards, case):
             DiffusionPipeline.from_pretrained(run / "export")
     pipe = DiffusionPipeline.from_pretrained(run / "export", trust_remote_code=code)
     pipe.scheduler = FlowODEScheduler.from_config(pipe.scheduler.config, solver="heun")
-    source, noise = sample.TrainedModel(run).build_model("cpu"), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    source, noise = TrainedModel(run).build_model("cpu"), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     for negative in ("", "small circle"):
         theirs = drawn(pipe, noise, guidance_scale=3.0, negative_prompt=negative)
         field = guide(source.field, source.encode_text(PROMPTS), repeat_condition(source.encode_text([negative]), 2), 3.0)
@@ -88,7 +90,7 @@ def test_every_text_model_draws_what_the_trainer_draws(tmp_path, shards, case):
         scale = max(1.0, ours.abs().max().item())
         assert (theirs - ours).abs().max() < 1e-4 * scale
     assert (drawn(pipe, noise.flip(0), guidance_scale=3.0) - theirs).abs().max() > 1e-2 * scale
-    read = load_flow_model(run / "export", own_classes=sample.CUSTOM_CLASSES)
+    read = load_flow_model(run / "export", own_classes=CUSTOM_CLASSES)
     point, t = torch.randn(2, 3, 16, 16), torch.tensor([0.1, 0.8])
     with torch.no_grad():
         told, untold = (

@@ -9,6 +9,7 @@ from conftest import fit
 from diffusers import DiTPipeline, DiTTransformer2DModel
 
 from condot.cli import sample
+from condot.cli.assembly.trained_model import TrainedModel
 from condot.models import registry
 from condot.models.convert import to_diffusers
 from condot.pipeline.config.model import DiTConfig, MMDiTConfig, UNetConfig, build_model_kwargs
@@ -107,7 +108,7 @@ def test_a_recipe_trains_resumes_and_exports_both_outputs(joint, digits, tmp_pat
     assert list((joint / "samples").glob("*.png"))
     words = ("--flow.objective=joint",)
     assert fit(digits, tmp_path / "again", *words, "--train.max_steps=8") == 0 and fit(digits, tmp_path / "again", *words) == 0
-    whole, again = (sample.TrainedModel(folder) for folder in (joint, tmp_path / "again"))
+    whole, again = (TrainedModel(folder) for folder in (joint, tmp_path / "again"))
     for name, value in whole.network.state_dict().items():
         assert torch.equal(value, again.network.state_dict()[name]), name
     stock = DiTTransformer2DModel.from_pretrained(joint / "export" / "transformer")
@@ -121,7 +122,7 @@ def test_a_recipe_trains_resumes_and_exports_both_outputs(joint, digits, tmp_pat
 @pytest.mark.parametrize("solver", ["heun", "exponential"])
 def test_a_folder_read_back_draws_what_its_run_draws(joint, solver):
     """Velocity and score come back with the factor of the export undone: the ODE and the SDE by the learned score."""
-    run, folder = sample.TrainedModel(joint).build_model("cpu"), load_flow_model(joint / "export")
+    run, folder = TrainedModel(joint).build_model("cpu"), load_flow_model(joint / "export")
     labels, sampler = torch.tensor([0, 3, 7]), Sampler(solver, 6)
     mine, its = (generate(source, labels, sampler, seed=2).images for source in (run, folder))
     torch.testing.assert_close(mine, its, rtol=1e-3, atol=1e-4)

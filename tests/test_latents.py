@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, DiTPipeline
 from PIL import Image
 
 from condot.cli import sample, train
+from condot.cli.assembly.trained_model import TrainedModel
 from condot.core.data_config import DataConfig
 from condot.data.encode import command
 from condot.data.encoders.autoencoder import Autoencoder
@@ -181,7 +182,7 @@ def test_what_reaches_the_loss_is_named_by_seed_step_and_place(parts, tmp_path, 
     assert fit(parts / "images", tmp_path / "run", *words(parts, *FIXED, *more, *told)) == 0
     names = {"shards": (str(parts / "images"),), "autoencoder": str(parts / "vae")}
     stream = stream_of(DataConfig(**names, resolution=32, horizontal_flip=True, workers=0), seed=5, share=Share(batch_size=8))
-    trained, vae, batch_indices = sample.TrainedModel(tmp_path / "run"), Autoencoder(str(parts / "vae")), torch.arange(8)
+    trained, vae, batch_indices = TrainedModel(tmp_path / "run"), Autoencoder(str(parts / "vae")), torch.arange(8)
     for step in range(2):
         batch, (first, second) = next(stream), seen[2 * step : 2 * step + 2]
         moments = vae.moments(to_unit(batch.images))
@@ -313,7 +314,7 @@ def test_stock_diffusers_loads_and_samples_the_export(parts, run):
     pipe = DiTPipeline.from_pretrained(run / "export")
     pipe.set_progress_bar_config(disable=True)
     assert pipe(class_labels=[1], num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0].size == (32, 32)
-    source, trained = load_flow_model(run / "export"), sample.TrainedModel(run).build_model("cpu")
+    source, trained = load_flow_model(run / "export"), TrainedModel(run).build_model("cpu")
     assert source.pixels == trained.pixels == (3, 32, 32) and source.shape == trained.shape == (4, 8, 8)
     x, t, labels = torch.randn(3, 4, 8, 8), torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 1])
     with torch.no_grad():
@@ -369,7 +370,7 @@ def test_a_cache_of_another_autoencoder_is_refused(parts, tmp_path, capsys):
 
 def test_another_autoencoder_neither_decodes_nor_goes_into_an_export(run, tmp_path):
     """One that took the place of the first since: its latents are others."""
-    trained = sample.TrainedModel(run)
+    trained = TrainedModel(run)
     trained.space = replace(trained.space, autoencoder=str(frozen.kl(tmp_path / "vae", seed=1)))
     for act in (
         lambda: trained.build_model("cpu").decode(torch.zeros(1, 4, 8, 8)),

@@ -18,6 +18,7 @@ from PIL import Image, ImageSequence
 from test_methods import gaussian_source
 
 from condot.cli import sample
+from condot.cli.assembly.load_models import load_models
 from condot.core.process import InterruptHandler
 from condot.data.loader.read_samples import read_captions, read_images
 from condot.data.prepare.generated import GeneratedShards
@@ -33,13 +34,6 @@ from condot.pipeline.sampling.requests import ImageRequests, read_requests
 from condot.pipeline.sampling.sampler import Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    """Sampling a folder defers signals; the tests take them back."""
-    yield
-    sample.INTERRUPT.received, sample.INTERRUPT._deferred = None, False
 
 
 def run(capsys, *words):
@@ -98,7 +92,7 @@ def test_an_image_is_the_same_whoever_draws_it(ask, tmp_path, capsys, solver):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("13 images by") == 1 and "process 1 of 2" in done.stderr and "0 of them were there" in done.stdout
     assert close(one, read(tmp_path / "two")) and not hidden(tmp_path)
-    source = sample.load_models(ImagesOptions(pipeline=str(words[1]))).model
+    source = load_models(ImagesOptions(pipeline=str(words[1]))).model
     made = generate(source, torch.arange(13) % 10, Sampler(solver, 3, 2.0), seed=5).images
     assert close(one, {f"{i:06d}.png": np.asarray(tensor_to_pil(image)).astype(int) for i, image in enumerate(made)})
 

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from condot.cli import train
+from condot.cli.dry_run import DRY_RUN_HOOKS
 from condot.core.data_config import DataConfig
 from condot.data.encoders.autoencoder import Autoencoder
 from condot.data.loader.survey import survey
@@ -221,7 +222,7 @@ def test_on_a_gpu_it_is_what_cuda_allocates(name, again, precision):
 def test_caches_made_before_and_after_a_trace_hold_values():
     """A path's table is the same whether a trace came first or not, and a trace leaves no fake tensors in it."""
     config = parse(Config, ["--flow.path=ddpm", "--flow.predict=noise", "--flow.time=discrete", *SHAPE])
-    recipe = ResolvedRecipe(config, train.DRY_RUN_HOOKS, Mistakes())
+    recipe = ResolvedRecipe(config, DRY_RUN_HOOKS, Mistakes())
     step = recipe.build_step(2, recipe.shape)
     found = recipe.hooks.estimate_memory(recipe.build_network, step, "no", "cpu")
     assert isinstance(found, Footprint) and math.isfinite(float(recipe.objective.path(torch.tensor([0.5])).a))
@@ -247,7 +248,7 @@ def test_every_objective_can_be_traced(name):
     """The recipe's own loss is traced, not a stand-in: sliced score matching differentiates twice, and takes more than regression."""
     found = {}
     for which, words in (("plain", UNUSUAL[name][3:]), (name, UNUSUAL[name])):
-        recipe = ResolvedRecipe(parse(Config, [*SHAPE, *words]), train.DRY_RUN_HOOKS, Mistakes())
+        recipe = ResolvedRecipe(parse(Config, [*SHAPE, *words]), DRY_RUN_HOOKS, Mistakes())
         found[which] = recipe.hooks.estimate_memory(recipe.build_network, recipe.build_step(4, recipe.shape), "no", "gpu").peak
         assert not [text for text in recipe.mistakes if "flow" in text]
     if name in ("sliced", "explicit"):
@@ -259,12 +260,12 @@ def test_every_objective_can_be_traced(name):
 def test_adapters_are_all_that_has_gradients_and_moments():
     pytest.importorskip("peft")
     words = [*SHAPE, "--train.lora_rank=2", "--train.lora_alpha=2"]
-    recipe = ResolvedRecipe(parse(Config, words), train.DRY_RUN_HOOKS, Mistakes())
+    recipe = ResolvedRecipe(parse(Config, words), DRY_RUN_HOOKS, Mistakes())
     held = estimate.resident_bytes(recipe.sizes, recipe.config, recipe.world, half=False)
     layers = 2 * (2 * (32 + 96) + 2 * (32 + 32))  # of two blocks: qkv and out, each a matrix in and one back
     assert held["gradients"] == 4 * layers and held["optimiser"] == 8 * layers
     assert held["weights"] == 4 * (
-        estimate.count_numbers(ResolvedRecipe(parse(Config, [*SHAPE]), train.DRY_RUN_HOOKS, Mistakes()).sizes.weights) + layers
+        estimate.count_numbers(ResolvedRecipe(parse(Config, [*SHAPE]), DRY_RUN_HOOKS, Mistakes()).sizes.weights) + layers
     )
 
 
@@ -327,7 +328,7 @@ def test_a_checkpoint_is_as_large_as_foretold(trained):
     """All tensors of a run's checkpoint, byte for byte; its files are larger by their headers."""
     folder = CheckpointManager(trained, 1).latest()
     config = parse(Config, ["--config", str(trained / "config.yaml")])
-    estimated = estimate.checkpoint_bytes(ResolvedRecipe(config, train.DRY_RUN_HOOKS, Mistakes()).sizes, config)
+    estimated = estimate.checkpoint_bytes(ResolvedRecipe(config, DRY_RUN_HOOKS, Mistakes()).sizes, config)
     assert estimated == sum(tensor.nbytes for tensor in load_tensors(folder).values())
 
 
@@ -456,14 +457,14 @@ def test_every_mistake_is_named_once(digits, capsys):
 def test_each_mistake_alone_is_the_only_one(key, digits, tmp_path):
     flow = ["--flow.path=ve", "--flow.predict=score", "--flow.objective=sliced"] if key.startswith("model") else []
     config, found = parse_collecting_errors(Config, [*arguments(digits, tmp_path / "run"), *flow, f"--{key}"], ALIASES)
-    recipe = ResolvedRecipe(config, train.DRY_RUN_HOOKS, Mistakes(found))
+    recipe = ResolvedRecipe(config, DRY_RUN_HOOKS, Mistakes(found))
     recipe.check_start()
     assert len(recipe.mistakes) == 1 and WRONG[key] in recipe.mistakes[0]
 
 
 def test_both_beginnings_are_one_too_many(tmp_path):
     config = parse(Config, [f"--init_from={tmp_path}", f"--checkpoint.start_from={tmp_path}", f"--output_dir={tmp_path / 'run'}"])
-    recipe = ResolvedRecipe(config, train.DRY_RUN_HOOKS, Mistakes())
+    recipe = ResolvedRecipe(config, DRY_RUN_HOOKS, Mistakes())
     recipe.check_start()
     assert any("give one of them" in text for text in recipe.mistakes)
 
@@ -475,7 +476,7 @@ def test_a_launcher_against_the_recipe_is_a_mistake(digits, tmp_path, monkeypatc
         monkeypatch.setenv(f"ACCELERATE_{name}", value)
     monkeypatch.setenv("FSDP_VERSION", "1")
     config = parse(Config, [*arguments(digits, tmp_path / "run"), "--train.mixed_precision=bf16", "--train.sharding=none"], ALIASES)
-    recipe = ResolvedRecipe(config, train.DRY_RUN_HOOKS, Mistakes())
+    recipe = ResolvedRecipe(config, DRY_RUN_HOOKS, Mistakes())
     recipe.check_start()
     words = ("MIXED_PRECISION=fp16 and", "STEPS=4 and", "FSDP_VERSION=1:", "sharding=none: leave one out")
     assert [sum(word in text for text in recipe.mistakes) for word in words] == [1, 1, 1, 1] and len(recipe.mistakes) == 4
@@ -484,11 +485,11 @@ def test_a_launcher_against_the_recipe_is_a_mistake(digits, tmp_path, monkeypatc
 def test_what_this_machine_lacks_is_a_note_and_no_mistake(digits, tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     words = ["--train.mixed_precision=fp8", "--log.report_to", "none"]
-    recipe = ResolvedRecipe(parse(Config, [*arguments(digits, tmp_path / "run"), *words], ALIASES), train.DRY_RUN_HOOKS, Mistakes())
+    recipe = ResolvedRecipe(parse(Config, [*arguments(digits, tmp_path / "run"), *words], ALIASES), DRY_RUN_HOOKS, Mistakes())
     recipe.check_start()
     assert recipe.mistakes == [] and sum("refused: mixed_precision=fp8 needs a GPU" in text for text in recipe.notes) == 1
     sharded = parse(Config, [*arguments(digits, tmp_path / "run"), *words, "--train.sharding=full"], ALIASES)
-    recipe = ResolvedRecipe(sharded, train.DRY_RUN_HOOKS, Mistakes())
+    recipe = ResolvedRecipe(sharded, DRY_RUN_HOOKS, Mistakes())
     recipe.check_start()
     assert len(recipe.mistakes) == 1 and "fp8 and train.sharding=full" in recipe.mistakes[0]
 
@@ -517,7 +518,7 @@ def test_a_checkpoint_of_another_network_is_a_mistake(trained, digits):
         (["--model.width=64"], ["model.width is 32 there and 64 here"]),
         (["--seed=5"], ["seed is 0 there and 5 here"]),
     ):
-        recipe = ResolvedRecipe(parse(Config, [*words, *more]), train.DRY_RUN_HOOKS, Mistakes())
+        recipe = ResolvedRecipe(parse(Config, [*words, *more]), DRY_RUN_HOOKS, Mistakes())
         assert recipe.check_start().startswith("goes on from")
         assert len(recipe.mistakes) == len(found) and all(text in recipe.mistakes[0] for text in found)
 
@@ -530,7 +531,7 @@ def test_shipped_recipes_lack_nothing_but_data(path, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     config, found = parse_collecting_errors(Config, ["--config", str(path), "--plan.ranks=8"], ALIASES)
-    recipe = ResolvedRecipe(config, train.DRY_RUN_HOOKS, Mistakes(found))
+    recipe = ResolvedRecipe(config, DRY_RUN_HOOKS, Mistakes(found))
     assert recipe.check_start() == "starts afresh" and recipe.model and recipe.sizes.weights
     absent = ("is no folder", "has no config.json", "cannot be had from the Hub", "holds no whole checkpoint")
     assert [text for text in recipe.mistakes if not any(part in text for part in absent)] == []

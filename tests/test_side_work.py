@@ -144,7 +144,7 @@ def test_whatever_a_preview_raises_ends_nothing(digits, undisturbed, tmp_path, m
         seen.append((run.step, run.last_saved_step))
         raise error
 
-    monkeypatch.setattr("train.preview", look)
+    monkeypatch.setattr("condot.cli.assembly.build_run.preview", look)
     assert fit(digits, tmp_path / "run", *PREVIEWS) == 0 and same(tmp_path / "run", undisturbed)
     assert seen == [(4, 4), (8, 8), (12, 12)]
 

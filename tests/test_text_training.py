@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 from conftest import launch
 from shardmaker import make, png
 
-from condot.cli import sample, train
+from condot.cli import retrieve, sample, train
+from condot.cli.assembly.build_run import PREVIEW_CAPTIONS
 from condot.core.data_config import DataConfig
 from condot.data.encode.command import main as encode
 from condot.data.encoders.text import TextEncoder, read_text_encoder
@@ -76,7 +77,6 @@ def words(parts, output, *more, kind="mmdit", cached=True):
 
 def fit(*arguments, **named):
     AcceleratorState._reset_state(True)
-    train.INTERRUPT.received, train.INTERRUPT._deferred = None, False
     return train.main(words(*arguments, **named))
 
 
@@ -186,7 +186,7 @@ def test_the_preview_shows_the_first_captions_of_the_order(parts, tmp_path, monk
     more = ("--seed=3", "--train.max_steps=1", "--log.sample_every=1", "--train.condition_dropout=0.9", "--train.encoder_dropout=0.9")
     assert fit(parts, tmp_path / "run", *more) == 0
     options = DataConfig(shards=(str(parts["shards"]),), resolution=16, workers=0)
-    batch = next(build(options, seed=3, share=Share(batch_size=train.PREVIEW_CAPTIONS), captions=True))
+    batch = next(build(options, seed=3, share=Share(batch_size=PREVIEW_CAPTIONS), captions=True))
     read = TextConditioner(tuple(read_text_encoder(str(name), 12) for name in parts["names"])).read
     for got, captions in zip(shown[0], (batch.captions, [""]), strict=True):
         wanted = read(captions)
@@ -248,7 +248,7 @@ def test_retrieval_pairs_each_caption_with_its_own_image(parts, tmp_path, capsys
     run = tmp_path / "run"
     assert fit(parts, run, "--train.max_steps=1") == 0
     asked = RetrieveOptions(run=str(run), reference=str(parts["shards"]), candidates=12, num_inference_steps=1)
-    real, made, captions, _ = sample.sample_captions(asked)
+    real, made, captions, _ = retrieve.sample_captions(asked)
     whole, _ = read_images(Shards(str(parts["shards"]), "train"), 3, 16)
     numbers = [int((whole - image).abs().flatten(1).sum(1).argmin()) for image in real]
     assert len(set(numbers)) == 12 and made.shape == real.shape
@@ -274,10 +274,10 @@ def test_retrieval_draws_captions_of_the_named_field_and_noise_by_the_seed(parts
     content = [{"__key__": f"{n:02d}", "png": png(n), "txt": "plain", "json": {"title": f"gray {n}"}} for n in range(16)]
     shards = make(tmp_path / "shards", [content[:9], content[9:]])
     assert fit(parts, run, "--train.max_steps=1") == 0
-    seeds, generate = [], sample.generate
-    monkeypatch.setattr(sample, "generate", lambda *given, seed, **more: seeds.append(seed) or generate(*given, seed=seed, **more))
+    seeds, generate = [], retrieve.generate
+    monkeypatch.setattr(retrieve, "generate", lambda *given, seed, **more: seeds.append(seed) or generate(*given, seed=seed, **more))
     asked = RetrieveOptions(run=str(run), reference=str(shards), candidates=8, num_inference_steps=1, caption="json.title")
-    first, again, other = (sample.sample_captions(replace(asked, seed=seed)) for seed in (0, 0, 7))
+    first, again, other = (retrieve.sample_captions(replace(asked, seed=seed)) for seed in (0, 0, 7))
     for real, _, captions, _ in (first, other):
         assert captions == [f"gray {level}" for level in ((real[:, 0, 0, 0] + 1) * 127.5).round().int().tolist()]
     first, again, other = first[2], again[2], other[2]

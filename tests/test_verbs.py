@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from test_methods import gaussian_source
 
-from condot.cli import sample
+from condot.cli import likelihood, retrieve, sample
 from condot.data.loader.read_samples import read_images
 from condot.data.storage.shard_reader import Shards
 from condot.pipeline.flow import num_samples
@@ -204,7 +204,7 @@ def test_images_are_asked_for_as_the_command_says(trained, tmp_path, capsys, ask
 
 def test_likelihood_is_asked_of_the_images_that_the_command_names(trained, digits, capsys, monkeypatch):
     seen = []
-    monkeypatch.setattr(sample, "compute_bits_per_dimension", lambda source, *given, **more: seen.append((*given, more)) or "bits")
+    monkeypatch.setattr(likelihood, "compute_bits_per_dimension", lambda source, *given, **more: seen.append((*given, more)) or "bits")
     words = ["likelihood", "--run", str(trained), "--reference", str(digits), "--num_images", "7"]
     more = ["--split", "train", "--seed", "3", "--batch_size", "4", "--num_inference_steps", "5", "--estimate", "true"]
     more += ["--solver", "rk4", "--tolerance", "1e-4"]
@@ -241,7 +241,7 @@ def test_restoring_is_asked_for_as_the_command_says(trained, tmp_path, capsys, m
 def test_retrieval_looks_samples_up_among_real_images(tmp_path, monkeypatch):
     """On a line: 0.6 and 0.7 are nearest to 1, the second image; the other way round each would be found."""
     real, made = (torch.tensor(places).view(3, 1, 1, 1) for places in ((0.0, 1.0, -1.0), (0.6, 0.7, -1.0)))
-    monkeypatch.setattr(sample, "sample_captions", lambda options: (real, made, ["none", "one", "less"], {}))
+    monkeypatch.setattr(retrieve, "sample_captions", lambda options: (real, made, ["none", "one", "less"], {}))
     assert sample.main(["retrieve", "--output", str(tmp_path / "r.png")]) == 0
     figures = json.loads((tmp_path / "r.json").read_text())
     assert figures["top1"] == pytest.approx(2 / 3) and figures["captions"] == ["none", "one", "less"]
@@ -251,7 +251,7 @@ def test_the_picture_of_retrieval_has_samples_below_their_images(tmp_path, monke
     """Twelve of each, ten a row: the last two of both begin rows of their own, with white behind them."""
     real = (torch.arange(12) / 20 - 1).view(12, 1, 1, 1)
     made = real + 0.9
-    monkeypatch.setattr(sample, "sample_captions", lambda options: (real, made, ["a"] * 12, {}))
+    monkeypatch.setattr(retrieve, "sample_captions", lambda options: (real, made, ["a"] * 12, {}))
     assert sample.main(["retrieve", "--output", str(tmp_path / "r.png")]) == 0
     cells = np.asarray(Image.open(tmp_path / "r.png"))[64::128, 64::128]  # 64 pixels a cell, and as many between two
     above, below = (((half.flatten() + 1) * 127.5).round().numpy() for half in (real, made))

@@ -12,7 +12,7 @@ from condot.models.init_from import init_from_published
 from condot.models.lora import add_lora
 from condot.pipeline.dry_run.resolved_recipe import DryRunHooks
 
-from .open_inputs import check_exportable
+from .assembly.open_inputs import check_exportable
 
 DRY_RUN_HOOKS = DryRunHooks(
     bytes_of=parse_size,

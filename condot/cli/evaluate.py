@@ -17,7 +17,7 @@ from condot.pipeline.evaluation.metrics import EvaluationResult, evaluate
 from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.options import EvaluateOptions
 
-from .load_models import LoadedModel, load_models
+from .assembly.load_models import LoadedModel, load_models
 from .options_command import options_command
 
 

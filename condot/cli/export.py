@@ -7,8 +7,8 @@ from pathlib import Path
 from condot.pipeline.hub.publish import check_repository, publish
 from condot.pipeline.sampling.options import ExportOptions
 
+from .assembly.trained_model import TrainedModel
 from .options_command import options_command
-from .trained_model import TrainedModel
 
 
 def export_run(options: ExportOptions) -> Path:

@@ -11,7 +11,7 @@ from condot.pipeline.sampling.flow_model import check_labels, require_pixel_mode
 from condot.pipeline.sampling.likelihood import compute_bits_per_dimension, is_exact_affordable
 from condot.pipeline.sampling.options import LikelihoodOptions
 
-from .load_models import load_models
+from .assembly.load_models import load_models
 from .options_command import options_command
 
 

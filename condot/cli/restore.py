@@ -13,7 +13,7 @@ from condot.data.loader.stream import to_unit
 from condot.pipeline.sampling.options import RestoreOptions
 from condot.pipeline.sampling.restore import check_restore_options, restore_file
 
-from .load_models import load_models
+from .assembly.load_models import load_models
 from .options_command import options_command
 
 

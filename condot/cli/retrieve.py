@@ -19,7 +19,7 @@ from condot.pipeline.sampling.generate import generate
 from condot.pipeline.sampling.image_grid import make_comparison_grid, save_image
 from condot.pipeline.sampling.options import RetrieveOptions
 
-from .load_models import load_models
+from .assembly.load_models import load_models
 from .options_command import options_command
 
 

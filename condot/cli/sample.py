@@ -17,7 +17,7 @@ from condot.pipeline.sampling.images import generate_image_file, generate_image_
 from condot.pipeline.sampling.options import ImagesOptions
 from condot.pipeline.sampling.requests import read_requests
 
-from .load_models import load_models
+from .assembly.load_models import load_models
 from .options_command import options_command
 
 VERBS = ("evaluate", "retrieve", "export", "likelihood", "restore")

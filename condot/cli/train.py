@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from condot.core.process import report_errors
 from condot.data.loader.build import check_sides
@@ -27,11 +28,11 @@ from condot.pipeline.training.start import start_or_resume
 from condot.pipeline.training.status import Status
 from condot.training_result import TrainingResult
 
-from .build_run import benchmark_precision, build_run
+from .assembly.build_run import benchmark_precision, build_run
+from .assembly.open_inputs import open_inputs
 from .dry_run import DRY_RUN_HOOKS
 from .export import export_run
 from .host import Host, program_host
-from .open_inputs import open_inputs
 
 
 def train(config: Config, host: Host) -> TrainingResult:
@@ -102,6 +103,6 @@ def main(argv: list[str]) -> int:
     return train(parse(Config, argv, ALIASES), program_host()).exit_status
 
 
-def program(argv: list[str]) -> None:
+def program(argv: list[str]) -> NoReturn:
     """Run the command as a program: trackers that hang do not keep the process."""
     exit_process(main(argv))

@@ -38,8 +38,8 @@ from condot.pipeline.training.status import Status
 from condot.pipeline.training.step_stats import StepReducer
 from condot.pipeline.training.watchdog import Watchdog
 
+from ..host import Host
 from .build_networks import build_networks
-from .host import Host
 
 PREVIEW_CAPTIONS = 32
 """Captions that the preview draws."""
