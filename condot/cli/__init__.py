@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from importlib import import_module, metadata
 from typing import NamedTuple, NoReturn
 
+from condot.core.plugins import split_plugin_words
 from condot.core.printable import guard_output
-from condot.core.process import report_errors, restart_with_allocator, take_signals
+from condot.core.process import EXIT_USER_ERROR, report_errors, restart_with_allocator, take_signals
 from condot.core.registry import Registry
 from condot.core.standard_streams import guard_streams
 
@@ -76,29 +77,26 @@ def version() -> str:
 
 def start(name: str, argv: list[str]) -> NoReturn:
     """Run a command as the program that this process is."""
-    words, plugins = take_plugins(argv)
+    words, plugins = _split_plugins(argv)
     _prepare_process(COMMANDS[name])
     _run(name, words, plugins)
 
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """Run the command that the first word names."""
-    words, plugins = take_plugins(sys.argv[1:] if argv is None else argv)
+    words, plugins = _split_plugins(sys.argv[1:] if argv is None else argv)
     name, *rest = words or ["--help"]
     _prepare_process(COMMANDS.get(name))
     _run(name, rest, plugins)
 
 
-def take_plugins(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Return the words without `--plugin FILE ...`, wherever it stands, and the files."""
-    words, plugins = list[str](), list[str]()
-    left: Iterator[str] = iter(argv)
-    for word in left:
-        name, equals, value = word.partition("=")
-        if name == "--plugin":
-            plugins.append(value if equals else next(left, ""))
-        else:
-            words.append(word)
+def _split_plugins(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Return the words without `--plugin FILE`, wherever it stands, and the files; ends the process where no file is named."""
+    try:
+        plugins, words = split_plugin_words(argv)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
     return words, plugins
 
 

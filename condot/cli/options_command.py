@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+from condot.core.plugins import take_plugins
 from condot.core.process import report_errors
 from condot.pipeline.config.parse import parse
 from condot.pipeline.launch.distributed import require_single_process
@@ -25,6 +26,6 @@ def options_command(options: type[Options], act: Callable[[Options], int], singl
     def main(argv: list[str]) -> int:
         if single_process:
             require_single_process(single_process)
-        return act(parse(options, argv))
+        return act(parse(options, take_plugins(argv)))
 
     return main

@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
+from condot.core.plugins import changed_plugins, explain_missing, take_plugins
 from condot.core.process import report_errors
+from condot.core.registry import UnknownKindError
 from condot.data.loader.build import check_sides
 from condot.pipeline.checkpoint.store import CheckpointManager, load_state, select_checkpoint
-from condot.pipeline.config.parse import is_switch_set, parse
+from condot.pipeline.config.parse import is_switch_set, parse, read_word
 from condot.pipeline.config.schema import ALIASES, Config
 from condot.pipeline.dry_run.report import dry_run
 from condot.pipeline.launch import distributed
@@ -65,7 +67,7 @@ def train(config: Config, host: Host) -> TrainingResult:
         run.metadata["changes"] = extend_journal(saved, change)
         check_sides(data.options, space.factor * int(run.network.size_multiple))  # type: ignore[arg-type]
         start_or_resume(run, checkpoint, space)
-        for note in (*change_notes(change, config), data.caption_note):
+        for note in (*changed_plugins(saved.get("plugins")), *change_notes(change, config), data.caption_note):
             run.log.say(note)
 
         host.interrupt.defer()
@@ -98,9 +100,21 @@ def export_at_end(folder: Path) -> Path:
 @report_errors
 def main(argv: list[str]) -> int:
     """Run the command, or its dry run; returns the exit status."""
+    argv = take_plugins(argv)
     if is_switch_set(argv, "dry_run"):
         return dry_run(argv, DRY_RUN_HOOKS)
-    return train(parse(Config, argv, ALIASES), program_host()).exit_status
+    return train(parse_recipe(argv), program_host()).exit_status
+
+
+def parse_recipe(argv: list[str]) -> Config:
+    """Return the recipe of a command line; of a kind that no table has say which plugin it was, where the run records some."""
+    try:
+        return parse(Config, argv, ALIASES)
+    except UnknownKindError:
+        folder = Path(read_word(argv, "output_dir") or Config().output_dir)
+        found = CheckpointManager(folder, 1).latest() if folder.is_dir() else None
+        with explain_missing(load_state(found).get("plugins") if found else None):
+            raise
 
 
 def program(argv: list[str]) -> NoReturn:

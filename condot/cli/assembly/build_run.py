@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from torch import Tensor
 
+from condot.core.plugins import loaded_plugins
 from condot.data.encoders.autoencoder import Autoencoder
 from condot.data.loader.stream import Share, to_unit
 from condot.data.loader.training_data import TrainingData
@@ -80,6 +81,7 @@ def build_run(
     metadata = {
         "config": config_to_mapping(config),
         "class_names": list(names),
+        "plugins": loaded_plugins(),
         "facts": run_facts(config, training_data.images.fingerprint) | said,
         "space": vars(space),
         "precision": accelerator.mixed_precision,

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from condot.core.plugins import explain_missing
 from condot.data.encoders.autoencoder import Autoencoder
 from condot.data.encoders.text import read_text_encoders
 from condot.data.loader.text_conditioner import TextConditioner
@@ -48,7 +49,7 @@ class TrainedModel:
         if found is None:
             raise ValueError(f"run={str(run)!r} holds no whole checkpoint: train first, `condot train --output_dir {run}`.")
         self.run, self.checkpoint, self.state = run, found, load_state(found)
-        with explain_errors(found):
+        with explain_errors(found), explain_missing(self.state.get("plugins")):
             self.config = config_from_mapping(Config, self.state["config"])
             wanted = parse_weight_selection(ema, self.config.ema, self.config.train.batch_size, option)
             self.ema, self.class_names = wanted.name, tuple(self.state["class_names"])
@@ -68,7 +69,7 @@ class TrainedModel:
     def provenance(self) -> Provenance:
         """Return which weights these are."""
         digest = self.lora_digest or hash_tensors(self.network.state_dict())
-        return Provenance.from_run(digest, self.state["step"], self.ema)
+        return Provenance.from_run(digest, self.state["step"], self.ema, self.state.get("plugins"))
 
     def build_model(self, device: torch.device | str) -> FlowModel:
         """Return the network as a field to sample from."""
