@@ -6,7 +6,7 @@ Each is a line of COMMANDS. What it needs is imported when it runs, after signal
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module, metadata
 from typing import NamedTuple, NoReturn
 
