@@ -18,7 +18,8 @@ from condot.pipeline.checkpoint import saving
 from condot.pipeline.checkpoint.store import load_tensors
 from condot.pipeline.config.schema import GuardConfig
 from condot.pipeline.training import loop
-from condot.pipeline.training.guard import Guard, IncidentLog
+from condot.pipeline.training.guard import Guard
+from condot.pipeline.training.incidents import IncidentLog
 from condot.pipeline.training.step_stats import StepReducer, StepStats
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -24,10 +24,9 @@ from .batches import lacks_data, next_batch, require_data_on_all_ranks
 from .callbacks import needs_checked_step, run_callbacks
 from .conditioning import MicroBatch
 from .first_step import prepare_first_step
-from .guard import TrainingDiverged
 from .loss import compute_loss, example_inputs
 from .optimizer import learning_rate, step_unless
-from .rollback import roll_back
+from .rollback import TrainingDiverged, roll_back
 from .run import Run
 from .step_stats import StepStats
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from ..ema.snapshots import remove_later_snapshots
-from .guard import TrainingDiverged
 from .run import Run
+
+
+class TrainingDiverged(Exception):
+    """A run that was led back too often, or could not be."""
 
 
 def roll_back(run: Run, reason: str) -> None:

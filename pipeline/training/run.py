@@ -25,7 +25,8 @@ from ..tracking.meter import Meter
 from ..tracking.run_log import RunLog
 from .best_effort import BestEffort
 from .conditioning import MicroBatch
-from .guard import Guard, IncidentLog
+from .guard import Guard
+from .incidents import IncidentLog
 from .resume_rules import find_differences
 from .status import Status
 from .step_stats import StepReducer

@@ -20,7 +20,7 @@ from ..tracking.run_log import RunLog
 from ..tracking.trackers import attach_trackers
 from .best_effort import BestEffort
 from .callbacks import build_callbacks
-from .guard import IncidentLog
+from .incidents import IncidentLog
 from .resume_rules import write_journal
 from .run import Run
 
