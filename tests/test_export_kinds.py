@@ -67,7 +67,7 @@ def test_every_class_model_draws_what_the_trainer_draws(digits, tmp_path, kind):
     other = pipe([1, 3, 9], num_inference_steps=4, guidance_scale=2.0, latents=noise, output_type="latent").images
     torch.testing.assert_close(other[1:], theirs[1:], rtol=1e-4, atol=1e-4)
     assert not torch.equal(other[0], theirs[0])
-    read, t = load_flow_model(folder, own_classes=sample.CUSTOM_CLASSES), torch.tensor([0.05, 0.5, 0.9])
+    read, t = load_flow_model(folder, own_classes=sample.custom_classes()), torch.tensor([0.05, 0.5, 0.9])
     x = scale_initial_noise(source.path, noise, 0.5)
     with torch.no_grad():
         torch.testing.assert_close(read.field(x, t, y), source.field(x, t, y), atol=1e-4, rtol=1e-4)

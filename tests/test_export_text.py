@@ -88,7 +88,7 @@ def test_every_text_model_draws_what_the_trainer_draws(tmp_path, shards, case):
         scale = max(1.0, ours.abs().max().item())
         assert (theirs - ours).abs().max() < 1e-4 * scale
     assert (drawn(pipe, noise.flip(0), guidance_scale=3.0) - theirs).abs().max() > 1e-2 * scale
-    read = load_flow_model(run / "export", own_classes=sample.CUSTOM_CLASSES)
+    read = load_flow_model(run / "export", own_classes=sample.custom_classes())
     point, t = torch.randn(2, 3, 16, 16), torch.tensor([0.1, 0.8])
     with torch.no_grad():
         told, untold = (

@@ -11,7 +11,10 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 from condot.cli import sample
 from condot.models import registry
 from condot.models.convert import to_diffusers
-from condot.pipeline.config.model import DiTConfig, MMDiTConfig, UNetConfig, build_model_kwargs
+from condot.models.dit.spec import DiTConfig
+from condot.models.mmdit.spec import MMDiTConfig
+from condot.models.unet.spec import UNetConfig
+from condot.pipeline.config.model import build_model_kwargs
 from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.export.load import load_flow_model
 from condot.pipeline.flow import PATHS, JointObjective, widen

@@ -29,7 +29,7 @@ from condot.data.loader.text_conditioner import TextConditioner
 from condot.data.prepare.generated import GeneratedShards
 from condot.data.storage.shard_reader import Shards
 from condot.models import registry
-from condot.models.convert import CUSTOM_CLASSES, has_fixed_size, to_diffusers, unsupported_by_stock
+from condot.models.convert import custom_classes, has_fixed_size, to_diffusers, unsupported_by_stock
 from condot.models.lora import add_lora, merge_lora
 from condot.pipeline.checkpoint.store import CheckpointManager, check_network, explain_errors, load_state
 from condot.pipeline.config.model import build_model_kwargs
@@ -89,7 +89,7 @@ def load_model(pipeline: str, run: str, ema: str, device: torch.device, prefix: 
     if pipeline and ema:
         raise ValueError(f"--{prefix}ema {ema} of --{prefix}pipeline {pipeline}, which holds one set of weights: give --{prefix}run.")
     if pipeline:
-        model, index = load_flow_model(pipeline, device, CUSTOM_CLASSES), read_model_index(Path(pipeline))
+        model, index = load_flow_model(pipeline, device, custom_classes()), read_model_index(Path(pipeline))
         names = index.get("id2label") or dict.fromkeys(map(str, range(model.num_classes)))
         names = tuple(names[key] or key for key in sorted(names, key=int))
         return LoadedModel(model, (Path(pipeline),), names, (partial(read_provenance, Path(pipeline)),))

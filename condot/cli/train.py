@@ -23,7 +23,7 @@ from condot.data.loader.stream import Share, to_unit
 from condot.data.loader.survey import survey
 from condot.data.loader.training_data import TrainingData
 from condot.models import memory, registry
-from condot.models.convert import check_num_classes, unsupported_by_stock
+from condot.models.convert import check_num_classes, check_travels, unsupported_by_stock
 from condot.models.cost import count_params_and_macs, example_inputs, named_blocks
 from condot.models.init_from import init_from_published
 from condot.models.lora import add_lora
@@ -276,6 +276,7 @@ def load_first_weights(config: Config, network: nn.Module) -> tuple[str, ...]:
 def check_exportable(config: Config, space: LatentSpace, num_classes: int, encoders: int) -> None:
     """Raises ValueError for what diffusers could not hold."""
     export_form(config.flow)
+    check_travels(config.model.kind)
     if config.flow.objective == "joint":
         options = build_model_kwargs(config.model, space.shape, num_classes, (8, 8), config.flow.objective)
         check_joint_export(space, config.model.conditioning, unsupported_by_stock(registry.build(device="meta", **options)))

@@ -21,6 +21,7 @@ import tyro
 import yaml
 
 from condot.core.printable import one_line, redacted
+from condot.core.registry import Registry
 
 from .recipe_file import load_recipe
 
@@ -250,7 +251,9 @@ def _join_weighted(words: Arguments) -> Arguments:
 
 
 def _union_members(kind: Any) -> tuple[Any, ...]:
-    """The dataclasses of a union; empty for any other type."""
+    """Return the dataclasses of a union, or of a class with a table of its `kinds`; none of any other type."""
+    if isinstance(table := getattr(kind, "kinds", None), Registry):
+        return tuple(table.values())
     if typing.get_origin(kind) not in (typing.Union, types.UnionType):
         return ()
     return tuple(member for member in typing.get_args(kind) if dataclasses.is_dataclass(member))
