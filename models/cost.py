@@ -18,20 +18,8 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from .common.conditioning import MICRO_CONDITIONS, TextCondition
-from .dit.presets import PRESETS, STYLES
-from .registry import build
-
-LATENTS = {"channels": 4, "resolution": 32}
-"""Images of 256 pixels a side in latents."""
-IMAGENET = {**LATENTS, "num_classes": 1000}
-EXAMPLES: list[tuple[str, str, dict[str, Any]]] = [
-    ("dit S/2", "dit", {**IMAGENET, "preset": "S/2"}),
-    ("dit S/2, modern", "dit", {**IMAGENET, "preset": "S/2", "style": "modern"}),
-    ("cross_dit S/2", "cross_dit", {**LATENTS, "preset": "S/2", "text_width": 384, "pooled_width": 384}),
-    ("mmdit", "mmdit", {**LATENTS, "patch_size": 2, "width": 384, "depth": 12, "heads": 6, "text_width": 384, "pooled_width": 384}),
-    ("unet", "unet", {**IMAGENET, "block_channels": (64, 128, 256), "layers_per_block": 2, "attention_levels": 2, "head_width": 32}),
-]
-"""Title, kind and options of the networks whose activations are tabulated."""
+from .common.presets import IMAGENET
+from .registry import NETWORKS, build, find_spec
 
 
 def example_inputs(
@@ -95,6 +83,12 @@ def named_blocks(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         inside.append(f"{name}.")
 
 
+def stages(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the blocks that compute activations one after another, of any network; lists of embeddings are none."""
+    spec = find_spec(network)
+    return [(name, block) for name, block in named_blocks(network) if spec is None or spec.is_stage(name)]
+
+
 @torch.no_grad()
 def activation_rms(network: nn.Module, *arguments: Any) -> dict[str, float]:
     """Root mean square of what each block gives and, where it has them, its attention and its feed-forward net; '' is the output.
@@ -114,7 +108,7 @@ def activation_rms(network: nn.Module, *arguments: Any) -> dict[str, float]:
 
         return hook
 
-    blocks = [(name, module) for name, module in named_blocks(network) if not name.startswith("conditions")]
+    blocks = stages(network)
     branches = [
         (f"{name}.{part}", child)
         for name, block in blocks
@@ -136,20 +130,24 @@ def _tensor(output: Any) -> Tensor:
 
 
 def _presets() -> Iterator[str]:
-    """The table of presets in both styles, in Markdown."""
-    yield "| preset | width | blocks | heads | `dit`: parameters | multiply-adds | `modern`: parameters | multiply-adds |"
-    yield "|---|--:|--:|--:|--:|--:|--:|--:|"
-    for preset, sizes in PRESETS.items():
-        cells = [preset, *(str(sizes[name]) for name in ("width", "depth", "heads"))]
-        for style in STYLES:
-            parameters, products = count_params_and_macs(build("dit", device="meta", preset=preset, style=style, **IMAGENET), (4, 32, 32))
-            cells += [f"{parameters / 1e6:.2f} M", f"{products / 1e9:.2f} G"]
-        yield f"| {' | '.join(cells)} |"
+    """Yield the table of presets of each kind that has styles, in every style, in Markdown."""
+    for spec in (spec for spec in NETWORKS.values() if spec.styles):
+        columns = " | ".join(f"`{style}`: parameters | multiply-adds" for style in spec.styles)
+        yield f"| preset | width | blocks | heads | {columns} |"
+        yield f"|---|{'--:|' * (3 + 2 * len(spec.styles))}"
+        for preset, sizes in spec.presets.items():
+            cells = [preset, *(str(sizes[name]) for name in ("width", "depth", "heads"))]
+            for style in spec.styles:
+                network = build(spec.kind, device="meta", preset=preset, style=style, **IMAGENET)
+                parameters, products = count_params_and_macs(network, (4, 32, 32))
+                cells += [f"{parameters / 1e6:.2f} M", f"{products / 1e9:.2f} G"]
+            yield f"| {' | '.join(cells)} |"
 
 
 def _activations() -> Iterator[str]:
-    """The tables of activations at the start, one a kind, in Markdown."""
-    for title, kind, options in EXAMPLES:
+    """Yield the tables of activations at the start, in Markdown."""
+    rows = [(spec.kind, title, dict(options)) for spec in NETWORKS.values() for title, options in spec.tabulated]
+    for kind, title, options in rows:
         network = build(kind, seed=0, **options)
         torch.manual_seed(0)
         text = {"text_width": options.get("text_width", 0), "pooled_width": options.get("pooled_width", 0)}

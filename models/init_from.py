@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .convert import from_stock
-from .cross_dit.convert import cross_dit_options
-from .cross_dit.model import CrossDiT
-from .dit.convert import dit_from_original
-from .dit.model import DiT
-from .dit.presets import SIZES
-from .mmdit.convert import mmdit_options
-from .mmdit.model import MMDiT
-from .published import ORIGINAL, PublishedWeights, build_stock, check_tensors, load_published
-from .unet.convert import unet_options
-from .unet.model import UNet
+from .common.spec import FROM_DATA, CheckpointForm, NetworkSpec, PublishedWeights, StockForm
+from .convert import from_stock, stock_classes, stock_form_of
+from .published import ORIGINAL, build_stock, check_tensors, load_published
+from .registry import NETWORKS, find_spec, spec_of
 
-KIND_NAMES = {DiT: "dit", MMDiT: "mmdit", CrossDiT: "cross_dit", UNet: "unet"}
 CLASS_TABLES = ("classes.weight", "class_embedding.weight")
 OPTIONAL_PREFIXES = ("sizes.", "net.add_embedding.")
 """What a network may have beyond the published one: it begins without a say."""
@@ -30,11 +21,6 @@ DATA = {
     "text_width": "of a token of data.text_encoder",
     "pooled_width": "of its pooled text",
 }
-STOCK_FLOWS = {
-    "SD3Transformer2DModel": ("condot", "velocity"), "UNet2DConditionModel": ("ddpm_scaled_linear", "noise"),
-}  # fmt: skip
-ORIGINAL_FLOWS = {"sit": ("condot", "velocity"), "original": ("ddpm", "noise")}
-"""The same of checkpoints of SiT's and DiT's own code."""
 PATH_OF_SCHEDULE = {"linear": "ddpm", "scaled_linear": "ddpm_scaled_linear", "squaredcos_cap_v2": "ddpm_cosine"}
 PREDICTION_OF_TYPE = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
 
@@ -48,10 +34,12 @@ class RecipeRequirements(NamedTuple):
     """What the data must be: channels, resolution and, with text, its widths."""
     flow: dict[str, str]
     """`path` and `predict` of the section `flow` that the weights were trained with; empty where they do not say."""
+    more: str = ""
+    """What the recipe has to say besides, where they do not."""
 
     def __str__(self) -> str:
         said = " ".join(f"model.{name}={_format_value(value)}" for name, value in self.model.items())
-        return said if self.flow else f"{said} model.clock=original for DiT's or sit for SiT's (the file does not say whose it is)"
+        return f"{said} {self.more}".rstrip()
 
 
 class InitReport(NamedTuple):
@@ -64,11 +52,6 @@ class InitReport(NamedTuple):
     """What was not taken as it is, one line each."""
 
 
-def recipe_of(name: str) -> RecipeRequirements:
-    """The recipe that published weights need; arguments and errors as of `load_published`."""
-    return _requirements_of(load_published(name))
-
-
 def init_from_published(name: str, network: nn.Module, factor: float | None = None) -> InitReport:
     """Begin a network with published weights.
 
@@ -78,7 +61,7 @@ def init_from_published(name: str, network: nn.Module, factor: float | None = No
 
     Args:
         name: as of `load_published`.
-        network: a DiT, MMDiT, CrossDiT or UNet, with values, not sharded yet.
+        network: of the kind that the weights are of, with values, not sharded yet.
         factor: on the output layer; None for -1 where the weights predict a flow's velocity, which in diffusers
             points from data to noise, and 1 elsewhere. Checkpoints of the original SiT point as ours do.
 
@@ -87,16 +70,17 @@ def init_from_published(name: str, network: nn.Module, factor: float | None = No
             misshapen, and the fields of the recipe with which they would.
     """
     found = load_published(name)
-    required = _requirements_of(found)
-    kind = next((word for known, word in KIND_NAMES.items() if isinstance(network, known)), type(network).__name__)
+    required, own_spec = requirements_of(found), find_spec(network)
+    kind = own_spec.kind if own_spec else type(network).__name__
     remedy = f"They fit with {required}; {', '.join(f'{value} {DATA[key]}' for key, value in required.data.items() if key in DATA)}."
     if kind != required.model["kind"]:
         raise ValueError(f"init_from={name!r} holds a {found.kind}, which is no model.kind={kind}. {remedy}")
     state, notes = _convert_tensors(found, required, network, factor)
     if found.variant:
         notes.append(f"the full weights are not there, and those of the variant {found.variant} are taken")
-    if not required.flow:
-        notes.append(f"the file does not say whether it is DiT's or SiT's: it is read as model.clock={network.clock}, as the recipe has it")
+    checkpoint = NETWORKS[kind].checkpoint
+    if not required.flow and checkpoint:
+        notes.append(checkpoint.assumed(network))
     own = network.state_dict()
     state, more = _fit_class_tables(state, own)
     fresh = sorted(key for key in own.keys() - state.keys() if key.startswith(OPTIONAL_PREFIXES))
@@ -105,107 +89,78 @@ def init_from_published(name: str, network: nn.Module, factor: float | None = No
     check_tensors(
         name, f"this model.kind={kind}", state | {key: own[key] for key in fresh}, {key: v.shape for key, v in own.items()}, remedy
     )
-    _check_options(name, required, network, remedy)
+    _check_options(found, required, network, remedy)
     if network.resolution != required.data["resolution"]:
         more.append(f"the weights were trained at a resolution of {required.data['resolution']}, which is {network.resolution} here")
     network.load_state_dict(state, strict=False)
     return InitReport(required, len(state), (*notes, *more))
 
 
-def _requirements_of(found: PublishedWeights) -> RecipeRequirements:
-    facts: dict[str, Any]
+def requirements_of(found: PublishedWeights) -> RecipeRequirements:
+    """Return the recipe that published weights need.
+
+    Raises:
+        ValueError: weights that no network of ours can hold.
+    """
     if found.kind == ORIGINAL:
-        facts = _original_options(found)
-        return _build_requirements("dit", facts, ORIGINAL_FLOWS.get(found.clock))
-    config = found.config
-    flow = _trained_flow(found)
-    if found.kind == "DiTTransformer2DModel":
-        facts = {
-            "channels": config["in_channels"], "resolution": config["sample_size"], "patch_size": config["patch_size"],
-            "width": config["num_attention_heads"] * config["attention_head_dim"], "depth": config["num_layers"],
-            "heads": config["num_attention_heads"], "clock": "diffusers", "own_conditions": True if _is_untied(found.state) else None,
-        }  # fmt: skip
-        return _build_requirements("dit", facts, flow)
-    if found.kind == "SD3Transformer2DModel":
-        return _build_requirements("mmdit", mmdit_options(config, found.state), flow)
-    if found.kind == "PixArtTransformer2DModel":
-        facts = cross_dit_options(config)
-        del facts["pooled_width"]
-        return _build_requirements("cross_dit", facts, flow)
-    return _build_requirements("unet", _unet_options(config, found.kind == "UNet2DConditionModel"), flow)
+        spec, checkpoint = _checkpoint_form(found)
+        flow = checkpoint.flows.get(checkpoint.origin(found.arguments))
+        return _build_requirements(spec.kind, checkpoint.options(found), flow, "" if flow else checkpoint.unknown)
+    spec, form = _stock_form(found)
+    return _build_requirements(spec.kind, form.options(found), _trained_flow(found, form))
 
 
-def _unet_options(config: Mapping[str, Any], text: bool) -> dict[str, Any]:
-    """The options of a UNet that its weights decide, said in the plainest way."""
-    facts = unet_options(config, text)
-    facts.pop("num_classes", None)
-    levels, where = len(facts["block_channels"]), facts["attention_at"]
-    coarsest = where == tuple(range(levels - len(where), levels))
-    facts["attention_at" if coarsest else "attention_levels"] = None
-    if facts["layout"] == "plain":
-        facts["layout"] = None
-    if not facts.get("micro_conditions"):
-        facts |= {"pooled_width": None, "micro_conditions": None}
-    return {key: value for key, value in facts.items() if value is not None}
+def _checkpoint_form(found: PublishedWeights) -> tuple[NetworkSpec, CheckpointForm]:
+    """Return whose network's an original checkpoint is, by the tensors it holds."""
+    forms = [(spec, spec.checkpoint) for spec in NETWORKS.values() if spec.checkpoint]
+    absent = {form.title: [key for key in form.tensors if key not in found.state] for _, form in forms}
+    for spec, form in forms:
+        if not absent[form.title]:
+            return spec, form
+    lacking = ", nor of ".join(f"{title}: it lacks {', '.join(keys)}" for title, keys in absent.items())
+    raise ValueError(
+        f"init_from={found.name!r} is no checkpoint of {lacking}. For weights of diffusers give the folder with their config.json."
+    )
 
 
-def _is_untied(state: Mapping[str, Tensor]) -> bool:
-    """Whether the blocks of a stock DiT embed time and class differently."""
-    first = "transformer_blocks.0."
-    parts = [key.removeprefix(first) for key in state if key.startswith(f"{first}norm1.emb.")]
-    depth = sum(key.endswith(".attn1.to_q.weight") for key in state)
-    return any(not torch.equal(state[f"transformer_blocks.{i}.{part}"], state[first + part]) for part in parts for i in range(1, depth))
+def _stock_form(found: PublishedWeights) -> tuple[NetworkSpec, StockForm]:
+    held = stock_form_of(stock_classes()[found.kind])
+    assert held, found.kind
+    return held
 
 
-def _build_requirements(kind: str, facts: dict[str, Any], flow: tuple[str, str] | None) -> RecipeRequirements:
-    data: dict[str, int] = {key: facts.pop(key) for key in ("channels", "resolution", "text_width", "pooled_width") if key in facts}
+def _build_requirements(kind: str, facts: dict[str, Any], flow: tuple[str, str] | None, more: str = "") -> RecipeRequirements:
+    data: dict[str, int] = {key: facts.pop(key) for key in FROM_DATA if key in facts}
     model = {"kind": kind, **{key: value for key, value in facts.items() if value is not None}}
-    return RecipeRequirements(model, data, {"path": flow[0], "predict": flow[1]} if flow else {})
+    return RecipeRequirements(model, data, {"path": flow[0], "predict": flow[1]} if flow else {}, more)
 
 
-def _trained_flow(found: PublishedWeights) -> tuple[str, str]:
-    """Path and prediction, as the scheduler beside the weights says, or as is usual for the class."""
+def _trained_flow(found: PublishedWeights, form: StockForm) -> tuple[str, str]:
+    """Return path and prediction, as the scheduler beside the weights says, or as is usual for the class."""
     facts = found.scheduler
     if facts.get("prediction_type") == "flow_prediction" or "FlowMatch" in str(facts.get("_class_name")):
         return "condot", "velocity"
-    path, predict = STOCK_FLOWS.get(found.kind, ("ddpm", "noise"))
-    return PATH_OF_SCHEDULE.get(str(facts.get("beta_schedule")), path), PREDICTION_OF_TYPE.get(str(facts.get("prediction_type")), predict)
-
-
-def _original_options(found: PublishedWeights) -> dict[str, Any]:
-    """Return sizes of an original checkpoint, as far as they can be read off; DiT's and SiT's tensors are alike."""
-    state = found.state
-    absent = [key for key in ("x_embedder.proj.weight", "pos_embed") if key not in state]
-    if absent or state["x_embedder.proj.weight"].ndim != 4 or state["pos_embed"].ndim != 3:
-        raise ValueError(
-            f"init_from={found.name!r} is no checkpoint of DiT or SiT: it lacks {', '.join(absent) or 'their shapes'}. "
-            f"For weights of diffusers give the folder with their config.json."
-        )
-    width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    heads = {sizes["width"]: sizes["heads"] for sizes in SIZES.values()}
-    return {
-        "channels": channels, "resolution": math.isqrt(state["pos_embed"].shape[1]) * patch_size, "patch_size": patch_size, "width": width,
-        "depth": sum(key.endswith(".attn.qkv.weight") for key in state), "heads": heads.get(width),
-        "clock": found.clock or None,
-    }  # fmt: skip
+    path, predict = form.classes[stock_classes()[found.kind]]
+    return (
+        PATH_OF_SCHEDULE.get(str(facts.get("beta_schedule")), path),
+        PREDICTION_OF_TYPE.get(str(facts.get("prediction_type")), predict),
+    )
 
 
 def _convert_tensors(
     found: PublishedWeights, required: RecipeRequirements, network: nn.Module, factor: float | None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The published tensors under our names, and what is to be said of them."""
-    twice = 2 * required.data["channels"]
+    """Return the published tensors under our names, and what is to be said of them."""
     if found.kind == ORIGINAL:
-        heads = required.model.get("heads") or int(network.blocks[0].attention.heads)  # type: ignore[index, union-attr]  # a ModuleList of blocks
-        ours: nn.Module = dit_from_original(found.state, clock=network.clock, heads=heads)  # type: ignore[arg-type]
-        variances = len(found.state["final_layer.linear.weight"]) == twice * required.model["patch_size"] ** 2
+        ours, variances = _checkpoint_form(found)[1].load(found, required.model, network)
     else:
         with torch.device("meta"):
             stock = build_stock(found.kind, found.config)
         stock.load_state_dict(found.state, assign=True)
         sign = -1.0 if required.flow["predict"] == "velocity" else 1.0
         ours = from_stock(stock, sign if factor is None else factor)
-        variances = found.config.get("out_channels") == twice and found.kind in ("DiTTransformer2DModel", "PixArtTransformer2DModel")
+        twice = found.config.get("out_channels") == 2 * required.data["channels"]
+        variances = twice and _stock_form(found)[1].predicts_variances
     return ours.state_dict(), ["the variances that the weights also predict are left out"] if variances else []
 
 
@@ -224,36 +179,15 @@ def _fit_class_tables(state: dict[str, Tensor], own: Mapping[str, Tensor]) -> tu
     return state, notes[:1]
 
 
-def _check_options(name: str, required: RecipeRequirements, network: nn.Module, remedy: str) -> None:
+def _check_options(found: PublishedWeights, required: RecipeRequirements, network: nn.Module, remedy: str) -> None:
     """Raises ValueError for what no shape shows: heads, clocks, positions, details of the U-Net."""
-    want = dict(required.model)
-    have: dict[str, Any]
-    if isinstance(network, UNet):
-        have = _unet_options(network.net.config, network.conditioning == "text")
-        have = {key: have.get(key) for key in {**have, **want} if key not in (*DATA, "resolution", "kind", "micro_conditions")}
-    elif isinstance(network, DiT):
-        have = {"heads": network.enter.out_features // network.head_width, "clock": network.clock, "rope": network.rope}
-        have |= {"rms_norm": network.rms_norm, "positions": "sincos" if network.fixed_positions else "none"}
-        want = {"rope": False, "rms_norm": False, "positions": "sincos", "heads": have["heads"], **want}
-        embedding = want.setdefault("clock", network.clock if network.clock in ORIGINAL_FLOWS else "original or sit")
-        if (embedding, network.clock) == ("diffusers", "original"):
-            want["clock"] = network.clock  # stock copies of the original do not tell how time was embedded
-    elif isinstance(network, MMDiT):
-        have = {"heads": network.blocks[0].image.heads.heads, "position_grid": network.positions.grid}  # type: ignore[union-attr]
-        if network.positions.grid:
-            tokens = required.data["resolution"] // want["patch_size"]
-            have["position_line"] = network.positions.line
-            want.setdefault("position_line", (0.0, tokens / max(want["position_grid"], 1)))
-    else:
-        have = {"heads": network.blocks[0].cross.heads}  # type: ignore[union-attr, index]
-        if network.resolution == required.data["resolution"]:
-            have["interpolation_scale"] = network.interpolation_scale
-            want.setdefault("interpolation_scale", max(required.data["resolution"] // 64, 1))
+    form = spec_of(network).stock
+    have, want = form.hidden_options(network, required.model, required.data) if form else ({}, {})
     other = [
         f"model.{key}={_format_value(value)} for {_format_value(want.get(key))}" for key, value in have.items() if value != want.get(key)
     ]
     if other:
-        raise ValueError(f"init_from={name!r} does not fit: {', '.join(other)}, which no tensor's shape shows. {remedy}")
+        raise ValueError(f"init_from={found.name!r} does not fit: {', '.join(other)}, which no tensor's shape shows. {remedy}")
 
 
 def _format_value(value: object) -> str:

@@ -7,40 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from .cross_dit.model import CrossDiT
-from .dit.model import DiT
-from .mmdit.model import MMDiT
-from .unet.model import UNet
-
-LoraTarget = Literal["attention", "feed_forward", "modulation"]
-LORA_TARGETS: dict[type[nn.Module], dict[LoraTarget, str]] = {
-    DiT: {
-        "attention": r"blocks\.\d+\.attention\.(qkv|out)",
-        "feed_forward": r"blocks\.\d+\.feed_forward\.(enter|leave)",
-        "modulation": r"(blocks\.\d+\.|shared_)?modulation",
-    },
-    MMDiT: {
-        "attention": r"blocks\.\d+\.((image|text)\.(heads\.linear|out)|own\.linear|own_out)",
-        "feed_forward": r"blocks\.\d+\.(image|text)\.feed_forward\.(enter|leave)",
-        "modulation": r"(blocks\.\d+\.(image|text)\.)?modulation",
-    },
-    CrossDiT: {
-        "attention": r"blocks\.\d+\.(attention\.(qkv|out)|cross\.(q|kv|out))",
-        "feed_forward": r"blocks\.\d+\.feed_forward\.(enter|leave)",
-        "modulation": r"modulation",
-    },
-    UNet: {
-        "attention": r"net\..*\.(to_q|to_k|to_v|to_out\.0)",
-        "feed_forward": r"net\..*\.ff\.net\.(0\.proj|2)",
-        "modulation": r"net\..*\.time_emb_proj",
-    },
-}
-"""The linear maps of each kind that adapters may stand beside, by their names. A map whose parts are joined has one adapter of the rank."""
+from .common.spec import LoraTarget
+from .registry import NETWORKS, find_spec
 
 
 def add_lora(network: nn.Module, rank: int, alpha: float, targets: tuple[LoraTarget, ...] = ("attention",), seed: int = 0) -> int:
@@ -49,10 +22,10 @@ def add_lora(network: nn.Module, rank: int, alpha: float, targets: tuple[LoraTar
     Weights are loaded before (their names change), merged by `merge_lora` before conversion.
 
     Args:
-        network: a DiT, MMDiT, CrossDiT or UNet.
+        network: of a kind that takes adapters.
         rank: of each adapter, at least 1.
         alpha: what an adapter adds counts alpha / rank times.
-        targets: which layers; see LORA_TARGETS.
+        targets: which layers; see `NetworkSpec.lora_targets`.
         seed: of the adapters' first halves; the second halves begin at zero.
 
     Returns:
@@ -62,9 +35,11 @@ def add_lora(network: nn.Module, rank: int, alpha: float, targets: tuple[LoraTar
         ValueError: another class, no such layers, a rank below 1, adapters already there, or peft not installed.
     """
     peft = _import_peft()
-    layers = next((groups for kind, groups in LORA_TARGETS.items() if isinstance(network, kind)), None)
-    if layers is None:
-        raise ValueError(f"{type(network).__name__} takes no LoRA: {', '.join(kind.__name__ for kind in LORA_TARGETS)} do.")
+    spec = find_spec(network)
+    if spec is None or not spec.lora_targets:
+        known = ", ".join(one.network.__name__ for one in NETWORKS.values() if one.lora_targets)
+        raise ValueError(f"{type(network).__name__} takes no LoRA: {known} do.")
+    layers = spec.lora_targets
     if rank < 1 or alpha <= 0:
         raise ValueError(f"LoRA of rank {rank} and alpha {alpha}: both are positive. Use 16 and 16.")
     unknown = [group for group in targets if group not in layers]

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from .common import kernels
-from .cost import named_blocks
+from .cost import stages
 
 DeviceKind = Literal["cpu", "gpu"]
 Step = Callable[[Callable[..., Tensor], nn.Module], Tensor]
@@ -268,7 +268,7 @@ def inference_cost(network: nn.Module, call: Callable[[nn.Module], Any]) -> tupl
 
 def fsdp_units(network: nn.Module) -> list[list[tuple[int, ...]]]:
     """The shapes of the weights that FSDP2 gathers together: of each block, and last of all that stands in none."""
-    blocks = [module for name, module in named_blocks(network) if not name.startswith("conditions")]
+    blocks = [module for _, module in stages(network)]
     inside = {id(weight) for block in blocks for weight in block.parameters()}
     rest = [tuple(weight.shape) for weight in network.parameters() if id(weight) not in inside]
     return [*([tuple(weight.shape) for weight in block.parameters()] for block in blocks), rest]

@@ -9,22 +9,19 @@ import pickle
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-STOCK_CLASSES: dict[str, type[nn.Module]] = {
-    kind.__name__: kind
-    for kind in (DiTTransformer2DModel, SD3Transformer2DModel, PixArtTransformer2DModel, UNet2DModel, UNet2DConditionModel)
-}
-LEGACY_CLASSES = {"ada_norm_zero": "DiTTransformer2DModel", "ada_norm_single": "PixArtTransformer2DModel"}
-"""What diffusers called Transformer2DModel, by its norm_type: so are the published DiT and PixArt-alpha."""
+from .common.spec import PublishedWeights
+from .convert import stock_classes
+from .registry import NETWORKS
+
 ORIGINAL = "original"
-"""Stands for the class of a checkpoint of DiT's or SiT's own code."""
+"""Stands for the class of a checkpoint that the authors' own code wrote."""
 SUBFOLDERS = ("transformer", "unet")
 CHECKPOINT_SUFFIXES = (".pt", ".pth", ".safetensors")
 COPY_AGAIN = "Copy the weights again."
@@ -39,23 +36,6 @@ STATE_KEYS = ("ema", "model", "state_dict")
 """Where a checkpoint keeps its weights; the average is what was published figures were measured with."""
 
 
-class PublishedWeights(NamedTuple):
-    """Published weights, on the CPU, in float32."""
-
-    name: str
-    kind: str
-    """A key of STOCK_CLASSES, or ORIGINAL."""
-    config: Mapping[str, Any]
-    """Complete, of the stock class; empty for an original."""
-    state: Mapping[str, Tensor]
-    scheduler: Mapping[str, Any]
-    """The configuration of the scheduler beside them; empty where there is none."""
-    variant: str = ""
-    """Such as fp16, where the full weights are not there."""
-    clock: str = ""
-    """Of an original, `sit` or `original` as its training arguments say; "" where it holds none."""
-
-
 def load_published(name: str) -> PublishedWeights:
     """Locate and read weights.
 
@@ -68,8 +48,8 @@ def load_published(name: str) -> PublishedWeights:
     """
     path = Path(name)
     if path.suffix in CHECKPOINT_SUFFIXES and path.is_file():
-        weights, clock = _read_checkpoint(path)
-        return PublishedWeights(name, ORIGINAL, {}, _to_float32(weights), {}, clock=clock)
+        weights, arguments = _read_checkpoint(path)
+        return PublishedWeights(name, ORIGINAL, {}, _to_float32(weights), {}, arguments=arguments)
     folder = _network_folder(path) if path.is_dir() else _network_folder(_download(name))
     try:
         config = dict(json.loads((folder / "config.json").read_text()))
@@ -78,10 +58,12 @@ def load_published(name: str) -> PublishedWeights:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"init_from={name!r}: the configuration cannot be read ({error}). Copy the weights again.") from error
     kind = str(config.get("_class_name", "none"))
-    kind = LEGACY_CLASSES.get(str(config.get("norm_type")), kind) if kind == "Transformer2DModel" else kind
-    if kind not in STOCK_CLASSES:
+    if kind == "Transformer2DModel":
+        kind = _legacy_classes().get(str(config.get("norm_type")), kind)
+    if kind not in stock_classes():
+        files = " and ".join(spec.checkpoint.title.replace(" or ", " and ") for spec in NETWORKS.values() if spec.checkpoint)
         raise ValueError(
-            f"init_from={name!r} holds a {kind}: ours can hold {', '.join(STOCK_CLASSES)}, and files of the original DiT and SiT."
+            f"init_from={name!r} holds a {kind}: ours can hold {', '.join(stock_classes())}, and files of the original {files}."
         )
     variant, files = _weight_files(folder)
     state = _to_float32({key: value for file in files for key, value in _read_file(file).items()})
@@ -97,6 +79,12 @@ def load_published(name: str) -> PublishedWeights:
     return PublishedWeights(name, kind, dict(stock.config), state, scheduler, variant)  # type: ignore[arg-type]
 
 
+def _legacy_classes() -> dict[str, str]:
+    """Return what diffusers called Transformer2DModel, by its norm_type: so are the published DiT and PixArt-alpha."""
+    forms = [spec.stock for spec in NETWORKS.values() if spec.stock and spec.stock.legacy_norm]
+    return {form.legacy_norm: next(iter(form.classes)).__name__ for form in forms}
+
+
 def _check_layers(name: str, config: Mapping[str, Any], tensors: int) -> None:
     """Raises ValueError for more layers than there are tensors: they would be built before anything shows that they do not fit."""
     for key in ("num_layers", "layers_per_block", "num_single_layers", "transformer_layers_per_block"):
@@ -107,8 +95,9 @@ def _check_layers(name: str, config: Mapping[str, Any], tensors: int) -> None:
 
 def build_stock(kind: str, config: Mapping[str, Any]) -> nn.Module:
     """A network of the stock class; what a configuration says beside its arguments is left aside."""
-    known = inspect.signature(STOCK_CLASSES[kind].__init__).parameters
-    return STOCK_CLASSES[kind](**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known})
+    cls = stock_classes()[kind]
+    known = inspect.signature(cls.__init__).parameters
+    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known})
 
 
 def check_tensors(
@@ -219,10 +208,10 @@ def _read_file(file: Path) -> dict[str, Any]:
         ) from error
 
 
-def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
-    """Return the weights in a checkpoint, the average where there is one, without what wrappers put before their names; and their clock."""
+def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], Any]:
+    """Return the weights in a checkpoint and its training arguments; the average where there is one, without wrappers' prefixes."""
     held = _read_file(file)
-    clock = _clock(held.get("args"))
+    arguments = held.get("args")
     for key in STATE_KEYS:
         if isinstance(held.get(key), Mapping):
             held = dict(held[key])
@@ -234,11 +223,4 @@ def _read_checkpoint(file: Path) -> tuple[dict[str, Tensor], str]:
             f"init_from={str(file)!r} holds no weights under {', '.join(STATE_KEYS)} or by themselves ({_few(other) or 'it is empty'}). "
             f"Save the state dict alone."
         )
-    return state, clock
-
-
-def _clock(args: Any) -> str:
-    """Whose training arguments these are: SiT's name a path, and both name their model, `SiT-XL/2` or `DiT-XL/2`."""
-    said = vars(args) if isinstance(args, argparse.Namespace) else {}
-    model = str(said.get("model", ""))
-    return "sit" if "path_type" in said or model.startswith("SiT") else "original" if model.startswith("DiT") else ""
+    return state, arguments

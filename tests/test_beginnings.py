@@ -16,9 +16,9 @@ from condot.core.data_config import DataConfig
 from condot.data.loader.training_data import TrainingData
 from condot.models import registry
 from condot.models.convert import from_stock
+from condot.models.dit.spec import DiTConfig
 from condot.models.lora import add_lora
 from condot.pipeline.checkpoint.store import load_state, load_tensors
-from condot.pipeline.config.model import DiTConfig
 from condot.pipeline.config.schema import Config, LogConfig, TrainConfig
 from condot.pipeline.latent_space import LatentSpace
 from condot.pipeline.launch import distributed, precision
@@ -200,20 +200,17 @@ def test_recipe_and_constructors_know_the_same_fields():
     """What the section `model` says of a kind is what its constructor takes, with the same defaults where both have one."""
     import inspect
     from dataclasses import fields
-    from typing import get_args
-
-    from condot.models.dit.presets import PRESETS
-    from condot.pipeline.config.model import ModelConfig
 
     of_data = {"channels", "resolution", "num_classes", "text_width", "pooled_width", "outputs"}  # and of the objective
-    for section in get_args(ModelConfig):
-        said = {item.name: item.default for item in fields(section)}
-        taken = inspect.signature(registry.KINDS[said.pop("kind")].__init__).parameters
-        presets = set() if "preset" not in said else {"preset", "style", *next(iter(PRESETS.values()))} & said.keys()
-        assert said.keys() - {"preset", "style"} == taken.keys() - of_data - {"self"}, section
+    for kind, spec in registry.NETWORKS.items():
+        said = {item.name: item.default for item in fields(spec.config)}
+        taken = inspect.signature(spec.network.__init__).parameters
+        assert said.pop("kind") == kind
+        presets = {"preset", "style", *next(iter(spec.presets.values()), {})} & said.keys() if spec.presets else set()
+        assert said.keys() - {"preset", "style"} == taken.keys() - of_data - {"self"}, kind
         for name, value in said.items():
             if name not in presets and value is not None and taken[name].default is not inspect.Parameter.empty:
-                assert value == taken[name].default, (section, name)
+                assert value == taken[name].default, (kind, name)
     assert PREVIEW_CAPTIONS == 32
 
 

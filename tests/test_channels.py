@@ -36,7 +36,11 @@ from condot.data.storage.shard_reader import Shards
 from condot.models import registry
 from condot.models.convert import to_diffusers
 from condot.models.cost import example_inputs
-from condot.pipeline.config.model import CrossDiTConfig, DiTConfig, MMDiTConfig, UNetConfig, build_model_kwargs
+from condot.models.cross_dit.spec import CrossDiTConfig
+from condot.models.dit.spec import DiTConfig
+from condot.models.mmdit.spec import MMDiTConfig
+from condot.models.unet.spec import UNetConfig
+from condot.pipeline.config.model import build_model_kwargs
 from condot.pipeline.config.parse import config_from_mapping as fill_config
 from condot.pipeline.config.parse import config_to_mapping
 from condot.pipeline.config.schema import Config, FlowConfig

@@ -10,7 +10,8 @@ from condot.models import registry
 from condot.models.common.conditioning import sinusoidal_embedding
 from condot.models.common.layers import sincos_positions
 from condot.models.convert import to_stock
-from condot.models.dit.convert import dit_from_original, dit_from_stock
+from condot.models.dit.convert import dit_from_stock
+from condot.models.dit.original import dit_from_original
 
 STOCK = {
     "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "num_layers": 3, "sample_size": 8, "patch_size": 2,

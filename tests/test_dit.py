@@ -8,8 +8,9 @@ import torch
 
 from condot.models import registry
 from condot.models.common.layers import RMSNorm, SwiGLU, apply_rotary, resize_positions, rotary_tables
+from condot.models.common.presets import PRESETS
 from condot.models.cost import activation_rms, count_params_and_macs, example_inputs, named_blocks
-from condot.models.dit.presets import PRESETS, resolve_options
+from condot.models.registry import NETWORKS
 
 SIZE = {"kind": "dit", "channels": 3, "resolution": 8, "num_classes": 5, "patch_size": 2, "width": 32, "depth": 3, "heads": 4}
 OPTIONS = [
@@ -68,7 +69,7 @@ def test_every_option_is_its_formula(options, shape):
     model = shaken(**options)
     x, t, labels, *sizes = batch(model, *shape)
     output = model(x, t, labels, *sizes)
-    known = {**resolve_options("dit", options), "heads": 4, "patch_size": 2, "depth": 3}
+    known = {**NETWORKS["dit"].resolve_options(options), "heads": 4, "patch_size": 2, "depth": 3}
     for i in range(3):
         reference = plain_dit.ours(model.state_dict(), x[i], t[i], labels[i], sizes[0][i] if sizes else None, **known)
         assert (output[i] - reference).abs().max() < 1e-6 * reference.abs().max(), i
@@ -219,11 +220,11 @@ def test_costs_are_the_closed_form_wherever_the_network_lies():
 
 
 def test_presets_are_what_they_say_and_explicit_fields_win():
-    assert resolve_options("dit", {"preset": "XL/2", "style": "modern", "heads": 18, "rope": False, "width": None}) == {
+    assert NETWORKS["dit"].resolve_options({"preset": "XL/2", "style": "modern", "heads": 18, "rope": False, "width": None}) == {
         "patch_size": 2, "width": 1152, "depth": 28, "heads": 18, "qk_norm": True, "rope": False, "swiglu": True, "rms_norm": True,
     }  # fmt: skip
-    assert resolve_options("dit", {}) == PRESETS["S/2"] == resolve_options("cross_dit", {"preset": "S/2"})
-    assert resolve_options("unet", {"preset": None}) == {"preset": None}
+    assert NETWORKS["dit"].resolve_options({}) == PRESETS["S/2"] == NETWORKS["cross_dit"].resolve_options({"preset": "S/2"})
+    assert NETWORKS["unet"].resolve_options({"preset": None}) == {"preset": None}
     assert len(PRESETS) == 16
     with pytest.raises(ValueError, match=r"model.preset='M/2' is unknown: choose one of S/1, S/2.*XL/8"):
         registry.build("dit", preset="M/2", channels=4, resolution=32, num_classes=10)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from condot.cli import sample
 from condot.cli.assembly.trained_model import TrainedModel
 from condot.data.prepare.command import main as prepare
-from condot.models.convert import CUSTOM_CLASSES
+from condot.models.convert import custom_classes
 from condot.pipeline.config.schema import EmaConfig
 from condot.pipeline.ema.weight_selection import parse_weight_selection
 from condot.pipeline.export.load import load_flow_model
@@ -69,7 +69,7 @@ def test_every_class_model_draws_what_the_trainer_draws(digits, tmp_path, kind):
     other = pipe([1, 3, 9], num_inference_steps=4, guidance_scale=2.0, latents=noise, output_type="latent").images
     torch.testing.assert_close(other[1:], theirs[1:], rtol=1e-4, atol=1e-4)
     assert not torch.equal(other[0], theirs[0])
-    read, t = load_flow_model(folder, own_classes=CUSTOM_CLASSES), torch.tensor([0.05, 0.5, 0.9])
+    read, t = load_flow_model(folder, own_classes=custom_classes()), torch.tensor([0.05, 0.5, 0.9])
     x = scale_initial_noise(source.path, noise, 0.5)
     with torch.no_grad():
         torch.testing.assert_close(read.field(x, t, y), source.field(x, t, y), atol=1e-4, rtol=1e-4)

@@ -13,7 +13,7 @@ from test_text_training import fit
 from condot.cli import sample
 from condot.cli.assembly.trained_model import TrainedModel
 from condot.data.encode.command import main as encode
-from condot.models.convert import CUSTOM_CLASSES
+from condot.models.convert import custom_classes
 from condot.pipeline.export.load import load_flow_model
 from condot.pipeline.export.runtime.scheduling_flow_ode_v1 import FlowODEScheduler
 from condot.pipeline.flow import ODE_SOLVERS, guide, repeat_condition
@@ -90,7 +90,7 @@ def test_every_text_model_draws_what_the_trainer_draws(tmp_path, shards, case):
         scale = max(1.0, ours.abs().max().item())
         assert (theirs - ours).abs().max() < 1e-4 * scale
     assert (drawn(pipe, noise.flip(0), guidance_scale=3.0) - theirs).abs().max() > 1e-2 * scale
-    read = load_flow_model(run / "export", own_classes=CUSTOM_CLASSES)
+    read = load_flow_model(run / "export", own_classes=custom_classes())
     point, t = torch.randn(2, 3, 16, 16), torch.tensor([0.1, 0.8])
     with torch.no_grad():
         told, untold = (

@@ -8,7 +8,7 @@ import torch
 from conftest import launch
 
 from condot.models import registry
-from condot.models.common.init import initialise, register_init_rule
+from condot.models.common.init import initialise
 
 SIZE = {"channels": 3, "resolution": 8, "num_classes": 5, "patch_size": 2, "width": 48, "depth": 2, "heads": 4}
 MODERN = {**SIZE, "style": "modern", "registers": 3, "positions": "learned", "shared_modulation": True, "micro_conditions": True}
@@ -77,13 +77,10 @@ class Line(torch.nn.Module):
             setattr(self, name, torch.nn.Linear(5, 7))
 
 
-register_init_rule(Line)(lambda name: "torch")
-
-
 def test_the_order_of_modules_does_not_matter():
     first, second = Line("a", "b"), Line("b", "a")
     for network in (first, second):
-        initialise(network, 0)
+        initialise(network, lambda name: "torch", 0)
     assert all(torch.equal(value, second.state_dict()[name]) for name, value in first.state_dict().items())
     assert not torch.equal(first.a.weight, first.b.weight)
 
@@ -140,9 +137,8 @@ def test_torchs_rule_is_torchs():
             self.linear, self.norm = torch.nn.Linear(400, 300), torch.nn.GroupNorm(2, 6)
             self.convolution, self.table = torch.nn.Conv2d(16, 64, 3), torch.nn.Embedding(200, 50)
 
-    register_init_rule(Layers)(lambda name: "torch")
     layers = Layers()
-    initialise(layers, 0)
+    initialise(layers, lambda name: "torch", 0)
     for layer, fan in ((layers.linear, 400), (layers.convolution, 144)):
         bound = 1 / fan**0.5
         assert 0.98 * bound < layer.weight.abs().max() <= bound and 0.9 * bound < layer.bias.abs().max() <= bound

@@ -12,7 +12,10 @@ from condot.cli import sample
 from condot.cli.assembly.trained_model import TrainedModel
 from condot.models import registry
 from condot.models.convert import to_diffusers
-from condot.pipeline.config.model import DiTConfig, MMDiTConfig, UNetConfig, build_model_kwargs
+from condot.models.dit.spec import DiTConfig
+from condot.models.mmdit.spec import MMDiTConfig
+from condot.models.unet.spec import UNetConfig
+from condot.pipeline.config.model import build_model_kwargs
 from condot.pipeline.config.objective import TrainingObjective
 from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.export.load import load_flow_model

@@ -17,7 +17,8 @@ from conftest import ROOT
 from torch.distributed import TCPStore
 
 from condot.core.process import available_cpus
-from condot.pipeline.config.schema import Config, DiTConfig, GuardConfig, TrainConfig
+from condot.models.dit.spec import DiTConfig
+from condot.pipeline.config.schema import Config, GuardConfig, TrainConfig
 from condot.pipeline.launch import distributed, launcher_env, rendezvous
 
 ACCELERATE = ROOT / "configs" / "accelerate"

@@ -9,7 +9,7 @@ from torch import nn
 
 from condot.models import registry
 from condot.models.convert import to_stock
-from condot.models.lora import LORA_TARGETS, add_lora, merge_lora
+from condot.models.lora import add_lora, merge_lora
 
 KINDS = {
     "dit": {"kind": "dit", "num_classes": 5, "patch_size": 2, "width": 48, "depth": 2, "heads": 4},
@@ -139,4 +139,4 @@ def test_without_peft_the_error_says_what_to_install(monkeypatch):
 
 
 def test_every_kind_has_its_table():
-    assert set(LORA_TARGETS) == set(registry.KINDS.values())
+    assert all(spec.lora_targets for spec in registry.NETWORKS.values())

@@ -17,8 +17,8 @@ from stocks import inputs, shake
 
 from condot.models import registry
 from condot.models.common.conditioning import to_timestep
-from condot.models.common.diffusers_inputs import text_of, time_of
-from condot.models.convert import CUSTOM_CLASSES, custom_code_file, from_diffusers, to_diffusers, to_stock, unsupported_by_stock
+from condot.models.common.diffusers_inputs import text_condition, time_from_timestep
+from condot.models.convert import custom_classes, custom_code_file, from_diffusers, to_diffusers, to_stock, unsupported_by_stock
 from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.export.bundle import ALLOWED_PACKAGES, bundle_module
 from condot.pipeline.export.identity_autoencoder import identity_autoencoder
@@ -87,7 +87,7 @@ def test_what_no_stock_class_holds_is_ours_behind_diffusers_interface(name, rect
     scale = expected.abs().max()
     assert unsupported_by_stock(ours, masked=True)
     exported = to_diffusers(ours, -1.0, masked=True)
-    assert type(exported) is CUSTOM_CLASSES[type(exported).__name__] and exported.config.out_channels == exported.config.in_channels == 3
+    assert type(exported) is custom_classes()[type(exported).__name__] and exported.config.out_channels == exported.config.in_channels == 3
     assert (exported(**words).sample + expected).abs().max() <= 1e-6 * scale, "the factor changes signs alone"
     assert torch.equal(exported(**words, return_dict=False)[0], exported(**words).sample)
     third = to_diffusers(ours, 1 / 3, masked=True)
@@ -135,17 +135,17 @@ def test_whether_a_stock_class_holds_it_is_said_with_the_reason():
         (
             MODERN,
             False,
-            CUSTOM_CLASSES["CondotDiT"],
+            custom_classes()["CondotDiT"],
             "model.qk_norm, model.rope, model.swiglu, model.rms_norm: diffusers' DiTTransformer2DModel has no",
         ),
-        (MMDIT, True, CUSTOM_CLASSES["CondotMMDiT"], "captions with masked padding: SD3Transformer2DModel has no attention mask"),
+        (MMDIT, True, custom_classes()["CondotMMDiT"], "captions with masked padding: SD3Transformer2DModel has no attention mask"),
         (
             {**MMDIT, "micro_conditions": True},
             False,
-            CUSTOM_CLASSES["CondotMMDiT"],
+            custom_classes()["CondotMMDiT"],
             "model.micro_conditions=True: SD3Transformer2DModel has no place",
         ),
-        ({**CROSS, "qk_norm": True}, True, CUSTOM_CLASSES["CondotCrossDiT"], "model.qk_norm=True: PixArtTransformer2DModel has no place"),
+        ({**CROSS, "qk_norm": True}, True, custom_classes()["CondotCrossDiT"], "model.qk_norm=True: PixArtTransformer2DModel has no place"),
     ]
     for options, masked, kind, reason in cases:
         ours = registry.build(**options, seed=0)
@@ -174,10 +174,10 @@ def test_a_network_on_meta_is_converted_without_values():
 def test_timesteps_reach_the_network_exactly():
     """Relative error of 1000 (1 - t) below 1e-9, down to a thousandth of a step: a timestep that goes through float32 errs 6e-5."""
     steps = torch.cat([torch.arange(1, 1001), torch.logspace(-3, 3, 500, dtype=torch.float64)])
-    told = to_timestep(time_of(steps, torch.empty(len(steps), 1)))
+    told = to_timestep(time_from_timestep(steps, torch.empty(len(steps), 1)))
     assert ((told - steps) / steps).abs().max() < 1e-9
-    assert to_timestep(time_of(0, torch.empty(1))) == 0
-    assert time_of(750.3, torch.empty(3, 1)).tolist() == pytest.approx([0.2497] * 3, abs=1e-15)
+    assert to_timestep(time_from_timestep(0, torch.empty(1))) == 0
+    assert time_from_timestep(750.3, torch.empty(3, 1)).tolist() == pytest.approx([0.2497] * 3, abs=1e-15)
 
 
 @pytest.mark.parametrize("name", ["everything", "original clock", "mmdit", "cross_dit, qk_norm"])
@@ -245,12 +245,12 @@ def test_wrong_calls_are_refused():
         cross(x, 500, text.states, added_cond_kwargs={"resolution": torch.ones(4, 2)})
     with pytest.raises(ValueError, match=r"\(4, 5\) for \(4, 6\) tokens"):
         cross(x, 500, text.states, text.mask[:, :5])
-    for kind in CUSTOM_CLASSES.values():
+    for kind in custom_classes().values():
         with pytest.raises(ValueError, match="out_channels=8: as many as in_channels=4"):
             kind(in_channels=4, out_channels=8)
     with pytest.raises(ValueError, match="micro_conditions takes"):
         to_diffusers(network("micro-conditions"), -1.0)(x, 500)
-    assert text_of(text.states, None, None, 3).pooled.shape == (4, 3)
+    assert text_condition(text.states, None, None, 3).pooled.shape == (4, 3)
 
 
 # --- as files
@@ -351,13 +351,13 @@ def test_the_file_that_travels_imports_nothing_of_ours(path, tmp_path):
 def test_names_of_files_carry_a_version_and_are_no_pipelines_of_diffusers():
     import diffusers.pipelines
 
-    for name, kind in CUSTOM_CLASSES.items():
+    for name, kind in custom_classes().items():
         path = ROOT / f"{kind.__module__.removeprefix('condot.').replace('.', '/')}.py"
         assert path.is_file() and path.stem.rpartition("_v")[2].isdigit() and not hasattr(diffusers.pipelines, path.stem)
         assert f"class {name}(" in path.read_text()
         with torch.device("meta"):
             assert kind().config.out_channels == kind().config.in_channels, "stock pipelines compare them"
-    assert len({kind.__module__ for kind in CUSTOM_CLASSES.values()}) == len(CUSTOM_CLASSES), "one class a file"
+    assert len({kind.__module__ for kind in custom_classes().values()}) == len(custom_classes()), "one class a file"
 
 
 def write_export(folder, name, seed=0):
@@ -441,7 +441,7 @@ def test_a_folder_is_read_back_without_its_code(tmp_path):
     """By the class of its name here; the file in the folder is not looked at."""
     write_export(tmp_path, *TRAVELLERS["mmdit"])
     (tmp_path / "transformer/modeling_mmdit_v1.py").write_text("raise RuntimeError('executed')\n")
-    kind = CUSTOM_CLASSES[json.loads((tmp_path / "transformer/config.json").read_text())["_class_name"]]
+    kind = custom_classes()[json.loads((tmp_path / "transformer/config.json").read_text())["_class_name"]]
     ours = from_diffusers(kind.from_pretrained(tmp_path / "transformer", use_safetensors=True, local_files_only=True), -1.0)
     answer = load_file(tmp_path / "asked.safetensors")["answer"]
     with torch.no_grad():

@@ -7,7 +7,8 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_em
 from condot.models import registry
 from condot.models.common.conditioning import FREQUENCY_CHANNELS, sinusoidal_embedding, to_timestep
 from condot.models.common.layers import patchify, sincos_positions, unpatchify
-from condot.models.convert import STOCK_NULL, dit_from_stock, to_stock
+from condot.models.convert import STOCK_NULL, to_stock
+from condot.models.dit.convert import dit_from_stock
 from condot.models.dit.model import DiT
 
 DIT = {"kind": "dit", "channels": 3, "resolution": 12, "num_classes": 7, "patch_size": 2, "width": 48, "depth": 3, "heads": 4}

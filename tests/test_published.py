@@ -13,14 +13,19 @@ from stocks import STOCK, setting, shake, stock_network, stock_output
 from condot.models import registry
 from condot.models.common.layers import sincos_positions
 from condot.models.convert import to_stock
-from condot.models.dit.convert import _original_names
-from condot.models.init_from import init_from_published, recipe_of
+from condot.models.dit.original import _original_names
+from condot.models.init_from import init_from_published, requirements_of
 from condot.models.published import _choose_files, load_published
 
 DIT = {
     "num_attention_heads": 4, "attention_head_dim": 12, "in_channels": 3, "num_layers": 2, "sample_size": 8, "patch_size": 2,
     "num_embeds_ada_norm": 9, "norm_eps": 1e-6,
 }  # fmt: skip
+
+
+def required_by(name):
+    """What a recipe has to say for the weights that this names."""
+    return requirements_of(load_published(name))
 
 
 def saved(tmp_path, name):
@@ -58,9 +63,9 @@ X, T, LABELS = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(2
 @pytest.mark.parametrize("name", STOCK)
 @torch.no_grad()
 def test_the_named_recipe_takes_the_weights(tmp_path, name):
-    """A network built as recipe_of says gives the published output, times the sign of the flow."""
+    """A network built as its requirements say gives the published output, times the sign of the flow."""
     stock, folder = saved(tmp_path, name)
-    required = recipe_of(folder)
+    required = required_by(folder)
     network = network_of(required, **({"num_classes": 5} if name == "unet" else {}))
     report = init_from_published(folder, network)
     sign = -1 if name.startswith("sd3") else 1
@@ -79,7 +84,7 @@ def test_the_named_recipe_takes_the_weights(tmp_path, name):
 @torch.no_grad()
 def test_a_published_dit(dit):
     stock, folder = dit
-    required = recipe_of(str(folder))
+    required = required_by(str(folder))
     assert str(required) == "model.kind=dit model.patch_size=2 model.width=48 model.depth=2 model.heads=4 model.clock=diffusers"
     network = network_of(required, num_classes=9)
     assert init_from_published(str(folder), network).notes == ("the variances that the weights also predict are left out",)
@@ -94,7 +99,7 @@ def test_a_published_dit(dit):
 @torch.no_grad()
 def test_other_classes_begin_afresh_and_null_stays(dit):
     stock, folder = dit
-    network = network_of(recipe_of(str(folder)), num_classes=4)
+    network = network_of(required_by(str(folder)), num_classes=4)
     first = network.classes.weight[:4].clone()
     report = init_from_published(str(folder), network)
     assert "4 classes begin afresh in place of the weights' 9; the null class is theirs" in report.notes
@@ -111,7 +116,7 @@ def test_what_we_exported_comes_back(tmp_path):
     to_stock(ours, -1.0).save_pretrained(tmp_path / "transformer")
     FlowMatchEulerDiscreteScheduler().save_pretrained(tmp_path / "scheduler")
     (tmp_path / "model_index.json").write_text("{}")
-    required = recipe_of(str(tmp_path))
+    required = required_by(str(tmp_path))
     assert required.flow == {"path": "condot", "predict": "velocity"}
     network = network_of(required, num_classes=5)
     report = init_from_published(str(tmp_path), network)
@@ -124,7 +129,7 @@ def test_what_we_exported_comes_back(tmp_path):
 def test_untied_blocks_need_their_own_conditions(tmp_path):
     torch.manual_seed(0)
     DiTTransformer2DModel(**DIT).save_pretrained(tmp_path)
-    required = recipe_of(str(tmp_path))
+    required = required_by(str(tmp_path))
     assert required.model["own_conditions"]
     init_from_published(str(tmp_path), network_of(required, num_classes=9))
     with pytest.raises(ValueError, match=r"5 missing \(classes.weight.*10 unexpected .*model.own_conditions=true"):
@@ -157,7 +162,7 @@ def test_original_checkpoints(tmp_path, form):
         torch.save({"model": other, "ema": theirs, "opt": {"lr": 1e-4}, "args": args}, path)
     else:
         torch.save({"state_dict": {f"module.{k}": v for k, v in theirs.items()}, "epoch": 3}, path)
-    required = recipe_of(str(path))
+    required = required_by(str(path))
     clock = {"ema-of-the-other.pt": "sit", "named.pt": "original"}.get(form)
     assert required.model == {"kind": "dit", "patch_size": 2, "width": 48, "depth": 2} | ({"clock": clock} if clock else {})
     assert required.data == {"channels": 3, "resolution": 8}
@@ -187,13 +192,13 @@ def test_a_pickle_is_never_executed(tmp_path, capsys):
     path = tmp_path / "bad.pt"
     torch.save({"ema": original()[0], "hook": Trap()}, path)
     with pytest.raises(ValueError, match=r"bad.pt holds more than tensors, which would have to be executed"):
-        recipe_of(str(path))
+        required_by(str(path))
     assert "executed" not in capsys.readouterr().out
 
 
 def test_weights_that_do_not_fit_are_listed(dit):
     _, folder = dit
-    required = recipe_of(str(folder))
+    required = required_by(str(folder))
     with pytest.raises(ValueError) as said:
         init_from_published(str(folder), network_of(required, num_classes=9, depth=3, width=96, qk_norm=True))
     text = str(said.value)
@@ -218,7 +223,7 @@ def test_weights_that_do_not_fit_are_listed(dit):
 ])  # fmt: skip
 def test_what_does_not_fit_is_told(tmp_path, name, change, says):
     _, folder = saved(tmp_path, name)
-    required = recipe_of(folder)
+    required = required_by(folder)
     with pytest.raises(ValueError, match=says):
         init_from_published(folder, network_of(required, **{**({"num_classes": 5} if name == "unet" else {}), **change}))
 
@@ -237,7 +242,7 @@ def test_micro_conditions_may_be_added(tmp_path):
     """Sizes begin without a say, so the output is still the published one."""
     for name in ("sd3, qk-norm", "pixart", "unet, text"):
         stock, folder = saved(tmp_path / name, name)
-        network = network_of(recipe_of(folder), micro_conditions=True)
+        network = network_of(required_by(folder), micro_conditions=True)
         report = init_from_published(folder, network)
         assert any("know no micro-conditions" in note for note in report.notes)
         given = setting(stock)
@@ -247,7 +252,7 @@ def test_micro_conditions_may_be_added(tmp_path):
 
 def test_another_resolution_is_told(dit):
     _, folder = dit
-    report = init_from_published(str(folder), network_of(recipe_of(str(folder)), num_classes=9, resolution=16))
+    report = init_from_published(str(folder), network_of(required_by(str(folder)), num_classes=9, resolution=16))
     assert "the weights were trained at a resolution of 8, which is 16 here" in report.notes
 
 
@@ -258,21 +263,21 @@ def test_damaged_folders(tmp_path, dit):
     del state["proj_out_2.bias"]
     save_file({**state, "more": torch.zeros(1)}, weights)
     with pytest.raises(ValueError, match=r"its own DiTTransformer2DModel: 1 missing \(proj_out_2.bias\), 1 unexpected \(more\)"):
-        recipe_of(str(folder))
+        required_by(str(folder))
     weights.write_bytes(b"x" * 100)
     with pytest.raises(ValueError, match="cannot be read"):
-        recipe_of(str(folder))
+        required_by(str(folder))
     weights.unlink()
     with pytest.raises(ValueError, match=r"holds no diffusion_pytorch_model\.safetensors"):
-        recipe_of(str(folder))
+        required_by(str(folder))
     (folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="configuration cannot be read"):
-        recipe_of(str(folder))
+        required_by(str(folder))
     (folder / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))
     with pytest.raises(ValueError, match="holds a FluxTransformer2DModel: ours can hold DiT"):
-        recipe_of(str(folder))
+        required_by(str(folder))
     with pytest.raises(ValueError, match="no such folder or file"):
-        recipe_of(str(tmp_path / "nothing"))
+        required_by(str(tmp_path / "nothing"))
 
 
 @pytest.mark.parametrize("form", ["sharded", "bin", "half", "legacy"])
@@ -290,7 +295,7 @@ def test_forms_of_folders(tmp_path, dit, form):
         (other / "config.json").write_text(
             json.dumps({**config, "_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero", "old": 1})
         )
-    network = network_of(recipe_of(str(other)), num_classes=9)
+    network = network_of(required_by(str(other)), num_classes=9)
     init_from_published(str(other), network)
     assert all(p.dtype == torch.float32 for p in network.parameters())
     assert (network(X, T, LABELS) - dit_output(stock, X, T, LABELS)).abs().max() < (3e-2 if form == "half" else 1e-5)
@@ -308,12 +313,12 @@ def test_a_hub_id_is_downloaded_sparingly(monkeypatch, tmp_path, dit):
     files = ["model_index.json", "transformer/config.json", "transformer/diffusion_pytorch_model.safetensors", "vae/config.json"]
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name: files)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: asked.update(more, name=name) or str(pipeline))
-    assert recipe_of("somebody/dit").model["width"] == 48
+    assert required_by("somebody/dit").model["width"] == 48
     assert asked["name"] == "somebody/dit"
     weights = "transformer/diffusion_pytorch_model.safetensors"
     assert asked["allow_patterns"] == ["transformer/config.json", weights, "scheduler/scheduler_config.json"]
     files[2:3] = ["transformer/diffusion_pytorch_model.fp16.safetensors", "transformer/diffusion_pytorch_model.bf16.safetensors"]
-    recipe_of("somebody/dit")
+    required_by("somebody/dit")
     assert asked["allow_patterns"][1:-1] == [files[2]], "where there is no other, a variant"
 
     def unreachable(*args, **more):
@@ -324,7 +329,7 @@ def test_a_hub_id_is_downloaded_sparingly(monkeypatch, tmp_path, dit):
     with pytest.raises(
         ValueError, match=r"init_from='somebody/dit' is no folder or file here and cannot be had from the Hub \(no network\)"
     ):
-        recipe_of("somebody/dit")
+        required_by("somebody/dit")
 
 
 @pytest.mark.parametrize("shards", [False, True])
@@ -346,7 +351,7 @@ def test_a_folder_of_a_variant_alone(tmp_path, safe, shards):
     expected = half.state_dict()
     assert found.variant == "fp16" and found.state.keys() == expected.keys()
     assert all(value.dtype == torch.float32 and torch.equal(value, expected[key].float()) for key, value in found.state.items())
-    report = init_from_published(str(tmp_path), network_of(recipe_of(str(tmp_path)), num_classes=9))
+    report = init_from_published(str(tmp_path), network_of(required_by(str(tmp_path)), num_classes=9))
     assert "the full weights are not there, and those of the variant fp16 are taken" in report.notes
     stock.save_pretrained(tmp_path, safe_serialization=False)
     whole = load_published(str(tmp_path))

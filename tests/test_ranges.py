@@ -15,7 +15,7 @@ from condot.pipeline.config.schema import ALIASES, Config
 from condot.pipeline.sampling import options
 
 SECTIONS = {name: hint for name, hint in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(hint)}
-RECIPE = [("", Config)] + [(f"{name}.", cls) for name, cls in SECTIONS.items()] + [("model.", cls) for cls in typing.get_args(ModelConfig)]
+RECIPE = [("", Config)] + [(f"{name}.", cls) for name, cls in SECTIONS.items()] + [("model.", cls) for cls in ModelConfig.kinds.values()]
 VERBS = [("--", cls) for cls in vars(options).values() if dataclasses.is_dataclass(cls) and cls.__module__ == options.__name__]
 
 

@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from condot.pipeline.config.model import DiTConfig, UNetConfig
+from condot.models.dit.spec import DiTConfig
+from condot.models.unet.spec import UNetConfig
 from condot.pipeline.config.parse import config_from_mapping, config_to_mapping, parse
 from condot.pipeline.config.schema import ALIASES, Config
 from condot.pipeline.training.resume_rules import find_differences, run_facts

@@ -28,7 +28,7 @@ from condot.pipeline.training.resume_rules import (
     run_facts,
 )
 
-KINDS = {typing.get_args(typing.get_type_hints(kind)["kind"])[0]: kind for kind in typing.get_args(ModelConfig)}
+KINDS = dict(ModelConfig.kinds)
 
 
 def fields():

@@ -16,7 +16,7 @@ from condot.data.encoders.text import read_text_encoder
 from condot.data.loader.text_conditioner import TextConditioner
 from condot.data.prepare.command import main as prepare
 from condot.models import registry
-from condot.models.convert import CUSTOM_CLASSES, has_fixed_size, to_diffusers, unsupported_by_stock
+from condot.models.convert import custom_classes, has_fixed_size, to_diffusers, unsupported_by_stock
 from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.export.load import flow_model_from_pipeline
 from condot.pipeline.export.pipeline_class import choose_pipeline
@@ -158,4 +158,4 @@ def test_a_run_on_buckets_from_end_to_end(tmp_path, capsys):
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     assert pipe(height=6, width=12, num_inference_steps=2, output_type="np").images.shape == (1, 6, 12, 1)
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == ["pipeline_condot_v2", "CondotPipeline"]
-    assert set(CUSTOM_CLASSES) >= {"CondotDiT"}
+    assert set(custom_classes()) >= {"CondotDiT"}

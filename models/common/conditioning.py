@@ -13,7 +13,7 @@ FREQUENCY_CHANNELS = 256
 """Channels of the sinusoidal embedding of time."""
 MICRO_CONDITIONS = 6
 """Numbers of a micro-condition: height and width of the original, top and left of the crop, height and width of the image."""
-Clock = Literal["diffusers", "original", "sit"]
+TimeEmbeddingKind = Literal["diffusers", "original", "sit"]
 """How time is embedded. diffusers: of 1000 (1 - t), the last frequency 1 / 10000 itself, as its DiT has it. original: the last
 frequency one step short of that, as the original DiT, SD3 and PixArt have it. sit: the same frequencies of t itself."""
 
@@ -47,7 +47,7 @@ def to_timestep(t: Tensor) -> Tensor:
     return 1000 * (1 - t)
 
 
-def sinusoidal_embedding(values: Tensor, clock: Clock = "diffusers") -> Tensor:
+def sinusoidal_embedding(values: Tensor, clock: TimeEmbeddingKind = "diffusers") -> Tensor:
     """Cosines, then sines, of numbers at geometric frequencies from 1 to about 1 / 10000.
 
     Args:
@@ -78,9 +78,9 @@ class EmbeddingMLP(nn.Module):
 class TimeEmbedding(EmbeddingMLP):
     """Times, (B,), 0 (noise) to 1 (data), to (B, width)."""
 
-    def __init__(self, width: int, clock: Clock) -> None:
+    def __init__(self, width: int, clock: TimeEmbeddingKind) -> None:
         super().__init__(FREQUENCY_CHANNELS, width)
-        self.clock: Clock = clock
+        self.clock: TimeEmbeddingKind = clock
 
     def forward(self, t: Tensor) -> Tensor:
         return super().forward(sinusoidal_embedding(t if self.clock == "sit" else to_timestep(t), self.clock))
@@ -102,7 +102,7 @@ class SizeEmbedding(EmbeddingMLP):
 class TimeAndClassEmbedding(nn.Module):
     """Time, (B,), and class, (B,) int64, embedded and added, (B, width); class `num_classes` is none."""
 
-    def __init__(self, width: int, num_classes: int, clock: Clock) -> None:
+    def __init__(self, width: int, num_classes: int, clock: TimeEmbeddingKind) -> None:
         super().__init__()
         self.time = TimeEmbedding(width, clock)
         self.classes = nn.Embedding(num_classes + 1, width)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .conditioning import TextCondition
 
 
-def time_of(timestep: Tensor | float, sample: Tensor) -> Tensor:
+def time_from_timestep(timestep: Tensor | float, sample: Tensor) -> Tensor:
     """The time of each sample, 0 (noise) to 1 (data), from diffusers' timesteps, 1000 (noise) to 0 (data): 1 - timestep / 1000.
 
     In float64, from which networks that embed 1000 (1 - t) get the timestep back to 1e-13; in float32, as on MPS, to 6e-5.
@@ -25,14 +25,14 @@ def time_of(timestep: Tensor | float, sample: Tensor) -> Tensor:
     return (1 - steps / 1000).reshape(-1).expand(len(sample))
 
 
-def labels_of(class_labels: Tensor | None, sample: Tensor, num_classes: int) -> Tensor:
+def clamp_labels(class_labels: Tensor | None, sample: Tensor, num_classes: int) -> Tensor:
     """Labels, (B,), where every number from `num_classes` on is no class, as DiTPipeline's 1000; so is None."""
     if class_labels is None:
         return torch.full((len(sample),), num_classes, device=sample.device)
     return class_labels.to(sample.device).clamp(max=num_classes)
 
 
-def text_of(states: Tensor, mask: Tensor | None, pooled: Tensor | None, pooled_width: int) -> TextCondition:
+def text_condition(states: Tensor, mask: Tensor | None, pooled: Tensor | None, pooled_width: int) -> TextCondition:
     """Captions.
 
     Args:

@@ -18,32 +18,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 InitMethod = Literal["zero", "one", "xavier", "normal", "torch"]
 """xavier: uniform, over fan-in and fan-out; normal: of deviation 0.02; torch: as torch's own layers begin."""
-
-
-INIT_RULES: dict[type[nn.Module], Callable[[str], InitMethod]] = {}
-"""Of each class of network the rule of a parameter's name, as in `named_parameters`."""
-
-
-def register_init_rule(kind: type[nn.Module]) -> Callable[[Callable[[str], InitMethod]], Callable[[str], InitMethod]]:
-    """Makes the decorated function the rules of a class: so they stand beside it, but do not travel with it when it is exported."""
-
-    def keep(rule: Callable[[str], InitMethod]) -> Callable[[str], InitMethod]:
-        INIT_RULES[kind] = rule
-        return rule
-
-    return keep
+InitRule = Callable[[str], InitMethod]
+"""How a parameter begins, by its name as in `named_parameters`."""
 
 
 @torch.no_grad()
-def initialise(network: nn.Module, seed: int | None = None) -> None:
+def initialise(network: nn.Module, rule: InitRule, seed: int | None = None) -> None:
     """Give every parameter its first value; frozen and sharded ones too.
 
     Args:
-        network: of a class that has an `init_rule`, on any device but meta.
+        network: on any device but meta.
+        rule: how a parameter begins, by its name.
         seed: None draws one from torch's own generator.
     """
     seed = int(torch.randint(2**62, ())) if seed is None else seed
-    rule = next(rule for kind, rule in INIT_RULES.items() if isinstance(network, kind))
     for owner, module in network.named_modules():
         for leaf, parameter in module.named_parameters(recurse=False):
             name = f"{owner}.{leaf}" if owner else leaf

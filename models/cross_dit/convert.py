@@ -1,4 +1,4 @@
-"""The cross-attention DiT as diffusers' PixArtTransformer2DModel, and back."""
+"""The cross-attention DiT as diffusers' PixArtTransformer2DModel, and back; and the configuration of the class that travels."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 from diffusers import PixArtTransformer2DModel
 
+from ..common.custom_config import transformer_config
+from ..common.spec import CustomForm, HiddenOptions, PublishedWeights, StockForm
 from ..common.weight_mapping import (
     StockSource,
     WeightMap,
@@ -18,6 +20,7 @@ from ..common.weight_mapping import (
     scale_layer,
 )
 from .model import CrossDiT
+from .modeling_cross_dit_v1 import CondotCrossDiT
 
 
 def cross_dit_options(config: Mapping[str, Any], pooled_width: int = 1) -> dict[str, Any]:
@@ -102,3 +105,39 @@ def cross_dit_to_stock(model: CrossDiT, factor: float) -> PixArtTransformer2DMod
         map_to_stock(cross_dit_weight_map(len(model.blocks)), scale_layer(model.state_dict(), "leave", factor), stock.state_dict())
     )
     return stock.eval()
+
+
+def _published_options(found: PublishedWeights) -> dict[str, Any]:
+    options = cross_dit_options(found.config)
+    del options["pooled_width"]  # which stock weights do not know
+    return options
+
+
+def _hidden_options(network: CrossDiT, model: Mapping[str, Any], data: Mapping[str, int]) -> HiddenOptions:
+    have: dict[str, Any] = {"heads": network.blocks[0].cross.heads}  # type: ignore[union-attr]
+    want = dict(model)
+    if network.resolution == data["resolution"]:  # at another one the scale may differ too
+        have["interpolation_scale"] = network.interpolation_scale
+        want.setdefault("interpolation_scale", max(data["resolution"] // 64, 1))
+    return HiddenOptions(have, want)
+
+
+def _custom_config(model: CrossDiT) -> dict[str, Any]:
+    return {
+        **transformer_config(model, int(model.blocks[0].cross.heads)),  # type: ignore[union-attr, arg-type]
+        "caption_channels": model.text.enter.in_features, "pooled_projection_dim": model.pooled_width, "qk_norm": model.qk_norm,
+        "interpolation_scale": model.interpolation_scale,
+    }  # fmt: skip
+
+
+CROSS_DIT_STOCK = StockForm(
+    classes={PixArtTransformer2DModel: ("ddpm", "noise")},
+    to_stock=lambda model, factor, masked: cross_dit_to_stock(model, factor),
+    from_stock=lambda stock, factor, num_classes, pooled_width: cross_dit_from_stock(stock, factor, pooled_width),
+    unsupported=lambda model, masked, bucketed: cross_dit_unsupported_by_stock(model),
+    options=_published_options,
+    hidden_options=_hidden_options,
+    legacy_norm="ada_norm_single",
+    predicts_variances=True,
+)
+CROSS_DIT_CUSTOM = CustomForm(cls=CondotCrossDiT, config=_custom_config)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..common.conditioning import EmbeddingMLP, SizeEmbedding, TextCondition, TimeEmbedding, check_text_widths, require_sizes
-from ..common.init import InitMethod, register_init_rule
+from ..common.init import InitMethod
 from ..common.kernels import attend
 from ..common.layers import Attention, FeedForward, RMSNorm, modulate, patch_embed, unpatchify
 from ..common.position_embedding import PositionEmbedding, check_sizes
@@ -138,9 +138,8 @@ class CrossDiT(nn.Module):
         return unpatchify(self.leave(modulate(h, shift, scale)), self.patch_size, rows)
 
 
-@register_init_rule(CrossDiT)
 def init_rule(name: str) -> InitMethod:
-    """How a parameter begins: the linear maps Xavier's way; modulations, what text adds and the output at zero."""
+    """Return how a parameter begins: the linear maps Xavier's way; modulations, what text adds and the output at zero."""
     if "_norm." in name:
         return "one"
     if name.endswith(("bias", "table")) or "cross.out." in name or name.startswith(("modulation.", "leave.", "sizes.leave.")):

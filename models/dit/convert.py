@@ -1,23 +1,24 @@
-"""Weights of our DiT as diffusers' DiTTransformer2DModel, back, and from checkpoints of the original DiT and SiT.
+"""Weights of our DiT as diffusers' DiTTransformer2DModel, and back; and the configuration of the class that travels.
 
-All lay out patches and heads alike; diffusers keeps queries, keys and values apart and gives each block an embedding of time and class of
+Both lay out patches and heads alike; diffusers keeps queries, keys and values apart and gives each block an embedding of time and class of
 its own. It numbers the null class 1000, so the table of classes is padded to 1001 rows; the rows between are null as well.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
-from ..common.conditioning import Clock
-from ..common.layers import FeedForward, sincos_positions
+from ..common.custom_config import transformer_config
+from ..common.layers import FeedForward, SwiGLU
+from ..common.spec import CustomForm, HiddenOptions, PublishedWeights, StockForm
 from ..common.weight_mapping import STOCK_NULL, pad_class_table, scale_layer
 from .model import DiT
-from .presets import SIZES
+from .modeling_dit_v1 import CondotDiT
 
 
 def dit_to_stock(model: DiT, factor: float) -> DiTTransformer2DModel:
@@ -98,54 +99,38 @@ def dit_from_stock(stock: DiTTransformer2DModel, num_classes: int, factor: float
     state: dict[str, Tensor] = {}
     for name, sources in _stock_names(c.num_layers, own).items():
         value = torch.cat([theirs[source] for source in sources]) if _is_qkv(name) else theirs[sources[0]]
-        state[name] = _to_our_shape(name, value, num_classes, c.in_channels, c.patch_size)
+        state[name] = to_our_shape(name, value, num_classes, c.in_channels, c.patch_size)
     ours.load_state_dict(scale_layer(state, "leave", factor))
     return ours.eval()
 
 
-def dit_from_original(
-    state: Mapping[str, Tensor], *, clock: Clock = "original", heads: int | None = None, num_classes: int | None = None, factor: float = 1.0
-) -> DiT:
-    """Our DiT with the weights of a checkpoint of the original DiT or SiT.
+def dit_options(found: PublishedWeights) -> dict[str, Any]:
+    """Return the arguments of DiT that stock weights decide."""
+    config = found.config
+    return {
+        "channels": config["in_channels"], "resolution": config["sample_size"], "patch_size": config["patch_size"],
+        "width": config["num_attention_heads"] * config["attention_head_dim"], "depth": config["num_layers"],
+        "heads": config["num_attention_heads"], "clock": "diffusers", "own_conditions": True if _is_untied(found.state) else None,
+    }  # fmt: skip
 
-    Args:
-        state: names to tensors, as their published files hold them.
-        clock: `original` for DiT, `sit` for SiT: it is not in the weights.
-        heads: None goes by the width, as the published sizes have it.
-        num_classes: the first so many are kept; None for all.
-        factor: ours gives so many times the output. A predicted variance is dropped.
 
-    Raises:
-        ValueError: tensors missing, unexpected or misshapen, all listed; positions that are not the fixed ones.
+def _is_untied(state: Mapping[str, Tensor]) -> bool:
+    """Return whether the blocks of a stock DiT embed time and class differently."""
+    first = "transformer_blocks.0."
+    parts = [key.removeprefix(first) for key in state if key.startswith(f"{first}norm1.emb.")]
+    depth = sum(key.endswith(".attn1.to_q.weight") for key in state)
+    return any(not torch.equal(state[f"transformer_blocks.{i}.{part}"], state[first + part]) for part in parts for i in range(1, depth))
 
-    Source: facebookresearch/DiT and willisma/SiT, models.py of each.
-    """
-    _check_original(state)
-    width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-    rows = math.isqrt(state["pos_embed"].shape[1])
-    depth = sum(name.endswith(".attn.qkv.weight") for name in state)
-    known = {sizes["width"]: sizes["heads"] for sizes in SIZES.values()}
-    if heads is None and width not in known:
-        raise ValueError(f"heads=None: a width of {width} is none of the published {sorted(known)}. Give heads.")
-    if not torch.allclose(state["pos_embed"][0].float(), sincos_positions(width, rows, rows), atol=1e-4):
-        raise ValueError("pos_embed: these positions are not the fixed ones of the original. Only checkpoints that kept them come in.")
-    table = len(state["y_embedder.embedding_table.weight"]) - 1
-    check_class_count(table if num_classes is None else num_classes, table)
-    ours = DiT(
-        channels=channels, resolution=rows * patch_size, num_classes=table if num_classes is None else num_classes,
-        patch_size=patch_size, width=width, depth=depth, heads=heads or known[width], clock=clock,
-    )  # fmt: skip
-    found = {
-        name: _to_our_shape(name, state[source], ours.num_classes, channels, patch_size).float()
-        for name, source in _original_names(depth).items()
-    }
-    wrong = [f"{name} {tuple(value.shape)}" for name, value in found.items() if value.shape != ours.state_dict()[name].shape]
-    if wrong:
-        raise ValueError(
-            f"tensors of another shape than a DiT of width {width} has: {', '.join(wrong)}. Is it a DiT's or SiT's checkpoint?"
-        )
-    ours.load_state_dict(scale_layer(found, "leave", factor))
-    return ours.eval()
+
+def dit_hidden_options(network: DiT, model: Mapping[str, Any], data: Mapping[str, int]) -> HiddenOptions:
+    """Return the options of a DiT that no tensor's shape shows, as it has them and as weights ask for them."""
+    have = {"heads": network.enter.out_features // network.head_width, "clock": network.clock, "rope": network.rope}
+    have |= {"rms_norm": network.rms_norm, "positions": "sincos" if network.fixed_positions else "none"}
+    want = {"rope": False, "rms_norm": False, "positions": "sincos", "heads": have["heads"], **model}
+    embedding = want.setdefault("clock", network.clock if network.clock in ("sit", "original") else "original or sit")
+    if (embedding, network.clock) == ("diffusers", "original"):
+        want["clock"] = network.clock  # stock copies of the original do not tell how time was embedded
+    return HiddenOptions(have, want)
 
 
 def check_class_count(num_classes: int, rows: int) -> None:
@@ -158,7 +143,7 @@ def _is_qkv(name: str) -> bool:
     return name.rpartition(".")[0].endswith("qkv")
 
 
-def _to_our_shape(name: str, value: Tensor, num_classes: int, channels: int, patch_size: int) -> Tensor:
+def to_our_shape(name: str, value: Tensor, num_classes: int, channels: int, patch_size: int) -> Tensor:
     """A published tensor in our shape: patches flat, the chosen classes and null, the prediction without its variance."""
     if name == "enter.weight":
         return value.flatten(1)
@@ -187,17 +172,6 @@ def dit_unsupported_by_stock(model: DiT) -> str:
     return f"{', '.join(more)}: diffusers' DiTTransformer2DModel has no such option" if more else ""
 
 
-def _check_original(state: Mapping[str, Tensor]) -> None:
-    depth = sum(name.endswith(".attn.qkv.weight") for name in state)
-    wanted = {*_original_names(max(depth, 1)).values(), "pos_embed"}
-    missing, unexpected = sorted(wanted - state.keys()), sorted(state.keys() - wanted)
-    if missing or unexpected:
-        raise ValueError(f"not a checkpoint of DiT or SiT: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}.")
-    enter, table = state["x_embedder.proj.weight"].shape, state["pos_embed"].shape
-    if len(enter) != 4 or len(table) != 3 or table[2] != enter[0] or math.isqrt(table[1]) ** 2 != table[1]:
-        raise ValueError(f"x_embedder.proj.weight {tuple(enter)} and pos_embed {tuple(table)} are not (D, C, p, p) and (1, N * N, D).")
-
-
 def _stock_names(depth: int, own: bool) -> dict[str, list[str]]:
     """For each of our tensors the stock tensors that hold the same numbers: joined in order for qkv, copies of one another otherwise."""
     embedders = [f"transformer_blocks.{i}.norm1.emb" for i in range(depth)]
@@ -221,19 +195,36 @@ def _stock_names(depth: int, own: bool) -> dict[str, list[str]]:
     return names
 
 
-def _original_names(depth: int) -> dict[str, str]:
-    """For each of our tensors the original's."""
-    names = {"classes.weight": "y_embedder.embedding_table.weight"}
-    for part in ("weight", "bias"):
-        names[f"time.enter.{part}"] = f"t_embedder.mlp.0.{part}"
-        names[f"time.leave.{part}"] = f"t_embedder.mlp.2.{part}"
-        names[f"enter.{part}"] = f"x_embedder.proj.{part}"
-        names[f"modulation.{part}"] = f"final_layer.adaLN_modulation.1.{part}"
-        names[f"leave.{part}"] = f"final_layer.linear.{part}"
-        for i in range(depth):
-            names[f"blocks.{i}.modulation.{part}"] = f"blocks.{i}.adaLN_modulation.1.{part}"
-            names[f"blocks.{i}.attention.qkv.{part}"] = f"blocks.{i}.attn.qkv.{part}"
-            names[f"blocks.{i}.attention.out.{part}"] = f"blocks.{i}.attn.proj.{part}"
-            names[f"blocks.{i}.feed_forward.enter.{part}"] = f"blocks.{i}.mlp.fc1.{part}"
-            names[f"blocks.{i}.feed_forward.leave.{part}"] = f"blocks.{i}.mlp.fc2.{part}"
-    return names
+def _unsupported(model: DiT, masked: bool, bucketed: bool) -> str:
+    stretched = "data.aspect_ratios: diffusers' DiTTransformer2DModel stretches its positions over another shape, and training did not"
+    return dit_unsupported_by_stock(model) or (stretched if bucketed else "")
+
+
+def _from_stock(stock: DiTTransformer2DModel, factor: float, num_classes: int | None, pooled_width: int) -> DiT:
+    return dit_from_stock(stock, stock.config.num_embeds_ada_norm if num_classes is None else num_classes, factor)
+
+
+def _custom_config(model: DiT) -> dict[str, Any]:
+    block: Any = model.blocks[0]
+    return {
+        **transformer_config(model, block.attention.heads), "num_classes": model.num_classes,
+        "qk_norm": block.attention.query_norm is not None,
+        "rope": model.rope, "swiglu": isinstance(block.feed_forward, SwiGLU), "rms_norm": model.rms_norm,
+        "registers": 0 if model.registers is None else len(model.registers),
+        "positions": "learned" if model.positions is not None else "sincos" if model.fixed_positions else "none",
+        "shared_modulation": model.shared_modulation is not None, "clock": model.clock, "own_conditions": model.own_conditions,
+    }  # fmt: skip
+
+
+DIT_STOCK = StockForm(
+    classes={DiTTransformer2DModel: ("ddpm", "noise")},
+    to_stock=lambda model, factor, masked: dit_to_stock(model, factor),
+    from_stock=_from_stock,
+    unsupported=_unsupported,
+    options=dit_options,
+    hidden_options=dit_hidden_options,
+    legacy_norm="ada_norm_zero",
+    predicts_variances=True,
+    fixed_size=True,
+)
+DIT_CUSTOM = CustomForm(cls=CondotDiT, config=_custom_config)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..common.conditioning import Clock, SizeEmbedding, TimeAndClassEmbedding, TimeEmbedding
-from ..common.init import InitMethod, register_init_rule
+from ..common.conditioning import SizeEmbedding, TimeAndClassEmbedding, TimeEmbedding, TimeEmbeddingKind
+from ..common.init import InitMethod
 from ..common.layers import (
     Attention,
     FeedForward,
@@ -30,7 +30,7 @@ from ..common.layers import (
 )
 from ..common.position_embedding import check_sizes
 
-Positions = Literal["sincos", "learned", "none"]
+PositionKind = Literal["sincos", "learned", "none"]
 Rotation = tuple[Tensor, Tensor]
 
 
@@ -116,9 +116,9 @@ class DiT(nn.Module):
         swiglu: bool = False,
         rms_norm: bool = False,
         registers: int = 0,
-        positions: Positions = "sincos",
+        positions: PositionKind = "sincos",
         shared_modulation: bool = False,
-        clock: Clock = "diffusers",
+        clock: TimeEmbeddingKind = "diffusers",
         own_conditions: bool = False,
         micro_conditions: bool = False,
         gradient_checkpointing: bool = False,
@@ -220,9 +220,8 @@ class DiT(nn.Module):
         return unpatchify(self.leave(h), self.patch_size, rows)
 
 
-@register_init_rule(DiT)
 def init_rule(name: str) -> InitMethod:
-    """How a parameter begins: the linear maps Xavier's way; every modulation and the output at zero, so that the network does."""
+    """Return how a parameter begins: the linear maps Xavier's way; every modulation and the output at zero, so that the network does."""
     if name.endswith("bias") or "modulation" in name or name.startswith(("leave.", "sizes.leave.")):
         return "zero"
     if "_norm." in name:
@@ -230,7 +229,7 @@ def init_rule(name: str) -> InitMethod:
     return "normal" if name.startswith(("time.", "classes.", "conditions.", "sizes.", "positions", "registers")) else "xavier"
 
 
-def _check_options(registers: int, positions: Positions, rope: bool, shared_modulation: bool, own_conditions: bool) -> None:
+def _check_options(registers: int, positions: PositionKind, rope: bool, shared_modulation: bool, own_conditions: bool) -> None:
     if registers < 0:
         raise ValueError(f"model.registers={registers}: a number of tokens. Use 0 for none, or 4.")
     if positions not in ("sincos", "learned", "none"):

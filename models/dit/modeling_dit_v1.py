@@ -12,9 +12,9 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from ..common.conditioning import Clock
-from ..common.diffusers_inputs import labels_of, time_of
-from .model import DiT, Positions
+from ..common.conditioning import TimeEmbeddingKind
+from ..common.diffusers_inputs import clamp_labels, time_from_timestep
+from .model import DiT, PositionKind
 
 
 class CondotDiT(ModelMixin, ConfigMixin):
@@ -54,9 +54,9 @@ class CondotDiT(ModelMixin, ConfigMixin):
         swiglu: bool = False,
         rms_norm: bool = False,
         registers: int = 0,
-        positions: Positions = "sincos",
+        positions: PositionKind = "sincos",
         shared_modulation: bool = False,
-        clock: Clock = "diffusers",
+        clock: TimeEmbeddingKind = "diffusers",
         own_conditions: bool = False,
         micro_conditions: bool = False,
     ) -> None:
@@ -92,6 +92,6 @@ class CondotDiT(ModelMixin, ConfigMixin):
             `sample`, of the shape and dtype of hidden_states; inside, the weights' dtype is used.
         """
         x = hidden_states.to(self.network.enter.weight.dtype)
-        labels = labels_of(class_labels, x, self.network.num_classes)
-        sample = self.network(x, time_of(timestep, x), labels, sizes).to(hidden_states.dtype)
+        labels = clamp_labels(class_labels, x, self.network.num_classes)
+        sample = self.network(x, time_from_timestep(timestep, x), labels, sizes).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

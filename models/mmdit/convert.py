@@ -1,4 +1,4 @@
-"""MM-DiT as diffusers' SD3Transformer2DModel, and back.
+"""MM-DiT as diffusers' SD3Transformer2DModel, and back; and the configuration of the class that travels.
 
 Stock makes queries of the last block's text and throws them away; ours does
 not make them, so these weights are left behind and written as zeros.
@@ -14,9 +14,12 @@ import torch
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
+from ..common.custom_config import transformer_config
 from ..common.layers import sincos_positions
+from ..common.spec import CustomForm, HiddenOptions, StockForm
 from ..common.weight_mapping import StockSource, WeightMap, check_stock_config, map_from_stock, map_layer, map_to_stock, scale_layer
 from .model import MMDiT
+from .modeling_mmdit_v1 import CondotMMDiT
 
 POSITIONS = "pos_embed.pos_embed"
 
@@ -160,3 +163,35 @@ def _nearest_fraction(number: float) -> Fraction | float:
     """The fraction that a number in half precision stands for, where one is near."""
     near = Fraction(number).limit_denominator(192)
     return near if abs(near - number) < 2e-4 else number
+
+
+def _hidden_options(network: MMDiT, model: Mapping[str, Any], data: Mapping[str, int]) -> HiddenOptions:
+    heads, grid = network.blocks[0].image.heads, network.positions.grid  # type: ignore[union-attr]
+    have: dict[str, Any] = {"heads": heads.heads, "position_grid": grid}  # type: ignore[union-attr]
+    want = dict(model)
+    if grid:
+        have["position_line"] = network.positions.line
+        want.setdefault("position_line", (0.0, data["resolution"] // want["patch_size"] / max(want["position_grid"], 1)))
+    return HiddenOptions(have, want)
+
+
+def _custom_config(model: MMDiT) -> dict[str, Any]:
+    heads = model.blocks[0].image.heads  # type: ignore[union-attr]
+    return {
+        **transformer_config(model, int(heads.heads)),  # type: ignore[union-attr, arg-type]
+        "joint_attention_dim": model.text.in_features, "pooled_projection_dim": model.pooled.enter.in_features,
+        "qk_norm": heads.k_norm is not None,  # type: ignore[union-attr]
+        "dual_attention_blocks": sum(block.own is not None for block in model.blocks), "pos_embed_max_size": model.positions.grid,
+        "position_line": list(model.positions.line) if model.positions.grid else None,
+    }  # fmt: skip
+
+
+MMDIT_STOCK = StockForm(
+    classes={SD3Transformer2DModel: ("condot", "velocity")},
+    to_stock=mmdit_to_stock,
+    from_stock=lambda stock, factor, num_classes, pooled_width: mmdit_from_stock(stock, factor),
+    unsupported=lambda model, masked, bucketed: mmdit_unsupported_by_stock(model, masked),
+    options=lambda found: mmdit_options(found.config, found.state),
+    hidden_options=_hidden_options,
+)
+MMDIT_CUSTOM = CustomForm(cls=CondotMMDiT, config=_custom_config)

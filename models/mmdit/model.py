@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..common.conditioning import EmbeddingMLP, SizeEmbedding, TextCondition, TimeEmbedding, check_text_widths, require_sizes
-from ..common.init import InitMethod, register_init_rule
+from ..common.init import InitMethod
 from ..common.kernels import attend
 from ..common.layers import FeedForward, RMSNorm, modulate, patch_embed, residual_dtype, unpatchify
 from ..common.position_embedding import PositionEmbedding, check_sizes
@@ -180,9 +180,8 @@ class MMDiT(nn.Module):
         return unpatchify(self.leave(modulate(h, shift, scale)), self.patch_size, rows)
 
 
-@register_init_rule(MMDiT)
 def init_rule(name: str) -> InitMethod:
-    """How a parameter begins: the linear maps Xavier's way; every modulation and the output at zero, so that the network does."""
+    """Return how a parameter begins: the linear maps Xavier's way; every modulation and the output at zero, so that the network does."""
     if name.endswith("norm.weight"):
         return "one"
     if name.endswith("bias") or "modulation" in name or name.startswith(("leave.", "sizes.leave.")):

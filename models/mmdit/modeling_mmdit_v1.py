@@ -12,7 +12,7 @@ from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from ..common.diffusers_inputs import text_of, time_of
+from ..common.diffusers_inputs import text_condition, time_from_timestep
 from .model import MMDiT
 
 
@@ -101,6 +101,6 @@ class CondotMMDiT(ModelMixin, ConfigMixin):
         if pooled_projections is None or joint_attention_kwargs:
             raise ValueError("pooled_projections are needed, and joint_attention_kwargs are not known here.")
         x = hidden_states.to(self.network.enter.weight.dtype)
-        text = text_of(encoder_hidden_states, encoder_attention_mask, pooled_projections, self.config.pooled_projection_dim)
-        sample = self.network(x, time_of(timestep, x), text, sizes).to(hidden_states.dtype)
+        text = text_condition(encoder_hidden_states, encoder_attention_mask, pooled_projections, self.config.pooled_projection_dim)
+        sample = self.network(x, time_from_timestep(timestep, x), text, sizes).to(hidden_states.dtype)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

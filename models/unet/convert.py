@@ -14,6 +14,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor
 
 from ..common.conditioning import FREQUENCY_CHANNELS, MICRO_CONDITIONS
+from ..common.spec import FROM_DATA, HiddenOptions, StockForm
 from ..common.weight_mapping import STOCK_NULL, pad_class_table, scale_layer
 from .model import LAYOUTS, UNet
 
@@ -111,3 +112,33 @@ def unet_to_stock(model: UNet, factor: float) -> UNet2DModel | UNet2DConditionMo
     stock = type(model.net).from_config(config)
     stock.load_state_dict(state)
     return stock.eval()
+
+
+def _plain_options(config: Mapping[str, Any], text: bool) -> dict[str, Any]:
+    """Return the options of a UNet that its weights decide, said in the plainest way."""
+    facts = unet_options(config, text)
+    facts.pop("num_classes", None)
+    levels, where = len(facts["block_channels"]), facts["attention_at"]
+    coarsest = where == tuple(range(levels - len(where), levels))
+    facts["attention_at" if coarsest else "attention_levels"] = None
+    if facts["layout"] == "plain":
+        facts["layout"] = None
+    if not facts.get("micro_conditions"):
+        facts |= {"pooled_width": None, "micro_conditions": None}
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _hidden_options(network: UNet, model: Mapping[str, Any], data: Mapping[str, int]) -> HiddenOptions:
+    have = _plain_options(network.net.config, network.conditioning == "text")
+    compared = {**have, **model}.keys() - {*FROM_DATA, "kind", "micro_conditions"}
+    return HiddenOptions({key: have.get(key) for key in {**have, **model} if key in compared}, dict(model))
+
+
+UNET_STOCK = StockForm(
+    classes={UNet2DModel: ("ddpm", "noise"), UNet2DConditionModel: ("ddpm_scaled_linear", "noise")},
+    to_stock=lambda model, factor, masked: unet_to_stock(model, factor),
+    from_stock=unet_from_stock,
+    unsupported=lambda model, masked, bucketed: "",
+    options=lambda found: _plain_options(found.config, found.kind == UNet2DConditionModel.__name__),
+    hidden_options=_hidden_options,
+)

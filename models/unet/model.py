@@ -13,7 +13,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
 from ..common.conditioning import FREQUENCY_CHANNELS, MICRO_CONDITIONS, TextCondition, check_text_widths, require_sizes, to_timestep
-from ..common.init import InitMethod, register_init_rule
+from ..common.init import InitMethod
 
 Conditioning = Literal["class", "text"]
 Layout = Literal["plain", "ddpm"]
@@ -111,9 +111,8 @@ class UNet(nn.Module):
         return self.net(x, time, states, encoder_attention_mask=condition.attention_mask, added_cond_kwargs=more, return_dict=False)[0]
 
 
-@register_init_rule(UNet)
 def init_rule(name: str) -> InitMethod:
-    """How a parameter begins: as torch's layers do; the output, and what sizes add, at zero."""
+    """Return how a parameter begins: as torch's layers do; the output, and what sizes add, at zero."""
     return "zero" if name.startswith(("net.conv_out.", "net.add_embedding.linear_2.")) else "torch"
 
 

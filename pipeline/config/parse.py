@@ -21,6 +21,7 @@ import yaml
 
 from condot.core.printable import one_line, redacted
 from condot.core.recipe_file import load_recipe
+from condot.core.registry import Registry
 
 from ..objectives.regularisers import check_regulariser_names, drop_unused_regularisers
 from .kinds import (
@@ -231,7 +232,9 @@ def _pop_recipe_path(words: Arguments, argv: list[str], cls: type) -> list[str] 
 
 
 def _union_members(kind: Any) -> tuple[Any, ...]:
-    """The dataclasses of a union; empty for any other type."""
+    """Return the dataclasses of a union, or of a class with a table of its `kinds`; none of any other type."""
+    if isinstance(table := getattr(kind, "kinds", None), Registry):
+        return tuple(table.values())
     if typing.get_origin(kind) not in (typing.Union, types.UnionType):
         return ()
     return tuple(member for member in typing.get_args(kind) if dataclasses.is_dataclass(member))

@@ -15,7 +15,7 @@ from condot.core.option_ranges import SEED_RANGE, FloatRange, IntRange, check_nu
 from condot.core.printable import redact
 
 from .flow import FlowConfig
-from .model import DiTConfig, ModelConfig
+from .model import ModelConfig, default_model_config
 
 
 def _require(rule: bool, name: str, value: object, text: str) -> None:
@@ -171,7 +171,7 @@ class Config:
     init_from: str = ""  # published weights to begin with: a folder or Hub id of diffusers, or a file of the original DiT or SiT
     export: bool = True  # write the folder `export` for stock diffusers at the end
     data: DataConfig = field(default_factory=DataConfig)
-    model: ModelConfig = field(default_factory=DiTConfig)
+    model: ModelConfig = field(default_factory=default_model_config)
     flow: FlowConfig = field(default_factory=FlowConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)

@@ -11,7 +11,7 @@ import torch
 
 from condot.data.loader.read_samples import read_images
 from condot.data.storage.shard_reader import Shards
-from condot.models.convert import CUSTOM_CLASSES
+from condot.models.convert import custom_classes
 from condot.pipeline.evaluation.provenance import Provenance, read_provenance
 from condot.pipeline.export.load import load_flow_model, read_model_index
 from condot.pipeline.launch import distributed
@@ -52,7 +52,7 @@ def load_model(pipeline: str, run: str, ema: str, device: torch.device, prefix: 
     if pipeline and ema:
         raise ValueError(f"--{prefix}ema {ema} of --{prefix}pipeline {pipeline}, which holds one set of weights: give --{prefix}run.")
     if pipeline:
-        model, index = load_flow_model(pipeline, device, CUSTOM_CLASSES), read_model_index(Path(pipeline))
+        model, index = load_flow_model(pipeline, device, custom_classes()), read_model_index(Path(pipeline))
         labels = index.get("id2label") or dict.fromkeys(map(str, range(model.num_classes)))
         names = tuple(labels[key] or key for key in sorted(labels, key=int))
         return LoadedModel(model, (Path(pipeline),), names, (partial(read_provenance, Path(pipeline)),))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from condot.data.loader.training_data import TrainingData
 from condot.models import registry
-from condot.models.convert import check_num_classes, unsupported_by_stock
+from condot.models.convert import check_num_classes, check_travels, unsupported_by_stock
 from condot.pipeline.config.model import build_model_kwargs
 from condot.pipeline.config.schema import Config
 from condot.pipeline.export.autoencoder import check_export
@@ -38,6 +38,7 @@ def open_inputs(config: Config) -> tuple[TrainingData, LatentSpace]:
 def check_exportable(config: Config, space: LatentSpace, num_classes: int, encoders: int) -> None:
     """Raise ValueError for what diffusers could not hold."""
     export_form(config.flow)
+    check_travels(config.model.kind)
     if config.flow.objective == "joint":
         options = build_model_kwargs(config.model, space.shape, num_classes, (8, 8), config.flow.objective)
         network = registry.build(device="meta", **options)
