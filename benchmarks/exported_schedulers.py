@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler, DDPMPipeline, DEISMultistepScheduler, DiTPi
 from diffusers.utils import logging
 from exact import ExactNetwork, quantiles
 
-from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.export.identity_autoencoder import identity_autoencoder
 from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
 from condot.pipeline.export.runtime.scheduling_flow_ode_v2 import FlowODEScheduler

@@ -21,7 +21,7 @@ import torch
 
 from condot.models import registry
 from condot.models.convert import to_stock
-from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.export.identity_autoencoder import identity_autoencoder
 from condot.pipeline.export.load import flow_model_from_pipeline
 from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline

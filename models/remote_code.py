@@ -54,7 +54,7 @@ def to_custom(model: nn.Module, factor: float) -> nn.Module:
         exported = form.cls(**form.config(model))
     state = scale_layer(model.state_dict(), form.output_layer, factor)
     values = {name: value.detach().clone() for name, value in state.items()}
-    exported.network.load_state_dict(values, assign=True)  # type: ignore[operator, union-attr]
+    exported.network.load_state_dict(values, assign=True)  # type: ignore[union-attr]
     return exported.requires_grad_(False).eval()
 
 

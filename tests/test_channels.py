@@ -40,10 +40,11 @@ from condot.models.cross_dit.spec import CrossDiTConfig
 from condot.models.dit.spec import DiTConfig
 from condot.models.mmdit.spec import MMDiTConfig
 from condot.models.unet.spec import UNetConfig
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.config.model import build_model_kwargs
 from condot.pipeline.config.parse import config_from_mapping as fill_config
 from condot.pipeline.config.parse import config_to_mapping
-from condot.pipeline.config.schema import Config, FlowConfig
+from condot.pipeline.config.schema import Config
 from condot.pipeline.evaluation.features import check_features
 from condot.pipeline.export.identity_autoencoder import MAX_IDENTITY_CHANNELS, identity_autoencoder
 from condot.pipeline.export.load import flow_model_from_pipeline, load_flow_model

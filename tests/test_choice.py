@@ -16,7 +16,7 @@ from diffusers.pipelines.pixart_alpha import pipeline_pixart_sigma
 from stocks import PIXART, PLAIN, SD3, shake
 
 from condot.data.encoders.text import TextEncoder
-from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.export.autoencoder import fold_latent_scaling
 from condot.pipeline.export.load import flow_model_from_pipeline
 from condot.pipeline.export.pipeline_class import choose_pipeline

@@ -16,7 +16,7 @@ from PIL import Image
 from condot.cli import sample
 from condot.cli.assembly.trained_model import TrainedModel
 from condot.pipeline.checkpoint.store import load_tensors
-from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.export.identity_autoencoder import identity_autoencoder
 from condot.pipeline.export.load import load_flow_model
 from condot.pipeline.export.pipeline_class import with_class_embedding

@@ -10,7 +10,7 @@ from stocks import shake
 
 from condot.models import registry
 from condot.models.convert import to_diffusers
-from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.export.load import flow_model_from_pipeline
 from condot.pipeline.export.runtime.guidance_v2 import Guidance, Guide, cfg_zero_star_scale
 from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline

@@ -15,9 +15,9 @@ from condot.models.convert import to_diffusers
 from condot.models.dit.spec import DiTConfig
 from condot.models.mmdit.spec import MMDiTConfig
 from condot.models.unet.spec import UNetConfig
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.config.model import build_model_kwargs
 from condot.pipeline.config.objective import TrainingObjective
-from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.export.load import load_flow_model
 from condot.pipeline.flow import PATHS, JointObjective, widen
 from condot.pipeline.sampling.flow_model import build_flow_model

@@ -8,8 +8,8 @@ import torch
 from conftest import fit
 
 from condot.cli import sample
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.config.objective import RandomInputs, TrainingObjective
-from condot.pipeline.config.schema import FlowConfig
 from condot.pipeline.flow import PATHS, WEIGHTINGS, support
 from condot.pipeline.sampling.flow_model import FlowModel
 from condot.pipeline.sampling.generate import generate

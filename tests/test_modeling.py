@@ -19,7 +19,7 @@ from condot.models import registry
 from condot.models.common.conditioning import to_timestep
 from condot.models.common.diffusers_inputs import text_condition, time_from_timestep
 from condot.models.convert import custom_classes, custom_code_file, from_diffusers, to_diffusers, to_stock, unsupported_by_stock
-from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.export.bundle import ALLOWED_PACKAGES, bundle_module
 from condot.pipeline.export.identity_autoencoder import identity_autoencoder
 from condot.pipeline.export.scheduler_map import build_scheduler

@@ -10,9 +10,10 @@ import torch
 from conftest import arguments, fit, launch
 from test_guard import equal
 
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.config.objective import RandomInputs, TrainingObjective
 from condot.pipeline.config.parse import config_from_mapping, config_to_mapping, parse
-from condot.pipeline.config.schema import Config, FlowConfig
+from condot.pipeline.config.schema import Config
 from condot.pipeline.flow import CondOT, JointObjective, Objective, interpolate, target
 from condot.pipeline.objectives.regularisers import REGULARISERS, Regulariser
 from condot.pipeline.objectives.step_objective import StepBatch, StepLoss, StepObjective

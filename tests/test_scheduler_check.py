@@ -5,7 +5,7 @@ import pytest
 import torch
 from exact import ExactNetwork, quantiles
 
-from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline
 from condot.pipeline.export.runtime.scheduler_check_v2 import language
 from condot.pipeline.export.runtime.scheduling_flow_ode_v2 import FlowODEScheduler

@@ -17,7 +17,7 @@ from condot.data.loader.text_conditioner import TextConditioner
 from condot.data.prepare.command import main as prepare
 from condot.models import registry
 from condot.models.convert import custom_classes, has_fixed_size, to_diffusers, unsupported_by_stock
-from condot.pipeline.config.schema import FlowConfig
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.export.load import flow_model_from_pipeline
 from condot.pipeline.export.pipeline_class import choose_pipeline
 from condot.pipeline.export.runtime.pipeline_condot_v2 import CondotPipeline

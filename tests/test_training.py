@@ -21,8 +21,9 @@ from condot.data.prepare import command
 from condot.models import registry
 from condot.pipeline.checkpoint import saving
 from condot.pipeline.checkpoint.store import load_tensors
+from condot.pipeline.config.flow import FlowConfig
 from condot.pipeline.config.objective import TrainingObjective
-from condot.pipeline.config.schema import EmaConfig, FlowConfig, TrainConfig
+from condot.pipeline.config.schema import EmaConfig, TrainConfig
 from condot.pipeline.ema.averages import HalfLifeProfile, WeightAverages, ema_profiles
 from condot.pipeline.training import loop
 from condot.pipeline.training.optimizer import adamw, learning_rate

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from .caption_fields import parse_captions
 from .option_ranges import FloatRange, IntRange, check_numbers
-from .urls import redact_url
+from .printable import redact_url
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 

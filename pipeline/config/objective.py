@@ -144,7 +144,7 @@ class TrainingObjective:
     @property
     def differentiates_twice(self) -> bool:
         """Whether the loss holds a derivative of the network, which the gradient then differentiates again."""
-        return any(one.differentiates_twice for one in (self.objective, *self.regularisers.values()))
+        return self.objective.differentiates_twice or any(one.differentiates_twice for one in self.regularisers.values())
 
     def build_predictor(self, model: Callable[..., Tensor]) -> Callable[..., Any]:
         """Return what the recipe makes of a bare network, `(x, t, labels)` -> the prediction, or a pair of them."""
@@ -212,7 +212,8 @@ def build_objective(flow: FlowConfig) -> StepObjective:
     if flow.objective_options is not None:
         return flow.objective_options
     given = {option: getattr(flow, older) for option, older in FLAT_OBJECTIVES.get(flow.objective, {}).items()}
-    return OBJECTIVES.lookup(flow.objective)(**given)
+    objective: StepObjective = OBJECTIVES.lookup(flow.objective)(**given)
+    return objective
 
 
 def build_prior(flow: FlowConfig) -> Prior | None:

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import torch
 
 from ..checkpoint.store import CheckpointManager, find_checkpoint, resolve_checkpoint, select_checkpoint
+from ..config.flow import FlowConfig
 from ..config.objective import TrainingObjective
-from ..config.schema import Config, FlowConfig
+from ..config.schema import Config
 from ..training.optimizer import check_ramp
 from ..training.resume_rules import find_differences, resume_config
 

@@ -18,9 +18,10 @@ from condot.core.printable import one_line
 from condot.core.registry import UnknownKindError
 from condot.core.safe_yaml import read_yaml
 
+from ..config.flow import FlowConfig
 from ..config.objective import build_predictor
 from ..config.parse import config_from_mapping
-from ..config.schema import Config, FlowConfig
+from ..config.schema import Config
 from ..evaluation.provenance import recorded_plugins
 from ..flow import Condition, velocity_field
 from ..hub.checksums import check_checksums

@@ -20,7 +20,7 @@ from diffusers import (
     UNet2DModel,
 )
 
-from ..config.schema import FlowConfig
+from ..config.flow import FlowConfig
 from ..latent_space import LatentSpace
 from .identity_autoencoder import MAX_IDENTITY_CHANNELS, identity_autoencoder
 from .runtime.pipeline_condot_v1 import NO_CLASS

@@ -11,12 +11,13 @@ own along, a file that stands alone.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from ..config.schema import FlowConfig
+from ..config.flow import FlowConfig
 from ..flow import DDPM, VP, CondOT, Path, Prediction, step_variances
 from .runtime.scheduling_flow_ode_v2 import FlowODEScheduler
 
@@ -106,15 +107,16 @@ def _own_scheduler(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
     more: dict[str, Any] = {"clip_sample": clip}
     if flow.precondition or flow.path == "edm":
         more["sigma_data"] = flow.sigma_data
+    own: Callable[..., FlowODEScheduler] = FlowODEScheduler  # diffusers leaves it untyped
     if isinstance(path, DDPM):
-        return FlowODEScheduler("dpmpp_2m", kind, "ddpm", trained_betas=_betas_of(path), **more)
+        return own("dpmpp_2m", kind, "ddpm", trained_betas=_betas_of(path), **more)
     if type(path) is VP:
-        return FlowODEScheduler("dpmpp_2m", kind, "vp", rates=[path.beta_min, path.beta_max], **more)
+        return own("dpmpp_2m", kind, "vp", rates=[path.beta_min, path.beta_max], **more)
     if flow.path in ("condot", "cosine"):
-        return FlowODEScheduler("multistep", kind, flow.path, **more)
+        return own("multistep", kind, flow.path, **more)
     table = _table_of(flow.path, path)
     try:
-        return FlowODEScheduler("multistep", kind, "table", table=table, **more)
+        return own("multistep", kind, "table", table=table, **more)
     except ValueError as error:
         raise ValueError(f"flow.path={flow.path} cannot be exported ({error}) {NOT_EXPORTED}") from error
 

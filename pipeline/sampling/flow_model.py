@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..config.flow import FlowConfig
 from ..config.objective import build_predictor, build_prior
-from ..config.schema import FlowConfig
 from ..flow import Condition, Path, Prediction, Prior, is_singular, map_condition, velocity_field
 from ..flow.field import ConditionalField
 

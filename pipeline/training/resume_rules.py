@@ -19,8 +19,9 @@ from typing import Any, Literal
 from condot.core.atomic_files import write_whole
 from condot.core.printable import redact_url
 
+from ..config.flow import FlowConfig
 from ..config.parse import config_to_mapping
-from ..config.schema import Config, FlowConfig
+from ..config.schema import Config
 from .optimizer import learning_rate
 
 JOURNAL_FILE = "settings.jsonl"
