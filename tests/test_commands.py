@@ -10,7 +10,8 @@ import yaml
 from conftest import ROOT
 
 from condot import cli
-from condot.cli import COMMANDS, Command, recipes, sample, take_plugins, usage
+from condot.cli import COMMANDS, Command, recipes, sample, usage
+from condot.core.plugins import split_plugin_words
 from condot.pipeline.config.parse import config_from_mapping
 from condot.pipeline.config.recipe_file import load_recipe
 from condot.pipeline.config.schema import Config
@@ -65,16 +66,15 @@ def test_a_verb_that_is_none_is_refused(capsys):
 
 
 def test_plugins_are_taken_out_of_the_words_wherever_they_stand():
-    assert take_plugins(["--plugin", "a.py", "train", "--config", "b.yaml", "--plugin=c.py"]) == (
-        ["train", "--config", "b.yaml"],
+    assert split_plugin_words(["--plugin", "a.py", "train", "--config", "b.yaml", "--plugin=c.py"]) == (
         ["a.py", "c.py"],
+        ["train", "--config", "b.yaml"],
     )
-    assert take_plugins(["prepare", "digits"]) == (["prepare", "digits"], [])
+    assert split_plugin_words(["prepare", "digits"]) == ([], ["prepare", "digits"])
 
 
 def test_a_command_of_a_users_own_file(tmp_path):
     """In the help beside ours, started like ours, its errors in one line; and nothing of it where it is not named."""
-    pytest.importorskip("condot.core.plugins")
     file = tmp_path / "mine.py"
     file.write_text(
         "from condot.cli import COMMANDS, Command\n"
