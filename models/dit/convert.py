@@ -124,7 +124,7 @@ def _is_untied(state: Mapping[str, Tensor]) -> bool:
 
 def dit_hidden_options(network: DiT, model: Mapping[str, Any], data: Mapping[str, int]) -> HiddenOptions:
     """Return the options of a DiT that no tensor's shape shows, as it has them and as weights ask for them."""
-    have = {"heads": network.enter.out_features // network.head_width, "clock": network.clock, "rope": network.rope}
+    have: dict[str, Any] = {"heads": network.enter.out_features // network.head_width, "clock": network.clock, "rope": network.rope}
     have |= {"rms_norm": network.rms_norm, "positions": "sincos" if network.fixed_positions else "none"}
     want = {"rope": False, "rms_norm": False, "positions": "sincos", "heads": have["heads"], **model}
     embedding = want.setdefault("clock", network.clock if network.clock in ("sit", "original") else "original or sit")
