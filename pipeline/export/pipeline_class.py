@@ -5,7 +5,7 @@ Our own travels with every folder, for its solvers; here is chosen what loads by
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -156,14 +156,15 @@ def choose_pipeline(
     decoder = vae if vae is not None or too_wide else identity_autoencoder(space.channels, space.height)
     place = "unet" if hasattr(network, "conv_in") else "transformer"
     if text_encoders:
-        parts, reason = _text_parts(text_encoders), _why_not_stock_text(network, text_encoders, flow, space, bucket_step)
-        if kl and not reason and isinstance(network, PixArtTransformer2DModel):
-            return PipelineChoice(PixArtSigmaPipeline(transformer=network, vae=decoder, scheduler=scheduler, **parts), why_not_stock, own)
-        if kl and not reason and isinstance(network, SD3Transformer2DModel):
-            decoder.register_to_config(shift_factor=decoder.config.get("shift_factor") or 0.0)
-            return PipelineChoice(
-                StableDiffusion3Pipeline(transformer=network, vae=decoder, scheduler=scheduler, **parts), why_not_stock, own
-            )
+        parts = _text_parts(text_encoders)
+        stock = next((one for cls, one in TEXT_PIPELINES.items() if isinstance(network, cls)), None)
+        reason = f"no stock pipeline draws with a {type(network).__name__} and these text encoders"
+        if stock:
+            reason = stock.unfit(text_encoders, flow, space, bucket_step)
+        if stock and kl and not reason:
+            if stock.needs_shift:
+                decoder.register_to_config(shift_factor=decoder.config.get("shift_factor") or 0.0)
+            return PipelineChoice(stock.cls(transformer=network, vae=decoder, scheduler=scheduler, **parts), why_not_stock, own)
         padding = text_encoders[0].facts.padding
         pipeline = CondotPipeline(scheduler, vae=vae, padding=padding, **{place: network}, **parts)
         return PipelineChoice(
@@ -189,28 +190,42 @@ def _text_parts(text_encoders: Sequence[ExportedTextEncoder]) -> dict[str, Any]:
     return found
 
 
-def _why_not_stock_text(
-    network: Any, text_encoders: Sequence[ExportedTextEncoder], flow: FlowConfig, space: LatentSpace, bucket_step: int
-) -> str:
-    """Why no stock pipeline shows a network the same text; "" if one does."""
-    kinds = [str(one.facts.fingerprint["class"]) for one in text_encoders]
-    if isinstance(network, PixArtTransformer2DModel):
-        if len(text_encoders) > 1 or text_encoders[0].kind == "clip" or text_encoders[0].facts.padding != "mask":
-            return "PixArtSigmaPipeline shows the last states of one encoder, padding masked"
-        if space.height * space.factor % PIXART_SIDE_MULTIPLE or bucket_step % PIXART_SIDE_MULTIPLE:
-            return f"PixArtSigmaPipeline draws multiples of {PIXART_SIDE_MULTIPLE} pixels"
-        return ""
-    if isinstance(network, SD3Transformer2DModel):
-        if kinds != [*[PROJECTED_CLIP] * 2, "t5"] or text_encoders[0].facts.padding != "attend":
-            return "StableDiffusion3Pipeline shows two projected CLIPs and a T5, padding attended to"
-        if text_encoders[2].facts.width < text_encoders[0].facts.width + text_encoders[1].facts.width:
-            return "StableDiffusion3Pipeline cuts what CLIPs wider than the T5 say"
-        if text_encoders[2].max_tokens > SD3_MAX_TOKENS:
-            return f"StableDiffusion3Pipeline shows {SD3_MAX_TOKENS} tokens of the T5 at most"
-        if flow.path != "condot" or flow.predict != "velocity":
-            return "StableDiffusion3Pipeline follows velocities on the straight path"
-        return ""
-    return f"no stock pipeline draws with a {type(network).__name__} and these text encoders"
+def _unfit_pixart(encoders: Sequence[ExportedTextEncoder], flow: FlowConfig, space: LatentSpace, bucket_step: int) -> str:
+    if len(encoders) > 1 or encoders[0].kind == "clip" or encoders[0].facts.padding != "mask":
+        return "PixArtSigmaPipeline shows the last states of one encoder, padding masked"
+    if space.height * space.factor % PIXART_SIDE_MULTIPLE or bucket_step % PIXART_SIDE_MULTIPLE:
+        return f"PixArtSigmaPipeline draws multiples of {PIXART_SIDE_MULTIPLE} pixels"
+    return ""
+
+
+def _unfit_sd3(encoders: Sequence[ExportedTextEncoder], flow: FlowConfig, space: LatentSpace, bucket_step: int) -> str:
+    kinds = [str(one.facts.fingerprint["class"]) for one in encoders]
+    if kinds != [*[PROJECTED_CLIP] * 2, "t5"] or encoders[0].facts.padding != "attend":
+        return "StableDiffusion3Pipeline shows two projected CLIPs and a T5, padding attended to"
+    if encoders[2].facts.width < encoders[0].facts.width + encoders[1].facts.width:
+        return "StableDiffusion3Pipeline cuts what CLIPs wider than the T5 say"
+    if encoders[2].max_tokens > SD3_MAX_TOKENS:
+        return f"StableDiffusion3Pipeline shows {SD3_MAX_TOKENS} tokens of the T5 at most"
+    if flow.path != "condot" or flow.predict != "velocity":
+        return "StableDiffusion3Pipeline follows velocities on the straight path"
+    return ""
+
+
+class TextPipeline(NamedTuple):
+    """A stock pipeline on text."""
+
+    cls: type[Any]
+    unfit: Callable[[Sequence[ExportedTextEncoder], FlowConfig, LatentSpace, int], str]
+    """Why it would not show its network the same text, given `bucket_step`; "" if it would."""
+    needs_shift: bool = False
+    """It adds the autoencoder's `shift_factor`, which therefore is a number."""
+
+
+TEXT_PIPELINES: dict[type[Any], TextPipeline] = {
+    PixArtTransformer2DModel: TextPipeline(PixArtSigmaPipeline, _unfit_pixart),
+    SD3Transformer2DModel: TextPipeline(StableDiffusion3Pipeline, _unfit_sd3, needs_shift=True),
+}
+"""By the stock network that it draws with; other networks on text take our own pipeline."""
 
 
 def with_class_embedding(network: Any) -> Any:
