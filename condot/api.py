@@ -64,11 +64,12 @@ def train(
         ValueError: what can be mended: of the recipe, the data, the disk.
     """
     load_plugins(plugins)
-    filled = build_config(config, {**(overrides or {}), **named})
-    if filled.dry_run:
-        raise ValueError("dry_run=True is the command's: `condot train --config RECIPE --dry_run`.")
-    with leave_process_as_found(), guest_host() as host:
-        return train_run(filled, host)
+    with leave_process_as_found():
+        filled = build_config(config, {**(overrides or {}), **named})
+        if filled.dry_run:
+            raise ValueError("dry_run=True is the command's: `condot train --config RECIPE --dry_run`.")
+        with guest_host() as host:
+            return train_run(filled, host)
 
 
 def load(folder: str | Path | TrainingResult, *, ema: str = "", plugins: Iterable[str | Path] = ()) -> LoadedModel:

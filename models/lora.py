@@ -81,5 +81,5 @@ def _import_peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ValueError("LoRA needs the package peft, which is not installed: pip install 'condot[lora]'.") from error
+        raise ValueError("LoRA needs the package peft, which is not installed: pip install peft.") from error
     return peft

@@ -42,7 +42,7 @@ def digits() -> ImageSource:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ValueError(
-            "the digits come with scikit-learn: install it with `pip install condot[demo]`, or `pip install scikit-learn`."
+            "the digits come with scikit-learn: `pip install scikit-learn`."
         ) from error
     bunch = load_digits()
     return ImageSource(

@@ -24,7 +24,7 @@ def main() -> None:
     try:
         from docs.figures import charts, moving, still  # matplotlib, which the table does without
     except ImportError as error:
-        parser.error(f"{error}: the pictures need matplotlib, install it with `pip install condot[demo]`.")
+        parser.error(f"{error}: the pictures need matplotlib, `pip install matplotlib`.")
 
     options.output.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
