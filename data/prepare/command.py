@@ -19,13 +19,13 @@ from typing import Any
 
 from condot.core.data_config import parse_size
 from condot.core.errors import describe_error
-from condot.core.printable import printable, redact
+from condot.core.printable import one_line, printable, redact
 from condot.core.regular_files import read_regular
 from condot.core.urls import RedactingParser, expand_path
 
 from ..format.manifest import Manifest
 from ..format.sample_files import parse_image_extension
-from ..storage.retry import one_line
+from ..storage.retry import LONGEST
 from .class_labels import class_name
 from .digits import digits
 from .hub import hub
@@ -281,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         print(printable(f"  pictures: {args.output / 'summary.png'}"))
     except (ValueError, OSError) as error:
         full = ". Free some space and run the same command again: finished shards are kept." if _full(error) else ""
-        print(f"error: {one_line(error)}{full}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST)}{full}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: finished shards are kept; run the same command again to go on.", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import warnings
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import AORecipeKwargs, DistributedDataParallelKwargs, KwargsHandler, gather_object, is_torchao_available
 
 from condot.core.atomic_files import open_lock
+from condot.core.file_lock import try_lock
 from condot.core.process import available_cpus
 
 from ..config.schema import Config
@@ -295,8 +295,6 @@ def lock_folder(folder: Path, name: str = "output_dir") -> FolderLock:
         file = os.fdopen(open_lock(folder / ".lock"), "r+")
     except OSError as error:
         raise ValueError(f"{name}={str(folder)!r} cannot be written ({error.strerror}): give a folder of yours.") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"{name}={str(folder)!r} is in use by another run: wait for it, or give another folder.") from error
+    if not try_lock(file):
+        raise ValueError(f"{name}={str(folder)!r} is in use by another run: wait for it, or give another folder.")
     return FolderLock(folder, file, name)
