@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
 from condot.core.data_config import DataConfig
 from condot.core.data_options import read_options
-from condot.core.printable import printable
+from condot.core.printable import one_line, printable
 from condot.core.process import available_cpus
 from condot.core.urls import RedactingParser
 
@@ -33,7 +34,7 @@ from .loader.stream import BatchStream, Share
 from .prepare.report import contact_sheet, nearest_ratio, ratio_name
 from .prepare.verify import ShardCheck, check_shard
 from .prepare.worker_pool import run_jobs, silence_pillow
-from .storage.retry import one_line
+from .storage.retry import LONGEST
 from .storage.shard_reader import LostShard, Shards
 
 SECONDS = 3.0
@@ -166,7 +167,7 @@ def draw_first_batches(stream: BatchStream, names: tuple[str, ...]) -> Image.Ima
 def shown(pixels: np.ndarray) -> Image.Image:
     """Pixels, (C, H, W), with 8 bits a channel: gray, RGB, either with its alpha; of more bands the first three."""
     eight = pixels if pixels.dtype == np.uint8 else np.round(pixels / 257).astype(np.uint8)
-    array = np.ascontiguousarray(eight[: 3 if len(eight) > 4 else None].transpose(1, 2, 0))
+    array = np.ascontiguousarray(rearrange(eight[: 3 if len(eight) > 4 else None], "c h w -> h w c"))
     return Image.fromarray(array[..., 0] if array.shape[2] == 1 else array)
 
 
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         rate = throughput(build(options, seed=seed, share=share, images=shards))
         print(f"stream: {rate:,.0f} images/s at {options.resolution} px with {options.workers} threads on this machine")
     except (ValueError, OSError) as error:
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted.", file=sys.stderr)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from .common.conditioning import MICRO_CONDITIONS, TextCondition
+from condot.core.text_states import TextStates
+
+from .common.conditioning import MICRO_CONDITIONS
 from .common.presets import IMAGENET
 from .registry import NETWORKS, build, find_spec
 
@@ -38,7 +40,7 @@ def example_inputs(
     x, t = torch.randn(batch, *shape, **like), (torch.arange(batch, **like) + 0.5) / batch
     if getattr(network, "conditioning", "class") == "text":
         mask = torch.ones(batch, tokens, device=first.device, dtype=torch.bool)
-        condition: Any = TextCondition(torch.randn(batch, tokens, text_width, **like), mask, torch.randn(batch, pooled_width, **like))
+        condition: Any = TextStates(torch.randn(batch, tokens, text_width, **like), mask, torch.randn(batch, pooled_width, **like))
     else:
         condition = torch.arange(batch, device=first.device) % (int(network.num_classes) + 1)  # type: ignore[arg-type]
     if not getattr(network, "micro_conditions", False):
@@ -67,7 +69,7 @@ def count_params_and_macs(network: nn.Module, shape: Sequence[int], **text: int)
 
 
 def _to_meta(part: Any) -> Any:
-    return part.to("meta") if isinstance(part, Tensor) else TextCondition(*(value.to("meta") for value in part))
+    return part.to("meta") if isinstance(part, Tensor) else TextStates(*(value.to("meta") for value in part))
 
 
 def named_blocks(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -2,7 +2,7 @@
 
 A network is called as `forward(x, t, condition, sizes)`: `x` is (B, C, H, W), `t` (B,) from 0
 (noise) to 1 (data). The condition is labels, (B,) whole numbers where `num_classes` stands for no
-class, or `TextCondition`. Nothing here knows a loss, a path or a data set.
+class, or `TextStates`. Nothing here knows a loss, a path or a data set.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 
-from condot.models.common.conditioning import TextCondition
+from condot.core.text_states import TextStates
 
 SD3 = {
     "sample_size": 12, "patch_size": 2, "in_channels": 3, "out_channels": 3, "num_layers": 3, "attention_head_dim": 12,
@@ -66,7 +66,7 @@ def inputs(batch=4, side=8, rectangular=False, masked=True, labels=False, seed=1
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, 3, side, side // 2 if rectangular else side, generator=g)
     mask = torch.arange(6)[None] < torch.tensor([6, 3, 1, 5])[:batch, None] if masked else torch.ones(batch, 6, dtype=torch.bool)
-    text = TextCondition(torch.randn(batch, 6, 20, generator=g), mask, torch.randn(batch, 14, generator=g))
+    text = TextStates(torch.randn(batch, 6, 20, generator=g), mask, torch.randn(batch, 14, generator=g))
     sizes = torch.randint(0, 500, (batch, 6), generator=g).float()
     return x, torch.linspace(0, 1, batch), torch.tensor([0, 4, 5, 2])[:batch] if labels else text, sizes
 

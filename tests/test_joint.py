@@ -10,6 +10,7 @@ from diffusers import DiTPipeline, DiTTransformer2DModel
 
 from condot.cli import sample
 from condot.cli.assembly.trained_model import TrainedModel
+from condot.core.text_states import TextStates
 from condot.models import registry
 from condot.models.convert import to_diffusers
 from condot.models.dit.spec import DiTConfig
@@ -146,9 +147,7 @@ def test_every_network_gives_both_outputs(kind):
     text = {"text_width": 8, "pooled_width": 8}
     options = {"dit": {**small, "num_classes": 3}, "unet": {"block_channels": (32, 32), "num_classes": 3}}.get(kind, {**small, **text})
     one, two = (registry.build(kind, seed=0, channels=3, resolution=8, outputs=n, **options) for n in (1, 2))
-    condition = (
-        torch.tensor([0, 3]) if kind in ("dit", "unet") else registry.condition.TextCondition(torch.randn(2, 4, 8), None, torch.randn(2, 8))
-    )
+    condition = torch.tensor([0, 3]) if kind in ("dit", "unet") else TextStates(torch.randn(2, 4, 8), None, torch.randn(2, 8))
     x, t = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.7])
     assert one(x, t, condition).shape == x.shape and two(x, t, condition).shape == (2, 6, 8, 8)
     torch.manual_seed(0)

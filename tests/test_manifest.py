@@ -10,9 +10,10 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from condot.core.hashing import sha256_of_file
 from condot.data.format import manifest as reading
 from condot.data.format import shard_table
-from condot.data.format.index import NO_LABEL, sha256
+from condot.data.format.index import NO_LABEL
 from condot.data.format.index_record import RECORD
 from condot.data.format.manifest import VERSION, Manifest, Tally, parse_manifest, write_manifest
 from condot.data.format.shard_table import Shard, ShardTable
@@ -234,7 +235,7 @@ def folder_of(path, names, split="train"):
         tar.write_bytes(bytes(number))
         index = tar.with_suffix(".npy")
         np.save(index, np.full(number, np.array((0, 0, 0, 0, 0, 0, NO_LABEL, 1, 1), RECORD)))
-        shards.append(replace(lines_of(1)[0], name=name, split=split, samples=number, bytes=number, index_sha256=sha256(index)))
+        shards.append(replace(lines_of(1)[0], name=name, split=split, samples=number, bytes=number, index_sha256=sha256_of_file(index)))
     write_manifest(path, Manifest(shards=shards))
     return path
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, arguments
+from conftest import ROOT, arguments, command
 from stocks import shake
 from torch import nn
 
-from condot.cli import sample, train
+from condot.cli.assembly.trained_model import TrainedModel
 from condot.core.model_config import ModelConfig
 from condot.core.registry import registering_from
 from condot.models.common.spec import NetworkSpec
@@ -117,24 +117,17 @@ def test_a_network_of_a_file_trains_resumes_and_samples(toy, digits, tmp_path, c
     with pytest.raises(SystemExit):
         parse(Config, ["--model.kind=toy", "--help"])
     assert "An MLP-Mixer on classes." in capsys.readouterr().out
-    assert fit_words(words) == 0
+    assert command(*words) == 0
     first = CheckpointManager(run, keep=1).latest()
     assert load_state(first)["config"]["model"]["width"] == 32 and load_state(first)["step"] == 3
-    assert fit_words([*words, "--train.max_steps=5"]) == 0
+    assert command(*[*words, "--train.max_steps=5"]) == 0
     assert load_state(CheckpointManager(run, keep=1).latest())["step"] == 5
-    model = sample.TrainedModel(run).build_model("cpu")
+    model = TrainedModel(run).build_model("cpu")
     assert model.field(torch.randn(2, 1, 8, 8), torch.tensor([0.2, 0.7]), torch.tensor([1, 10])).isfinite().all()
     capsys.readouterr()
-    assert fit_words([*words, f"--output_dir={tmp_path / 'other'}", "--export=true"]) == 2
+    assert command(*[*words, f"--output_dir={tmp_path / 'other'}", "--export=true"]) == 2
     error = capsys.readouterr().err
     assert "model.kind=toy: a Mixer has no class to be exported in. Give --export=false" in error and not (tmp_path / "other").exists()
-
-
-def fit_words(words):
-    """As `conftest.fit`, of words that are whole."""
-    AcceleratorState._reset_state(True)
-    train.INTERRUPT.received, train.INTERRUPT._deferred = None, False
-    return train.main(words)
 
 
 def test_a_saved_run_of_an_unknown_network_says_so():

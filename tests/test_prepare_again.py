@@ -406,8 +406,8 @@ def test_tars_rewritten_with_other_classes_of_the_same_size(tmp_path, place, mon
     assert (out / "a.npy").stat().st_ino == inode, "a tar that is as it was is not indexed again"
     before, hashed = everything(out), []
     os.utime(folder / f"a{ending}")
-    real = source_changes.sha256
-    monkeypatch.setattr("condot.data.prepare.source_changes.sha256", lambda path: hashed.append(path.name) or real(path))
+    real = source_changes.sha256_of_file
+    monkeypatch.setattr("condot.data.prepare.source_changes.sha256_of_file", lambda path: hashed.append(path.name) or real(path))
     assert main(words) == 0 and main(words) == 0 and everything(out) == before
     assert [name for name in hashed if not name.endswith(".npy")] == [f"a{ending}"], "indexes are 24 bytes a sample"
     write("c.tar", 2)
@@ -443,7 +443,7 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path, capsys):
 
 
 def test_names_that_are_no_utf8_are_reported(tmp_path):
-    from condot.data.format.tar_writer import commit_json
+    from condot.core.atomic_files import commit_json
 
     name = os.fsdecode(b"caf\xe9.png")
     commit_json({"list": [name]}, tmp_path / "report.json")

@@ -140,10 +140,11 @@ def test_secrets_are_in_no_record_and_no_message(tars, tmp_path, capsys):
     handler = functools.partial(QuietHandler, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        more = ["--rename", "png=image.png", "--workers=1"]
         place = f"http://ann:{SECRET}@127.0.0.1:{server.server_port}"
-        assert main(["webdataset", f"{place}/a-{{0..1}}.tar?sig={SECRET}", "--output", "web", "--rename", "png=image.png"]) == 0
+        assert main(["webdataset", f"{place}/a-{{0..1}}.tar?sig={SECRET}", "--output=web", *more]) == 0
         assert main(["webdataset", f"{place}/a-7.tar?sig={SECRET}", "--output", "web7"]) == 2
-        assert main(["webdataset", f"{place}/a-{{0..1}}.tar?sig=another", "--output", "web", "--rename", "png=image.png"]) == 0
+        assert main(["webdataset", f"{place}/a-{{0..1}}.tar?sig=another", "--output=web", *more]) == 0
         server.shutdown()
     assert packed(tmp_path / "web") == tars
     said = capsys.readouterr()

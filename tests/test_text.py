@@ -13,17 +13,10 @@ from shardmaker import make, png
 from condot.core.caption_fields import draw_caption
 from condot.core.data_config import DataConfig
 from condot.core.data_options import read_options
+from condot.core.text_states import TextStates
 from condot.data.encode import command
 from condot.data.encoders.text import TextEncoder, encode_captions, read_text_encoder, read_text_encoders
-from condot.data.encoders.text_states import (
-    TOKEN_MULTIPLE,
-    TextFacts,
-    TextStates,
-    concat_text_states,
-    drop_captions,
-    padded_length,
-    text_layout,
-)
+from condot.data.encoders.text_states import TOKEN_MULTIPLE, TextFacts, concat_text_states, drop_captions, padded_length, text_layout
 from condot.data.loader.build import build, open_encoded_text, open_shards
 from condot.data.loader.captions import check_captions
 from condot.data.loader.stream import Share

@@ -5,8 +5,8 @@ import torch
 from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from stocks import PIXART, PLAIN, SD3, STOCK, TEXTUAL, inputs, setting, shake, stock_network, stock_output
 
+from condot.core.text_states import TextStates
 from condot.models import registry
-from condot.models.common.conditioning import TextCondition
 from condot.models.common.layers import sincos_positions
 from condot.models.convert import from_stock, to_stock
 from condot.models.mmdit.convert import fit_position_line, mmdit_unused
@@ -220,10 +220,10 @@ def test_padding_is_as_good_as_absent(name):
     """A caption alone and cut to its length gives what it gives beside longer ones."""
     network = shake(registry.build(**KINDS[name])).double()
     x, t, text, _ = inputs()
-    x, t, text = x.double(), t.double(), TextCondition(text.states.double(), text.mask, text.pooled.double())
+    x, t, text = x.double(), t.double(), TextStates(text.states.double(), text.mask, text.pooled.double())
     together = network(x, t, text)
     for i, length in enumerate((6, 3, 1, 5)):
-        alone = TextCondition(text.states[i : i + 1, :length], text.mask[i : i + 1, :length], text.pooled[i : i + 1])
+        alone = TextStates(text.states[i : i + 1, :length], text.mask[i : i + 1, :length], text.pooled[i : i + 1])
         assert (network(x[i : i + 1], t[i : i + 1], alone) - together[i : i + 1]).abs().max() < 1e-6
 
 
@@ -235,14 +235,12 @@ def test_samples_do_not_know_one_another(name):
     network = shake(registry.build(**options)).double()
     x, t, condition, sizes = inputs(labels="on" in name)
     condition = (
-        TextCondition(condition.states.double(), condition.mask, condition.pooled.double())
-        if isinstance(condition, TextCondition)
-        else condition
+        TextStates(condition.states.double(), condition.mask, condition.pooled.double()) if isinstance(condition, TextStates) else condition
     )
     order = torch.tensor([2, 0, 3, 1])
 
     def output(which):
-        part = TextCondition(*(v[which] for v in condition)) if isinstance(condition, TextCondition) else condition[which]
+        part = TextStates(*(v[which] for v in condition)) if isinstance(condition, TextStates) else condition[which]
         return network(x[which].double(), t[which].double(), part, sizes[which])
 
     whole = output(torch.arange(4))

@@ -1,7 +1,7 @@
 """Files of a run, in a folder that others may write too: never written through a link, never waited for.
 
 What is written anew stands under a temporary name first, locked by its writer: a name that nobody has locked is what a kill left, and
-the next writer of the same file or folder removes it. `condot/core/file_lock.py` opens files by the same rule.
+the next writer of the same file or folder removes it.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import fcntl
+import json
 import os
 import re
 import secrets
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EMLINK)
-"""What opening a link, a folder, a socket ends in."""
+from .file_lock import open_new, try_lock
+from .regular_files import PlantedFile, open_itself
+
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 """Of Linux: paths as they are given; two names that change places."""
 
@@ -31,19 +32,10 @@ def open_regular(path: str | Path, flags: int, mode: int = 0o666) -> int:
         OSError: as `os.open`; "no plain file" where a link, a folder, a FIFO or a device stands there.
     """
     try:
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
-    except OSError as error:
-        if error.errno in NO_FILE:
-            raise _planted(path) from None
+        return open_itself(path, flags, mode)
+    except PlantedFile as error:
+        error.strerror = "a link, a folder or a device stands where a file of the run's own belongs: move it"
         raise
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise _planted(path)
-    return fd
-
-
-def _planted(path: str | Path) -> OSError:
-    return OSError(errno.EINVAL, "a link, a folder or a device stands where a file of the run's own belongs: move it", str(path))
 
 
 def open_lock(path: Path) -> int:
@@ -78,6 +70,33 @@ def write_whole(path: Path, text: str, *, lasting: bool = False) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Give a finished file its name: after this it is there whole, even if the power fails."""
+    sync(temporary)
+    os.replace(temporary, final)
+    sync(final.parent)
+
+
+def commit_json(raw: Any, final: Path) -> None:
+    """Write a value as JSON under a temporary name and give it its own."""
+    temporary = final.with_name(f"tmp-{os.getpid()}-{final.name}")
+    with open_new(temporary) as file:
+        file.write((json.dumps(raw, indent=1) + "\n").encode())
+    commit(temporary, final)
+
+
+def write_once(path: Path, body: bytes) -> None:
+    """Write a file whole, unless somebody has written it already."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary.write_bytes(body)
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()
 
 
 @contextlib.contextmanager
@@ -169,7 +188,8 @@ def sweep(place: Path) -> None:
             flags = os.O_RDONLY | (os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC if is_folder else 0)
             descriptor = os.open(path, flags) if is_folder else open_regular(path, os.O_RDWR)
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # refused: somebody writes it, or this disk has no locks
+                if not try_lock(descriptor):  # somebody writes it; on a disk without locks an error, and nobody sweeps
+                    continue
                 if is_folder and match and match[1] == "old" and not os.path.lexists(place):
                     os.rename(path, place)
                 elif is_folder:
@@ -183,4 +203,4 @@ def sweep(place: Path) -> None:
 def _held(descriptor: int) -> None:
     """Lock a new temporary file or folder of this process, so that no other sweeps it; it ends with the process."""
     with contextlib.suppress(OSError):  # a disk without locks: nobody sweeps there either
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try_lock(descriptor)

@@ -5,39 +5,55 @@ however that ends. A name may change between opening and locking, so each
 function looks again when it has the lock. Others may write the folder too:
 what stands under a name and is no file of its own (a link to somewhere else, a
 folder, a FIFO that never answers) is refused, and nothing is ever written through it.
-`condot/core/atomic_files.py` opens files by the same rule.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, Any, BinaryIO
 
-NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EMLINK)
-"""What opening a link, a folder, a socket ends in."""
+from .regular_files import PlantedFile, open_itself
 
 
 def open_regular(path: Path, flags: int, mode: int = 0o666) -> int:
     """Open a file itself, never what a link leads to, and never wait for it.
+
+    The error is not that of `atomic_files`: what reads shards tries an OSError again, and a planted file stays what it is.
 
     Raises:
         ValueError: a link, a folder, a FIFO or a device stands there.
         OSError: as `os.open`.
     """
     try:
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
-    except OSError as error:
-        if error.errno in NO_FILE:
-            raise ValueError(_planted(path)) from None
-        raise
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise ValueError(_planted(path))
-    return fd
+        return open_itself(path, flags, mode)
+    except PlantedFile:
+        raise ValueError(_planted(path)) from None
+
+
+def lock_alone(fd: int | IO[Any]) -> None:
+    """Wait until nobody else holds an open file, and hold it alone, until it is closed."""
+    fcntl.flock(fd, fcntl.LOCK_EX)
+
+
+def lock_shared(fd: int | IO[Any]) -> None:
+    """Hold an open file together with others, until it is closed."""
+    fcntl.flock(fd, fcntl.LOCK_SH)
+
+
+def try_lock(fd: int | IO[Any]) -> bool:
+    """Hold an open file alone, until it is closed; false, without waiting, where another holds it.
+
+    Raises:
+        OSError: the disk has no locks.
+    """
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _planted(path: Path) -> str:
@@ -129,9 +145,7 @@ def claim(part: Path) -> int | None:
             if part.exists():
                 return None  # another user's
             raise
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not try_lock(fd):
             os.close(fd)
             return None
         if is_named(fd, part):
@@ -159,11 +173,10 @@ def remove_unused(path: Path) -> bool:
     except (FileNotFoundError, PermissionError, ValueError):
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if is_named(fd, path):
+        if try_lock(fd) and is_named(fd, path):
             path.unlink()
             return True
-    except (BlockingIOError, PermissionError):
+    except PermissionError:
         pass
     finally:
         os.close(fd)

@@ -113,9 +113,15 @@ def redacted(value: Any) -> Any:
     return redact_url(value) if isinstance(value, str) else value
 
 
-def one_line(error: object) -> str:
-    """Return what an error says, on one line that may be printed."""
-    return printable(redact(" ".join(str(error).split()))) or type(error).__name__
+def one_line(error: object, at_most: int = 0) -> str:
+    """Return what an error says, whatever library raised it, on one line that may be printed.
+
+    Args:
+        error: the error, or its text.
+        at_most: characters; 0 for all of them, as of errors of our own.
+    """
+    text = printable(redact(" ".join(str(error).split()))) or type(error).__name__
+    return f"{text[:at_most]}..." if 0 < at_most < len(text) else text
 
 
 def say(text: object, *, error: bool = False) -> None:

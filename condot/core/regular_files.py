@@ -1,4 +1,4 @@
-"""Reading of files that a stranger brought: regular files only, and never more than a bound.
+"""Opening regular files only: those that a stranger brought, of which no more than a bound is read, and those that are a run's own.
 
 A folder may hold a FIFO, which waits for ever, or a link to `/dev/zero`,
 which never ends; opening a device may even act on it. None of them is opened.
@@ -6,6 +6,7 @@ which never ends; opening a device may even act on it. None of them is opened.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -20,6 +21,8 @@ KINDS = {
     stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }
+NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.EMLINK)
+"""What opening a link, a folder, a socket ends in, by `open_itself`."""
 FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 """Were a FIFO put in the file's place between looking and opening, opening it would not wait."""
 
@@ -72,3 +75,26 @@ def read_regular(path: str | Path, at_most: int) -> bytes:
     if len(body) > at_most:
         raise ValueError(f"it has more than {at_most} bytes, which are the most that are read")
     return body
+
+
+class PlantedFile(OSError):
+    """A link, a folder, a FIFO or a device where a file should be."""
+
+
+def open_itself(path: str | Path, flags: int, mode: int = 0o666) -> int:
+    """Open a file itself, never what a link leads to, and never wait for it.
+
+    Raises:
+        PlantedFile: something else stands there.
+        OSError: as `os.open`.
+    """
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK, mode)
+    except OSError as error:
+        if error.errno in NO_FILE:
+            raise PlantedFile(errno.EINVAL, "no plain file", str(path)) from None
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise PlantedFile(errno.EINVAL, "no plain file", str(path))
+    return fd

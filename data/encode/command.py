@@ -24,7 +24,7 @@ from tqdm import tqdm
 from condot.core.caption_fields import parse_captions
 from condot.core.data_config import DataConfig
 from condot.core.data_options import read_options
-from condot.core.printable import printable
+from condot.core.printable import one_line, printable
 from condot.core.process import available_cpus
 from condot.core.urls import RedactingParser
 
@@ -35,7 +35,7 @@ from ..loader.captions import check_captions
 from ..loader.encoded_cache import EXTENSIONS, encoded_folder, text_cache_name
 from ..storage.local import ShardFolder
 from ..storage.resolve import open_shard_folders
-from ..storage.retry import one_line
+from ..storage.retry import LONGEST
 from ..storage.shard_reader import Shards
 from .encoded_writer import EncodedWriter
 from .targets import EncodeItem, EncodeTarget, LatentTarget, TextTarget
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("CONDOT_DEBUG"):
             raise
         rank = os.environ.get("RANK", "0")
-        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {one_line(error)}", file=sys.stderr, flush=True)
+        print(f"error{f' (rank {rank})' if rank != '0' else ''}: {one_line(error, LONGEST)}", file=sys.stderr, flush=True)
         return 2
     finally:
         for number, handler in before.items():

@@ -19,13 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from condot.core.atomic_files import commit, commit_json, write_once
 from condot.core.file_lock import make_folder
 
 from ..format.index import index_tar
 from ..format.index_record import index_path
 from ..format.manifest import Manifest, Tally, parse_manifest, write_manifest
 from ..format.shard_table import Shard, ShardTable
-from ..format.tar_writer import commit, commit_json, write_once
 from ..loader.encoded_cache import encoding_differences
 from .work_claims import Claim, claim_work
 

@@ -260,7 +260,7 @@ class TextTarget:
         for first in range(0, len(captions), self.batch_size):
             batch = order[first : first + self.batch_size]
             part, names = self.encoder.encode([captions[i] for i in batch]), [where[i] for i in batch]
-            lengths = part.mask.sum(1).tolist()
+            lengths = part.token_mask.sum(1).tolist()
             self._counts["tokens"] += sum(lengths)
             for i, states, pooled, length in zip(
                 batch, to_float16(part.states, names), to_float16(part.pooled, names), lengths, strict=True

@@ -8,7 +8,6 @@ over by the next who asks.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
@@ -17,7 +16,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
-from condot.core.file_lock import open_lock, open_regular
+from condot.core.file_lock import lock_alone, open_lock, open_regular
 
 LONGEST = 10_000
 """Characters of a claim that are read."""
@@ -78,7 +77,7 @@ def claim_work(path: Path, stale_seconds: float = STALE_SECONDS) -> Claim | None
         return claim
     lock = open_lock(path.with_name("takeover.lock"))  # two that see the same dead claim must not both take it
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_alone(lock)
         if _is_abandoned(path, stale_seconds):
             path.unlink(missing_ok=True)
     finally:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from condot.core.hashing import sha256_of
+
 VOLATILE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "transformers_version", "dtype", "torch_dtype")
 """Of a configuration: what does not change what the encoder gives; nor does what begins with an underscore."""
 
@@ -79,7 +81,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 def config_hash(config: Mapping[str, Any]) -> str:
     """A hash of what shapes an encoder; what it is called, and how its latents are scaled afterwards, do not."""
     kept = {key: value for key, value in config.items() if not key.startswith("_") and key not in VOLATILE}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    return sha256_of(json.dumps(kept, sort_keys=True, default=str))
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -7,7 +7,6 @@ encoder the states of its last layer and their mean.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,12 @@ import torch
 from torch import Tensor
 
 from condot.core.data_config import DataConfig
+from condot.core.hashing import sha256_of
 from condot.core.model_folders import TEXT_MODELS, check_counts, check_model_folder, check_size, read_json, read_shapes
+from condot.core.text_states import TextStates
 
 from .fingerprint import config_hash, read_config, resolve_encoder, weight_files, weights_hash
-from .text_states import TextFacts, TextStates, pad_tokens, padded_length
+from .text_states import TextFacts, pad_tokens, padded_length
 
 CLIP = ("clip", "clip_text_model")
 """What CLIP's configurations call their type."""
@@ -156,7 +157,7 @@ def encode_captions(encoders: Sequence[TextEncoder], captions: Sequence[str]) ->
     """What each encoder gives of a micro-batch's captions, padded as cached ones are; what was cut adds up in `encoder.truncated`."""
     parts = [encoder.encode(captions) for encoder in encoders]
     return tuple(
-        pad_tokens(part, padded_length(part.mask.shape[1], encoder.max_tokens)) for encoder, part in zip(encoders, parts, strict=True)
+        pad_tokens(part, padded_length(part.token_mask.shape[1], encoder.max_tokens)) for encoder, part in zip(encoders, parts, strict=True)
     )
 
 
@@ -267,4 +268,4 @@ def _tokenizer_hash(tokenizer: Any) -> str:
     rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
     kept = {key: value for key, value in rules.items() if key not in ("truncation", "padding")}
     text = json.dumps([kept, sorted(map(str, tokenizer.all_special_tokens))], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_of(text)

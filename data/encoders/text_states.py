@@ -9,30 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condot.core.text_states import TextStates
+
 TOKEN_MULTIPLE = 16
 """Masked captions are padded to a multiple of so many tokens: few shapes, and little beyond the longest."""
-
-
-class TextStates(NamedTuple):
-    """Captions as one encoder sees them."""
-
-    states: Tensor
-    """(B, L, D), of each token; zero behind a caption's end."""
-    mask: Tensor
-    """(B, L), bool: where there is a token; at least one a caption."""
-    pooled: Tensor
-    """(B, P), of the whole caption."""
-
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> TextStates:
-        """Elsewhere, or in another precision; the mask stays bool."""
-        states, pooled = (part.to(device=device, dtype=dtype, non_blocking=True) for part in (self.states, self.pooled))
-        return TextStates(states, self.mask.to(device=device, non_blocking=True), pooled)
 
 
 @dataclass(frozen=True)
@@ -115,10 +101,10 @@ def concat_text_states(parts: Sequence[TextStates], text_layout: TextLayout) -> 
     """
     rows = []
     for group in text_layout.groups:
-        length = max(parts[number].mask.shape[1] for number in group)
+        length = max(parts[number].token_mask.shape[1] for number in group)
         side = [pad_tokens(parts[number], length) for number in group]
         states = torch.cat([part.states for part in side], dim=2)
-        mask = torch.stack([part.mask for part in side]).any(0)
+        mask = torch.stack([part.token_mask for part in side]).any(0)
         rows.append((F.pad(states, (0, text_layout.width - states.shape[2])), mask))
     pooled = torch.cat([parts[number].pooled for number in text_layout.pooled_from], dim=1)
     return TextStates(torch.cat([states for states, _ in rows], dim=1), torch.cat([mask for _, mask in rows], dim=1), pooled)
@@ -138,22 +124,22 @@ def drop_captions(
     """
     made = []
     for number, (part, null) in enumerate(zip(parts, nulls, strict=True)):
-        length = max(part.mask.shape[1], null.mask.shape[1])
+        length = max(part.token_mask.shape[1], null.token_mask.shape[1])
         part, null = pad_tokens(part, length), pad_tokens(null.to(part.states.device, part.states.dtype), length)
-        all_of_it = drop_all.to(part.mask.device)
-        gone = drop_encoders[:, number].to(part.mask.device) & ~all_of_it
+        all_of_it = drop_all.to(part.token_mask.device)
+        gone = drop_encoders[:, number].to(part.token_mask.device) & ~all_of_it
         states, pooled = (
             torch.where(_wide(all_of_it, have), none, have) for have, none in ((part.states, null.states), (part.pooled, null.pooled))
         )
         states, pooled = (have.masked_fill(_wide(gone, have), 0) for have in (states, pooled))
-        made.append(TextStates(states, torch.where((all_of_it | gone)[:, None], null.mask, part.mask), pooled))
+        made.append(TextStates(states, torch.where((all_of_it | gone)[:, None], null.token_mask, part.token_mask), pooled))
     return tuple(made)
 
 
 def pad_tokens(part: TextStates, length: int) -> TextStates:
     """With so many tokens, those behind zero and masked; as it is where it has them."""
-    more = length - part.mask.shape[1]
-    return TextStates(F.pad(part.states, (0, 0, 0, more)), F.pad(part.mask, (0, more)), part.pooled) if more else part
+    more = length - part.token_mask.shape[1]
+    return TextStates(F.pad(part.states, (0, 0, 0, more)), F.pad(part.token_mask, (0, more)), part.pooled) if more else part
 
 
 def padded_length(longest: int, max_tokens: int) -> int:

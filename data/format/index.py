@@ -5,7 +5,6 @@ Latents and text embeddings lie in encoded shards: other folders of the same for
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import numpy as np
 
 from condot.core.errors import describe_error
 from condot.core.file_lock import open_new
+from condot.core.hashing import sha256_of_file
 from condot.core.printable import printable
 
 from ..images.decode import DECODE_ERRORS, upright_size
@@ -192,7 +192,7 @@ def index_tar(
     temporary = path.with_name(f".{os.getpid()}-{hash64(path.name.encode('utf-8', 'surrogateescape')):016x}.npy")  # names may be long
     with open_new(temporary) as file:
         np.lib.format.write_array(file, records, allow_pickle=False)
-    os.replace(temporary, path)  # never in place, where another may read it
+    os.replace(temporary, path)  # never in place, where another may read it; who needs it on the disk calls `sync`
     sizes = Counter(f"{w}x{h}" for w, h in zip(records["width"].tolist(), records["height"].tolist(), strict=True))
     labels = Counter(str(label) for label in records["label"].tolist() if label != NO_LABEL)
     shard = Shard(
@@ -200,13 +200,7 @@ def index_tar(
         split=split,
         samples=len(records),
         bytes=tar.stat().st_size,
-        sha256=sha256(tar),
-        index_sha256=sha256(path),
+        sha256=sha256_of_file(tar),
+        index_sha256=sha256_of_file(path),
     )
     return shard, Tally() + Tally(sizes=sizes, labels=labels, captions=captions)
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -5,7 +5,6 @@ Beside `train-000000.tar` lies `train-000000.npy`, 24 bytes a sample.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from io import BytesIO
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 from isal.isal_zlib import crc32 as crc32_of  # zlib's, three times as fast
+
+from condot.core.hashing import sha256_of
 
 from ..images.decode import is_plain
 from .sample_files import NO_LABEL
@@ -113,7 +114,7 @@ def open_index(path: Path, shard: Shard, classes: int) -> np.ndarray:
             return found
         if found.shape != (shard.samples,):
             raise ValueError(f"its index has {found.size} samples, the manifest says {shard.samples}. Copy both again.")
-        if hashlib.sha256(body).hexdigest() != shard.index_sha256:
+        if sha256_of(body) != shard.index_sha256:
             raise ValueError("its index is not the one that the manifest means (another sha256). Copy both or pack again.")
     if found.dtype != RECORD:
         raise ValueError(f"its index has rows of {found.dtype}, which are no samples. Index the folder again.")

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import secrets
-from pathlib import Path
-from typing import Any, BinaryIO
-
-from condot.core.file_lock import open_new
+from typing import BinaryIO
 
 from .tar_headers import BLOCK
 
@@ -59,35 +53,3 @@ def _header(name: bytes, size: int) -> bytes:
     head[257:265] = b"ustar\x0000"
     head[148:156] = b"%06o\x00 " % sum(head)
     return bytes(head)
-
-
-def commit(temporary: Path, final: Path) -> None:
-    """Give a finished file its name: after this it is there whole, even if the power fails."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
-    folder = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def commit_json(raw: Any, final: Path) -> None:
-    """Write a value as JSON under a temporary name and give it its own."""
-    temporary = final.with_name(f"tmp-{os.getpid()}-{final.name}")
-    with open_new(temporary) as file:
-        file.write((json.dumps(raw, indent=1) + "\n").encode())
-    commit(temporary, final)
-
-
-def write_once(path: Path, body: bytes) -> None:
-    """Write a file whole, unless somebody has written it already."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    temporary.write_bytes(body)
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    finally:
-        temporary.unlink()

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..encoders.text_states import TextStates
+from condot.core.text_states import TextStates
+
 from ..format.sample_files import NO_LABEL
 from ..images.decode import DECODE_ERRORS, decode_into
 from ..storage.shard_reader import LostShard, Shards

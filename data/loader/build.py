@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from condot.core.data_config import DataConfig
+from condot.core.text_states import TextStates
 
 from ..encoders.autoencoder import AutoencoderFacts, check_images
-from ..encoders.text_states import TextFacts, TextStates
+from ..encoders.text import TextFacts
 from ..format.manifest import Tally
 from ..format.shard_table import ShardTable
 from ..storage.local import LocalFolder, ShardFolder

@@ -11,8 +11,9 @@ import torch
 from condot.core.caption_fields import ALL_ENTRIES, CAPTION_PURPOSE, caption_reader, parse_captions, sample_captions
 from condot.core.printable import printable
 from condot.core.text_files import parse_json
+from condot.core.text_states import TextStates
 
-from ..encoders.text_states import TextStates, padded_length
+from ..encoders.text_states import padded_length
 from ..storage.shard_reader import LostShard, Shards
 from .encoded_cache import draw_text_rows, read_text_rows
 from .shuffle import uniform_at

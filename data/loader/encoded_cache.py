@@ -6,7 +6,6 @@ that keys stay aligned with the images'; reading it is an error as the image's i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,13 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from condot.core.atomic_files import write_once
 from condot.core.caption_fields import draw_index, parse_captions
 from condot.core.data_config import DataConfig
+from condot.core.hashing import sha256_of, sha256_of_file
+from condot.core.text_states import TextStates
 
 from ..encoders.fingerprint import fingerprint_differences
-from ..encoders.text_states import TextStates
 from ..format.manifest import Manifest
-from ..format.tar_writer import write_once
 
 FormName = Literal["latents", "text"]
 EXTENSIONS: dict[FormName, str] = {"latents": "moments.npy", "text": "text.npy"}
@@ -243,7 +243,7 @@ def write_null(folder: Path, make: Callable[[], TextStates]) -> str:
     if not path.exists():
         null = make().to("cpu", torch.float16)
         write_once(path, save({name: part.contiguous() for name, part in null._asdict().items()}))
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    return sha256_of_file(path)
 
 
 def read_null(folder: str | Path, encoding: Mapping[str, Any]) -> TextStates:
@@ -255,7 +255,7 @@ def read_null(folder: str | Path, encoding: Mapping[str, Any]) -> TextStates:
     path = Path(folder) / NULL
     try:
         body = path.read_bytes()
-        if hashlib.sha256(body).hexdigest() != encoding["null"]:
+        if sha256_of(body) != encoding["null"]:
             raise ValueError("its sha256 is not what the manifest says")
         return TextStates(**load(body))
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from condot.core.text_states import TextStates
+
 from ..encoders.fingerprint import fingerprint_differences
-from ..encoders.text import TextEncoder, encode_captions
-from ..encoders.text_states import TextFacts, TextStates, concat_text_states, drop_captions, text_layout
+from ..encoders.text import TextEncoder, TextFacts, encode_captions
+from ..encoders.text_states import concat_text_states, drop_captions, text_layout
 from .batch import Batch
 from .build import EncodedCache
 

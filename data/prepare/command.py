@@ -16,10 +16,10 @@ from pathlib import Path
 
 from condot.core.data_config import parse_size
 from condot.core.plugins import take_plugins
-from condot.core.printable import printable, redact
+from condot.core.printable import one_line, printable, redact
 from condot.core.urls import RedactingParser, expand_path
 
-from ..storage.retry import one_line
+from ..storage.retry import LONGEST
 from .pack import pack
 from .report import summary_text
 from .shard_plan import Packing
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         print(printable(f"  pictures: {args.output / 'summary.png'}"))
     except (ValueError, OSError) as error:
         full = ". Free some space and run the same command again: finished shards are kept." if _full(error) else ""
-        print(f"error: {one_line(error)}{full}", file=sys.stderr)
+        print(f"error: {one_line(error, LONGEST)}{full}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: finished shards are kept; run the same command again to go on.", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
@@ -10,12 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from condot.core.atomic_files import commit_json
 from condot.core.errors import summarize_list
-from condot.core.file_lock import make_folder, open_lock
+from condot.core.file_lock import make_folder, open_lock, try_lock
 
 from ..format.index_record import index_path
 from ..format.manifest import parse_manifest
-from ..format.tar_writer import commit_json
 from .pack_state import PackedShard, PackRequest, PackState, read_pack_state, write_pack_state
 from .source import ImageSource
 from .source_changes import SourceChanges, count_missing_images
@@ -110,10 +109,8 @@ def lock_output(output: Path, request: PackRequest, names: list[str], packed: Pa
     folder = output / ".packing"
     make_folder(folder)
     with os.fdopen(open_lock(folder / "lock"), "r+") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(f"{output}: another process is packing there. Let it finish, or choose another --output.") from error
+        if not try_lock(lock):
+            raise ValueError(f"{output}: another process is packing there. Let it finish, or choose another --output.")
         begun = folder / "request.json"
         if not begun.exists():
             ours = set(packed.shards) if packed else _listed(output)

@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from condot.core.atomic_files import commit_json
 from condot.core.errors import summarize_list
 from condot.core.process import available_cpus
 
 from ..format.index_record import index_path
 from ..format.manifest import Manifest, Tally, parse_manifest, write_manifest
 from ..format.shard_table import Shard, ShardTable
-from ..format.tar_writer import commit_json
 from ..images.formats import IMAGE_EXTENSIONS
 from .output_folder import (
     announce_repacking,

@@ -19,10 +19,10 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from condot.core.atomic_files import commit
 from condot.core.file_lock import make_folder, open_new
 
 from ..format.file_stamps import hash64, name_hash
-from ..format.tar_writer import commit
 from .source import RawSample, UnreadableSample
 
 INPUT = np.dtype([("name", "<u8"), ("stamp", "<u8"), ("text", "<u8"), ("image", "<u8", (2,)), ("packed", "?")])

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from tqdm import tqdm
 
-from condot.core.atomic_files import sync
+from condot.core.atomic_files import commit, commit_json, sync
 from condot.core.errors import describe_error
 from condot.core.file_lock import open_new
 from condot.core.printable import printable, redact_url
@@ -27,7 +27,7 @@ from ..format.index_record import index_path
 from ..format.manifest import Manifest, write_manifest
 from ..format.sample_files import has_image, image_among
 from ..format.tar_reader import TarRemarks
-from ..format.tar_writer import MAX_NAME_BYTES, TarWriter, commit, commit_json
+from ..format.tar_writer import MAX_NAME_BYTES, TarWriter
 from .output_folder import check_same_request, load_pack_state, lock_output, remove_stale
 from .pack import CorruptImages, finished_result, unreadable_message
 from .pack_state import PackedShard, PackRequest, write_pack_state

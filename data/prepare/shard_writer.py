@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from condot.core.atomic_files import commit, commit_json
 from condot.core.errors import describe_error
 from condot.core.file_lock import open_new
 from condot.core.text_files import MAX_TEXT_BYTES, decode_text
@@ -23,7 +24,7 @@ from ..format.index import index_tar
 from ..format.index_record import index_path
 from ..format.sample_files import NO_LABEL
 from ..format.tar_reader import samples
-from ..format.tar_writer import TarWriter, commit, commit_json
+from ..format.tar_writer import TarWriter
 from ..images.decode import DECODE_ERRORS, decode_preview, upright_size
 from ..images.downscale import downscale
 from ..images.formats import IMAGE_EXTENSIONS, detect_extension

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from condot.core.atomic_files import commit_json
+from condot.core.hashing import sha256_of_file
 from condot.core.process import available_cpus
 
 from ..format.file_stamps import compute_stamp, file_facts, name_hash
-from ..format.index import sha256
 from ..format.index_record import index_path
-from ..format.tar_writer import commit_json
 from .pack_state import INPUT, PackedShard, PackState, hash_sample, inputs_path
 from .shard_plan import PlannedShard
 from .source import ImageSource, SourceSubset
@@ -60,7 +60,7 @@ def is_in_place(output: Path, entry: PackedShard) -> bool:
     if not line["samples"]:
         return True
     there = tar.is_file() and tar.stat().st_size == line["bytes"] and index_path(tar).is_file()
-    return there and sha256(index_path(tar)) == line["index_sha256"]
+    return there and sha256_of_file(index_path(tar)) == line["index_sha256"]
 
 
 def invalidate(journal: Path) -> None:
@@ -175,7 +175,7 @@ def compare_files(files: Mapping[str, Path], folder: Path, output: Path, packed:
         entry, stamp = find_shard(folder, output, name, packed), compute_stamp(file_facts(files[name].stat()))
         if entry is None or entry.journal["stamp"] == stamp:
             return entry, False
-        if sha256(files[name]) != entry.journal["content"]:
+        if sha256_of_file(files[name]) != entry.journal["content"]:
             return None, True
         return entry._replace(journal=entry.journal | {"stamp": stamp}), True
 

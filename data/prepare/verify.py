@@ -11,9 +11,9 @@ import numpy as np
 
 from condot.core.caption_fields import draw_caption
 from condot.core.errors import describe_error
+from condot.core.hashing import sha256_of_file
 from condot.core.printable import printable
 
-from ..format.index import sha256
 from ..format.index_record import index_path, index_payload, is_unchanged, open_index, sample_span, slice_image
 from ..format.shard_table import Shard
 from ..format.tar_headers import BLOCK
@@ -48,7 +48,7 @@ class ShardCheck:
 def check_shard(job: ShardCheck, progress: Progress) -> list[str]:
     """What is wrong with a shard: one line a sample, with shard and key."""
     bad = []
-    if job.verify and sha256(job.tar) != job.shard.sha256:
+    if job.verify and sha256_of_file(job.tar) != job.shard.sha256:
         bad.append(f"{printable(job.tar.name)}: its sha256 is not what the manifest says")
     pixels = np.empty((SIDE, SIDE, job.channels), f"uint{job.bit_depth}")
     try:

@@ -15,18 +15,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from condot.core.atomic_files import commit, commit_json
 from condot.core.errors import describe_error, summarize_list
 from condot.core.file_lock import open_new
+from condot.core.hashing import sha256_of_file
 from condot.core.printable import printable
 from condot.core.process import available_cpus
 
 from ..format.file_stamps import compute_stamp, file_facts
-from ..format.index import index_tar, sha256
+from ..format.index import index_tar
 from ..format.index_record import index_path
 from ..format.manifest import Manifest, Tally, write_manifest
 from ..format.shard_table import Shard, ShardTable
 from ..format.tar_reader import TarRemarks, members
-from ..format.tar_writer import commit, commit_json
 from ..images.decode import DECODE_ERRORS, decode_preview
 from ..images.formats import IMAGE_EXTENSIONS
 from .output_folder import (
@@ -179,7 +180,7 @@ def index(job: IndexJob, progress: Progress) -> str:
         return job.name
     with open(index_path(tar), "rb") as file:
         os.fsync(file.fileno())
-    content = shard.sha256 if job.source.name.endswith(".tar") else sha256(job.source)
+    content = shard.sha256 if job.source.name.endswith(".tar") else sha256_of_file(job.source)
     found = {"shard": asdict(shard), "tally": asdict(tally), "faults": faults, "stamp": job.stamp, "content": content}
     found |= {"unknown": dict(remarks.unknown), "joined": remarks.joined}
     commit_json(found, journal_path(job.folder / job.name))

@@ -11,7 +11,6 @@ that is there, with the right size, is never hashed again.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import stat
@@ -23,7 +22,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from condot.core.file_lock import claim, is_named, open_file, open_lock, remove_unused
+from condot.core.file_lock import claim, is_named, lock_alone, lock_shared, open_file, open_lock, remove_unused
 
 MOST_HELD = 256
 """Files that one process holds; each costs an open file."""
@@ -97,7 +96,7 @@ class Cache:
             if fd is None:
                 return None
             if not held:
-                fcntl.flock(fd, fcntl.LOCK_SH)
+                lock_shared(fd)
             size = os.fstat(fd).st_size
             there, fits = is_named(fd, path), item.min_bytes <= size <= item.max_bytes
             if not there or not fits:
@@ -186,7 +185,7 @@ class Cache:
         held = os.dup(fd)  # the same open file, so the lock has no gap
         with self._lock, self._exclusive():  # whoever counts the folder's bytes would miss a file that changes its name meanwhile
             os.rename(part, self.folder / item.name)
-            fcntl.flock(held, fcntl.LOCK_SH)
+            lock_shared(held)
             if item.name in self._held:
                 os.close(held)
             else:
@@ -256,7 +255,7 @@ class Cache:
         """One process at a time looks for room."""
         fd = open_lock(self.folder / ".lock")
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            lock_alone(fd)
             yield
         finally:
             os.close(fd)

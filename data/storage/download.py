@@ -16,10 +16,10 @@ import fsspec
 from fsspec.asyn import sync
 from yarl import URL
 
-from condot.core.printable import redact_url
+from condot.core.printable import one_line, redact_url
 from condot.core.urls import display_url
 
-from .retry import ContentMismatch, FileRetry, HttpError, LocalDiskError, one_line
+from .retry import LONGEST, ContentMismatch, FileRetry, HttpError, LocalDiskError
 
 PACKAGES = {
     "s3": "s3fs",
@@ -80,7 +80,7 @@ class Origin:
             package = PACKAGES[parts.scheme]
             raise ValueError(f"{self.name}: {parts.scheme}:// needs a package that is not installed: `pip install {package}`.") from error
         except (ValueError, OSError) as error:
-            raise ValueError(f"{self.name} is no URL that can be read: {one_line(error)}.") from error
+            raise ValueError(f"{self.name} is no URL that can be read: {one_line(error, LONGEST)}.") from error
         self._path = (str(URL(str(path))) if self._web else str(path)).rstrip("/")
         if parts.scheme == "hf" and "@" not in self._path:  # else the first @ of a file's name would begin a revision
             self._path = re.sub(r"^((?:datasets/|spaces/)?[^/]+/[^/]+)", r"\1@main", self._path)

@@ -14,9 +14,9 @@ from typing import Protocol
 from braceexpand import braceexpand
 
 from condot.core.errors import summarize_list
+from condot.core.hashing import sha256_of_file
 from condot.core.printable import redact, redact_url
 
-from ..format.index import sha256
 from ..format.index_record import index_path
 from ..format.manifest import Manifest, check_foreign, read_manifest
 from ..format.shard_table import AT_ONCE, Shard, ShardTable
@@ -168,7 +168,7 @@ class LocalFolder:
         if newer.bytes.sum() > LARGE:
             print(f"{self.name}: {len(newer)} tars are newer than their manifest; comparing {newer.bytes.sum():,} bytes", flush=True)
         with ThreadPoolExecutor() as pool:  # hashing lets go of the interpreter
-            same = pool.map(lambda shard: sha256(self.path / shard.name) == shard.sha256, newer)
+            same = pool.map(lambda shard: sha256_of_file(self.path / shard.name) == shard.sha256, newer)
             changed = [shard.name for shard, right in zip(newer, same, strict=True) if not right]
         if changed:
             raise ValueError(

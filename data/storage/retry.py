@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from condot.core.printable import printable, redact
+from condot.core.printable import one_line, printable, redact
 
 T = TypeVar("T")
 NAMES = """EIO ESTALE ETIMEDOUT EAGAIN EINTR EBUSY ENOLCK ENOTCONN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENETRESET
@@ -97,7 +97,7 @@ class FileRetry:
                 raise
             except Exception as error:  # the filesystems of many makers have errors of their own
                 if http_status(error) in (404, 410):
-                    raise FileNotFoundError(one_line(error)) from error
+                    raise FileNotFoundError(one_line(error, LONGEST)) from error
                 self._wait(error)
             between()
 
@@ -106,22 +106,23 @@ class FileRetry:
             self.mismatches += 1
             if self.mismatches == MISMATCHES:
                 raise ValueError(
-                    f"{self.what}: {one_line(error)}, {MISMATCHES} downloads in a row. It was changed or damaged: upload it again, "
+                    f"{self.what}: {one_line(error, LONGEST)}, {MISMATCHES} downloads in a row. "
+                    f"It was changed or damaged: upload it again, "
                     f"or index the folder again."
                 ) from error
         elif not is_transient(error):
-            raise ValueError(f"{self.what} cannot be read: {one_line(error)}. Check the URL and your rights.") from error
+            raise ValueError(f"{self.what} cannot be read: {one_line(error, LONGEST)}. Check the URL and your rights.") from error
         assert self.since is not None, "an attempt was made"
         left = self.since + self.seconds - time.monotonic()
         if left <= 0:
             raise ValueError(
                 f"{self.what} cannot be read: nothing new in {self.seconds:g} s, {self.tries} attempts, "
-                f"the last: {one_line(error)}. Check {self.check}, or raise data.retry_seconds."
+                f"the last: {one_line(error, LONGEST)}. Check {self.check}, or raise data.retry_seconds."
             ) from error
         pause = min(LONGEST_PAUSE, min(FIRST_PAUSE, self.seconds / 60) * 2**self.failures) * random.uniform(0.5, 1)
         pause = min(left, max(pause, getattr(error, "retry_after", 0.0)))
         self.failures += 1
-        warn_limited(f"{self.what}: {one_line(error)}; trying again in {pause:.1f} s, giving up in {left:.0f} s")
+        warn_limited(f"{self.what}: {one_line(error, LONGEST)}; trying again in {pause:.1f} s, giving up in {left:.0f} s")
         time.sleep(pause)
 
 
@@ -198,12 +199,6 @@ def http_status(error: BaseException) -> int:
         if found.isdigit() and 400 <= int(found) < 600:
             return int(found)
     return 0
-
-
-def one_line(error: BaseException) -> str:
-    """Return what an error says, whatever library raised it, on one line that may be printed: see `redact` and `printable`."""
-    text = printable(redact(" ".join(str(error).split()))) or type(error).__name__
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 _lock = threading.Lock()

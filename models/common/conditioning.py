@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,25 +16,6 @@ MICRO_CONDITIONS = 6
 TimeEmbeddingKind = Literal["diffusers", "original", "sit"]
 """How time is embedded. diffusers: of 1000 (1 - t), the last frequency 1 / 10000 itself, as its DiT has it. original: the last
 frequency one step short of that, as the original DiT, SD3 and PixArt have it. sit: the same frequencies of t itself."""
-
-
-class TextCondition(NamedTuple):
-    """Captions as a network takes them."""
-
-    states: Tensor
-    """(B, L, D), of each token."""
-    mask: Tensor | None
-    """(B, L), bool: where there is a token; at least one a caption. None for everywhere."""
-    pooled: Tensor
-    """(B, P), of the whole caption."""
-
-    @property
-    def attention_mask(self) -> Tensor | None:
-        """The mask; None where it hides nothing and asking costs nothing: a device would have to be waited for."""
-        if self.mask is None:
-            return None
-        free = self.mask.device.type == "cpu" and not torch.compiler.is_compiling()
-        return None if free and bool(self.mask.all()) else self.mask
 
 
 def to_timestep(t: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .conditioning import TextCondition
+from condot.core.text_states import TextStates
 
 
 def time_from_timestep(timestep: Tensor | float, sample: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def clamp_labels(class_labels: Tensor | None, sample: Tensor, num_classes: int) 
     return class_labels.to(sample.device).clamp(max=num_classes)
 
 
-def text_condition(states: Tensor, mask: Tensor | None, pooled: Tensor | None, pooled_width: int) -> TextCondition:
+def text_condition(states: Tensor, mask: Tensor | None, pooled: Tensor | None, pooled_width: int) -> TextStates:
     """Captions.
 
     Args:
@@ -49,4 +49,4 @@ def text_condition(states: Tensor, mask: Tensor | None, pooled: Tensor | None, p
             f"encoder_attention_mask {tuple(mask.shape)} for {tuple(states.shape[:2])} tokens: it is (batch, tokens), 0 at padding."
         )
     pooled = states.new_zeros(len(states), pooled_width) if pooled is None else pooled
-    return TextCondition(states, None if mask is None else mask != 0, pooled)
+    return TextStates(states, None if mask is None else mask != 0, pooled)

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..common.conditioning import EmbeddingMLP, SizeEmbedding, TextCondition, TimeEmbedding, check_text_widths, require_sizes
+from condot.core.text_states import TextStates
+
+from ..common.conditioning import EmbeddingMLP, SizeEmbedding, TimeEmbedding, check_text_widths, require_sizes
 from ..common.init import InitMethod
 from ..common.kernels import attend
 from ..common.layers import Attention, FeedForward, RMSNorm, modulate, patch_embed, unpatchify
@@ -118,7 +120,7 @@ class CrossDiT(nn.Module):
         """The sides of an image are multiples of it."""
         return self.patch_size
 
-    def forward(self, x: Tensor, t: Tensor, condition: TextCondition, sizes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: TextStates, sizes: Tensor | None = None) -> Tensor:
         """The prediction; arguments as in MMDiT."""
         time = self.time(t)
         if self.sizes is not None:
@@ -127,7 +129,7 @@ class CrossDiT(nn.Module):
         rows, columns = x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
         h = patch_embed(self.enter, x, self.patch_size)
         h = h + self.positions.for_grid(rows, columns, h)
-        condition = TextCondition(*condition)
+        condition = TextStates(*condition)
         c, mask = self.text(condition.states), condition.attention_mask
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():

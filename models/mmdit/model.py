@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..common.conditioning import EmbeddingMLP, SizeEmbedding, TextCondition, TimeEmbedding, check_text_widths, require_sizes
+from condot.core.text_states import TextStates
+
+from ..common.conditioning import EmbeddingMLP, SizeEmbedding, TimeEmbedding, check_text_widths, require_sizes
 from ..common.init import InitMethod
 from ..common.kernels import attend
 from ..common.layers import FeedForward, RMSNorm, modulate, patch_embed, residual_dtype, unpatchify
@@ -148,7 +150,7 @@ class MMDiT(nn.Module):
         """The sides of an image are multiples of it."""
         return self.patch_size
 
-    def forward(self, x: Tensor, t: Tensor, condition: TextCondition, sizes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: TextStates, sizes: Tensor | None = None) -> Tensor:
         """The prediction.
 
         Args:
@@ -160,7 +162,7 @@ class MMDiT(nn.Module):
         Returns:
             The shape of x.
         """
-        condition = TextCondition(*condition)
+        condition = TextStates(*condition)
         embedding = self.time(t) + self.pooled(condition.pooled)
         if self.sizes is not None:
             embedding = embedding + self.sizes(require_sizes(sizes))

@@ -12,7 +12,9 @@ from typing import Any, Literal
 from diffusers import UNet2DConditionModel, UNet2DModel
 from torch import Tensor, nn
 
-from ..common.conditioning import FREQUENCY_CHANNELS, MICRO_CONDITIONS, TextCondition, check_text_widths, require_sizes, to_timestep
+from condot.core.text_states import TextStates
+
+from ..common.conditioning import FREQUENCY_CHANNELS, MICRO_CONDITIONS, check_text_widths, require_sizes, to_timestep
 from ..common.init import InitMethod
 
 Conditioning = Literal["class", "text"]
@@ -99,13 +101,13 @@ class UNet(nn.Module):
         """The sides of an image are multiples of it."""
         return 2 ** (len(self.net.config.block_out_channels) - 1)
 
-    def forward(self, x: Tensor, t: Tensor, condition: Tensor | TextCondition, sizes: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Tensor | TextStates, sizes: Tensor | None = None) -> Tensor:
         """The prediction; arguments as in DiT, or as in MMDiT with text."""
         time = to_timestep(t)
         if isinstance(condition, Tensor):
             return self.net(x, time, class_labels=condition if self.num_classes else None, return_dict=False)[0]
         dtype = self.net.conv_in.weight.dtype
-        condition = TextCondition(*condition)
+        condition = TextStates(*condition)
         more = {"text_embeds": condition.pooled.to(dtype), "time_ids": require_sizes(sizes)} if self.micro_conditions else None
         states = condition.states.to(dtype)
         return self.net(x, time, states, encoder_attention_mask=condition.attention_mask, added_cond_kwargs=more, return_dict=False)[0]

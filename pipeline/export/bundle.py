@@ -120,10 +120,11 @@ def _add_import(node: ast.Import | ast.ImportFrom, source: SourceFile) -> None:
         bound = alias.asname or alias.name.split(".")[0]
         if isinstance(node, ast.Import):
             source.imports[bound] = f"import {alias.name}" + (f" as {alias.asname}" if alias.asname else "")
-        elif not node.level:
+        elif not node.level and not (node.module or "").startswith("condot."):
             source.imports[bound] = f"from {node.module} import {alias.name}" + (f" as {alias.asname}" if alias.asname else "")
         elif node.module and alias.name != "*":
-            source.siblings[bound] = source.path.parents[node.level - 1].joinpath(*node.module.split(".")).with_suffix(".py")
+            folder = source.path.parents[node.level - 1] if node.level else PACKAGE.parent
+            source.siblings[bound] = folder.joinpath(*node.module.split(".")).with_suffix(".py")
             if bound != alias.name:
                 source.aliases[bound] = alias.name
         else:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from pathlib import Path
 from typing import IO
 
 from condot.core.atomic_files import open_lock
+from condot.core.file_lock import try_lock
 
 
 class FolderLock:
@@ -71,8 +71,6 @@ def lock_folder(folder: Path, name: str = "output_dir") -> FolderLock:
         file = os.fdopen(open_lock(folder / ".lock"), "r+")
     except OSError as error:
         raise ValueError(f"{name}={str(folder)!r} cannot be written ({error.strerror}): give a folder of yours.") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise ValueError(f"{name}={str(folder)!r} is in use by another run: wait for it, or give another folder.") from error
+    if not try_lock(file):
+        raise ValueError(f"{name}={str(folder)!r} is in use by another run: wait for it, or give another folder.")
     return FolderLock(folder, file, name)

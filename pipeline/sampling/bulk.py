@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
+from condot.core.hashing import sha256_of_file
 from condot.core.process import InterruptHandler
 
 from ..launch.distributed import join_process_group
@@ -173,8 +174,7 @@ def fingerprint_model(model: Path) -> str:
     digest = hashlib.sha256()
     patterns = CHECKPOINT_PATTERNS if (model / "state.json").exists() else EXPORT_PATTERNS
     for path in sorted(path for pattern in patterns for path in model.glob(pattern) if path.is_file()):
-        with open(path, "rb") as file:
-            digest.update(f"{path.relative_to(model)}:{hashlib.file_digest(file, 'sha256').hexdigest()};".encode())
+        digest.update(f"{path.relative_to(model)}:{sha256_of_file(path)};".encode())
     return digest.hexdigest()
 
 

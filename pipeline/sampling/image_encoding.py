@@ -12,6 +12,7 @@ import zlib
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -25,7 +26,8 @@ def quantise(image: Tensor, bit_depth: int = 8) -> np.ndarray:
     """Return (C, H, W), -1..1, as (H, W, C), uint8 or uint16: the nearest of 2^bit_depth values, the inverse of `data.stream.to_unit`."""
     top = 2**bit_depth - 1
     levels = ((image + 1) * (top / 2)).round().clamp(0, top)
-    array: np.ndarray = levels.to(torch.uint8 if bit_depth == 8 else torch.uint16).permute(1, 2, 0).contiguous().numpy()
+    pixels = levels.to(torch.uint8 if bit_depth == 8 else torch.uint16)
+    array: np.ndarray = rearrange(pixels, "c h w -> h w c").contiguous().numpy()
     return array
 
 

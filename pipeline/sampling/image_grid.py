@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
@@ -31,13 +32,10 @@ def make_grid(images: Tensor, columns: int, scale: int = 1) -> Tensor:
     Returns:
         (C, height, width), -1..1.
     """
-    count, channels, height, width = images.shape
-    rows = math.ceil(count / columns)
-    canvas = torch.ones(channels, rows * (height + 1) + 1, columns * (width + 1) + 1)
-    for i in range(count):
-        top, left = i // columns * (height + 1) + 1, i % columns * (width + 1) + 1
-        canvas[:, top : top + height, left : left + width] = images[i]
-    return canvas.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    cells = F.pad(images.to("cpu", torch.float32), (1, 0, 1, 0), value=1.0)  # the gap above and left of each
+    blank = cells.new_ones(-len(cells) % columns, *cells.shape[1:])
+    grid = rearrange(torch.cat([cells, blank]), "(row column) c h w -> c (row h) (column w)", column=columns)
+    return repeat(F.pad(grid, (0, 1, 0, 1), value=1.0), "c h w -> c (h y) (w x)", y=scale, x=scale)
 
 
 def tensor_to_pil(image: Tensor) -> Image.Image:

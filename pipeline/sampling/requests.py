@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from condot.core.hashing import sha256_of
 
 from ..flow import Condition
 from .flow_model import FlowModel
@@ -33,7 +34,7 @@ class ImageRequests:
     @property
     def digest(self) -> str:
         """A hash of all of them, in order."""
-        return hashlib.sha256(json.dumps([self.labels, self.prompts, self.negative_prompts]).encode()).hexdigest()
+        return sha256_of(json.dumps([self.labels, self.prompts, self.negative_prompts]))
 
     def conditions(self, model: FlowModel, index: Sequence[int]) -> tuple[Condition, Condition | None]:
         """What `generate` takes for these images: conditions, (N, ...), and what to lead away from, or None."""
