@@ -82,10 +82,11 @@ def folder_here(text: str) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     try:
-        args = parser().parse_args(take_plugins(sys.argv[1:] if argv is None else argv))
+        words = take_plugins(sys.argv[1:] if argv is None else argv)
     except ValueError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    args = parser().parse_args(words)
     silence_pillow()
     try:
         for name, option in (("source", "source"), ("output", "--output")):
