@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import condot
+
 PACKAGE = Path(str(condot.__file__)).parent
 """Of condot itself, where `condot.core` lies."""
 ALLOWED_PACKAGES = {*sys.stdlib_module_names, "torch", "diffusers", "transformers"}
