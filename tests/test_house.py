@@ -12,7 +12,7 @@ ROOMS = {
     "core": [],
     "pipeline": [
         *("flow", "objectives", "config", "latent_space", "launch", "checkpoint", "ema", "tracking", "evaluation", "sampling"),
-        *("training", "hub", "export", "dry_run"),
+        *("hub", "training", "export", "dry_run"),
     ],
     "models": ["common", "cross_dit", "dit", "mmdit", "unet"],
     "data": ["images", "format", "storage", "encoders", "loader", "encode", "prepare", "inspect"],
