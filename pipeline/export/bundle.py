@@ -126,13 +126,18 @@ def _add_import(node: ast.Import | ast.ImportFrom, source: SourceFile) -> None:
             source.imports[bound] = f"import {alias.name}" + (f" as {alias.asname}" if alias.asname else "")
         elif not node.level and not (node.module or "").startswith("condot."):
             source.imports[bound] = f"from {node.module} import {alias.name}" + (f" as {alias.asname}" if alias.asname else "")
-        elif node.module and alias.name != "*":
-            folder = source.path.parents[node.level - 1] if node.level else PACKAGE.parent
-            source.siblings[bound] = folder.joinpath(*node.module.split(".")).with_suffix(".py")
+        elif node.module and alias.name != "*" and (sibling := _file_of(node, source.path)).is_file():
+            source.siblings[bound] = sibling
             if bound != alias.name:
                 source.aliases[bound] = alias.name
         else:
             raise ValueError(f"{source.path}:{node.lineno}: `{ast.unparse(node)}` cannot be carried. Write `from .file import name`.")
+
+
+def _file_of(node: ast.ImportFrom, path: Path) -> Path:
+    """Return the file that `from ..folder.file import name` or `from condot.core.file import name` names."""
+    folder = path.parents[node.level - 1] if node.level else PACKAGE.parent
+    return folder.joinpath(*(node.module or "").split(".")).with_suffix(".py")
 
 
 def _add_definition(node: ast.stmt, source: SourceFile, text: str) -> None:

@@ -15,6 +15,7 @@ from .condition import Condition, concat_conditions, map_condition, num_samples,
 from .counter_rng import Purpose, normal, rademacher, uniform
 from .coupling import COUPLINGS, couple_by_optimal_transport, solve_assignment
 from .ddpm_path import DDPM, VARIANCE_SCHEDULES, step_variances
+from .diffusion_coefficient import DIFFUSION_COEFFICIENTS, NamedDiffusion, diffusion_coefficient, forward_sde_coefficients
 from .diffusion_paths import EDM, PATHS, VE, VP, SubVP
 from .divergence import MAX_EXACT_DIMENSIONS, divergence
 from .dpm_solver import dpmpp_2m, dpmpp_2m_sde
@@ -48,15 +49,7 @@ from .path import Coefficients, CondOT, Cosine, Path, interpolate, scale_initial
 from .precondition import precondition
 from .registry import ODE_SOLVERS, SDE_SOLVERS
 from .score_matching import ScoreMatching
-from .sde import (
-    DIFFUSION_COEFFICIENTS,
-    NamedDiffusion,
-    diffusion_coefficient,
-    euler_maruyama,
-    exponential,
-    forward_sde_coefficients,
-    stochastic_heun,
-)
+from .sde import euler_maruyama, exponential, stochastic_heun
 from .simulate_sde import simulate_sde
 from .solver import Solution, dormand_prince, euler, heun, midpoint, multistep, rk4, solve_then_denoise
 from .step_log_prob import step_distribution, step_log_prob, trajectory_log_prob

@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .diffusion_coefficient import DiffusionCoefficient
 from .field import Field, velocity_and_score
 from .parameterisation import conversion_coefficients
 from .path import Path
-from .sde import DiffusionCoefficient, NoiseFunction, exponential_coefficients
+from .sde import NoiseFunction, exponential_coefficients
 from .solver import Solution, StepCallback, check_solution, check_start, expand_time
 from .time_grid import intervals
 

@@ -16,10 +16,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .diffusion_coefficient import DiffusionCoefficient
 from .field import Field, velocity_and_score
 from .parameterisation import conversion_coefficients
 from .path import Path
-from .sde import DiffusionCoefficient, StepCoefficients, euler_maruyama_coefficients, exponential_coefficients
+from .sde import StepCoefficients, euler_maruyama_coefficients, exponential_coefficients
 from .solver import expand_time
 
 REDUCTIONS = ("sum", "mean")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..flow import ODE_SOLVERS, SDE_SOLVERS, diffusion_coefficient, is_singular, time_grid
 from ..flow.churn import check_churn
-from ..flow.sde import DiffusionCoefficient
+from ..flow.diffusion_coefficient import DiffusionCoefficient
 from .flow_model import FlowModel
 from .guidance_options import GuidanceOptions
 
