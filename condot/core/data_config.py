@@ -117,6 +117,7 @@ class DataConfig:
         # `--data.text_encoder=` names none
         object.__setattr__(self, "text_encoder", tuple(name for name in self.text_encoder if name))
         counts = " ".join(map(str, self.max_tokens))
+        _require(bool(self.max_tokens), "max_tokens", counts, "at least one token. Use 77 or 128.")
         _require(self.text_padding in ("mask", "attend"), "text_padding", self.text_padding, "choose `mask` or `attend`.")
         if len(self.max_tokens) not in (1, max(1, len(self.text_encoder))):
             raise ValueError(

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from bisect import bisect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import fsspec
@@ -24,8 +22,9 @@ from condot.core.regular_files import require_regular
 from condot.core.urls import display_url, last_name
 
 from ..format.file_stamps import compute_stamp, file_facts
-from .class_labels import Class, number_classes, sort_class_names, unused_labels
-from .source import ImageSource, RawSample, UnreadableSample, digest, ordered_splits, to_utf8
+from .class_labels import number_classes, sort_class_names, unused_labels
+from .parquet_rows import READ_ERRORS, ParquetSubset
+from .source import ImageSource, digest, ordered_splits, to_utf8
 from .splits import ALL, SplitChoice, assign_splits, check_rows, names_of_file, shorten_list, split_columns
 from .table_columns import (
     ColumnChoice,
@@ -38,9 +37,6 @@ from .table_columns import (
     refuse_partitions,
 )
 
-READ_ERRORS = (OSError, ValueError, ImportError, pa.ArrowException)
-"""What fsspec and pyarrow raise for files that are missing, out of reach or damaged; ImportError where a protocol's package is missing."""
-ROWS_AT_ONCE = 64
 Result = TypeVar("Result")
 
 
@@ -54,71 +50,6 @@ class ParquetFileInfo(NamedTuple):
     schema: pa.Schema
     stamp: int
     """Zero where nothing tells whether the file is as it was."""
-
-
-class SpilledRow(NamedTuple):
-    """One row whose image lies in a scratch file."""
-
-    record: RawSample | UnreadableSample
-    at: int = 0
-    size: int = 0
-
-
-@dataclass(frozen=True)
-class ParquetSubset:
-    """Some rows: file, row group and row of each."""
-
-    urls: list[str]
-    names: list[str]
-    rows: np.ndarray
-    """(N, 3), int64: place in `urls`, row group, row within it."""
-    columns: Columns
-
-    def read(self, scratch: Path) -> Iterator[RawSample | UnreadableSample]:
-        """Row groups are read in the order of the file, rows given in the order asked for: a scratch file lies between."""
-        kept: dict[int, SpilledRow] = {}
-        order = np.lexsort((self.rows[:, 2], self.rows[:, 1], self.rows[:, 0]))
-        with tempfile.TemporaryFile(dir=scratch) as spill:
-            for file in np.unique(self.rows[:, 0]).tolist():
-                mine = order[self.rows[order, 0] == file]
-                try:
-                    self._spill(file, mine, kept, spill)
-                except READ_ERRORS as error:
-                    why = redact(describe_error(error)).rstrip(".")
-                    raise ValueError(f"{redact_url(self.urls[file])} cannot be read as parquet: {why}. Copy it again.") from error
-            spill.flush()
-            for place in range(len(self.rows)):
-                record, at, size = kept.pop(place)
-                if isinstance(record, RawSample):
-                    spill.seek(at)
-                    record = record._replace(image=spill.read(size))
-                yield record
-
-    def _spill(self, file: int, places: np.ndarray, kept: dict[int, SpilledRow], spill: Any) -> None:
-        numbers = number_classes(self.columns.class_names, given=self.columns.class_names_given)
-        with fsspec.open(self.urls[file], "rb").open() as opened:
-            table = pq.ParquetFile(opened)
-            for group in np.unique(self.rows[places, 1]).tolist():
-                mine = places[self.rows[places, 1] == group]
-                wanted = dict(zip(self.rows[mine, 2].tolist(), mine.tolist(), strict=True))
-                at = 0
-                there = [name for name in self.columns.all if name in table.schema_arrow.names]
-                for batch in table.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=there, use_threads=False):
-                    here = [row for row in range(at, at + len(batch)) if row in wanted]
-                    for row in here:
-                        values = batch.slice(row - at, 1).to_pylist()[0]
-                        kept[wanted[row]] = _kept(values, f"{self.names[file]}:{group}:{row}", self.columns, numbers, spill)
-                    at += len(batch)
-
-
-def _kept(values: dict[str, Any], name: str, columns: Columns, numbers: dict[Class, int], spill: Any) -> SpilledRow:
-    try:
-        record = columns.record(values, name, numbers)
-    except ValueError as error:
-        return SpilledRow(UnreadableSample(name, describe_error(error)))
-    at = spill.tell()
-    spill.write(record.image)
-    return SpilledRow(record._replace(image=b""), at, len(record.image))
 
 
 def parquet(source: str, choice: ColumnChoice, splits: SplitChoice = ALL) -> ImageSource:
