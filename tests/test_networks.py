@@ -168,4 +168,4 @@ def test_nothing_outside_its_folder_knows_a_network():
         used = {node.id for node in nodes if isinstance(node, ast.Name)}
         used |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
         used |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-        assert not used & (names | NETWORKS.keys()), (path, used & names)
+        assert not used & names, (path, used & names)
