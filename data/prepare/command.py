@@ -53,7 +53,7 @@ MAX_NAMES_BYTES = 1 << 26
 
 def parser() -> argparse.ArgumentParser:
     """The command's options, each kind of source with its own."""
-    top = RedactingParser(prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = RedactingParser(prog="condot prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = top.add_subparsers(dest="kind", required=True, metavar="{imagefolder,parquet,hub,webdataset,digits}")
     folder = kinds.add_parser("imagefolder", help="image files in a folder")
     folder.add_argument("source", type=Path, help="a folder, or a .csv, .tsv, .jsonl or .parquet table of the image files to pack")
