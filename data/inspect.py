@@ -46,7 +46,7 @@ ALPHA_SUFFIXES = (".png", ".webp", ".avif", ".tif", ".tiff")
 
 def parser() -> argparse.ArgumentParser:
     """The command's options; those of the stream replace the recipe's."""
-    made = RedactingParser(prog="python -m data.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = RedactingParser(prog="condot inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("shards", nargs="+", help="folders of shards")
     made.add_argument("--split", help="which split (default: the recipe's, else train)")
     made.add_argument("--samples", type=int, help="decode so many samples, evenly spaced, to find those that cannot be (default: all)")

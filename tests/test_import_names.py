@@ -52,18 +52,28 @@ print(len(files), [names for names in files.values() if len(names) > 1])
     assert int(count) > 60 and twice.strip() == f"[{['data', 'condot.data']}]", "data/__init__.py itself, which holds nothing"
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """What `make wheel` builds, by the back end itself; the checkout stays as it is."""
+def build(folder, kind="wheel"):
+    """What `make wheel` builds, by the back end itself, and the checkout it was built from; ours stays as it is."""
     pytest.importorskip("setuptools")
-    folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "checkout"
     copy.mkdir()
     for name in ("condot", *ROOMS, "configs", "pyproject.toml", "README.md", "LICENSE"):
         (copy / name).symlink_to(ROOT / name)
-    program = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
+    program = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
     name = run(program, copy, str(folder)).split()[-1]
-    return zipfile.ZipFile(folder / name)
+    return zipfile.ZipFile(folder / name), copy
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("wheel"))[0]
+
+
+def test_an_editable_install_is_a_plain_path_which_editors_follow(tmp_path):
+    """A finder, which setuptools takes for other layouts, works at run time and hides every module from pyright and mypy."""
+    editable, checkout = build(tmp_path, "editable")
+    names = [name for name in editable.namelist() if ".dist-info/" not in name]
+    assert len(names) == 1 and names[0].endswith(".pth") and editable.read(names[0]).decode().strip() == str(checkout)
 
 
 def test_the_wheel_has_one_top_level_package(wheel):

@@ -76,7 +76,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def _parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
     """The command's own options, and the fields of the recipe's section `data` that `--data.key=value` replaces."""
     parser = RedactingParser(
-        prog="python -m data.encode",
+        prog="condot encode",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="`--data.key=value` replaces a field of the recipe's section data; several values: --data.shards a b.",

@@ -33,7 +33,7 @@ SHOWN = 20
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's options, each kind of source with its own."""
-    top = RedactingParser(prog="python -m data.prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top = RedactingParser(prog="condot prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = top.add_subparsers(dest="kind", required=True, metavar=f"{{{','.join(SOURCES)}}}")
     for name, kind in SOURCES.items():
         one = kinds.add_parser(name, help=kind.help)
