@@ -48,7 +48,10 @@ def lines(folder):
 def batch_of(n=6, shape=(2, 3, 4)):
     generator = torch.Generator().manual_seed(0)
     data, noise = (torch.randn(n, *shape, generator=generator) for _ in range(2))
-    return data, RandomInputs(noise, torch.linspace(0.1, 0.9, n), torch.ones(n), noise.sign(), 5, 7, torch.arange(n))
+    return data, RandomInputs(noise, torch.linspace(0.1, 0.9, n), torch.ones(n), noise.sign())
+
+
+PLACE = torch.arange(6)
 
 
 def network(x, t, labels):
@@ -63,11 +66,11 @@ def test_a_weighted_term_is_added_and_each_part_is_named(energy):
     data, draws = batch_of()
     labels = torch.zeros(6, dtype=torch.int64)
     flow = parse(Config, list(LOG)).flow
-    found = TrainingObjective(flow, (2, 3, 4), 6)(network, data, draws, labels)
+    found = TrainingObjective(flow, (2, 3, 4), 6)(network, data, draws, labels, seed=5, step=7, indices=PLACE)
     plain = Objective(CondOT())(network, data, draws.noise, draws.t, labels)
     t = draws.t.view(-1, 1, 1, 1)
     shaken = 0.3 * (t * data + (1 - t) * draws.noise) + 0.1
-    shaken = shaken + 0.1 * StepBatch(data, draws.noise, draws.t, seed=5, step=7, indices=draws.indices).normal("energy")
+    shaken = shaken + 0.1 * StepBatch(data, draws.noise, draws.t, seed=5, step=7, indices=PLACE).normal("energy")
     term = shaken.abs().pow(3).mean((1, 2, 3))
     assert set(found.extras) == {"loss/regression", "loss/energy"}
     torch.testing.assert_close(found.extras["loss/energy"], term)
@@ -77,11 +80,11 @@ def test_a_weighted_term_is_added_and_each_part_is_named(energy):
 
 def test_numbers_of_ones_own_are_those_of_the_place_and_of_the_name():
     data, draws = batch_of()
-    whole = StepBatch(data, draws.noise, draws.t, seed=5, step=7, indices=draws.indices)
-    half = StepBatch(data[3:], draws.noise[3:], draws.t[3:], seed=5, step=7, indices=draws.indices[3:])
+    whole = StepBatch(data, draws.noise, draws.t, seed=5, step=7, indices=PLACE)
+    half = StepBatch(data[3:], draws.noise[3:], draws.t[3:], seed=5, step=7, indices=PLACE[3:])
     assert torch.equal(whole.normal("a")[3:], half.normal("a")) and torch.equal(whole.uniform("a")[3:], half.uniform("a"))
     assert not torch.equal(whole.normal("a"), whole.normal("b")) and not torch.equal(whole.normal("a"), whole.normal("a") * 0)
-    assert not torch.equal(whole.normal("a"), StepBatch(data, draws.noise, draws.t, seed=5, step=8, indices=draws.indices).normal("a"))
+    assert not torch.equal(whole.normal("a"), StepBatch(data, draws.noise, draws.t, seed=5, step=8, indices=PLACE).normal("a"))
 
 
 def test_a_joint_objective_tells_both_errors():

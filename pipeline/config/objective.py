@@ -30,7 +30,7 @@ from ..flow import (
     uniform,
 )
 from ..objectives.regularisers import ObservedNetwork, Regulariser, active_regularisers, add_regularisers
-from ..objectives.step_objective import FlowTerms, StepBatch, StepLoss, StepObjective
+from ..objectives.step_objective import FlowTerms, LossFunction, StepBatch, StepLoss, StepObjective
 from ..objectives.table import OBJECTIVES
 from .flow import FLAT_OBJECTIVES, FlowConfig
 
@@ -46,10 +46,6 @@ class RandomInputs(NamedTuple):
     """(B,), uniform: chance of losing the condition."""
     probe: Tensor | None
     """(B, *S), signs, for sliced score matching."""
-    seed: int = 0
-    step: int = 0
-    indices: Tensor | None = None
-    """(B,), places in the global batch: with seed and step, where all of these come from."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +78,7 @@ class TrainingObjective:
         if flow.coupling != "independent" and flow.coupling_group < 2:
             raise ValueError(f"flow.coupling_group={flow.coupling_group}: an assignment is among at least two images. Use 32.")
         active_regularisers(flow.regularisers)
-        loss_function = self.objective.loss_function(self.terms)
+        loss_function = self.loss_function
         if loss_function is None:
             return
         loss_function.check(self.shape)
@@ -137,6 +133,11 @@ class TrainingObjective:
         return build_objective(self.flow)
 
     @property
+    def loss_function(self) -> LossFunction | None:
+        """The objective's loss as mathematics; None where it cannot be examined at the ends of the path."""
+        return self.objective.loss_function(self.terms)
+
+    @property
     def regularisers(self) -> dict[str, Regulariser]:
         """What is added to it, by name."""
         return active_regularisers(self.flow.regularisers)
@@ -160,12 +161,18 @@ class TrainingObjective:
             sample_times(self.timestep_distribution, seed, step, batch_indices, self.batch_size if self.flow.stratified else None).float(),
             uniform(seed, Purpose.CONDITION_DROP, step, batch_indices),
             rademacher(seed, Purpose.PROBE, step, batch_indices, shape) if self.objective.needs_probe else None,
-            seed,
-            step,
-            batch_indices,
         )
 
-    def __call__(self, model: Callable[..., Tensor], data: Tensor, draws: RandomInputs, *condition: Condition) -> StepLoss:
+    def __call__(
+        self,
+        model: Callable[..., Tensor],
+        data: Tensor,
+        draws: RandomInputs,
+        *condition: Condition,
+        seed: int = 0,
+        step: int = 0,
+        indices: Tensor | None = None,
+    ) -> StepLoss:
         """Return the loss of each sample, with the regularisers, and what is logged beside it.
 
         Args:
@@ -173,10 +180,11 @@ class TrainingObjective:
             data: z, (B, *S).
             draws: of these samples.
             condition: what else the network takes, each (B, ...): labels or text, null where it is dropped; sizes.
+            seed, step, indices: of the draws, for a term that wants more random numbers; places in the global batch, (B,).
         """
         noise = self.couple_noise(data, draws.noise, condition[0])
         network, regularisers, terms = self.build_predictor(model), self.regularisers, self.terms
-        batch = StepBatch(data, noise, draws.t, condition, draws.probe, draws.seed, draws.step, draws.indices)
+        batch = StepBatch(data, noise, draws.t, condition, draws.probe, seed, step, indices)
         # the fast attentions have no second derivative
         with sdpa_kernel(SDPBackend.MATH) if self.differentiates_twice else nullcontext():
             if not regularisers:
@@ -185,9 +193,9 @@ class TrainingObjective:
             step_loss = self.objective(observed, batch, terms)
             return add_regularisers(step_loss, self.flow.objective, regularisers, observed, batch, terms)
 
-    def losses(self, model: Callable[..., Tensor], data: Tensor, draws: RandomInputs, *condition: Condition) -> Tensor:
-        """Return the loss of each sample alone, (B,)."""
-        return self(model, data, draws, *condition).loss
+    def losses(self, model: Callable[..., Tensor], data: Tensor, draws: RandomInputs, *condition: Condition, **place: Any) -> Tensor:
+        """Return the loss of each sample alone, (B,); `place` as above."""
+        return self(model, data, draws, *condition, **place).loss
 
     def couple_noise(self, data: Tensor, noise: Tensor, labels: Condition) -> Tensor:
         """The noise of each datum under the recipe's coupling: in groups of fixed places, so that ranks do not change it."""

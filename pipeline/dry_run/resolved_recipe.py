@@ -230,8 +230,8 @@ class ResolvedRecipe:
         def step(model: Callable[..., Tensor], network: nn.Module) -> Tensor:
             x, t, *condition = self.hooks.example_inputs(network, shape, batch=images, **self.text)
             probe = torch.randn_like(x).sign() if objective.objective.needs_probe else None
-            draws = RandomInputs(torch.randn_like(x), t, t, probe, indices=torch.arange(images, device=x.device))
-            return objective.losses(model, x, draws, *condition).mean()
+            draws = RandomInputs(torch.randn_like(x), t, t, probe)
+            return objective.losses(model, x, draws, *condition, indices=torch.arange(images, device=x.device)).mean()
 
         return step
 

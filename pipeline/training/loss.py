@@ -16,8 +16,10 @@ def compute_loss(run: Run, batch: MicroBatch) -> StepLoss:
     device = run.accelerator.device
     data = run.encode(batch, run.step)
     indices = batch.batch_indices.to(device, non_blocking=True)
-    draws = run.objective.draw_random_inputs(run.config.seed, run.step, indices, tuple(data.shape[1:]))
-    step_loss = run.objective(run.model, torch.nan_to_num(data), draws, *run.condition(batch, run.step, draws.drop))
+    seed, step = run.config.seed, run.step
+    draws = run.objective.draw_random_inputs(seed, step, indices, tuple(data.shape[1:]))
+    condition = run.condition(batch, step, draws.drop)
+    step_loss = run.objective(run.model, torch.nan_to_num(data), draws, *condition, seed=seed, step=step, indices=indices)
     # a sample that is not finite has a loss that is not: the step is skipped, and training goes on
     return step_loss._replace(loss=step_loss.loss + 0 * data.flatten(1).sum(1))
 
