@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import arguments, fit, launch
+from forked import launch_ranks
 from test_bad_data import flip, payload_of
 from test_training import digest
 
@@ -131,8 +132,8 @@ def test_one_rank_without_data_ends_all_saved(digits, tmp_path, accumulation):
     step = said["step"]
     assert 4 <= step <= 8 and (tmp_path / f"run/checkpoint-{step}").is_dir() and f"The state of step {step} is saved" in said["reason"]
     assert "no memory for a batch" in said["reason"] and "exitcode  : 5" in done.stderr
-    assert launch(*two, "train.py", *words, timeout=600).returncode == 0
-    assert launch(*two, "train.py", *(word.replace("/run", "/whole") for word in words), timeout=600).returncode == 0
+    assert launch_ranks(2, "train", *words, timeout=600).returncode == 0
+    assert launch_ranks(2, "train", *(word.replace("/run", "/whole") for word in words), timeout=600).returncode == 0
     assert same(tmp_path / "run", tmp_path / "whole")
 
 

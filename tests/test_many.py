@@ -13,7 +13,8 @@ from contextlib import closing
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import ROOT
+from forked import launch_ranks
 from PIL import Image, ImageSequence
 from test_methods import gaussian_source
 
@@ -79,7 +80,7 @@ def test_runs_are_what_follows_one_another():
 
 @pytest.mark.parametrize("solver", [pytest.param("heun", marks=pytest.mark.faults), "euler_maruyama"])
 def test_an_image_is_the_same_whoever_draws_it(ask, tmp_path, capsys, solver):
-    """One process, another size of batch, two processes under torchrun; and it is the image of (seed, index) that a grid has."""
+    """One process, another size of batch, two ranks; and it is the image of (seed, index) that a grid has."""
     words = [*ask, "--solver", solver, "--num_images", 13]
     assert run(capsys, *words, "--batch_size", 5, "--output", tmp_path / "one")[0] == 0
     one = read(tmp_path / "one")
@@ -88,7 +89,7 @@ def test_an_image_is_the_same_whoever_draws_it(ask, tmp_path, capsys, solver):
     assert run(capsys, *words, "--batch_size", 13, "--output", tmp_path / "whole")[0] == 0
     assert close(one, read(tmp_path / "whole"))
     two = [str(word) for word in (*words, "--batch_size", 3, "--output", tmp_path / "two")]
-    done = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sample.py", *two)
+    done = launch_ranks(2, "sample", *two)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("13 images by") == 1 and "process 1 of 2" in done.stderr and "0 of them were there" in done.stdout
     assert close(one, read(tmp_path / "two")) and not hidden(tmp_path)
@@ -356,7 +357,7 @@ def test_two_processes_write_one_folder_of_shards(ask, tmp_path, capsys):
     words = [str(w) for w in (*ask, "--num_images", 11, "--format", "shards", "--images_per_shard", 2)]
     assert run(capsys, *words, "--output", tmp_path / "one")[0] == 0
     two = [*words, "--batch_size", "1", "--output", str(tmp_path / "two")]
-    done = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "sample.py", *two)
+    done = launch_ranks(2, "sample", *two)
     assert done.returncode == 0, done.stderr[-2000:]
     one, both = (read_images(Shards(tmp_path / name), 1, 8) for name in ("one", "two"))
     assert (one[0] - both[0]).abs().max() <= 2.1 / 255 and one[1].tolist() == both[1].tolist() == [i % 10 for i in range(11)]

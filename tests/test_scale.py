@@ -5,7 +5,8 @@ import json
 import frozen
 import pytest
 import torch
-from conftest import ROOT, arguments, fit, launch
+from conftest import ROOT, arguments, fit
+from forked import launch_ranks
 from shardmaker import jpeg, make, samples
 
 from condot.core.data_config import DataConfig
@@ -56,12 +57,12 @@ def test_batches_of_several_shapes_train_and_resume_bitwise(shapes, tmp_path):
 
 @pytest.mark.faults
 def test_two_processes_have_the_curve_of_one_with_shapes_and_sources(shapes, tmp_path):
-    """Buckets, two sources by weight, accumulation: one process, and two under torchrun."""
+    """Buckets, two sources by weight, accumulation: one process, and two ranks."""
     other = make(tmp_path / "other", [[{"__key__": f"o{i}", "jpg": jpeg(100 + i, (16, 8)), "cls": i % 3} for i in range(20)]])
     more = [*BUCKETS, "--data.shards", str(shapes), str(other), "--data.weights", "0.6", "0.4", "--train.gradient_accumulation_steps=2"]
     assert fit(shapes, tmp_path / "one", *more) == 0
     words = arguments(shapes, tmp_path / "two", *more)
-    done = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *words)
+    done = launch_ranks(2, "train", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
@@ -166,7 +167,7 @@ def test_two_ranks_list_what_one_does(tmp_path):
     folder = make(tmp_path / "shards", content)
     assert fit(folder, tmp_path / "one", "--data.max_bad_share=0.05") == 0
     words = arguments(folder, tmp_path / "two", "--data.max_bad_share=0.05")
-    done = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *words)
+    done = launch_ranks(2, "train", *words)
     assert done.returncode == 0, done.stderr[-2000:]
     assert (tmp_path / "two/bad_samples.jsonl").read_text() == (tmp_path / "one/bad_samples.jsonl").read_text()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)

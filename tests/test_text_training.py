@@ -8,7 +8,7 @@ import frozen
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import launch
+from forked import launch_ranks
 from shardmaker import make, png
 
 from condot.cli import retrieve, sample, train
@@ -112,7 +112,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(parts, tmp_path):
 def test_two_processes_have_the_curve_of_one(parts, tmp_path):
     """Captions, and what of them is dropped, hang on the place in the global batch alone."""
     assert fit(parts, tmp_path / "one") == 0
-    run = launch("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py", *words(parts, tmp_path / "two"))
+    run = launch_ranks(2, "train", *words(parts, tmp_path / "two"))
     assert run.returncode == 0, run.stderr[-2000:]
     one, two = (torch.tensor(losses(tmp_path / name), dtype=torch.float64) for name in ("one", "two"))
     assert ((one - two) / one).abs().max() < 1e-5
