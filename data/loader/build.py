@@ -9,7 +9,7 @@ from condot.core.data_config import DataConfig
 from condot.core.text_states import TextStates
 
 from ..encoders.autoencoder import AutoencoderFacts, check_images
-from ..encoders.text import TextFacts
+from ..encoders.text_states import TextFacts
 from ..format.manifest import Tally
 from ..format.shard_table import ShardTable
 from ..storage.local import LocalFolder, ShardFolder

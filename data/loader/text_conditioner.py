@@ -12,8 +12,8 @@ from torch import Tensor
 from condot.core.text_states import TextStates
 
 from ..encoders.fingerprint import fingerprint_differences
-from ..encoders.text import TextEncoder, TextFacts, encode_captions
-from ..encoders.text_states import concat_text_states, drop_captions, text_layout
+from ..encoders.text import TextEncoder, encode_captions
+from ..encoders.text_states import TextFacts, concat_text_states, drop_captions, text_layout
 from .batch import Batch
 from .build import EncodedCache
 

@@ -11,8 +11,8 @@ from condot.core.data_config import DataConfig
 from condot.core.text_states import TextStates
 
 from ..encoders.autoencoder import AutoencoderFacts, read_autoencoder
-from ..encoders.text import TextFacts, read_text_encoders
-from ..encoders.text_states import text_layout
+from ..encoders.text import read_text_encoders
+from ..encoders.text_states import TextFacts, text_layout
 from ..storage.shard_reader import BadSample, Shards
 from .build import EncodedCache, build, check_shapes, open_encoded_latents, open_encoded_text, open_shards
 from .captions import check_captions

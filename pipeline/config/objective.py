@@ -218,7 +218,8 @@ def _remedy(flow: FlowConfig) -> str:
 def build_objective(flow: FlowConfig) -> StepObjective:
     """Return what a step is trained for, with the options that the recipe gives."""
     if flow.objective_options is not None:
-        return flow.objective_options
+        chosen: StepObjective = flow.objective_options
+        return chosen
     given = {option: getattr(flow, older) for option, older in FLAT_OBJECTIVES.get(flow.objective, {}).items()}
     objective: StepObjective = OBJECTIVES.lookup(flow.objective)(**given)
     return objective

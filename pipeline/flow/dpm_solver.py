@@ -27,15 +27,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .diffusion_coefficient import DiffusionCoefficient, diffusion_coefficient
 from .field import Field
 from .path import CondOT, Path
 from .sde import (
     GAUSS_NODES,
     GAUSS_WEIGHTS,
-    DiffusionCoefficient,
     NoiseFunction,
     check_grid,
-    diffusion_coefficient,
     exponential_coefficients,
     integrate_steps,
     noise_kept_between,
