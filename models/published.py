@@ -61,9 +61,9 @@ def load_published(name: str) -> PublishedWeights:
     if kind == "Transformer2DModel":
         kind = _legacy_classes().get(str(config.get("norm_type")), kind)
     if kind not in stock_classes():
-        originals = " and ".join(spec.checkpoint.title.replace(" or ", " and ") for spec in NETWORKS.values() if spec.checkpoint)
+        titles = " and ".join(spec.checkpoint.title.replace(" or ", " and ") for spec in NETWORKS.values() if spec.checkpoint)
         raise ValueError(
-            f"init_from={name!r} holds a {kind}: ours can hold {', '.join(stock_classes())}, and files of the original {originals}."
+            f"init_from={name!r} holds a {kind}: ours can hold {', '.join(stock_classes())}, and files of the original {titles}."
         )
     variant, files = _weight_files(folder)
     state = _to_float32({key: value for file in files for key, value in _read_file(file).items()})
