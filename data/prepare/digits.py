@@ -41,9 +41,7 @@ def digits() -> ImageSource:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ValueError(
-            "the digits come with scikit-learn: `pip install scikit-learn`."
-        ) from error
+        raise ValueError("the digits come with scikit-learn: `pip install scikit-learn`.") from error
     bunch = load_digits()
     return ImageSource(
         subset=lambda numbers: DigitsSubset(numbers, bunch.images[numbers], bunch.target[numbers]),
