@@ -15,7 +15,8 @@ from test_prepare import contents, everything, picture, refused
 
 from condot.data.format.index import index_path
 from condot.data.format.tar_reader import members
-from condot.data.prepare.command import class_names, main
+from condot.data.prepare.command import main
+from condot.data.prepare.tar_command import class_names
 from condot.data.prepare.tar_sources import find_tars
 from condot.data.storage.shard_reader import Shards
 

@@ -355,7 +355,7 @@ def test_the_command_draws_a_grid(trained, tmp_path, capsys):
         (["--class_labels", "10"], "class label 10 is out of range: the model has classes 0 to 9"),
         (["--class_labels", "-1"], "--class_labels -1: a whole number at least 0"),
         (["--num_inference_steps", "0"], "--num_inference_steps 0: a solver takes at least one step"),
-        (["--solver", "rk45"], "invalid choice 'rk45'"),
+        (["--solver", "rk45"], "solver=rk45: solver 'rk45' is unknown"),
         (["--solver", "euler_maruyama", "--sigma_t", "forward", "--num_inference_steps", "2"], "sigma_t=inf at t=0"),
         (["--sigma_scale", "-1"], "--sigma_scale -1.0: a number at least 0"),
         (["--guidance_scale", "inf"], "--guidance_scale inf: a finite number"),

@@ -414,7 +414,7 @@ WRONG = {
     "train.learning_rate=-1": "train.learning_rate=-1.0: it is positive",
     "train.condition_dropout=2": "train.condition_dropout=2.0: a probability below 1",
     "flow.time_std=0": "flow.time_std=0.0: a standard deviation is positive",
-    "flow.path=vpp": "invalid choice 'vpp'",
+    "flow.path=vpp": "flow.path=vpp: path 'vpp' is unknown",
     "flow.objective=sliced": "flow.objective=sliced learns a score",
     "data.shuffle_block=0": "data.shuffle_block=0: at least 1 shard",
     "data.lost_shards=perhaps": "data.lost_shards=perhaps: choose `stop` or `skip`",

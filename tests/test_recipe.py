@@ -51,7 +51,7 @@ def test_a_recipe_extends_another(tmp_path):
         (["--train.max_step=3"], "unknown key 'train.max_step': did you mean 'train.max_steps'"),
         (["--lerning_rate=3"], "unknown key 'lerning_rate': did you mean 'learning_rate'"),
         (["--train.max_steps=many"], "--train.max_steps: invalid literal"),
-        (["--flow.path=vpx"], "invalid choice 'vpx'"),
+        (["--flow.path=vpx"], "flow.path=vpx: path 'vpx' is unknown: choose one of condot"),
         (["--train.batch_size=0"], "train.batch_size=0: at least one image"),
         (["--config=/nowhere.yaml"], "no such recipe"),
         (["digits"], "stands alone"),

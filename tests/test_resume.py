@@ -13,6 +13,7 @@ from conftest import fit
 from condot.cli import sample
 from condot.core.option_ranges import ranges_of
 from condot.pipeline.checkpoint.store import averages, load_state, load_tensors
+from condot.pipeline.config.kinds import kind_fields
 from condot.pipeline.config.model import ModelConfig
 from condot.pipeline.config.parse import _dotted_keys, config_from_mapping, config_to_mapping
 from condot.pipeline.config.schema import Config, TrainConfig
@@ -42,6 +43,7 @@ def changed(config, key):
     holder = getattr(config, section) if section else config
     value, hint = getattr(holder, name), typing.get_type_hints(type(holder))[name]
     choices = [one for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is typing.Literal for one in typing.get_args(part)]
+    choices += kind_fields(type(holder))[name].names if name in kind_fields(type(holder)) else ()
     if isinstance(value, bool) or hint is bool or bool in typing.get_args(hint):
         other = not value
     elif choices:

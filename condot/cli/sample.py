@@ -17,6 +17,7 @@ from torch import Tensor
 
 from condot.core.atomic_files import write_whole
 from condot.core.data_options import Options
+from condot.core.plugins import explain_missing, take_plugins
 from condot.core.printable import say
 from condot.core.process import report_errors, stopper_of_program
 from condot.data.encoders.autoencoder import Autoencoder
@@ -134,7 +135,7 @@ class TrainedModel:
         if found is None:
             raise ValueError(f"run={str(run)!r} holds no whole checkpoint: train first, `accelerate launch train.py --output_dir {run}`.")
         self.run, self.checkpoint, self.state = run, found, load_state(found)
-        with explain_errors(found):
+        with explain_errors(found), explain_missing(self.state.get("plugins")):
             self.config = config_from_mapping(Config, self.state["config"])
             wanted = parse_weight_selection(ema, self.config.ema, self.config.train.batch_size, option)
             self.ema, self.class_names = wanted.name, tuple(self.state["class_names"])
@@ -152,7 +153,9 @@ class TrainedModel:
 
     def provenance(self) -> Provenance:
         """Return which weights these are."""
-        return Provenance.from_run(self.lora_digest or hash_tensors(self.network.state_dict()), self.state["step"], self.ema)
+        return Provenance.from_run(
+            self.lora_digest or hash_tensors(self.network.state_dict()), self.state["step"], self.ema, self.state.get("plugins")
+        )
 
     def build_model(self, device: torch.device | str) -> FlowModel:
         """The averaged network as a field."""
@@ -323,6 +326,7 @@ COMMANDS: dict[str, tuple[type, Callable[[Any], int]]] = {
 @report_errors
 def main(argv: list[str]) -> int:
     """The command; returns its exit status."""
+    argv = take_plugins(argv)
     verb, rest = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("images", argv)
     if verb not in COMMANDS:
         raise ValueError(f"verb {verb!r} is unknown: choose one of {', '.join(COMMANDS)}.")

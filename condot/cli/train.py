@@ -15,8 +15,10 @@ from accelerate.utils import set_seed
 from torch import Tensor, nn
 
 from condot.core.data_options import Options, parse_size
+from condot.core.plugins import changed_plugins, explain_missing, loaded_plugins, take_plugins
 from condot.core.printable import printable
 from condot.core.process import exit_if_distributed, report_errors, stopper_of_program
+from condot.core.registry import UnknownKindError
 from condot.data.encoders.autoencoder import Autoencoder
 from condot.data.loader.build import check_sides
 from condot.data.loader.stream import Share, to_unit
@@ -30,7 +32,7 @@ from condot.models.lora import add_lora
 from condot.pipeline.checkpoint.store import CheckpointManager, find_checkpoint, load_state, select_checkpoint
 from condot.pipeline.config.model import build_model_kwargs
 from condot.pipeline.config.objective import TrainingObjective
-from condot.pipeline.config.parse import config_to_mapping, is_switch_set, parse
+from condot.pipeline.config.parse import config_to_mapping, is_switch_set, parse, read_word
 from condot.pipeline.config.schema import ALIASES, Config
 from condot.pipeline.dry_run.report import dry_run
 from condot.pipeline.dry_run.resolved_recipe import DryRunHooks
@@ -94,7 +96,7 @@ def train(config: Config) -> int:
         run.metadata["changes"] = extend_journal(state, change)
         check_sides(training_data.options, space.factor * int(run.network.size_multiple))  # type: ignore[arg-type]
         start_or_resume(run, checkpoint, space)
-        for note in change_notes(change, config):
+        for note in (*changed_plugins(state.get("plugins")), *change_notes(change, config)):
             run.log.say(note)
         run.log.say(training_data.caption_note)
         INTERRUPT.defer()
@@ -196,6 +198,7 @@ def build_run(
     metadata = {
         "config": config_to_mapping(config),
         "class_names": list(names),
+        "plugins": loaded_plugins(),
         "facts": run_facts(config, training_data.images.fingerprint) | said,
         "space": vars(space),
         "precision": accelerator.mixed_precision,
@@ -321,10 +324,22 @@ DRY_RUN_HOOKS = DryRunHooks(
 """What a dry run tries of the other rooms."""
 
 
+def parse_recipe(argv: list[str]) -> Config:
+    """Return the recipe of a command line; a kind that no table has is said to be of the run's plugins, where it records some."""
+    try:
+        return parse(Config, argv, ALIASES)
+    except UnknownKindError:
+        folder = Path(read_word(argv, "output_dir") or Config().output_dir)
+        found = CheckpointManager(folder, 1).latest() if folder.is_dir() else None
+        with explain_missing(load_state(found).get("plugins") if found else None):
+            raise
+
+
 @report_errors
 def main(argv: list[str]) -> int:
     """The command; returns its exit status."""
-    return dry_run(argv, DRY_RUN_HOOKS) if is_switch_set(argv, "dry_run") else train(parse(Config, argv, ALIASES))
+    argv = take_plugins(argv)
+    return dry_run(argv, DRY_RUN_HOOKS) if is_switch_set(argv, "dry_run") else train(parse_recipe(argv))
 
 
 def program(argv: list[str]) -> None:

@@ -53,6 +53,11 @@ def loaded_plugins() -> list[dict[str, str]]:
     return [plugin.as_dict() for plugin in _loaded.values()]
 
 
+def plugin_paths() -> tuple[Path, ...]:
+    """Return the files of this process's plugins, for worker processes to load."""
+    return tuple(_loaded)
+
+
 def unload_plugins() -> None:
     """Take back all that plugins added."""
     for path in list(_loaded):
@@ -90,6 +95,7 @@ def _load(path: Path) -> Plugin:
         line = _line_in(path, error)
         raise ValueError(f"--plugin {path}{line}: {type(error).__name__}: {describe_error(error)}") from error
     if not added:
+        sys.modules.pop(_module_name(path), None)
         raise ValueError(f'--plugin {path}: it registers nothing. Write @TABLE.register("name") above what it adds (docs/extending.md).')
     _loaded[path] = Plugin(path, sha256, tuple(added))
     return _loaded[path]

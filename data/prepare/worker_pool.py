@@ -11,8 +11,10 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
+from condot.core.plugins import load_plugins, plugin_paths
 from condot.core.standard_streams import guard_streams
 
 Job = TypeVar("Job")
@@ -44,7 +46,7 @@ def run_jobs(work: Callable[[Job, Progress], Result], jobs: Iterable[Job], worke
     context.set_forkserver_preload(["__main__", work.__module__])
     counter, reported = context.Value("q", 0), 0
     before = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, context, _init_worker, (counter,))
+    pool = ProcessPoolExecutor(workers, context, _init_worker, (counter, plugin_paths()))
     queue, running = iter(jobs), set[Future[Result]]()
     try:
         while True:
@@ -68,13 +70,14 @@ def run_jobs(work: Callable[[Job, Progress], Result], jobs: Iterable[Job], worke
         pool.shutdown(cancel_futures=True)
 
 
-def _init_worker(counter: Any) -> None:
+def _init_worker(counter: Any, plugins: tuple[Path, ...]) -> None:
     """A worker starts: Ctrl-C is the parent's to answer, and it does not outlive the parent."""
     global _counter
     _counter = counter
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     guard_streams()
     silence_pillow()
+    load_plugins(plugins)  # jobs may hold what they define
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -61,6 +61,9 @@ class FlowConfig:
         check_numbers(self, "flow.")
         for name, one in kind_fields(FlowConfig).items():
             one.check(f"flow.{name}", getattr(self, name))
+            options, default = getattr(self, one.options), one.default_of(getattr(self, name))
+            if options is not None and not isinstance(options, type(default)):
+                raise ValueError(f"flow.{one.options}={options}: no options of flow.{name}={getattr(self, name)}. Leave them out.")
 
     def build_path(self) -> Path:
         """Return the Gaussian path; with a uniform prior, the coefficients of the straight line."""

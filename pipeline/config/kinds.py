@@ -91,8 +91,7 @@ def _is_plain(hint: Any) -> bool:
     return typing.get_origin(hint) in (tuple, typing.Union, types.UnionType) and all(map(_is_plain, typing.get_args(hint)))
 
 
-@functools.cache
-def kind_fields(cls: Any) -> dict[str, OneOf]:
+def kind_fields(cls: type) -> dict[str, OneOf]:
     """Return the fields of a dataclass that hold one name of a table."""
     hints = typing.get_type_hints(cls, include_extras=True)
     return {name: one for name, hint in hints.items() for one in getattr(hint, "__metadata__", ()) if isinstance(one, OneOf)}

@@ -153,11 +153,15 @@ def _attempt(function: Callable[..., R], *arguments: Any) -> tuple[R | None, lis
 
 def is_switch_set(argv: list[str], switch: str) -> bool:
     """Whether a command line, or else the recipe that it names, sets a switch; with `--help`, and where the recipe cannot be read, not."""
+    return read_word(argv, switch).lower() == "true" and not {"-h", "--help"} & set(argv)
+
+
+def read_word(argv: list[str], key: str) -> str:
+    """Return what a command line, or else the recipe that it names, says of a field, before either is checked; "" for nothing."""
     start = next((i for i, word in enumerate(argv) if word.startswith("--")), len(argv))
     words = command_line_words(argv[start:], {})
     recipe = _attempt(load_recipe, words["config"][0])[0] if "config" in words else None
-    values = words.get(switch) or flatten(recipe or {}).get(switch, ["False"])
-    return values[-1].lower() == "true" and not {"-h", "--help"} & set(argv)
+    return (words.get(key) or flatten(recipe or {}).get(key) or [""])[-1]
 
 
 def config_from_mapping(cls: type[T], mapping: dict[str, Any]) -> T:

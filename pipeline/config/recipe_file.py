@@ -7,7 +7,8 @@ from typing import Any
 
 from condot.core.safe_yaml import read_yaml
 
-from .words import WEIGHTED_FIELDS
+WEIGHTED_FIELDS = ("data.caption",)
+"""Fields of one text that a recipe may also write as a list, or as a mapping to weights."""
 
 
 def load_recipe(path: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:

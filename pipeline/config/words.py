@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from .recipe_file import WEIGHTED_FIELDS
+
 Arguments = dict[str, list[str]]
-WEIGHTED_FIELDS = ("data.caption",)
-"""Fields of one text that a recipe may also write as a list, or as a mapping to weights."""
 
 
 def command_line_words(argv: list[str], aliases: dict[str, str]) -> Arguments:

@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from condot.core.plugins import valid_record
+
 PROVENANCE_FILE = "provenance.json"
 """In an exported folder: what its weights were made of."""
 NETWORK_FOLDERS = ("transformer", "unet")
@@ -32,15 +34,18 @@ class Provenance:
     """Of the checkpoint that held those."""
     ema: str = ""
     """Which weights of the run; "" is its first average."""
+    plugins: tuple[dict[str, str], ...] = ()
+    """Name and hash of each plugin that they were trained with."""
 
     @classmethod
-    def from_run(cls, sha256: str, step: int, ema: str) -> Provenance:
+    def from_run(cls, sha256: str, step: int, ema: str, plugins: Any = ()) -> Provenance:
         """Return that of weights as a run's checkpoint holds them."""
-        return cls(sha256=sha256, trained_sha256=sha256, step=step, ema=ema)
+        return cls(sha256=sha256, trained_sha256=sha256, step=step, ema=ema, plugins=tuple(valid_record(plugins)))
 
     def as_dict(self) -> dict[str, Any]:
         """Return what a figure tells of the weights it is of."""
-        return {"step": self.step, "ema": self.ema, "weights_sha256": self.sha256, "trained_sha256": self.trained_sha256}
+        found = {"step": self.step, "ema": self.ema, "weights_sha256": self.sha256, "trained_sha256": self.trained_sha256}
+        return found | ({"plugins": list(self.plugins)} if self.plugins else {})
 
     def matches(self, results: Mapping[str, Any]) -> bool:
         """Return whether results were measured on exactly these weights, as a run or an exported folder holds them."""
@@ -77,8 +82,16 @@ def read_provenance(folder: Path) -> Provenance:
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         said = json.loads((folder / PROVENANCE_FILE).read_text())
         if said["weights_sha256"] == sha256:
-            return Provenance(sha256=sha256, trained_sha256=str(said["trained_sha256"]), step=int(said["step"]), ema=str(said["ema"]))
+            step, ema, plugins = int(said["step"]), str(said["ema"]), tuple(valid_record(said.get("plugins")))
+            return Provenance(sha256=sha256, trained_sha256=str(said["trained_sha256"]), step=step, ema=ema, plugins=plugins)
     return Provenance(sha256=sha256)
+
+
+def recorded_plugins(folder: Path) -> Any:
+    """Return what an exported folder says of the plugins that its run was trained with; nothing of a folder that says none."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((folder / PROVENANCE_FILE).read_text()).get("plugins")
+    return None
 
 
 def _is_full(name: str) -> bool:

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from condot.core.model_folders import MOST_COUNT, TEXT_MODELS, check_counts, check_model_folder, check_size, read_json, read_shapes
+from condot.core.plugins import explain_missing
 from condot.core.printable import one_line
+from condot.core.registry import UnknownKindError
 from condot.core.safe_yaml import read_yaml
 
 from ..config.objective import build_predictor
 from ..config.parse import config_from_mapping
 from ..config.schema import Config, FlowConfig
+from ..evaluation.provenance import recorded_plugins
 from ..flow import Condition, velocity_field
 from ..hub.checksums import check_checksums
 from ..sampling.flow_model import FlowModel
@@ -78,7 +81,10 @@ def load_flow_model(folder: str | Path, device: torch.device | str = "cpu", own_
         check_model_folder(folder)
         pipeline = _load_pipeline(folder, read_model_index(folder), own_classes or {})
         recipe = folder / "config.yaml"
-        config = config_from_mapping(Config, read_yaml(recipe)) if recipe.exists() else None
+        with explain_missing(recorded_plugins(folder)):
+            config = config_from_mapping(Config, read_yaml(recipe)) if recipe.exists() else None
+    except UnknownKindError as error:
+        raise ValueError(f"pipeline={str(folder)!r}: {error}") from error
     except Exception as error:  # diffusers raises many kinds for a damaged folder; each is the user's folder
         raise ValueError(
             f"pipeline={str(folder)!r} cannot be loaded ({type(error).__name__}: {one_line(error)[:600]}): export it again."

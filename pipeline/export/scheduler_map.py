@@ -17,7 +17,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 
 from ..config.schema import FlowConfig
-from ..flow import DDPM, CondOT, Path, Prediction, step_variances
+from ..flow import DDPM, VP, CondOT, Path, Prediction, step_variances
 from .runtime.scheduling_flow_ode_v2 import FlowODEScheduler
 
 OWN_SCHEDULERS = ("FlowODEScheduler", "FlowSDEScheduler")
@@ -26,6 +26,9 @@ NUM_TRAIN_TIMESTEPS = 1000
 """Timesteps of a stock scheduler."""
 PREDICTION_TYPES: dict[Prediction, str] = {"velocity": "flow_prediction", "noise": "epsilon", "data": "sample", "v": "v_prediction"}
 """Ours and diffusers' words for what a network predicts."""
+NOT_EXPORTED = "Give --export=false and sample with `sample.py --run`."
+MAX_TABLE_ERROR = 1e-4
+"""Of a path between the rows of its table, relative; our own are within 1e-8."""
 MIN_LOG_ALPHA_DROP = 5e-7
 """At least so much below 0 is log alpha at timestep 0: on a path that ends without noise a step variance would be 0 there."""
 VARIANCE_PRESERVING_PATHS = ("cosine", "vp", "ddpm", "ddpm_scaled_linear", "ddpm_cosine")
@@ -60,6 +63,7 @@ def export_form(flow: FlowConfig) -> ExportForm:
         return ExportForm("v", -2 / math.pi)
     if plain and flow.path in VARIANCE_PRESERVING_PATHS and flow.predict in ("noise", "data", "v"):
         return ExportForm(flow.predict, 1.0)
+    _own_scheduler(flow, clip=False)  # refuses what it cannot follow
     return ExportForm(flow.predict, 1.0, stock=False)
 
 
@@ -103,11 +107,58 @@ def _own_scheduler(flow: FlowConfig, clip: bool) -> FlowODEScheduler:
     if flow.precondition or flow.path == "edm":
         more["sigma_data"] = flow.sigma_data
     if isinstance(path, DDPM):
-        return FlowODEScheduler("dpmpp_2m", kind, "ddpm", trained_betas=step_variances(path.variances).tolist(), **more)
-    if flow.path in ("condot", "cosine", "vp"):
-        return FlowODEScheduler("dpmpp_2m" if flow.path == "vp" else "multistep", kind, flow.path, **more)
-    t = 1 - torch.arange(NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS
-    return FlowODEScheduler("multistep", kind, "table", table=[part.tolist() for part in path(t)], **more)
+        return FlowODEScheduler("dpmpp_2m", kind, "ddpm", trained_betas=_betas_of(path), **more)
+    if type(path) is VP:
+        return FlowODEScheduler("dpmpp_2m", kind, "vp", rates=[path.beta_min, path.beta_max], **more)
+    if flow.path in ("condot", "cosine"):
+        return FlowODEScheduler("multistep", kind, flow.path, **more)
+    table = _table_of(flow.path, path)
+    try:
+        return FlowODEScheduler("multistep", kind, "table", table=table, **more)
+    except ValueError as error:
+        raise ValueError(f"flow.path={flow.path} cannot be exported ({error}) {NOT_EXPORTED}") from error
+
+
+def _betas_of(path: DDPM) -> list[float]:
+    """Return the variances of a thousand steps that follow a DDPM path exactly.
+
+    Raises:
+        ValueError: steps that do not divide a thousand, so that the path bends between two of those.
+    """
+    if path.steps == NUM_TRAIN_TIMESTEPS:
+        return step_variances(path.variances, path.steps, path.first, path.last).tolist()
+    if NUM_TRAIN_TIMESTEPS % path.steps:
+        raise ValueError(
+            f"flow.path.steps={path.steps} cannot be exported with this prediction: our own scheduler knows the path at "
+            f"{NUM_TRAIN_TIMESTEPS} timesteps. Choose a divisor of that. {NOT_EXPORTED}"
+        )
+    log_alpha = torch.log(path(1 - torch.arange(NUM_TRAIN_TIMESTEPS, dtype=torch.float64) / NUM_TRAIN_TIMESTEPS).a)
+    return (-torch.expm1(2 * torch.diff(log_alpha, prepend=log_alpha.new_zeros(1)))).tolist()
+
+
+def _table_of(name: str, path: Path) -> list[list[float]]:
+    """Return a path as a table of values and slopes, between which our own scheduler draws cubics.
+
+    Raises:
+        ValueError: a path that is not finite, or that the cubics do not follow.
+    """
+    grid = torch.arange(2 * NUM_TRAIN_TIMESTEPS + 1, dtype=torch.float64) / (2 * NUM_TRAIN_TIMESTEPS)
+    fine = [part.double() for part in path(1 - grid)]  # sigma = 0 to 1
+    if not all(bool(part.isfinite().all()) for part in fine):
+        raise ValueError(
+            f"flow.path={name} cannot be exported: its coefficients or their slopes are not finite at every time, and a path that has "
+            f"no scheduler of its own travels as a table of them. {NOT_EXPORTED}"
+        )
+    for value, slope in zip(fine[:2], fine[2:], strict=True):
+        before, after = value[:-2:2], value[2::2]
+        middle = (before + after) / 2 + (slope[2::2] - slope[:-2:2]) / (8 * NUM_TRAIN_TIMESTEPS)  # of Hermite's cubic; slopes are in t
+        error = ((middle - value[1::2]).abs() / (value[1::2].abs() + MAX_TABLE_ERROR)).max()
+        if error > MAX_TABLE_ERROR:
+            raise ValueError(
+                f"flow.path={name} cannot be exported: a table of {NUM_TRAIN_TIMESTEPS} values and slopes, as which it would travel, "
+                f"misses it by {error:.1g} between them. Are its derivatives right? {NOT_EXPORTED}"
+            )
+    return [part[::2].tolist() for part in fine]
 
 
 def read_path_and_prediction(scheduler: Any, flow: FlowConfig | None) -> tuple[Path, Prediction]:

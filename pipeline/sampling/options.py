@@ -9,15 +9,12 @@ from typing import Annotated, Any, Literal
 
 from condot.core.option_ranges import SEED_RANGE, FloatRange, IntRange, check_numbers
 
+from ..config.kinds import OneOf
 from ..evaluation.provenance import Provenance
-from .sampler import Sampler
+from ..flow import ODE_SOLVERS, SDE_SOLVERS
+from .sampler import LANGEVIN_SOLVERS, Sampler
 
-Solver = Literal[
-    "euler", "midpoint", "heun", "rk4", "multistep", "dpmpp_2m", "dormand_prince",
-    "exponential", "dpmpp_2m_sde", "euler_maruyama", "stochastic_heun",
-    "langevin", "annealed_langevin", "predictor_corrector",
-]  # fmt: skip
-
+Solver = Annotated[str, OneOf((ODE_SOLVERS, SDE_SOLVERS), more=LANGEVIN_SOLVERS)]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 ANIMATION_SUFFIXES = (".gif", ".webp")

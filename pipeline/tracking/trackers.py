@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-import secrets
 import sys
 import threading
 import time
@@ -15,17 +14,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from accelerate import Accelerator
-from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTracker, WandBTracker
+from accelerate.tracking import GeneralTracker
 
-from condot.core.atomic_files import write_whole
 from condot.core.printable import one_line, redact
+from condot.core.registry import UnknownKindError
+
+from .tracker_kinds import FINISH_TIMEOUT, TRACKERS, TrackedRun
 
 MAX_QUEUED = 1000
 """Calls that may wait for a tracker; further ones are left out and counted."""
 SLOW_CALL_SECONDS = 60.0
 """Seconds after which a call that has not returned is spoken of."""
-FINISH_TIMEOUT = 10.0
-"""Seconds that the end of a run gives all trackers together for what waits."""
 STUCK_TRACKERS: list[str] = []
 """Trackers that did not end in time; see `exit_process`."""
 
@@ -40,34 +39,16 @@ def check_installed(names: Iterable[str]) -> None:
         ValueError: a package is missing.
     """
     for name in names:
+        if name == "none":
+            continue
         try:
-            if name != "none":
-                importlib.metadata.version(name)
+            package = TRACKERS.lookup(name).package
+            if package:
+                importlib.metadata.version(package)
+        except UnknownKindError as error:
+            raise UnknownKindError(f"log.report_to={name}: {error}") from None
         except importlib.metadata.PackageNotFoundError:
-            raise ValueError(f"log.report_to={name}: the package is not installed. Run `pip install {name}`, or leave it out.") from None
-
-
-class RewindableTensorBoard(TensorBoardTracker):  # type: ignore[misc]
-    """Accelerate's, and the way back."""
-
-    def rewind(self, step: int) -> None:
-        """What was told of later steps is to be forgotten: TensorBoard drops it when it reads the file that begins here."""
-        self.finish()
-        self.init_kwargs["purge_step"] = step + 1
-        self.start()
-
-
-class StepWandb(WandBTracker):  # type: ignore[misc]
-    """Accelerate's, with the optimiser step as the axis: wandb's own counter refuses the steps that a resumed run does again."""
-
-    def start(self) -> None:
-        """Open the run."""
-        super().start()
-        self.run.define_metric("*", step_metric="step")
-
-    def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
-        """Give values of a step."""
-        super().log({**values, "step": step}, **more)
+            raise ValueError(f"log.report_to={name}: the package is not installed. Run `pip install {package}`, or leave it out.") from None
 
 
 class BackgroundTracker(GeneralTracker):  # type: ignore[misc]
@@ -223,37 +204,16 @@ def attach_trackers(
         start: the step that the run goes on from; 0 is a new run to the trackers.
     """
     flat_settings = flatten_settings(settings)
-    factories: dict[str, Callable[[], Any]] = {
-        "tensorboard": partial(RewindableTensorBoard, "tensorboard", folder, purge_step=start + 1),
-        "wandb": partial(_make_wandb, project, folder, start, flat_settings),
-        "trackio": partial(TrackioTracker, project, name=folder.name, config=flat_settings, resume="allow" if start else "never"),
-    }
-    if {"wandb", "trackio"} & set(names):  # they keep the command line, where a signed URL may stand
+    run = TrackedRun(project, folder, start, flat_settings)
+    kinds = {name: TRACKERS.lookup(name) for name in dict.fromkeys(names) if name != "none"}
+    if any(kind.keeps_command for kind in kinds.values()):
         sys.argv[1:] = map(redact, sys.argv[1:])
-    wanted = [name for name in dict.fromkeys(names) if name != "none"] if accelerator.is_main_process else []
-    accelerator.log_with = [BackgroundTracker(name, factories[name]) for name in wanted]
+    wanted = kinds if accelerator.is_main_process else {}
+    accelerator.log_with = [BackgroundTracker(name, partial(kind.build, run)) for name, kind in wanted.items()]
     accelerator.init_trackers(project)
-    for tracker in accelerator.trackers:
-        if tracker.name == "tensorboard" and start == 0:  # each time it makes files of its own
-            tracker.store_init_configuration(flat_settings)
-
-
-def _make_wandb(project: str, folder: Path, start: int, flat_settings: dict[str, Any]) -> StepWandb:
-    import wandb
-
-    # without these every print goes through wandb, its end waits for the server, and its question for a key for an answer
-    wanted_settings = {"console": "off", "finish_timeout": 0.8 * FINISH_TIMEOUT, "login_timeout": 30.0}
-    settings = wandb.Settings(**{name: value for name, value in wanted_settings.items() if hasattr(wandb.Settings(), name)})
-    options = {"config": flat_settings, "allow_val_change": True, "settings": settings}
-    return StepWandb(project, name=folder.name, id=_wandb_run_id(folder, start), resume="allow", dir=str(folder), **options)
-
-
-def _wandb_run_id(folder: Path, start: int) -> str:
-    """What wandb knows the run by, so that a resumed one goes on in the same place."""
-    path = folder / "wandb.id"
-    if start == 0 or not path.exists():
-        write_whole(path, secrets.token_hex(8))
-    return path.read_text()
+    for one in accelerator.trackers:
+        if kinds[one.name].stores_settings and start == 0:  # each time TensorBoard makes files of its own
+            one.store_init_configuration(flat_settings)
 
 
 def flatten_settings(settings: Mapping[str, Any], prefix: str = "") -> dict[str, bool | int | float | str]:
