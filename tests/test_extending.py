@@ -17,13 +17,13 @@ from condot.core.registry import Registry, UnknownKindError
 from condot.data.prepare.command import main as prepare
 from condot.data.storage.shard_reader import Shards
 from condot.pipeline.checkpoint.store import CheckpointManager, load_state
+from condot.pipeline.config.objective import TrainingObjective
 from condot.pipeline.config.parse import config_from_mapping, config_to_mapping, parse, parse_collecting_errors
 from condot.pipeline.config.schema import ALIASES, Config, FlowConfig
 from condot.pipeline.evaluation.metrics import METRICS
 from condot.pipeline.evaluation.results import results_section
 from condot.pipeline.export.scheduler_map import build_scheduler, export_form
 from condot.pipeline.flow import DDPM, ODE_SOLVERS, PATHS, TIMESTEP_DISTRIBUTIONS, VE, VP, WEIGHTINGS, SubVP, uniform_grid
-from condot.pipeline.objectives.training_objective import TrainingObjective
 from condot.pipeline.training.resume_rules import find_differences, run_facts
 
 PAGE = (ROOT / "docs" / "extending.md").read_text()

@@ -63,13 +63,13 @@ def test_at_the_ends_of_every_law_losses_are_finite_or_the_recipe_is_refused(pat
                 ):
                     TrainingObjective(flow, (1, 2, 2), 6)
                 continue
-            objective = TrainingObjective(flow, (1, 2, 2), 6)
-            ends = support(objective.timestep_distribution)
+            law = TrainingObjective(flow, (1, 2, 2), 6)
+            ends = support(law.timestep_distribution)
             assert ends == ((torch.tensor(0.001).item(), 1.0) if time == "discrete" else (2.0**-60, 1 - 2.0**-24))
             for t, dtype in itertools.product((*ends, 1 - 2.0**-24), (torch.float32, torch.float64)):
-                assert bool(loss_and_gradient(objective, t, dtype).isfinite().all()), (flow, t, dtype)
+                assert bool(loss_and_gradient(law, t, dtype).isfinite().all()), (flow, t, dtype)
             if time == "discrete":
-                here, beside = (loss_and_gradient(objective, t, torch.float64) for t in (1.0, 1 - 1e-9))
+                here, beside = (loss_and_gradient(law, t, torch.float64) for t in (1.0, 1 - 1e-9))
                 torch.testing.assert_close(here, beside, rtol=1e-4, atol=1e-5)
 
 
