@@ -1,4 +1,4 @@
-"""Look at a folder of shards: `python -m data.inspect SHARDS [--config recipe.yaml]`.
+"""Look at a folder of shards: `condot inspect SHARDS [--config recipe.yaml]`.
 
 Prints counts, classes, sizes, aspect ratios, missing captions, what cannot be
 read, and how fast this machine streams it; draws the first batches exactly as

@@ -173,7 +173,7 @@ def test_damaged_folders_are_refused_at_the_start(folder, tmp_path):
             next(stream(broken(f"b{number}", damage)))
     with pytest.raises(ValueError, match=r"split 'test' has no shard: the manifest has train"):
         stream(folder, split="test")
-    with pytest.raises(ValueError, match=r"is no folder: make it with `python -m data\.prepare"):
+    with pytest.raises(ValueError, match=r"is no folder: make it with `condot prepare"):
         LocalFolder(tmp_path / "missing")
     with pytest.raises(ValueError, match=r"data\.shards is empty"):
         build(DataConfig(), seed=0, share=Share(batch_size=1))

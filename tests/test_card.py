@@ -84,7 +84,7 @@ def test_the_card_tells_what_was_measured(trained, folder, tmp_path):
 
 
 def evaluated(digits, *words):
-    """What `sample.py evaluate` writes, of ten images."""
+    """What `condot evaluate` writes, of ten images."""
     assert sample.main(["evaluate", *words, "--reference", str(digits), "--num_images", "10", "--num_inference_steps", "1"]) == 0
 
 

@@ -349,7 +349,7 @@ def test_a_stale_cache_is_refused_for_each_fact(parts, tmp_path):
         ({**wanted_latents(options, images, None), "transform": "y"}, "transform is upright"),
         (wanted_text(options, images, None), "form is latents there and text here"),
     ):
-        with pytest.raises(ValueError, match=f"the encoded cache x is of another making: {message}.*data.encode"):
+        with pytest.raises(ValueError, match=f"the encoded cache x is of another making: {message}.*condot encode"):
             check_encoding(cache, wanted, "x")
     plain = replace(cache, encoding={**cache.encoding, "flips": ["plain"]})
     with pytest.raises(ValueError, match="--flips both"):

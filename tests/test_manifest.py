@@ -66,7 +66,7 @@ def old_reading(text):
         manifest = Manifest(**{"decoder": 1, **raw}, shards=(), class_names=names, tally=tally)
         return shards, manifest
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"x/manifest.json cannot be read ({error}): run `python -m data.prepare` again."
+        return f"x/manifest.json cannot be read ({error}): run `condot prepare` again."
 
 
 def new_reading(text):

@@ -45,7 +45,7 @@ def test_a_tar_rewritten_in_place_is_refused_though_latents_are_read(parts, tmp_
     rewrite(tar)
     assert fit(parts / "images", tmp_path / "other", *cached) == 2
     message = capsys.readouterr().err
-    assert "train-000000.tar changed after they were indexed" in message and "data.prepare" in message and "Traceback" not in message
+    assert "train-000000.tar changed after they were indexed" in message and "condot prepare" in message and "Traceback" not in message
     tar.write_bytes(whole)
     assert fit(parts / "images", tmp_path / "other", *cached) == 0, "only newer: hashed, and right"
     assert manifest.stat().st_mtime_ns > max(times.st_mtime_ns, tar.stat().st_mtime_ns), "the next look is free"

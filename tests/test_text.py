@@ -357,7 +357,7 @@ def old_manifest(folder):
     [
         (change_null, r"text/null.safetensors cannot be read \(its sha256 is not what the manifest says\): encode the captions again"),
         (lambda f: (f / "text-1/null.safetensors").unlink(), r"text-1/null.safetensors cannot be read .*: encode the captions again"),
-        (lambda f: shutil.rmtree(f / "text-2"), r"text-2 holds no finished text-2. Run `accelerate launch -m data.encode"),
+        (lambda f: shutil.rmtree(f / "text-2"), r"text-2 holds no finished text-2. Run `condot encode"),
         (old_manifest, "its arrays are of version 1, without pooled vectors, and 2 is read: encode the captions again"),
     ],
 )

@@ -25,7 +25,7 @@ def _require(rule: bool, name: str, value: object, text: str) -> None:
 class DataConfig:
     """Which images, at what size, seen through which encoders."""
 
-    # folders of shards with a manifest, as `python -m data.prepare` makes them
+    # folders of shards with a manifest, as `condot prepare` makes them
     shards: tuple[str, ...] = ()
     # share of each folder in every batch; none shuffles all together
     weights: tuple[Annotated[float, FloatRange("(0, 1]", "positive shares that sum to 1.")], ...] = ()
@@ -65,7 +65,7 @@ class DataConfig:
     max_tokens: tuple[Annotated[int, IntRange("[1, inf)", "at least one token. Use 77 or 128.")], ...] = (128,)
     # mask: no attention to what stands behind a caption's end; attend: full length, all of it seen, as Stable Diffusion 3 and Flux do
     text_padding: Literal["mask", "attend"] = "mask"
-    encoding: str = "online"  # or cached: read what `python -m data.encode` wrote into data.encoded
+    encoding: str = "online"  # or cached: read what `condot encode` wrote into data.encoded
     encoded: str = ""  # folder of that cache
     # multiplies latents after the shift, one number or one a channel; none: as measured (cached), or as the autoencoder says (online)
     latent_scale: tuple[Annotated[float, FloatRange("(0, inf)", "positive: one number, or one a channel. Use 0.18215 for SD's.")], ...] = ()
@@ -105,9 +105,7 @@ class DataConfig:
         if self.encoding not in ("online", "cached"):
             raise ValueError(f"data.encoding={self.encoding!r}: choose `online` or `cached`.")
         if self.encoding == "cached" and not self.encoded:
-            raise ValueError(
-                "data.encoding=cached without data.encoded: name the folder that `accelerate launch -m data.encode --config ...` writes."
-            )
+            raise ValueError("data.encoding=cached without data.encoded: name the folder that `condot encode --config ...` writes.")
         if self.encoding == "cached" and self.autoencoder and self.random_crop:
             raise ValueError(
                 "data.random_crop=true with data.encoding=cached: latents are encoded once. Crop at the centre, or encode online."

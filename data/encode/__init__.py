@@ -1,1 +1,1 @@
-"""Encode shards once: `accelerate launch -m data.encode --config recipe.yaml`."""
+"""Encode shards once: `condot encode --config recipe.yaml`."""

@@ -1,4 +1,4 @@
-"""Encode shards once: `accelerate launch -m data.encode --config recipe.yaml`; the same command goes on, and more may join.
+"""Encode shards once: `condot encode --config recipe.yaml`; the same command goes on, and more may join.
 
 Writes latents and text embeddings, whichever encoders the recipe names, into
 encoded shards below `data.encoded`. A shard is the unit of work, claimed by

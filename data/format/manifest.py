@@ -140,7 +140,7 @@ def read_manifest(file: BinaryIO, where: str) -> Manifest:
         return _manifest(json.loads(file.read()), ShardColumns())
     except FAULTS as error:
         why = " ".join(str(error).split())[:1000]
-        raise ValueError(f"{where} cannot be read ({why}): run `python -m data.prepare` again.") from error
+        raise ValueError(f"{where} cannot be read ({why}): run `condot prepare` again.") from error
 
 
 def _by_lines(file: BinaryIO) -> Manifest:
@@ -191,7 +191,7 @@ def check_foreign(manifest: Manifest, where: str, *, remote: bool) -> None:
             wrong = next(name for name in part if not _are_names([name], remote))
             raise ValueError(
                 f"{where}/manifest.json: {wrong!r} is no shard: a plain name that ends in .tar is needed. "
-                f"Index the folder again with `python -m data.prepare webdataset`."
+                f"Index the folder again with `condot prepare webdataset`."
             )
     tally = manifest.tally
     texts = (manifest.source, *manifest.class_names)

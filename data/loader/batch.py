@@ -187,7 +187,7 @@ class BatchLoader:
                 error = problem
         listed = "; ".join(f"{f.shard}: {f.key} ({f.error})" for f in faults[-MAX_SUBSTITUTES:])
         raise ValueError(
-            f"{MAX_SUBSTITUTES} bad samples in a row at position {position}: {listed}. Check the shards with `python -m data.inspect`."
+            f"{MAX_SUBSTITUTES} bad samples in a row at position {position}: {listed}. Check the shards with `condot inspect`."
         )
 
     def _substitute_position(self, plan: BatchPlan, position: int, attempt: int) -> int:

@@ -128,10 +128,7 @@ def _open_encoded(options: DataConfig, images: Shards, cache_name: str, wanted: 
     for number, (facts, part) in enumerate(zip(wanted, images.parts, strict=True)):
         place = encoded_folder(options.encoded, cache_name, number, len(wanted))
         if not (place / "manifest.json").is_file():
-            raise ValueError(
-                f"data.encoded={options.encoded!r}: {place} holds no finished {cache_name}. "
-                f"Run `accelerate launch -m data.encode --config ...`."
-            )
+            raise ValueError(f"data.encoded={options.encoded!r}: {place} holds no finished {cache_name}. Run `condot encode --config ...`.")
         cache = LocalFolder(place, options.retry_seconds)
         check_encoding(cache.manifest, facts, cache.name)
         found, missing = cache.manifest.shards.split(options.split), list[str]()

@@ -91,7 +91,7 @@ def check_encoding(manifest: Manifest, wanted: Mapping[str, Any], where: str) ->
     if found:
         raise ValueError(
             f"the encoded cache {where} is of another making: {'; '.join(found)}. Give another data.encoded and run "
-            f"`accelerate launch -m data.encode --config ...` for it, or the settings that this one was made with."
+            f"`condot encode --config ...` for it, or the settings that this one was made with."
         )
 
 

@@ -1,1 +1,1 @@
-"""Make folders of shards: `python -m data.prepare imagefolder IMAGES --output SHARDS`."""
+"""Make folders of shards: `condot prepare imagefolder IMAGES --output SHARDS`."""

@@ -1,4 +1,4 @@
-"""Make a folder of shards: `python -m data.prepare imagefolder IMAGES --output SHARDS`.
+"""Make a folder of shards: `condot prepare imagefolder IMAGES --output SHARDS`.
 
 Sources: `imagefolder` (class sub-folders; captions in `.txt`, CSV, JSON lines
 or `metadata.csv`; `train`, `val` and `test` as splits), `parquet` (a file, folder, pattern or URL), `hub` (a data

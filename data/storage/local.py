@@ -22,7 +22,7 @@ from ..format.manifest import Manifest, check_foreign, read_manifest
 from ..format.shard_table import AT_ONCE, Shard, ShardTable
 from .retry import TRANSIENT_ERRNOS
 
-PREPARE = "python -m data.prepare imagefolder IMAGES --output"
+PREPARE = "condot prepare imagefolder IMAGES --output"
 LARGE = 1_000_000_000
 """Bytes to hash of which a user is told."""
 LOOKS = 16
@@ -85,8 +85,8 @@ class LocalFolder:
                 indexed = os.fstat(file.fileno()).st_mtime_ns
         except FileNotFoundError as error:
             raise ValueError(
-                f"{self.name} has no manifest.json, so packing never finished: run `python -m data.prepare` again; "
-                f"tars from elsewhere get one from `python -m data.prepare webdataset {self.name}`."
+                f"{self.name} has no manifest.json, so packing never finished: run `condot prepare` again; "
+                f"tars from elsewhere get one from `condot prepare webdataset {self.name}`."
             ) from error
         check_foreign(self.manifest, self.name, remote=False)
         self._newer: list[str] = []
@@ -174,7 +174,7 @@ class LocalFolder:
             raise ValueError(
                 f"{self.name}: {summarize_list(changed, 3)} changed after they were indexed, "
                 f"and what was encoded from them is of what they "
-                "were. Run the `python -m data.prepare` of this folder again, then `data.encode`."
+                "were. Run the `condot prepare` of this folder again, then `condot encode`."
             )
         self._newer = missing
         if not missing:
@@ -199,7 +199,7 @@ def expand_braces(pattern: str) -> list[str]:
         ValueError: braces that do not pair; an empty pattern; a wildcard.
     """
     if not pattern.strip():
-        raise ValueError("data.shards holds an empty name: name a folder that `python -m data.prepare` made, or a URL of one.")
+        raise ValueError("data.shards holds an empty name: name a folder that `condot prepare` made, or a URL of one.")
     if "*" in pattern:
         raise ValueError(
             f"data.shards={redact_url(pattern)!r}: wildcards are not expanded. Write the numbers, as in train-{{000000..000009}}.tar."

@@ -50,7 +50,7 @@ class RemoteFolder:
         except FileNotFoundError as error:
             raise ValueError(
                 f"{self.name} has no manifest.json: it is no folder of shards, or was not uploaded whole. "
-                f"Make one with `python -m data.prepare`, and upload the manifest last."
+                f"Make one with `condot prepare`, and upload the manifest last."
             ) from error
         self.manifest = parse_manifest(text, f"{self.name}/manifest.json")
         check_foreign(self.manifest, self.name, remote=True)

@@ -28,7 +28,7 @@ def open_shard_folders(options: DataConfig) -> list[Opened]:
         ValueError: as `open_shard_folder`; a cache that holds less than one shuffled block.
     """
     if not options.shards:
-        raise ValueError("data.shards is empty: name a folder that `python -m data.prepare` made, or a URL of one.")
+        raise ValueError("data.shards is empty: name a folder that `condot prepare` made, or a URL of one.")
     opened = [_open(folder, names, options) for source in options.shards for folder, names in _parse(source)]
     remote = [(folder, names) for folder, names in opened if isinstance(folder, RemoteFolder)]
     if remote:

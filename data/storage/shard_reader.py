@@ -122,7 +122,7 @@ class Shards:
             if top >= len(names):
                 raise ValueError(
                     f"{folder.name} holds class {top}, its manifest names {len(names)}: index it again with names for all, "
-                    f"`python -m data.prepare webdataset {folder.name} --class_names FILE`."
+                    f"`condot prepare webdataset {folder.name} --class_names FILE`."
                 )
 
     @property

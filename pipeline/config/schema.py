@@ -1,6 +1,6 @@
 """The schema of a run: frozen dataclasses that every recipe fills.
 
-The comment behind a field is its help text (`python train.py --help`). Fields
+The comment behind a field is its help text (`condot train --help`). Fields
 are checked here where one value can be wrong by itself; what only the data or
 the number of ranks can tell is checked in `train.py`, still before any work.
 """

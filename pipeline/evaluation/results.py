@@ -1,4 +1,4 @@
-"""Results that `sample.py evaluate` and `retrieve` left, told by the model card of exactly the weights they are of: tables, and results."""
+"""Results that `condot evaluate` and `retrieve` left, told by the model card of exactly the weights they are of: tables, and results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HOUSE_METRICS = {name: metric for name, metric in build_metrics().items() if not
 EVALUATION_KEYS = (
     "samples", *(key for metric in HOUSE_METRICS.values() for key in metric.keys), "guidance_scale", "solver", "steps",
 )  # fmt: skip
-"""What `sample.py evaluate` leaves in evaluation.json; figures of a plugin's metrics may stand beside it."""
+"""What `condot evaluate` leaves in evaluation.json; figures of a plugin's metrics may stand beside it."""
 MAX_PLUGIN_ROWS = 20
 """Rows of a plugin's metrics that a card shows."""
 RETRIEVAL_KEYS = (
@@ -36,7 +36,7 @@ RETRIEVAL_KEYS = (
     "chance_of_five",
     "chance_of_rank",
 )
-"""What `sample.py retrieve` leaves in retrieval.json, and the card tells."""
+"""What `condot retrieve` leaves in retrieval.json, and the card tells."""
 
 
 def read_results(places: Sequence[Path], name: str, keys: tuple[str, ...], provenance: Provenance | None) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def load_flow_model(folder: str | Path, device: torch.device | str = "cpu", own_
     if not (folder / "model_index.json").is_file():
         raise ValueError(
             f"pipeline={str(folder)!r} is no pipeline folder (no model_index.json): "
-            f"export one with `python sample.py export --run RUN --output FOLDER`."
+            f"export one with `condot export --run RUN --output FOLDER`."
         )
     check_checksums(folder)
     try:

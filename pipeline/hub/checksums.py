@@ -44,7 +44,7 @@ def read_checksums(folder: Path) -> dict[str, str]:
     path = folder / CHECKSUM_FILE
     if not path.is_file():
         raise ValueError(
-            f"{folder} has no {CHECKSUM_FILE}, so nobody can tell whether it is whole: export it again, `sample.py export --run RUN`."
+            f"{folder} has no {CHECKSUM_FILE}, so nobody can tell whether it is whole: export it again, `condot export --run RUN`."
         )
     if not is_own(path, folder) or path.stat().st_size > MOST_BYTES:
         raise ValueError(f"{path}: a link that leads out of the folder, or more than {MOST_BYTES} bytes: export the folder again.")

@@ -129,7 +129,7 @@ def list_upload_files(folder: Path) -> list[UploadFile]:
         ValueError: no export, missing or changed files, or files that are no part of one; all by name.
     """
     if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} is no exported folder (no model_index.json): `python sample.py export --run RUN --output {folder}`.")
+        raise ValueError(f"{folder} is no exported folder (no model_index.json): `condot export --run RUN --output {folder}`.")
     listed = check_checksums(folder, every=True)
     names = list_files(folder)
     unexpected = [

@@ -58,5 +58,5 @@ class BadSamples:
             listed = "; ".join(f"{line['shard']}: {line['key']} ({line['error']})" for line in self.lines[-10:])
             raise DataError(
                 f"{len(self.lines)} bad samples among {images} images are more than data.max_bad_share={self.share:g} allows. The last: "
-                f"{listed}. All are in {self.path}: mend or leave them out (`python -m data.inspect` finds them), or raise the share."
+                f"{listed}. All are in {self.path}: mend or leave them out (`condot inspect` finds them), or raise the share."
             )
