@@ -13,7 +13,7 @@ from condot import cli
 from condot.cli import COMMANDS, Command, recipes, sample, usage
 from condot.core.plugins import split_plugin_words
 from condot.pipeline.config.parse import config_from_mapping
-from condot.pipeline.config.recipe_file import load_recipe
+from condot.core.recipe_file import load_recipe
 from condot.pipeline.config.schema import Config
 
 SLOW = ("torch", "numpy", "diffusers", "transformers", "accelerate")
