@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import typing
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from condot.core.recipe_file import WEIGHTED_FIELDS, load_recipe
+from condot.pipeline.config.kinds import as_mapping
 from condot.pipeline.config.parse import config_from_mapping
 from condot.pipeline.config.schema import ALIASES, Config
 
@@ -76,7 +76,7 @@ def build_config(config: str | Path | Mapping[str, Any] | Config, overrides: Map
     if isinstance(config, Config):
         if not overrides:
             return config
-        config = dataclasses.asdict(config)
+        config = as_mapping(config)
     elif isinstance(config, (str, Path)):
         config = load_recipe(Path(config).expanduser())
     return config_from_mapping(Config, {**_dotted(config), **_dotted(overrides)})

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -82,7 +81,7 @@ def test_what_is_mistyped_is_a_value_error(given, message):
     [
         ({"guidance_scal": 2.0}, r"condot.sample\(guidance_scal=...\) is no option of it: did you mean 'guidance_scale'"),
         ({"output": "a.png"}, "is no option of it"),
-        ({"solver": "heum"}, "choose one of 'euler'"),
+        ({"solver": "heum"}, "choose one of euler"),
         ({"guidance_scale": "2"}, "it takes a value of type float, and this is str"),
         ({"num_images": True}, "it takes a value of type int, and this is bool"),
         ({"guidance_interval": (0.1,)}, "it takes 2 values"),
@@ -200,7 +199,7 @@ def test_a_signal_while_training_saves_and_returns(digits, tmp_path, monkeypatch
 
 
 def test_a_second_ctrl_c_ends_the_call_as_python_would(monkeypatch):
-    clock = [100.0]
+    clock, before = [100.0], signal.getsignal(signal.SIGINT)
     monkeypatch.setattr(host.time, "monotonic", lambda: clock[0])
     with host.guest_host() as guest:
         guest.interrupt.defer()
@@ -210,7 +209,7 @@ def test_a_second_ctrl_c_ends_the_call_as_python_would(monkeypatch):
         clock[0] += 2
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and not guest.owns_process
+    assert signal.getsignal(signal.SIGINT) is before and not guest.owns_process
 
 
 def test_another_thread_trains_without_signals():
@@ -228,9 +227,10 @@ def test_another_thread_trains_without_signals():
 
 
 def test_an_error_of_the_data_is_raised_and_nothing_is_left_locked(digits, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(ValueError, match=r"no manifest|nowhere"):
         condot.train(recipe(tmp_path / "nowhere", tmp_path / "run"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
     assert condot.train(recipe(digits, tmp_path / "run"), {"train.max_steps": 2}).finished
 
 
@@ -254,7 +254,7 @@ def test_the_page_for_notebooks_runs_as_it_is_written(digits, tmp_path, monkeypa
     monkeypatch.setattr(condot, "train", lambda config, **more: train(config, shrunk, **more), raising=False)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
     assert len(blocks) >= 3
-    figures = EvaluationResult(**dict.fromkeys([field.name for field in fields(EvaluationResult)], 1))
+    figures = EvaluationResult({"samples": 1, "frechet": 1.0})
     monkeypatch.setattr(evaluate_command, "evaluate", lambda *given: figures)  # a classifier would learn for half a minute
     names = {}
     for block in blocks:

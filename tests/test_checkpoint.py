@@ -203,7 +203,7 @@ def test_a_full_disk_leaves_the_old_one_and_no_debris(tmp_path, monkeypatch, nam
     store = CheckpointManager(tmp_path, keep=1)
     store.save(1, tensors(1), {"step": 1})
     with monkeypatch.context() as patch:
-        patch.setattr(f"condot.pipeline.checkpoint.store.{name}", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        patch.setattr(f"condot.pipeline.checkpoint.{name}", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
         store.begin(2, tensors(2), {"step": 2})
         errors = store.finish()
     assert errors == ["rank 0: [Errno 28] No space left on device"] and store.pending is None

@@ -12,8 +12,8 @@ from conftest import ROOT
 from condot import cli
 from condot.cli import COMMANDS, Command, recipes, sample, usage
 from condot.core.plugins import split_plugin_words
-from condot.pipeline.config.parse import config_from_mapping
 from condot.core.recipe_file import load_recipe
+from condot.pipeline.config.parse import config_from_mapping
 from condot.pipeline.config.schema import Config
 
 SLOW = ("torch", "numpy", "diffusers", "transformers", "accelerate")

@@ -334,7 +334,7 @@ def test_no_program_is_run_for_a_postscript_file(monkeypatch):
 def test_image_open_stands_once():
     """In `image_formats`, with the formats that are meant."""
     calls = [p.name for p in (ROOT / "data").rglob("*.py") for _ in re.findall(r"\bImage\.open\(", p.read_text())]
-    assert calls == ["image_formats.py"]
+    assert calls == ["formats.py"]
 
 
 @pytest.mark.parametrize(("channels", "expected"), [(1, [54]), (2, [54, 255]), (3, [255, 0, 0]), (4, [255, 0, 0, 255])])

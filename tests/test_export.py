@@ -202,7 +202,9 @@ def test_another_checkpoint_is_exported_where_one_is_named(trained, tmp_path):
 def test_an_export_that_fails_leaves_the_older_one(trained, tmp_path, monkeypatch):
     assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "out")]) == 0
     before = (tmp_path / "out/model_index.json").read_bytes()
-    monkeypatch.setattr("condot.pipeline.export.write.readme", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "condot.pipeline.export.write.render_readme", lambda *a: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
     assert sample.main(["export", "--run", str(trained), "--output", str(tmp_path / "out")]) == 2
     assert (tmp_path / "out/model_index.json").read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["out"]
     (tmp_path / "thesis").mkdir()

@@ -11,7 +11,8 @@ from conftest import fit
 from diffusers import AutoencoderKL, DiTPipeline
 from PIL import Image
 
-from condot.cli import sample, train
+from condot.cli import sample
+from condot.cli.assembly import build_run
 from condot.cli.assembly.trained_model import TrainedModel
 from condot.core.data_config import DataConfig
 from condot.data.encode import command
@@ -20,6 +21,7 @@ from condot.data.loader.buckets import Windows
 from condot.data.loader.build import build as stream_of
 from condot.data.loader.stream import Share, to_unit
 from condot.models import registry
+from condot.models.dit.model import DiT
 from condot.pipeline.checkpoint.store import CheckpointManager, load_state, load_tensors
 from condot.pipeline.config.model import build_model_kwargs
 from condot.pipeline.config.objective import TrainingObjective
@@ -103,7 +105,7 @@ def test_rounded_alike_they_are_bitwise_the_same(parts, tmp_path, monkeypatch):
 
 
 def test_a_cached_run_resumes_bitwise_and_builds_no_autoencoder(parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "Autoencoder", lambda *a, **k: pytest.fail("the autoencoder was built"))
+    monkeypatch.setattr(build_run, "Autoencoder", lambda *a, **k: pytest.fail("the autoencoder was built"))
     cached = words(parts, "--data.encoding=cached", "--checkpoint.every=4", "--train.max_steps=8")
     assert fit(parts / "images", tmp_path / "whole", *cached) == 0
     assert fit(parts / "images", tmp_path / "parts", *cached, "--train.max_steps=4") == 0
@@ -200,13 +202,13 @@ def test_what_reaches_the_loss_is_named_by_seed_step_and_place(parts, tmp_path, 
 
 def test_the_preview_tells_the_sizes_of_whole_images_in_pixels(parts, tmp_path, monkeypatch):
     """As `sample.py` does, not those of the latents."""
-    told, forward = [], registry.DiT.forward
+    told, forward = [], DiT.forward
 
     def spy(self, *given):
         told.extend([] if self.training else given[3].tolist())
         return forward(self, *given)
 
-    monkeypatch.setattr(registry.DiT, "forward", spy)
+    monkeypatch.setattr(DiT, "forward", spy)
     more = ("--model.micro_conditions=true", "--train.max_steps=1", "--log.sample_every=1", "--log.sample_steps=1")
     assert fit(parts / "images", tmp_path / "run", *words(parts, *FIXED, *more)) == 0
     assert told and all(row == [32, 32, 0, 0, 32, 32] for row in told)
@@ -221,7 +223,7 @@ SPACE = LatentSpace(
 
 
 def test_a_draw_is_a_function_of_seed_step_and_place():
-    moments, batch_indices = torch.rand(6, 4, 3, 5), torch.arange(6)
+    moments, batch_indices = 0.1 + torch.rand(6, 4, 3, 5), torch.arange(6)
     z = SPACE.sample_posterior(moments, 7, 3, batch_indices)
     noise = normal(7, Purpose.POSTERIOR, 3, batch_indices, (2, 3, 5))
     for c in range(2):
@@ -348,7 +350,7 @@ def test_a_run_in_latents_is_sampled_and_exported_again(run, tmp_path, capsys):
         (("--data.resolution=30",), "a multiple of 4"),
         (("--data.channels=1",), "reads 3 channel(s). Use 3"),
         (("--data.latent_scale", "1", "2"), "data.latent_scale has 2 numbers for latents of 4 channels"),
-        (("--data.latent_scale=0",), "data.latent_scale=0.0: a number above 0"),
+        (("--data.latent_scale=0",), "data.latent_scale=0.0: positive"),
         (
             ("--data.encoded=", "--data.aspect_ratios", "0.6667", "1", "1.5", "--data.bucket_step=4"),
             "40 x 28 pixels, and the network takes multiples of 8",

@@ -134,7 +134,7 @@ def test_what_takes_no_lora_is_refused():
 
 def test_without_peft_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"pip install 'condot\[lora\]'"):
+    with pytest.raises(ValueError, match=r"pip install peft"):
         add_lora(network("dit"), 2, 2.0)
 
 

@@ -119,7 +119,7 @@ def test_who_may_write_the_folder_may_lock_it(tmp_path, folder, mode):
 OTHER = """
 import os, sys, random, secrets
 sys.path.insert(0, sys.argv[1])
-from data.cache import Cache, CacheItem
+from condot.data.storage.cache import Cache, CacheItem
 os.setgroups([]); os.setgid(65534); os.setuid(65534)  # after the imports: it may read nothing of ours
 cache = Cache(sys.argv[2], 2500)
 for number in (0, 1, 5, 6):

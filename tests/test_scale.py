@@ -85,7 +85,7 @@ def test_what_a_resumed_run_must_agree_on(shapes, tmp_path, capsys):
         (("--data.aspect_ratios", "1", "9"), "no image is nearest to"),
         (("--data.weights", "0.5"), "data.weights=(0.5,) sum to 0.5"),
         (("--data.shards", "/nowhere/{a,b}"), "/nowhere/a"),
-        (("--data.max_bad_share=2",), "data.max_bad_share=2.0: a number at least 0 and below 1"),
+        (("--data.max_bad_share=2",), "data.max_bad_share=2.0: a share below 1"),
     ],
 )
 def test_mistakes_are_one_line_at_the_start(shapes, tmp_path, capsys, words, message):

@@ -67,8 +67,8 @@ def test_after_an_edit_and_prepare_old_latents_and_the_old_run_are_refused(parts
 def test_only_tars_newer_than_their_manifest_are_hashed(tmp_path, monkeypatch, capsys):
     hashed = []
     folder = make(tmp_path / "s", samples([5, 5, 5]))
-    real = __import__("condot.data.storage.local", fromlist=["sha256"]).sha256
-    monkeypatch.setattr("condot.data.storage.local.sha256", lambda path: hashed.append(path.name) or real(path))
+    real = __import__("condot.data.storage.local", fromlist=["sha256_of_file"]).sha256_of_file
+    monkeypatch.setattr("condot.data.storage.local.sha256_of_file", lambda path: hashed.append(path.name) or real(path))
 
     def look(shards=None):
         opened = LocalFolder(folder)

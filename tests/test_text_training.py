@@ -182,7 +182,7 @@ def test_a_run_is_sampled_by_prompt(parts, tmp_path, capsys):
 def test_the_preview_shows_the_first_captions_of_the_order(parts, tmp_path, monkeypatch):
     """Of the run's seed, and nothing of them is dropped; beside them no caption."""
     shown = []
-    monkeypatch.setattr(train, "preview", lambda run, text: shown.append(text))
+    monkeypatch.setattr("condot.cli.assembly.build_run.preview", lambda run, text: shown.append(text))
     more = ("--seed=3", "--train.max_steps=1", "--log.sample_every=1", "--train.condition_dropout=0.9", "--train.encoder_dropout=0.9")
     assert fit(parts, tmp_path / "run", *more) == 0
     options = DataConfig(shards=(str(parts["shards"]),), resolution=16, workers=0)

@@ -18,7 +18,7 @@ from conftest import ROOT, UNET, arguments, fit, launch
 from PIL import Image
 
 from condot.data.prepare import command
-from condot.models import registry
+from condot.models.dit.model import DiT
 from condot.pipeline.checkpoint import saving
 from condot.pipeline.checkpoint.store import load_tensors
 from condot.pipeline.config.flow import FlowConfig
@@ -186,14 +186,14 @@ def test_metrics_say_what_is_promised(trained):
 def test_what_the_network_is_shown(digits, tmp_path, monkeypatch):
     """Over 100 steps: new times in every step, a tenth of the labels null (5 sigma), pixels in -1..1 mixed with noise of unit size."""
     seen = []
-    forward = registry.DiT.forward
+    forward = DiT.forward
 
     def spy(self, x, t, labels):
         if self.training:
             seen.append((x.detach().clone(), t.clone(), labels.clone()))
         return forward(self, x, t, labels)
 
-    monkeypatch.setattr(registry.DiT, "forward", spy)
+    monkeypatch.setattr(DiT, "forward", spy)
     assert fit(digits, tmp_path / "run", "--train.max_steps=100", "--checkpoint.every=1000") == 0
     x, t, labels = (torch.cat(parts) for parts in zip(*seen, strict=True))
     assert len(t) == 1600 == len(t.unique()) and bool(((t > 0) & (t < 1)).all())

@@ -186,8 +186,7 @@ def asked(monkeypatch):
         found.append((condition.tolist(), sampler, more))
         return Samples(torch.zeros(num_samples(condition), *source.shape), 1)
 
-    for place in ("sample", "pipeline.draw"):
-        monkeypatch.setattr(f"{place}.generate", gray)
+    monkeypatch.setattr("condot.pipeline.sampling.images.generate", gray)
     return found
 
 

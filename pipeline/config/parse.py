@@ -133,15 +133,23 @@ def _fill_valid(cls: type[T], default: T, given: Arguments) -> tuple[T, list[str
     if not errors:
         return typing.cast(T, filled), []
     errors_of_each = {key: _attempt(fill, {key: values})[1] for key, values in given.items()}
+    for key, texts in errors_of_each.items():
+        if any(name != key and name in given for text in texts for name in _named(text, given)):
+            texts.clear()  # beside the other value, which it was tried without, it may be right
     kept = {key: values for key, values in given.items() if not errors_of_each[key]}
     errors = [text for texts in errors_of_each.values() for text in texts]
     filled, joint_errors = _attempt(fill, kept)
     while joint_errors:  # two values that are right, each alone
-        section = next((key.partition(".")[0] for key in kept if joint_errors[0].lstrip("-").startswith(key)), "")
+        first = next(iter(_named(joint_errors[0], kept)), None)
         errors += joint_errors
-        kept = {key: values for key, values in kept.items() if section and key.partition(".")[0] != section}
+        kept = {key: values for key, values in kept.items() if first is not None and key != first}
         filled, joint_errors = _attempt(fill, kept)
     return typing.cast(T, filled), errors
+
+
+def _named(text: str, given: Arguments) -> list[str]:
+    """Return the given options that an error names, in its order."""
+    return [name for name in re.findall(r"\w+(?:\.\w+)*", text) if name in given]
 
 
 def _attempt(function: Callable[..., R], *arguments: Any) -> tuple[R | None, list[str]]:
