@@ -254,7 +254,10 @@ def test_the_page_for_notebooks_runs_as_it_is_written(digits, tmp_path, monkeypa
     monkeypatch.setattr(condot, "train", lambda config, **more: train(config, shrunk, **more), raising=False)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
     assert len(blocks) >= 3
-    figures = EvaluationResult({"samples": 1, "frechet": 1.0})
+    figures = EvaluationResult(
+        {"samples": 25, "accuracy": 0.5, "accuracy_of_held_out": 1.0, "diversity": 1.2, "diversity_of_real": 2.0, "nearest": 2.1,
+         "nearest_of_held_out": 3.0, "frechet": 1.0, "frechet_of_train": 1.0, "feature_width": 4, "few": False}
+    )  # fmt: skip
     monkeypatch.setattr(evaluate_command, "evaluate", lambda *given: figures)  # a classifier would learn for half a minute
     names = {}
     for block in blocks:

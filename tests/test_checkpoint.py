@@ -197,7 +197,9 @@ for point in {points!r}:
         assert not list((tmp_path / point).glob(".tmp*"))
 
 
-@pytest.mark.parametrize("name", ["HostBuffer.copy", "saving.write_file", "saving.write_text", "check_files_visible", "sync"])
+@pytest.mark.parametrize(
+    "name", ["store.HostBuffer.copy", "saving.write_file", "saving.write_text", "store.check_files_visible", "store.sync"]
+)
 def test_a_full_disk_leaves_the_old_one_and_no_debris(tmp_path, monkeypatch, name):
     """Wherever it shows, in the thread or where it is committed, it is said by `finish`, and the next save goes on."""
     store = CheckpointManager(tmp_path, keep=1)

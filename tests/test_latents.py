@@ -171,8 +171,10 @@ def test_what_the_network_is_shown_is_the_draw(parts, tmp_path, monkeypatch):
 def test_what_reaches_the_loss_is_named_by_seed_step_and_place(parts, tmp_path, monkeypatch, encoding):
     """Another seed than the usual one, and each batch in two portions: images in their order, posteriors, noise, dropped classes and
     first weights, each looked up by hand; and sizes in pixels, whatever the images are read from."""
-    seen, losses = [], TrainingObjective.losses
-    monkeypatch.setattr(TrainingObjective, "losses", lambda self, model, *given: seen.append(given) or losses(self, model, *given))
+    seen, objective = [], TrainingObjective.__call__
+    monkeypatch.setattr(
+        TrainingObjective, "__call__", lambda self, model, *given, **place: seen.append(given) or objective(self, model, *given, **place)
+    )
     more = (
         "--seed=5",
         "--train.max_steps=2",
@@ -342,7 +344,7 @@ def test_a_run_in_latents_is_sampled_and_exported_again(run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (("--data.encoding=cached", "--data.encoded=/nowhere"), "/nowhere/latents holds no finished latents. Run `accelerate launch"),
+        (("--data.encoding=cached", "--data.encoded=/nowhere"), "/nowhere/latents holds no finished latents. Run `condot encode"),
         (("--data.encoding=cached", "--data.resolution=64"), "resolution is 32 there and 64 here"),
         (("--data.encoding=cached", "--data.random_crop=true"), "latents are encoded once"),
         (("--data.encoding=cashed",), "choose `online` or `cached`"),
