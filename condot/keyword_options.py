@@ -76,10 +76,12 @@ def build_config(config: str | Path | Mapping[str, Any] | Config, overrides: Map
     if isinstance(config, Config):
         if not overrides:
             return config
-        config = as_mapping(config)
+        sections: Mapping[str, Any] = as_mapping(config)
     elif isinstance(config, (str, Path)):
-        config = load_recipe(Path(config).expanduser())
-    return config_from_mapping(Config, {**_dotted(config), **_dotted(overrides)})
+        sections = load_recipe(Path(config).expanduser())
+    else:
+        sections = config
+    return config_from_mapping(Config, {**_dotted(sections), **_dotted(overrides)})
 
 
 def _dotted(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
