@@ -117,7 +117,7 @@ def test_nothing_but_bad_samples_is_an_error(tmp_path):
     folder = make(tmp_path / "s", samples([12]))
     for number in range(12):
         flip(folder / "train-000000.tar", payload_of(folder, 0, number)[0] + 30)
-    with pytest.raises(ValueError, match=rf"{MAX_SUBSTITUTES} bad samples in a row at position 0.*data.inspect"):
+    with pytest.raises(ValueError, match=rf"{MAX_SUBSTITUTES} bad samples in a row at position 0.*condot inspect"):
         next(stream(folder, workers=1))
 
 

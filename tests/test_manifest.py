@@ -152,7 +152,7 @@ def test_a_damaged_manifest_ends_as_it_did(few_at_once):
 def test_a_shard_that_cannot_be_is_named(field, value):
     raw = json.loads(old_text(lines_of(5), head_of(random.Random(1))))
     raw["shards"][3] |= {"name": "here.tar"} | {field: value}
-    with pytest.raises(ValueError, match=r"x cannot be read \(Shard\(name=('here.tar'|7), .*\) is no shard: a name, .*run `python"):
+    with pytest.raises(ValueError, match=r"x cannot be read \(Shard\(name=('here.tar'|7), .*\) is no shard: a name, .*run `condot"):
         parse_manifest(json.dumps(raw).encode(), "x")
 
 

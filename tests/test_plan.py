@@ -587,7 +587,7 @@ class Ranged:
 def test_values_that_are_wrong_together_alone_are_named_and_the_rest_is_kept():
     assert parse_collecting_errors(Ranged, ["--between.low=5", "--seed=3"]) == (Ranged(Between(low=5), 3), [])
     found, (mistake,) = parse_collecting_errors(Ranged, ["--between.low=5", "--between.high=4", "--seed=3"])
-    assert found == Ranged(seed=3) and mistake.startswith("between.low=5 is above between.high=4")
+    assert found == Ranged(Between(high=4), seed=3) and mistake.startswith("between.low=5 is above between.high=4")
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def written(folder, kind, **config):
 @pytest.mark.parametrize("name", ["ode", "sde"])
 def test_folders_of_both_versions_load_beside_each_other(name, tmp_path):
     """By diffusers, each with its own code in one process, and by `sample.py --pipeline`; each draws what its class here draws."""
-    first, second = (importlib.import_module(f"condot.pipeline.scheduling_flow_{name}_v{k}") for k in (1, 2))
+    first, second = (importlib.import_module(f"condot.pipeline.export.runtime.scheduling_flow_{name}_v{k}") for k in (1, 2))
     kinds = [getattr(module, f"Flow{name.upper()}Scheduler") for module in (first, second)]
     pipes = []
     for k, kind in enumerate(kinds):
