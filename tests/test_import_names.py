@@ -44,8 +44,9 @@ for room in ("core", "data/format", "data/storage", "data/images", "pipeline/flo
         importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"))
 files = {}
 for name, module in list(sys.modules.items()):
-    if (file := getattr(module, "__file__", None)) and str(root) in os.path.realpath(file):
-        files.setdefault(os.path.realpath(file), []).append(name)
+    file = os.path.realpath(getattr(module, "__file__", None) or os.sep)
+    if file.startswith(str(root)) and "site-packages" not in file:
+        files.setdefault(file, []).append(name)
 print(len(files), [names for names in files.values() if len(names) > 1])
 """
     count, _, twice = run(program, ROOT, str(ROOT)).partition(" ")
