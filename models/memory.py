@@ -176,7 +176,7 @@ def estimate_memory(build: Callable[[], nn.Module], step: Step, precision: str, 
 
 
 def _backward(loss: Tensor) -> None:
-    """As `loss.backward()`, which would suspend the function mode, and blocks are computed again meanwhile."""
+    """Run the backward pass as `loss.backward()` does, which would suspend the function mode, and blocks are computed again meanwhile."""
     _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 

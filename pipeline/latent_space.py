@@ -80,7 +80,7 @@ class LatentSpace:
 
     @classmethod
     def from_pixels(cls, channels: int, resolution: int) -> LatentSpace:
-        """No autoencoder."""
+        """Return the space of pixels, without an autoencoder."""
         return cls(channels=channels, height=resolution, width=resolution, image_channels=channels)
 
     @classmethod
@@ -113,12 +113,12 @@ class LatentSpace:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a sample, (C, H, W)."""
+        """Return the shape of a sample, (C, H, W)."""
         return self.channels, self.height, self.width
 
     @property
     def pixels(self) -> tuple[int, ...]:
-        """Of an image, (C, H, W), where samples are latents; else empty, as `sampling.flow_model.FlowModel` has it."""
+        """Return the shape of an image, (C, H, W), where samples are latents; else empty, as `sampling.flow_model.FlowModel` has it."""
         return (self.image_channels, self.height * self.factor, self.width * self.factor) if self.is_latent else ()
 
     @property

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, arguments, fit
+from conftest import ROOT, arguments, command, fit
 
-from condot.cli import sample, train
+from condot.cli import COMMANDS, sample, train
 from condot.core import plugins
 from condot.core.plugins import explain_missing, load_plugins, loaded_plugins, split_plugin_words, unload_plugins
 from condot.core.registry import Registry, UnknownKindError
@@ -61,7 +61,8 @@ def bent(plugin):
 def test_the_page_has_one_example_for_each_table():
     assert set(EXAMPLES) == {
         *("bent_path.py", "sigmoid_weighting.py", "kumaraswamy_times.py", "ralston_solver.py", "contrast_metric.py"),
-        *("frames_source.py", "csv_tracker.py", "notebook.py"),
+        *("frames_source.py", "csv_tracker.py", "notebook.py", "toy_network.py", "huber_objective.py", "power_regulariser.py"),
+        *("norm_callback.py", "count_command.py"),
     }
 
 
@@ -181,6 +182,34 @@ def test_a_tracker_of_a_plugin_gets_every_line(plugin, digits, tmp_path):
     assert fit(digits, tmp_path / "run", *words) == 0
     lines = [line.split(",") for line in (tmp_path / "run" / "metrics.csv").read_text().splitlines()]
     assert {step for step, name, _ in lines if name == "loss"} == {"2", "4"}
+
+
+def test_network_objective_regulariser_and_callback_of_plugins_train_one_run(plugin, digits, tmp_path, capsys):
+    """Each leaves its trace; the loss is the sum that the recipe asks for."""
+    words = ["--model.kind=toy", "--model.width=16", "--model.depth=1", "--train.max_steps=4", "--log.every=1", "--flow.objective=huber"]
+    for name in ("toy_network.py", "huber_objective.py", "power_regulariser.py", "norm_callback.py"):
+        words += ["--plugin", plugin(name)]
+    words += ["--flow.objective.delta=0.5", "--flow.regularisers.power.weight=0.1"]
+    shared = [word for word in arguments(digits, tmp_path / "run") if not word.startswith("--model.")]
+    assert command(*shared, *words) == 0
+    assert capsys.readouterr().out.count("the weights' norm is") == 1
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 4 and all(0 < line["far"] < 1 for line in lines)
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["loss/huber"] + 0.1 * line["loss/power"], rel=1e-4)
+    assert CheckpointManager(tmp_path / "run", 1).latest().name == "checkpoint-4"
+
+
+def test_the_network_of_the_page_is_the_one_that_test_networks_tries():
+    assert EXAMPLES["toy_network.py"] == (ROOT / "tests/toy_network.py").read_text()
+
+
+def test_a_command_of_a_plugin(plugin, digits, capsys):
+    load_plugins([plugin("count_command.py")])
+    count = COMMANDS["count"].target
+    assert count([str(digits)]) == 0 and capsys.readouterr().out == f"{len(list(digits.glob('*.tar')))}\n"
+    with pytest.raises(ValueError, match="name one folder of shards"):
+        count([])
 
 
 def test_from_python(plugin, tmp_path, monkeypatch):

@@ -1,7 +1,4 @@
-"""Folders of models that strangers made, looked at before a library opens them: no code, no file of elsewhere, no size that is not there.
-
-`condot/core/model_folders.py` holds the same; the rooms are sealed, and a test compares the two.
-"""
+"""Folders of models that strangers made, looked at before a library opens them: no code, no foreign file, no size that is not there."""
 
 from __future__ import annotations
 

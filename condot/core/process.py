@@ -106,7 +106,7 @@ class InterruptHandler:
 
     @property
     def requested(self) -> bool:
-        """A signal came."""
+        """Return whether a signal came."""
         return self.received is not None
 
     @property

@@ -104,7 +104,7 @@ class LatentTarget:
 
     @cached_property
     def autoencoder(self) -> Autoencoder:
-        """The network itself."""
+        """Return the autoencoder, loaded on its device."""
         return self._load()
 
     def _start(self) -> None:
@@ -214,7 +214,7 @@ class TextTarget:
 
     @cached_property
     def encoder(self) -> TextEncoder:
-        """The network itself."""
+        """Return the text encoder, loaded on its device."""
         return self._load()
 
     def facts(self, images: Manifest) -> dict[str, Any]:

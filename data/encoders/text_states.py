@@ -53,7 +53,7 @@ class TextLayout:
 
 
 def text_layout(facts: Sequence[TextFacts]) -> TextLayout:
-    """Of encoders in the recipe's order.
+    """Return how the states of several encoders stand beside one another, in the recipe's order.
 
     Raises:
         ValueError: no encoder; CLIP encoders side by side that read different numbers of tokens.

@@ -44,7 +44,7 @@ class ShardColumns:
         self._held = {key: bytearray() for key in ("name", "ends", "split", "samples", "bytes", "sha256", "index_sha256")}
 
     def extend(self, lines: Sequence[dict[str, Any]]) -> None:
-        """Add lines.
+        """Append the lines of shards to the table.
 
         Args:
             lines: each with the fields of a `Shard`.
@@ -172,7 +172,7 @@ class ShardTable(Sequence[Shard]):
 
     @property
     def names(self) -> Iterator[str]:
-        """Of each, in order."""
+        """Return the name of each shard, in order."""
         for first in range(0, len(self), AT_ONCE):
             for name in self._columns.names(self._rows[first : first + AT_ONCE]):
                 yield name.decode("utf-8", "surrogatepass")

@@ -133,7 +133,7 @@ class Windows:
         return batches, positions[sort].reshape(-1, size)[shuffle], largest[shuffle]
 
     def _whole(self, sort: np.ndarray, buckets: np.ndarray, first: int) -> np.ndarray:
-        """Of a window's positions sorted by bucket, whole batches of each: shares are counted along one line with a random start."""
+        """Return a window's positions by bucket, in whole batches of each: shares are counted along one line with a random start."""
         counts = np.bincount(buckets)
         ends = (np.cumsum(counts) + int(uniform_at(np.array([first]), self.seed, 9, 0)[0] * self.batch_size)) // self.batch_size
         parts = zip(np.split(sort, np.cumsum(counts)[:-1]), np.diff(ends, prepend=0), strict=True)

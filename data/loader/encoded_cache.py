@@ -139,7 +139,7 @@ def merge_encodings(encodings: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def latent_shape(encoding: Mapping[str, Any], height: int, width: int) -> tuple[int, int, int, int]:
-    """Of the array of a sample encoded at so many pixels: (plain and mirrored, moments x channels, height, width)."""
+    """Return the shape of a sample's array, encoded at so many pixels: (plain and mirrored, moments x channels, height, width)."""
     rows = encoding["latent_channels"] * len(encoding["moments"])
     return len(encoding["flips"]), rows, height // encoding["factor"], width // encoding["factor"]
 
@@ -281,5 +281,5 @@ class MomentReader:
         out[:] = read_moments(payload, (len(self.encoding["flips"]), *out.shape), mirror)
 
     def tensor(self, array: np.ndarray) -> Tensor:
-        """As it is."""
+        """Return the array as a tensor, unchanged."""
         return torch.from_numpy(array)

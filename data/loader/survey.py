@@ -69,7 +69,7 @@ class Survey:
 
     @property
     def samples(self) -> list[int]:
-        """Of each shard."""
+        """Return the number of samples of each shard."""
         return self.images.counts if self.images else []
 
     @property
@@ -78,7 +78,7 @@ class Survey:
 
     @property
     def fingerprint(self) -> str:
-        """Of the shards."""
+        """Return the fingerprint of the shards."""
         return self.images.fingerprint if self.images else ""
 
     def at_work(self) -> Iterator[tuple[str, nn.Module, Callable[[Any, int], Any]]]:

@@ -122,7 +122,7 @@ def nearest_ratio(width: int, height: int) -> float:
 
 
 def ratio_name(value: float) -> str:
-    """`4:3` for 1.333."""
+    """Return the name of an aspect ratio: `4:3` for 1.333."""
     for height in (1, 2, 3, 4, 9, 16):
         if abs(value * height - round(value * height)) < 1e-9:
             return f"{round(value * height)}:{height}"

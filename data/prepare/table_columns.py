@@ -48,7 +48,7 @@ class Columns:
 
     @property
     def legacy_repr(self) -> RawRepr:
-        """As the release 85bd0c6 printed them."""
+        """Return the columns as the release 85bd0c6 printed them."""
         names = ("image", "caption", "label", "class_names", "others")
         return RawRepr(f"Columns({', '.join(f'{name}={getattr(self, name)!r}' for name in names)})")
 

@@ -132,7 +132,7 @@ class Shards:
 
     @property
     def fingerprint(self) -> str:
-        """Of the content and order of the shards, wherever they lie."""
+        """Return a hash of the content and order of the shards, wherever they lie."""
         if len(self.folders) == 1 and self.parts[0] == self.manifest.split(self.split):
             return self.manifest.fingerprint
         return "+".join(folder.manifest.fingerprint_of(part) for folder, part in zip(self.folders, self.parts, strict=True))

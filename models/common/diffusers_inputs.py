@@ -33,7 +33,7 @@ def clamp_labels(class_labels: Tensor | None, sample: Tensor, num_classes: int) 
 
 
 def text_condition(states: Tensor, mask: Tensor | None, pooled: Tensor | None, pooled_width: int) -> TextStates:
-    """Captions.
+    """Return captions as our networks take them.
 
     Args:
         states: (B, L, D), of each token.

@@ -90,7 +90,7 @@ def _arguments(given: Arguments) -> list[str]:
 
 
 def parse_collecting_errors(cls: type[T], argv: list[str], aliases: dict[str, str] | None = None) -> tuple[T, list[str]]:
-    """As `parse`, for those who want to hear of every mistake.
+    """Parse as `parse` does, and collect every mistake in place of raising the first.
 
     Returns:
         The dataclass, with defaults where a value is mistaken; and one line a

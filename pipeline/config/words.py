@@ -48,5 +48,5 @@ def flatten(mapping: dict[str, Any], prefix: str = "") -> Arguments:
 
 
 def join_weighted(words: Arguments) -> Arguments:
-    """Several words of a field that holds one text, as that text: `data/options.py` reads the same form, and the rooms are sealed."""
+    """Join the words of a field that holds one text to that text."""
     return {key: [",".join(values)] if key in WEIGHTED_FIELDS else values for key, values in words.items()}

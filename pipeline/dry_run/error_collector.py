@@ -29,7 +29,7 @@ class Mistakes(list[str]):
     """One line each, each once."""
 
     def add(self, text: str) -> None:
-        """Note one."""
+        """Add a mistake to the list."""
         text = " ".join(text.split())
         if text not in self:
             self.append(text)

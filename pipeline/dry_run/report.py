@@ -62,7 +62,7 @@ def report_lines(recipe: ResolvedRecipe) -> Iterator[str]:
 
 
 def network_lines(recipe: ResolvedRecipe) -> Iterator[str]:
-    """Weights and multiply-adds."""
+    """Return the lines on weights and multiply-adds."""
     if not recipe.model:
         yield "cannot be built"
         return

@@ -132,13 +132,13 @@ class ResolvedRecipe:
 
     @property
     def precision(self) -> str:
-        """Of the products; where the recipe does not say, as launched. What would be measured at the start is counted as float32."""
+        """Return the precision of the products, as launched where the recipe says none; what the start would measure counts as float32."""
         asked = self.config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
         return "no" if asked == "auto" else asked
 
     @cached_property
     def world(self) -> ParallelDims:
-        """The processes."""
+        """Return how many processes there are, and how they share the weights."""
         ranks = self.config.plan.ranks or int(os.environ.get("WORLD_SIZE", "1"))
         if not self.config.plan.ranks:
             self.notes.append(f"{estimate.format_count(ranks, 'rank')}, as launched; --plan.ranks=64 reckons with 64.")
@@ -179,7 +179,7 @@ class ResolvedRecipe:
         return self.hooks.build_model(**{**self.model, "device": "meta", **changes})
 
     def build_network(self, **changes: Any) -> nn.Module:
-        """As it is trained: with its adapters; arguments of `DryRunHooks.build_model` in place of the recipe's."""
+        """Build the network as it is trained, with its adapters; arguments of `DryRunHooks.build_model` in place of the recipe's."""
         network = self.build_base_network(**changes)
         if self.has_adapters:
             self.hooks.add_lora(network, self.config.train.lora_rank, self.config.train.lora_alpha)
@@ -187,19 +187,19 @@ class ResolvedRecipe:
 
     @cached_property
     def shape(self) -> tuple[int, int, int]:
-        """Of a sample of the largest batch, (C, H, W), its sides as the network takes them."""
+        """Return the shape of a sample of the largest batch, (C, H, W), its sides as the network takes them."""
         unit = int(self.build_base_network().size_multiple)  # type: ignore[arg-type]
         height, width = (max(unit, side // self.space.factor // unit * unit) for side in self.survey.shape)
         return self.space.channels, height, width
 
     @cached_property
     def objective(self) -> TrainingObjective:
-        """The loss."""
+        """Return the objective of the recipe."""
         return objective_of(self.config, self.space.shape, bool(self.text), self.mistakes)
 
     @cached_property
     def sizes(self) -> NetworkSizes:
-        """Of the network that is trained."""
+        """Return the sizes of the network that is trained."""
         network = self.build_network()
         weights = [(tuple(weight.shape), weight.requires_grad) for weight in network.parameters()]
         kept = sum(value.numel() for value in network.state_dict().values())

@@ -71,7 +71,7 @@ class PowerProfile:
         return width_to_exponent(self.width)
 
     def decay(self, images: int, batch: int) -> float:
-        """As of a half-life."""
+        """Return what is kept of the average in one update; arguments as of a half-life's."""
         return power_decay(self.exponent, images, batch)
 
 
@@ -140,7 +140,7 @@ class WeightAverages:
 
     @property
     def widths(self) -> tuple[float, ...]:
-        """Of the power averages."""
+        """Return the widths of the power averages."""
         return tuple(profile.width for profile in self.profiles if isinstance(profile, PowerProfile))
 
     def _named(self, labels: Iterable[str]) -> dict[str, Tensor]:

@@ -36,7 +36,7 @@ class WeightSelection:
 
     @property
     def name(self) -> str:
-        """As it was asked for, in one spelling."""
+        """Return what was asked for, in one spelling."""
         if not self.width:
             return self.label
         return PowerProfile(self.width).label + (f",images={self.images:.0f}" if self.images else "")

@@ -37,7 +37,7 @@ class FeatureMoments:
 
     @classmethod
     def from_features(cls, features: Tensor) -> FeatureMoments:
-        """Of features, (N, D).
+        """Return the moments of features, (N, D).
 
         Raises:
             ValueError: another shape, no rows, or values that are not finite.
@@ -52,7 +52,7 @@ class FeatureMoments:
 
     @classmethod
     def from_batches(cls, batches: Iterable[Tensor]) -> FeatureMoments:
-        """Of batches of features, (N_i, D) each, without keeping them.
+        """Return the moments of batches of features, (N_i, D) each, without keeping them.
 
         Raises:
             ValueError: no batch, or as `from_features`.
@@ -65,7 +65,7 @@ class FeatureMoments:
         return total
 
     def __add__(self, other: FeatureMoments) -> FeatureMoments:
-        """Of both sets together."""
+        """Return the moments of both sets together."""
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"features of {len(self.mean)} and of {len(other.mean)} numbers cannot be one set: use one network for both.")
         count = self.count + other.count

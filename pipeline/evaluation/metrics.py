@@ -168,12 +168,12 @@ class EvaluationResult:
 
     @property
     def diversity_ratio(self) -> float:
-        """Of samples to real images."""
+        """Return the diversity of samples over that of real images."""
         return float(self.figures["diversity"] / self.figures["diversity_of_real"])
 
     @property
     def nearest_ratio(self) -> float:
-        """Of samples to held-out real images; far below 1 means copies of training images."""
+        """Return the nearest distance of samples over that of held-out real images; far below 1 means copies of training images."""
         return float(self.figures["nearest"] / self.figures["nearest_of_held_out"])
 
     def meets(self, accuracy: float, diversity_ratio: float, nearest_ratio: float) -> bool:

@@ -59,12 +59,12 @@ class RetrievalResult:
 
     @property
     def chance_of_five(self) -> float:
-        """top5 of those."""
+        """Return the top5 of guesses by chance."""
         return min(5, self.candidates) / self.candidates
 
     @property
     def chance_of_rank(self) -> float:
-        """mean_reciprocal_rank of those."""
+        """Return the mean_reciprocal_rank of guesses by chance."""
         return sum(1 / k for k in range(1, self.candidates + 1)) / self.candidates
 
     def as_dict(self) -> dict[str, Any]:

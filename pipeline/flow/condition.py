@@ -24,7 +24,7 @@ def map_condition(condition: Condition, act: Callable[[Tensor], Tensor]) -> Cond
 
 
 def num_samples(condition: Condition) -> int:
-    """Of samples."""
+    """Return the number of samples of a condition."""
     return len(condition) if isinstance(condition, Tensor) else num_samples(condition[0])
 
 

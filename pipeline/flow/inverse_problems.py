@@ -37,7 +37,7 @@ class Measurement(Protocol):
     def gain(self) -> float: ...
 
     def __call__(self, x: Tensor) -> Tensor:
-        """A x."""
+        """Return the measurement A x."""
         ...
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ class Prior(Protocol):
         ...
 
     def log_density(self, x: Tensor) -> Tensor:
-        """Of each sample, (B,), in nats."""
+        """Return the log-density of each sample, (B,), in nats."""
         ...
 
 

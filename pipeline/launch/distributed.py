@@ -40,7 +40,7 @@ def init_distributed(config: Config) -> PartialState:
 
 
 def _requested_precision(config: Config) -> str:
-    """Of the recipe, or as launched."""
+    """Return the precision that the recipe names, or else the launcher."""
     return config.train.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
 
 

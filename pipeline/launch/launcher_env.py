@@ -81,7 +81,7 @@ def find_conflicts(config: Config, env: Mapping[str, str]) -> list[str]:
 
 
 def _fsdp_conflicts(config: Config, env: Mapping[str, str]) -> list[str]:
-    """Of the launcher's FSDP."""
+    """Return the launcher's FSDP settings that contradict the recipe."""
     conflicts = []
     version, strategy = env.get("FSDP_VERSION", "1"), _fsdp_strategy(env)
     if version != "2":

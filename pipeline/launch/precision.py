@@ -73,7 +73,7 @@ def pick_faster_precision(
 
 
 def _time_step(network: nn.Module, inputs: tuple[Any, ...], precision: Precision, clock: Callable[[], float]) -> float:
-    """Of one forward and backward pass; infinite where memory does not hold it."""
+    """Return the seconds of one forward and backward pass; infinite where memory does not hold it."""
     weights = [p for p in network.parameters() if p.requires_grad]
     device = weights[0].device
     began = clock()

@@ -96,10 +96,10 @@ class FolderWriter:
         """Nothing is left to do: each image is whole by itself."""
 
     def drop(self) -> None:
-        """Nor here."""
+        """Do nothing: each image is whole by itself."""
 
     def finish(self) -> None:
-        """Nor here."""
+        """Do nothing: each image is whole by itself."""
 
     def _name(self, number: int) -> str:
         return f"{number:06d}.{self._extension}"

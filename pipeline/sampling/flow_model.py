@@ -68,7 +68,7 @@ class FlowModel:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Of an image, (C, H, W)."""
+        """Return the shape of an image, (C, H, W)."""
         return self.pixels or self.shape
 
     def with_image_size(self, height: int, width: int) -> FlowModel:

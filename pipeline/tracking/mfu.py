@@ -78,7 +78,7 @@ def datasheet_flops(name: str, kind: str) -> float | None:
 
 
 def matmul_precision(precision: str, device: torch.device) -> str:
-    """Of which kind a run's products are: a key of DATASHEET_COLUMNS; `precision` is Accelerate's."""
+    """Return the kind of a run's products: a key of DATASHEET_COLUMNS; `precision` is Accelerate's."""
     if precision != "no":
         return precision
     fast = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
@@ -152,7 +152,7 @@ def count_flops(function: Callable[[], T]) -> tuple[T, int]:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, out_shape: Any = None, **more: Any) -> int:
-    """Arguments are shapes."""
+    """Return the FLOPs of an attention; the arguments are shapes."""
     return int(sdpa_flop(query, key, value))
 
 

@@ -134,7 +134,7 @@ class BackgroundTracker(GeneralTracker):  # type: ignore[misc]
         return f"log.report_to={self.name} missed {self.lost} of {self.submitted} lines; metrics.jsonl has them." if self.lost else ""
 
     def _report_once(self, what: str, text: str) -> None:
-        """Once."""
+        """Report a tracker's failure, once."""
         with self._lock:
             if what not in self._reported:
                 self._reported.add(what)

@@ -55,12 +55,12 @@ class TakeSnapshot:
     needs_checked_step = False
 
     def due(self, run: Run) -> bool:
-        """Every `ema.snapshot_every` images."""
+        """Return whether `ema.snapshot_every` images were seen since the last snapshot."""
         size, ema = run.config.train.batch_size, run.config.ema
         return snapshot_due(run.images, size, ema, run.config.train.max_steps * size)
 
     def act(self, run: Run) -> None:
-        """Write them."""
+        """Write the snapshots of the power averages."""
         with run.meter.paused(), run.watchdog.phase("saving a snapshot"):
             if run.accelerator.num_processes > 1:
                 # what befalls one of several ranks they say to one another
