@@ -13,7 +13,7 @@ from .churn import edm_sampler
 from .classifier_guidance import classifier_guide
 from .condition import Condition, concat_conditions, map_condition, num_samples, repeat_condition
 from .counter_rng import Purpose, normal, rademacher, uniform
-from .coupling import COUPLINGS, couple_by_optimal_transport, solve_assignment
+from .coupling import couple_by_optimal_transport, solve_assignment
 from .ddpm_path import DDPM, VARIANCE_SCHEDULES, step_variances
 from .diffusion_coefficient import DIFFUSION_COEFFICIENTS, NamedDiffusion, diffusion_coefficient, forward_sde_coefficients
 from .diffusion_paths import EDM, PATHS, VE, VP, SubVP
@@ -74,7 +74,6 @@ from .weighting import WEIGHTINGS, Weighting, build_weighting, from_data_error, 
 
 __all__ = [
     "APG",
-    "COUPLINGS",
     "DDPM",
     "DIFFUSION_COEFFICIENTS",
     "EDM",

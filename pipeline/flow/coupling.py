@@ -21,8 +21,6 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-COUPLINGS = ("independent", "optimal")
-
 
 def solve_assignment(cost: Tensor) -> Tensor:
     """Return the cheapest one-to-one assignment of rows to columns, by scipy's shortest augmenting paths: O(n^3), on the CPU.
