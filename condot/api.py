@@ -9,7 +9,6 @@ it found them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -21,6 +20,7 @@ from condot.cli.evaluate import evaluate_samples, open_reference
 from condot.cli.export import export_run
 from condot.cli.host import guest_host
 from condot.cli.train import train as train_run
+from condot.core.plugins import load_plugins
 from condot.guest_process import leave_process_as_found
 from condot.keyword_options import build_config, fill_options
 from condot.pipeline.config.schema import Config
@@ -162,9 +162,3 @@ def export(run: TrainingResult | str | Path, output: str | Path = "", **options:
 def as_loaded(model: Model) -> LoadedModel:
     """Return the model, read if need be."""
     return model if isinstance(model, LoadedModel) else load(model)
-
-
-def load_plugins(paths: Iterable[str | Path]) -> None:
-    """Run the files that were named, and no others."""
-    if files := [str(path) for path in paths]:
-        import_module("condot.core.plugins").load_plugins(files)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from importlib import import_module, metadata
 from typing import NamedTuple, NoReturn
 
-from condot.core.plugins import split_plugin_words
+from condot.core.plugins import load_plugins, split_plugin_words
 from condot.core.printable import guard_output
 from condot.core.process import EXIT_USER_ERROR, report_errors, restart_with_allocator, take_signals
 from condot.core.registry import Registry
@@ -119,7 +119,7 @@ def _run_command(argv: list[str], plugins: list[str]) -> int:
 
     @report_errors
     def run(words: list[str]) -> int:
-        import_module("condot.core.plugins").load_plugins(plugins)
+        load_plugins(plugins)
         return _find(words[0])(words[1:])
 
     return run(argv)
